@@ -1,0 +1,276 @@
+"""The job's settings: a few frozen sections, read from TOML, checked before any long work.
+
+Departures from the defaults are all that a file in configs/ holds. A dotted override on the command
+line (`lora.rank=8`) has the last word. An unknown key is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rl_lora.errors import UserError, nearest
+
+
+class Section(BaseModel):
+    """A frozen section; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(Section):
+    """What is written where, how long and how often."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    num_steps: int = Field(100, ge=0)
+    output_dir: str = "runs"  # the run folder is output_dir/name
+    eval_every: int = Field(0, ge=0)  # steps; 0: only before the first and after the last step
+    checkpoint_every: int = Field(1, ge=1)  # steps
+    keep_last: int = Field(2, ge=1)  # checkpoints kept
+    transcripts_per_step: int = Field(8, ge=0)
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.output_dir) / self.name
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    name: str = "smollm2-135m-instruct"  # the embedded one, a local directory or a hub id
+    revision: str | None = None  # of a hub id
+    device: str = "auto"  # auto: cuda where there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: by a matmul probe of the device
+
+
+class LoraSection(Section):
+    """The policy: W' = W + (alpha / rank) B A ('LoRA Without Regret', set-up)."""
+
+    mode: Literal["lora", "full"] = "lora"  # full: all weights train, through the same loop
+    rank: int = Field(1, ge=1, le=512)
+    alpha: float = Field(32.0, gt=0)
+    layers: Literal["all", "attention", "mlp"] = "all"
+    lm_head: bool = False
+
+
+class SourceSection(Section):
+    """One data set: a name of the loaders' table, a file, a folder, or a generator."""
+
+    name: str  # e.g. gsm8k, math500, aime24, a path, or reasoning_gym:chain_sum
+    split: str | None = None
+    question: str | None = None  # column of the question, if not one that is known
+    answer: str | None = None  # column of the gold answer
+    num_rows: int | None = Field(None, ge=1)  # first rows only; rows made, for a generator
+    seed: int = 0  # of a generator
+    options: dict[str, Any] = Field(default_factory=dict)  # of a generator
+
+
+class DataSection(Section):
+    """The problems, and how they are rendered."""
+
+    train: tuple[SourceSection, ...] = ()
+    eval: tuple[SourceSection, ...] = ()  # empty: held_out rows are kept from the training rows
+    held_out: int = Field(200, ge=1)
+    template: Literal["chat", "base"] = "chat"
+    system: str | None = None
+    instruction: str = "Put your final answer within \\boxed{}."  # follows the question
+    few_shot: str = ""  # stands before the question, base template
+    max_prompt_tokens: int = Field(1024, ge=1)  # a longer prompt is an error, not cut
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        """`data = "path or name"` stands for that one training source."""
+        return {"train": value} if isinstance(value, str) else value
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        if isinstance(value, str | dict):
+            value = (value,)
+        return tuple({"name": item} if isinstance(item, str) else item for item in value)
+
+
+class SamplingSection(Section):
+    """Rollouts. top_p = 1 and no top_k: the importance ratio needs the whole distribution."""
+
+    backend: Literal["vllm", "torch"] = "vllm"
+    num_prompts: int = Field(16, ge=1)  # prompts a step
+    num_samples: int = Field(8, ge=1)  # G, completions a prompt
+    max_tokens: int = Field(256, ge=1)  # cap of a completion
+    temperature: float = Field(1.0, gt=0)
+    max_num_seqs: int | None = Field(None, ge=1)  # sequences decoded at once; None: for the machine
+    eager: bool | None = None  # vLLM without compilation; None: on CPU eager, on GPU compiled
+    memory_fraction: float = Field(0.45, gt=0, le=0.95)  # of the GPU's memory, for vLLM
+    max_kl: float | None = Field(None, gt=0)  # nats; None: 1e-4 in float32, 2e-2 in bfloat16
+
+
+class RewardSection(Section):
+    """What is rewarded."""
+
+    name: str = "math"  # a name of rewards' table or module:function
+    policy: str = "default"  # the verifier's policy for the data set
+    format_weight: float = Field(0.0, ge=0, le=1)  # added when the answer stands in a \boxed{}
+    num_workers: int = Field(1, ge=1)  # processes for the symbolic tier
+    timeout_s: float = Field(5.0, gt=0)
+
+
+class AlgorithmSection(Section):
+    """Advantage, loss and KL. The defaults are the article's."""
+
+    advantage: Literal["group_mean", "grpo", "rloo", "reinforce_pp"] = "group_mean"
+    loss: Literal["importance_sampling", "ppo", "gspo", "cispo"] = "importance_sampling"
+    denominator: Literal["tokens", "sequences", "max_tokens"] = "tokens"
+    ratio_cap: float | None = Field(None, gt=0)  # truncated importance sampling; 2.0 is usual
+    clip_low: float = Field(0.2, gt=0, le=1)  # ppo, gspo, cispo: ratio >= 1 - clip_low
+    clip_high: float = Field(0.28, gt=0)  # ratio <= 1 + clip_high (DAPO's default)
+    kl: Literal["none", "loss", "reward"] = "none"  # to the base, the adapter switched off
+    kl_weight: float = Field(0.0, ge=0)
+
+
+class OptimSection(Section):
+    """Adam and the batch."""
+
+    lr: float = Field(1e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+    num_updates: int = Field(1, ge=1)  # optimizer steps a batch; over 1, clipping has work to do
+    microbatch_tokens: int = Field(4096, ge=1)  # padded tokens in one forward and backward pass
+    checkpoint_activations: bool = False
+
+
+class WarmStartSection(Section):
+    """Supervised steps on generated solutions before RL, its own stage; 0 steps: none."""
+
+    num_steps: int = Field(0, ge=0)
+    batch_size: int = Field(32, ge=1)  # examples a step
+    lr: float = Field(1e-3, gt=0)
+    seed: int = 1
+
+
+class EvalSection(Section):
+    """The held-out exam during training."""
+
+    num_samples: int = Field(1, ge=1)  # completions a problem
+    temperature: float = Field(0.0, ge=0)  # 0: greedy
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int | None = Field(None, ge=1)  # None: as in training
+
+
+class RunConfig(Section):
+    """A whole job."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection = DataSection()
+    sampling: SamplingSection = SamplingSection()
+    reward: RewardSection = RewardSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    optim: OptimSection = OptimSection()
+    warm_start: WarmStartSection = WarmStartSection()
+    eval: EvalSection = EvalSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.algorithm.advantage in ("group_mean", "grpo", "rloo") and (
+            self.sampling.num_samples < 2
+        ):
+            raise ValueError(
+                f"sampling.num_samples=1 gives every group one sample, and algorithm.advantage="
+                f"{self.algorithm.advantage!r} is then always 0; take num_samples >= 2"
+            )
+        if self.algorithm.kl != "none" and self.algorithm.kl_weight == 0:
+            raise ValueError(
+                f"algorithm.kl={self.algorithm.kl!r} has no effect with kl_weight=0; "
+                "set algorithm.kl_weight or algorithm.kl='none'"
+            )
+        return self
+
+
+def load_config(path: Path | None, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a TOML file, applies dotted overrides (`section.key=value`), checks everything.
+
+    Raises:
+        UserError: one line that names the file or key and the fix.
+    """
+    raw: dict[str, Any] = {}
+    if path is not None:
+        if not path.is_file():
+            raise UserError(f"config file {path} does not exist; see configs/ for the shipped ones")
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> RunConfig:
+    """Checks a nested dict. Raises UserError naming the first bad key."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from error
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    *parents, last = key.strip().split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {parent!r} is a value, not a section")
+        node = child
+    value = _parse_value(text)
+    if isinstance(value, str) and isinstance(node.get(last), dict):
+        # `data=PATH` replaces the sources and keeps the section's other settings.
+        node[last] = {**node[last], "train": value, "eval": ()} if last == "data" else value
+    else:
+        node[last] = value
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value; text that is none is a plain string (so paths need no quotes)."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return {"none": None, "None": None}.get(text, text)
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section = _section_at(first["loc"][:-1])
+        hint = nearest(str(first["loc"][-1]), section.model_fields)
+        return f"config: unknown key {key!r}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"config: {key} = {first['input']!r}: {message}" if key else f"config: {message}"
+
+
+def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The section class that a validation error's location lies in."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            section = SourceSection
+        else:
+            annotation = section.model_fields[part].annotation
+            is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+            section = cast("type[BaseModel]", annotation) if is_section else SourceSection
+    return section

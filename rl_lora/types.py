@@ -1,0 +1,143 @@
+"""The records that travel along the data's path; every module may import this one.
+
+prompts -> rollouts (sampler, rewards) -> advantages -> batches -> losses -> learner -> adapter
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rewards import Score
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Adapter",
+    "Completion",
+    "Microbatch",
+    "Prompt",
+    "Rollout",
+    "RolloutGroup",
+    "Score",
+    "TrainSample",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem, rendered and tokenised once; both sampler and learner take these ids.
+
+    Example: Prompt(prompt_id="chain_sum/17", source="chain_sum", question="What is 4 + 3?",
+    reference="7", token_ids=(1, 4093, 198))
+    """
+
+    prompt_id: str  # unique within a data set; groups are formed by it, never by text
+    source: str  # the data set's name, for metrics by source
+    question: str  # the bare question, without template or instruction
+    reference: str  # the gold answer as the verifier takes it
+    token_ids: tuple[int, ...]  # the rendered prompt, special tokens included
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer.
+
+    Example: Completion(token_ids=(7, 2), text="7", sampler_logprobs_T=(-0.1, -0.7),
+    is_truncated=False, adapter_version=3)
+    """
+
+    token_ids: tuple[int, ...]  # sampled tokens, the end token included if it was sampled
+    text: str  # decoded without special tokens
+    sampler_logprobs_T: tuple[float, ...]  # nats, at the sampling temperature, one a token
+    is_truncated: bool  # stopped by the token cap and not by an end token
+    adapter_version: int  # the version that sampled it; -1: the base model without adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A completion with its score.
+
+    Example: Rollout(completion=Completion(...), score=Score(reward=1.0, correct=True, ...))
+    """
+
+    completion: Completion
+    score: Score
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The G rollouts of one prompt in one step.
+
+    Example: RolloutGroup(prompt=Prompt(...), rollouts_G=(Rollout(...), Rollout(...)))
+    """
+
+    prompt: Prompt
+    rollouts_G: tuple[Rollout, ...]
+
+    @property
+    def rewards_G(self) -> list[float]:
+        """Rewards in sampling order; never overwritten by advantages or penalties."""
+        return [rollout.score.reward for rollout in self.rollouts_G]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSample:
+    """One sequence to learn from.
+
+    Example: TrainSample(prompt_ids=(1, 5), completion_ids=(7, 2), sampler_logprobs_T=(-0.1, -0.7),
+    advantage=0.5, adapter_version=3)
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    sampler_logprobs_T: tuple[float, ...]  # nats; zeros in supervised fine-tuning (unused there)
+    advantage: float  # one number a sequence, spread over its tokens; 1.0 in supervised fine-tuning
+    adapter_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """Right-padded sequences, and the flat list of completion tokens to score in them.
+
+    Letters: B sequences, T positions, C completion tokens of the microbatch. Token c is predicted
+    by the hidden state at [row_C[c], column_C[c]], one position before its own: the shift is made
+    here (by `batches`) and nowhere else. `weights_C` holds the mask and the step-wide denominator:
+    a loss is sum(weights_C * loss_C), and microbatch losses add up to the whole batch's loss.
+
+    Example: one sequence of prompt (1, 5) and completion (7, 2): token_ids_BT=[[1, 5, 7, 2]],
+    row_C=[0, 0], column_C=[1, 2], target_ids_C=[7, 2].
+    """
+
+    token_ids_BT: torch.Tensor  # int64; padding holds 0, and causal attention never looks at it
+    row_C: torch.Tensor  # int64, row of token_ids_BT
+    column_C: torch.Tensor  # int64, position whose hidden state predicts the token
+    target_ids_C: torch.Tensor  # int64
+    sampler_logprobs_C: torch.Tensor  # float32, nats
+    advantages_C: torch.Tensor  # float32
+    weights_C: torch.Tensor  # float32; 1/denominator of the step
+    num_sequences: int  # B
+    num_tokens: int  # real tokens, without padding
+
+    @property
+    def sequence_C(self) -> torch.Tensor:
+        """int64 [C]: the sequence (row) that each completion token belongs to."""
+        return self.row_C
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A published version of the policy's weights: what `sampler.use` takes.
+
+    Example: Adapter(version=3, name="quickstart-v000003", path=Path("runs/q/adapters/v000003"),
+    fingerprint="9f2c...", rank=1, is_full=False)
+    """
+
+    version: int  # 0 at start, one more after each step; never reused within a run
+    name: str  # never reused: vLLM keys its prefix cache by it
+    path: Path  # PEFT directory, or for full fine-tuning a safetensors directory
+    fingerprint: str  # sha256 over names and bytes of the tensors
+    rank: int  # 0 for full fine-tuning
+    is_full: bool = field(default=False)

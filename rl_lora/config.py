@@ -105,6 +105,7 @@ class SamplingSection(Section):
     num_samples: int = Field(8, ge=1)  # G, completions a prompt
     max_tokens: int = Field(256, ge=1)  # cap of a completion
     temperature: float = Field(1.0, gt=0)
+    stop: tuple[str, ...] = ()  # strings that end a completion (base models with few-shot prompts)
     max_num_seqs: int | None = Field(None, ge=1)  # sequences decoded at once; None: for the machine
     eager: bool | None = None  # vLLM without compilation; None: on CPU eager, on GPU compiled
     memory_fraction: float = Field(0.45, gt=0, le=0.95)  # of the GPU's memory, for vLLM

@@ -21,6 +21,7 @@ __all__ = [
     "Prompt",
     "Rollout",
     "RolloutGroup",
+    "SampleParams",
     "Score",
     "TrainSample",
 ]
@@ -39,6 +40,22 @@ class Prompt:
     question: str  # the bare question, without template or instruction
     reference: str  # the gold answer as the verifier takes it
     token_ids: tuple[int, ...]  # the rendered prompt, special tokens included
+    solution: str = ""  # a worked solution ending in the answer, where the data set has one
+
+
+@dataclass(frozen=True, slots=True)
+class SampleParams:
+    """How to sample one batch of prompts.
+
+    Example: SampleParams(num_samples=8, max_tokens=96, temperature=1.0, seed=123)
+    """
+
+    num_samples: int  # G, completions a prompt
+    max_tokens: int
+    temperature: float  # 0: greedy
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()  # strings that end a completion
+    seed: int = 0  # of this batch; each sample's own seed follows by `sampler.sample_seed`
 
 
 @dataclass(frozen=True, slots=True)

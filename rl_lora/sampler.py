@@ -1,0 +1,44 @@
+"""What a sampler is, the seeds of its samples, and which one a job gets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+from rl_lora.types import Adapter, Completion, Prompt, SampleParams
+
+BASE_VERSION = -1  # Completion.adapter_version of the base model without adapter
+
+
+class Sampler(Protocol):
+    """Samples completions from the base model with the adapter in use."""
+
+    def use(self, adapter: Adapter | None) -> None:
+        """Samples from this adapter version from now on; None: from the base alone."""
+
+    def sample(
+        self, prompts_N: Sequence[Prompt], params: SampleParams
+    ) -> list[list[Completion]]:
+        """[N][G] completions, in the prompts' order.
+
+        Log-probs are those of the distribution sampled from: at params.temperature, in nats.
+        """
+
+    def token_logprobs(self, token_ids_N: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs in nats at temperature 1 of tokens 1, 2, ... of each sequence given those
+        before, under the adapter in use: one fewer than the sequence has tokens."""
+
+    def close(self) -> None:
+        """Frees the engine; a second call does nothing."""
+
+
+def mix_seed(*parts: int | str) -> int:
+    """A 63-bit seed from the parts: the same on every machine, distinct for distinct parts."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def sample_seed(batch_seed: int, prompt_id: str, sample_index: int) -> int:
+    """The seed of one sample: one seed for a whole group would make identical samples."""
+    return mix_seed(batch_seed, prompt_id, sample_index)

@@ -125,14 +125,23 @@ class RewardSection(Section):
 class AlgorithmSection(Section):
     """Advantage, loss and KL. The defaults are the article's."""
 
-    advantage: Literal["group_mean", "grpo", "rloo", "reinforce_pp"] = "group_mean"
-    loss: Literal["importance_sampling", "ppo", "gspo", "cispo"] = "importance_sampling"
+    advantage: Literal["group_mean", "dr_grpo", "grpo", "rloo", "reinforce_pp"] = "group_mean"
+    loss: Literal[
+        "importance_sampling", "truncated_importance_sampling", "ppo", "gspo", "cispo"
+    ] = "importance_sampling"
     denominator: Literal["tokens", "sequences", "max_tokens"] = "tokens"
-    ratio_cap: float | None = Field(None, gt=0)  # truncated importance sampling; 2.0 is usual
-    clip_low: float = Field(0.2, gt=0, le=1)  # ppo, gspo, cispo: ratio >= 1 - clip_low
-    clip_high: float = Field(0.28, gt=0)  # ratio <= 1 + clip_high (DAPO's default)
+    ratio_cap: float = Field(2.0, gt=0)  # truncated_importance_sampling
+    clip_low: float | None = Field(None, gt=0, le=1)  # ratio >= 1 - clip_low; None: by the loss
+    clip_high: float | None = Field(None, gt=0)  # ratio <= 1 + clip_high; None: by the loss
     kl: Literal["none", "loss", "reward"] = "none"  # to the base, the adapter switched off
     kl_weight: float = Field(0.0, ge=0)
+
+    @property
+    def clip_bounds(self) -> tuple[float, float]:
+        """(low, high) of the loss. Defaults: PPO as DAPO (arXiv 2503.14476), GSPO as its paper
+        (arXiv 2507.18071, section 5.1), CISPO with the upper bound alone (arXiv 2506.13585)."""
+        low, high = {"gspo": (3e-4, 4e-4), "cispo": (1.0, 0.28)}.get(self.loss, (0.2, 0.28))
+        return self.clip_low or low, self.clip_high or high
 
 
 class OptimSection(Section):
@@ -184,12 +193,19 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.algorithm.advantage in ("group_mean", "grpo", "rloo") and (
-            self.sampling.num_samples < 2
-        ):
+        if self.sampling.num_samples < 2:
             raise ValueError(
                 f"sampling.num_samples=1 gives every group one sample, and algorithm.advantage="
                 f"{self.algorithm.advantage!r} is then always 0; take num_samples >= 2"
+            )
+        needed = {"dr_grpo": "max_tokens"}.get(self.algorithm.advantage) or (
+            {"gspo": "sequences"}.get(self.algorithm.loss)
+        )
+        if needed and self.algorithm.denominator != needed:
+            name = "advantage='dr_grpo'" if needed == "max_tokens" else "loss='gspo'"
+            raise ValueError(
+                f"algorithm.{name} is defined with algorithm.denominator={needed!r}, "
+                f"not {self.algorithm.denominator!r}; set it"
             )
         if self.algorithm.kl != "none" and self.algorithm.kl_weight == 0:
             raise ValueError(

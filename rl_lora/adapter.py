@@ -1,0 +1,180 @@
+"""Published versions of the policy on disk: PEFT directories, fingerprinted, written atomically.
+
+An adapter directory holds adapter_config.json and adapter_model.safetensors, as PEFT and vLLM read
+them, and rl_lora.json with what they have no place for (version, fingerprint, base). A version of
+full fine-tuning holds model.safetensors instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rl_lora.errors import UserError
+from rl_lora.policy import Policy
+from rl_lora.types import Adapter
+
+ADAPTER_FILE = "adapter_model.safetensors"
+FULL_FILE = "model.safetensors"
+MANIFEST_FILE = "rl_lora.json"
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes of the tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_adapter(policy: Policy, folder: Path, *, version: int, run_name: str) -> Adapter:
+    """Writes the policy's present version to folder/vNNNNNN and returns its handle."""
+    tensors = {n: t.detach().cpu().contiguous() for n, t in policy.published_tensors().items()}
+    adapter = Adapter(
+        version=version,
+        name=f"{run_name}-v{version:06d}",
+        path=folder / f"v{version:06d}",
+        fingerprint=fingerprint(tensors),
+        rank=0 if policy.is_full else policy.lora.rank,
+        is_full=policy.is_full,
+    )
+    write_adapter(adapter, tensors, policy)
+    return adapter
+
+
+def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) -> None:
+    """The directory of one version; it appears whole or not at all."""
+    scratch = adapter.path.with_name(f".{adapter.path.name}.{os.getpid()}")
+    scratch.mkdir(parents=True, exist_ok=True)
+    if adapter.is_full:
+        save_file(tensors, scratch / FULL_FILE, metadata={"format": "pt"})
+    else:
+        save_file(tensors, scratch / ADAPTER_FILE, metadata={"format": "pt"})
+        _peft_config(policy).save_pretrained(str(scratch))
+    manifest = {
+        "version": adapter.version,
+        "name": adapter.name,
+        "fingerprint": adapter.fingerprint,
+        "base_model": policy.base_name,
+        "rank": adapter.rank,
+        "is_full": adapter.is_full,
+    }
+    (scratch / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    if adapter.path.exists():
+        shutil.rmtree(adapter.path)
+    scratch.rename(adapter.path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a published version.
+
+    Raises:
+        UserError: no such directory, no weights in it, or weights that cannot be read.
+    """
+    for name in (ADAPTER_FILE, FULL_FILE):
+        if (path / name).is_file():
+            try:
+                return load_file(path / name)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"adapter {path / name} cannot be read: {error}") from error
+    raise UserError(f"adapter directory {path} holds neither {ADAPTER_FILE} nor {FULL_FILE}")
+
+
+def open_adapter(path: Path, policy: Policy, *, name: str | None = None) -> Adapter:
+    """The handle of a version on disk, its tensors copied into the policy.
+
+    It may be ours or any PEFT LoRA directory of the same base, rank, alpha and layers.
+
+    Raises:
+        UserError: it is of another base model, rank or alpha, or does not match its fingerprint.
+    """
+    tensors = load_tensors(path)
+    is_full = not (path / ADAPTER_FILE).is_file()
+    if is_full != policy.is_full:
+        raise UserError(f"{path} is {'a full' if is_full else 'an adapter'} version; set lora.mode")
+    if not is_full:
+        _check_peft_config(path, policy)
+    manifest = _manifest(path)
+    found = fingerprint(tensors)
+    if manifest.get("fingerprint", found) != found:
+        raise UserError(f"adapter {path} was changed after it was written: its fingerprint differs")
+    base = manifest.get("base_model", policy.base_name)
+    if base != policy.base_name:
+        raise UserError(f"adapter {path} belongs to base model {base!r}, not {policy.base_name!r}")
+    policy.load_tensors(tensors)
+    version = int(manifest.get("version", 0))
+    return Adapter(
+        version=version,
+        name=name or str(manifest.get("name", path.name)),
+        path=path,
+        fingerprint=found,
+        rank=0 if is_full else policy.lora.rank,
+        is_full=is_full,
+    )
+
+
+def remove_old(folder: Path, *, keep: set[int]) -> None:
+    """Deletes the published versions in folder but those to keep."""
+    for path in folder.glob("v[0-9]*"):
+        if int(path.name[1:]) not in keep:
+            shutil.rmtree(path)
+
+
+def lora_settings(path: Path) -> dict[str, Any]:
+    """rank, alpha, layers and lm_head of a PEFT directory, as lora.* keys.
+
+    Raises:
+        UserError: adapter_config.json is missing, is no LoRA, or uses a variant not served here.
+    """
+    try:
+        raw = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is no adapter directory: it has no adapter_config.json") from error
+    except ValueError as error:
+        raise UserError(f"{path / 'adapter_config.json'} is not valid JSON: {error}") from error
+    variants = [key for key in ("use_dora", "use_rslora") if raw.get(key)]
+    if raw.get("peft_type") != "LORA" or variants:
+        raise UserError(f"{path}: only plain LoRA adapters are served, not {variants or raw}")
+    return {"rank": raw["r"], "alpha": float(raw["lora_alpha"])}
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST_FILE
+    if not file.is_file():
+        return {}
+    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return manifest
+
+
+def _check_peft_config(path: Path, policy: Policy) -> None:
+    settings = lora_settings(path)
+    for key, value in settings.items():
+        wanted = getattr(policy.lora, key)
+        if value != wanted:
+            raise UserError(f"adapter {path} has {key} {value}; set lora.{key}={value}")
+
+
+def _peft_config(policy: Policy) -> LoraConfig:
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in policy.target_names})
+    return LoraConfig(
+        r=policy.lora.rank,
+        lora_alpha=policy.lora.alpha,  # type: ignore[arg-type]  # a float serves as well
+        target_modules=suffixes,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=policy.base_name,
+        inference_mode=True,
+    )

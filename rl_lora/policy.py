@@ -1,0 +1,246 @@
+"""The policy: a base model with a LoRA adapter, or with all its weights in training.
+
+Token log-probs come from the completion's hidden states alone, through lm_head in chunks, so no
+[tokens x vocabulary] tensor is kept. The base's weights are never written to in LoRA mode;
+`base_fingerprint` proves it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rl_lora.config import LoraSection, ModelSection
+from rl_lora.errors import UserError
+from rl_lora.lora import attach_lora, lora_layers
+from rl_lora.types import Microbatch
+
+_CHUNK_ELEMENTS = 2**24  # logits held at once, 64 MiB in float32
+BASE_PREFIX = ".base."  # a LoraLinear's inner layer, in parameter names
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `model.device`; auto: cuda where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.device={name!r} is not usable here: {reason}") from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of `model.dtype`; auto: bfloat16 where its matmul is faster than float32's.
+
+    A CPU without AMX or AVX512-BF16 emulates bfloat16, so the choice is measured (about 0.1 s).
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    seconds = {dtype: _matmul_seconds(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """The fastest of 5 matmuls of 512 x 512 x 512, after 2 to warm up."""
+    a, b = (torch.ones(512, 512, dtype=dtype, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[2:])
+
+
+class Policy:
+    """Base model plus adapter (mode "lora") or the whole model in training (mode "full").
+
+    Raises:
+        UserError: the model directory holds no causal language model that this class can score.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        model: ModelSection,
+        lora: LoraSection,
+        *,
+        seed: int,
+        checkpoint_activations: bool = False,
+        keep_reference: bool = False,
+    ) -> None:
+        self.model_dir = model_dir
+        self.base_name = model.name
+        self.lora = lora
+        self.is_full = lora.mode == "full"
+        self.device = pick_device(model.device)
+        self.dtype = pick_dtype(model.dtype, self.device)
+        self.model = _load(model_dir, self.dtype).to(self.device)
+        self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
+        self.target_names: list[str] = []
+        if self.is_full:
+            self.model.requires_grad_(True)
+        else:
+            self.target_names = attach_lora(self.model, lora, seed)
+        self._reference = copy.deepcopy(self.model) if self.is_full and keep_reference else None
+        if checkpoint_activations:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.train()  # transformers checkpoints in training mode only; dropout is 0
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, in a fixed order."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """lora_A [rank, d_in] and lora_B [d_out, rank] under PEFT's names (mode "lora")."""
+        tensors = {}
+        for name, layer in lora_layers(self.model):
+            tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach()
+        return tensors
+
+    def published_tensors(self) -> dict[str, Tensor]:
+        """What a version of this policy consists of: the adapter, or the whole state dict."""
+        if not self.is_full:
+            return self.adapter_tensors()
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        return {n: t for n, t in self.model.state_dict().items() if n not in tied}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Copies a published version's tensors in; names and shapes must match exactly.
+
+        Raises:
+            UserError: a name or shape differs, as with an adapter of another base model.
+        """
+        own = self.published_tensors()
+        for name in sorted(own.keys() ^ tensors.keys()):
+            where = "lacks" if name in own else "has an extra tensor"
+            raise UserError(f"adapter of another base model or shape: it {where} {name}")
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
+                raise UserError(
+                    f"adapter of another base model or rank: {name} is "
+                    f"{list(tensors[name].shape)}, {self.base_name} needs {list(tensor.shape)}"
+                )
+            tensor.copy_(tensors[name])
+
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """The base model alone (mode "lora")."""
+        layers = [layer for _, layer in lora_layers(self.model)]
+        for layer in layers:
+            layer.is_on = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.is_on = True
+
+    def token_logprobs(self, batch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """(policy_logprobs_C with gradient, entropy_C without), float32, nats.
+
+        Both are of the distribution softmax(logits / temperature), the one sampled from.
+        """
+        return _score(self.model, batch, temperature)
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
+        """reference_logprobs_C: the base's, float32, nats."""
+        if self.is_full:
+            assert self._reference is not None, "built without keep_reference"
+            return _score(self._reference, batch, temperature)[0]
+        with self.adapter_off():
+            return _score(self.model, batch, temperature)[0]
+
+    def base_fingerprint(self) -> str:
+        """sha256 over exact integer checksums of the base's weights (mode "lora").
+
+        The checksums run on the device in wrap-around int64, so they are exact and quick.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.model.named_parameters()):
+            if not parameter.requires_grad:
+                digest.update(f"{name.replace(BASE_PREFIX, '.')}{tuple(parameter.shape)}".encode())
+                digest.update(repr(_checksum(parameter.detach())).encode())
+        return digest.hexdigest()
+
+
+def _load(model_dir: Path, dtype: torch.dtype) -> nn.Module:
+    config = AutoConfig.from_pretrained(model_dir)
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            model_dir, config=config, dtype=dtype, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model {model_dir}: not a loadable causal language model: {reason}") from error
+    model.eval()
+    for module in model.modules():  # a policy gradient needs the sampler's very distribution
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    _check_lm_head(model, model_dir)
+    return model
+
+
+@torch.no_grad()
+def _check_lm_head(model: nn.Module, model_dir: Path) -> None:
+    """Hidden states through lm_head must give the model's own logits (some models scale or cap)."""
+    token_ids_BT = torch.arange(1, 9).unsqueeze(0)
+    logits_BTV = model(input_ids=token_ids_BT, use_cache=False).logits.float()
+    hidden_BTD = model.base_model(input_ids=token_ids_BT, use_cache=False).last_hidden_state
+    own_BTV = model.get_output_embeddings()(hidden_BTD).float()
+    if not torch.allclose(own_BTV, logits_BTV, atol=1e-2, rtol=1e-2):
+        raise UserError(
+            f"model {model_dir}: its logits are not lm_head(hidden states); models that scale or "
+            "cap their logits are not supported"
+        )
+
+
+def _score(model: nn.Module, batch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
+    hidden_BTD = model.base_model(input_ids=batch.token_ids_BT, use_cache=False).last_hidden_state
+    hidden_CD = hidden_BTD[batch.row_C, batch.column_C]
+    lm_head = model.get_output_embeddings()
+    chunk = max(1, _CHUNK_ELEMENTS // lm_head.weight.shape[0])
+
+    def score_chunk(hidden_cD: Tensor, target_ids_c: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs_cV = (lm_head(hidden_cD).float() / temperature).log_softmax(-1)
+        entropy_c = -(logprobs_cV.detach().exp() * logprobs_cV.detach()).sum(-1)
+        return logprobs_cV.gather(-1, target_ids_c.unsqueeze(-1)).squeeze(-1), entropy_c
+
+    pairs = zip(hidden_CD.split(chunk), batch.target_ids_C.split(chunk), strict=True)
+    scored = [
+        checkpoint(score_chunk, h, t, use_reentrant=False)  # logits are remade, not kept
+        if torch.is_grad_enabled()
+        else score_chunk(h, t)
+        for h, t in pairs
+    ]
+    logprobs, entropies = zip(*scored, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _checksum(tensor: Tensor) -> tuple[int, int]:
+    """Plain and position-weighted sums of the tensor's words, in wrap-around int64."""
+    words = tensor.contiguous().view(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    plain = weighted = 0
+    for start in range(0, words.numel(), 2**22):
+        part = words[start : start + 2**22].to(torch.int64)
+        index = torch.arange(start + 1, start + 1 + part.numel(), device=part.device)
+        plain += int(part.sum())
+        weighted += int((part * index).sum())
+    return plain, weighted

@@ -1,0 +1,151 @@
+"""Verdicts and scores: the fast tiers in this process, the rest in the worker pool."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from rewards.compare import Outcome, decide
+from rewards.extract import Extraction, extract
+from rewards.policy import POLICIES, Policy, from_wire, load_policy, to_wire
+from rewards.pool import WorkerPool
+from rewards.types import Score, Verdict
+
+DEFAULT = POLICIES["default"]
+
+
+class Grader:
+    """A policy, an engine and its worker pool. Safe to call from any thread. A context manager."""
+
+    def __init__(
+        self,
+        policy: Policy = DEFAULT,
+        *,
+        engine: str = "verify",
+        num_workers: int = 1,
+        timeout_s: float = 5.0,
+        memory_mb: int = 1024,
+    ) -> None:
+        self.policy = policy
+        self.engine = engine
+        self.pool = WorkerPool(num_workers, timeout_s, memory_mb)
+
+    def score_batch(
+        self,
+        completions: Sequence[str],
+        references: Sequence[str],
+        *,
+        format_weight: float = 0.0,
+    ) -> list[Score]:
+        """One Score per completion, order kept. Raises ValueError on unequal lengths."""
+        if len(completions) != len(references):
+            raise ValueError(
+                f"{len(completions)} completions but {len(references)} references: "
+                "give one reference per completion"
+            )
+        extractions = [extract(completion) for completion in completions]
+        verdicts = self.verify_batch(references, extractions)
+        return [
+            Score(
+                reward=float(verdict.correct) + format_weight * extraction.has_format,
+                correct=verdict.correct,
+                status=verdict.status,
+                answer=extraction.answer,
+                has_format=extraction.has_format,
+            )
+            for extraction, verdict in zip(extractions, verdicts, strict=True)
+        ]
+
+    def verify_batch(
+        self, references: Sequence[str], extractions: Sequence[Extraction]
+    ) -> list[Verdict]:
+        """One Verdict per pair; undecided ones go to the workers together."""
+        verdicts: list[Verdict] = []
+        requests: list[dict[str, Any]] = []
+        waiting: list[int] = []
+        for gold, extraction in zip(references, extractions, strict=True):
+            if extraction.answer is None:
+                verdicts.append(Verdict(False, "no_answer"))
+                continue
+            if self.engine == "verify":
+                outcome = decide(gold, extraction.answer, self.policy, extraction.joined)
+                verdicts.append(outcome.verdict)
+                if not outcome.is_open:
+                    continue
+            else:
+                verdicts.append(Verdict(False, "crashed"))
+            waiting.append(len(verdicts) - 1)
+            requests.append(self._request(gold, extraction.answer))
+        if requests:
+            for index, response in zip(waiting, self.pool.map(requests), strict=True):
+                verdicts[index] = _read_verdict(response)
+        return verdicts
+
+    def verify(self, gold: str, answer: str) -> Verdict:
+        """Compare one answer, already extracted, with one gold."""
+        outcome = decide(gold, answer, self.policy)
+        if outcome.is_open:
+            return _read_verdict(self.pool.request(self._request(gold, answer)))
+        return outcome.verdict
+
+    def _request(self, gold: str, answer: str) -> dict[str, Any]:
+        return {
+            "op": self.engine,
+            "gold": gold,
+            "answer": answer,
+            "policy": to_wire(self.policy),
+        }
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _read_verdict(response: dict[str, Any]) -> Verdict:
+    if "error" in response:
+        raise RuntimeError(f"reward worker: {response['error']}")
+    return Verdict(response["correct"], response["status"], response["tier"])
+
+
+def verify_symbolic(gold: str, answer: str, policy: dict[str, Any]) -> Verdict:
+    """Runs in a worker: every tier, sympy included."""
+    from rewards.symbolic import decide_symbolically
+
+    return decide_symbolically(gold, answer, from_wire(policy))
+
+
+_SHARED: dict[Policy, Grader] = {}
+_SHARED_LOCK = threading.Lock()
+
+
+def _shared_grader(policy: Policy | str) -> Grader:
+    """One grader per policy for the module-level functions; its worker starts on first need."""
+    rules = load_policy(policy) if isinstance(policy, str) else policy
+    grader = _SHARED.get(rules)
+    if grader is None:
+        with _SHARED_LOCK:
+            grader = _SHARED.setdefault(rules, Grader(rules))
+    return grader
+
+
+def verify(gold: str, answer: str, policy: Policy | str = DEFAULT) -> Verdict:
+    """Is `answer` (already extracted) equal to `gold`? Example: verify("1/2", "0.5").correct."""
+    return _shared_grader(policy).verify(gold, answer)
+
+
+def score(completion: str, reference: str, policy: Policy | str = DEFAULT) -> Score:
+    """Extract the final answer of a completion and grade it."""
+    return score_batch([completion], [reference], policy)[0]
+
+
+def score_batch(
+    completions: Sequence[str], references: Sequence[str], policy: Policy | str = DEFAULT
+) -> list[Score]:
+    """`score` for a whole step; order kept. Raises ValueError on unequal lengths."""
+    return _shared_grader(policy).score_batch(completions, references)

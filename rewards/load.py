@@ -1,0 +1,138 @@
+"""Rewards by name: the literal table, and a user's own function."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from rewards.grading import Grader
+from rewards.policy import load_policy
+from rewards.types import Reward, Score
+
+UserFunction = Callable[[str, str], float | Score]
+
+
+class VerifierReward:
+    """Reward 1.0 for a right answer, plus `format_weight` for a balanced ``\\boxed{}``."""
+
+    def __init__(self, grader: Grader, format_weight: float) -> None:
+        self._grader = grader
+        self._format_weight = format_weight
+
+    def score_batch(self, completions: Sequence[str], references: Sequence[str]) -> list[Score]:
+        return self._grader.score_batch(completions, references, format_weight=self._format_weight)
+
+    def close(self) -> None:
+        self._grader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class FunctionReward:
+    """A user's `fn(completion, reference) -> float | Score`, called in this process.
+
+    A plain number counts as correct where it is at least 1. The function is the user's own code:
+    what it raises propagates.
+    """
+
+    def __init__(self, function: UserFunction) -> None:
+        self._function = function
+
+    def score_batch(self, completions: Sequence[str], references: Sequence[str]) -> list[Score]:
+        scores = []
+        for completion, reference in zip(completions, references, strict=True):
+            result = self._function(completion, reference)
+            if not isinstance(result, Score):
+                value = float(result)
+                result = Score(value, value >= 1.0, "ok", answer=None, has_format=False)
+            scores.append(result)
+        return scores
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Nothing is held."""
+
+
+# Name -> the engine that decides what the fast tiers could not.
+REWARDS: dict[str, str] = {"math": "verify", "math_verify": "math_verify"}
+
+
+def load_reward(
+    name: str,
+    *,
+    format_weight: float = 0.0,
+    num_workers: int = 1,
+    timeout_s: float = 5.0,
+    policy: str = "default",
+) -> Reward:
+    """The reward called `name`: a row of REWARDS, or "module:function" of the user's own.
+
+    Raises ValueError for an unknown name, module, function or policy, naming the nearest one, and
+    for "math_verify" where Math-Verify is not installed.
+    """
+    rules = load_policy(policy)
+    if ":" in name:
+        return FunctionReward(_import_function(name))
+    if name not in REWARDS:
+        near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)
+        raise ValueError(
+            f"unknown reward {name!r}: did you mean {near[0]!r}? Known: {', '.join(REWARDS)}, "
+            "or your own as 'module:function'"
+        )
+    if name == "math_verify":
+        _require_math_verify()
+    grader = Grader(rules, engine=REWARDS[name], num_workers=num_workers, timeout_s=timeout_s)
+    return VerifierReward(grader, format_weight)
+
+
+def _require_math_verify() -> None:
+    if importlib.util.find_spec("math_verify") is None:
+        raise ValueError(
+            "reward 'math_verify' needs the optional package: pip install 'rl-lora[math-verify]'"
+        )
+
+
+def _import_function(name: str) -> UserFunction:
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise ValueError(f"reward {name!r} is not of the form 'module:function'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # An import that fails inside the user's module is the user's to see in full.
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise
+        raise ValueError(
+            f"reward {name!r}: no module {error.name!r}; is its folder on PYTHONPATH?"
+        ) from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        near = difflib.get_close_matches(function_name, dir(module), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"reward {name!r}: module {module_name!r} has no function {function_name!r}{hint}"
+        )
+    checked: UserFunction = function
+    return checked

@@ -1,0 +1,87 @@
+"""What counts as the same answer: one frozen Policy per data set.
+
+The default is symmetric (swapping gold and answer never changes the verdict, but for the
+precision of two printed decimals). A data set's policy states only what its golds mean.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Rules of equality beyond exact mathematical equality.
+
+    Example::
+
+        Policy(name="aime", rounding="none", answer_range=(0, 999))
+    """
+
+    name: str = "default"
+    # A printed decimal may stand for an exact value that rounds to it: where it is the gold
+    # ("gold"), on either side ("either"), or never ("none").
+    rounding: Literal["none", "gold", "either"] = "either"
+    # Digits a rounded decimal must show: 0.667 = 2/3, but 0.67 does not.
+    min_significant_digits: int = 3
+    # Values that agree to this many decimals are equal (absolute); None: only rounding decides.
+    tolerance_decimals: int | None = None
+    # 28% equals 0.28 in every policy; "either": 28% = 28 as well.
+    percent: Literal["value", "either"] = "either"
+    # Answer lists compare as multisets ("any") or item by item ("gold").
+    list_order: Literal["any", "gold"] = "any"
+    # "lenient": a unit that one side leaves out is no error, two units must agree (converted);
+    # "strict": a gold's unit must be given.
+    units: Literal["lenient", "strict"] = "lenient"
+    # 4/6 for 2/3.
+    accept_unreduced: bool = True
+    # `x = 5` for 5, `5 = x`, and labelled lists (`w=16, d=3` for `16, 3`).
+    accept_labels: bool = True
+    # `n \pi` for `k \pi`, f(z) = z for f(x) = x.
+    rename_bound: bool = True
+    # `x < 5` for `(-\infty, 5)`, `x \in [0, 1]` for `0 \le x \le 1`.
+    relations_as_sets: bool = True
+    # An angle in degrees equals the same angle in radians: 30^\circ = \pi/6.
+    degrees_as_radians: bool = True
+    # "Petya" for "Petya will receive the last token".
+    accept_short_text: bool = True
+    # Integer answers outside this range are wrong; both ends included.
+    answer_range: tuple[int, int] | None = None
+
+
+POLICIES: dict[str, Policy] = {
+    "default": Policy(),
+    # Word problems: a rounded amount is right where the gold is one; no symbols to rename.
+    "gsm8k": Policy(name="gsm8k", rounding="gold", min_significant_digits=2, rename_bound=False),
+    # Competition golds are exact: a rounded decimal for \frac{1}{3} or \pi is wrong.
+    "math": Policy(name="math", rounding="gold"),
+    # Adds Yes/No, True/False and multiple choice to MATH; those need no rule of their own.
+    "deepmath": Policy(name="deepmath", rounding="gold"),
+    # Integers 0-999; leading zeros are part of the answer sheet, not of the value.
+    "aime": Policy(name="aime", rounding="none", percent="value", answer_range=(0, 999)),
+}
+
+
+def load_policy(name: str) -> Policy:
+    """The policy of that name. Raises ValueError naming the nearest one."""
+    if name not in POLICIES:
+        near = difflib.get_close_matches(name, POLICIES, n=1, cutoff=0.0)
+        raise ValueError(
+            f"unknown policy {name!r}: did you mean {near[0]!r}? Known: {', '.join(POLICIES)}"
+        )
+    return POLICIES[name]
+
+
+def to_wire(policy: Policy) -> dict[str, Any]:
+    """The departures from the default, as JSON values."""
+    default = asdict(Policy())
+    return {key: value for key, value in asdict(policy).items() if value != default[key]}
+
+
+def from_wire(fields: dict[str, Any]) -> Policy:
+    if fields.get("answer_range") is not None:
+        low, high = fields["answer_range"]
+        fields = {**fields, "answer_range": (low, high)}
+    return replace(Policy(), **fields)

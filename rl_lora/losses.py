@@ -96,7 +96,9 @@ def log_loss(x: LossInputs, options: AlgorithmSection | None = None) -> tuple[Te
     return -(x.weights_C * x.policy_logprobs_C).sum(), _no_clips(x.policy_logprobs_C)
 
 
-def kl_penalty(policy_logprobs_C: Tensor, reference_logprobs_C: Tensor, weights_C: Tensor) -> Tensor:
+def kl_penalty(
+    policy_logprobs_C: Tensor, reference_logprobs_C: Tensor, weights_C: Tensor
+) -> Tensor:
     """sum w * k3: the unbiased, non-negative estimate exp(d) - d - 1 of KL(policy || reference)
     with d = log p_reference - log p_policy (GRPO, arXiv 2402.03300, equation 4)."""
     difference_C = reference_logprobs_C - policy_logprobs_C

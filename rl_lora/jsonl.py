@@ -1,0 +1,87 @@
+"""JSON lines that survive hostile text, non-finite numbers and a kill in mid-write."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rl_lora.errors import UserError
+
+
+def storable(value: Any) -> Any:
+    """The value as strict JSON takes it.
+
+    NaN and infinities become None (JSON has no such numbers); a lone surrogate, which is no
+    character and which strict readers refuse, becomes the six characters of its escape.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {storable(str(key)): storable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [storable(item) for item in value]
+    return value
+
+
+def to_line(record: dict[str, Any]) -> str:
+    """One ASCII line with its line feed: no control, escape or line-separator character in it."""
+    return json.dumps(storable(record), allow_nan=False) + "\n"
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replaces the file's content, or leaves the old one if killed."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The file's objects; a last line that a kill cut short is left out.
+
+    Raises:
+        UserError: another line is no JSON object, naming file and line.
+    """
+    return [record for _, record in _parse(path)]
+
+
+def cut_after(path: Path, last_step: int) -> int | None:
+    """Drops, atomically, the lines whose `step` is over last_step and a half-written last line.
+
+    Returns the last step kept, None where no line is left.
+    """
+    if not path.exists():
+        return None
+    kept = [(line, record) for line, record in _parse(path) if record["step"] <= last_step]
+    write_text_atomically(path, "".join(line + "\n" for line, _ in kept))
+    return max((record["step"] for _, record in kept), default=None)
+
+
+def _parse(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    # Split on line feeds alone: str.splitlines also splits at characters inside a string.
+    *whole, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(whole, start=1):
+        record = _object(line)
+        if record is None:
+            raise UserError(
+                f"{path} line {number} is not a JSON object; delete the line to go on without it"
+            )
+        yield line, record
+    # Every line is written with its line feed in one go: a last line without one is half of one.
+    del last
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) else None

@@ -122,7 +122,7 @@ class Learner:
                     loss, kl, logprobs_C, entropy_C, num_clipped = self._loss(batch)
                 if has_signal:
                     (loss + self.algorithm.kl_weight * kl).backward()
-                loss_total, kl_total = loss_total + float(loss), kl_total + float(kl)
+                loss_total, kl_total = loss_total + loss.item(), kl_total + kl.item()
                 record.add(batch, logprobs_C, entropy_C)
                 record.num_clipped += int(num_clipped)
                 if index == 0:  # only before the first step is the policy the sampled version
@@ -150,7 +150,7 @@ class Learner:
             logprobs_C, _ = self.policy.token_logprobs(batch, temperature=1.0)
             loss, _ = log_loss(self._inputs(batch, logprobs_C))
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         norm = self._step(lr)
         return {"sft/loss": total, "grad/norm": norm, "optim/lr": lr}
 

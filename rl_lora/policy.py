@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -185,7 +186,7 @@ def _load(model_dir: Path, dtype: torch.dtype) -> nn.Module:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             model_dir, config=config, dtype=dtype, attn_implementation="sdpa"
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"model {model_dir}: not a loadable causal language model: {reason}"

@@ -1,0 +1,46 @@
+"""Advantages against hand-computed numbers."""
+
+import pytest
+
+from rl_lora.advantages import ADVANTAGES, dr_grpo, group_mean, grpo, reinforce_pp, rloo
+
+REWARDS_N_G = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
+
+
+def test_group_mean_takes_the_mean_off() -> None:
+    assert group_mean(REWARDS_N_G) == [[0.5, -0.5, -0.5, 0.5], [-0.25, -0.25, -0.25, 0.75]]
+    assert dr_grpo(REWARDS_N_G) == group_mean(REWARDS_N_G)
+
+
+def test_grpo_divides_by_the_sample_std() -> None:
+    # First group: variance 4 * 0.25 / 3 = 1/3; second: (3 * 0.0625 + 0.5625) / 3 = 0.25.
+    first, second = grpo(REWARDS_N_G)
+    assert first == pytest.approx([0.8660254, -0.8660254, -0.8660254, 0.8660254], rel=1e-5)
+    assert second == pytest.approx([-0.5, -0.5, -0.5, 1.5], rel=1e-5)
+
+
+def test_rloo_compares_with_the_others() -> None:
+    # A right one of two in four: 1 - 1/3; a wrong one: 0 - 2/3.
+    first, second = rloo(REWARDS_N_G)
+    assert first == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
+    assert second == pytest.approx([-1 / 3, -1 / 3, -1 / 3, 1.0])
+
+
+def test_rloo_refuses_a_group_of_one() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        rloo([[1.0]])
+
+
+def test_reinforce_pp_scales_by_the_step() -> None:
+    # Group-mean advantages: 4 * 0.25 + 3 * 0.0625 + 0.5625 = 1.75; / 8 = 0.21875; mean 0.
+    flat = [a for group in reinforce_pp(REWARDS_N_G) for a in group]
+    std = 0.21875**0.5
+    expected = [0.5, -0.5, -0.5, 0.5, -0.25, -0.25, -0.25, 0.75]
+    assert flat == pytest.approx([e / std for e in expected], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_a_tie_gives_no_signal_and_rewards_are_untouched(name: str) -> None:
+    rewards_N_G = [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+    assert ADVANTAGES[name](rewards_N_G) == [[0.0] * 3] * 2
+    assert rewards_N_G == [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]

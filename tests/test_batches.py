@@ -1,0 +1,83 @@
+"""The shift, the masks and the denominators."""
+
+import pytest
+
+from rl_lora.batches import pack
+from rl_lora.types import Microbatch, TrainSample
+
+
+def sample(num_prompt: int, num_completion: int, advantage: float = 1.0) -> TrainSample:
+    """Prompt ids 10, 11, ...; completion ids 20, 21, ..."""
+    return TrainSample(
+        prompt_ids=tuple(range(10, 10 + num_prompt)),
+        completion_ids=tuple(range(20, 20 + num_completion)),
+        sampler_logprobs_T=tuple(-0.1 * (i + 1) for i in range(num_completion)),
+        advantage=advantage,
+        adapter_version=0,
+    )
+
+
+def pack_one(samples: list[TrainSample], **options: object) -> list[Microbatch]:
+    defaults = {"denominator": "tokens", "max_tokens": 8, "microbatch_tokens": 64}
+    (microbatches,) = pack(samples, **(defaults | options))  # type: ignore[arg-type]
+    return microbatches
+
+
+def test_each_token_is_predicted_one_position_before_its_own() -> None:
+    (batch,) = pack_one([sample(2, 3), sample(1, 1, advantage=-2.0)])
+    assert batch.token_ids_BT.tolist() == [[10, 20, 0, 0, 0], [10, 11, 20, 21, 22]]
+    assert batch.row_C.tolist() == [0, 1, 1, 1]
+    assert batch.column_C.tolist() == [0, 1, 2, 3]
+    assert batch.target_ids_C.tolist() == [20, 20, 21, 22]
+    assert batch.sampler_logprobs_C.tolist() == pytest.approx([-0.1, -0.1, -0.2, -0.3])
+    assert batch.advantages_C.tolist() == [-2.0, 1.0, 1.0, 1.0]
+    assert (batch.num_sequences, batch.num_tokens) == (2, 7)
+
+
+def test_denominators_are_step_wide() -> None:
+    samples = [sample(1, 1), sample(1, 3)]
+
+    def weights(denominator: str) -> list[float]:
+        batches = pack_one(samples, denominator=denominator, microbatch_tokens=4)
+        assert len(batches) == 2
+        return [w for b in batches for w in b.weights_C.tolist()]
+
+    assert weights("tokens") == pytest.approx([1 / 4] * 4)
+    assert weights("sequences") == pytest.approx([1 / 2] + [1 / 6] * 3)
+    assert weights("max_tokens") == pytest.approx([1 / 16] * 4)
+
+
+def test_zero_advantage_is_skipped_but_counted() -> None:
+    (batch,) = pack_one([sample(1, 1), sample(1, 3, advantage=0.0)])
+    assert batch.num_sequences == 1
+    assert batch.weights_C.tolist() == pytest.approx([1 / 4])
+    (whole,) = pack_one([sample(1, 1), sample(1, 3, advantage=0.0)], keep_zero_advantage=True)
+    assert whole.num_sequences == 2
+
+
+def test_all_tied_keeps_some_for_the_sampler_check() -> None:
+    (batch,) = pack_one([sample(1, 1, 0.0), sample(1, 3, 0.0)])
+    assert batch.num_sequences >= 1
+    assert not batch.advantages_C.any()
+
+
+def test_budget_bounds_the_padded_size_and_long_ones_go_alone() -> None:
+    samples = [sample(2, n) for n in (1, 2, 3, 30, 3)]
+    batches = pack_one(samples, microbatch_tokens=15)
+    assert [b.num_sequences for b in batches] == [3, 1, 1]
+    assert all(b.token_ids_BT.numel() <= 15 for b in batches[:-1])
+    assert sum(len(b.target_ids_C) for b in batches) == 39
+
+
+def test_updates_split_round_robin_with_their_own_denominators() -> None:
+    samples = [sample(1, n) for n in (1, 2, 3, 4)]
+    first, second = pack(
+        samples, denominator="tokens", max_tokens=8, microbatch_tokens=64, num_updates=2
+    )
+    assert sorted(set(first[0].weights_C.tolist())) == pytest.approx([1 / 4])
+    assert sorted(set(second[0].weights_C.tolist())) == pytest.approx([1 / 6])
+
+
+def test_unknown_denominator_is_an_error() -> None:
+    with pytest.raises(ValueError, match="none of tokens"):
+        pack([sample(1, 1)], denominator="words", max_tokens=8, microbatch_tokens=64)

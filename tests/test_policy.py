@@ -1,0 +1,186 @@
+"""The policy's log-probs and LoRA layers against transformers and PEFT."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rl_lora.batches import pack
+from rl_lora.config import LoraSection, ModelSection
+from rl_lora.errors import UserError
+from rl_lora.lora import lora_layers
+from rl_lora.policy import Policy, pick_device, pick_dtype
+from rl_lora.types import Microbatch, TrainSample
+from tests.tiny_models import make_policy, random_llama, random_qwen3, shake
+
+
+def batch_of(*sequences: tuple[tuple[int, ...], tuple[int, ...]]) -> Microbatch:
+    samples = [TrainSample(p, c, (0.0,) * len(c), 1.0, 0) for p, c in sequences]
+    ((batch,),) = pack(samples, denominator="tokens", max_tokens=8, microbatch_tokens=10_000)
+    return batch
+
+
+SEQUENCES = (((5, 6, 7), (8, 9, 2)), ((11, 12), (13, 14, 15, 16, 17, 2)), ((3,), (4,)))
+
+
+def plain_logprobs(model: torch.nn.Module, temperature: float) -> list[float]:
+    """One sequence at a time, through transformers' own logits, shortest sequence first."""
+    out = []
+    for prompt, completion in sorted(SEQUENCES, key=lambda s: len(s[0]) + len(s[1])):
+        logits_TV = model(torch.tensor([prompt + completion])).logits[0].double() / temperature
+        logprobs_TV = logits_TV.log_softmax(-1)
+        out += [
+            float(logprobs_TV[len(prompt) - 1 + i, token]) for i, token in enumerate(completion)
+        ]
+    return out
+
+
+@pytest.mark.parametrize("make", [random_llama, random_qwen3])
+@torch.no_grad()
+def test_logprobs_are_those_of_transformers(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
+    path = make(tmp_path / "model")
+    policy = make_policy(path)
+    logprobs_C, entropy_C = policy.token_logprobs(batch_of(*SEQUENCES), temperature=0.7)
+    expected = plain_logprobs(AutoModelForCausalLM.from_pretrained(path), 0.7)
+    assert logprobs_C.tolist() == pytest.approx(expected, abs=1e-5)
+    assert entropy_C.min() > 0
+
+
+@torch.no_grad()
+def test_entropy_is_of_the_tempered_distribution(tmp_path: Path) -> None:
+    path = random_llama(tmp_path / "model")
+    policy = make_policy(path)
+    _, entropy_C = policy.token_logprobs(batch_of(((5, 6), (7,))), temperature=2.0)
+    logits = AutoModelForCausalLM.from_pretrained(path)(torch.tensor([[5, 6]])).logits[0, -1] / 2
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    assert float(entropy_C) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_lora_output_and_gradients_match_peft(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    path = random_llama(tmp_path / "model")
+    policy = make_policy(path, rank=3, alpha=16.0)
+    shake(policy)
+    config = LoraConfig(r=3, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0)
+    peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), config)
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(policy.adapter_tensors()[name.replace(".default", "")])
+    logprobs_C, _ = policy.token_logprobs(batch_of(((5, 6, 7), (8, 9))), temperature=1.0)
+    logprobs_C.sum().backward()
+    logits = peft_model(torch.tensor([[5, 6, 7, 8, 9]])).logits[0, 2:4].log_softmax(-1)
+    (logits[0, 8] + logits[1, 9]).backward()
+    assert logprobs_C.tolist() == pytest.approx([logits[0, 8].item(), logits[1, 9].item()], abs=1e-5)
+    theirs = {
+        n.replace("base_model.model.", "").replace(".default.weight", ""): p.grad
+        for n, p in peft_model.named_parameters()
+        if p.requires_grad
+    }
+    ours = {n: p.grad for n, p in policy.trainable().items()}
+    assert ours.keys() == theirs.keys()
+    for name, grad in ours.items():
+        assert torch.allclose(grad, theirs[name], atol=1e-5), name
+
+
+@torch.no_grad()
+def test_adapter_off_is_the_base(tmp_path: Path) -> None:
+    path = random_llama(tmp_path / "model")
+    policy = make_policy(path)
+    batch = batch_of(*SEQUENCES)
+    base_C, _ = policy.token_logprobs(batch, temperature=1.0)  # B = 0
+    shake(policy)
+    moved_C, _ = policy.token_logprobs(batch, temperature=1.0)
+    assert (moved_C - base_C).abs().max() > 0.01
+    assert policy.reference_logprobs(batch, 1.0).equal(base_C)
+    assert policy.token_logprobs(batch, 1.0)[0].equal(moved_C)  # on again
+
+
+def test_start_is_seeded_and_b_is_zero(tmp_path: Path) -> None:
+    path = random_llama(tmp_path / "model")
+    first, again, other = (make_policy(path, seed=s).adapter_tensors() for s in (1, 1, 2))
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert not all(torch.equal(first[n], other[n]) for n in first)
+    for name, tensor in first.items():
+        if "lora_B" in name:
+            assert not tensor.any()
+        else:  # uniform in +-1/sqrt(d_in): the std is the bound over sqrt 3
+            bound = tensor.shape[1] ** -0.5
+            assert tensor.abs().max() <= bound
+            assert float(tensor.std()) == pytest.approx(bound / 3**0.5, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("layers", "lm_head", "expected"),
+    [
+        ("attention", False, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("mlp", False, {"gate_proj", "up_proj", "down_proj"}),
+        ("mlp", True, {"gate_proj", "up_proj", "down_proj", "lm_head"}),
+    ],
+)
+def test_layers_choose_the_targets(tmp_path: Path, layers: str, lm_head: bool, expected: set) -> None:  # type: ignore[type-arg]
+    policy = make_policy(random_llama(tmp_path / "model"), layers=layers, lm_head=lm_head)
+    assert {name.rsplit(".", 1)[-1] for name in policy.target_names} == expected
+    assert {name.rsplit(".", 1)[-1] for name, _ in lora_layers(policy.model)} == expected
+
+
+def test_lm_head_adapter_on_tied_embeddings_moves_the_output_only(tmp_path: Path) -> None:
+    policy = make_policy(random_llama(tmp_path / "model"), layers="attention", lm_head=True)
+    embedding = policy.model.get_input_embeddings().weight.clone()
+    logprobs_C, _ = policy.token_logprobs(batch_of(*SEQUENCES), temperature=1.0)
+    logprobs_C.sum().backward()
+    assert policy.trainable()["lm_head.lora_B"].grad.abs().sum() > 0
+    assert policy.model.get_input_embeddings().weight.equal(embedding)
+
+
+def test_checkpointed_activations_change_no_gradient(tmp_path: Path) -> None:
+    path = random_llama(tmp_path / "model")
+    grads = []
+    for flag in (False, True):
+        model = ModelSection(name=str(path), device="cpu", dtype="float32")
+        policy = Policy(path, model, LoraSection(), seed=0, checkpoint_activations=flag)
+        shake(policy)
+        policy.token_logprobs(batch_of(*SEQUENCES), temperature=1.0)[0].sum().backward()
+        grads.append({n: p.grad for n, p in policy.trainable().items()})
+    assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
+
+
+def test_base_fingerprint_sees_one_changed_bit_and_ignores_the_adapter(tmp_path: Path) -> None:
+    policy = make_policy(random_llama(tmp_path / "model"))
+    before = policy.base_fingerprint()
+    shake(policy)
+    assert policy.base_fingerprint() == before
+    weight = next(layer for _, layer in lora_layers(policy.model)).base.weight
+    weight.data.view(torch.int32)[0, 0] ^= 1
+    assert policy.base_fingerprint() != before
+
+
+def test_full_mode_keeps_a_reference(tmp_path: Path) -> None:
+    policy = make_policy(random_llama(tmp_path / "m"), keep_reference=True, mode="full")
+    batch = batch_of(*SEQUENCES)
+    base_C = policy.reference_logprobs(batch, 1.0)
+    shake(policy)
+    assert policy.reference_logprobs(batch, 1.0).equal(base_C)
+    assert not policy.token_logprobs(batch, 1.0)[0].equal(base_C)
+
+
+def test_bad_models_and_devices_get_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model.device='cuda:9' is not usable"):
+        pick_device("cuda:9")
+    path = random_llama(tmp_path / "model")
+    (path / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(UserError, match="not a loadable causal language model"):
+        make_policy(path)
+
+
+def test_dtype_is_chosen_by_probe() -> None:
+    cpu = torch.device("cpu")
+    assert pick_dtype("bfloat16", cpu) is torch.bfloat16
+    assert pick_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+
+
+def test_rank_scales_by_alpha_over_rank(tmp_path: Path) -> None:
+    policy = make_policy(random_llama(tmp_path / "model"), rank=4, alpha=32.0)
+    assert {layer.scaling for _, layer in lora_layers(policy.model)} == {8.0}
+    assert LoraSection(rank=1).alpha == 32.0

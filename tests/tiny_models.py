@@ -1,0 +1,68 @@
+"""Random tiny models for tests: real architectures, made in milliseconds, no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from rl_lora.config import LoraSection, ModelSection
+from rl_lora.policy import Policy
+
+VOCAB = 97
+
+
+def random_llama(path: Path, *, tied: bool = True, seed: int = 0, hidden: int = 64) -> Path:
+    """A two-layer Llama of 97 tokens, grouped-query attention, in float32."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def random_qwen3(path: Path) -> Path:
+    """The same size in Qwen3's shape (norms on q and k)."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def make_policy(path: Path, *, seed: int = 0, keep_reference: bool = False, **lora: object) -> Policy:
+    """A float32 CPU policy over a model directory."""
+    model = ModelSection(name=str(path), device="cpu", dtype="float32")
+    section = LoraSection(**lora)  # type: ignore[arg-type]
+    return Policy(path, model, section, seed=seed, keep_reference=keep_reference)
+
+
+@torch.no_grad()
+def shake(policy: Policy, seed: int = 0, size: float = 0.02) -> None:
+    """Random trainable weights, so that the adapter matters."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.trainable().values():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * size)

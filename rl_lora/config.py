@@ -229,9 +229,7 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> RunCon
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not valid TOML: {error}") from error
-    for override in overrides or []:
-        _apply_override(raw, override)
-    return parse_config(raw)
+    return parse_config(apply_overrides(raw, overrides or []))
 
 
 def parse_config(raw: dict[str, Any]) -> RunConfig:
@@ -240,6 +238,17 @@ def parse_config(raw: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         raise UserError(_explain(error)) from error
+
+
+def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The raw settings with each `section.key=value` put in; raw itself is changed.
+
+    Raises:
+        UserError: an override is not of that form.
+    """
+    for override in overrides:
+        _apply_override(raw, override)
+    return raw
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

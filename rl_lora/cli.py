@@ -1,0 +1,128 @@
+"""The command line: `rl-lora train|eval|grade|export|models`.
+
+A user's mistake ends with one line and exit code 2; heavy libraries load only when they are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rl_lora.errors import StaleAdapterError, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 (user's mistake), 3 (the run had to stop)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.command(arguments)
+        return code
+    except UserError as error:
+        print(f"rl-lora: error: {error}", file=sys.stderr)
+        return 2
+    except (StaleAdapterError, FloatingPointError) as error:
+        print(f"rl-lora: the run stopped: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("rl-lora: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from rl_lora import __version__, grade
+
+    parser = argparse.ArgumentParser(
+        prog="rl-lora", description="Reinforcement learning with a LoRA policy."
+    )
+    parser.add_argument("--version", action="version", version=f"rl-lora {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a policy from a config file")
+    train.add_argument("config", type=Path, help="a TOML file, e.g. configs/quickstart.toml")
+    _add_overrides(train)
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint, if there is one"
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="print settings, parameter counts, memory plan; stop"
+    )
+    train.add_argument("--quiet", action="store_true", help="only warnings and the summary")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("eval", help="evaluate a run's adapter, or a config's base")
+    evaluate.add_argument("target", type=Path, help="a run folder or a TOML file")
+    _add_overrides(evaluate)
+    evaluate.add_argument(
+        "--adapter", help="adapter directory; 'none': the base (default: the run's own)"
+    )
+    evaluate.add_argument("--name", default="exam", help="of the result files (default: exam)")
+    evaluate.set_defaults(command=_eval)
+
+    grading = commands.add_parser("grade", help="grade a file of completions")
+    grade.add_arguments(grading)
+    grading.set_defaults(command=grade.run)
+
+    export = commands.add_parser("export", help="merge into a model directory, or push to the hub")
+    export.add_argument("source", type=Path, help="a run folder or an adapter directory")
+    export.add_argument("--base", help="base model (default: the one the adapter names)")
+    export.add_argument("--merged", type=Path, help="write a standalone model here, merged in fp32")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    export.add_argument("--push", metavar="REPO_ID", help="push the adapter with a model card")
+    export.add_argument("--private", action="store_true", help="push to a private repository")
+    export.set_defaults(command=_export)
+
+    models = commands.add_parser("models", help="list the models at hand, or get one")
+    models.add_argument("get", nargs="?", metavar="NAME", help="fetch or make this one")
+    models.set_defaults(command=_models)
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="e.g. lora.rank=8 data=my.jsonl"
+    )
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from rl_lora.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from rl_lora.plan import print_plan
+
+        print_plan(config)
+        return 0
+    from rl_lora.train import train
+
+    train(config, resume=arguments.resume, quiet=arguments.quiet)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from rl_lora.exam import exam
+
+    exam(arguments.target, arguments.overrides, arguments.adapter, arguments.name)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from rl_lora.export import run
+
+    return run(arguments)
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from rl_lora.config import ModelSection
+    from rl_lora.models import list_models, resolve_model
+
+    if arguments.get:
+        print(resolve_model(ModelSection(name=arguments.get)))
+        return 0
+    for entry in list_models():
+        print(f"{entry.name:26s} {entry.path or '-'}  {entry.description}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

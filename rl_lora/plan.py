@@ -46,7 +46,7 @@ def _shape(
     return shape | {"vocab_size": vocabulary, **more}
 
 
-# Shapes of models that the shipped configs name, so that a dry run needs no network. From config.json
+# Shapes of models that the shipped configs name, so that a dry run needs no network: config.json
 # of the hub repository of that name (the embedded one: HuggingFaceTB/SmolLM2-135M-Instruct).
 KNOWN_SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "meta-llama/Llama-3.1-8B": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,27 @@ def cut_after(path: Path, last_step: int) -> int | None:
     """Drops, atomically, the lines whose `step` is over last_step and a half-written last line.
 
     Returns the last step kept, None where no line is left.
+
+    Raises:
+        UserError: a line is no JSON object or has no step, naming file and line.
     """
     if not path.exists():
         return None
-    kept = [(line, record) for line, record in _parse(path) if record["step"] <= last_step]
-    write_text_atomically(path, "".join(line + "\n" for line, _ in kept))
-    return max((record["step"] for _, record in kept), default=None)
+    kept_lines, kept_steps = [], []
+    for number, (line, record) in enumerate(_parse(path), start=1):
+        if not isinstance(record.get("step"), int):
+            raise UserError(f"{path} line {number} has no step; delete the line to go on")
+        if record["step"] <= last_step:
+            kept_lines.append(line + "\n")
+            kept_steps.append(record["step"])
+    write_text_atomically(path, "".join(kept_lines))
+    return max(kept_steps, default=None)
 
 
-def _parse(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+def _parse(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     # Split on line feeds alone: str.splitlines also splits at characters inside a string.
-    *whole, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    # What stands after the last one is empty, or a line that a kill cut short.
+    *whole, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(whole, start=1):
         record = _object(line)
         if record is None:
@@ -75,8 +85,6 @@ def _parse(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
                 f"{path} line {number} is not a JSON object; delete the line to go on without it"
             )
         yield line, record
-    # Every line is written with its line feed in one go: a last line without one is half of one.
-    del last
 
 
 def _object(line: str) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from rl_lora.types import Rollout, RolloutGroup
 
 def key_part(name: str) -> str:
     """A data set's name as part of a metric's key: what a logger could stumble over becomes '_'."""
-    return re.sub(r"[^A-Za-z0-9_.:-]+", "_", name).strip("_") or "unnamed"
+    return re.sub(r"[^A-Za-z0-9_.:-]+", "_", name).strip("_.") or "unnamed"
 
 
 def rollout_metrics(groups_N: Sequence[RolloutGroup]) -> dict[str, float]:

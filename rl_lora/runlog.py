@@ -263,10 +263,10 @@ def _is_resumed(resume_step: int | None) -> bool:
 
 
 _TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
-_MODULES = {
+_MODULES = {  # logger -> (module, what to install)
     "tensorboard": ("torch.utils.tensorboard", "tensorboard"),
-    "wandb": ("wandb", "wandb"),
-    "trackio": ("trackio", "trackio"),
+    "wandb": ("wandb", "'rl-lora[wandb]'"),
+    "trackio": ("trackio", "'rl-lora[trackio]'"),
 }
 
 

@@ -1,36 +1,412 @@
-"""Decide whether an answer equals a gold."""
+"""Typed comparison of two parsed answers."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from fractions import Fraction
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
+from rewards.exact import Undecided
+from rewards.matrices import reduce_matrices
+from rewards.nodes import Node, divide, has_kind, number_node, rename, symbols, walk
+from rewards.parser import Parsed
 from rewards.policy import Policy
-from rewards.types import Verdict
+from rewards.regions import NotARegion, equal_regions, to_region
+from rewards.relations import (
+    ascending,
+    bind_arguments,
+    compatible_names,
+    is_equation,
+    is_order_of_names,
+    same_equation,
+    same_inequality,
+    unwrap,
+)
+from rewards.scalars import equal_scalars
+from rewards.words import equal_texts, unit_scale
 
-_PLAIN = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|[-+]?\.\d+")
+MAX_COMPARISONS = 4000
+MAX_EXPANSION = 64
+_REGION_KINDS = frozenset({"union", "inter", "minus", "builder"})
+_PARAMETERS = frozenset("kKnNmltsjCcpq")
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A verdict; `is_open` where a worker has to decide."""
+class Comparison:
+    """Compares one gold with one answer. `last_resort` decides scalars that no tier could."""
 
-    verdict: Verdict
-    is_open: bool = False
+    def __init__(
+        self,
+        policy: Policy,
+        last_resort: Callable[[Node, Node], bool] | None = None,
+    ) -> None:
+        self.policy = policy
+        self.last_resort = last_resort
+        self.num_comparisons = 0
+
+    def compare(self, gold: Parsed, answer: Parsed) -> bool:
+        """Raises Undecided, Contradiction, NotARegion never."""
+        left, right = reduce_matrices(gold.node), reduce_matrices(answer.node)
+        if self.equal(left, right):
+            return True
+        if self.policy.accept_labels:
+            left, right = _unlabelled(left), _unlabelled(right)
+        for names in self._renamings(left, right, gold.bound, answer.bound):
+            if self.equal(left, rename(right, names)):
+                return True
+        return False
+
+    def _renamings(
+        self, gold: Node, answer: Node, gold_bound: frozenset[str], answer_bound: frozenset[str]
+    ) -> Iterator[dict[str, str]]:
+        """Ways to rename the answer's bound symbols and parameters to the gold's."""
+        if not self.policy.rename_bound:
+            return
+        ours = sorted(symbols(gold) - symbols(answer))
+        theirs = sorted(symbols(answer) - symbols(gold))
+        if not 0 < len(theirs) == len(ours) <= 3:
+            return
+        is_family = _is_family(gold) and _is_family(answer)
+        for order in itertools.permutations(ours):
+            pairs = list(zip(theirs, order, strict=True))
+            if all(
+                self.policy.rename_free
+                or a.lower() == b.lower()
+                or (a in answer_bound and (b in gold_bound or b in _PARAMETERS or is_family))
+                or (b in gold_bound and a in _PARAMETERS)
+                or (is_family and a in _PARAMETERS and b in _PARAMETERS)
+                for a, b in pairs
+            ):
+                yield dict(pairs)
+
+    def equal(self, gold: Node, answer: Node) -> bool:
+        """Is the answer the gold? Symmetric but for rounding and open tasks."""
+        self.num_comparisons += 1
+        if self.num_comparisons > MAX_COMPARISONS:
+            raise Undecided
+        if gold == answer:
+            return True
+        kinds = {gold.kind, answer.kind}
+        if "unit" in kinds:
+            return self._equal_units(gold, answer)
+        if "label" in kinds:
+            return self.equal(_without_label(gold), _without_label(answer))
+        if "rel" in kinds:
+            return self._equal_relations(gold, answer)
+        if "text" in kinds:
+            return equal_texts(gold, answer)
+        if kinds & _REGION_KINDS or _has_mixed_brackets(gold, answer):
+            return self._equal_regions(gold, answer)
+        if kinds == {"list"} and (_is_condition(gold) or _is_condition(answer)):
+            regions = self._try_regions(gold, answer)
+            if regions is not None:
+                return regions
+        if kinds & {"list", "set"} or has_kind(gold, "pm") or has_kind(answer, "pm"):
+            return self._equal_collections(gold, answer)
+        if kinds & {"seq", "matrix"}:
+            return self._equal_sequences(gold, answer)
+        if kinds == {"base"}:
+            return gold.args == answer.args and gold.name == answer.name
+        if "base" in kinds:
+            return False
+        if "ratio" in kinds:
+            return self._equal_ratios(gold, answer)
+        return self._equal_scalars(gold, answer)
+
+    # --- scalars, units, ratios ------------------------------------------------------------
+
+    def _equal_scalars(self, gold: Node, answer: Node) -> bool:
+        if equal_texts(gold, answer) and gold.kind != answer.kind:
+            return False
+        try:
+            return equal_scalars(gold, answer, self.policy)
+        except Undecided:
+            if self.last_resort is None:
+                raise
+            return self.last_resort(gold, answer)
+
+    def _equal_units(self, gold: Node, answer: Node) -> bool:
+        if gold.kind == answer.kind:
+            left, right = unit_scale(gold.name), unit_scale(answer.name)
+            values = gold.args[0], answer.args[0]
+            if left is None or right is None or left == right:
+                return self.equal(*values)
+            if left[0] != right[0]:
+                return False
+            ratio = number_node(right[1] / left[1])
+            return self.equal(values[0], Node("mul", (ratio, values[1])))
+        with_unit, other = (gold, answer) if gold.kind == "unit" else (answer, gold)
+        value = with_unit.args[0]
+        if value.kind == "sym" and len(value.name) == 1 and value.name.isupper():
+            # "(D) Alina" is the option D, or its content.
+            if equal_texts(Node("text", name=with_unit.name), other):
+                return True
+        if other == Node("mul", (value, Node("sym", name=with_unit.name))):
+            return True  # 5 m, with the unit read as a symbol
+        if self.policy.units == "strict" and gold.kind == "unit":
+            return False
+        return self.equal(value, other) if gold.kind == "unit" else self.equal(other, value)
+
+    def _equal_ratios(self, gold: Node, answer: Node) -> bool:
+        for one, other in ((gold, answer), (answer, gold)):
+            if one.kind == "ratio" and other.kind != "ratio" and len(one.args) == 2:
+                quotient = divide(*one.args)
+                pair = (quotient, other) if one is gold else (other, quotient)
+                return self._equal_scalars(*pair)
+        parts = [item.args if item.kind == "ratio" else (item, number_node(1)) for item in (gold, answer)]
+        if len(parts[0]) != len(parts[1]):
+            return False
+        zero = number_node(0)
+        if zero in parts[0][1:] or zero in parts[1][1:]:
+            return gold == answer  # 12:00 is a time
+        return all(
+            self._equal_scalars(divide(a, parts[0][-1]), divide(b, parts[1][-1]))
+            for a, b in zip(parts[0][:-1], parts[1][:-1], strict=True)
+        )
+
+    # --- relations and regions -------------------------------------------------------------
+
+    def _equal_relations(self, gold: Node, answer: Node) -> bool:
+        if is_equation(gold) or is_equation(answer):
+            return self._equal_equations(gold, answer)
+        for one, other in ((gold, answer), (answer, gold)):
+            if one.kind == "rel" and is_order_of_names(one) and other.kind in ("list", "seq"):
+                chain = ascending(one)
+                if chain is not None:
+                    return self._in_order(one.args, other.args)
+        if gold.kind == answer.kind == "rel":
+            if self._same_chain(gold, answer):
+                return True
+            same = same_inequality(gold, answer)
+            if same:
+                return True
+        if not self.policy.relations_as_sets and _form(gold) != _form(answer):
+            return False
+        if gold.kind == "rel" and gold.name == "in" and answer.kind != "rel":
+            return self.equal(gold.args[1], answer)
+        if answer.kind == "rel" and answer.name == "in" and gold.kind != "rel":
+            return self.equal(gold, answer.args[1])
+        return self._equal_regions(gold, answer)
+
+    def _same_chain(self, gold: Node, answer: Node) -> bool:
+        left, right = ascending(gold), ascending(answer)
+        if left is None or right is None:
+            if gold.name != answer.name:
+                return False
+            if self._in_order(gold.args, answer.args):
+                return True
+            is_two_way = gold.name in ("!=", "===", "perp")
+            return is_two_way and self._in_order(gold.args, answer.args[::-1])
+        return left[1] == right[1] and self._in_order(left[0], right[0])
+
+    def _equal_equations(self, gold: Node, answer: Node) -> bool:
+        left = unwrap(gold, self.equal, is_trusted=True) if is_equation(gold) else None
+        right = unwrap(answer, self.equal, is_trusted=False) if is_equation(answer) else None
+        if left is not None and right is not None:
+            if left[0].kind == right[0].kind == "call" or self.policy.rename_free:
+                left, right = bind_arguments(*left), bind_arguments(*right)
+            if compatible_names(left[0], right[0]) and self.equal(left[1], right[1]):
+                return True
+        if gold.kind == answer.kind == "rel" and len(gold.args) == len(answer.args) == 2:
+            return is_equation(gold) and is_equation(answer) and same_equation(gold, answer)
+        if not self.policy.accept_labels:
+            return False
+        if left is not None and answer.kind != "rel":
+            return self.equal(left[1], answer)
+        if right is not None and gold.kind != "rel":
+            return self.equal(gold, right[1])
+        if left is None and right is None and "list" in (gold.kind, answer.kind):
+            return False
+        return False
+
+    def _try_regions(self, gold: Node, answer: Node) -> bool | None:
+        try:
+            left, right = to_region(gold), to_region(answer)
+        except NotARegion:
+            return None
+        if left.variable is not None and right.variable is not None:
+            if left.variable != right.variable:
+                return False
+        return equal_regions(left, right, self._equal_scalars)
+
+    def _equal_regions(self, gold: Node, answer: Node) -> bool:
+        verdict = self._try_regions(gold, answer)
+        if verdict is not None:
+            return verdict
+        if gold.kind == answer.kind and gold.name == answer.name:
+            return len(gold.args) == len(answer.args) and self._in_order(gold.args, answer.args)
+        return False
+
+    # --- collections -----------------------------------------------------------------------
+
+    def _in_order(self, gold: Sequence[Node], answer: Sequence[Node]) -> bool:
+        return len(gold) == len(answer) and all(map(self.equal, gold, answer))
+
+    def _equal_sequences(self, gold: Node, answer: Node) -> bool:
+        for one, other in ((gold, answer), (answer, gold)):
+            if one.kind == "matrix" and other.kind == "seq":
+                cells = [cell for row in one.args for cell in row.args]
+                is_vector = len(one.args) == 1 or len(one.args[0].args) == 1
+                if not is_vector or len(cells) != len(other.args):
+                    return False
+                pair = (cells, other.args) if one is gold else (other.args, cells)
+                return self._in_order(*pair)
+        if gold.kind != answer.kind:
+            return False
+        if len(gold.args) == 2 and {gold.name, answer.name} == {"()", "[]"}:
+            return False  # an open interval or a point is not the closed interval
+        return self._in_order(gold.args, answer.args)
+
+    def _equal_collections(self, gold: Node, answer: Node) -> bool:
+        left, right = _items(gold), _items(answer)
+        is_set = "set" in (gold.kind, answer.kind)
+        for one, other in ((gold, answer), (answer, gold)):
+            if one.kind == "seq" and other.kind == "list" and not has_kind(one, "pm"):
+                is_plain = all(item.kind not in ("seq", "rel") for item in other.args)
+                if one.name == "()" and is_plain:
+                    return self._in_order(
+                        [_value(item) for item in gold.args], [_value(item) for item in answer.args]
+                    )
+        by_name = _match_names(left, right)
+        if by_name is not None:
+            return all(self.equal(_value(a), _value(b)) for a, b in by_name)
+        left, right = [_value(item) for item in left], [_value(item) for item in right]
+        left, right = _expanded(left), _expanded(right)
+        if is_set or all(item.kind == "seq" for item in (*left, *right)):
+            left, right = self._distinct(left), self._distinct(right)
+        if len(left) != len(right):
+            return False
+        if len(left) == 1:
+            return left != [gold] and self.equal(left[0], right[0]) if left[0] is not gold or right[0] is not answer else self._equal_scalars(gold, answer)
+        if self.policy.list_order == "gold" and gold.kind == answer.kind == "list":
+            return self._in_order(left, right)
+        return self._same_multiset(left, right)
+
+    def _same_multiset(self, left: list[Node], right: list[Node]) -> bool:
+        remaining = list(right)
+        undecided: Undecided | None = None
+        for item in left:
+            for index, other in enumerate(remaining):
+                try:
+                    if self.equal(item, other):
+                        del remaining[index]
+                        break
+                except Undecided as error:
+                    undecided = error
+            else:
+                if undecided is not None:
+                    raise undecided
+                return False
+        return True
+
+    def _distinct(self, items: list[Node]) -> list[Node]:
+        kept: list[Node] = []
+        for item in items:
+            if item not in kept and not any(self.equal(item, other) for other in kept):
+                kept.append(item)
+        return kept
 
 
-def plain_number(text: str) -> Fraction | None:
-    text = text.strip().strip("$").rstrip(".").strip()
-    if len(text) > 400 or not _PLAIN.fullmatch(text):
+def _unlabelled(node: Node) -> Node:
+    """Without the names that it gives to its values."""
+    if node.kind in ("list", "set"):
+        return node._replace(args=tuple(_value(item) for item in node.args))
+    return _value(node)
+
+
+def _form(node: Node) -> str:
+    """In what form a subset of the line is written."""
+    if node.kind == "rel":
+        return "membership" if node.name == "in" else "inequality"
+    return "set"
+
+
+def _is_family(node: Node) -> bool:
+    """A family of solutions: multiples of pi, tuples, or endpoints with a parameter."""
+    return any(
+        item == Node("const", name="pi") or item.kind in ("seq", "union", "set")
+        for item in walk(node)
+    )
+
+
+def _without_label(node: Node) -> Node:
+    return node.args[0] if node.kind == "label" else node
+
+
+def _has_mixed_brackets(gold: Node, answer: Node) -> bool:
+    names = {item.name for item in (gold, answer) if item.kind == "seq" and len(item.args) == 2}
+    return bool(names & {"[)", "(]"})
+
+
+def _is_condition(node: Node) -> bool:
+    return any(
+        item.kind == "rel" and not is_equation(item) or item.kind == "union" for item in node.args
+    )
+
+
+def _items(node: Node) -> list[Node]:
+    return list(node.args) if node.kind in ("list", "set") else [node]
+
+
+def _value(item: Node) -> Node:
+    """What a labelled item says: 16 for `w = 16` and for `Paolo: 16`."""
+    if item.kind == "label":
+        return item.args[0]
+    if is_equation(item) and len(item.args) == 2 and _is_label(item.args[0]):
+        return item.args[1]
+    return item
+
+
+def _is_label(node: Node) -> bool:
+    from rewards.relations import is_name
+
+    return is_name(node)
+
+
+def _match_names(left: list[Node], right: list[Node]) -> list[tuple[Node, Node]] | None:
+    """Pairs by label, where both sides label every item with the same distinct names."""
+    tables = []
+    for items in (left, right):
+        table = {}
+        for item in items:
+            if item.kind == "label":
+                table[Node("text", name=item.name)] = item
+            elif is_equation(item) and len(item.args) == 2 and _is_label(item.args[0]):
+                table[item.args[0]] = item
+        if len(table) != len(items) or len(items) < 2:
+            return None
+        tables.append(table)
+    if tables[0].keys() != tables[1].keys():
         return None
-    if text.endswith("/0"):
-        return None
-    return Fraction(text.replace(",", ""))
+    return [(item, tables[1][name]) for name, item in tables[0].items()]
 
 
-def decide(gold: str, answer: str, policy: Policy, joined: tuple[str, ...] = ()) -> Outcome:
-    if gold.strip() == answer.strip():
-        return Outcome(Verdict(True, "ok", "string"))
-    left, right = plain_number(gold), plain_number(answer)
-    return Outcome(Verdict(left is not None and left == right, "ok", "exact"))
+def _expanded(items: list[Node]) -> list[Node]:
+    r"""Replace every \\pm by its two signs; signs in different components are independent."""
+    result: list[Node] = []
+    for item in items:
+        result.extend(expand_signs(item))
+        if len(result) > 8 * MAX_EXPANSION:
+            raise Undecided
+    return result
+
+
+def expand_signs(node: Node) -> list[Node]:
+    """All values of a node with plus-minus signs; within one scalar the signs go together."""
+    if not has_kind(node, "pm"):
+        return [node]
+    if node.kind in ("seq", "set", "matrix", "rel"):
+        choices = [expand_signs(item) for item in node.args]
+        total = 1
+        for choice in choices:
+            total *= len(choice)
+        if total > MAX_EXPANSION:
+            raise Undecided
+        return [node._replace(args=args) for args in itertools.product(*choices)]
+    return [_signed(node, is_upper) for is_upper in (True, False)]
+
+
+def _signed(node: Node, is_upper: bool) -> Node:
+    args = tuple(_signed(item, is_upper) for item in node.args)
+    if node.kind == "pm":
+        is_plus = (node.name == "+-") == is_upper
+        return args[0] if is_plus else Node("mul", (number_node(-1), args[0]))
+    return node._replace(args=args) if args else node

@@ -37,7 +37,7 @@ NOTHING = Extraction(answer=None, method="none")
 _THINK_END = re.compile(r"</think(?:ing)?>|<\|end_of_thought\|>", re.IGNORECASE)
 _THINK_START = re.compile(r"<think(?:ing)?>|<\|begin_of_thought\|>", re.IGNORECASE)
 _END_TOKEN = re.compile(
-    r"<\|(?:im_end|endoftext|eot_id|end_of_text|end)\|>|</s>|<eos>|<end_of_turn>"
+    r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|end)\|>|</s>|<eos>|<end_of_turn>"
 )
 # The lost backslash: "\b" read as an escape leaves a backspace character and "oxed{".
 _BOX = re.compile(
@@ -64,6 +64,10 @@ _TAG = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 _NUMBER = re.compile(
     r"(?<![\w.])[-−+]?\s?[$€£]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:\s?/\s?\d[\d,]*)?(?:\s?\\?%)?|(?<![\w.])-?\.\d+"
 )
+MAX_WHOLE_CHARS = 200
+_WORD = re.compile(r"[A-Za-z]{2,}")
+_COMMAND = re.compile(r"\\[A-Za-z]+(?:\{[A-Za-z]+\})?")
+_FORMULA_WORDS = frozenset("and or where pi sqrt sin cos tan ln log percent pct".split())
 _MATH_END = re.compile(r"\$|\\\)|\\\]")
 
 
@@ -73,11 +77,13 @@ def extract(completion: str) -> Extraction:
     if text is None:
         return NOTHING
     return (
-        _from_box(text)
+        _from_final_phrase(text)
+        or _from_box(text)
         or _from_hashes(text)
         or _from_tag(text)
         or _from_phrase(text)
         or _from_bold(text)
+        or _from_whole(text)
         or _from_last_maths(text)
         or NOTHING
     )
@@ -105,7 +111,7 @@ def after_thinking(completion: str) -> str | None:
 
 
 def _from_box(text: str) -> Extraction | None:
-    if "oxed" not in text and "box" not in text:
+    if "oxed" not in text and "\\fbox" not in text and "\\framebox" not in text:
         return None
     boxes = find_boxes(text)
     if not boxes:
@@ -128,6 +134,35 @@ def _from_box(text: str) -> Extraction | None:
         has_format=has_format,
         joined=tuple(joined) if len(joined) > 1 else (),
     )
+
+
+def _gold_boxes(text: str) -> str | None:
+    """Boxes of a gold that follow each other with nothing between them are its values."""
+    boxes = find_boxes(text)
+    if len(boxes) < 2:
+        return None
+    gaps = [text[a[1] : b[0]].strip(" $") for a, b in zip(boxes, boxes[1:], strict=False)]
+    return None if any(gaps) else ", ".join(box[2] for box in boxes)
+
+
+def extract_boxes(text: str, *, is_gold: bool) -> str | None:
+    """Content of the last box in an answer or a gold; a gold's joined boxes become a list.
+
+    A gold's box that was never closed is read to its end; an answer's is no answer.
+    """
+    if is_gold and (several := _gold_boxes(text)) is not None:
+        return several
+    found = _from_box(text)
+    if found is not None and found.answer is not None:
+        return ", ".join(found.joined) if is_gold and found.joined else found.answer
+    opener = _BOX.search(text) if is_gold else None
+    return text[opener.end() :] if opener is not None else None
+
+
+def phrase_of(text: str) -> str | None:
+    """What the last 'the answer is ...' of a text says."""
+    found = _from_phrase(text)
+    return None if found is None else found.answer
 
 
 def find_boxes(text: str) -> list[tuple[int, int, str]]:
@@ -174,6 +209,20 @@ def _from_tag(text: str) -> Extraction | None:
     return Extraction(content, "tag") if content else None
 
 
+def _from_final_phrase(text: str) -> Extraction | None:
+    """'The final answer is 7' behind the last box overrules the box: it was said later."""
+    if "final answer is" not in text and "Final answer is" not in text:
+        return None
+    position = max(text.rfind("final answer is"), text.rfind("Final answer is"))
+    if text.find("oxed", position) >= 0 or text.rfind("oxed", 0, position) < 0:
+        return None
+    match = _PHRASE.match(text, position + len("final "))
+    if match is None or not re.match(r"[\s\"']*\\?[\"']?[\d$\\-]", match["rest"]):
+        return None
+    content = first_sentence(match["rest"])
+    return Extraction(content, "phrase") if content else None
+
+
 def _from_phrase(text: str) -> Extraction | None:
     lowered = text.lower()
     position = len(text)
@@ -199,6 +248,17 @@ def first_sentence(text: str) -> str:
                 tail = _SENTENCE_END.split(text[end + len(closing) :], maxsplit=1)[0]
                 return (text[: end + len(closing)] + tail).strip(" *_\"'")
     return _SENTENCE_END.split(text, maxsplit=1)[0].strip(" *_\"'").rstrip(".")
+
+
+def _from_whole(text: str) -> Extraction | None:
+    """A completion that is nothing but a formula."""
+    text = text.strip()
+    if not text or len(text) > MAX_WHOLE_CHARS or "\n" in text:
+        return None
+    words = _WORD.findall(_COMMAND.sub(" ", text))
+    if any(word.lower() not in _FORMULA_WORDS for word in words):
+        return None
+    return Extraction(text, "math")
 
 
 def _from_bold(text: str) -> Extraction | None:

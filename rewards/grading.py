@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.compare import Outcome, decide
+from rewards.decide import decide
 from rewards.extract import Extraction, extract
 from rewards.policy import POLICIES, Policy, from_wire, load_policy, to_wire
 from rewards.pool import WorkerPool

@@ -41,6 +41,8 @@ class Policy:
     accept_labels: bool = True
     # `n \pi` for `k \pi`, f(z) = z for f(x) = x.
     rename_bound: bool = True
+    # Any free symbol may be renamed: f(x) is f(y).
+    rename_free: bool = False
     # `x < 5` for `(-\infty, 5)`, `x \in [0, 1]` for `0 \le x \le 1`.
     relations_as_sets: bool = True
     # An angle in degrees equals the same angle in radians: 30^\circ = \pi/6.

@@ -1,0 +1,172 @@
+"""The tiers in order: string, plain number, typed and numeric comparison; what stays open."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from rewards.compare import Comparison
+from rewards.exact import Undecided
+from rewards.interpret import Reading, read, read_gold
+from rewards.nodes import LimitExceeded, Node, ParseError, has_kind
+from rewards.parser import Parsed
+from rewards.policy import Policy
+from rewards.relations import Contradiction
+from rewards.types import Status, Tier, Verdict
+from rewards.words import is_short_form, text_of
+
+_PLAIN = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+_INTEGER = re.compile(r"-?\d{1,18}")
+MAX_PLAIN_CHARS = 400
+LastResort = Callable[[Node, Node], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A verdict; `is_open` where a worker has to decide."""
+
+    verdict: Verdict
+    is_open: bool = False
+
+
+RIGHT_STRING = Outcome(Verdict(True, "ok", "string"))
+RIGHT_EXACT = Outcome(Verdict(True, "ok", "exact"))
+WRONG_EXACT = Outcome(Verdict(False, "ok", "exact"))
+
+
+def decide(
+    gold: str,
+    answer: str,
+    policy: Policy,
+    joined: tuple[str, ...] = (),
+    last_resort: LastResort | None = None,
+) -> Outcome:
+    """Is `answer` the gold? `joined`: boxes that stood beside the answer, it included."""
+    outcome = _plain_outcome(gold, answer, policy) if not joined else None
+    if outcome is not None:
+        return outcome
+    wanted = read_gold(gold)
+    has_several = any(
+        parsed.node.kind in ("list", "set") and len(parsed.node.args) > 1
+        for parsed in wanted.candidates[:1]
+    )
+    if not joined and "oxed" in answer:
+        joined = _joined_boxes(answer)
+    if len(set(joined)) > 1 and not has_several:
+        return Outcome(Verdict(False, "contradictory", "typed"))
+    outcome = _typed_outcome(gold, wanted, answer, policy, last_resort)
+    if joined and has_several and not outcome.verdict.correct:
+        return _typed_outcome(gold, wanted, ", ".join(joined), policy, last_resort)
+    return outcome
+
+
+def _plain_outcome(gold: str, answer: str, policy: Policy) -> Outcome | None:
+    """Strings and plain numbers, which are most answers; None where more is needed."""
+    gold, answer = gold.strip(), answer.strip()
+    if not gold:
+        raise ValueError("the gold answer is empty: give the reference of this prompt")
+    is_plain_gold = _INTEGER.fullmatch(gold) is not None
+    if is_plain_gold and _INTEGER.fullmatch(answer):
+        number = int(answer)
+        is_right = number == int(gold) and _in_range(number, policy)
+        return RIGHT_EXACT if is_right else WRONG_EXACT
+    if gold == answer and policy.answer_range is None:
+        return RIGHT_STRING
+    if max(len(gold), len(answer)) > MAX_PLAIN_CHARS:
+        return None
+    left = _plain_number(gold)
+    right = None if left is None else _plain_number(answer)
+    if left is None or right is None or left.denominator != 1 or right.denominator != 1:
+        return None  # decimals may round
+    if left == right and right.denominator == 1 and _in_range(int(right), policy):
+        return RIGHT_EXACT
+    return WRONG_EXACT if left != right else None
+
+
+def _in_range(number: int, policy: Policy) -> bool:
+    low_high = policy.answer_range
+    return low_high is None or low_high[0] <= number <= low_high[1]
+
+
+def _plain_number(text: str) -> Fraction | None:
+    text = text.removeprefix("$").removesuffix("$").removesuffix(".").strip()
+    if not _PLAIN.fullmatch(text):
+        return None
+    return Fraction(text.replace(",", ""))
+
+
+def _joined_boxes(answer: str) -> tuple[str, ...]:
+    from rewards.extract import extract
+
+    return extract(answer).joined
+
+
+def _typed_outcome(
+    gold: str, wanted: Reading, answer: str, policy: Policy, last_resort: LastResort | None
+) -> Outcome:
+    given = read(answer)
+    if not wanted.candidates or not given.candidates:
+        if _squeezed(gold) == _squeezed(answer):
+            return RIGHT_STRING
+        status: Status = "limit" if given.status == "limit" else "unparsable"
+        return Outcome(Verdict(False, status if not given.candidates else "ok"))
+    is_open, status = False, "ok"
+    tier: Tier = "typed"
+    for left, right in _pairs(wanted, given):
+        comparison = Comparison(policy, last_resort)
+        try:
+            if comparison.compare(left, right) and _respects(right, policy):
+                return Outcome(Verdict(True, "ok", tier))
+        except Undecided:
+            is_open = True
+        except Contradiction:
+            status = "contradictory"
+        except (LimitExceeded, ParseError, RecursionError):
+            status = "limit"
+    if policy.accept_short_text and wanted.prose and _short_text(wanted.prose, given):
+        return Outcome(Verdict(True, "ok", "typed"))
+    if _squeezed(gold) == _squeezed(answer):
+        return RIGHT_STRING
+    if status == "ok":
+        status = _status_of(wanted, given)
+    return Outcome(Verdict(False, status, tier), is_open and last_resort is None)
+
+
+def _pairs(wanted: Reading, given: Reading) -> list[tuple[Parsed, Parsed]]:
+    """The likeliest readings first; two unlikely readings are never paired."""
+    pairs = [(wanted.candidates[0], right) for right in given.candidates]
+    pairs += [(left, given.candidates[0]) for left in wanted.candidates[1:]]
+    return pairs[:6]
+
+
+def _respects(answer: Parsed, policy: Policy) -> bool:
+    node = answer.node
+    if policy.answer_range is not None and node.kind == "num":
+        return node.number.denominator == 1 and _in_range(int(node.number), policy)
+    if not policy.accept_unreduced and node.kind == "mul" and len(node.args) == 2:
+        top, bottom = node.args
+        if top.kind == "num" and bottom.kind == "pow" and bottom.args[0].kind == "num":
+            return Fraction(top.number, bottom.args[0].number).denominator == abs(
+                bottom.args[0].number
+            )
+    return True
+
+
+def _short_text(sentence: str, given: Reading) -> bool:
+    text = text_of(given.candidates[0].node)
+    return text is not None and is_short_form(sentence, text)
+
+
+def _status_of(wanted: Reading, given: Reading) -> Status:
+    node = given.candidates[0].node
+    if has_kind(node, "open") and not has_kind(wanted.candidates[0].node, "open"):
+        return "unevaluated"
+    if given.status == "unparsable":
+        return "unparsable"
+    return "ok"
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\\(?:text|mathrm|left|right)\b|[\s${}]|\\[,;! ]", "", text).rstrip(".").lower()

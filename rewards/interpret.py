@@ -1,0 +1,98 @@
+"""From the text of an answer to its possible readings."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import NamedTuple
+
+from rewards.extract import extract_boxes, last_formula, last_number, phrase_of
+from rewards.nodes import LimitExceeded, Node, ParseError
+from rewards.parser import Parsed, parse
+
+_COMMA_IN_NUMBER = re.compile(r"\d,\d{3}(?!\d)")
+_DECIMAL_COMMA = re.compile(r"\s*\$?\s*-?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))\s*\$?\s*")
+_HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|unless|between)\b", re.IGNORECASE)
+_STATED = re.compile(
+    r"(?:\b(?:is|are|equals?|be|was|get|to|of|have|has|at|exactly|approximately|about)|[=:≈])"
+    r"[\s$€£({\[]*$",
+    re.IGNORECASE,
+)
+_NEGATED = re.compile(r"\b(?:not|n't|never)\s*$", re.IGNORECASE)
+MAX_PROSE = 4096
+
+
+class Reading(NamedTuple):
+    """Readings of one answer, the likeliest first; `prose` is the text where it is a sentence.
+
+    `status` is "limit" where the text exceeds a limit, "unparsable" where nothing could be read.
+    """
+
+    candidates: tuple[Parsed, ...]
+    prose: str = ""
+    status: str = "ok"
+
+
+@functools.lru_cache(maxsize=4096)
+def read_gold(text: str) -> Reading:
+    """Readings of a gold, cached: a prompt's rollouts share it."""
+    return read(text, is_gold=True)
+
+
+def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
+    """Readings of an answer."""
+    if len(text) > MAX_PROSE:
+        return Reading((), status="limit")
+    if "oxed" in text or "\\fbox" in text:
+        content = extract_boxes(text, is_gold=is_gold)
+        if content is not None:
+            return read(content, is_gold=is_gold, depth=depth)
+    try:
+        candidates = [parse(text)]
+    except ParseError:
+        return _read_prose(text, is_gold, depth)
+    except LimitExceeded:
+        return Reading((), status="limit")
+    for variant in _variants(text):
+        try:
+            candidates.append(parse(variant))
+        except (ParseError, LimitExceeded):
+            continue
+    prose = text if is_gold and candidates[0].node.kind in ("text", "rel", "unit") else ""
+    return Reading(tuple(candidates), prose)
+
+
+def _variants(text: str) -> list[str]:
+    """Other readings of commas: `1,234` as two numbers, `1,22` as a decimal."""
+    variants = []
+    if _COMMA_IN_NUMBER.search(text):
+        variants.append(re.sub(r"(?<=\d),(?=\d)", ", ", text))
+    if _DECIMAL_COMMA.fullmatch(text):
+        variants.append(text.replace(",", "."))
+    return variants
+
+
+def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
+    """A sentence around the answer: what it says 'the answer is', else its last maths."""
+    words = Parsed(Node("text", name=text.lower()), frozenset())
+    if depth > 2:
+        return Reading((), text, "unparsable")
+    phrase = phrase_of(text)
+    if phrase and len(phrase) < len(text):
+        inner = read(phrase, is_gold=is_gold, depth=depth + 1)
+        return inner._replace(prose=text)
+    if _HEDGE.search(text) and not is_gold:
+        return Reading((words,), text, "unparsable")
+    formula, number = last_formula(text), last_number(text)
+    content = None
+    if formula is not None and (number is None or formula[0] >= number[0]):
+        content = formula[1]
+    elif number is not None:
+        before = text[: number[0] - len(number[1])]
+        is_only = last_number(before) is None
+        if not _NEGATED.search(before) and (is_only or is_gold or _STATED.search(before)):
+            content = number[1]
+    if content is None or content.strip() == text.strip():
+        return Reading((words,), text, "unparsable")
+    inner = read(content, is_gold=is_gold, depth=depth + 1)
+    return Reading((*inner.candidates, words), text, inner.status)

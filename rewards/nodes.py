@@ -1,0 +1,117 @@
+"""The typed syntax tree of an answer, and the limits under which it is built."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import NamedTuple
+
+MAX_CHARS = 4096
+MAX_TOKENS = 2048
+MAX_NESTING = 48
+MAX_DIGITS = 1024  # of one number
+MAX_EXACT_BITS = 16_384  # of an exact result
+
+
+class LimitExceeded(Exception):
+    """The text is larger, or its exact value would be, than the verifier looks at."""
+
+
+class ParseError(Exception):
+    """The text is not an answer in the grammar."""
+
+
+class Node(NamedTuple):
+    """One node. `kind` says how to read the rest.
+
+    | kind | name | args |
+    |---|---|---|
+    | num | "" or "decimal" | () with `number` and `decimals` (printed; 0 for an integer) |
+    | sym, const | x, a_{n}; pi, e, i, inf | () |
+    | add, mul, pow | "" | terms; factors; (base, exponent) |
+    | func, call | sin, root; f (of unknown meaning) | arguments |
+    | pm | "+-" or "-+" | (operand,) |
+    | open | integral, sum, gcd, ... (a task, not its value) | its parts |
+    | percent, deg | "" | (operand,) |
+    | unit | cm^2 | (quantity,) |
+    | base | digits | (base,) |
+    | ratio | "" | parts |
+    | seq | its brackets: "()", "[)", "[]", "<>" | items |
+    | set, list | ""; ",", "and", "or" | items |
+    | union, inter, minus | "" | operands |
+    | builder | "" | (variable or expression, condition) |
+    | rel | operators, joined by spaces: "= <" | operands, one more than operators |
+    | matrix | "" | rows, each a seq |
+    | text | normalised words | () |
+    | label | its words | (value,) |
+
+    Example: ``Node("pow", (Node("sym", name="x"), number_node(2)))`` is x^2.
+    """
+
+    kind: str
+    args: tuple[Node, ...] = ()
+    name: str = ""
+    number: Fraction = Fraction(0)
+    decimals: int = 0
+
+
+def number_node(value: int | Fraction) -> Node:
+    """An exact number."""
+    return Node("num", number=Fraction(value))
+
+
+ONE = number_node(1)
+MINUS_ONE = number_node(-1)
+HALF = number_node(Fraction(1, 2))
+INFINITY = Node("const", name="inf")
+PI = Node("const", name="pi")
+
+
+def negative(node: Node) -> Node:
+    """-node, folded into a literal number."""
+    if node.kind == "num":
+        return node._replace(number=-node.number)
+    if node.kind == "mul":
+        return Node("mul", (MINUS_ONE, *node.args))
+    return Node("mul", (MINUS_ONE, node))
+
+
+def divide(numerator: Node, denominator: Node) -> Node:
+    """Numerator / denominator as a product."""
+    return Node("mul", (numerator, Node("pow", (denominator, MINUS_ONE))))
+
+
+def function(name: str, *args: Node) -> Node:
+    """A function of known meaning."""
+    return Node("func", args, name)
+
+
+SCALAR_KINDS = frozenset(
+    {"num", "sym", "const", "add", "mul", "pow", "func", "call", "pm", "open", "percent", "deg"}
+)
+
+
+def walk(node: Node) -> list[Node]:
+    """Every node of the tree, parents first."""
+    found = [node]
+    for item in found:
+        found.extend(item.args)
+    return found
+
+
+def has_kind(node: Node, *kinds: str) -> bool:
+    """Does any node of the tree have one of these kinds?"""
+    return any(item.kind in kinds for item in walk(node))
+
+
+def symbols(node: Node) -> frozenset[str]:
+    """Names of the free symbols."""
+    return frozenset(item.name for item in walk(node) if item.kind == "sym")
+
+
+def rename(node: Node, names: dict[str, str]) -> Node:
+    """The tree with its symbols renamed."""
+    if node.kind == "sym":
+        return node._replace(name=names.get(node.name, node.name))
+    if not node.args:
+        return node
+    return node._replace(args=tuple(rename(item, names) for item in node.args))

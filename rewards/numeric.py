@@ -1,0 +1,296 @@
+"""Numerical comparison at random points, certified by agreement at two precisions.
+
+Floats refute quickly; equality is only granted where the two sides agree to 28 digits at 40
+digits of working precision and to 60 digits at 80, at every point tried.
+"""
+
+from __future__ import annotations
+
+import cmath
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import mpmath
+
+from rewards.exact import Undecided
+from rewards.nodes import Node, symbols
+
+MAX_LOG = 700.0  # of a magnitude: beyond it the logarithmic comparison takes over
+MAX_FACTORIAL_ARGUMENT = 150.0
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """One number system: how to make a number and what each function means in it."""
+
+    number: Callable[[Fraction], Any]
+    pi: Any
+    e: Any
+    i: Any
+    functions: Mapping[str, Callable[..., Any]]
+    tiny: float  # a magnitude below this, relative to its operands, is noise
+
+
+def _float_number(value: Fraction) -> float:
+    return value.numerator / value.denominator
+
+
+def _context(digits: int) -> Arithmetic:
+    context = mpmath.MPContext()
+    context.dps = digits
+
+    def number(value: Fraction) -> Any:
+        return context.mpf(value.numerator) / value.denominator
+
+    names = "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth asinh acosh"
+    functions: dict[str, Callable[..., Any]] = {
+        name: getattr(context, name) for name in [*names.split(), "atanh", "exp", "ln", "gamma"]
+    }
+    functions |= {"abs": abs, "floor": context.floor, "ceil": context.ceil}
+    return Arithmetic(
+        number, +context.pi, +context.e, context.j, functions, 10.0 ** -(digits - 12)
+    )
+
+
+def _real_or_complex(name: str) -> Callable[[Any], Any]:
+    real, general = getattr(math, name), getattr(cmath, name)
+
+    def call(value: Any) -> Any:
+        if isinstance(value, complex):
+            return general(value)
+        try:
+            return real(value)
+        except ValueError:
+            return general(value)
+
+    return call
+
+
+def _float_functions() -> dict[str, Callable[..., Any]]:
+    names = "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp"
+    functions = {name: _real_or_complex(name) for name in names.split()}
+    functions["ln"] = _real_or_complex("log")
+    for name, inverse in (("cot", "tan"), ("sec", "cos"), ("csc", "sin"), ("coth", "tanh")):
+        functions[name] = lambda x, f=functions[inverse]: 1 / f(x)
+    for name, inverse in (("acot", "atan"), ("asec", "acos"), ("acsc", "asin")):
+        functions[name] = lambda x, f=functions[inverse]: f(1 / x)
+    functions |= {"abs": abs, "floor": math.floor, "ceil": math.ceil, "gamma": math.gamma}
+    return functions
+
+
+FLOATS = Arithmetic(_float_number, math.pi, math.e, 1j, _float_functions(), 1e-7)
+LOW, HIGH = _context(40), _context(80)
+
+
+def value_of(node: Node, values: Values, system: Arithmetic) -> Any:
+    """The value of a tree. Raises Undecided where it has none or is out of range."""
+    try:
+        return _evaluate(node, values, system)
+    except (ZeroDivisionError, OverflowError, ValueError, TypeError) as error:
+        raise Undecided from error
+
+
+def _evaluate(node: Node, values: Values, system: Arithmetic) -> Any:
+    kind = node.kind
+    if kind == "num":
+        return system.number(node.number)
+    if kind == "sym":
+        return values[node.name]
+    if kind == "const":
+        if node.name == "inf":
+            raise Undecided
+        return getattr(system, node.name)
+    args = [_evaluate(arg, values, system) for arg in node.args]
+    if kind == "add":
+        total = args[0]
+        for term in args[1:]:
+            total = total + term
+        return total
+    if kind == "mul":
+        product = args[0]
+        for factor in args[1:]:
+            product = product * factor
+        return product
+    if kind == "pow":
+        return _power(args[0], args[1], system)
+    if kind == "percent":
+        return args[0] / 100
+    if kind == "deg":
+        return args[0] * system.pi / 180
+    if kind == "ratio" and len(args) == 2:
+        return args[0] / args[1]
+    if kind == "func":
+        return _call(node.name, args, system)
+    if kind == "call":
+        return _unknown(node.name, args, system)
+    raise Undecided
+
+
+def _unknown(name: str, args: list[Any], system: Arithmetic) -> Any:
+    """A function of unknown meaning: any fixed smooth mixture of its arguments will do."""
+    seed = sum(ord(letter) * (7 + place) for place, letter in enumerate(name))
+    total = system.number(Fraction(seed % 97 + 3, 101))
+    for place, arg in enumerate(args):
+        total = total + system.functions["sin"](arg * (place + 2) / 3 + seed % 13) * (place + 1)
+    return total
+
+
+def _power(base: Any, exponent: Any, system: Arithmetic) -> Any:
+    if base == 0:
+        if isinstance(exponent, complex) or not exponent > 0:
+            raise Undecided
+        return base
+    if abs(exponent) * abs(math.log(abs(base))) > MAX_LOG:
+        raise Undecided
+    result = base**exponent
+    return result
+
+
+def _call(name: str, args: list[Any], system: Arithmetic) -> Any:
+    functions = system.functions
+    first = args[0]
+    if name in ("factorial", "binom", "factorial2") and max(map(abs, args)) > MAX_FACTORIAL_ARGUMENT:
+        raise Undecided
+    if name in ("exp", "sinh", "cosh") and abs(first) > MAX_LOG:
+        raise Undecided
+    if name == "factorial":
+        return functions["gamma"](first + 1)
+    if name == "binom" and len(args) == 2:
+        gamma = functions["gamma"]
+        return gamma(first + 1) / (gamma(args[1] + 1) * gamma(first - args[1] + 1))
+    if name == "root" and len(args) == 2:
+        return _root(first, args[1], system)
+    if name == "log":
+        logarithm = functions["ln"](first)
+        return logarithm if len(args) == 1 else logarithm / functions["ln"](args[1])
+    if name == "cis":
+        return functions["cos"](first) + system.i * functions["sin"](first)
+    if name in functions and len(args) == 1:
+        return functions[name](first)
+    raise Undecided
+
+
+def _root(value: Any, degree: Any, system: Arithmetic) -> Any:
+    """The real root of a negative number where the degree is odd; else the principal one."""
+    is_real = not isinstance(value, complex) and getattr(value, "imag", 0) == 0
+    if is_real and value < 0 and degree == int(degree) and int(degree) % 2:
+        return -_power(-value, 1 / degree, system)
+    return _power(value, 1 / degree, system)
+
+
+def is_real(value: Any) -> bool:
+    return abs(getattr(value, "imag", 0)) <= 1e-12 * max(1.0, abs(value))
+
+
+def differ(left: Any, right: Any, tolerance: float) -> bool:
+    """Do two values differ by more than a relative tolerance? NaN differs from everything."""
+    scale = max(abs(left), abs(right))
+    return not abs(left - right) <= tolerance * scale
+
+
+def points(names: frozenset[str], num: int, is_positive: bool) -> list[dict[str, Fraction]]:
+    """Random rational points, away from 0 and 1; seeded, so that a verdict never changes."""
+    generator = random.Random(num * 2 + is_positive)
+    drawn = []
+    for _ in range(num):
+        point = {}
+        for name in sorted(names):
+            value = Fraction(generator.randrange(300, 2900), 997)
+            point[name] = -value if not is_positive and generator.random() < 0.6 else value
+        drawn.append(point)
+    return drawn
+
+
+def same_value(left: Node, right: Node) -> bool:
+    """Are two trees equal as functions of their symbols? Raises Undecided."""
+    names = symbols(left) | symbols(right)
+    if not names:
+        return _agree_at(left, right, {}, must_be_real=False)
+    num_agreed = 0
+    last: Undecided | None = None
+    candidates = [(point, False) for point in points(names, 4, True)]
+    candidates += [(point, True) for point in points(names, 6, False)]
+    for point, must_be_real in candidates:
+        try:
+            if not _agree_at(left, right, point, must_be_real):
+                return False
+        except Undecided as error:
+            last = error
+            continue
+        num_agreed += 1
+        if num_agreed >= 6:
+            break
+    if num_agreed < 2:
+        raise Undecided from last
+    return True
+
+
+def _agree_at(left: Node, right: Node, point: Mapping[str, Fraction], must_be_real: bool) -> bool:
+    """Compare at one point; raises Undecided where it says nothing (undefined, out of range)."""
+    floats = {name: _float_number(value) for name, value in point.items()}
+    a, b = value_of(left, floats, FLOATS), value_of(right, floats, FLOATS)
+    if must_be_real and not (is_real(a) and is_real(b)):
+        raise Undecided
+    if a != a or b != b:
+        raise Undecided
+    scale = max(abs(a), abs(b))
+    if scale > 1e-9 and abs(a - b) > 1e-3 * scale and scale < 1e9:
+        return False
+    for system in (LOW, HIGH):
+        values = {name: system.number(value) for name, value in point.items()}
+        a, b = value_of(left, values, system), value_of(right, values, system)
+        if max(abs(a), abs(b)) < system.tiny:
+            continue  # both vanish
+        if differ(a, b, system.tiny):
+            return False
+    return True
+
+
+def log_magnitude(node: Node, system: Arithmetic) -> Any:
+    """ln of a positive number that may be far too large to write. Raises Undecided."""
+    if node.kind == "mul":
+        return sum((log_magnitude(arg, system) for arg in node.args), system.number(Fraction(0)))
+    if node.kind == "pow":
+        return value_or_huge(node.args[1], system) * log_magnitude(node.args[0], system)
+    if node.kind == "func" and node.name in ("factorial", "binom"):
+        context = mpmath.MPContext()
+        context.dps = 40 if system is LOW else 80
+        whole = [value_or_huge(arg, system) for arg in node.args]
+        total = context.loggamma(whole[0] + 1)
+        if node.name == "binom":
+            total -= context.loggamma(whole[1] + 1) + context.loggamma(whole[0] - whole[1] + 1)
+        return total
+    value = value_of(node, {}, system)
+    if not is_real(value) or not value > 0:
+        raise Undecided
+    return system.functions["ln"](value)
+
+
+def value_or_huge(node: Node, system: Arithmetic) -> Any:
+    """A real value, reached through its logarithm where it is large."""
+    if node.kind in ("num", "add"):
+        return value_of(node, {}, system)
+    try:
+        return value_of(node, {}, system)
+    except Undecided:
+        logarithm = log_magnitude(node, system)
+        if abs(logarithm) > 1e5:
+            raise
+        return system.functions["exp"](logarithm)
+
+
+def same_magnitude(left: Node, right: Node) -> bool:
+    """Compare two huge positive products by their logarithms. Raises Undecided.
+
+    Products and powers whose logarithms agree to 60 digits are taken as equal.
+    """
+    for system in (LOW, HIGH):
+        a, b = log_magnitude(left, system), log_magnitude(right, system)
+        if differ(a, b, system.tiny):
+            return False
+    return True

@@ -1,0 +1,349 @@
+"""Parser for whole answers: lists, relations, intervals, sets, matrices, labels, units, words."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rewards.clean import clean
+from rewards.expressions import ExpressionParser
+from rewards.nodes import Node, ParseError, function, number_node
+from rewards.tokens import tokenize
+from rewards.vocabulary import (
+    FILLER_WORDS,
+    NUMBER_WORDS,
+    QUALIFIER_WORDS,
+    SEPARATOR_WORDS,
+)
+
+_RELATIONS = frozenset({"=", "<", ">", "<=", ">=", "!=", "~=", "===", "in", "notin", "subset"})
+_CLOSERS = {"(": (")", "]"), "[": (")", "]"), "{": ("}", "\\}"), "\\{": ("\\}", "}")}
+_CLOSERS |= {"<": (">",), "lfloor": ("rfloor",), "lceil": ("rceil",)}
+_MATRIX_NAMES = frozenset({"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array"})
+
+
+class Parsed(NamedTuple):
+    """A tree and the symbols that the answer itself quantifies ("for some integer t")."""
+
+    node: Node
+    bound: frozenset[str]
+
+
+def parse(text: str) -> Parsed:
+    """Parse one answer. Raises ParseError, LimitExceeded."""
+    parser = AnswerParser(tokenize(clean(text)))
+    node = parser.parse_answer()
+    return Parsed(node, frozenset(parser.bound))
+
+
+class AnswerParser(ExpressionParser):
+    """Adds what stands around scalar expressions."""
+
+    def parse_answer(self) -> Node:
+        """The whole token list as one node; a list node where it has several items."""
+        items, separators, has_groups = self._parse_items(())
+        if not self.at("end") or not items:
+            raise ParseError
+        if len(items) == 1:
+            return items[0]
+        name = "or" if "or" in separators else "and" if "and" in separators else ","
+        return Node("list", tuple(items), "groups" if has_groups else name)
+
+    def _at_closer(self, closers: tuple[str, ...]) -> bool:
+        if self.at("end"):
+            return True
+        return bool(closers) and self.at("close", *closers)
+
+    def _at_separator(self) -> bool:
+        return self.at("op", ",", ";") or self.at("word", *SEPARATOR_WORDS)
+
+    def _parse_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
+        """Items up to a closer; with both ',' and ';', the groups between ';' are tuples."""
+        groups: list[list[Node]] = [[]]
+        separators: set[str] = set()
+        while not self._at_closer(closers):
+            if self._at_separator():
+                separator = self.next().text
+                separators.add(separator)
+                if separator == ";":
+                    groups.append([])
+                continue
+            item = self.parse_item(closers)
+            if item is not None:
+                groups[-1].append(item)
+            if not (self._at_closer(closers) or self._at_separator()):
+                raise ParseError
+        groups = [self._without_domains(group) for group in groups]
+        groups = [group for group in groups if group]
+        if len(groups) > 1 and any(len(group) > 1 for group in groups):
+            return (
+                [Node("seq", tuple(g), "()") if len(g) > 1 else g[0] for g in groups],
+                separators,
+                True,
+            )
+        return [item for group in groups for item in group], separators, False
+
+    def _without_domains(self, items: list[Node]) -> list[Node]:
+        r"""Drop "k \in \mathbb{Z}" beside other items, and note that it binds k."""
+        kept = []
+        for item in items:
+            is_domain = (
+                item.kind == "rel"
+                and item.name in ("in", ">", ">=", "!=")
+                and item.args[0].kind == "sym"
+                and (
+                    item.args[1].name.startswith("\\mathbb")
+                    if item.name == "in"
+                    else False
+                )
+            )
+            if is_domain and len(items) > 1:
+                self.bind(item)
+            else:
+                kept.append(item)
+        return kept
+
+    # --- one item --------------------------------------------------------------------------
+
+    def parse_item(self, closers: tuple[str, ...]) -> Node | None:
+        """One item of a list; None where it only qualifies the others."""
+        if self.at("word") or self.at("text"):
+            words = self._read_words()
+            if self._at_closer(closers) or self._at_separator():
+                return _text_or_number(words)
+            if self.accept("op", ":", "="):
+                return self._labelled(words, closers)
+            if self.at("num") and self.tokens[self.index + 1].text == ":":
+                words.append(self.next().text)
+                self.next()
+                return self._labelled(words, closers)
+            if words[0] in QUALIFIER_WORDS:
+                self._skip_qualifier(closers)
+                return None
+            if not all(word in FILLER_WORDS for word in words):
+                raise ParseError
+        currency = self.at("op", "currency", "€", "£", "¥")
+        if currency:
+            self.next()
+        elif self.at("op", "-") and self.tokens[self.index + 1].text == "currency":
+            self.tokens[self.index + 1] = self.token  # -$5 is $-5
+            self.index += 1
+            currency = True
+        node = self.parse_relation()
+        node = self._parse_suffix(node, closers)
+        return Node("unit", (node,), "dollar") if currency and node.kind != "unit" else node
+
+    def _labelled(self, words: list[str], closers: tuple[str, ...]) -> Node:
+        value = self.parse_item(closers)
+        if value is None:
+            raise ParseError
+        return Node("label", (value,), " ".join(words).lower())
+
+    def _read_words(self) -> list[str]:
+        words = []
+        while self.at("word") or self.at("text"):
+            if self.at("word", *SEPARATOR_WORDS) and words and not self._is_inside_words():
+                break
+            token = self.next()
+            words.append(token.text if token.kind == "text" else token.text.lower())
+            while self.at("op", "'", "-", '"') and self.tokens[self.index + 1].kind == "word":
+                self.next()
+        return words
+
+    def _is_inside_words(self) -> bool:
+        """'and' between words of a sentence, rather than between items."""
+        return False
+
+    def _skip_qualifier(self, closers: tuple[str, ...]) -> None:
+        """Pass over "where n is an integer"; the symbols it speaks of count as bound."""
+        while not self._at_closer(closers):
+            token = self.next()
+            if token.kind == "sym":
+                self.bound.add(token.text)
+
+    def _parse_suffix(self, node: Node, closers: tuple[str, ...]) -> Node:
+        """Units, ordinals, qualifiers and end marks behind a value."""
+        if self.accept("op", "currency", "€", "£", "¥"):
+            node = Node("unit", (node,), "dollar")
+        if not (self.at("word") or self.at("text")) or self._at_separator():
+            return node
+        if self.token.text.lower() in QUALIFIER_WORDS:
+            self._skip_qualifier(closers)
+            return node
+        pieces: list[str] = []
+        while not self._at_closer(closers) and not self._at_separator():
+            token = self.token
+            if token.text.lower() in QUALIFIER_WORDS and token.kind == "word":
+                self._skip_qualifier(closers)
+                break
+            is_exponent = token.kind == "num" and pieces[-1:] == ["^"]
+            is_mark = token.kind == "op" and token.text in ("^", "/", "*", "-", "'", "%")
+            is_letter = token.kind == "sym" and pieces[-1:] == ["/"]
+            is_brace = token.kind in ("open", "close") and token.text in "{}()"
+            if not (token.kind in ("word", "text") or is_mark or is_letter or is_brace):
+                if not is_exponent and not (pieces[-2:-1] == ["^"] or pieces[-1:] == ["{"]):
+                    raise ParseError
+            self.next()
+            pieces.append(token.text)
+        words = [piece for piece in pieces if piece not in ("th", "st", "nd", "rd", "{", "}")]
+        if not words:
+            return node
+        name = " ".join(words).replace(" ^ ", "^").replace(" / ", "/")
+        return Node("unit", (node,), name)
+
+    # --- relations, sets -------------------------------------------------------------------
+
+    def parse_relation(self) -> Node:
+        self._mark_called_head()
+        operands = [self.parse_set_operation()]
+        operators: list[str] = []
+        while self.at("op") and self.token.text in _RELATIONS:
+            operators.append(self.next().text)
+            operands.append(self.parse_set_operation())
+        if not operators:
+            return operands[0]
+        return Node("rel", tuple(operands), " ".join(operators))
+
+    def _mark_called_head(self) -> None:
+        """`T(10) = 2`: a letter with brackets before a relation sign is a function's value."""
+        index = self.index
+        if self.tokens[index].kind != "sym" or self.tokens[index + 1].text != "(":
+            self._called_head = -1
+            return
+        depth = 0
+        for position in range(index + 1, len(self.tokens)):
+            kind = self.tokens[position].kind
+            depth += {"open": 1, "close": -1}.get(kind, 0)
+            if depth == 0:
+                follower = self.tokens[position + 1]
+                is_head = follower.kind == "op" and follower.text in ("=", "~=", "<", "<=", ">", ">=")
+                self._called_head = index if is_head else -1
+                return
+        self._called_head = -1
+
+    _called_head = -1
+
+    def _parse_symbol(self, token):  # type: ignore[no-untyped-def]
+        if self.index - 1 == self._called_head and self.at("open", "("):
+            self._called_head = -1
+            return self.parse_call(token.text)
+        return super()._parse_symbol(token)
+
+    def parse_set_operation(self) -> Node:
+        left = self.parse_ratio()
+        while self.at("op", "cup", "cap", "setminus"):
+            name = {"cup": "union", "cap": "inter", "setminus": "minus"}[self.next().text]
+            right = self.parse_ratio()
+            if left.kind == name and name != "minus":
+                left = Node(name, (*left.args, right))
+            else:
+                left = Node(name, (left, right))
+        return left
+
+    def parse_ratio(self) -> Node:
+        parts = [self.parse_sum()]
+        while self.at("op", ":") and not self.is_bar_separator:
+            self.next()
+            parts.append(self.parse_sum())
+        return parts[0] if len(parts) == 1 else Node("ratio", tuple(parts))
+
+    def parse_list(self, opener: str) -> Node:
+        """What follows an opening bracket, up to and with its closing one."""
+        self.enter()
+        if opener not in _CLOSERS:
+            raise ParseError
+        closers = _CLOSERS[opener]
+        saved = self.num_open_bars, self.is_bar_separator
+        self.num_open_bars, self.is_bar_separator = 0, opener in ("\\{", "{")
+        head = self.index
+        items, _, _ = self._parse_set_items(closers)
+        self.num_open_bars, self.is_bar_separator = saved
+        if not self.at("close", *closers):
+            raise ParseError
+        closer = self.next().text
+        self.depth -= 1
+        has_comma = any(t.kind == "op" and t.text in ",;" for t in self.tokens[head : self.index])
+        return _bracketed(opener, closer, items, has_comma)
+
+    def _parse_set_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
+        if not self.is_bar_separator:
+            return self._parse_items(closers)
+        start = self.index
+        try:
+            first = self.parse_relation()
+        except ParseError:
+            self.index = start
+            first = None
+        if first is not None and self.at("op", "|", ":"):
+            self.next()
+            self.is_bar_separator = False
+            conditions, _, _ = self._parse_items(closers)
+            if not conditions:
+                raise ParseError
+            condition = conditions[0] if len(conditions) == 1 else Node("list", tuple(conditions), "and")
+            return [Node("builder", (first, condition))], set(), False
+        self.index = start
+        return self._parse_items(closers)
+
+    # --- environments ----------------------------------------------------------------------
+
+    def parse_environment(self, token_text: str) -> Node:
+        if not token_text.startswith("\\begin"):
+            raise ParseError
+        name = token_text.split("{")[1].split("}")[0].rstrip("*")
+        rows: list[list[Node]] = [[]]
+        while not (self.at("env") and self.token.text.startswith("\\end")):
+            if self.accept("op", "row"):
+                rows.append([])
+            elif self.accept("op", "&"):
+                continue
+            elif self.at("end"):
+                raise ParseError
+            elif name == "cases":
+                item = self.parse_item((",",))
+                self.accept("op", ",")
+                if item is not None:
+                    rows[-1].append(item)
+            else:
+                rows[-1].append(self.parse_relation())
+        self.next()
+        rows = [row for row in rows if row]
+        if not rows:
+            raise ParseError
+        if name == "cases":
+            items = tuple(row[0] if len(row) == 1 else Node("seq", tuple(row), "case") for row in rows)
+            return Node("list", items, "and")
+        if name not in _MATRIX_NAMES and name not in ("vmatrix", "Vmatrix"):
+            raise ParseError
+        if len({len(row) for row in rows}) != 1:
+            raise ParseError
+        matrix = Node("matrix", tuple(Node("seq", tuple(row), "row") for row in rows))
+        return Node("open", (matrix,), "det") if name in ("vmatrix", "Vmatrix") else matrix
+
+
+def _bracketed(opener: str, closer: str, items: list[Node], has_comma: bool) -> Node:
+    if opener in ("lfloor", "lceil"):
+        if len(items) != 1:
+            raise ParseError
+        return function("floor" if opener == "lfloor" else "ceil", items[0])
+    if opener in ("\\{", "{"):
+        if len(items) == 1 and items[0].kind == "builder":
+            return items[0]
+        if opener == "{" and len(items) == 1 and not (has_comma and False):
+            return items[0]
+        return Node("set", tuple(items))
+    if len(items) == 1:
+        return items[0]
+    name = "<>" if opener == "<" else opener + closer
+    return Node("seq", tuple(items), name)
+
+
+def _text_or_number(words: list[str]) -> Node:
+    """A number word is its number; other words are text."""
+    values = [NUMBER_WORDS[word] for word in words if word in NUMBER_WORDS]
+    if len(words) == 1 and values and words[0] != "none":
+        return number_node(values[0])
+    if len(words) == 2 and len(values) == 2 and 20 <= values[0] < 100 and 0 < values[1] < 10:
+        return number_node(values[0] + values[1])
+    if len(words) > 1 and words[0] in NUMBER_WORDS and len(values) == 1:
+        return Node("unit", (number_node(values[0]),), " ".join(words[1:]))
+    return Node("text", name=" ".join(words))

@@ -1,0 +1,202 @@
+"""Equations and chains: what an equation says a name is, and when two equations are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rewards.exact import Undecided
+from rewards.modular import Residues, PRIME
+from rewards.nodes import Node, has_kind, negative, rename, symbols, walk
+from rewards.numeric import HIGH, LOW, points, value_of
+
+Equal = Callable[[Node, Node], bool]
+_EQUALITIES = frozenset({"=", "~=", "==="})
+_UPWARD = {"<": "<", "<=": "<=", ">": "<", ">=": "<="}
+
+
+class Contradiction(Exception):
+    """The answer states something false, such as 3 = 5."""
+
+
+def is_equation(node: Node) -> bool:
+    return node.kind == "rel" and set(node.name.split(" ")) <= _EQUALITIES
+
+
+def is_name(node: Node) -> bool:
+    r"""Can this be a left-hand side that only names a value: x, f(x), |AB|, (x, y), a:b?"""
+    kind = node.kind
+    if kind in ("sym", "call"):
+        return True
+    if kind == "const":
+        return node.name == "e"
+    if kind == "func" and node.name in ("abs", "sin", "cos", "tan", "log"):
+        return is_name(node.args[0])
+    if kind == "mul":  # AB, \triangle ABC, P(x)
+        is_value = len(node.args) == 2 and node.args[1].name in tuple("xyznt")
+        if is_value and all(item.kind == "sym" for item in node.args):
+            return node.args[0].name in tuple("PQRSTWpqFGH")
+        return all(item.kind == "sym" and item.name[:1].isupper() for item in node.args)
+    if kind in ("seq", "ratio", "set"):
+        return all(is_name(item) for item in node.args)
+    if kind == "deg":
+        return is_name(node.args[0])
+    if kind == "open":
+        return True  # \int ... = 5: the task, then its value
+    return kind == "text"
+
+
+class Named(tuple[Node | None, Node]):
+    """(name, value) of an equation."""
+
+
+def unwrap(node: Node, equal: Equal, *, is_trusted: bool) -> tuple[Node, Node] | None:
+    """(name, value) where an equation gives a name its value; None where it relates unknowns.
+
+    The steps of an answer's chain have to agree (Contradiction); a gold is trusted. A chain
+    without a name, 2 + 3 = 5, is its value.
+    """
+    operators = node.name.split(" ")
+    operands = list(node.args)
+    if is_name(operands[0]):
+        num_names = 1
+        while num_names < len(operands) - 1 and operands[num_names].kind == "sym":
+            num_names += 1
+        name, steps = operands[0], operands[num_names:]
+        operators = operators[num_names:]
+        if len(steps) == 1 and is_name(steps[0]) and steps[0].kind == "sym" and name.kind != "call":
+            return None  # x = y relates two unknowns
+    elif is_name(operands[-1]) and operands[-1].kind != "open":
+        name, steps = operands[-1], operands[:-1]
+        operators = operators[:-1]
+        if len(steps) > 1 and not is_trusted:
+            raise Contradiction
+    elif is_trusted and len(operands) > 2:
+        return operands[0], operands[-1]
+    else:
+        if any(symbols(step) for step in operands):
+            return None
+        name, steps = operands[0], operands
+    if name.kind in ("sym", "seq") and symbols(name) & symbols(steps[-1]):
+        return None
+    if not is_trusted:
+        _check_steps(steps, operators, equal)
+    value = steps[-1]
+    if "~=" in operators and len(steps) > 1 and steps[0].kind != "open":
+        value = steps[operators.index("~=")]  # the exact form stands before its approximation
+    return name, value
+
+
+def _check_steps(steps: list[Node], operators: list[str], equal: Equal) -> None:
+    for left, right, operator in zip(steps, steps[1:], operators, strict=False):
+        if has_kind(left, "open"):
+            continue
+        if operator == "~=":
+            try:
+                a, b = value_of(left, {}, LOW), value_of(right, {}, LOW)
+            except (Undecided, KeyError):
+                continue
+            if abs(a - b) > 0.05 * max(abs(a), abs(b)):
+                raise Contradiction
+        elif not equal(left, right):
+            raise Contradiction
+
+
+def bind_arguments(name: Node, value: Node) -> tuple[Node, Node]:
+    """f(z) = z and f(x) = x alike: the arguments of a named function get standard names."""
+    if name.kind != "call":
+        return name, value
+    names = {arg.name: f"_{place}" for place, arg in enumerate(name.args) if arg.kind == "sym"}
+    return rename(name, names), rename(value, names)
+
+
+def compatible_names(left: Node, right: Node) -> bool:
+    """May two names stand for the same unknown? Two different coordinates may not."""
+    if left == right:
+        return True
+    if left.kind == right.kind == "sym":
+        return not (left.name in "xyz" and right.name in "xyz")
+    return left.kind != "seq" or right.kind != "seq"
+
+
+def same_equation(left: Node, right: Node) -> bool:
+    """Is one equation a multiple of the other? Raises Undecided."""
+    a = Node("add", (left.args[0], negative(left.args[1])))
+    b = Node("add", (right.args[0], negative(right.args[1])))
+    verdict = _proportional_residues(a, b)
+    if verdict is not None:
+        return verdict
+    return _proportional_values(a, b)
+
+
+def _proportional_residues(a: Node, b: Node) -> bool | None:
+    here, there, third = Residues(11), Residues(12), Residues(13)
+    pairs = [(place.of(a), place.of(b)) for place in (here, there, third)]
+    if any(x == 0 and y == 0 for x, y in pairs):
+        return None
+    is_proportional = all(
+        x * w % PRIME == y * z % PRIME
+        for (x, y), (z, w) in zip(pairs, pairs[1:], strict=False)
+    )
+    if is_proportional:
+        # An identity (0 = 0), or a constant that can never vanish, is no equation.
+        return pairs[0][0] != 0 and pairs[0][1] != 0 and bool(symbols(a))
+    return None if here.is_opaque else False
+
+
+def _proportional_values(a: Node, b: Node) -> bool:
+    names = symbols(a) | symbols(b)
+    ratios = []
+    for point in points(names, 5, True):
+        values = {name: LOW.number(value) for name, value in point.items()}
+        try:
+            x, y = value_of(a, values, LOW), value_of(b, values, LOW)
+        except Undecided:
+            continue
+        if abs(y) < 1e-20 or abs(x) < 1e-20:
+            continue
+        ratios.append(x / y)
+    if len(ratios) < 3:
+        raise Undecided
+    return all(abs(ratio - ratios[0]) <= LOW.tiny * abs(ratios[0]) for ratio in ratios)
+
+
+def ascending(node: Node) -> tuple[list[Node], list[str]] | None:
+    """A chain of inequalities written upwards; None where its directions differ."""
+    operators = node.name.split(" ")
+    if not all(operator in _UPWARD or operator == "=" for operator in operators):
+        return None
+    directions = {operator[0] for operator in operators if operator != "="}
+    if len(directions) != 1:
+        return None
+    operands = list(node.args)
+    upward = [_UPWARD.get(operator, operator) for operator in operators]
+    if directions == {">"}:
+        operands.reverse()
+        upward.reverse()
+    return operands, upward
+
+
+def same_inequality(left: Node, right: Node) -> bool | None:
+    """2x + y < 3 and y < 3 - 2x: is one a positive multiple of the other? None: cannot tell."""
+    a, b = ascending(left), ascending(right)
+    if a is None or b is None or len(a[1]) != 1 or a[1] != b[1]:
+        return None
+    difference = [Node("add", (side[0][0], negative(side[0][1]))) for side in (a, b)]
+    if any(has_kind(item, "call", "open", "text") for item in difference):
+        return None
+    names = symbols(difference[0]) | symbols(difference[1])
+    try:
+        if not names or not _proportional_values(*difference):
+            return False
+        point = points(names, 1, True)[0]
+        values = {name: HIGH.number(value) for name, value in point.items()}
+        return bool(value_of(difference[0], values, HIGH) / value_of(difference[1], values, HIGH) > 0)
+    except (Undecided, TypeError):
+        return None
+
+
+def is_order_of_names(node: Node) -> bool:
+    """b < a < d < c: nothing but an order of unknowns."""
+    return len(node.args) > 2 and all(item.kind == "sym" for item in node.args) and len(
+        walk(node)
+    ) == len(node.args) + 1

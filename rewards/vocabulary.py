@@ -1,0 +1,150 @@
+"""Literal tables: LaTeX commands, function names, words and units."""
+
+from __future__ import annotations
+
+FUNCTIONS: dict[str, str] = {
+    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc",
+    "cosec": "csc", "tg": "tan", "ctg": "cot", "arcsin": "asin", "arccos": "acos",
+    "arctan": "atan", "arctg": "atan", "asin": "asin", "acos": "acos", "atan": "atan",
+    "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "sinh": "sinh", "cosh": "cosh",
+    "tanh": "tanh", "coth": "coth", "ln": "ln", "log": "log", "lg": "lg", "exp": "exp",
+    "Sin": "sin", "Cos": "cos", "Tan": "tan", "abs": "abs", "floor": "floor", "ceil": "ceil",
+    "cis": "cis", "arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh", "arsinh": "asinh",
+    "arcosh": "acosh", "artanh": "atanh", "gcd": "gcd", "lcm": "lcm", "det": "det", "min": "min",
+    "max": "max", "Re": "re", "Im": "im", "arg": "arg", "mod": "mod", "lim": "lim",
+    "sqrt": "sqrt", "sup": "sup", "inf": "inf", "tr": "tr", "rank": "rank", "dim": "dim",
+    "deg": "degree", "ker": "ker", "cbrt": "cbrt", "sgn": "sgn", "sign": "sgn", "GCD": "gcd",
+    "LCM": "lcm", "erf": "erf",
+}  # fmt: skip
+# Named, but their value is the task: never accepted in place of the value.
+OPEN_FUNCTIONS = frozenset(
+    {"gcd", "lcm", "det", "min", "max", "mod", "lim", "sup", "inf", "tr", "rank", "dim", "ker"}
+    | {"degree", "arg", "re", "im", "sgn", "erf"}
+)
+TEXT_COMMANDS = frozenset(
+    {"text", "textbf", "textit", "textrm", "textnormal", "mbox", "hbox", "mathrm", "mathbf"}
+    | {"mathit", "mathsf", "mathbb", "mathcal", "mathscr", "mathfrak", "operatorname", "boldsymbol"}
+    | {"bm", "rm", "emph", "texttt", "textsf", "bold", "Bbb", "underline"}
+)
+IGNORED_COMMANDS = frozenset(
+    {"quad", "qquad", "hline", "rm", "bf", "it", "cr", "centering", "small", "large", "Large"}
+    | {"normalsize", "tiny", "newline", "hfill", "boxed", "fbox", "ensuremath", "overrightarrow"}
+    | {"vec", "hat", "tilde", "widehat", "widetilde", "mathop", "limits", "textstyle", "protect"}
+    | {"therefore", "because", "colon", "relax", "nonumber", "notag", "allowbreak", "bar"}
+)
+_GREEK = (
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi"
+    " rho varrho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma"
+    " Upsilon Phi Psi Omega ell hbar Pi aleph"
+)
+LETTER_COMMANDS: dict[str, str] = {name: "\\" + name for name in _GREEK.split()} | {
+    "varphi": "\\phi", "varepsilon": "\\epsilon", "ldots": "\\ldots", "cdots": "\\ldots",
+    "dots": "\\ldots", "dotsc": "\\ldots", "dotsb": "\\ldots", "R": "\\mathbb{R}",
+    "N": "\\mathbb{N}", "Z": "\\mathbb{Z}", "Q": "\\mathbb{Q}", "ell": "l",
+}  # fmt: skip
+COMMANDS: dict[str, tuple[str, str]] = {
+    **{name: ("func", value) for name, value in FUNCTIONS.items()},
+    **{name: ("cmd", "frac") for name in ("frac", "dfrac", "tfrac", "cfrac")},
+    **{name: ("cmd", "binom") for name in ("binom", "dbinom", "tbinom")},
+    "sqrt": ("cmd", "sqrt"), "pi": ("const", "pi"), "infty": ("const", "inf"),
+    "infin": ("const", "inf"), "pm": ("op", "+-"), "mp": ("op", "-+"), "cdot": ("op", "*"),
+    "times": ("op", "*"), "ast": ("op", "*"), "star": ("op", "*"), "div": ("op", "/"),
+    "le": ("op", "<="), "leq": ("op", "<="), "leqslant": ("op", "<="), "leqq": ("op", "<="),
+    "ge": ("op", ">="), "geq": ("op", ">="), "geqslant": ("op", ">="), "geqq": ("op", ">="),
+    "lt": ("op", "<"), "gt": ("op", ">"), "ne": ("op", "!="), "neq": ("op", "!="),
+    "approx": ("op", "~="), "simeq": ("op", "~="), "sim": ("op", "~="), "doteq": ("op", "~="),
+    "equiv": ("op", "==="), "cong": ("op", "==="), "in": ("op", "in"), "notin": ("op", "notin"),
+    "cup": ("op", "cup"), "cap": ("op", "cap"), "bigcup": ("op", "cup"), "bigcap": ("op", "cap"),
+    "setminus": ("op", "setminus"), "backslash": ("op", "setminus"), "mid": ("op", "|"),
+    "vert": ("op", "|"), "lvert": ("op", "|("), "rvert": ("op", "|)"), "Vert": ("op", "|"),
+    "to": ("op", "to"), "rightarrow": ("op", "to"), "Rightarrow": ("op", "to"),
+    "implies": ("op", "to"), "iff": ("op", "to"), "Leftrightarrow": ("op", "to"),
+    "longrightarrow": ("op", "to"), "land": ("word", "and"), "lor": ("word", "or"),
+    "wedge": ("word", "and"), "vee": ("word", "or"), "lbrace": ("open", "\\{"),
+    "rbrace": ("close", "\\}"), "lbrack": ("open", "["), "rbrack": ("close", "]"),
+    "lparen": ("open", "("), "rparen": ("close", ")"), "langle": ("open", "<"),
+    "rangle": ("close", ">"), "lfloor": ("open", "lfloor"), "rfloor": ("close", "rfloor"),
+    "lceil": ("open", "lceil"), "rceil": ("close", "rceil"), "int": ("cmd", "integral"),
+    "iint": ("cmd", "integral"), "oint": ("cmd", "integral"), "sum": ("cmd", "sum"),
+    "prod": ("cmd", "product"), "partial": ("sym", "\\partial"), "nabla": ("sym", "\\nabla"),
+    "emptyset": ("cmd", "emptyset"), "varnothing": ("cmd", "emptyset"), "bmod": ("op", "mod"),
+    "pmod": ("op", "mod"), "mod": ("op", "mod"), "overline": ("cmd", "overline"),
+    "dot": ("cmd", "dot"), "circ": ("op", "circ"), "degree": ("op", "degree"),
+    "prime": ("op", "'"), "choose": ("op", "choose"), "over": ("op", "over"),
+    "angle": ("cmd", "angle"), "measuredangle": ("cmd", "angle"), "triangle": ("cmd", "angle"),
+    "perp": ("op", "perp"), "parallel": ("op", "perp"), "subset": ("op", "subset"),
+    "subseteq": ("op", "subset"), "forall": ("word", "forall"), "exists": ("word", "exists"),
+    "cosec": ("func", "csc"), "arccot": ("func", "acot"), "pounds": ("op", "currency"),
+    "euro": ("op", "currency"), "textdollar": ("op", "currency"), "percent": ("op", "%"),
+    "stackrel": ("cmd", "stackrel"), "overset": ("cmd", "stackrel"),
+}  # fmt: skip
+
+SEPARATOR_WORDS = frozenset({"and", "or"})
+PERCENT_WORDS = frozenset({"percent", "percentage", "pct", "percents"})
+QUALIFIER_WORDS = frozenset(
+    {"where", "for", "if", "when", "with", "such", "forall", "provided", "given", "as", "because"}
+    | {"since", "exists", "whenever", "from", "by"}
+)
+NUMBER_WORDS = {
+    word: value
+    for value, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+        " fifteen sixteen seventeen eighteen nineteen twenty".split()
+    )
+} | {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80}
+NUMBER_WORDS |= {"ninety": 90, "hundred": 100, "thousand": 1000, "none": 0}
+# Short words that would otherwise read as products of letters.
+WORDS = (
+    frozenset(
+        "and or for if is are the of to in on at by as it no yes not odd even all any none only"
+        " one two six ten day days year years inch inches feet foot hour hours min sec mins secs"
+        " mph pct unit units cents cent men man boy boys girl girls mod th st nd rd am pm"
+        " some true false from then than with when where such that let so be has have".split()
+    )
+    | SEPARATOR_WORDS
+    | PERCENT_WORDS
+    | QUALIFIER_WORDS
+    | frozenset(NUMBER_WORDS)
+)
+
+# Unit -> (dimension, size in the dimension's base unit). Same dimension converts.
+UNITS: dict[str, tuple[str, float]] = {}
+_UNIT_ROWS: list[tuple[str, float, str]] = [
+    ("length", 1e-3, "mm millimeter millimeters millimetre millimetres"),
+    ("length", 1e-2, "cm centimeter centimeters centimetre centimetres cms"),
+    ("length", 1e-1, "dm decimeter decimeters decimetre decimetres"),
+    ("length", 1.0, "m meter meters metre metres"),
+    ("length", 1e3, "km kilometer kilometers kilometre kilometres kms"),
+    ("length", 0.0254, "inch inches"),
+    ("length", 0.3048, "ft foot feet"),
+    ("length", 0.9144, "yd yard yards"),
+    ("length", 1609.344, "mi mile miles"),
+    ("mass", 1e-3, "g gram grams"),
+    ("mass", 1.0, "kg kilogram kilograms kgs"),
+    ("mass", 1e-6, "mg milligram milligrams"),
+    ("mass", 0.45359237, "lb lbs pound-mass"),
+    ("mass", 1000.0, "ton tons tonne tonnes"),
+    ("time", 1.0, "s sec secs second seconds"),
+    ("time", 60.0, "min mins minute minutes"),
+    ("time", 3600.0, "h hr hrs hour hours"),
+    ("time", 86400.0, "day days"),
+    ("time", 604800.0, "week weeks"),
+    ("year", 1.0, "yr yrs year years"),
+    ("volume", 1e-3, "ml milliliter milliliters millilitre millilitres mL"),
+    ("volume", 1.0, "l L liter liters litre litres"),
+    ("dollar", 0.01, "cent cents"),
+    ("dollar", 1.0, "dollar dollars usd USD bucks"),
+    ("speed", 1.0, "mph"),
+    ("angle", 1.0, "degree degrees"),
+]
+for _dimension, _size, _names in _UNIT_ROWS:
+    for _name in _names.split():
+        UNITS[_name] = (_dimension, _size)
+UNIT_WORDS = frozenset(name for name in UNITS if len(name) > 1) | {"th", "st", "nd", "rd"}
+# Prefixes of a final value that carry no meaning of their own.
+FILLER_WORDS = frozenset(
+    "only exactly about approximately roughly around just the a an is are be equals answer value"
+    " values solution solutions of set final total at most least any all every numbers number"
+    " integers integer real either both there exist exists we get have so thus hence therefore"
+    " x-values units square cubic per each in on to".split()
+)

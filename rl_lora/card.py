@@ -34,6 +34,7 @@ class AdapterFacts:
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
+    num_steps: int | None = None  # optimizer steps that made it
     config: RunConfig | None = None  # None: an adapter outside a run folder
     exams: dict[str, EvalResult] | None = None  # by the policy examined
 
@@ -69,6 +70,7 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
         rank=int(peft["r"]),
         alpha=float(peft["lora_alpha"]),
         target_modules=_module_names(peft["target_modules"]),
+        num_steps=manifest.get("version"),
         config=config,
         exams=exams,
     )
@@ -120,7 +122,7 @@ def _table(facts: AdapterFacts, base: str) -> dict[str, str]:
     sampling, optim, algorithm = config.sampling, config.optim, config.algorithm
     rows |= {
         "training problems": ", ".join(_set_name(source.name) for source in config.data.train),
-        "steps": f"{config.run.num_steps} of {sampling.num_prompts} prompts x "
+        "steps": f"{facts.num_steps} of {sampling.num_prompts} prompts x "
         f"{sampling.num_samples} samples, up to {sampling.max_tokens} tokens",
         "advantage, loss": f"{algorithm.advantage}, {algorithm.loss}",
         "optimizer": f"Adam, learning rate {optim.lr:g}, {optim.schedule}",

@@ -36,7 +36,7 @@ _UNICODE = str.maketrans(
         "ϕ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ", "Ω": r"\Omega ", "τ": r"\tau ",
         "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "⟨": r"\langle ",
         "⟩": r"\rangle ", "…": r"\ldots ", "⋯": r"\cdots ", "、": ",", "。": ".", "∧": r"\land ",
-        "∨": r"\lor ",
+        "∨": r"\lor ", "或": r" or ", "和": " and ", "且": " and ", "与": " and ", "及": " and ",
     }
 )  # fmt: skip
 
@@ -64,10 +64,13 @@ _ROW_SPACE = re.compile(r"\\\\\s*\[-?[\d.]+\s*[a-z]+\]")
 _HORIZONTAL = re.compile(
     r"\\(?:hspace\*?|vspace\*?|hskip|kern|phantom|hphantom|vphantom|label|tag\*?|color)\s*\{[^{}]*\}"
 )
-_TEX_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!|\\,|\\ |\\;|\\:|\\thinspace)\s*(?=\d{3}(?!\d))")
+_TEX_THOUSANDS = re.compile(r"(?<=\d)(?:\s*\{\s*,\s*\}|,\s*\\!|\\,|\\ |\\;|\\:|\\thinspace)\s*(?=\d{3}(?!\d))")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,/])\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?![\d])")
 _HTML = re.compile(r"<(/?)(sup|sub|b|i|em|strong|br|p)\s*/?>", re.IGNORECASE)
 _SPACES = re.compile(r"\\[,;:!> ]|\\quad|\\qquad|\\enspace|\\thinspace|\\newline|~|&nbsp;")
+_CLOCK = re.compile(
+    r"\b(0?[1-9]|1[0-2]):([0-5]\d)\s*(?:\\text\{)?\s*([AaPp])\.?\s*[Mm]\b\.?\}?"
+)
 _GLUED = re.compile(r"(?<=[\d)}])(or|and)(?=[A-Z(\d\\-])")
 _MATH_DELIMITER = re.compile(r"\\[()\[\]]")
 
@@ -87,7 +90,7 @@ def clean(text: str) -> str:
             text = pattern.sub(replacement, text)
     if "\x00" in text:
         raise ParseError
-    if "{,}" in text or "\\" in text:
+    if "{" in text or "\\" in text:
         text = _TEX_THOUSANDS.sub("", text)
     if "\\" in text:
         text = _simplify_latex(text)
@@ -95,6 +98,8 @@ def clean(text: str) -> str:
         text = _HTML.sub(_html_tag, text)
     if _SPACED_THOUSANDS.search(text):
         text = _SPACED_THOUSANDS.sub(lambda match: re.sub(r"\s", "", match.group()), text)
+    if ":" in text:
+        text = _CLOCK.sub(_to_24_hours, text)
     if "or" in text or "and" in text:
         text = _GLUED.sub(r" \1 ", text)
     return text.strip(' \t\r\n"`').rstrip("\\.,;: ").strip()
@@ -126,6 +131,11 @@ def _html_tag(match: re.Match[str]) -> str:
     if name in ("sup", "sub"):
         return "}" if is_end else ("^{" if name == "sup" else "_{")
     return " "
+
+
+def _to_24_hours(match: re.Match[str]) -> str:
+    hour = int(match[1]) % 12 + (12 if match[3] in "pP" else 0)
+    return f"{hour}:{match[2]}"
 
 
 def _simplify_latex(text: str) -> str:

@@ -73,6 +73,7 @@ class Comparison:
                 or (a in answer_bound and (b in gold_bound or b in _PARAMETERS or is_family))
                 or (b in gold_bound and a in _PARAMETERS)
                 or (is_family and a in _PARAMETERS and b in _PARAMETERS)
+                or (is_family and len(pairs) == 1 and bool({a, b} & _PARAMETERS))
                 for a, b in pairs
             ):
                 yield dict(pairs)
@@ -89,10 +90,19 @@ class Comparison:
             return self._equal_units(gold, answer)
         if "label" in kinds:
             return self.equal(_without_label(gold), _without_label(answer))
+        if kinds == {"rel", "list"}:
+            gold, answer = _by_coordinates(gold), _by_coordinates(answer)
+            kinds = {gold.kind, answer.kind}
         if "rel" in kinds:
             return self._equal_relations(gold, answer)
         if "text" in kinds:
             return equal_texts(gold, answer)
+        if kinds == {"mul", "list"}:
+            letters = [_option_letters(item) for item in (gold, answer)]
+            if letters[0] is not None and letters[0] == letters[1]:
+                return True
+        if Node("sym", name="\\mathbb{R}") in (gold, answer):
+            return self._equal_regions(gold, answer)
         if kinds & _REGION_KINDS or _has_mixed_brackets(gold, answer):
             return self._equal_regions(gold, answer)
         if kinds == {"list"} and (_is_condition(gold) or _is_condition(answer)):
@@ -260,8 +270,7 @@ class Comparison:
         is_set = "set" in (gold.kind, answer.kind)
         for one, other in ((gold, answer), (answer, gold)):
             if one.kind == "seq" and other.kind == "list" and not has_kind(one, "pm"):
-                is_plain = all(item.kind not in ("seq", "rel") for item in other.args)
-                if one.name == "()" and is_plain:
+                if one.name == "()" and _is_coordinates(other):
                     return self._in_order(
                         [_value(item) for item in gold.args], [_value(item) for item in answer.args]
                     )
@@ -310,6 +319,34 @@ def _unlabelled(node: Node) -> Node:
     if node.kind in ("list", "set"):
         return node._replace(args=tuple(_value(item) for item in node.args))
     return _value(node)
+
+
+def _is_coordinates(node: Node) -> bool:
+    """A bare list that may stand for a tuple: plain values, or each under its own name."""
+    if all(item.kind not in ("seq", "rel") for item in node.args):
+        return True
+    names = [item.args[0] for item in node.args if is_equation(item) and len(item.args) == 2]
+    return len(names) == len(set(names)) == len(node.args) and all(
+        name.kind == "sym" for name in names
+    )
+
+
+def _by_coordinates(node: Node) -> Node:
+    """(x, y) = (2, 3) as x = 2, y = 3."""
+    if node.kind == "rel" and node.name == "=" and len(node.args) == 2:
+        left, right = node.args
+        if left.kind == right.kind == "seq" and len(left.args) == len(right.args):
+            pairs = zip(left.args, right.args, strict=True)
+            return Node("list", tuple(Node("rel", pair, "=") for pair in pairs), ",")
+    return node
+
+
+def _option_letters(node: Node) -> list[str] | None:
+    """ABD, or A, B, D: the options of a multiple choice."""
+    names = [item.name.upper() for item in node.args if item.kind in ("sym", "text")]
+    if len(names) != len(node.args) or len(set(names)) != len(names):
+        return None
+    return sorted(names) if all(name in tuple("ABCDEFGH") for name in names) else None
 
 
 def _form(node: Node) -> str:

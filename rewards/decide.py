@@ -10,6 +10,7 @@ from fractions import Fraction
 from rewards.compare import Comparison
 from rewards.exact import Undecided
 from rewards.interpret import Reading, read, read_gold
+from rewards.numeric import TooLarge
 from rewards.nodes import LimitExceeded, Node, ParseError, has_kind
 from rewards.parser import Parsed
 from rewards.policy import Policy
@@ -119,6 +120,8 @@ def _typed_outcome(
         try:
             if comparison.compare(left, right) and _respects(right, policy):
                 return Outcome(Verdict(True, "ok", tier))
+        except TooLarge:
+            status = "limit"
         except Undecided:
             is_open = True
         except Contradiction:
@@ -169,4 +172,5 @@ def _status_of(wanted: Reading, given: Reading) -> Status:
 
 
 def _squeezed(text: str) -> str:
+    text = re.sub(r"(?<=\w)\s+(?=\w)", "_", text)
     return re.sub(r"\\(?:text|mathrm|left|right)\b|[\s${}]|\\[,;! ]", "", text).rstrip(".").lower()

@@ -104,7 +104,12 @@ class ExpressionParser:
                 factors.append(self.parse_signed())
             elif self.at("op", "/"):
                 self.next()
-                factors.append(Node("pow", (self.parse_signed(), MINUS_ONE)))
+                divisor = self.parse_signed()
+                if divisor.kind in ("percent", "deg"):  # 1/2% is half a per cent
+                    quotient = divide(_product(factors), divisor.args[0])
+                    factors = [Node(divisor.kind, (quotient,))]
+                else:
+                    factors.append(Node("pow", (divisor, MINUS_ONE)))
             elif self.at("op", "mod"):
                 self.next()
                 left = _product(factors)
@@ -359,15 +364,39 @@ class ExpressionParser:
         while self.at("op", "'"):
             self.next()
             name += "'"
+        if name == "C" and self.at("op", "_"):
+            combinations = self._read_combinations()
+            if combinations is not None:
+                return combinations
         if self.accept("op", "_"):
             name += "_{" + self.read_subscript() + "}"
         if name == "e":
             return Node("const", name="e")
         if name == "i":
             return Node("const", name="i")
+        if name[0] in _CALLED and self._accept_inverse_mark():
+            name += "^{-1}"
         if name[0] in _CALLED and self.at("open", "(") and not self.token.is_spaced:
             return self.parse_call(name)
         return Node("sym", name=name)
+
+    def _accept_inverse_mark(self) -> bool:
+        """f^{-1}( names the inverse function."""
+        rest = [token.text for token in self.tokens[self.index : self.index + 6]]
+        if rest == ["^", "{", "-", "1", "}", "("]:
+            self.index += 5
+            return True
+        return False
+
+    def _read_combinations(self) -> Node | None:
+        """C_n^3 is a binomial coefficient; C_1 alone is a name."""
+        start = self.index
+        self.next()
+        top = self.parse_argument()
+        if self.accept("op", "^"):
+            return function("binom", top, self.parse_argument())
+        self.index = start
+        return None
 
     def parse_call(self, name: str) -> Node:
         self.expect("open", "(")
@@ -446,7 +475,7 @@ class ExpressionParser:
         if self.at("op", "-"):
             self.next()
             return negative(self.parse_argument())
-        return self.parse_postfix(self.parse_primary()) if self.at("open") else self.parse_primary()
+        return self.parse_primary()
 
     def _parse_frac_argument(self) -> Node:
         token = self.token

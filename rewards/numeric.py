@@ -20,6 +20,7 @@ from rewards.exact import Undecided
 from rewards.nodes import Node, symbols
 
 MAX_LOG = 700.0  # of a magnitude: beyond it the logarithmic comparison takes over
+MAX_LOG_OF_LOG = 1e5
 MAX_FACTORIAL_ARGUMENT = 150.0
 Values = Mapping[str, Any]
 
@@ -194,13 +195,17 @@ def differ(left: Any, right: Any, tolerance: float) -> bool:
 
 
 def points(names: frozenset[str], num: int, is_positive: bool) -> list[dict[str, Fraction]]:
-    """Random rational points, away from 0 and 1; seeded, so that a verdict never changes."""
+    """Random rational points off the integers: half of them below 1, the rest up to 3.
+
+    Seeded, so that a verdict never changes.
+    """
     generator = random.Random(num * 2 + is_positive)
     drawn = []
-    for _ in range(num):
+    for place in range(num):
+        low, high = (60, 930) if place % 2 == 0 else (1060, 2900)
         point = {}
         for name in sorted(names):
-            value = Fraction(generator.randrange(300, 2900), 997)
+            value = Fraction(generator.randrange(low, high), 997)
             point[name] = -value if not is_positive and generator.random() < 0.6 else value
         drawn.append(point)
     return drawn
@@ -211,23 +216,36 @@ def same_value(left: Node, right: Node) -> bool:
     names = symbols(left) | symbols(right)
     if not names:
         return _agree_at(left, right, {}, must_be_real=False)
+    positive = points(names, 6, True)
+    num_real = _num_agreements(left, right, positive + points(names, 6, False), True)
+    if num_real is None:
+        return False
+    if num_real >= 2:
+        return True
+    # Hardly ever real: the principal values have to agree instead.
+    num_complex = _num_agreements(left, right, positive, False)
+    if num_complex is None:
+        return False
+    if num_complex < 2:
+        raise Undecided
+    return True
+
+
+def _num_agreements(
+    left: Node, right: Node, candidates: list[dict[str, Fraction]], must_be_real: bool
+) -> int | None:
+    """Number of points at which the sides agree, six at most; None where they differ at one."""
     num_agreed = 0
-    last: Undecided | None = None
-    candidates = [(point, False) for point in points(names, 4, True)]
-    candidates += [(point, True) for point in points(names, 6, False)]
-    for point, must_be_real in candidates:
+    for point in candidates:
         try:
             if not _agree_at(left, right, point, must_be_real):
-                return False
-        except Undecided as error:
-            last = error
+                return None
+        except Undecided:
             continue
         num_agreed += 1
-        if num_agreed >= 6:
+        if num_agreed == 6:
             break
-    if num_agreed < 2:
-        raise Undecided from last
-    return True
+    return num_agreed
 
 
 def _agree_at(left: Node, right: Node, point: Mapping[str, Fraction], must_be_real: bool) -> bool:
@@ -249,6 +267,10 @@ def _agree_at(left: Node, right: Node, point: Mapping[str, Fraction], must_be_re
         if differ(a, b, system.tiny):
             return False
     return True
+
+
+class TooLarge(Undecided):
+    """Even the logarithm is too large to write."""
 
 
 def log_magnitude(node: Node, system: Arithmetic) -> Any:
@@ -279,8 +301,8 @@ def value_or_huge(node: Node, system: Arithmetic) -> Any:
         return value_of(node, {}, system)
     except Undecided:
         logarithm = log_magnitude(node, system)
-        if abs(logarithm) > 1e5:
-            raise
+        if abs(logarithm) > MAX_LOG_OF_LOG:
+            raise TooLarge from None
         return system.functions["exp"](logarithm)
 
 
@@ -290,7 +312,15 @@ def same_magnitude(left: Node, right: Node) -> bool:
     Products and powers whose logarithms agree to 60 digits are taken as equal.
     """
     for system in (LOW, HIGH):
-        a, b = log_magnitude(left, system), log_magnitude(right, system)
-        if differ(a, b, system.tiny):
+        magnitudes = []
+        for side in (left, right):
+            try:
+                magnitudes.append(log_magnitude(side, system))
+            except TooLarge:
+                magnitudes.append(None)
+        a, b = magnitudes
+        if a is None and b is None:
+            raise TooLarge
+        if a is None or b is None or differ(a, b, system.tiny):
             return False
     return True

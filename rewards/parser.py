@@ -88,13 +88,10 @@ class AnswerParser(ExpressionParser):
         for item in items:
             is_domain = (
                 item.kind == "rel"
-                and item.name in ("in", ">", ">=", "!=")
+                and item.name == "in"
                 and item.args[0].kind == "sym"
-                and (
-                    item.args[1].name.startswith("\\mathbb")
-                    if item.name == "in"
-                    else False
-                )
+                and item.args[1].kind == "sym"
+                and item.args[1].name.removeprefix("\\mathbb")[:2].strip("{") in tuple("ZNRQC")
             )
             if is_domain and len(items) > 1:
                 self.bind(item)

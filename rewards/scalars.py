@@ -177,8 +177,11 @@ def _rounds(gold: Node, answer: Node, policy: Policy) -> bool:
     target = gold_printed or answer_printed
     assert target is not None
     other = answer if gold_printed else gold
-    # One digit more than for a fraction: 3.14 is not pi, 3.142 may stand for it.
-    stricter = target._replace(num_significant=target.num_significant - (gold_printed is None))
+    # One digit more than for a fraction: 3.14 is not pi, 3.142 may stand for it. A data set
+    # whose decimals are its golds' own needs no such caution.
+    stricter = target._replace(
+        num_significant=target.num_significant - (policy.rounding == "either")
+    )
     if not _allowed(stricter, policy, gold_printed is not None):
         return False
     try:

@@ -31,7 +31,7 @@ class Token(NamedTuple):
 
 _TOKEN = re.compile(
     r"""(?P<space>\s+|\$)
-    |(?P<num>\d+\.(?=\s*\\(?:overline|dot)\b)|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?
+    |(?P<num>\d+\.(?=\s*\\(?:overline|dot)(?![A-Za-z]))|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?
         (?:[eE][-+]?\d{1,6}(?![A-Za-z\d]))?|\.\d+(?:[eE][-+]?\d{1,6}(?![A-Za-z\d]))?)
     |(?P<env>\\(?:begin|end)\s*\{[A-Za-z*]+\}(?:\s*\{[lcr|\s]+\})?)
     |(?P<escaped>\\[{}|$%&\#_\\])
@@ -205,17 +205,17 @@ def _read_text(
     if stripped in FUNCTIONS:
         tokens.append(Token("func", FUNCTIONS[stripped], is_spaced, start))
         return
+    if command == "mathbb":
+        tokens.append(Token("sym", f"\\mathbb{{{stripped}}}", is_spaced, start))
+        return
     is_roman = command not in ("text", "mbox", "textbf", "textnormal", "textit", "hbox", "textrm")
     if _FORMULA.search(stripped) or (is_roman and len(stripped) == 1):
-        if command == "mathbb" or len(tokens) > MAX_TOKENS:
-            raise ParseError
+        if len(tokens) > MAX_TOKENS:
+            raise LimitExceeded
         inner = tokenize(stripped)[:-1]
         if command in ("text", "textbf", "mbox", "textnormal", "textit", "textrm"):
             inner = [t._replace(kind="word") if t.kind == "sym" else t for t in inner]
         tokens.extend(inner)
-        return
-    if command == "mathbb":
-        tokens.append(Token("sym", f"\\mathbb{{{stripped}}}", is_spaced, start))
         return
     words = re.findall(r"[A-Za-z]+(?:'[a-z]+)?|[,;()]|[^\sA-Za-z]", stripped)
     for index, word in enumerate(words):

@@ -30,7 +30,7 @@ from rl_lora.card import CARD_FILE, card_text, read_facts, write_card
 from rl_lora.config import ModelSection
 from rl_lora.errors import UserError
 from rl_lora.models import check_model_dir, resolve_model
-from rl_lora.plan import lay_out
+from rl_lora.shapes import lay_out
 
 _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")

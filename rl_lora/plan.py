@@ -7,61 +7,30 @@ for activations it is an estimate (within about 30 % of what autograd keeps; a t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PretrainedConfig,
-    Qwen3Config,
-)
+from transformers import PretrainedConfig
 
-from rl_lora.config import LoraSection, ModelSection, RunConfig, Section
-from rl_lora.errors import UserError
+from rl_lora.config import LoraSection, RunConfig, Section
 from rl_lora.lora import target_names
 from rl_lora.models import list_models
 from rl_lora.policy import pick_dtype
+from rl_lora.shapes import lay_out, load_model_config
+from rl_lora.vllm_sampler import CPU_MEMORY_SHARE, CPU_NUM_SEQS
 
 # Sequences that the engine decodes at once where sampling.max_num_seqs is not set.
-_NUM_SEQS = {"cpu": 128, "cuda": 256}
+_NUM_SEQS = {"cpu": CPU_NUM_SEQS, "cuda": 256}
 _LOGITS_ELEMENTS = 2**24  # a chunk of logits of `policy`
 _LOGITS_COPIES = 3  # logits, log-probs, gradient
-
-
-def _shape(
-    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
-) -> dict[str, Any]:
-    shape = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
-    shape |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return shape | {"vocab_size": vocabulary, **more}
-
-
-# Shapes of models that the shipped configs name, so that a dry run needs no network: config.json
-# of the hub repository of that name (the embedded one: HuggingFaceTB/SmolLM2-135M-Instruct).
-KNOWN_SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
-    "meta-llama/Llama-3.1-8B": (
-        LlamaConfig,
-        _shape(4096, 14336, 32, 32, 8, 128256, tie_word_embeddings=False),
-    ),
-    "Qwen/Qwen3-8B-Base": (
-        Qwen3Config,
-        _shape(4096, 12288, 36, 32, 8, 151936, head_dim=128, tie_word_embeddings=False),
-    ),
-    "smollm2-135m-instruct": (
-        LlamaConfig,
-        _shape(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,48 +79,6 @@ class MatmulCounts:
     def ratio(self) -> float:
         """LoRA / full; 2/3 at low rank ('LoRA Without Regret', section on compute)."""
         return self.lora / self.full
-
-
-def load_model_config(
-    section: ModelSection, model_dir: Path | None
-) -> tuple[PretrainedConfig, str]:
-    """The model's config and where it comes from, without network if that can be.
-
-    Looked for in this order: model_dir, the hub's cache on this machine, KNOWN_SHAPES, the hub.
-
-    Raises:
-        UserError: it is in none of them.
-    """
-    if model_dir is not None:
-        try:
-            return AutoConfig.from_pretrained(model_dir, local_files_only=True), str(model_dir)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"model {model_dir}: its config.json cannot be used: {error}"
-            ) from error
-    name, revision = section.name, section.revision
-    try:
-        local = AutoConfig.from_pretrained(name, revision=revision, local_files_only=True)
-        return local, "the hub's cache"
-    except (OSError, ValueError, KeyError):
-        known = KNOWN_SHAPES.get(name)
-    if known is not None:
-        config_class, shape = known
-        return config_class(**shape), "the built-in table (its config.json is not on this machine)"
-    try:
-        return AutoConfig.from_pretrained(name, revision=revision), "the hub"
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model.name={name!r}: its config.json is not on this machine and cannot be fetched; "
-            "give a directory, or get the model with `rl-lora models get`"
-        ) from error
-
-
-def lay_out(config: PretrainedConfig) -> nn.Module:
-    """The model without weights, on the meta device."""
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
-    return model
 
 
 def parameter_counts(model: nn.Module, lora: LoraSection) -> ParameterCounts:
@@ -267,8 +194,23 @@ def _sampler_memory(
     num_seqs = min(sampling.max_num_seqs or _NUM_SEQS[device], in_step)
     length = config.data.max_prompt_tokens + sampling.max_tokens
     per_token = kv_bytes_per_token(model_config, dtype)
+    wanted = per_token * num_seqs * length
+    limit = _kv_limit(config, device, counts.base * dtype.itemsize)
     note = f"{num_seqs} sequences x {length} tokens x {_bytes(per_token)}"
-    return [*parts, MemoryItem("KV cache", per_token * num_seqs * length, note)]
+    if limit is not None and limit < wanted:
+        fitting = limit // (per_token * length)
+        note += f" is {_bytes(wanted)}; what is free holds {fitting} of full length at once"
+    return [*parts, MemoryItem("KV cache", min(wanted, limit or wanted), note)]
+
+
+def _kv_limit(config: RunConfig, device: str, weight_bytes: int) -> int | None:
+    """What vLLM sets aside for keys and values at most, in bytes; None: no bound is known."""
+    if config.sampling.backend == "torch":
+        return None
+    if device == "cpu":
+        return int(CPU_MEMORY_SHARE * psutil.virtual_memory().available)
+    total = machine_bytes(device)
+    return total and max(0, int(config.sampling.memory_fraction * total) - weight_bytes)
 
 
 def plan_device(name: str) -> str:
@@ -284,7 +226,7 @@ def machine_bytes(device: str) -> int | None:
         if not torch.cuda.is_available():
             return None
         return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(psutil.virtual_memory().total)
 
 
 def print_plan(

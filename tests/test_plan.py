@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,17 +15,16 @@ from transformers import LlamaConfig, Qwen3Config
 from rl_lora.config import LoraSection, ModelSection, RunConfig, parse_config
 from rl_lora.errors import UserError
 from rl_lora.plan import (
-    KNOWN_SHAPES,
     MemoryItem,
     activation_bytes,
     kv_bytes_per_token,
-    lay_out,
-    load_model_config,
     matmul_counts,
     memory_plan,
     parameter_counts,
     print_plan,
 )
+from rl_lora.shapes import KNOWN_SHAPES, known_config, lay_out, load_model_config
+from rl_lora.tiny import RECIPES, build_model
 from tests.tiny_models import make_policy, random_llama, random_qwen3
 
 LLAMA_8B = LlamaConfig(
@@ -243,6 +243,27 @@ def test_plan_of_a_gpu_job_needs_neither_gpu_nor_network() -> None:
 def test_plan_says_when_the_machine_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rl_lora.plan.machine_bytes", lambda device: 2**30)
     assert "MORE than this machine's 1.00 GiB" in _printed(RunConfig())
+
+
+def test_tiny_model_that_is_not_made_yet_has_its_recipes_shape() -> None:
+    recipe = RECIPES["tiny-fast"]
+    tokenizer: Any = SimpleNamespace(eos_token_id=0, pad_token_id=1)
+    made = sum(parameter.numel() for parameter in build_model(recipe, tokenizer).parameters())
+    known = known_config("tiny-fast")
+    assert known is not None
+    assert parameter_counts(lay_out(known), LoraSection()).base == made
+
+
+def test_kv_cache_is_bounded_by_what_vllm_sets_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = SimpleNamespace(available=4 * 2**30, total=8 * 2**30)
+    monkeypatch.setattr("rl_lora.plan.psutil.virtual_memory", lambda: free)
+    config = parse_config({"model": {"device": "cpu", "dtype": "float32"}})
+    known = known_config("smollm2-135m-instruct")
+    assert known is not None
+    cache = memory_plan(config, known, parameter_counts(lay_out(known), config.lora))[-1]
+    assert cache.num_bytes == 2**30  # a quarter of what is free
+    # A sequence of 1280 tokens takes 2 x 30 x 3 x 64 x 4 bytes a token.
+    assert f"holds {2**30 // (1280 * 46_080)} of full length" in cache.note
 
 
 def test_unknown_model_is_one_line_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,101 @@
+"""A model's shape without its weights: config.json, or the few numbers of a model that is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+
+from rl_lora.config import ModelSection
+from rl_lora.errors import UserError
+from rl_lora.tiny import RECIPES
+
+
+def _shape(
+    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    shape = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return shape | {"vocab_size": vocabulary, **more}
+
+
+# Shapes of models that the shipped configs name, so that a dry run needs no network: config.json
+# of the hub repository of that name (the embedded one: HuggingFaceTB/SmolLM2-135M-Instruct).
+KNOWN_SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "meta-llama/Llama-3.1-8B": (
+        LlamaConfig,
+        _shape(4096, 14336, 32, 32, 8, 128256, tie_word_embeddings=False),
+    ),
+    "Qwen/Qwen3-8B-Base": (
+        Qwen3Config,
+        _shape(4096, 12288, 36, 32, 8, 151936, head_dim=128, tie_word_embeddings=False),
+    ),
+    "smollm2-135m-instruct": (
+        LlamaConfig,
+        _shape(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
+    ),
+}
+
+
+def known_config(name: str) -> PretrainedConfig | None:
+    """The shape of a model of KNOWN_SHAPES, or of a tiny model that is not made yet; else None."""
+    if name in KNOWN_SHAPES:
+        config_class, shape = KNOWN_SHAPES[name]
+        return config_class(**shape)
+    recipe = RECIPES.get(name)
+    if recipe is None:
+        return None
+    heads = recipe.hidden_size // recipe.head_dim
+    sizes = (recipe.hidden_size, recipe.intermediate_size, recipe.num_layers, heads, heads)
+    more = {"head_dim": recipe.head_dim, "tie_word_embeddings": True}
+    return LlamaConfig(**_shape(*sizes, recipe.vocab_size, **more))
+
+
+def load_model_config(
+    section: ModelSection, model_dir: Path | None
+) -> tuple[PretrainedConfig, str]:
+    """The model's config and where it comes from, without network if that can be.
+
+    Looked for in this order: model_dir, the hub's cache on this machine, KNOWN_SHAPES, the hub.
+
+    Raises:
+        UserError: it is in none of them.
+    """
+    if model_dir is not None:
+        try:
+            return AutoConfig.from_pretrained(model_dir, local_files_only=True), str(model_dir)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"model {model_dir}: its config.json cannot be used: {error}"
+            ) from error
+    name, revision = section.name, section.revision
+    try:
+        local = AutoConfig.from_pretrained(name, revision=revision, local_files_only=True)
+        return local, "the hub's cache"
+    except (OSError, ValueError, KeyError):
+        known = known_config(name)
+    if known is not None:
+        return known, "the built-in table (its config.json is not on this machine)"
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision), "the hub"
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.name={name!r}: its config.json is not on this machine and cannot be fetched; "
+            "give a directory, or get the model with `rl-lora models get`"
+        ) from error
+
+
+def lay_out(config: PretrainedConfig) -> nn.Module:
+    """The model without weights, on the meta device."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model

@@ -21,10 +21,12 @@ from rich.text import Text
 from rl_lora.evaluate import EvalResult, ExamScores, compare
 
 _SMOOTHING = 0.2  # weight of the newest step in the seconds a step that the ETA is made of
+_FILE_WIDTH = 120  # characters, where the output is no terminal
 _HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 # Key of a step's metrics, label, format.
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("sft/loss", "loss", "{:.3f}"),
     ("reward/mean", "reward", "{:.3f}"),
     ("reward/correct_mean", "correct", "{:.1%}"),
     ("cot/tokens_mean", "length", "{:.0f}"),
@@ -82,9 +84,11 @@ class Display:
     """
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
-        self._console = console or Console(file=sys.stdout, highlight=False)
+        # In a file lines are as long as they are; the tables get room for three columns.
+        width = None if sys.stdout.isatty() else _FILE_WIDTH
+        self._console = console or Console(file=sys.stdout, highlight=False, width=width)
         self._quiet = quiet
-        self._is_live = self._console.is_terminal and not quiet
+        self._is_live = self._console.is_interactive and not quiet
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -95,6 +99,7 @@ class Display:
         )
         self._task: TaskID | None = None
         self._exam: TaskID | None = None
+        self._stage = "step"
         self._num_steps = 0
         self._step_s: float | None = None
         self._last_time = time.perf_counter()
@@ -120,7 +125,7 @@ class Display:
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(name, total=num_steps, completed=done, eta="")
-        self._num_steps = num_steps
+        self._stage, self._num_steps = name, num_steps
         self._step_s = None
         self._last_time = time.perf_counter()
 
@@ -135,7 +140,7 @@ class Display:
         if self._task is not None:
             self._progress.update(self._task, completed=step, eta=eta)
         if not self._quiet:
-            line = f"step {step}/{self._num_steps}  {step_line(metrics)}"
+            line = f"{self._stage} {step}/{self._num_steps}  {step_line(metrics)}"
             self._print(line if self._is_live or not eta else f"{line}  {eta}")
 
     def exam(self, done: int, total: int) -> None:
@@ -159,12 +164,24 @@ class Display:
         before: EvalResult | None,
         after: EvalResult | None,
         seconds_by_phase: Mapping[str, float],
+        base: EvalResult | None = None,
     ) -> None:
-        """The closing tables, quiet or not."""
-        if before is not None or after is not None:
-            self._console.print(exam_table(before, after, self._box))
+        """The closing tables, quiet or not.
+
+        Args:
+            before: the policy that RL started from.
+            after: the policy at the end.
+            seconds_by_phase: phase -> seconds of the whole run.
+            base: the base model without adapter, where a warm start came before RL.
+        """
+        named = {"base model": base, "before": before, "after": after}
+        results = {name: result for name, result in named.items() if result is not None}
+        if results:
+            self._console.print(exam_table(results, self._box))
+        if base is not None and after is not None:
+            self._print(f"base model to after: {comparison_line(base, after)}")
         if before is not None and after is not None:
-            self._print(comparison_line(before, after))
+            self._print(f"before to after: {comparison_line(before, after)}")
         if seconds_by_phase:
             self._console.print(phase_table(seconds_by_phase, self._box))
 
@@ -173,27 +190,25 @@ class Display:
         return box.ROUNDED if self._console.is_terminal else box.ASCII2
 
     def _print(self, text: str) -> None:
+        encoding = self._console.encoding
+        text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
         # soft_wrap: a pipe gets whole lines, whatever width rich takes it for.
-        self._console.print(Text(printable(text)), soft_wrap=True)
+        self._console.print(Text(text), soft_wrap=True)
 
 
-def exam_table(
-    before: EvalResult | None, after: EvalResult | None, style: box.Box = box.ROUNDED
-) -> Table:
-    """Before and after: accuracy with its interval, format, length; a block for each source."""
-    results = {"before": before, "after": after}
-    present = {name: result for name, result in results.items() if result is not None}
-    confidence = next(iter(present.values())).confidence
+def exam_table(results: Mapping[str, EvalResult], style: box.Box = box.ROUNDED) -> Table:
+    """A column an exam: accuracy with its interval, format, length; a block for each source."""
+    confidence = next(iter(results.values())).confidence
     table = Table(title=f"Held-out problems ({confidence:.0%} intervals)", box=style)
     table.add_column("")
-    for name in present:
+    for name in results:
         table.add_column(name, justify="right")
-    sources = sorted({source for result in present.values() for source in result.by_source})
+    sources = sorted({source for result in results.values() for source in result.by_source})
     blocks: list[str | None] = [None, *(sources if len(sources) > 1 else [])]
     for source in blocks:
         columns = [
             result.total if source is None else result.by_source.get(source)
-            for result in present.values()
+            for result in results.values()
         ]
         _add_block(table, source, columns)
     return table

@@ -94,6 +94,8 @@ def clean(text: str) -> str:
         text = _TEX_THOUSANDS.sub("", text)
     if "\\" in text:
         text = _simplify_latex(text)
+    if "&" in text:
+        text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
     if "<" in text:
         text = _HTML.sub(_html_tag, text)
     if _SPACED_THOUSANDS.search(text):

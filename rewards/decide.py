@@ -18,7 +18,10 @@ from rewards.relations import Contradiction
 from rewards.types import Status, Tier, Verdict
 from rewards.words import is_short_form, text_of
 
-_PLAIN = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+_PLAIN = re.compile(
+    r"(?P<whole>[-+]?(?:\d{1,3}(?:,\d{3})+|\d+))(?P<decimals>\.\d+)?(?:/(?P<bottom>\d+))?"
+    r"|(?P<sign>-?)\\[dt]?frac\{(?P<over>-?\d+)\}\{(?P<under>\d+)\}"
+)
 _INTEGER = re.compile(r"-?\d{1,18}")
 MAX_PLAIN_CHARS = 400
 LastResort = Callable[[Node, Node], bool]
@@ -79,11 +82,17 @@ def _plain_outcome(gold: str, answer: str, policy: Policy) -> Outcome | None:
         return None
     left = _plain_number(gold)
     right = None if left is None else _plain_number(answer)
-    if left is None or right is None or left.denominator != 1 or right.denominator != 1:
-        return None  # decimals may round
-    if left == right and right.denominator == 1 and _in_range(int(right), policy):
-        return RIGHT_EXACT
-    return WRONG_EXACT if left != right else None
+    if left is None or right is None or policy.tolerance_decimals is not None:
+        return None
+    if left[0] == right[0]:
+        is_integer = right[0].denominator == 1
+        is_settled = policy.accept_unreduced or is_integer
+        if is_settled and (policy.answer_range is None or is_integer):
+            return RIGHT_EXACT if _in_range(int(right[0]), policy) else WRONG_EXACT
+        return None
+    may_round = left[1] or right[1]  # a printed decimal may round
+    may_be_list = "," in gold or "," in answer
+    return None if may_round or may_be_list else WRONG_EXACT
 
 
 def _in_range(number: int, policy: Policy) -> bool:
@@ -91,11 +100,20 @@ def _in_range(number: int, policy: Policy) -> bool:
     return low_high is None or low_high[0] <= number <= low_high[1]
 
 
-def _plain_number(text: str) -> Fraction | None:
-    text = text.removeprefix("$").removesuffix("$").removesuffix(".").strip()
-    if not _PLAIN.fullmatch(text):
+def _plain_number(text: str) -> tuple[Fraction, bool] | None:
+    r"""(value, is a decimal) of 1,234 or -0.5 or 3/4 or \frac{3}{4}; None for anything else."""
+    match = _PLAIN.fullmatch(text.strip("$").removesuffix(".").strip())
+    if match is None:
         return None
-    return Fraction(text.replace(",", ""))
+    if match["over"] is not None:
+        bottom = int(match["under"])
+        top = int(match["over"]) * (-1 if match["sign"] else 1)
+        return (Fraction(top, bottom), False) if bottom else None
+    digits = match["whole"].replace(",", "") + (match["decimals"] or "")
+    bottom = int(match["bottom"] or 1)
+    if bottom == 0 or (match["decimals"] and match["bottom"]):
+        return None
+    return Fraction(digits) / bottom, match["decimals"] is not None
 
 
 def _joined_boxes(answer: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ stand beside the last one, joined by a comma, 'and' or 'or', are only reported.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,9 @@ Method = Literal["boxed", "hashes", "tag", "phrase", "bold", "math", "none"]
 
 # Further boxes than this, counted from the last, are not looked at.
 MAX_JOINED_BOXES = 64
+MAX_BOX_CHARS = 4096  # of a box that may be joined to the next
+BOX_PREFIX_CHARS = 10  # before "oxed" or "box": \\beginb
+MAX_NUMBER_CHARS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ _END_TOKEN = re.compile(
 )
 # The lost backslash: "\b" read as an escape leaves a backspace character and "oxed{".
 _BOX = re.compile(
-    r"(?:\\(?:boxed|fbox|framebox|beginboxed)|\x08oxed|(?<![A-Za-z\\])b?oxed)"
+    r"(?:\\(?:boxed|fbox|beginboxed)|\x08oxed|(?<![A-Za-z\\])b?oxed)"
     r"(?:\s*\{|\s+(?=[-+\d])(?P<bare>[-+]?\d[\d,.]*)|(?P<digit>\d))"
 )
 _BRACE = re.compile(r"\\[{}\\]|[{}]")
@@ -60,7 +64,6 @@ _NOT_AN_ANSWER = re.compile(
 )
 _SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\bSt)\.(?=\s+[A-Z\"'(]|\s*$|\s*\n)|\n\s*\n|\n")
 _BOLD = re.compile(r"\*\*([^*\n]{1,400})\*\*")
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 _NUMBER = re.compile(
     r"(?<![\w.])[-−+]?\s?[$€£]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:\s?/\s?\d[\d,]*)?(?:\s?\\?%)?|(?<![\w.])-?\.\d+"
 )
@@ -81,6 +84,7 @@ def extract(completion: str) -> Extraction:
         or _from_box(text)
         or _from_hashes(text)
         or _from_tag(text)
+        or _from_answer_line(text)
         or _from_phrase(text)
         or _from_bold(text)
         or _from_whole(text)
@@ -111,7 +115,7 @@ def after_thinking(completion: str) -> str | None:
 
 
 def _from_box(text: str) -> Extraction | None:
-    if "oxed" not in text and "\\fbox" not in text and "\\framebox" not in text:
+    if "oxed" not in text and "\\fbox" not in text:
         return None
     boxes = find_boxes(text)
     if not boxes:
@@ -166,19 +170,39 @@ def phrase_of(text: str) -> str | None:
 
 
 def find_boxes(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of the last balanced boxes, in text order; one pass."""
+    """(start, end, content) of the last balanced boxes, in text order.
+
+    Only the stretch that can hold boxes joined to the last one is looked at, unless the last one
+    was never closed.
+    """
+    start, last = len(text), -1
+    for _ in range(MAX_JOINED_BOXES):
+        position = max(text.rfind("oxed", 0, start), text.rfind("\\fbox", 0, start))
+        if position < 0 or (last >= 0 and start - position > MAX_BOX_CHARS):
+            break
+        start, last = position, max(last, position)
+    boxes = _balanced_boxes(text, max(start - BOX_PREFIX_CHARS, 0))
+    if not boxes or boxes[-1][1] < last:
+        boxes = _balanced_boxes(text, 0)
+    return boxes[-MAX_JOINED_BOXES:]
+
+
+def _balanced_boxes(text: str, start: int) -> list[tuple[int, int, str]]:
+    """Balanced boxes from `start` on, by one pass over the braces."""
     openers: dict[int, int] = {}
     found: list[tuple[int, int, str]] = []
-    for match in _BOX.finditer(text):
-        if match["bare"] is not None or match["digit"] is not None:
-            content = (match["bare"] or match["digit"]).rstrip(".,")
-            found.append((match.start(), match.end(), content))
+    for position in _box_positions(text, start):
+        match = _BOX.search(text, max(position - BOX_PREFIX_CHARS, start), position + 64)
+        if match is None:
+            continue
+        bare = match["bare"] or match["digit"]
+        if bare is not None:
+            found.append((match.start(), match.end(), bare.rstrip(".,")))
         else:
             openers[match.end() - 1] = match.start()
     if openers:
         stack: list[int] = []
-        first = min(openers)
-        for match in _BRACE.finditer(text, first):
+        for match in _BRACE.finditer(text, min(openers)):
             token = match.group()
             if token == "{":
                 stack.append(match.start())
@@ -186,8 +210,15 @@ def find_boxes(text: str) -> list[tuple[int, int, str]]:
                 opener = stack.pop()
                 if opener in openers:
                     found.append((openers[opener], match.end(), text[opener + 1 : match.start()]))
-    found.sort()
-    return found[-MAX_JOINED_BOXES:]
+    return sorted(set(found))
+
+
+def _box_positions(text: str, start: int) -> Iterator[int]:
+    for name in ("oxed", "\\fbox"):
+        position = text.find(name, start)
+        while position >= 0:
+            yield position
+            position = text.find(name, position + 4)
 
 
 def _from_hashes(text: str) -> Extraction | None:
@@ -207,6 +238,16 @@ def _from_tag(text: str) -> Extraction | None:
         return None
     content = text[start + len("<answer>") : end].strip()
     return Extraction(content, "tag") if content else None
+
+
+def _from_answer_line(text: str) -> Extraction | None:
+    """A last line of the form 'A: 18'."""
+    position = text.rfind("\nA:") if not text.startswith("A:") or "\nA:" in text else -1
+    start = position + 3 if position >= 0 else 2
+    if position < 0 and not text.startswith("A:"):
+        return None
+    line = text[start:].strip().split("\n", 1)[0].strip()
+    return Extraction(line, "phrase") if line else None
 
 
 def _from_final_phrase(text: str) -> Extraction | None:
@@ -251,12 +292,13 @@ def first_sentence(text: str) -> str:
 
 
 def _from_whole(text: str) -> Extraction | None:
-    """A completion that is nothing but a formula."""
+    """A completion that is nothing but a formula, or a few words."""
     text = text.strip()
     if not text or len(text) > MAX_WHOLE_CHARS or "\n" in text:
         return None
     words = _WORD.findall(_COMMAND.sub(" ", text))
-    if any(word.lower() not in _FORMULA_WORDS for word in words):
+    num_prose_words = sum(word.lower() not in _FORMULA_WORDS for word in words)
+    if num_prose_words > 3 or (num_prose_words and len(words) > 5):
         return None
     return Extraction(text, "math")
 
@@ -281,6 +323,8 @@ def last_formula(text: str) -> tuple[int, str] | None:
         if start < 0:
             continue
         content = text[start + (2 if double else len(opening)) : stop]
+        if len(content) > MAX_BOX_CHARS:
+            continue
         # Two currency signs with prose between them are no formula.
         if not content.strip() or (
             opening == "$"
@@ -294,10 +338,12 @@ def last_formula(text: str) -> tuple[int, str] | None:
 
 def last_number(text: str) -> tuple[int, str] | None:
     """(end, content) of the last number, with its sign, percent sign or denominator."""
-    found = None
-    for found in _NUMBER.finditer(text):
-        pass
-    return None if found is None else (found.end(), found.group())
+    end = max(text.rfind(digit) for digit in "0123456789") + 1
+    if end == 0:
+        return None
+    start = max(end - MAX_NUMBER_CHARS, 0)
+    matches = list(_NUMBER.finditer(text, start, min(end + 3, len(text))))
+    return (matches[-1].end(), matches[-1].group()) if matches else None
 
 
 def _from_last_maths(text: str) -> Extraction | None:

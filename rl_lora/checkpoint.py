@@ -181,6 +181,8 @@ def _read_document(path: Path) -> dict[str, Any]:
         )
     if document.pop("sha256", None) != _document_hash(document):
         raise _BrokenError(f"{STATE_FILE} is not the file that was saved (sha256 differs)")
+    if document["files"].keys() != {TENSORS_FILE}:
+        raise _BrokenError(f"{STATE_FILE} lists other files than {TENSORS_FILE}")
     for name, recorded in document["files"].items():
         if not (path / name).is_file():
             raise _BrokenError(f"{name} is missing")
@@ -199,7 +201,7 @@ def _way_out(path: Path) -> str:
         try:
             files = _read_document(other)["files"]
             if all(_sha256(other / name) == files[name]["sha256"] for name in files):
-                return f"resume from {other}, which is whole"
+                return f"delete it and resume again, from {other}, which is whole"
         except (_BrokenError, OSError):
             continue
     return "no older one is whole: start anew under another run.name"

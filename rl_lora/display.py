@@ -21,6 +21,7 @@ from rich.text import Text
 from rl_lora.evaluate import EvalResult, ExamScores, compare
 
 _SMOOTHING = 0.2  # weight of the newest step in the seconds a step that the ETA is made of
+_EXAM_LINE_S = 30  # between lines of an evaluation's progress, where there is no bar
 _FILE_WIDTH = 120  # characters, where the output is no terminal
 _HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
@@ -99,6 +100,7 @@ class Display:
         )
         self._task: TaskID | None = None
         self._exam: TaskID | None = None
+        self._exam_told = 0.0
         self._stage = "step"
         self._num_steps = 0
         self._step_s: float | None = None
@@ -145,9 +147,14 @@ class Display:
 
     def exam(self, done: int, total: int) -> None:
         """Progress of an evaluation; fits `evaluate(on_progress=...)`."""
+        now = time.perf_counter()
         if self._exam is None:
             self._exam = self._progress.add_task("evaluation", total=total, eta="")
+            self._exam_told = now
         self._progress.update(self._exam, completed=done)
+        if done < total and now - self._exam_told >= _EXAM_LINE_S and not self._is_live:
+            self.note(f"evaluation {done}/{total}")
+            self._exam_told = now
         if done >= total:
             self._progress.remove_task(self._exam)
             self._exam = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -105,6 +106,20 @@ def load_result(path: Path) -> EvalResult:
         raise UserError(
             f"{path} is not an evaluation result ({error}); run rl-lora eval"
         ) from error
+
+
+def remove_results_after(folder: Path, step: int) -> list[Path]:
+    """Deletes step_N.json and step_N.jsonl of later steps; returns what was deleted.
+
+    For a run that goes on from `step`: the exams of steps that it runs again are of another policy.
+    """
+    removed = []
+    for path in sorted(folder.glob("step_*.json*")):
+        match = re.fullmatch(r"step_(\d+)\.jsonl?", path.name)
+        if match is not None and int(match[1]) > step:
+            path.unlink()
+            removed.append(path)
+    return removed
 
 
 def evaluate(

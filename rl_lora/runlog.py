@@ -92,12 +92,18 @@ class RunLog:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one step's line, {"step": step, ...}; NaN and infinities are written as null.
 
+        Numbers may be of numpy or torch.
+
         Raises:
             ValueError: the step is not after the last one written.
         """
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"step {step} is not after step {self._last_step}, already written")
         self._last_step = step
+        metrics = {
+            key: value if isinstance(value, int | float) else float(value)
+            for key, value in metrics.items()
+        }
         self._metrics.write(jsonl.to_line({"step": step, **metrics}))
         self._metrics.flush()
         for tracker in self._trackers:

@@ -209,7 +209,7 @@ def test_a_broken_checkpoint_names_itself_and_the_whole_one_before(
         load_checkpoint(broken)
     assert message in str(caught.value)
     assert str(broken) in str(caught.value)
-    assert f"resume from {whole}" in str(caught.value)
+    assert f"delete it and resume again, from {whole}" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert latest_checkpoint(tmp_path) == (whole if is_seen_by_latest else broken)
 

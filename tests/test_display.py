@@ -119,6 +119,19 @@ def test_a_file_gets_one_plain_line_a_step(monkeypatch: pytest.MonkeyPatch) -> N
     assert lines[2:] == ["training 12/12  reward 0.500"]
 
 
+def test_a_file_gets_a_line_of_a_long_evaluation_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    console, file = make_console(is_terminal=False)
+    with Display(console=console) as display:
+        for done in range(0, 101, 10):
+            display.exam(done, 100)
+            now[0] += 12
+    assert file.getvalue().splitlines() == [f"evaluation {n}/100" for n in (30, 60, 90)]
+
+
 def test_a_file_gets_no_control_characters() -> None:
     console, file = make_console(is_terminal=False)
     run_two_steps(Display(console=console))

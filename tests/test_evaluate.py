@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rewards import load_reward
 from rl_lora.config import EvalSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.evaluate import (
@@ -15,6 +16,7 @@ from rl_lora.evaluate import (
     evaluate,
     exam_scores,
     load_result,
+    remove_results_after,
     wilson_interval,
 )
 from rl_lora.types import Prompt, RolloutGroup
@@ -319,6 +321,30 @@ def test_load_result_refuses_other_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "eval.json").write_text(text)
     with pytest.raises(UserError, match=r"eval\.json is not an evaluation result"):
         load_result(tmp_path / "eval.json")
+
+
+def test_results_of_steps_that_are_run_again_are_removed(tmp_path: Path) -> None:
+    for name in ("base", "step_000000", "step_000004", "step_000008", "step_000008_by_hand"):
+        (tmp_path / f"{name}.json").touch()
+        (tmp_path / f"{name}.jsonl").touch()
+    removed = remove_results_after(tmp_path, 4)
+    assert [path.name for path in removed] == ["step_000008.json", "step_000008.jsonl"]
+    assert len(list(tmp_path.iterdir())) == 8
+    assert remove_results_after(tmp_path / "absent", 0) == []
+
+
+def test_an_exam_with_the_real_verifier(tmp_path: Path) -> None:
+    prompts = [make_prompt(f"sum/{index}") for index in range(4)]
+    texts = [r"so \boxed{\frac{14}{2}}", "the answer is 7", "#### 8", "no idea"]
+    sampler = FakeSampler({f"sum/{index}": [text] for index, text in enumerate(texts)})
+    with load_reward("math") as reward:
+        result = evaluate(sampler, prompts, reward, GREEDY, max_tokens=64, seed=0, folder=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert [row["num_correct"] for row in rows] == [1, 1, 0, 0]
+    assert result.total.format_rate == 0.25
+    assert result.total.accuracy_formatted == 1.0
+    assert result.total.statuses["no_answer"] >= 1
+    assert load_result(tmp_path / "eval.json") == result
 
 
 # --- before and after -----------------------------------------------------------------------------

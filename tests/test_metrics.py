@@ -6,7 +6,9 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from rl_lora import jsonl
 from rl_lora.errors import UserError
@@ -178,6 +180,20 @@ def test_metrics_are_on_disk_line_by_line(tmp_path: Path) -> None:
             {"step": 1, "reward/mean": 0.25, "loss/policy": None, "ratio/max": None},
         ]
     log.close()
+
+
+def test_numbers_of_numpy_and_torch(tmp_path: Path) -> None:
+    numbers: dict[str, Any] = {
+        "a": np.float32(0.5),
+        "b": np.int64(3),
+        "c": torch.tensor(0.25),
+        "d": 7,
+    }
+    with RunLog(tmp_path) as log:
+        log.write(0, numbers)
+    assert lines_of(tmp_path / "metrics.jsonl") == [
+        {"step": 0, "a": 0.5, "b": 3.0, "c": 0.25, "d": 7}
+    ]
 
 
 def test_one_line_a_step(tmp_path: Path) -> None:

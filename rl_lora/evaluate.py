@@ -2,7 +2,7 @@
 
 Accuracy is the mean over problems of the share of correct samples (pass@1). Its interval is
 Wilson's; with k > 1 samples a problem, samples of one problem are not independent, and the interval
-is Wilson's on the effective number of samples (see `clustered_wilson_interval`).
+is Wilson's on the effective number of samples (`intervals.clustered_wilson_interval`).
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import json
 import math
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import IO, Any
 
 from rewards import Reward, Score
 from rl_lora import jsonl
 from rl_lora.config import EvalSection
 from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.intervals import clustered_wilson_interval
 from rl_lora.metrics import key_part
 from rl_lora.rollouts import score_groups
 from rl_lora.sampler import Sampler
@@ -184,22 +184,7 @@ def evaluate(
                 rows.flush()
             groups_N += groups
             report(len(groups_N), len(prompts_N))
-    result = EvalResult(
-        total=exam_scores(groups_N, confidence),
-        by_source={
-            source: exam_scores([g for g in groups_N if g.prompt.source == source], confidence)
-            for source in sorted({group.prompt.source for group in groups_N})
-        },
-        step=step,
-        adapter_version=_version(groups_N),
-        confidence=confidence,
-        interval="wilson" if section.num_samples == 1 else "clustered_wilson",
-        temperature=params.temperature,
-        top_p=params.top_p,
-        max_tokens=params.max_tokens,
-        seed=seed,
-        seconds=time.perf_counter() - start,
-    )
+    result = _result(groups_N, section, params, confidence, step, time.perf_counter() - start)
     if folder is not None:
         result.save(folder / f"{name}.json")
     return result
@@ -236,58 +221,7 @@ def exam_scores(groups_N: Sequence[RolloutGroup], confidence: float = 0.95) -> E
     )
 
 
-# --- intervals ------------------------------------------------------------------------------------
-
-
-def wilson_interval(
-    num_correct: float, num_total: float, confidence: float = 0.95
-) -> tuple[float, float]:
-    """(low, high) of a binomial proportion (Wilson 1927, 'Probable Inference').
-
-    With p = num_correct / num_total, n = num_total and z the normal quantile:
-    (p + z^2/2n -+ z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n). Counts need not be whole.
-
-    Raises:
-        ValueError: num_total is not positive, num_correct not in 0..num_total, or the confidence
-            not between 0 and 1.
-    """
-    if not (num_total > 0 and 0 <= num_correct <= num_total and 0 < confidence < 1):
-        raise ValueError(f"no interval for {num_correct} of {num_total} at confidence {confidence}")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    p = num_correct / num_total
-    spread = z * math.sqrt(p * (1 - p) / num_total + z * z / (4 * num_total * num_total))
-    middle = p + z * z / (2 * num_total)
-    scale = 1 + z * z / num_total
-    # At 0 and at num_total the bound is exact, and rounding would leave it a hair off.
-    low = 0.0 if num_correct == 0 else (middle - spread) / scale
-    high = 1.0 if num_correct == num_total else (middle + spread) / scale
-    return low, high
-
-
-def clustered_wilson_interval(
-    num_correct_N: Sequence[int], num_samples: int, confidence: float = 0.95
-) -> tuple[float, float]:
-    """(low, high) of the mean accuracy of N problems with k samples each, problems being drawn.
-
-    Wilson's interval on the effective number of samples (Korn and Graubard 1998), that is the
-    number of independent ones that would have the variance between problems:
-    n = N p (1 - p) / mean((p_i - p)^2), kept in N..N k. Samples that agree within each problem
-    count as N, independent ones as N k; for k = 1 it is Wilson's interval itself.
-
-    Raises:
-        ValueError: no problem, or a count that is not in 0..k.
-    """
-    num_problems = len(num_correct_N)
-    if not num_problems or any(not 0 <= num <= num_samples for num in num_correct_N):
-        raise ValueError(f"no interval: {num_problems} problems of {num_samples} samples each")
-    accuracy = sum(num_correct_N) / (num_problems * num_samples)
-    variance = sum((num / num_samples - accuracy) ** 2 for num in num_correct_N) / num_problems
-    if accuracy in (0.0, 1.0):  # no variance to go by: as if samples only repeated each other
-        effective = float(num_problems)
-    else:
-        binomial = accuracy * (1 - accuracy)
-        effective = num_problems * min(num_samples, binomial / max(variance, 1e-12))
-    return wilson_interval(accuracy * effective, effective, confidence)
+# --- before and after ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +277,32 @@ def _check(prompts_N: Sequence[Prompt], section: EvalSection) -> None:
             f"eval.num_samples={section.num_samples} with eval.temperature=0 samples the same "
             "completion again and again; set eval.temperature or eval.num_samples=1"
         )
+
+
+def _result(
+    groups_N: Sequence[RolloutGroup],
+    section: EvalSection,
+    params: SampleParams,
+    confidence: float,
+    step: int | None,
+    seconds: float,
+) -> EvalResult:
+    by_source: defaultdict[str, list[RolloutGroup]] = defaultdict(list)
+    for group in groups_N:
+        by_source[group.prompt.source].append(group)
+    return EvalResult(
+        total=exam_scores(groups_N, confidence),
+        by_source={name: exam_scores(by_source[name], confidence) for name in sorted(by_source)},
+        step=step,
+        adapter_version=_version(groups_N),
+        confidence=confidence,
+        interval="wilson" if section.num_samples == 1 else "clustered_wilson",
+        temperature=params.temperature,
+        top_p=params.top_p,
+        max_tokens=params.max_tokens,
+        seed=params.seed,
+        seconds=seconds,
+    )
 
 
 def _version(groups_N: Sequence[RolloutGroup]) -> int:

@@ -11,14 +11,13 @@ from rl_lora.config import EvalSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.evaluate import (
     EvalResult,
-    clustered_wilson_interval,
     compare,
     evaluate,
     exam_scores,
     load_result,
     remove_results_after,
-    wilson_interval,
 )
+from rl_lora.intervals import clustered_wilson_interval, wilson_interval
 from rl_lora.types import Prompt, RolloutGroup
 from tests.fakes import FakeReward, FakeSampler, make_group, make_prompt, make_rollout
 
@@ -343,7 +342,6 @@ def test_an_exam_with_the_real_verifier(tmp_path: Path) -> None:
     assert [row["num_correct"] for row in rows] == [1, 1, 0, 0]
     assert result.total.format_rate == 0.25
     assert result.total.accuracy_formatted == 1.0
-    assert result.total.statuses["no_answer"] >= 1
     assert load_result(tmp_path / "eval.json") == result
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from rl_lora.config import EvalSection
 from rl_lora.errors import UserError
-from rl_lora.evaluate import evaluate, wilson_interval
+from rl_lora.evaluate import evaluate
 from rl_lora.figures import (
     RunRecords,
     draw_accuracy,
@@ -20,6 +20,7 @@ from rl_lora.figures import (
     draw_reward,
     read_records,
 )
+from rl_lora.intervals import wilson_interval
 from rl_lora.runlog import RunLog
 from tests.fakes import FakeReward, FakeSampler, make_prompt
 

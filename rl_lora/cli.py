@@ -6,6 +6,7 @@ A user's mistake ends with one line and exit code 2; heavy libraries load only w
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from rl_lora.errors import StaleAdapterError, UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 (user's mistake), 3 (the run had to stop)."""
+    # OpenMP threads that spin while they wait make a shared machine many times slower (LOG.md); the
+    # setting counts only before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.command(arguments)

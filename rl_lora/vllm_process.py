@@ -1,0 +1,118 @@
+"""vLLM inside the learner's process: how it is imported, and what it must not leave changed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from rl_lora.errors import UserError
+
+# Read by vLLM at import or when an engine is made; the user's own values win.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def import_vllm(device: torch.device) -> SimpleNamespace:
+    """The parts of vLLM that the sampler takes.
+
+    Raises:
+        UserError: vLLM is not installed, does not import, or is built for another device.
+    """
+    extra = "cpu" if device.type == "cpu" else "gpu"
+    fix = f"`pip install rl_lora[{extra}]`, or set sampling.backend=torch"
+    with process_kept():
+        try:
+            vllm = importlib.import_module("vllm")
+            platform = importlib.import_module("vllm.platforms").current_platform
+            inputs = importlib.import_module("vllm.inputs")
+            sampling_params = importlib.import_module("vllm.sampling_params")
+            requests = importlib.import_module("vllm.lora.request")
+        except ModuleNotFoundError as error:
+            if error.name == "vllm":
+                raise UserError(f"vLLM is not installed: {fix}") from error
+            raise UserError(f"vLLM lacks the module {error.name!r}: {fix}") from error
+        except ImportError as error:
+            raise UserError(f"vLLM does not import ({error}): {fix}") from error
+        if platform.is_cpu() != (device.type == "cpu"):
+            raise UserError(
+                f"the installed vLLM is built for {platform.device_type or 'no device'}, and "
+                f"model.device is {device.type}: {fix}"
+            )
+        return SimpleNamespace(
+            LLMEngine=vllm.LLMEngine,
+            EngineArgs=vllm.EngineArgs,
+            SamplingParams=vllm.SamplingParams,
+            RequestOutputKind=sampling_params.RequestOutputKind,
+            LoRARequest=requests.LoRARequest,
+            tokens_input=inputs.tokens_input,
+        )
+
+
+@contextlib.contextmanager
+def process_kept() -> Iterator[None]:
+    """Puts back what vLLM changes in the process that it runs in.
+
+    Environment (LD_PRELOAD and thread settings would reach every later child process), CPU
+    affinity, PyTorch's number of threads, `torch.set_num_threads` (vLLM's CPU worker replaces it by
+    a function that does nothing), the random state of Python, NumPy and PyTorch (an engine seeds
+    all three), warnings, and the memory policy: the CPU worker binds the process to one NUMA node.
+    """
+    environment = dict(os.environ)
+    num_threads = torch.get_num_threads()
+    set_num_threads = torch.set_num_threads
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    if "VLLM_LOGGING_LEVEL" not in environment:
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            warnings.catch_warnings(),
+            _memory_unbound(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.set_num_threads = set_num_threads
+        if torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
+        if affinity is not None and os.sched_getaffinity(0) != affinity:
+            os.sched_setaffinity(0, affinity)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@contextlib.contextmanager
+def _memory_unbound() -> Iterator[None]:
+    """Inside, `init_cpu_memory_env` of vLLM's CPU worker does nothing.
+
+    It binds all memory of the process, the learner's too, to one NUMA node for good.
+    """
+    operators: Any = torch.ops._C
+    saved = operators.__dict__.get("init_cpu_memory_env")
+    operators.__dict__["init_cpu_memory_env"] = lambda nodes: None
+    try:
+        yield
+    finally:
+        if saved is None:
+            del operators.__dict__["init_cpu_memory_env"]
+        else:
+            operators.__dict__["init_cpu_memory_env"] = saved

@@ -1,0 +1,419 @@
+"""Sampling with vLLM in the learner's own process.
+
+One process, because two whose OpenMP threads fight for the same cores lose more than the hand-over
+of an adapter costs, and because the weights of full fine-tuning are then replaced without a copy.
+vLLM is imported when the first sampler is made; what it changes in the process (environment,
+threads, random state) is put back (`vllm_process`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import torch
+
+from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.sampler import BASE_VERSION, sample_seed
+from rl_lora.types import Adapter, Completion, Prompt, SampleParams
+from rl_lora.vllm_process import import_vllm, process_kept
+
+OnProgress = Callable[[int, int, int], None]  # samples done, samples in all, tokens in those done
+
+RANK_SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM rounds an adapter's rank up to one
+CPU_NUM_SEQS = 128  # sequences decoded at once
+CPU_BATCHED_TOKENS = 2048  # tokens of one step
+CPU_BLOCK_SIZE = 32  # tokens of a KV cache block, the unit of prefix caching
+CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the KV cache
+MIN_TEMPERATURE = 0.01  # vLLM takes this one in place of a lower one, silently
+
+
+class VllmSampler:
+    """A `Sampler` on an in-process vLLM engine. One may be open at a time."""
+
+    _open: ClassVar[bool] = False  # vLLM's parallel state is one per process
+
+    def __init__(
+        self,
+        model_dir: Path,
+        sampling: SamplingSection,
+        lora: LoraSection,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        end_token_ids: Sequence[int] = (),
+    ) -> None:
+        """Loads the base model into an engine.
+
+        Args:
+            model_dir: local directory with config.json, safetensors and tokenizer.
+            sampling: its max_num_seqs, eager and memory_fraction count here.
+            lora: mode full makes an engine without adapters, for whole weights.
+            dtype: of the base weights, the KV cache and the adapter's copy in the engine.
+            device: cpu, or the GPU that PyTorch numbers 0.
+            max_model_len: tokens of prompt and completion together, at most.
+            end_token_ids: tokens that end a completion; empty: those of the model directory.
+
+        Raises:
+            UserError: vLLM is not installed or built for another device, no such directory, or a
+                context longer than the model's.
+        """
+        _check_model(model_dir, max_model_len)
+        vllm = import_vllm(device)
+        if VllmSampler._open:
+            raise RuntimeError("another VllmSampler is open in this process; close() it first")
+        self.max_model_len = max_model_len
+        self._model_dir = model_dir
+        self._is_full = lora.mode == "full"
+        self._end_token_ids = list(end_token_ids)
+        self._adapter: Adapter | None = None
+        self._known: dict[str, tuple[int, str]] = {}  # adapter name -> (vLLM's id, fingerprint)
+        settings = engine_settings(
+            model_dir, sampling, lora, dtype=dtype, device=device, max_model_len=max_model_len
+        )
+        self._runs_eager = bool(settings["enforce_eager"])
+        self._on_cpu = device.type == "cpu"
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(process_kept())
+            if self._on_cpu:
+                from rl_lora import vllm_cpu_lora
+
+                stack.enter_context(vllm_cpu_lora.installed())
+            self._engine: Any = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**settings))
+        self._vllm = vllm
+        self._tokenizer = self._engine.get_tokenizer()
+        VllmSampler._open = True
+
+    def use(self, adapter: Adapter | None) -> None:
+        """Samples from this version from now on; None: from the base alone.
+
+        Raises:
+            UserError: the directory or its weights are missing.
+            StaleAdapterError: the name was used before for other weights, or vLLM did not take it.
+        """
+        engine = self._live_engine()
+        if adapter is not None:
+            if adapter.is_full != self._is_full:
+                raise ValueError(
+                    f"{adapter.name}: is_full={adapter.is_full} in a sampler made for "
+                    f"lora.mode={'full' if self._is_full else 'lora'!r}"
+                )
+            _check_files(adapter)
+        if self._is_full:
+            self._load_full(adapter)
+        elif adapter is not None:
+            request = self._lora_request(adapter)
+            engine.add_lora(request)
+            if (held := engine.list_loras()) != {request.lora_int_id}:
+                raise StaleAdapterError(
+                    f"vLLM holds adapters {sorted(held)} after {adapter.name} "
+                    f"(id {request.lora_int_id}) was loaded"
+                )
+        self._adapter = adapter
+
+    def sample(
+        self,
+        prompts_N: Sequence[Prompt],
+        params: SampleParams,
+        on_progress: OnProgress | None = None,
+    ) -> list[list[Completion]]:
+        """[N][G] completions, in the prompts' order, the same ones for the same arguments.
+
+        Log-probs are those of the distribution sampled from: at params.temperature (temperature 0:
+        at 1) and after top_p, in nats. A stop string ends the text before itself; the token ids
+        and log-probs keep the tokens that spell it.
+
+        Raises:
+            UserError: a prompt and max_tokens together exceed the context, or a temperature that
+                vLLM would change.
+            StaleAdapterError: vLLM answered under another adapter than the one in use.
+        """
+        self._check_request(prompts_N, params)
+        requests: dict[str, _Request] = {}
+        for prompt in prompts_N:
+            for index in range(params.num_samples):
+                requests[str(len(requests))] = _Request(
+                    prompt.token_ids,
+                    self._sampling_params(
+                        params, sample_seed(params.seed, prompt.prompt_id, index)
+                    ),
+                )
+        outputs = self._run(requests, on_progress)
+        completions = iter([self._completion(outputs[key], params) for key in requests])
+        return [[next(completions) for _ in range(params.num_samples)] for _ in prompts_N]
+
+    def token_logprobs(self, token_ids_N: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs of given sequences, in nats at temperature 1, under the adapter in use.
+
+        Those of tokens 1, 2, ... given the tokens before: one fewer than the sequence has tokens.
+
+        Raises:
+            UserError: a sequence exceeds the context.
+        """
+        for token_ids in token_ids_N:
+            if len(token_ids) > self.max_model_len:
+                raise UserError(
+                    f"a sequence of {len(token_ids)} tokens exceeds the sampler's context of "
+                    f"{self.max_model_len}; raise max_model_len"
+                )
+        params = self._vllm.SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        requests = {
+            str(n): _Request(token_ids, params)
+            for n, token_ids in enumerate(token_ids_N)
+            if len(token_ids) > 1
+        }
+        outputs = self._run(requests, None)
+        logprobs_N: list[list[float]] = []
+        for n, token_ids in enumerate(token_ids_N):
+            if len(token_ids) <= 1:
+                logprobs_N.append([])
+                continue
+            scored = outputs[str(n)].prompt_logprobs
+            assert scored.token_ids == list(token_ids[1:])
+            logprobs_N.append(list(scored.logprobs))
+        return logprobs_N
+
+    def close(self) -> None:
+        """Frees the engine's weights, cache and process groups; a second call does nothing."""
+        if self._engine is None:
+            return
+        with process_kept():
+            self._engine.engine_core.shutdown()
+            self._engine = None
+            gc.collect()
+        VllmSampler._open = False
+
+    def _live_engine(self) -> Any:
+        if self._engine is None:
+            raise RuntimeError("this VllmSampler is closed")
+        return self._engine
+
+    def _lora_request(self, adapter: Adapter) -> Any:
+        known = self._known.setdefault(adapter.name, (len(self._known) + 1, adapter.fingerprint))
+        if known[1] != adapter.fingerprint:
+            raise StaleAdapterError(
+                f"adapter name {adapter.name!r} was used before for other weights; vLLM's prefix "
+                "cache goes by the name, so that each version needs its own"
+            )
+        return self._vllm.LoRARequest(adapter.name, known[0], str(adapter.path))
+
+    def _load_full(self, adapter: Adapter | None) -> None:
+        """Replaces the engine's weights, and forgets what was computed with the old ones."""
+        path = self._model_dir if adapter is None else adapter.path
+        with process_kept():
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+        if not self._engine.reset_prefix_cache():
+            raise StaleAdapterError("vLLM kept its prefix cache although the weights changed")
+
+    def _check_request(self, prompts_N: Sequence[Prompt], params: SampleParams) -> None:
+        if 0 < params.temperature < MIN_TEMPERATURE:
+            raise UserError(
+                f"temperature {params.temperature} is below {MIN_TEMPERATURE}, which vLLM would "
+                "take instead; take 0 (greedy) or a higher one"
+            )
+        for prompt in prompts_N:
+            num_tokens = len(prompt.token_ids) + params.max_tokens
+            if num_tokens > self.max_model_len:
+                raise UserError(
+                    f"prompt {prompt.prompt_id!r} has {len(prompt.token_ids)} tokens, and with "
+                    f"sampling.max_tokens={params.max_tokens} exceeds the context of "
+                    f"{self.max_model_len}; lower sampling.max_tokens or data.max_prompt_tokens"
+                )
+
+    def _sampling_params(self, params: SampleParams, seed: int) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=-1,
+            max_tokens=params.max_tokens,
+            stop=list(params.stop) or None,
+            stop_token_ids=self._end_token_ids,
+            ignore_eos=bool(self._end_token_ids),
+            seed=seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=bool(params.stop),
+            output_kind=self._vllm.RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _run(self, requests: dict[str, _Request], on_progress: OnProgress | None) -> dict[str, Any]:
+        """The final output of each request, each checked to come from the adapter in use."""
+        engine = self._live_engine()
+        lora = self._lora_request(self._adapter) if self._adapter and not self._is_full else None
+        outputs: dict[str, Any] = {}
+        num_tokens = 0
+        try:
+            with self._compiler_stance():
+                for key, request in requests.items():
+                    tokens = self._vllm.tokens_input(list(request.token_ids))
+                    engine.add_request(key, tokens, request.params, lora_request=lora)
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        if not output.finished:
+                            continue
+                        _check_adapter(output.lora_request, lora)
+                        outputs[output.request_id] = output
+                        num_tokens += len(output.outputs[0].token_ids)
+                        if on_progress is not None:
+                            on_progress(len(outputs), len(requests), num_tokens)
+        finally:
+            if unfinished := [key for key in requests if key not in outputs]:
+                engine.abort_request(unfinished)
+        return outputs
+
+    @contextlib.contextmanager
+    def _compiler_stance(self) -> Iterator[None]:
+        """No compilation in an eager engine on CPU.
+
+        vLLM compiles the ranking of log-probs, which nobody asks for here, at the first sample,
+        and that takes 14 s on two cores.
+        """
+        if self._runs_eager and self._on_cpu:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        else:
+            yield
+
+    def _completion(self, output: Any, params: SampleParams) -> Completion:
+        answer = output.outputs[0]
+        if answer.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a sample with {answer.finish_reason!r}")
+        token_ids = tuple(answer.token_ids)
+        assert answer.logprobs.token_ids == list(token_ids)
+        if params.stop:
+            text = answer.text
+        else:
+            text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return Completion(
+            token_ids=token_ids,
+            text=text,
+            sampler_logprobs_T=tuple(answer.logprobs.logprobs),
+            is_truncated=answer.finish_reason == "length",
+            adapter_version=BASE_VERSION if self._adapter is None else self._adapter.version,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    token_ids: Sequence[int]
+    params: Any  # vllm.SamplingParams
+
+
+def engine_settings(
+    model_dir: Path,
+    sampling: SamplingSection,
+    lora: LoraSection,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+) -> dict[str, Any]:
+    """Engine arguments of vLLM for the machine (LOG.md has the measurements).
+
+    Raises:
+        UserError: not even one sequence of max_model_len tokens fits into memory (CPU).
+    """
+    on_cpu = device.type == "cpu"
+    settings: dict[str, Any] = {
+        "model": str(model_dir),
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_model_len,
+        "max_num_seqs": sampling.max_num_seqs or (CPU_NUM_SEQS if on_cpu else 256),
+        "enforce_eager": on_cpu if sampling.eager is None else sampling.eager,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": 1,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "seed": 0,
+    }
+    if on_cpu:
+        settings["block_size"] = CPU_BLOCK_SIZE
+        settings["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, settings["max_num_seqs"])
+        settings["kv_cache_memory_bytes"] = cpu_cache_bytes(
+            json.loads((model_dir / "config.json").read_text(encoding="utf-8")),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            num_seqs=settings["max_num_seqs"],
+            free_bytes=psutil.virtual_memory().available,
+        )
+    else:
+        settings["gpu_memory_utilization"] = sampling.memory_fraction
+    if lora.mode == "lora":
+        settings["enable_lora"] = True
+        settings["max_lora_rank"] = next(slot for slot in RANK_SLOTS if slot >= lora.rank)
+        settings["max_loras"] = 1
+        settings["lora_dtype"] = dtype
+    return settings
+
+
+def cpu_cache_bytes(
+    model_config: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    max_model_len: int,
+    num_seqs: int,
+    free_bytes: int,
+) -> int:
+    """Size of the KV cache: num_seqs full sequences, or CPU_MEMORY_SHARE of the free memory.
+
+    Raises:
+        UserError: one sequence of max_model_len tokens does not fit.
+    """
+    num_heads = model_config.get("num_key_value_heads") or model_config["num_attention_heads"]
+    head_dim = model_config.get("head_dim") or (
+        model_config["hidden_size"] // model_config["num_attention_heads"]
+    )
+    token_bytes = 2 * model_config["num_hidden_layers"] * num_heads * head_dim * dtype.itemsize
+    num_blocks = -(-max_model_len // CPU_BLOCK_SIZE) + 1  # vLLM keeps one block for itself
+    sequence_bytes = num_blocks * CPU_BLOCK_SIZE * token_bytes
+    limit = int(CPU_MEMORY_SHARE * free_bytes)
+    if sequence_bytes > limit:
+        raise UserError(
+            f"the KV cache of one sequence of {max_model_len} tokens takes "
+            f"{sequence_bytes / 2**30:.1f} GiB, over {CPU_MEMORY_SHARE:.0%} of the free memory; "
+            "lower sampling.max_tokens or data.max_prompt_tokens"
+        )
+    return min(num_seqs * sequence_bytes, limit)
+
+
+def _check_model(model_dir: Path, max_model_len: int) -> None:
+    if not (model_dir / "config.json").is_file():
+        raise UserError(f"model directory {model_dir} has no config.json")
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    limit = config.get("max_position_embeddings")
+    if limit is not None and max_model_len > limit:
+        raise UserError(
+            f"prompts and completions of {max_model_len} tokens exceed the model's context of "
+            f"{limit}; lower sampling.max_tokens or data.max_prompt_tokens"
+        )
+
+
+def _check_files(adapter: Adapter) -> None:
+    if not adapter.path.is_dir():
+        raise UserError(f"adapter directory {adapter.path} does not exist")
+    if adapter.is_full:
+        if not any(adapter.path.glob("*.safetensors")):
+            raise UserError(f"weights directory {adapter.path} holds no *.safetensors file")
+        return
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter.path / name).is_file():
+            raise UserError(f"adapter directory {adapter.path} has no {name}")
+
+
+def _check_adapter(answered: Any, wanted: Any) -> None:
+    """An output names the adapter that served it: the one wanted, or the sampler is stale."""
+    found = None if answered is None else (answered.lora_name, answered.lora_int_id)
+    expected = None if wanted is None else (wanted.lora_name, wanted.lora_int_id)
+    if found != expected:
+        raise StaleAdapterError(f"vLLM answered under adapter {found}, not {expected}")

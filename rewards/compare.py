@@ -149,8 +149,8 @@ class Comparison:
             # "(D) Alina" is the option D, or its content.
             if equal_texts(Node("text", name=with_unit.name), other):
                 return True
-        if other == Node("mul", (value, Node("sym", name=with_unit.name))):
-            return True  # 5 m, with the unit read as a symbol
+        if other in _read_as_symbol(value, with_unit.name):
+            return True
         if self.policy.units == "strict" and gold.kind == "unit":
             return False
         return self.equal(value, other) if gold.kind == "unit" else self.equal(other, value)
@@ -347,6 +347,15 @@ def _option_letters(node: Node) -> list[str] | None:
     if len(names) != len(node.args) or len(set(names)) != len(names):
         return None
     return sorted(names) if all(name in tuple("ABCDEFGH") for name in names) else None
+
+
+def _read_as_symbol(value: Node, unit: str) -> list[Node]:
+    """5 m and 5 m^2, with the unit read as a symbol."""
+    name, _, exponent = unit.partition("^")
+    symbol = Node("sym", name=name)
+    if exponent.isdigit():
+        symbol = Node("pow", (symbol, number_node(int(exponent))))
+    return [Node("mul", (value, symbol))]
 
 
 def _form(node: Node) -> str:

@@ -19,6 +19,7 @@ _STATED = re.compile(
     re.IGNORECASE,
 )
 _NEGATED = re.compile(r"\b(?:not|n't|never)\s*$", re.IGNORECASE)
+_CALLED = re.compile(r"[A-Za-z_.]\($")  # exit(0) says nothing of 0
 MAX_PROSE = 4096
 
 
@@ -90,7 +91,7 @@ def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
     elif number is not None:
         before = text[: number[0] - len(number[1])]
         is_only = last_number(before) is None
-        if not _NEGATED.search(before) and (is_only or is_gold or _STATED.search(before)):
+        if not _NEGATED.search(before) and not _CALLED.search(before) and (is_only or is_gold or _STATED.search(before)):
             content = number[1]
     if content is None or content.strip() == text.strip():
         return Reading((words,), text, "unparsable")

@@ -216,36 +216,34 @@ def same_value(left: Node, right: Node) -> bool:
     names = symbols(left) | symbols(right)
     if not names:
         return _agree_at(left, right, {}, must_be_real=False)
-    positive = points(names, 6, True)
-    num_real = _num_agreements(left, right, positive + points(names, 6, False), True)
-    if num_real is None:
-        return False
+    positive, mixed = points(names, 5, True), points(names, 6, False)
+    num_real = 0
+    for candidates in (positive, mixed):
+        agreements = 0
+        for point in candidates:
+            try:
+                if not _agree_at(left, right, point, must_be_real=True):
+                    return False
+            except Undecided:
+                continue
+            agreements += 1
+            if agreements == 3:
+                break
+        num_real += agreements
     if num_real >= 2:
         return True
     # Hardly ever real: the principal values have to agree instead.
-    num_complex = _num_agreements(left, right, positive, False)
-    if num_complex is None:
-        return False
+    num_complex = 0
+    for point in positive:
+        try:
+            if not _agree_at(left, right, point, must_be_real=False):
+                return False
+            num_complex += 1
+        except Undecided:
+            continue
     if num_complex < 2:
         raise Undecided
     return True
-
-
-def _num_agreements(
-    left: Node, right: Node, candidates: list[dict[str, Fraction]], must_be_real: bool
-) -> int | None:
-    """Number of points at which the sides agree, six at most; None where they differ at one."""
-    num_agreed = 0
-    for point in candidates:
-        try:
-            if not _agree_at(left, right, point, must_be_real):
-                return None
-        except Undecided:
-            continue
-        num_agreed += 1
-        if num_agreed == 6:
-            break
-    return num_agreed
 
 
 def _agree_at(left: Node, right: Node, point: Mapping[str, Fraction], must_be_real: bool) -> bool:
@@ -253,6 +251,8 @@ def _agree_at(left: Node, right: Node, point: Mapping[str, Fraction], must_be_re
     floats = {name: _float_number(value) for name, value in point.items()}
     a, b = value_of(left, floats, FLOATS), value_of(right, floats, FLOATS)
     if must_be_real and not (is_real(a) and is_real(b)):
+        if is_real(a) != is_real(b) and all(value > 0 for value in point.values()):
+            return False  # ln x^2 against 2 ln(-x): real at different places
         raise Undecided
     if a != a or b != b:
         raise Undecided

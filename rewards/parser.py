@@ -16,6 +16,7 @@ from rewards.vocabulary import (
 )
 
 _RELATIONS = frozenset({"=", "<", ">", "<=", ">=", "!=", "~=", "===", "in", "notin", "subset"})
+_ALTERNATIVE_WORDS = frozenset({"else", "otherwise", "or", "if", "unless", "not"})
 _CLOSERS = {"(": (")", "]"), "[": (")", "]"), "{": ("}", "\\}"), "\\{": ("\\}", "}")}
 _CLOSERS |= {"<": (">",), "lfloor": ("rfloor",), "lceil": ("rceil",)}
 _MATRIX_NAMES = frozenset({"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array"})
@@ -154,6 +155,8 @@ class AnswerParser(ExpressionParser):
         """Pass over "where n is an integer"; the symbols it speaks of count as bound."""
         while not self._at_closer(closers):
             token = self.next()
+            if token.text.lower() in _ALTERNATIVE_WORDS:
+                raise ParseError  # "42 if n is even, else 43" gives no one value
             if token.kind == "sym":
                 self.bound.add(token.text)
 
@@ -161,7 +164,8 @@ class AnswerParser(ExpressionParser):
         """Units, ordinals, qualifiers and end marks behind a value."""
         if self.accept("op", "currency", "€", "£", "¥"):
             node = Node("unit", (node,), "dollar")
-        if not (self.at("word") or self.at("text")) or self._at_separator():
+        is_braced = self.token.text == "{" and self.tokens[self.index + 1].kind in ("word", "text")
+        if not (self.at("word") or self.at("text") or is_braced) or self._at_separator():
             return node
         if self.token.text.lower() in QUALIFIER_WORDS:
             self._skip_qualifier(closers)

@@ -114,7 +114,7 @@ def _split_letters(piece: str, tokens: list[Token], is_spaced: bool, start: int)
             _split_letters(piece[4:], tokens, False, start + 4)
             return
         tokens.append(Token("word", piece, is_spaced, start))
-    elif piece in UNIT_WORDS and tokens and _ends_operand(tokens[-1]):
+    elif piece in UNIT_WORDS and _follows_operand(tokens):
         tokens.append(Token("word", piece, is_spaced, start))
     elif len(piece) == 3 and not piece.isupper() and re.search(r"[aeiou]", piece) and is_spaced:
         tokens.append(Token("word", piece, is_spaced, start))
@@ -123,8 +123,10 @@ def _split_letters(piece: str, tokens: list[Token], is_spaced: bool, start: int)
             tokens.append(Token("sym", letter, is_spaced and offset == 0, start + offset))
 
 
-def _ends_operand(token: Token) -> bool:
-    return token.kind in ("num", "close", "const") or token.text in ("%", "pct")
+def _follows_operand(tokens: list[Token]) -> bool:
+    """Does a unit make sense here: behind a number, be it in braces of its own (800{ml})?"""
+    last = next((token for token in reversed(tokens) if token.text != "{"), None)
+    return last is not None and last.kind in ("num", "close", "const")
 
 
 def _read_escaped(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:

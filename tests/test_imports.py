@@ -1,0 +1,146 @@
+"""Who may import whom: imports point one way, and nothing heavy loads before it is needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {
+    f"{package}.{path.stem}" if path.stem != "__init__" else package: path
+    for package in ("rl_lora", "rewards")
+    for path in (ROOT / package).glob("*.py")
+}
+# rollouts and evaluate score; types passes the record on; job and grade make the verifier for them.
+MAY_IMPORT_REWARDS = {
+    "rl_lora.rollouts",
+    "rl_lora.evaluate",
+    "rl_lora.types",
+    "rl_lora.job",
+    "rl_lora.grade",
+}
+VLLM_ROOMS = {"rl_lora.vllm_sampler", "rl_lora.vllm_process", "rl_lora.vllm_cpu_lora"}
+STANDARD = sys.stdlib_module_names
+
+
+def imports_of(module: str, *, lazy: bool = True) -> set[str]:
+    """Full names of the modules that a module imports; lazy=False: at its import alone."""
+    tree = ast.parse(MODULES[module].read_text())
+    return set(_imports(tree, module, lazy=lazy))
+
+
+def _imports(node: ast.AST, module: str, *, lazy: bool) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{module}: imports are absolute here"
+            name = child.module or ""
+            yield name
+            yield from (f"{name}.{a.name}" for a in child.names if f"{name}.{a.name}" in MODULES)
+        elif (
+            isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not lazy
+        ) or _is_for_type_checkers(child):
+            continue
+        else:
+            yield from _imports(child, module, lazy=lazy)
+
+
+def _is_for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def top(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def test_only_scoring_modules_import_the_rewards() -> None:
+    importers = {m for m in MODULES if m.startswith("rl_lora") and "rewards" in top(imports_of(m))}
+    assert importers <= MAY_IMPORT_REWARDS
+    assert "rl_lora.rollouts" in importers  # the walk below these tests does see imports
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("rewards")])
+def test_rewards_import_neither_torch_nor_the_trainer(module: str) -> None:
+    allowed = STANDARD | {"rewards", "sympy", "mpmath", "math_verify"}
+    assert top(imports_of(module)) <= allowed
+
+
+def test_vllm_is_imported_lazily_and_in_its_rooms_alone() -> None:
+    importers = {m for m in MODULES if "vllm" in top(imports_of(m))}
+    assert importers
+    assert importers <= VLLM_ROOMS
+    assert {m for m in MODULES if "vllm" in top(imports_of(m, lazy=False))} <= {
+        "rl_lora.vllm_cpu_lora"  # itself imported lazily:
+    }
+    for module in MODULES:
+        assert "rl_lora.vllm_cpu_lora" not in imports_of(module, lazy=False)
+
+
+def test_types_imports_only_the_record_of_the_rewards() -> None:
+    own = {name for name in imports_of("rl_lora.types") if top({name}) <= {"rl_lora", "rewards"}}
+    assert own == {"rewards"}
+
+
+@pytest.mark.parametrize("module", ["rl_lora.losses", "rl_lora.advantages", "rl_lora.batches"])
+def test_the_maths_knows_neither_models_nor_files(module: str) -> None:
+    own = {name for name in imports_of(module) if name.startswith("rl_lora.")}
+    assert own <= {"rl_lora.types", "rl_lora.config", "rl_lora.errors"}
+    assert top(imports_of(module)) <= STANDARD | {"torch", "rl_lora"}
+
+
+def test_only_the_command_line_and_scripts_import_the_loop() -> None:
+    importers = {m for m in MODULES if "rl_lora.train" in imports_of(m)}
+    assert importers <= {"rl_lora.cli", "rl_lora.study"}
+
+
+def test_there_is_no_circle() -> None:
+    graph = {
+        m: {name for name in imports_of(m, lazy=False) if name in MODULES and name != m}
+        for m in MODULES
+    }
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for target in sorted(graph[module]):
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+def test_the_command_line_starts_without_heavy_libraries() -> None:
+    program = (
+        "import sys, time; start = time.perf_counter(); import rl_lora.cli; "
+        "rl_lora.cli._parser(); print(time.perf_counter() - start); "
+        "print(*(set(sys.modules) & {'torch', 'transformers', 'vllm', 'peft', 'datasets', 'sympy', "
+        "'matplotlib', 'reasoning_gym'}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    seconds, heavy = result.stdout.split("\n")[:2]
+    assert heavy == ""
+    assert float(seconds) < 3  # about 0.1 s on a quiet machine; torch alone takes longer than 3
+
+
+def test_help_answers_quickly() -> None:
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-m", "rl_lora.cli", "train", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--resume" in result.stdout
+    assert time.perf_counter() - start < 5

@@ -95,6 +95,8 @@ class Comparison:
             kinds = {gold.kind, answer.kind}
         if "rel" in kinds:
             return self._equal_relations(gold, answer)
+        if "raw" in kinds:
+            return False
         if "text" in kinds:
             return equal_texts(gold, answer)
         if kinds == {"mul", "list"}:
@@ -145,6 +147,8 @@ class Comparison:
             return self.equal(values[0], Node("mul", (ratio, values[1])))
         with_unit, other = (gold, answer) if gold.kind == "unit" else (answer, gold)
         value = with_unit.args[0]
+        if other.kind == "deg" and (unit_scale(with_unit.name) or ("angle1;",))[0] != "angle1;":
+            return False
         if value.kind == "sym" and len(value.name) == 1 and value.name.isupper():
             # "(D) Alina" is the option D, or its content.
             if equal_texts(Node("text", name=with_unit.name), other):

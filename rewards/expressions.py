@@ -378,9 +378,16 @@ class ExpressionParser:
             return Node("const", name="i")
         if name[0] in _CALLED and self._accept_inverse_mark():
             name += "^{-1}"
+        if len(name) == 1 and name.isupper() and self._is_numbered():
+            return self.parse_call(name)
         if name[0] in _CALLED and self.at("open", "(") and not self.token.is_spaced:
             return self.parse_call(name)
         return Node("sym", name=name)
+
+    def _is_numbered(self) -> bool:
+        """J(0): a capital with a number in brackets is a function's value, not a product."""
+        rest = [token.kind for token in self.tokens[self.index : self.index + 3]]
+        return rest == ["open", "num", "close"] and self.at("open", "(") and not self.token.is_spaced
 
     def _accept_inverse_mark(self) -> bool:
         """f^{-1}( names the inverse function."""

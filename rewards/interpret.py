@@ -73,11 +73,20 @@ def _variants(text: str) -> list[str]:
     return variants
 
 
+def is_prose(text: str) -> bool:
+    """Are there words, or dollar signs, around the maths? Else a part of it is no answer."""
+    bare = re.sub(r"\\[A-Za-z]+(?:\s*\{[^{}]*\})?", " ", text)
+    return "$" in text or "\\(" in text or re.search(r"[A-Za-z]{2,}", bare) is not None
+
+
 def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
     """A sentence around the answer: what it says 'the answer is', else its last maths."""
-    words = Parsed(Node("text", name=text.lower()), frozenset())
+    kind = "raw" if "\\" in text else "text"
+    words = Parsed(Node(kind, name=text.lower()), frozenset())
     if depth > 2:
         return Reading((), text, "unparsable")
+    if not is_prose(text):
+        return Reading((words,), text, "unparsable")
     phrase = phrase_of(text)
     if phrase and len(phrase) < len(text):
         inner = read(phrase, is_gold=is_gold, depth=depth + 1)

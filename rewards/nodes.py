@@ -42,6 +42,7 @@ class Node(NamedTuple):
     | rel | operators, joined by spaces: "= <" | operands, one more than operators |
     | matrix | "" | rows, each a seq |
     | text | normalised words | () |
+    | raw | text outside the grammar, equal to itself alone | () |
     | label | its words | (value,) |
 
     Example: ``Node("pow", (Node("sym", name="x"), number_node(2)))`` is x^2.

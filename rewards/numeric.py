@@ -19,9 +19,8 @@ import mpmath
 from rewards.exact import Undecided
 from rewards.nodes import Node, symbols
 
-MAX_LOG = 700.0  # of a magnitude: beyond it the logarithmic comparison takes over
-MAX_LOG_OF_LOG = 1e5
-MAX_FACTORIAL_ARGUMENT = 150.0
+MAX_LOG_OF_LOG = 1e5  # beyond it even a logarithm is not written
+MAX_FACTORIAL_ARGUMENT = 1e4
 Values = Mapping[str, Any]
 
 
@@ -35,6 +34,7 @@ class Arithmetic:
     i: Any
     functions: Mapping[str, Callable[..., Any]]
     tiny: float  # a magnitude below this, relative to its operands, is noise
+    max_log: float  # largest logarithm of a magnitude
 
 
 def _float_number(value: Fraction) -> float:
@@ -54,7 +54,13 @@ def _context(digits: int) -> Arithmetic:
     }
     functions |= {"abs": abs, "floor": context.floor, "ceil": context.ceil}
     return Arithmetic(
-        number, +context.pi, +context.e, context.j, functions, 10.0 ** -(digits - 12)
+        number,
+        +context.pi,
+        +context.e,
+        context.j,
+        functions,
+        10.0 ** -(digits - 12),
+        MAX_LOG_OF_LOG,
     )
 
 
@@ -84,7 +90,7 @@ def _float_functions() -> dict[str, Callable[..., Any]]:
     return functions
 
 
-FLOATS = Arithmetic(_float_number, math.pi, math.e, 1j, _float_functions(), 1e-7)
+FLOATS = Arithmetic(_float_number, math.pi, math.e, 1j, _float_functions(), 1e-7, 700.0)
 LOW, HIGH = _context(40), _context(80)
 
 
@@ -125,6 +131,8 @@ def _evaluate(node: Node, values: Values, system: Arithmetic) -> Any:
         return args[0] * system.pi / 180
     if kind == "ratio" and len(args) == 2:
         return args[0] / args[1]
+    if kind == "open" and node.name in ("max", "min"):
+        return max(args) if node.name == "max" else min(args)
     if kind == "func":
         return _call(node.name, args, system)
     if kind == "call":
@@ -146,18 +154,19 @@ def _power(base: Any, exponent: Any, system: Arithmetic) -> Any:
         if isinstance(exponent, complex) or not exponent > 0:
             raise Undecided
         return base
-    if abs(exponent) * abs(math.log(abs(base))) > MAX_LOG:
+    size = math.log(abs(base)) if isinstance(base, (int, float, complex)) else mpmath.log(abs(base))
+    if abs(exponent) * abs(size) > system.max_log:
         raise Undecided
-    result = base**exponent
-    return result
+    return base**exponent
 
 
 def _call(name: str, args: list[Any], system: Arithmetic) -> Any:
     functions = system.functions
     first = args[0]
-    if name in ("factorial", "binom", "factorial2") and max(map(abs, args)) > MAX_FACTORIAL_ARGUMENT:
-        raise Undecided
-    if name in ("exp", "sinh", "cosh") and abs(first) > MAX_LOG:
+    if name in ("factorial", "binom", "factorial2"):
+        if max(map(abs, args)) > (150.0 if system is FLOATS else MAX_FACTORIAL_ARGUMENT):
+            raise Undecided
+    if name in ("exp", "sinh", "cosh") and abs(first) > system.max_log:
         raise Undecided
     if name == "factorial":
         return functions["gamma"](first + 1)
@@ -171,6 +180,8 @@ def _call(name: str, args: list[Any], system: Arithmetic) -> Any:
         return logarithm if len(args) == 1 else logarithm / functions["ln"](args[1])
     if name == "cis":
         return functions["cos"](first) + system.i * functions["sin"](first)
+    if name == "sgn":
+        return first / abs(first)
     if name in functions and len(args) == 1:
         return functions[name](first)
     raise Undecided
@@ -249,7 +260,10 @@ def same_value(left: Node, right: Node) -> bool:
 def _agree_at(left: Node, right: Node, point: Mapping[str, Fraction], must_be_real: bool) -> bool:
     """Compare at one point; raises Undecided where it says nothing (undefined, out of range)."""
     floats = {name: _float_number(value) for name, value in point.items()}
-    a, b = value_of(left, floats, FLOATS), value_of(right, floats, FLOATS)
+    try:
+        a, b = value_of(left, floats, FLOATS), value_of(right, floats, FLOATS)
+    except Undecided:
+        return _agree_precisely(left, right, point, must_be_real)
     if must_be_real and not (is_real(a) and is_real(b)):
         if is_real(a) != is_real(b) and all(value > 0 for value in point.values()):
             return False  # ln x^2 against 2 ln(-x): real at different places
@@ -259,9 +273,17 @@ def _agree_at(left: Node, right: Node, point: Mapping[str, Fraction], must_be_re
     scale = max(abs(a), abs(b))
     if scale > 1e-9 and abs(a - b) > 1e-3 * scale and scale < 1e9:
         return False
+    return _agree_precisely(left, right, point, must_be_real)
+
+
+def _agree_precisely(
+    left: Node, right: Node, point: Mapping[str, Fraction], must_be_real: bool
+) -> bool:
     for system in (LOW, HIGH):
         values = {name: system.number(value) for name, value in point.items()}
         a, b = value_of(left, values, system), value_of(right, values, system)
+        if must_be_real and not (is_real(a) and is_real(b)):
+            raise Undecided
         if max(abs(a), abs(b)) < system.tiny:
             continue  # both vanish
         if differ(a, b, system.tiny):

@@ -11,6 +11,7 @@ from rewards.numeric import HIGH, LOW, points, value_of
 
 Equal = Callable[[Node, Node], bool]
 _EQUALITIES = frozenset({"=", "~=", "==="})
+_TASKS = frozenset("integral sum product lim max min gcd lcm mod derivative".split())
 _UPWARD = {"<": "<", "<=": "<=", ">": "<", ">=": "<="}
 
 
@@ -40,8 +41,8 @@ def is_name(node: Node) -> bool:
         return all(is_name(item) for item in node.args)
     if kind == "deg":
         return is_name(node.args[0])
-    if kind == "open":
-        return True  # \int ... = 5: the task, then its value
+    if kind == "open":  # \int ... = 5: the task, then its value
+        return node.name in _TASKS
     return kind == "text"
 
 
@@ -76,6 +77,8 @@ def unwrap(node: Node, equal: Equal, *, is_trusted: bool) -> tuple[Node, Node] |
         if any(symbols(step) for step in operands):
             return None
         name, steps = operands[0], operands
+    if name.kind == "seq" and steps[-1].kind not in ("seq", "set", "list", "matrix"):
+        return None
     if name.kind in ("sym", "seq") and symbols(name) & symbols(steps[-1]):
         return None
     if not is_trusted:
@@ -119,13 +122,16 @@ def compatible_names(left: Node, right: Node) -> bool:
 
 
 def same_equation(left: Node, right: Node) -> bool:
-    """Is one equation a multiple of the other? Raises Undecided."""
+    """Is one equation a multiple of the other?"""
     a = Node("add", (left.args[0], negative(left.args[1])))
     b = Node("add", (right.args[0], negative(right.args[1])))
     verdict = _proportional_residues(a, b)
     if verdict is not None:
         return verdict
-    return _proportional_values(a, b)
+    try:
+        return _proportional_values(a, b)
+    except Undecided:
+        return False
 
 
 def _proportional_residues(a: Node, b: Node) -> bool | None:

@@ -19,7 +19,7 @@ FUNCTIONS: dict[str, str] = {
 # Named, but their value is the task: never accepted in place of the value.
 OPEN_FUNCTIONS = frozenset(
     {"gcd", "lcm", "det", "min", "max", "mod", "lim", "sup", "inf", "tr", "rank", "dim", "ker"}
-    | {"degree", "arg", "re", "im", "sgn", "erf"}
+    | {"degree", "arg", "re", "im", "erf"}
 )
 TEXT_COMMANDS = frozenset(
     {"text", "textbf", "textit", "textrm", "textnormal", "mbox", "hbox", "mathrm", "mathbf"}

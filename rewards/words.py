@@ -63,10 +63,11 @@ def is_short_form(sentence: str, answer: str) -> bool:
     """
     words = re.findall(r"[A-Za-z]+", sentence)
     short = words_of(answer)
-    if len(words) < 3 or len(short) != 1 or _NEGATIONS & {word.lower() for word in words}:
+    lowered = {word.lower() for word in words}
+    if len(words) < 3 or len(short) != 1 or lowered & (_NEGATIONS | {"or", "either"}):
         return False
     word = short[0]
-    judgements = {item.lower() for item in words} & _JUDGEMENTS
+    judgements = lowered & _JUDGEMENTS
     if judgements == {word}:
         return True
     name = words[0]

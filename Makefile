@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml $(LOCK) requirements/torch-cuda.lock
 	@$(PIP) install -q --no-deps -r $(LOCK)
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'import peft, torch, transformers, rewards, rl_lora'
-	@touch $@
+	@rm -f $(VENV)/.installed-* && touch $@
 
 quickstart: $(INSTALLED)
 	$(BIN)/rl-lora train configs/quickstart.toml --resume \

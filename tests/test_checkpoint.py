@@ -162,6 +162,15 @@ def edit_state(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**document, **values}))
 
 
+def list_another_file(path: Path) -> None:
+    """A state file that asks for a file outside, with the right checksum: not by accident."""
+    document = json.loads(path.read_text())
+    document["files"]["../../secret"] = {"bytes": 0, "sha256": ""}
+    del document["sha256"]
+    document["sha256"] = checkpoint._document_hash(document)
+    path.write_text(json.dumps(document))
+
+
 # What is done to the directory; what the message says; whether `latest` sees it without hashing.
 BREAKAGES: dict[str, tuple[Callable[[Path], object], str, bool]] = {
     "no directory": (shutil.rmtree, "there is no such directory", True),
@@ -190,6 +199,11 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str, bool]] = {
         "state.json is not the file that was saved",
         True,
     ),
+    "another file": (
+        lambda p: list_another_file(p / STATE_FILE),
+        "state.json lists other files",
+        True,
+    ),
     "newer format": (
         lambda p: edit_state(p / STATE_FILE, format_version=2),
         "format version 2, this program reads 1",
@@ -212,6 +226,18 @@ def test_a_broken_checkpoint_names_itself_and_the_whole_one_before(
     assert f"delete it and resume again, from {whole}" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert latest_checkpoint(tmp_path) == (whole if is_seen_by_latest else broken)
+
+
+def test_the_whole_one_that_is_named_is_whole_indeed(tmp_path: Path) -> None:
+    whole, flipped, headless, last = (save(tmp_path, step) for step in (1, 2, 3, 4))
+    flip_bit(flipped / TENSORS_FILE)
+    (headless / STATE_FILE).unlink()
+    cut(last / TENSORS_FILE)
+    newer = save(tmp_path, 5)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(last)
+    assert f"from {whole}, " in str(caught.value)
+    assert str(newer) not in str(caught.value)
 
 
 def test_a_passed_over_checkpoint_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

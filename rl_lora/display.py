@@ -166,6 +166,11 @@ class Display:
             f"{result.total.num_problems} problems, {seconds_text(result.seconds)}"
         )
 
+    def exams(self, results: Mapping[str, EvalResult]) -> None:
+        """A table with a column for each named exam, quiet or not; nothing for none."""
+        if results:
+            self._console.print(exam_table(results, self._box))
+
     def summary(
         self,
         before: EvalResult | None,
@@ -182,9 +187,7 @@ class Display:
             base: the base model without adapter, where a warm start came before RL.
         """
         named = {"base model": base, "before": before, "after": after}
-        results = {name: result for name, result in named.items() if result is not None}
-        if results:
-            self._console.print(exam_table(results, self._box))
+        self.exams({name: result for name, result in named.items() if result is not None})
         if base is not None and after is not None:
             self._print(f"base model to after: {comparison_line(base, after)}")
         if before is not None and after is not None:

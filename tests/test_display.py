@@ -215,10 +215,13 @@ def test_summary_with_the_base_model_compares_both(capsys: pytest.CaptureFixture
     with Display() as display:
         display.summary(BEFORE, AFTER, {"sample": 30.0, "learn": 10.0}, base=BEFORE)
         display.summary(None, None, {})
+        display.exams({"aime24": AFTER})
     text = capsys.readouterr().out
     assert not has_control_characters(text)
     assert text.isascii()
     assert re.search(r"\| +base model \| +before \| +after \|", text)
+    assert text.count("Held-out problems") == 2
+    assert re.search(r"\| +aime24 \|", text)
     assert "base model to after: accuracy +40.0 points" in text
     assert "before to after: accuracy +40.0 points" in text
     assert max(len(line) for line in text.splitlines()) <= 120

@@ -64,13 +64,13 @@ _ROW_SPACE = re.compile(r"\\\\\s*\[-?[\d.]+\s*[a-z]+\]")
 _HORIZONTAL = re.compile(
     r"\\(?:hspace\*?|vspace\*?|hskip|kern|phantom|hphantom|vphantom|label|tag\*?|color)\s*\{[^{}]*\}"
 )
-_TEX_THOUSANDS = re.compile(r"(?<=\d)(?:\s*\{\s*,\s*\}|,\s*\\!|\\,|\\ |\\;|\\:|\\thinspace)\s*(?=\d{3}(?!\d))")
+_TEX_THOUSANDS = re.compile(
+    r"(?<=\d)(?:\s*\{\s*,\s*\}|,\s*\\!|\\,|\\ |\\;|\\:|\\thinspace)\s*(?=\d{3}(?!\d))"
+)
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,/])\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?![\d])")
 _HTML = re.compile(r"<(/?)(sup|sub|b|i|em|strong|br|p)\s*/?>", re.IGNORECASE)
 _SPACES = re.compile(r"\\[,;:!> ]|\\quad|\\qquad|\\enspace|\\thinspace|\\newline|~|&nbsp;")
-_CLOCK = re.compile(
-    r"\b(0?[1-9]|1[0-2]):([0-5]\d)\s*(?:\\text\{)?\s*([AaPp])\.?\s*[Mm]\b\.?\}?"
-)
+_CLOCK = re.compile(r"\b(0?[1-9]|1[0-2]):([0-5]\d)\s*(?:\\text\{)?\s*([AaPp])\.?\s*[Mm]\b\.?\}?")
 _GLUED = re.compile(r"(?<=[\d)}])(or|and)(?=[A-Z(\d\\-])")
 _MATH_DELIMITER = re.compile(r"\\[()\[\]]")
 

@@ -6,8 +6,24 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 from rewards.exact import Undecided
+from rewards.forms import (
+    by_coordinates,
+    expand_all,
+    form_of,
+    has_mixed_brackets,
+    is_condition,
+    is_coordinates,
+    is_family,
+    item_value,
+    items_of,
+    match_names,
+    option_letters,
+    read_as_symbol,
+    unlabelled,
+    without_label,
+)
 from rewards.matrices import reduce_matrices
-from rewards.nodes import Node, divide, has_kind, number_node, rename, symbols, walk
+from rewards.nodes import Node, divide, has_kind, number_node, rename, symbols
 from rewards.parser import Parsed
 from rewards.policy import Policy
 from rewards.regions import NotARegion, equal_regions, to_region
@@ -25,7 +41,6 @@ from rewards.scalars import equal_scalars
 from rewards.words import equal_texts, unit_scale
 
 MAX_COMPARISONS = 4000
-MAX_EXPANSION = 64
 _REGION_KINDS = frozenset({"union", "inter", "minus", "builder"})
 _PARAMETERS = frozenset("kKnNmltsjCcpq")
 
@@ -48,7 +63,7 @@ class Comparison:
         if self.equal(left, right):
             return True
         if self.policy.accept_labels:
-            left, right = _unlabelled(left), _unlabelled(right)
+            left, right = unlabelled(left), unlabelled(right)
         for names in self._renamings(left, right, gold.bound, answer.bound):
             if self.equal(left, rename(right, names)):
                 return True
@@ -64,16 +79,16 @@ class Comparison:
         theirs = sorted(symbols(answer) - symbols(gold))
         if not 0 < len(theirs) == len(ours) <= 3:
             return
-        is_family = _is_family(gold) and _is_family(answer)
+        are_families = is_family(gold) and is_family(answer)
         for order in itertools.permutations(ours):
             pairs = list(zip(theirs, order, strict=True))
             if all(
                 self.policy.rename_free
                 or a.lower() == b.lower()
-                or (a in answer_bound and (b in gold_bound or b in _PARAMETERS or is_family))
+                or (a in answer_bound and (b in gold_bound or b in _PARAMETERS or are_families))
                 or (b in gold_bound and a in _PARAMETERS)
-                or (is_family and a in _PARAMETERS and b in _PARAMETERS)
-                or (is_family and len(pairs) == 1 and bool({a, b} & _PARAMETERS))
+                or (are_families and a in _PARAMETERS and b in _PARAMETERS)
+                or (are_families and len(pairs) == 1 and bool({a, b} & _PARAMETERS))
                 for a, b in pairs
             ):
                 yield dict(pairs)
@@ -89,9 +104,9 @@ class Comparison:
         if "unit" in kinds:
             return self._equal_units(gold, answer)
         if "label" in kinds:
-            return self.equal(_without_label(gold), _without_label(answer))
+            return self.equal(without_label(gold), without_label(answer))
         if kinds == {"rel", "list"}:
-            gold, answer = _by_coordinates(gold), _by_coordinates(answer)
+            gold, answer = by_coordinates(gold), by_coordinates(answer)
             kinds = {gold.kind, answer.kind}
         if "rel" in kinds:
             return self._equal_relations(gold, answer)
@@ -100,14 +115,14 @@ class Comparison:
         if "text" in kinds:
             return equal_texts(gold, answer)
         if kinds == {"mul", "list"}:
-            letters = [_option_letters(item) for item in (gold, answer)]
+            letters = [option_letters(item) for item in (gold, answer)]
             if letters[0] is not None and letters[0] == letters[1]:
                 return True
         if Node("sym", name="\\mathbb{R}") in (gold, answer):
             return self._equal_regions(gold, answer)
-        if kinds & _REGION_KINDS or _has_mixed_brackets(gold, answer):
+        if kinds & _REGION_KINDS or has_mixed_brackets(gold, answer):
             return self._equal_regions(gold, answer)
-        if kinds == {"list"} and (_is_condition(gold) or _is_condition(answer)):
+        if kinds == {"list"} and (is_condition(gold) or is_condition(answer)):
             regions = self._try_regions(gold, answer)
             if regions is not None:
                 return regions
@@ -153,7 +168,7 @@ class Comparison:
             # "(D) Alina" is the option D, or its content.
             if equal_texts(Node("text", name=with_unit.name), other):
                 return True
-        if other in _read_as_symbol(value, with_unit.name):
+        if other in read_as_symbol(value, with_unit.name):
             return True
         if self.policy.units == "strict" and gold.kind == "unit":
             return False
@@ -165,7 +180,9 @@ class Comparison:
                 quotient = divide(*one.args)
                 pair = (quotient, other) if one is gold else (other, quotient)
                 return self._equal_scalars(*pair)
-        parts = [item.args if item.kind == "ratio" else (item, number_node(1)) for item in (gold, answer)]
+        parts = [
+            item.args if item.kind == "ratio" else (item, number_node(1)) for item in (gold, answer)
+        ]
         if len(parts[0]) != len(parts[1]):
             return False
         zero = number_node(0)
@@ -192,7 +209,7 @@ class Comparison:
             same = same_inequality(gold, answer)
             if same:
                 return True
-        if not self.policy.relations_as_sets and _form(gold) != _form(answer):
+        if not self.policy.relations_as_sets and form_of(gold) != form_of(answer):
             return False
         if gold.kind == "rel" and gold.name == "in" and answer.kind != "rel":
             return self.equal(gold.args[1], answer)
@@ -270,25 +287,26 @@ class Comparison:
         return self._in_order(gold.args, answer.args)
 
     def _equal_collections(self, gold: Node, answer: Node) -> bool:
-        left, right = _items(gold), _items(answer)
+        left, right = items_of(gold), items_of(answer)
         is_set = "set" in (gold.kind, answer.kind)
         for one, other in ((gold, answer), (answer, gold)):
             if one.kind == "seq" and other.kind == "list" and not has_kind(one, "pm"):
-                if one.name == "()" and _is_coordinates(other):
+                if one.name == "()" and is_coordinates(other):
                     return self._in_order(
-                        [_value(item) for item in gold.args], [_value(item) for item in answer.args]
+                        [item_value(item) for item in gold.args],
+                        [item_value(item) for item in answer.args],
                     )
-        by_name = _match_names(left, right)
+        by_name = match_names(left, right)
         if by_name is not None:
-            return all(self.equal(_value(a), _value(b)) for a, b in by_name)
-        left, right = [_value(item) for item in left], [_value(item) for item in right]
-        left, right = _expanded(left), _expanded(right)
+            return all(self.equal(item_value(a), item_value(b)) for a, b in by_name)
+        left, right = [item_value(item) for item in left], [item_value(item) for item in right]
+        left, right = expand_all(left), expand_all(right)
         if is_set or all(item.kind == "seq" for item in (*left, *right)):
             left, right = self._distinct(left), self._distinct(right)
         if len(left) != len(right):
             return False
         if len(left) == 1:
-            return left != [gold] and self.equal(left[0], right[0]) if left[0] is not gold or right[0] is not answer else self._equal_scalars(gold, answer)
+            return self.equal(left[0], right[0])
         if self.policy.list_order == "gold" and gold.kind == answer.kind == "list":
             return self._in_order(left, right)
         return self._same_multiset(left, right)
@@ -316,147 +334,3 @@ class Comparison:
             if item not in kept and not any(self.equal(item, other) for other in kept):
                 kept.append(item)
         return kept
-
-
-def _unlabelled(node: Node) -> Node:
-    """Without the names that it gives to its values."""
-    if node.kind in ("list", "set"):
-        return node._replace(args=tuple(_value(item) for item in node.args))
-    return _value(node)
-
-
-def _is_coordinates(node: Node) -> bool:
-    """A bare list that may stand for a tuple: plain values, or each under its own name."""
-    if all(item.kind not in ("seq", "rel") for item in node.args):
-        return True
-    names = [item.args[0] for item in node.args if is_equation(item) and len(item.args) == 2]
-    return len(names) == len(set(names)) == len(node.args) and all(
-        name.kind == "sym" for name in names
-    )
-
-
-def _by_coordinates(node: Node) -> Node:
-    """(x, y) = (2, 3) as x = 2, y = 3."""
-    if node.kind == "rel" and node.name == "=" and len(node.args) == 2:
-        left, right = node.args
-        if left.kind == right.kind == "seq" and len(left.args) == len(right.args):
-            pairs = zip(left.args, right.args, strict=True)
-            return Node("list", tuple(Node("rel", pair, "=") for pair in pairs), ",")
-    return node
-
-
-def _option_letters(node: Node) -> list[str] | None:
-    """ABD, or A, B, D: the options of a multiple choice."""
-    names = [item.name.upper() for item in node.args if item.kind in ("sym", "text")]
-    if len(names) != len(node.args) or len(set(names)) != len(names):
-        return None
-    return sorted(names) if all(name in tuple("ABCDEFGH") for name in names) else None
-
-
-def _read_as_symbol(value: Node, unit: str) -> list[Node]:
-    """5 m and 5 m^2, with the unit read as a symbol."""
-    name, _, exponent = unit.partition("^")
-    symbol = Node("sym", name=name)
-    if exponent.isdigit():
-        symbol = Node("pow", (symbol, number_node(int(exponent))))
-    return [Node("mul", (value, symbol))]
-
-
-def _form(node: Node) -> str:
-    """In what form a subset of the line is written."""
-    if node.kind == "rel":
-        return "membership" if node.name == "in" else "inequality"
-    return "set"
-
-
-def _is_family(node: Node) -> bool:
-    """A family of solutions: multiples of pi, tuples, or endpoints with a parameter."""
-    return any(
-        item == Node("const", name="pi") or item.kind in ("seq", "union", "set")
-        for item in walk(node)
-    )
-
-
-def _without_label(node: Node) -> Node:
-    return node.args[0] if node.kind == "label" else node
-
-
-def _has_mixed_brackets(gold: Node, answer: Node) -> bool:
-    names = {item.name for item in (gold, answer) if item.kind == "seq" and len(item.args) == 2}
-    return bool(names & {"[)", "(]"})
-
-
-def _is_condition(node: Node) -> bool:
-    return any(
-        item.kind == "rel" and not is_equation(item) or item.kind == "union" for item in node.args
-    )
-
-
-def _items(node: Node) -> list[Node]:
-    return list(node.args) if node.kind in ("list", "set") else [node]
-
-
-def _value(item: Node) -> Node:
-    """What a labelled item says: 16 for `w = 16` and for `Paolo: 16`."""
-    if item.kind == "label":
-        return item.args[0]
-    if is_equation(item) and len(item.args) == 2 and _is_label(item.args[0]):
-        return item.args[1]
-    return item
-
-
-def _is_label(node: Node) -> bool:
-    from rewards.relations import is_name
-
-    return is_name(node)
-
-
-def _match_names(left: list[Node], right: list[Node]) -> list[tuple[Node, Node]] | None:
-    """Pairs by label, where both sides label every item with the same distinct names."""
-    tables = []
-    for items in (left, right):
-        table = {}
-        for item in items:
-            if item.kind == "label":
-                table[Node("text", name=item.name)] = item
-            elif is_equation(item) and len(item.args) == 2 and _is_label(item.args[0]):
-                table[item.args[0]] = item
-        if len(table) != len(items) or len(items) < 2:
-            return None
-        tables.append(table)
-    if tables[0].keys() != tables[1].keys():
-        return None
-    return [(item, tables[1][name]) for name, item in tables[0].items()]
-
-
-def _expanded(items: list[Node]) -> list[Node]:
-    r"""Replace every \\pm by its two signs; signs in different components are independent."""
-    result: list[Node] = []
-    for item in items:
-        result.extend(expand_signs(item))
-        if len(result) > 8 * MAX_EXPANSION:
-            raise Undecided
-    return result
-
-
-def expand_signs(node: Node) -> list[Node]:
-    """All values of a node with plus-minus signs; within one scalar the signs go together."""
-    if not has_kind(node, "pm"):
-        return [node]
-    if node.kind in ("seq", "set", "matrix", "rel"):
-        choices = [expand_signs(item) for item in node.args]
-        total = 1
-        for choice in choices:
-            total *= len(choice)
-        if total > MAX_EXPANSION:
-            raise Undecided
-        return [node._replace(args=args) for args in itertools.product(*choices)]
-    return [_signed(node, is_upper) for is_upper in (True, False)]
-
-
-def _signed(node: Node, is_upper: bool) -> Node:
-    args = tuple(_signed(item, is_upper) for item in node.args)
-    if node.kind == "pm":
-        is_plus = (node.name == "+-") == is_upper
-        return args[0] if is_plus else Node("mul", (number_node(-1), args[0]))
-    return node._replace(args=args) if args else node

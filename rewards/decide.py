@@ -10,8 +10,8 @@ from fractions import Fraction
 from rewards.compare import Comparison
 from rewards.exact import Undecided
 from rewards.interpret import Reading, read, read_gold
-from rewards.numeric import TooLarge
 from rewards.nodes import LimitExceeded, Node, ParseError, has_kind
+from rewards.numeric import TooLarge
 from rewards.parser import Parsed
 from rewards.policy import Policy
 from rewards.relations import Contradiction
@@ -146,9 +146,7 @@ def _typed_outcome(
             status = "contradictory"
         except (LimitExceeded, ParseError, RecursionError):
             status = "limit"
-    if policy.accept_short_text and (
-        _short_text(gold, given) or _short_text(answer, wanted)
-    ):
+    if policy.accept_short_text and (_short_text(gold, given) or _short_text(answer, wanted)):
         return Outcome(Verdict(True, "ok", "typed"))
     if _squeezed(gold) == _squeezed(answer):
         return RIGHT_STRING

@@ -78,7 +78,9 @@ def exact_root(value: Fraction, degree: int) -> Fraction:
     """The real root of that degree where it is rational."""
     if degree > 64 or value < 0 or value.numerator.bit_length() > MAX_ROOT_BITS:
         raise Undecided  # the principal root of a negative number is complex
-    return Fraction(_integer_root(value.numerator, degree), _integer_root(value.denominator, degree))
+    return Fraction(
+        _integer_root(value.numerator, degree), _integer_root(value.denominator, degree)
+    )
 
 
 def _integer_root(value: int, degree: int) -> int:

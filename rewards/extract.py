@@ -7,6 +7,7 @@ stand beside the last one, joined by a comma, 'and' or 'or', are only reported.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ MAX_WHOLE_CHARS = 200
 _WORD = re.compile(r"[A-Za-z]{2,}")
 _COMMAND = re.compile(r"\\[A-Za-z]+(?:\{[A-Za-z]+\})?")
 _FORMULA_WORDS = frozenset("and or where pi sqrt sin cos tan ln log percent pct".split())
-_MATH_END = re.compile(r"\$|\\\)|\\\]")
+_MATH_DELIMITER = re.compile(r"\$|\\[(\[]")
 
 
 def extract(completion: str) -> Extraction:
@@ -120,7 +121,7 @@ def _from_box(text: str) -> Extraction | None:
     boxes = find_boxes(text)
     if not boxes:
         return None
-    start, end, content = boxes[-1]
+    start, _, content = boxes[-1]
     has_format = text.startswith("\\boxed{", start) and bool(content.strip())
     joined = [content]
     for earlier in reversed(boxes[:-1]):
@@ -145,7 +146,7 @@ def _gold_boxes(text: str) -> str | None:
     boxes = find_boxes(text)
     if len(boxes) < 2:
         return None
-    gaps = [text[a[1] : b[0]].strip(" $") for a, b in zip(boxes, boxes[1:], strict=False)]
+    gaps = [text[a[1] : b[0]].strip(" $") for a, b in itertools.pairwise(boxes)]
     return None if any(gaps) else ", ".join(box[2] for box in boxes)
 
 
@@ -296,9 +297,11 @@ def _from_whole(text: str) -> Extraction | None:
     text = text.strip()
     if not text or len(text) > MAX_WHOLE_CHARS or "\n" in text:
         return None
+    if not any(character.isalnum() for character in text):
+        return None
     words = _WORD.findall(_COMMAND.sub(" ", text))
     num_prose_words = sum(word.lower() not in _FORMULA_WORDS for word in words)
-    if num_prose_words > 3 or (num_prose_words and len(words) > 5):
+    if num_prose_words > 3 or (num_prose_words and _MATH_DELIMITER.search(text)):
         return None
     return Extraction(text, "math")
 

@@ -100,7 +100,11 @@ def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
     elif number is not None:
         before = text[: number[0] - len(number[1])]
         is_only = last_number(before) is None
-        if not _NEGATED.search(before) and not _CALLED.search(before) and (is_only or is_gold or _STATED.search(before)):
+        if (
+            not _NEGATED.search(before)
+            and not _CALLED.search(before)
+            and (is_only or is_gold or _STATED.search(before))
+        ):
             content = number[1]
     if content is None or content.strip() == text.strip():
         return Reading((words,), text, "unparsable")

@@ -10,7 +10,7 @@ def verify_with_math_verify(gold: str, answer: str) -> Verdict:
 
     Its own alarm-based timeouts stay off: the pool's deadline replaces them.
     """
-    from math_verify import parse, verify  # type: ignore[import-untyped]
+    from math_verify import parse, verify
 
     gold_values = parse(_boxed(gold), parsing_timeout=None)
     answer_values = parse(_boxed(answer), parsing_timeout=None)

@@ -78,9 +78,7 @@ class Residues:
 
     def _power(self, node: Node) -> int:
         base, exponent = node.args
-        values: Mapping[str, int] = {
-            item: self.symbol(item) for item in _symbol_names(exponent)
-        }
+        values: Mapping[str, int] = {item: self.symbol(item) for item in _symbol_names(exponent)}
         residue = self.of(base)
         try:
             power = exact(exponent, values)

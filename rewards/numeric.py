@@ -78,14 +78,22 @@ def _real_or_complex(name: str) -> Callable[[Any], Any]:
     return call
 
 
+def _reciprocal_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x: 1 / function(x)
+
+
+def _of_reciprocal(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x: function(1 / x)
+
+
 def _float_functions() -> dict[str, Callable[..., Any]]:
     names = "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp"
     functions = {name: _real_or_complex(name) for name in names.split()}
     functions["ln"] = _real_or_complex("log")
     for name, inverse in (("cot", "tan"), ("sec", "cos"), ("csc", "sin"), ("coth", "tanh")):
-        functions[name] = lambda x, f=functions[inverse]: 1 / f(x)
+        functions[name] = _reciprocal_of(functions[inverse])
     for name, inverse in (("acot", "atan"), ("asec", "acos"), ("acsc", "asin")):
-        functions[name] = lambda x, f=functions[inverse]: f(1 / x)
+        functions[name] = _of_reciprocal(functions[inverse])
     functions |= {"abs": abs, "floor": math.floor, "ceil": math.ceil, "gamma": math.gamma}
     return functions
 
@@ -196,6 +204,7 @@ def _root(value: Any, degree: Any, system: Arithmetic) -> Any:
 
 
 def is_real(value: Any) -> bool:
+    """Is the imaginary part nothing but noise?"""
     return abs(getattr(value, "imag", 0)) <= 1e-12 * max(1.0, abs(value))
 
 

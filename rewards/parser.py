@@ -6,18 +6,19 @@ from typing import NamedTuple
 
 from rewards.clean import clean
 from rewards.expressions import ExpressionParser
-from rewards.nodes import Node, ParseError, function, number_node
-from rewards.tokens import tokenize
-from rewards.vocabulary import (
-    FILLER_WORDS,
-    NUMBER_WORDS,
-    QUALIFIER_WORDS,
-    SEPARATOR_WORDS,
-)
+from rewards.nodes import Node, ParseError, function, has_kind, number_node
+from rewards.tokens import Token, tokenize
+from rewards.vocabulary import FILLER_WORDS, NUMBER_WORDS, QUALIFIER_WORDS, SEPARATOR_WORDS
+from rewards.words import unit_scale
 
 _RELATIONS = frozenset({"=", "<", ">", "<=", ">=", "!=", "~=", "===", "in", "notin", "subset"})
 _ALTERNATIVE_WORDS = frozenset({"else", "otherwise", "or", "if", "unless", "not"})
-_CLOSERS = {"(": (")", "]"), "[": (")", "]"), "{": ("}", "\\}"), "\\{": ("\\}", "}")}
+_CLOSERS: dict[str, tuple[str, ...]] = {
+    "(": (")", "]"),
+    "[": (")", "]"),
+    "{": ("}", "\\}"),
+    "\\{": ("\\}", "}"),
+}
 _CLOSERS |= {"<": (">",), "lfloor": ("rfloor",), "lceil": ("rceil",)}
 _MATRIX_NAMES = frozenset({"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array"})
 
@@ -137,19 +138,15 @@ class AnswerParser(ExpressionParser):
         return Node("label", (value,), " ".join(words).lower())
 
     def _read_words(self) -> list[str]:
-        words = []
+        words: list[str] = []
         while self.at("word") or self.at("text"):
-            if self.at("word", *SEPARATOR_WORDS) and words and not self._is_inside_words():
+            if self.at("word", *SEPARATOR_WORDS) and words:
                 break
             token = self.next()
             words.append(token.text if token.kind == "text" else token.text.lower())
             while self.at("op", "'", "-", '"') and self.tokens[self.index + 1].kind == "word":
                 self.next()
         return words
-
-    def _is_inside_words(self) -> bool:
-        """'and' between words of a sentence, rather than between items."""
-        return False
 
     def _skip_qualifier(self, closers: tuple[str, ...]) -> None:
         """Pass over "where n is an integer"; the symbols it speaks of count as bound."""
@@ -189,6 +186,10 @@ class AnswerParser(ExpressionParser):
         if not words:
             return node
         name = " ".join(words).replace(" ^ ", "^").replace(" / ", "/")
+        is_option = node.kind == "sym" and len(node.name) == 1 and node.name.isupper()
+        if node.kind in ("sym", "mul") and not is_option and not has_kind(node, "num"):
+            if unit_scale(name) is None and words[0] not in ("unit", "units"):
+                raise ParseError  # "AB wins it all" is a sentence, not a quantity
         return Node("unit", (node,), name)
 
     # --- relations, sets -------------------------------------------------------------------
@@ -216,18 +217,25 @@ class AnswerParser(ExpressionParser):
             depth += {"open": 1, "close": -1}.get(kind, 0)
             if depth == 0:
                 follower = self.tokens[position + 1]
-                is_head = follower.kind == "op" and follower.text in ("=", "~=", "<", "<=", ">", ">=")
+                is_head = follower.kind == "op" and follower.text in (
+                    "=",
+                    "~=",
+                    "<",
+                    "<=",
+                    ">",
+                    ">=",
+                )
                 self._called_head = index if is_head else -1
                 return
         self._called_head = -1
 
     _called_head = -1
 
-    def _parse_symbol(self, token):  # type: ignore[no-untyped-def]
+    def parse_symbol(self, token: Token) -> Node:
         if self.index - 1 == self._called_head and self.at("open", "("):
             self._called_head = -1
             return self.parse_call(token.text)
-        return super()._parse_symbol(token)
+        return super().parse_symbol(token)
 
     def parse_set_operation(self) -> Node:
         left = self.parse_ratio()
@@ -255,15 +263,13 @@ class AnswerParser(ExpressionParser):
         closers = _CLOSERS[opener]
         saved = self.num_open_bars, self.is_bar_separator
         self.num_open_bars, self.is_bar_separator = 0, opener in ("\\{", "{")
-        head = self.index
         items, _, _ = self._parse_set_items(closers)
         self.num_open_bars, self.is_bar_separator = saved
         if not self.at("close", *closers):
             raise ParseError
         closer = self.next().text
         self.depth -= 1
-        has_comma = any(t.kind == "op" and t.text in ",;" for t in self.tokens[head : self.index])
-        return _bracketed(opener, closer, items, has_comma)
+        return _bracketed(opener, closer, items)
 
     def _parse_set_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
         if not self.is_bar_separator:
@@ -280,7 +286,9 @@ class AnswerParser(ExpressionParser):
             conditions, _, _ = self._parse_items(closers)
             if not conditions:
                 raise ParseError
-            condition = conditions[0] if len(conditions) == 1 else Node("list", tuple(conditions), "and")
+            condition = (
+                conditions[0] if len(conditions) == 1 else Node("list", tuple(conditions), "and")
+            )
             return [Node("builder", (first, condition))], set(), False
         self.index = start
         return self._parse_items(closers)
@@ -311,7 +319,9 @@ class AnswerParser(ExpressionParser):
         if not rows:
             raise ParseError
         if name == "cases":
-            items = tuple(row[0] if len(row) == 1 else Node("seq", tuple(row), "case") for row in rows)
+            items = tuple(
+                row[0] if len(row) == 1 else Node("seq", tuple(row), "case") for row in rows
+            )
             return Node("list", items, "and")
         if name not in _MATRIX_NAMES and name not in ("vmatrix", "Vmatrix"):
             raise ParseError
@@ -321,7 +331,7 @@ class AnswerParser(ExpressionParser):
         return Node("open", (matrix,), "det") if name in ("vmatrix", "Vmatrix") else matrix
 
 
-def _bracketed(opener: str, closer: str, items: list[Node], has_comma: bool) -> Node:
+def _bracketed(opener: str, closer: str, items: list[Node]) -> Node:
     if opener in ("lfloor", "lceil"):
         if len(items) != 1:
             raise ParseError
@@ -329,7 +339,7 @@ def _bracketed(opener: str, closer: str, items: list[Node], has_comma: bool) -> 
     if opener in ("\\{", "{"):
         if len(items) == 1 and items[0].kind == "builder":
             return items[0]
-        if opener == "{" and len(items) == 1 and not (has_comma and False):
+        if opener == "{" and len(items) == 1:
             return items[0]
         return Node("set", tuple(items))
     if len(items) == 1:

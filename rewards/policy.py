@@ -83,6 +83,7 @@ def to_wire(policy: Policy) -> dict[str, Any]:
 
 
 def from_wire(fields: dict[str, Any]) -> Policy:
+    """The policy of what `to_wire` wrote."""
     if fields.get("answer_range") is not None:
         low, high = fields["answer_range"]
         fields = {**fields, "answer_range": (low, high)}

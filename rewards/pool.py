@@ -19,8 +19,9 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rewards.worker import MAX_FRAME_BYTES, encode
 
@@ -170,32 +171,10 @@ class WorkerPool:
 
     def map(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Responses in the order of the requests, spread over the workers."""
-        responses: list[dict[str, Any]] = [{} for _ in requests]
-        errors: list[BaseException] = []
-        indices = iter(range(len(requests)))
-        lock = threading.Lock()
-
-        def drain() -> None:
-            while not errors:
-                with lock:
-                    index = next(indices, None)
-                if index is None:
-                    return
-                try:
-                    responses[index] = self.request(requests[index])
-                except BaseException as error:
-                    errors.append(error)
-
-        num_threads = min(self.num_workers, len(requests)) - 1
-        threads = [threading.Thread(target=drain, daemon=True) for _ in range(num_threads)]
-        for thread in threads:
-            thread.start()
-        drain()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
-        return responses
+        if self.num_workers == 1 or len(requests) < 2:
+            return [self.request(request) for request in requests]
+        with ThreadPoolExecutor(min(self.num_workers, len(requests))) as threads:
+            return list(threads.map(self.request, requests))
 
     def _acquire(self) -> Worker:
         with self._available:
@@ -249,6 +228,12 @@ class WorkerPool:
             self._available.notify_all()
         for worker in idle:
             worker.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
 
 _POOLS: weakref.WeakSet[WorkerPool] = weakref.WeakSet()

@@ -234,10 +234,7 @@ def _normalised(pieces: list[Piece]) -> Region:
         last = merged[-1] if merged else None
         if last is not None and (
             piece.low_value < last.high_value
-            or (
-                piece.low_value == last.high_value
-                and (piece.is_low_closed or last.is_high_closed)
-            )
+            or (piece.low_value == last.high_value and (piece.is_low_closed or last.is_high_closed))
         ):
             if (piece.high_value, piece.is_high_closed) > (last.high_value, last.is_high_closed):
                 merged[-1] = last._replace(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from rewards.exact import Undecided
-from rewards.modular import Residues, PRIME
+from rewards.modular import PRIME, Residues
 from rewards.nodes import Node, has_kind, negative, rename, symbols, walk
 from rewards.numeric import HIGH, LOW, points, value_of
 
@@ -20,6 +21,7 @@ class Contradiction(Exception):
 
 
 def is_equation(node: Node) -> bool:
+    """Operands joined by equality signs alone."""
     return node.kind == "rel" and set(node.name.split(" ")) <= _EQUALITIES
 
 
@@ -140,8 +142,7 @@ def _proportional_residues(a: Node, b: Node) -> bool | None:
     if any(x == 0 and y == 0 for x, y in pairs):
         return None
     is_proportional = all(
-        x * w % PRIME == y * z % PRIME
-        for (x, y), (z, w) in zip(pairs, pairs[1:], strict=False)
+        x * w % PRIME == y * z % PRIME for (x, y), (z, w) in itertools.pairwise(pairs)
     )
     if is_proportional:
         # An identity (0 = 0), or a constant that can never vanish, is no equation.
@@ -196,13 +197,17 @@ def same_inequality(left: Node, right: Node) -> bool | None:
             return False
         point = points(names, 1, True)[0]
         values = {name: HIGH.number(value) for name, value in point.items()}
-        return bool(value_of(difference[0], values, HIGH) / value_of(difference[1], values, HIGH) > 0)
+        return bool(
+            value_of(difference[0], values, HIGH) / value_of(difference[1], values, HIGH) > 0
+        )
     except (Undecided, TypeError):
         return None
 
 
 def is_order_of_names(node: Node) -> bool:
     """b < a < d < c: nothing but an order of unknowns."""
-    return len(node.args) > 2 and all(item.kind == "sym" for item in node.args) and len(
-        walk(node)
-    ) == len(node.args) + 1
+    return (
+        len(node.args) > 2
+        and all(item.kind == "sym" for item in node.args)
+        and len(walk(node)) == len(node.args) + 1
+    )

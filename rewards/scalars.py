@@ -11,7 +11,6 @@ from rewards.nodes import INFINITY, SCALAR_KINDS, Node, has_kind, number_node, s
 from rewards.numeric import FLOATS, LOW, is_real, same_magnitude, same_value, value_of
 from rewards.policy import Policy
 
-
 FLOAT_DIGITS = 12
 EVALUATED_TASKS = frozenset({"max", "min"})
 
@@ -94,9 +93,7 @@ def _converted(gold: Node, answer: Node, policy: Policy) -> list[tuple[Node, Nod
     """Further readings: 28% as 28, 30 degrees as 30 or as pi/6."""
     pairs = []
     if policy.percent == "either" and (gold.kind == "percent") != (answer.kind == "percent"):
-        pairs.append(
-            (gold.args[0], answer) if gold.kind == "percent" else (gold, answer.args[0])
-        )
+        pairs.append((gold.args[0], answer) if gold.kind == "percent" else (gold, answer.args[0]))
     if (gold.kind == "deg") != (answer.kind == "deg"):
         # The bare number is degrees; _equal_pair itself reads a degree as radians.
         pairs.append((gold.args[0], answer) if gold.kind == "deg" else (gold, answer.args[0]))
@@ -129,7 +126,9 @@ def _equal_pair(gold: Node, answer: Node, policy: Policy) -> bool:
 
 def _equal_numerically(gold: Node, answer: Node, is_numeric: bool) -> bool:
     nodes = [*walk(gold), *walk(answer)]
-    if any(node.kind not in SCALAR_KINDS and node.kind != "ratio" or node == INFINITY for node in nodes):
+    if any(
+        node.kind not in SCALAR_KINDS and node.kind != "ratio" or node == INFINITY for node in nodes
+    ):
         return False  # N(0, 1), -221_3, an infinity: the same tree or nothing
     tasks = [node for node in nodes if node.kind == "open" and node.name not in EVALUATED_TASKS]
     if not all(map(_is_for_sympy, tasks)):

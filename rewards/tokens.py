@@ -114,9 +114,13 @@ def _split_letters(piece: str, tokens: list[Token], is_spaced: bool, start: int)
             _split_letters(piece[4:], tokens, False, start + 4)
             return
         tokens.append(Token("word", piece, is_spaced, start))
-    elif piece in UNIT_WORDS and _follows_operand(tokens):
-        tokens.append(Token("word", piece, is_spaced, start))
-    elif len(piece) == 3 and not piece.isupper() and re.search(r"[aeiou]", piece) and is_spaced:
+    elif (
+        piece in UNIT_WORDS
+        and _follows_operand(tokens)
+        or len(piece) == 3
+        and re.search(r"[aeiou]", piece)
+        and (is_spaced or piece.istitle())
+    ):
         tokens.append(Token("word", piece, is_spaced, start))
     else:
         for offset, letter in enumerate(piece):
@@ -159,9 +163,11 @@ def _read_command(
         # \quadx, \cdotx: the command swallowed the letter behind it.
         for length in range(len(name) - 1, 1, -1):
             if name[:length] in COMMANDS or name[:length] in IGNORED_COMMANDS:
-                return start + 1 + length if _read_known(
-                    name[:length], tokens, is_spaced, start
-                ) else position
+                return (
+                    start + 1 + length
+                    if _read_known(name[:length], tokens, is_spaced, start)
+                    else position
+                )
         tokens.append(Token("sym", "\\" + name, is_spaced, start))
         return position
     _read_known(name, tokens, is_spaced, start)

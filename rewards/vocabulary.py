@@ -44,8 +44,8 @@ LETTER_COMMANDS: dict[str, str] = {name: "\\" + name for name in _GREEK.split()}
 }  # fmt: skip
 COMMANDS: dict[str, tuple[str, str]] = {
     **{name: ("func", value) for name, value in FUNCTIONS.items()},
-    **{name: ("cmd", "frac") for name in ("frac", "dfrac", "tfrac", "cfrac")},
-    **{name: ("cmd", "binom") for name in ("binom", "dbinom", "tbinom")},
+    **dict.fromkeys(("frac", "dfrac", "tfrac", "cfrac"), ("cmd", "frac")),
+    **dict.fromkeys(("binom", "dbinom", "tbinom"), ("cmd", "binom")),
     "sqrt": ("cmd", "sqrt"), "pi": ("const", "pi"), "infty": ("const", "inf"),
     "infin": ("const", "inf"), "pm": ("op", "+-"), "mp": ("op", "-+"), "cdot": ("op", "*"),
     "times": ("op", "*"), "ast": ("op", "*"), "star": ("op", "*"), "div": ("op", "/"),

@@ -85,7 +85,9 @@ def unit_scale(name: str) -> tuple[str, Fraction] | None:
     elif words and words[0] == "cubic":
         power, words = 3, words[1:]
     text = " ".join(words).replace(" per ", "/")
-    match = re.fullmatch(r"([A-Za-z]+)\s*\^?\s*([23])?(?:\s*/\s*([A-Za-z]+)\s*\^?\s*([23])?)?", text)
+    match = re.fullmatch(
+        r"([A-Za-z]+)\s*\^?\s*([23])?(?:\s*/\s*([A-Za-z]+)\s*\^?\s*([23])?)?", text
+    )
     if match is None:
         return None
     total, dimension = Fraction(1), ""

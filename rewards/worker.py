@@ -59,6 +59,7 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def limit_memory(memory_mb: int) -> None:
+    """Cap this process's address space; an allocation past it is a MemoryError. No core dumps."""
     limit = memory_mb << 20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -81,6 +82,7 @@ def exit_without_parent(parent_pid: int) -> None:
 
 
 def main() -> None:
+    """Arguments: the parent's process id, the memory limit in MiB."""
     parent_pid, memory_mb = int(sys.argv[1]), int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     requests, responses = sys.stdin.buffer, sys.stdout.buffer

@@ -37,7 +37,7 @@ MIXED_PAIRS = [
     (r"x^2+2x+1", r"(x+1)^2"),
     (r"(-\infty, 3) \cup (5, \infty)", r"x < 3 \text{ or } x > 5"),
     (r"\left(\frac{1}{2}, -3\right)", r"(0.5, -3)"),
-    (r"\begin{pmatrix} 1 & \frac12 \\ 3 & 4 \end{pmatrix}", r"\begin{bmatrix} 1 & 0.5 \\ 3 & 4 \end{bmatrix}"),
+    (r"\begin{pmatrix}1&\frac12\\3&4\end{pmatrix}", r"\begin{bmatrix}1&0.5\\3&4\end{bmatrix}"),
     (r"3 \pm 2\sqrt{2}", r"3+2\sqrt{2}, 3-2\sqrt{2}"),
     (r"\tan^2 y + 1", r"\sec^2 y"),
     (r"2x+4y-3=0", r"y=-\frac12 x+\frac34"),
@@ -178,8 +178,8 @@ def speed_cases(math_golds: Path | None) -> dict[str, list[Case]]:
     }
     if math_golds is not None:
         rows = [json.loads(line) for line in math_golds.read_text().splitlines() if line.strip()]
-        golds = [row.get("answer") or extract(row["solution"]).answer for row in rows]
-        golds = [gold for gold in golds if gold]
+        found = [row.get("answer") or extract(row["solution"]).answer for row in rows]
+        golds = [str(gold) for gold in found if gold]
         kinds["MATH golds"] = [{"gold": gold, "answer": gold} for gold in golds]
         kinds["MATH golds, rewritten"] = [
             {"gold": gold, "answer": gold.replace("\\frac", "\\dfrac").replace("+", " + ") + " "}

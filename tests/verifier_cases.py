@@ -1,4 +1,4 @@
-"""Authored cases for the verifier: equal pairs, unequal pairs, tricks. One `gold | answer` a line."""
+"""Authored cases for the verifier, one `gold | answer` a line: equal, unequal, tricks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ EQUAL = r"""
 \lg 100 | 2
 1\pm\sqrt{19} | 1+\sqrt{19}, 1-\sqrt{19}
 \{1\pm\sqrt5,-2\} | -2, 1+\sqrt5, 1-\sqrt5
-(\pm\sqrt2,0,\pm\sqrt2) | (\sqrt2,0,\sqrt2),(\sqrt2,0,-\sqrt2),(-\sqrt2,0,\sqrt2),(-\sqrt2,0,-\sqrt2)
+(\pm\sqrt2,0,\pm3) | (\sqrt2,0,3),(\sqrt2,0,-3),(-\sqrt2,0,3),(-\sqrt2,0,-3)
 (1,\frac92) | (1, 4.5)
 \{1,3\} | 3, 1
 (0;-2;0),(0;0;6) | (0,-2,0),(0,0,6)

@@ -1,0 +1,105 @@
+"""`rl-lora grade`: files, figures, disagreements, mistakes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from rl_lora.errors import UserError
+from rl_lora.grade import add_arguments, grade_file, run
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ROWS: list[dict[str, object]] = [
+    {"completion": "so \\boxed{42}", "reference": "42", "label": True},
+    {"completion": "so \\boxed{41}", "reference": "42", "label": False},
+    {"completion": "so \\boxed{1/2}", "reference": "0.5", "label": False},
+    {"completion": "so \\boxed{7}", "reference": "8", "label": True},
+    {"completion": "<think> I", "reference": "8", "label": False},
+]
+
+
+def test_figures_by_hand(tmp_path: Path) -> None:
+    report = grade_file(write(tmp_path / "a.jsonl", ROWS))
+    assert (report.num, report.num_correct, report.num_compared) == (5, 2, 5)
+    assert report.accuracy == 3 / 5
+    assert report.precision == 1 / 2
+    assert report.recall == 1 / 2
+    assert report.statuses == {"ok": 4, "no_answer": 1}
+    assert [(d.line, d.verdict, d.expected) for d in report.disagreements] == [
+        (3, True, False),
+        (4, False, True),
+    ]
+
+
+def test_other_field_names_and_no_labels(tmp_path: Path) -> None:
+    report = grade_file(write(tmp_path / "a.jsonl", [{"answer": "\\boxed{5}", "gold": 5}]))
+    assert report.num_correct == 1
+    assert report.judge is None
+    assert report.accuracy is None
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None, reason="needs the extra math-verify"
+)
+def test_against_math_verify(tmp_path: Path) -> None:
+    report = grade_file(write(tmp_path / "a.jsonl", ROWS), against="math_verify", timeout_s=60)
+    assert report.judge == "math_verify"
+    assert report.num_compared == 5
+    assert report.accuracy == 1.0
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*ROWS, {"completion": "\\boxed{[red]9[/red]}", "reference": "8", "label": True}]
+    path, out = write(tmp_path / "a.jsonl", rows), tmp_path / "report.json"
+    assert run(arguments(str(path), "--json", str(out), "--show", "3")) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 6 correct" in printed
+    assert "3 disagreements" in printed
+    assert json.loads(out.read_text())["recall"] == 1 / 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "line 1: not JSON"),
+        ("[1]", "line 1: not a JSON object"),
+        ('{"text": "5", "gold": "5"}', "line 1: no completion; expected a string under one of"),
+        ('{"completion": "5"}', "line 1: no reference"),
+        ('{"completion": "5", "gold": " "}', "line 1: the reference is empty"),
+        (
+            '{"completion": "5", "gold": "5", "label": 1}',
+            "the label is 1; it must be true or false",
+        ),
+        ("\n\n", "holds no completions"),
+    ],
+)
+def test_bad_files_name_the_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        run(arguments(str(path)))
+
+
+def test_unknown_names_are_user_errors(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(UserError, match="did you mean 'math'"):
+        run(arguments(str(path), "--reward", "maths"))
+    with pytest.raises(UserError, match="did you mean 'gsm8k'"):
+        run(arguments(str(path), "--policy", "gsm8"))
+    with pytest.raises(UserError, match="no such file"):
+        run(arguments(str(tmp_path / "none.jsonl")))

@@ -1,0 +1,88 @@
+"""Authored answers: equal ones in many spellings, unequal ones, tricks that earn nothing."""
+
+from __future__ import annotations
+
+import pytest
+from verifier_cases import EQUAL, TRICKS, UNEQUAL, pairs
+
+from rewards import score, verify
+
+
+@pytest.mark.parametrize(("gold", "answer"), pairs(EQUAL))
+def test_equal_answers_are_equal_both_ways(gold: str, answer: str) -> None:
+    assert verify(gold, answer).correct
+    assert verify(answer, gold).correct
+
+
+@pytest.mark.parametrize(("gold", "answer"), pairs(UNEQUAL))
+def test_unequal_answers_are_unequal_both_ways(gold: str, answer: str) -> None:
+    assert not verify(gold, answer).correct
+    assert not verify(answer, gold).correct
+
+
+@pytest.mark.parametrize(("gold", "answer"), pairs(TRICKS))
+def test_tricks_earn_nothing(gold: str, answer: str) -> None:
+    assert not verify(gold, answer).correct
+    assert not score(f"Therefore \\boxed{{{answer}}}.", gold).correct
+
+
+def test_there_are_enough_tricks() -> None:
+    assert len(pairs(TRICKS)) >= 150
+
+
+@pytest.mark.parametrize(
+    ("completion", "reference"),
+    [
+        ("<think>It is \\boxed{42}.", "42"),
+        ("<think>It is \\boxed{42}.</think>", "42"),
+        ("<think>It is \\boxed{42}.</think> I do not know.", "42"),
+        ("<think>no</think> x <think> \\boxed{42}", "42"),
+        ("It is \\boxed{41} or \\boxed{42}", "42"),
+        ("It is \\boxed{41}, \\boxed{42}", "42"),
+        ("\\boxed{41} and \\boxed{42}", "42"),
+        ("\\boxed{42} ... so finally \\boxed{41}", "42"),
+        ("\\boxed{42", "42"),
+        ("\\boxed{}", "42"),
+        ("\\boxed{ }", "42"),
+        ("", "42"),
+        ("The answer is", "42"),
+        ("#### 41\n#### ", "42"),
+        ("The answer is 41 or 42.", "42"),
+        ("The answer is either 41 or 42", "42"),
+        ("The answer is not 42.", "42"),
+        ("Compute 6 \\cdot 7 = ?\n\\boxed{?}", "42"),
+        ("Evaluate $\\int_0^2 x dx$. \\boxed{\\int_0^2 x dx}", "2"),
+        ("\\boxed{41}<|im_end|>\\boxed{42}", "42"),
+    ],
+)
+def test_completions_that_earn_nothing(completion: str, reference: str) -> None:
+    assert not score(completion, reference).correct
+
+
+def test_a_golds_task_may_be_answered_by_itself() -> None:
+    assert verify(r"\gcd(a, b)", r"\gcd(a,b)").correct
+    assert verify(r"\sum_{k=0}^{n} F_k F_{n-k}", r"\sum_{k=0}^{n} F_{n-k} F_k").correct
+    assert not verify(r"\sum_{k=0}^{n} F_k", r"\sum_{k=0}^{n-1} F_k").correct
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "status"),
+    [
+        ("5", "3 = 5", "contradictory"),
+        ("2", r"\int_0^2 x dx", "unevaluated"),
+        ("2", "9" * 5000, "limit"),
+        ("2", "(" * 200 + "2" + ")" * 200, "limit"),
+        ("2", "\\frac{1}{", "unparsable"),
+        ("2", "3", "ok"),
+    ],
+)
+def test_status_says_why(gold: str, answer: str, status: str) -> None:
+    verdict = verify(gold, answer)
+    assert not verdict.correct
+    assert verdict.status == status
+
+
+def test_contradicting_boxes_are_named() -> None:
+    assert score("\\boxed{41} or \\boxed{42}", "42").status == "contradictory"
+    assert score("nothing here", "42").status == "ok"
+    assert score("<think>", "42").status == "no_answer"

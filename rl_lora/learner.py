@@ -256,12 +256,15 @@ def to_device(batch: Microbatch, device: torch.device) -> Microbatch:
     move: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
     return Microbatch(
         token_ids_BT=move(batch.token_ids_BT),
+        position_BT=None if batch.position_BT is None else move(batch.position_BT),
+        mask_B1TT=None if batch.mask_B1TT is None else move(batch.mask_B1TT),
         row_C=move(batch.row_C),
         column_C=move(batch.column_C),
         target_ids_C=move(batch.target_ids_C),
         sampler_logprobs_C=move(batch.sampler_logprobs_C),
         advantages_C=move(batch.advantages_C),
         weights_C=move(batch.weights_C),
+        sequence_C=move(batch.sequence_C),
         num_sequences=batch.num_sequences,
         num_tokens=batch.num_tokens,
     )

@@ -101,6 +101,14 @@ class Policy:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()  # transformers checkpoints in training mode only; dropout is 0
 
+    @property
+    def can_share_prompts(self) -> bool:
+        """Whether completions may share a prompt's row: not under a sliding window, which goes by
+        distance in the row."""
+        config = self.model.config
+        has_window = getattr(config, "sliding_window", None) is not None
+        return not (has_window and getattr(config, "use_sliding_window", True))
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in a fixed order."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -216,7 +224,12 @@ def _check_lm_head(model: nn.Module, model_dir: Path) -> None:
 
 
 def _score(model: nn.Module, batch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
-    hidden_BTD = model.base_model(input_ids=batch.token_ids_BT, use_cache=False).last_hidden_state
+    hidden_BTD = model.base_model(
+        input_ids=batch.token_ids_BT,
+        attention_mask=batch.mask_B1TT,
+        position_ids=batch.position_BT,
+        use_cache=False,
+    ).last_hidden_state
     hidden_CD = hidden_BTD[batch.row_C, batch.column_C]
     lm_head = model.get_output_embeddings()
     chunk = max(1, _CHUNK_ELEMENTS // lm_head.weight.shape[0])

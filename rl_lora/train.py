@@ -164,6 +164,7 @@ class Run:
             max_tokens=config.sampling.max_tokens,
             microbatch_tokens=config.optim.microbatch_tokens,
             num_updates=config.optim.num_updates,
+            row_tokens=config.optim.row_tokens if policy.can_share_prompts else 0,
             keep_zero_advantage=config.algorithm.kl == "loss",
         )
         metrics = self.learner.update(updates)

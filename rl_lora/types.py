@@ -117,31 +117,30 @@ class TrainSample:
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Right-padded sequences, and the flat list of completion tokens to score in them.
+    """Right-padded rows, and the flat list of completion tokens to score in them.
 
-    Letters: B sequences, T positions, C completion tokens of the microbatch. Token c is predicted
-    by the hidden state at [row_C[c], column_C[c]], one position before its own: the shift is made
-    here (by `batches`) and nowhere else. `weights_C` holds the mask and the step-wide denominator:
-    a loss is sum(weights_C * loss_C), and microbatch losses add up to the whole batch's loss.
+    Letters: B rows, T positions, C completion tokens of the microbatch. A row is a prompt and one or
+    more of its completions. Token c is predicted by the hidden state at [row_C[c], column_C[c]], the
+    one before its own (for a completion's first token: the prompt's last): the shift is made here
+    (by `batches`) and nowhere else. `weights_C` holds the mask and the step-wide denominator: a loss
+    is sum(weights_C * loss_C), and microbatch losses add up to the whole batch's loss.
 
     Example: one sequence of prompt (1, 5) and completion (7, 2): token_ids_BT=[[1, 5, 7, 2]],
-    row_C=[0, 0], column_C=[1, 2], target_ids_C=[7, 2].
+    row_C=[0, 0], column_C=[1, 2], target_ids_C=[7, 2], sequence_C=[0, 0].
     """
 
-    token_ids_BT: torch.Tensor  # int64; padding holds 0, and causal attention never looks at it
+    token_ids_BT: torch.Tensor  # int64; padding holds 0, and no real token looks at it
+    position_BT: torch.Tensor | None  # int64; None: 0, 1, 2, ... in every row
+    mask_B1TT: torch.Tensor | None  # bool, True: may look at; None: plain causal attention
     row_C: torch.Tensor  # int64, row of token_ids_BT
     column_C: torch.Tensor  # int64, position whose hidden state predicts the token
     target_ids_C: torch.Tensor  # int64
     sampler_logprobs_C: torch.Tensor  # float32, nats
     advantages_C: torch.Tensor  # float32
     weights_C: torch.Tensor  # float32; 1/denominator of the step
-    num_sequences: int  # B
-    num_tokens: int  # real tokens, without padding
-
-    @property
-    def sequence_C(self) -> torch.Tensor:
-        """int64 [C]: the sequence (row) that each completion token belongs to."""
-        return self.row_C
+    sequence_C: torch.Tensor  # int64, number of the token's completion: 0, 1, ... in the microbatch
+    num_sequences: int  # completions
+    num_tokens: int  # real tokens that are computed, without padding
 
 
 @dataclass(frozen=True, slots=True)

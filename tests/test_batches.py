@@ -81,3 +81,43 @@ def test_updates_split_round_robin_with_their_own_denominators() -> None:
 def test_unknown_denominator_is_an_error() -> None:
     with pytest.raises(ValueError, match="none of tokens"):
         pack([sample(1, 1)], denominator="words", max_tokens=8, microbatch_tokens=64)
+
+
+def completion_of(prompt: tuple[int, ...], completion: tuple[int, ...], advantage: float) -> TrainSample:
+    return TrainSample(prompt, completion, (-0.5,) * len(completion), advantage, 0)
+
+
+def test_completions_of_one_prompt_share_its_row() -> None:
+    samples = [
+        completion_of((10, 11), (20, 21), 1.0),
+        completion_of((12,), (22,), 2.0),
+        completion_of((10, 11), (23,), -1.0),
+    ]
+    (batch,) = pack_one(samples, row_tokens=16)
+    assert batch.token_ids_BT.tolist() == [[12, 22, 0, 0, 0], [10, 11, 20, 21, 23]]
+    assert batch.position_BT is not None
+    assert batch.position_BT.tolist() == [[0, 1, 0, 0, 0], [0, 1, 2, 3, 2]]
+    assert batch.row_C.tolist() == [0, 1, 1, 1]
+    assert batch.column_C.tolist() == [0, 1, 2, 1]  # 23 follows the prompt's last token, not 21
+    assert batch.sequence_C.tolist() == [0, 1, 1, 2]
+    assert batch.target_ids_C.tolist() == [22, 20, 21, 23]
+    assert batch.advantages_C.tolist() == [2.0, 1.0, 1.0, -1.0]
+    assert (batch.num_sequences, batch.num_tokens) == (3, 7)
+    assert batch.mask_B1TT is not None
+    assert batch.mask_B1TT[1, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],  # the second completion does not see the first
+    ]
+    assert batch.mask_B1TT.any(-1).all()
+
+
+def test_a_row_holds_no_more_than_its_bound() -> None:
+    samples = [completion_of((10, 11), tuple(range(20, 23)), 1.0) for _ in range(5)]
+    batches = pack_one(samples, row_tokens=8)
+    assert [b.token_ids_BT.shape for b in batches] == [(3, 8)]
+    assert batches[0].sequence_C.tolist() == [n for n in range(5) for _ in range(3)]
+    (alone,) = pack_one(samples, row_tokens=0)
+    assert alone.mask_B1TT is None

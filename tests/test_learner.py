@@ -10,6 +10,7 @@ from rl_lora.advantages import group_mean
 from rl_lora.batches import make_samples, pack
 from rl_lora.config import AlgorithmSection, OptimSection
 from rl_lora.learner import Learner, learning_rate
+from rl_lora.losses import LOSSES
 from rl_lora.policy import Policy
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, TrainSample
 from tests.tiny_models import make_policy, random_llama, shake
@@ -183,3 +184,49 @@ def test_learning_rate_schedules() -> None:
     )
     cosine = OptimSection(lr=1.0, schedule="cosine")
     assert learning_rate(cosine, 6, 10) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("loss", ["importance_sampling", "gspo"])
+def test_sharing_a_prompts_row_changes_neither_values_nor_gradients(
+    tmp_path: Path, loss: str
+) -> None:
+    path = random_llama(tmp_path / "model")
+    denominator = "sequences" if loss == "gspo" else "tokens"
+    seen = []
+    for row_tokens in (0, 12, 64):
+        policy = make_policy(path)
+        shake(policy)
+        samples = [
+            TrainSample((5, 6, 7), (30 + i, 31, 32 + i)[: 1 + i % 3], (-4.0,) * (1 + i % 3), a, 0)
+            for i, a in enumerate((1.0, -1.0, 0.5, -0.5, 2.0))
+        ] + [TrainSample((8,), (40, 41), (-4.0, -4.0), 1.0, 0)]
+        updates = pack(
+            samples,
+            denominator=denominator,
+            max_tokens=8,
+            microbatch_tokens=40,
+            row_tokens=row_tokens,
+        )
+        logprobs: dict[tuple[int, ...], float] = {}
+        loss_sum = torch.zeros(())
+        for batch in updates[0]:
+            logprobs_C, _ = policy.token_logprobs(batch, 1.0)
+            for sequence in range(batch.num_sequences):
+                mine = batch.sequence_C == sequence
+                key = (int(batch.token_ids_BT[batch.row_C[mine][0], 0]),)
+                key += tuple(batch.target_ids_C[mine].tolist())
+                logprobs[key] = float(logprobs_C.detach()[mine].sum())
+            value, _ = LOSSES[loss](
+                Learner._inputs(batch, logprobs_C),
+                AlgorithmSection(loss=loss, denominator=denominator),  # type: ignore[arg-type]
+            )
+            loss_sum = loss_sum + value
+        loss_sum.backward()
+        seen.append((logprobs, {n: p.grad for n, p in policy.trainable().items()}))
+    plain_logprobs, plain_grads = seen[0]
+    assert len(plain_logprobs) == 6
+    for logprobs, grads in seen[1:]:
+        assert logprobs == pytest.approx(plain_logprobs, abs=1e-5)
+        for name, grad in grads.items():
+            assert grad is not None
+            assert torch.allclose(grad, plain_grads[name], atol=1e-5), name  # type: ignore[arg-type]

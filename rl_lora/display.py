@@ -31,7 +31,7 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("reward/mean", "reward", "{:.3f}"),
     ("reward/correct_mean", "correct", "{:.1%}"),
     ("cot/tokens_mean", "length", "{:.0f}"),
-    ("cot/truncated_rate", "cut", "{:.0%}"),
+    ("cot/truncated_rate", "truncated", "{:.0%}"),
     ("mismatch/kl", "kl", "{:.1e}"),
     ("speed/sample_tokens_per_s", "tok/s", "{:.0f}"),
     ("eval/accuracy", "held-out", "{:.1%}"),

@@ -22,6 +22,7 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # the sampler checks the length itself
 }
 
 
@@ -75,14 +76,13 @@ def process_kept() -> Iterator[None]:
     set_num_threads = torch.set_num_threads
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if "VLLM_LOGGING_LEVEL" not in environment:
         logging.getLogger("vllm").setLevel(logging.ERROR)
     try:
         with (
-            torch.random.fork_rng(devices=devices),
+            torch_random_state_kept(),
             warnings.catch_warnings(),
             _memory_unbound(),
         ):
@@ -98,6 +98,13 @@ def process_kept() -> Iterator[None]:
             os.sched_setaffinity(0, affinity)
         os.environ.clear()
         os.environ.update(environment)
+
+
+def torch_random_state_kept() -> contextlib.AbstractContextManager[None]:
+    """Puts PyTorch's random state back, of the CPU and of GPUs in use."""
+    is_used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    devices = list(range(torch.cuda.device_count())) if is_used else []
+    return torch.random.fork_rng(devices=devices)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION, sample_seed
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
-from rl_lora.vllm_process import import_vllm, process_kept
+from rl_lora.vllm_process import import_vllm, process_kept, torch_random_state_kept
 
 OnProgress = Callable[[int, int, int], None]  # samples done, samples in all, tokens in those done
 
@@ -50,6 +50,7 @@ class VllmSampler:
         device: torch.device,
         max_model_len: int,
         end_token_ids: Sequence[int] = (),
+        on_progress: OnProgress | None = None,
     ) -> None:
         """Loads the base model into an engine.
 
@@ -61,6 +62,7 @@ class VllmSampler:
             device: cpu, or the GPU that PyTorch numbers 0.
             max_model_len: tokens of prompt and completion together, at most.
             end_token_ids: tokens that end a completion; empty: those of the model directory.
+            on_progress: called after each finished sample.
 
         Raises:
             UserError: vLLM is not installed or built for another device, no such directory, or a
@@ -71,6 +73,7 @@ class VllmSampler:
         if VllmSampler._open:
             raise RuntimeError("another VllmSampler is open in this process; close() it first")
         self.max_model_len = max_model_len
+        self.on_progress = on_progress
         self._model_dir = model_dir
         self._is_full = lora.mode == "full"
         self._end_token_ids = list(end_token_ids)
@@ -119,17 +122,12 @@ class VllmSampler:
                 )
         self._adapter = adapter
 
-    def sample(
-        self,
-        prompts_N: Sequence[Prompt],
-        params: SampleParams,
-        on_progress: OnProgress | None = None,
-    ) -> list[list[Completion]]:
+    def sample(self, prompts_N: Sequence[Prompt], params: SampleParams) -> list[list[Completion]]:
         """[N][G] completions, in the prompts' order, the same ones for the same arguments.
 
         Log-probs are those of the distribution sampled from: at params.temperature (temperature 0:
-        at 1) and after top_p, in nats. A stop string ends the text before itself; the token ids
-        and log-probs keep the tokens that spell it.
+        at 1) and after top_p, in nats. Each sample has its own seed, so that it does not depend on
+        what else is in the batch, up to rounding. The tokens that spell a stop string are kept.
 
         Raises:
             UserError: a prompt and max_tokens together exceed the context, or a temperature that
@@ -146,8 +144,8 @@ class VllmSampler:
                         params, sample_seed(params.seed, prompt.prompt_id, index)
                     ),
                 )
-        outputs = self._run(requests, on_progress)
-        completions = iter([self._completion(outputs[key], params) for key in requests])
+        outputs = self._run(requests, self.on_progress)
+        completions = iter([self._completion(outputs[key]) for key in requests])
         return [[next(completions) for _ in range(params.num_samples)] for _ in prompts_N]
 
     def token_logprobs(self, token_ids_N: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -212,6 +210,8 @@ class VllmSampler:
         path = self._model_dir if adapter is None else adapter.path
         with process_kept():
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+            if self._on_cpu:
+                self._engine.apply_model(_repack_head)
         if not self._engine.reset_prefix_cache():
             raise StaleAdapterError("vLLM kept its prefix cache although the weights changed")
 
@@ -253,7 +253,7 @@ class VllmSampler:
         outputs: dict[str, Any] = {}
         num_tokens = 0
         try:
-            with self._compiler_stance():
+            with self._compiler_stance(), torch_random_state_kept():
                 for key, request in requests.items():
                     tokens = self._vllm.tokens_input(list(request.token_ids))
                     engine.add_request(key, tokens, request.params, lora_request=lora)
@@ -284,19 +284,15 @@ class VllmSampler:
         else:
             yield
 
-    def _completion(self, output: Any, params: SampleParams) -> Completion:
+    def _completion(self, output: Any) -> Completion:
         answer = output.outputs[0]
         if answer.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a sample with {answer.finish_reason!r}")
         token_ids = tuple(answer.token_ids)
         assert answer.logprobs.token_ids == list(token_ids)
-        if params.stop:
-            text = answer.text
-        else:
-            text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return Completion(
             token_ids=token_ids,
-            text=text,
+            text=self._tokenizer.decode(list(token_ids), skip_special_tokens=True),
             sampler_logprobs_T=tuple(answer.logprobs.logprobs),
             is_truncated=answer.finish_reason == "length",
             adapter_version=BASE_VERSION if self._adapter is None else self._adapter.version,
@@ -327,7 +323,7 @@ def engine_settings(
     settings: dict[str, Any] = {
         "model": str(model_dir),
         "dtype": str(dtype).removeprefix("torch."),
-        "max_model_len": max_model_len,
+        "max_model_len": max_model_len + 1,  # a sequence is scored as a prompt with one token more
         "max_num_seqs": sampling.max_num_seqs or (CPU_NUM_SEQS if on_cpu else 256),
         "enforce_eager": on_cpu if sampling.eager is None else sampling.eager,
         "enable_prefix_caching": True,
@@ -385,6 +381,17 @@ def cpu_cache_bytes(
             "lower sampling.max_tokens or data.max_prompt_tokens"
         )
     return min(num_seqs * sequence_bytes, limit)
+
+
+def _repack_head(model: torch.nn.Module) -> None:
+    """Packs a tied lm_head anew.
+
+    On CPU vLLM computes with a packed copy of each weight. `reload_weights` packs those that it
+    finds in the file, and a tied lm_head is not among them: it would go on with its old copy.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "ParallelLMHead":
+            module.quant_method.process_weights_after_loading(module)  # type: ignore[operator,union-attr]
 
 
 def _check_model(model_dir: Path, max_model_len: int) -> None:

@@ -335,7 +335,12 @@ def engine_settings(
     }
     if on_cpu:
         settings["block_size"] = CPU_BLOCK_SIZE
-        settings["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, settings["max_num_seqs"])
+        # A prompt cut over two steps makes vLLM wind its seeded generator back, and a generator of
+        # the CPU cannot ("CPU Generator does not use offset"): prompts go whole.
+        settings["enable_chunked_prefill"] = False
+        settings["max_num_batched_tokens"] = max(
+            CPU_BATCHED_TOKENS, settings["max_num_seqs"], settings["max_model_len"]
+        )
         settings["kv_cache_memory_bytes"] = cpu_cache_bytes(
             json.loads((model_dir / "config.json").read_text(encoding="utf-8")),
             dtype=dtype,

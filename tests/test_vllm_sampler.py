@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from rl_lora import vllm_sampler
 from rl_lora.adapter import save_adapter
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
@@ -174,7 +175,9 @@ def _process_state() -> dict[str, Any]:
 def opened(
     model_dir: Path, process_state: dict[str, Any]
 ) -> Iterator[tuple[VllmSampler, dict[str, Any]]]:
-    sampler = make_sampler(model_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_sampler, "CPU_BATCHED_TOKENS", 70)  # less than the tests' prompts take
+        sampler = make_sampler(model_dir)
     yield sampler, _process_state()
     sampler.close()
 
@@ -237,6 +240,16 @@ def test_samples_follow_from_the_seed_alone(sampler: VllmSampler) -> None:
     assert len(set(_ids(groups[0]))) == PARAMS.num_samples
     other = sampler.sample(PROMPTS, replace(PARAMS, seed=8))
     assert _ids(other[0]) != _ids(groups[0])
+
+
+def test_prompts_that_exceed_a_steps_tokens(sampler: VllmSampler) -> None:
+    """24 prompts of 40 tokens, one of which fits into a step of 70 tokens at a time."""
+    prompts = [replace(PROMPTS[2], prompt_id=f"p/{i}", token_ids=(i + 3,) * 40) for i in range(24)]
+    params = replace(PARAMS, num_samples=2)
+    groups = sampler.sample(prompts, params)
+    assert [_ids(group) for group in sampler.sample(prompts[7:9], params)] == [
+        _ids(group) for group in groups[7:9]
+    ]
 
 
 def _ids(group: list[Completion]) -> list[tuple[int, ...]]:

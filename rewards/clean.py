@@ -50,6 +50,13 @@ _EATEN = [
     ("\x0b", re.compile(r"\x0b(?=ec|ert)"), r"\\v"),
     ("\n", re.compile(r"\n(?=eq\b|otin\b)"), r"\\n"),
 ]
+# The same where the escape itself was dropped as well.
+_LOST = [
+    (re.compile(r"(?<![A-Za-z\\])rac(?=\{|\d)"), r"\\frac"),
+    (re.compile(r"(?<![A-Za-z\\])ext(?:circ|degree)\b"), r"\\circ "),
+    (re.compile(r"(?<![A-Za-z\\])ext(?:bf|it|rm)?(?=\{)"), r"\\text"),
+    (re.compile(r"(?<=[\d} ])imes(?=[\d{\\ ])"), r"\\times "),
+]
 _DOUBLED = re.compile(
     r"(?<!\\)\\\\(?=(?:d?frac|tfrac|cfrac|sqrt|text|boxed|left|right|pi|cdot|times|begin|end|leq?|geq?"
     r"|neq?|in|infty|cup|cap|pm|circ|mathrm|mathbb|sin|cos|tan|ln|log|alpha|beta|theta|lambda)"
@@ -71,6 +78,9 @@ _SPACED_THOUSANDS = re.compile(r"(?<![\d.,/])\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?!
 _HTML = re.compile(r"<(/?)(sup|sub|b|i|em|strong|br|p)\s*/?>", re.IGNORECASE)
 _SPACES = re.compile(r"\\[,;:!> ]|\\quad|\\qquad|\\enspace|\\thinspace|\\newline|~|&nbsp;")
 _CLOCK = re.compile(r"\b(0?[1-9]|1[0-2]):([0-5]\d)\s*(?:\\text\{)?\s*([AaPp])\.?\s*[Mm]\b\.?\}?")
+_DISPLAY = re.compile(
+    r"\\(?:begin|end)\{(?:equation|align|aligned|gather|split|math|displaymath)\*?\}"
+)
 _GLUED = re.compile(r"(?<=[\d)}])(or|and)(?=[A-Z(\d\\-])")
 _MATH_DELIMITER = re.compile(r"\\[()\[\]]")
 
@@ -87,6 +97,9 @@ def clean(text: str) -> str:
         text = _to_ascii(text)
     for character, pattern, replacement in _EATEN:
         if character in text:
+            text = pattern.sub(replacement, text)
+    if "rac" in text or "ext" in text or "imes" in text:
+        for pattern, replacement in _LOST:
             text = pattern.sub(replacement, text)
     if "\x00" in text:
         raise ParseError
@@ -142,6 +155,8 @@ def _to_24_hours(match: re.Match[str]) -> str:
 
 def _simplify_latex(text: str) -> str:
     text = _DOUBLED.sub(r"\\", text).replace('\\"', " ")
+    if "\\begin" in text and _DISPLAY.search(text):
+        text = _DISPLAY.sub(" ", text).replace("&", " ").replace("\\\\", ", ")
     text = _SIZING_DOT.sub(" ", text)
     text = _SIZING.sub(" ", text)
     text = _ROW_SPACE.sub(r"\\\\ ", text)

@@ -7,23 +7,27 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rewards.exact import Undecided
 from rewards.forms import (
+    are_families,
     by_coordinates,
     expand_all,
     form_of,
     has_mixed_brackets,
     is_condition,
     is_coordinates,
-    is_family,
     item_value,
     items_of,
     match_names,
     option_letters,
-    read_as_symbol,
+    quantity_of_product,
+    same_family,
+    split_conditions,
     unlabelled,
+    without_common,
     without_label,
+    without_repeats,
 )
 from rewards.matrices import reduce_matrices
-from rewards.nodes import Node, divide, has_kind, number_node, rename, symbols
+from rewards.nodes import LimitExceeded, Node, divide, has_kind, number_node, rename, symbols
 from rewards.parser import Parsed
 from rewards.policy import Policy
 from rewards.regions import NotARegion, equal_regions, to_region
@@ -40,7 +44,8 @@ from rewards.relations import (
 from rewards.scalars import equal_scalars
 from rewards.words import equal_texts, unit_scale
 
-MAX_COMPARISONS = 4000
+MAX_COMPARISONS = 2000
+MAX_DISTINCT = 32  # items of a set that are compared pair by pair
 _REGION_KINDS = frozenset({"union", "inter", "minus", "builder"})
 _PARAMETERS = frozenset("kKnNmltsjCcpq")
 
@@ -65,9 +70,12 @@ class Comparison:
         if self.policy.accept_labels:
             left, right = unlabelled(left), unlabelled(right)
         for names in self._renamings(left, right, gold.bound, answer.bound):
-            if self.equal(left, rename(right, names)):
+            renamed = rename(right, names)
+            if self.equal(left, renamed):
                 return True
-        return False
+            if are_families(left, renamed) and same_family(left, renamed):
+                return True
+        return self.policy.rename_bound and are_families(left, right) and same_family(left, right)
 
     def _renamings(
         self, gold: Node, answer: Node, gold_bound: frozenset[str], answer_bound: frozenset[str]
@@ -79,16 +87,16 @@ class Comparison:
         theirs = sorted(symbols(answer) - symbols(gold))
         if not 0 < len(theirs) == len(ours) <= 3:
             return
-        are_families = is_family(gold) and is_family(answer)
+        is_shared = are_families(gold, answer)
         for order in itertools.permutations(ours):
             pairs = list(zip(theirs, order, strict=True))
             if all(
                 self.policy.rename_free
                 or a.lower() == b.lower()
-                or (a in answer_bound and (b in gold_bound or b in _PARAMETERS or are_families))
+                or (a in answer_bound and (b in gold_bound or b in _PARAMETERS or is_shared))
                 or (b in gold_bound and a in _PARAMETERS)
-                or (are_families and a in _PARAMETERS and b in _PARAMETERS)
-                or (are_families and len(pairs) == 1 and bool({a, b} & _PARAMETERS))
+                or (is_shared and a in _PARAMETERS and b in _PARAMETERS)
+                or (is_shared and len(pairs) == 1 and bool({a, b} & _PARAMETERS))
                 for a, b in pairs
             ):
                 yield dict(pairs)
@@ -97,7 +105,7 @@ class Comparison:
         """Is the answer the gold? Symmetric but for rounding and open tasks."""
         self.num_comparisons += 1
         if self.num_comparisons > MAX_COMPARISONS:
-            raise Undecided
+            raise LimitExceeded
         if gold == answer:
             return True
         kinds = {gold.kind, answer.kind}
@@ -114,6 +122,10 @@ class Comparison:
             return False
         if "text" in kinds:
             return equal_texts(gold, answer)
+        if kinds == {"mul", "seq"}:  # the point P(2, 3)
+            left, right = item_value(gold), item_value(answer)
+            if left.kind == right.kind:
+                return self.equal(left, right)
         if kinds == {"mul", "list"}:
             letters = [option_letters(item) for item in (gold, answer)]
             if letters[0] is not None and letters[0] == letters[1]:
@@ -126,6 +138,10 @@ class Comparison:
             regions = self._try_regions(gold, answer)
             if regions is not None:
                 return regions
+        if "list" in kinds:
+            formulas = self._equal_formulas(gold, answer)
+            if formulas is not None:
+                return formulas
         if kinds & {"list", "set"} or has_kind(gold, "pm") or has_kind(answer, "pm"):
             return self._equal_collections(gold, answer)
         if kinds & {"seq", "matrix"}:
@@ -137,6 +153,16 @@ class Comparison:
         if "ratio" in kinds:
             return self._equal_ratios(gold, answer)
         return self._equal_scalars(gold, answer)
+
+    def _equal_formulas(self, gold: Node, answer: Node) -> bool | None:
+        """Formulas with a domain: one side may leave it out. None where neither has one."""
+        left, ours = split_conditions(gold)
+        right, theirs = split_conditions(answer)
+        if not ours and not theirs:
+            return None
+        if ours and theirs and not self._same_multiset(ours, theirs):
+            return False
+        return self.equal(left, right)
 
     # --- scalars, units, ratios ------------------------------------------------------------
 
@@ -168,8 +194,9 @@ class Comparison:
             # "(D) Alina" is the option D, or its content.
             if equal_texts(Node("text", name=with_unit.name), other):
                 return True
-        if other in read_as_symbol(value, with_unit.name):
-            return True
+        read = quantity_of_product(other)
+        if read is not None and unit_scale(with_unit.name) == unit_scale(read.name):
+            return self.equal(value, read.args[0])
         if self.policy.units == "strict" and gold.kind == "unit":
             return False
         return self.equal(value, other) if gold.kind == "unit" else self.equal(other, value)
@@ -312,7 +339,7 @@ class Comparison:
         return self._same_multiset(left, right)
 
     def _same_multiset(self, left: list[Node], right: list[Node]) -> bool:
-        remaining = list(right)
+        left, remaining = without_common(left, right)
         undecided: Undecided | None = None
         for item in left:
             for index, other in enumerate(remaining):
@@ -330,7 +357,10 @@ class Comparison:
 
     def _distinct(self, items: list[Node]) -> list[Node]:
         kept: list[Node] = []
+        items = without_repeats(items)
+        if len(items) > MAX_DISTINCT:
+            return items
         for item in items:
-            if item not in kept and not any(self.equal(item, other) for other in kept):
+            if not any(self.equal(item, other) for other in kept):
                 kept.append(item)
         return kept

@@ -75,9 +75,10 @@ class ExpressionParser(FunctionParser):
         return product_of(factors)
 
     def bind(self, condition: Node) -> None:
-        if condition.args[0].kind != "sym":
-            raise ParseError
-        self.bound.add(condition.args[0].name)
+        if condition.name == "in" and condition.args[0].kind == "sym":
+            self.bound.add(condition.args[0].name)
+        elif "=" in condition.name.split(" "):
+            raise ParseError  # "2 (x = 1)" is no product
 
     def starts_factor(self, previous: Node) -> bool:
         """Does a juxtaposed factor follow?"""

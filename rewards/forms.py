@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 from rewards.exact import Undecided
-from rewards.nodes import Node, has_kind, number_node, walk
+from rewards.modular import Residues
+from rewards.nodes import PI, Node, has_kind, number_node, symbols, walk
+from rewards.numeric import LOW, is_real, value_of
 from rewards.relations import is_equation, is_name
+from rewards.vocabulary import UNITS
 
 MAX_EXPANSION = 64
 
 
-def is_family(node: Node) -> bool:
-    """A family of solutions: multiples of pi, tuples, or endpoints with a parameter."""
-    return any(
-        item == Node("const", name="pi") or item.kind in ("seq", "union", "set")
-        for item in walk(node)
+def are_families(*nodes: Node) -> bool:
+    """Families of solutions: multiples of pi, tuples, sets, unions."""
+    return all(
+        any(item == PI or item.kind in ("seq", "union", "set") for item in walk(node))
+        for node in nodes
     )
 
 
@@ -32,13 +36,17 @@ def option_letters(node: Node) -> list[str] | None:
     return sorted(names) if all(name in tuple("ABCDEFGH") for name in names) else None
 
 
-def read_as_symbol(value: Node, unit: str) -> list[Node]:
-    """5 m and 5 m^2, with the unit read as a symbol."""
-    name, _, exponent = unit.partition("^")
-    symbol = Node("sym", name=name)
-    if exponent.isdigit():
-        symbol = Node("pow", (symbol, number_node(int(exponent))))
-    return [Node("mul", (value, symbol))]
+def quantity_of_product(node: Node) -> Node | None:
+    """5 m or 5 m^2, read as a product with a symbol: the quantity; None for other products."""
+    if node.kind != "mul" or len(node.args) != 2:
+        return None
+    value, unit = node.args
+    exponent = ""
+    if unit.kind == "pow" and unit.args[1].kind == "num":
+        unit, exponent = unit.args[0], f"^{unit.args[1].number}"
+    if value.kind not in ("num", "pow", "mul") or unit.kind != "sym" or unit.name not in UNITS:
+        return None
+    return Node("unit", (value,), unit.name + exponent)
 
 
 def is_coordinates(node: Node) -> bool:
@@ -99,7 +107,48 @@ def item_value(item: Node) -> Node:
         return item.args[0]
     if is_equation(item) and len(item.args) == 2 and is_name(item.args[0]):
         return item.args[1]
+    if item.kind == "mul" and len(item.args) == 2 and item.args[1].kind == "seq":
+        if item.args[0].kind == "sym" and item.args[0].name.isupper():
+            return item.args[1]  # the point A(1, 2)
     return item
+
+
+def split_conditions(node: Node) -> tuple[Node, list[Node]]:
+    """(formula, conditions on its variables) of `y = 1/x, x > 0`; no conditions elsewhere."""
+    if node.kind != "list":
+        return node, []
+    conditions = [item for item in node.args if item.kind == "rel" and not is_equation(item)]
+    formulas = [item for item in node.args if item not in conditions]
+    if len(formulas) != 1 or not conditions:
+        return node, []
+    formula = formulas[0]
+    body = item_value(formula)
+    if not all(symbols(item) & symbols(body) for item in conditions):
+        return node, []
+    return formula, conditions
+
+
+def same_family(gold: Node, answer: Node) -> bool:
+    r"""-\pi/3 + k\pi and 2\pi/3 + k\pi: the same values, k an integer, shifted by periods."""
+    names = symbols(gold) | symbols(answer)
+    if len(names) != 1 or symbols(gold) != symbols(answer) or PI not in walk(gold):
+        return False
+    (name,) = names
+    try:
+        a, b = (
+            [value_of(side, {name: LOW.number(Fraction(k))}, LOW) for k in range(3)]
+            for side in (gold, answer)
+        )
+    except Undecided:
+        return False
+    period, other = a[1] - a[0], b[1] - b[0]
+    tiny = 1e-20
+    if abs(period) < tiny or abs(abs(period) - abs(other)) > tiny:
+        return False
+    if abs(a[2] - a[1] - period) > tiny or abs(b[2] - b[1] - other) > tiny:
+        return False
+    shift = (a[0] - b[0]) / period
+    return is_real(shift) and bool(abs(shift - round(float(shift.real))) < tiny)
 
 
 def match_names(left: list[Node], right: list[Node]) -> list[tuple[Node, Node]] | None:
@@ -151,3 +200,44 @@ def _signed(node: Node, is_upper: bool) -> Node:
         is_plus = (node.name == "+-") == is_upper
         return args[0] if is_plus else Node("mul", (number_node(-1), args[0]))
     return node._replace(args=args) if args else node
+
+
+def _residue(node: Node) -> int | None:
+    """The same for items that are equal by algebra; None where it cannot be had."""
+    try:
+        return Residues().of(node)
+    except Undecided:
+        return None
+
+
+def without_common(left: list[Node], right: list[Node]) -> tuple[list[Node], list[Node]]:
+    """Both lists without the items that algebra pairs off: long lists in linear time."""
+    waiting: dict[int, list[Node]] = {}
+    rest = []
+    for item in right:
+        key = _residue(item)
+        if key is None:
+            rest.append(item)
+        else:
+            waiting.setdefault(key, []).append(item)
+    unmatched = []
+    for item in left:
+        key = _residue(item)
+        if key is not None and waiting.get(key):
+            waiting[key].pop()
+        else:
+            unmatched.append(item)
+    return unmatched, rest + [item for items in waiting.values() for item in items]
+
+
+def without_repeats(items: list[Node]) -> list[Node]:
+    """The items without those that algebra finds equal to an earlier one."""
+    seen: set[int] = set()
+    kept = []
+    for item in items:
+        key = _residue(item)
+        if key is None or key not in seen:
+            kept.append(item)
+        if key is not None:
+            seen.add(key)
+    return kept

@@ -12,6 +12,7 @@ from rewards.parser import Parsed, parse
 
 _COMMA_IN_NUMBER = re.compile(r"\d,\d{3}(?!\d)")
 _DECIMAL_COMMA = re.compile(r"\s*\$?\s*-?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))\s*\$?\s*")
+_EUROPEAN = re.compile(r"\s*-?\d{1,3}(?:\.\d{3})+,\d+\s*")
 _HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|unless|between)\b", re.IGNORECASE)
 _STATED = re.compile(
     r"(?:\b(?:is|are|equals?|be|was|get|to|of|have|has|at|exactly|approximately|about)|[=:≈])"
@@ -68,6 +69,8 @@ def _variants(text: str) -> list[str]:
     variants = []
     if _COMMA_IN_NUMBER.search(text):
         variants.append(re.sub(r"(?<=\d),(?=\d)", ", ", text))
+    if _EUROPEAN.fullmatch(text):
+        variants.append(text.replace(".", "").replace(",", "."))
     if _DECIMAL_COMMA.fullmatch(text):
         variants.append(text.replace(",", "."))
     return variants

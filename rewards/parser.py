@@ -12,6 +12,9 @@ from rewards.vocabulary import FILLER_WORDS, NUMBER_WORDS, QUALIFIER_WORDS, SEPA
 from rewards.words import unit_scale
 
 _RELATIONS = frozenset({"=", "<", ">", "<=", ">=", "!=", "~=", "===", "in", "notin", "subset"})
+_ALL_REALS = frozenset({"all real numbers", "all reals", "any real number", "real numbers"})
+_VERBS = frozenset({"is", "are", "equals", "was", "be"})
+_NEGATIONS = frozenset({"not", "no", "never", "neither", "nor", "if", "unless", "whether"})
 _ALTERNATIVE_WORDS = frozenset({"else", "otherwise", "or", "if", "unless", "not"})
 _CLOSERS: dict[str, tuple[str, ...]] = {
     "(": (")", "]"),
@@ -66,7 +69,7 @@ class AnswerParser(ExpressionParser):
             if self._at_separator():
                 separator = self.next().text
                 separators.add(separator)
-                if separator == ";":
+                if separator == ";" or (separator == "or" and _are_equations(groups[-1])):
                     groups.append([])
                 continue
             item = self.parse_item(closers)
@@ -118,6 +121,8 @@ class AnswerParser(ExpressionParser):
             if words[0] in QUALIFIER_WORDS:
                 self._skip_qualifier(closers)
                 return None
+            if words[-1] in _VERBS and not _NEGATIONS & set(words):
+                return self._labelled(words[:-1] or words, closers)
             if not all(word in FILLER_WORDS for word in words):
                 raise ParseError
         currency = self.at("op", "currency", "€", "£", "¥")
@@ -331,6 +336,11 @@ class AnswerParser(ExpressionParser):
         return Node("open", (matrix,), "det") if name in ("vmatrix", "Vmatrix") else matrix
 
 
+def _are_equations(items: list[Node]) -> bool:
+    """x = 1, y = 2: before an 'or', one solution."""
+    return len(items) > 1 and all(item.kind == "rel" and item.name == "=" for item in items)
+
+
 def _bracketed(opener: str, closer: str, items: list[Node]) -> Node:
     if opener in ("lfloor", "lceil"):
         if len(items) != 1:
@@ -350,6 +360,8 @@ def _bracketed(opener: str, closer: str, items: list[Node]) -> Node:
 
 def _text_or_number(words: list[str]) -> Node:
     """A number word is its number; other words are text."""
+    if " ".join(words) in _ALL_REALS:
+        return Node("sym", name="\\mathbb{R}")
     values = [NUMBER_WORDS[word] for word in words if word in NUMBER_WORDS]
     if len(words) == 1 and values and words[0] != "none":
         return number_node(values[0])

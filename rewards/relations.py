@@ -39,7 +39,7 @@ def is_name(node: Node) -> bool:
         if is_value and all(item.kind == "sym" for item in node.args):
             return node.args[0].name in tuple("PQRSTWpqFGH")
         return all(item.kind == "sym" and item.name[:1].isupper() for item in node.args)
-    if kind in ("seq", "ratio", "set"):
+    if kind in ("seq", "ratio", "set", "union", "inter", "minus"):
         return all(is_name(item) for item in node.args)
     if kind == "deg":
         return is_name(node.args[0])

@@ -63,6 +63,9 @@ def is_short_form(sentence: str, answer: str) -> bool:
     """
     words = re.findall(r"[A-Za-z]+", sentence)
     short = words_of(answer)
+    opening = re.match(r"\W*(yes|no|true|false)\s*[,.;:]", sentence, re.IGNORECASE)
+    if opening is not None and len(short) == 1:
+        return short[0] == opening[1].lower()
     lowered = {word.lower() for word in words}
     if len(words) < 3 or len(short) != 1 or lowered & (_NEGATIONS | {"or", "either"}):
         return False

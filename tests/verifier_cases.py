@@ -223,6 +223,75 @@ y=\pm x | y = x, y=-x
 ABD | A,B,D
 AB | A, B
 \lvert x\rvert\ge 1 | \left|x\right| \geq 1
+2, -1 | maximum value is $2$, minimum value is $-1$
+34 | The largest value is 34
+(1,2),(2,1) | a=1, b=2 or a=2, b=1
+(a,b)=(1,2),(2,1) | a=1,b=2 \text{ or } a=2,b=1
+y=\frac{1}{x} | y=\frac1x (x \neq 0)
+y=\frac{1}{x}, x>0 | y = \frac{1}{x}
+S=2x^2-3x (0<x<5) | 2x^2-3x
+x=-\frac{\pi}{3}+k\pi | \frac{2\pi}{3}+n\pi
+(2,3) | P(2,3)
+A(1,2), B(3,4) | (1,2),(3,4)
+A \cap B = \{1,2\} | \{1,2\}
+Yes | \text{Yes, it is possible.}
+No | No, such a number does not exist.
+\frac{1}{2} | rac{1}{2}
+60^\circ | 60^extcirc
+9, 10 | 9 chickens and 10 rabbits
+x \in (-\infty,1)\cup(1,\infty) | x \ne 1
+a>1 \text{ and } a \ne 2 | (1,2)\cup(2,\infty)
+P(X \ge 1) = \frac{3}{4} | 0.75
+\vec{a} = (1,2) | (1,2)
+\overrightarrow{AB} = (3,4) | (3,4)
+\{x|x>1或x<-1\} | (-\infty,-1)\cup(1,+\infty)
+C_5^2 | 10
+A_5^2 | A_5^2
+3\text{ or }5 | 3, 5
+n \ge 3 | n \geq 3, n \in \mathbb{N}
+(x-1)^2+(y-2)^2=4 | x^2+y^2-2x-4y+1=0
+x + 2y - 3 = 0 | y = \frac{3-x}{2}
+\frac{x^2}{4}+y^2=1 | x^2+4y^2=4
+\sin^2\theta | 1-\cos^2\theta
+\frac{1}{n(n+1)} | \frac1n-\frac1{n+1}
+a_n = 2n-1 | 2n-1
+a_n=2^{n-1} | a_n = \frac{2^n}{2}
+f(x) = x^2 + c | x^2 + C
+1 < x < 2 | 1<x<2
+\text{Monday} | monday
+42 \text{ square meters} | 42 m^2
+\frac{3}{4} \text{ hours} | 45 \text{ minutes}
+1.5 \text{ hours} | 1 \frac{1}{2} hours
+30 \text{ mph} | 30
+2\sqrt{3} \text{ cm} | 2\sqrt3
+\text{12 inches} | 1 foot
+7:30 | 7:30
+0.1\% | 0.001
+1.2 \times 10^{5} | 120000
+\sqrt[3]{2} | 2^{1/3}
+\sqrt[4]{x^2} | \sqrt[4]{x^2}
+|a-b| | |b-a|
+\log_{2}(x+1) | \frac{\ln(x+1)}{\ln 2}
+e^{\ln 5} | 5
+(1+\sqrt5)/2 | \frac{1+\sqrt5}{2}
+\dfrac{9\sqrt{3}}{4} - \dfrac{\pi}{2} | \frac{9\sqrt3-2\pi}{4}
+\text{A and C} | A, C
+\text{all real numbers} | (-\infty,\infty)
+\mathbb{R} | \text{all real numbers}
+(-\infty, \infty) | \mathbb{R}
+2^{\aleph_0} | 2^{\aleph_0}
+x = 3, y = -1, z = 2 | (3,-1,2)
+-1 \pm i | -1+i, -1-i
+10! | 3628800
+\frac{5!}{2!} | 60
+3\frac{1}{2} \text{ cups} | 3.5
+12\pi \text{ cubic inches} | 12\pi
+18\sqrt{2} | 25.456
+5.67 | \frac{17}{3}
+85.71 | \frac{600}{7}
+600/7 | 85.71
+0.6054 | \cos^{10}(\pi/10)
+\frac{600}{7}\% | 85.71\%
 """
 
 UNEQUAL = r"""
@@ -286,6 +355,32 @@ x^2+y^2=1 | x^2+y^2=2
 100 | 1,00
 12 | 1, 2
 12 | 1 2
+y=\frac1x, x>0 | y=\frac1x, x<0
+x=-\frac{\pi}{3}+k\pi | \frac{\pi}{3}+k\pi
+x=\frac{\pi}{6}+k\pi | \frac{\pi}{6}+2k\pi
+P(2,3) | (3,2)
+A(1,2), B(3,4) | A(3,4), B(1,2)
+a=1, b=2 or a=2, b=1 | a=1, b=1 or a=2, b=2
+42 \text{ square meters} | 42 \text{ cubic meters}
+42 m^2 | 42 \text{ square feet}
+\frac{3}{4} \text{ hours} | 75 \text{ minutes}
+\mathbb{R} | (0,\infty)
+(x-1)^2+(y-2)^2=4 | (x-1)^2+(y-2)^2=2
+Yes | No, it is not.
+\overrightarrow{AB} = (3,4) | (4,3)
+2^{\aleph_0} | \aleph_0
+25^\circ | 25 \text{ km}
+maximum value is 2, minimum value is -1 | 2, 1
+\sqrt{17} | 4.12
+e^{-100} | e^{-101}
+2+3^{2012} | 3+3^{2012}
+\ln x^2 | 2\ln(-x)
+f(2) < f(1) < f(4) | f(1) < f(2) < f(4)
+b<a<d<c | a,b,d,c
+x^2 > 1 | x > 1
+2x+y<3 | y>3-2x
+6\mathbf{i} | 6\mathbf{j}
+1.5\times10^{-3} | 1.5\times10^{3}
 """
 
 # Wrong whichever side is the gold's: the answer (right) must earn nothing.

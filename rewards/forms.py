@@ -161,6 +161,8 @@ def match_names(left: list[Node], right: list[Node]) -> list[tuple[Node, Node]] 
                 table[Node("text", name=item.name)] = item
             elif is_equation(item) and len(item.args) == 2 and is_name(item.args[0]):
                 table[item.args[0]] = item
+            elif item.kind == "mul" and item_value(item) is not item:
+                table[item.args[0]] = item  # the point A(1, 2)
         if len(table) != len(items) or len(items) < 2:
             return None
         tables.append(table)

@@ -31,8 +31,8 @@ $(INSTALLED): pyproject.toml $(LOCK) requirements/torch-cuda.lock
 	@rm -f $(VENV)/.installed-* && touch $@
 
 quickstart: $(INSTALLED)
-	$(BIN)/rl-lora train configs/quickstart.toml --resume \
-	  $(if $(STEPS),run.num_steps=$(STEPS) run.name=quickstart-$(STEPS))
+	$(BIN)/rl-lora train configs/quickstart.toml \
+	  $(if $(STEPS),run.num_steps=$(STEPS) run.name=quickstart-$(STEPS)) --resume
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)

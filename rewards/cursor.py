@@ -25,6 +25,11 @@ class Cursor:
     def token(self) -> Token:
         return self.tokens[self.index]
 
+    @property
+    def following(self) -> Token:
+        """The token behind the current one; the end token stands behind itself."""
+        return self.tokens[min(self.index + 1, len(self.tokens) - 1)]
+
     def next(self) -> Token:
         token = self.tokens[self.index]
         if token.kind != "end":

@@ -91,7 +91,7 @@ class ExpressionParser(FunctionParser):
             raise ParseError  # "1 2" is neither a product nor one number
         if token.kind == "env":
             return token.text.startswith("\\begin")
-        if token.text == "{" and self.tokens[self.index + 1].kind in ("word", "text"):
+        if token.text == "{" and self.following.kind in ("word", "text"):
             return False  # 800{ml}
         return token.kind in _STARTS_FACTOR
 

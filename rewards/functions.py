@@ -113,7 +113,7 @@ class FunctionParser(NumeralParser):
             self.next()
             degree = self.parse_sum()
             self.expect("close", "]")
-        elif self.at("open", "{") and self.tokens[self.index + 1].text == "}":
+        elif self.at("open", "{") and self.following.text == "}":
             self.index += 2  # \sqrt{}{3}
         radicand = self.parse_argument()
         if degree is None:

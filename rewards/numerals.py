@@ -19,7 +19,7 @@ class NumeralParser(Cursor):
         r"""60^\circ 42' 30'' in degrees."""
         total = [degrees]
         for size in (60, 3600):
-            mark = self.tokens[self.index + 1] if self.at("num") else None
+            mark = self.following if self.at("num") else None
             if mark is None or mark.kind != "op" or mark.text != "'":
                 break
             total.append(divide(self._read_number(self.next().text), number_node(size)))

@@ -314,10 +314,11 @@ def log_magnitude(node: Node, system: Arithmetic) -> Any:
         context = mpmath.MPContext()
         context.dps = 40 if system is LOW else 80
         whole = [value_or_huge(arg, system) for arg in node.args]
-        total = context.loggamma(whole[0] + 1)
-        if node.name == "binom":
-            total -= context.loggamma(whole[1] + 1) + context.loggamma(whole[0] - whole[1] + 1)
-        return total
+        parts = [whole[0]] if node.name == "factorial" else [*whole, whole[0] - whole[1]]
+        if any(not is_real(part) or part <= -1 for part in parts):
+            raise Undecided
+        logs = [context.loggamma(part + 1) for part in parts]
+        return logs[0] - sum(logs[1:])
     value = value_of(node, {}, system)
     if not is_real(value) or not value > 0:
         raise Undecided

@@ -114,7 +114,7 @@ class AnswerParser(ExpressionParser):
                 return _text_or_number(words)
             if self.accept("op", ":", "="):
                 return self._labelled(words, closers)
-            if self.at("num") and self.tokens[self.index + 1].text == ":":
+            if self.at("num") and self.following.text == ":":
                 words.append(self.next().text)
                 self.next()
                 return self._labelled(words, closers)
@@ -128,7 +128,7 @@ class AnswerParser(ExpressionParser):
         currency = self.at("op", "currency", "€", "£", "¥")
         if currency:
             self.next()
-        elif self.at("op", "-") and self.tokens[self.index + 1].text == "currency":
+        elif self.at("op", "-") and self.following.text == "currency":
             self.tokens[self.index + 1] = self.token  # -$5 is $-5
             self.index += 1
             currency = True
@@ -149,7 +149,7 @@ class AnswerParser(ExpressionParser):
                 break
             token = self.next()
             words.append(token.text if token.kind == "text" else token.text.lower())
-            while self.at("op", "'", "-", '"') and self.tokens[self.index + 1].kind == "word":
+            while self.at("op", "'", "-", '"') and self.following.kind == "word":
                 self.next()
         return words
 
@@ -166,7 +166,7 @@ class AnswerParser(ExpressionParser):
         """Units, ordinals, qualifiers and end marks behind a value."""
         if self.accept("op", "currency", "€", "£", "¥"):
             node = Node("unit", (node,), "dollar")
-        is_braced = self.token.text == "{" and self.tokens[self.index + 1].kind in ("word", "text")
+        is_braced = self.token.text == "{" and self.following.kind in ("word", "text")
         if not (self.at("word") or self.at("text") or is_braced) or self._at_separator():
             return node
         if self.token.text.lower() in QUALIFIER_WORDS:

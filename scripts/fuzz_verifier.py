@@ -71,9 +71,10 @@ def random_text(rng: random.Random, seeds: list[str]) -> str:
 def check(text: str, grader: Grader, counts: Counter[str]) -> list[str]:
     """What is wrong with the verdicts on one text."""
     problems = []
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.thread_time()
     outcome = decide(GOLD, text, grader.policy)
-    decide_s = time.perf_counter() - start
+    # CPU time of this thread: other processes may hold the machine for longer than the bound.
+    decide_s = time.thread_time() - start_cpu
     counts["slow in process"] += decide_s > 0.1
     if decide_s > SLACK_S:
         problems.append(f"{decide_s:.2f} s in process")
@@ -85,7 +86,7 @@ def check(text: str, grader: Grader, counts: Counter[str]) -> list[str]:
     score = grader.score_batch([text], ["42"])[0]
     elapsed_s = time.perf_counter() - start
     counts["open"] += outcome.is_open
-    if elapsed_s - decide_s > grader.pool.timeout_s + SLACK_S:
+    if elapsed_s > grader.pool.timeout_s + 2 * SLACK_S:
         problems.append(f"{elapsed_s:.2f} s with the worker")
     if score.status not in STATUSES:
         problems.append(f"status {score.status}")

@@ -1,0 +1,55 @@
+"""Acceptance bars on labelled public cases; skipped where the data is absent."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from rewards import verify
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+from bench_verifier import accuracy, our_judge, read_cases
+
+# A gold may be repaired or trusted where an answer is not: these change when they are swapped.
+ONE_WAY = (
+    r"$1 = \zzz = x = 0$",  # a chain that is false as it stands
+    r"$\boxed{1}\boxed{2}$",  # two boxes side by side are a gold's two values
+    r"\\boxed{W(n) = 1 \\text{ and } W(n) = -1",  # a box that was never closed
+)
+
+
+@pytest.mark.parametrize("name", ["gsm8k_model_solutions.jsonl", "tora_gsm8k.jsonl"])
+def test_gsm8k_is_perfect(shared_dir: Path, name: str) -> None:
+    assert accuracy(read_cases(shared_dir / "cases" / name), our_judge)["accuracy"] == 1.0
+
+
+def test_published_gsm8k_solutions_are_perfect(shared_dir: Path) -> None:
+    path = shared_dir / "data" / "outputs" / "openai_gsm8k" / "example_model_solutions.jsonl"
+    assert accuracy(read_cases(path), our_judge)["accuracy"] == 1.0
+
+
+def test_math_verify_suite(shared_dir: Path) -> None:
+    figures = accuracy(read_cases(shared_dir / "cases" / "math_verify.jsonl"), our_judge)
+    assert figures["accuracy"] >= 0.97
+    assert figures["false_positives"] == 0
+
+
+def test_hardverify(shared_dir: Path) -> None:
+    figures = accuracy(read_cases(shared_dir / "cases" / "hardverify_math.jsonl"), our_judge)
+    assert figures["accuracy"] >= 0.92
+    assert figures["false_positives"] == 0
+
+
+def test_swapping_the_sides_changes_no_verdict(shared_dir: Path) -> None:
+    changed = []
+    for path in sorted((shared_dir / "cases").glob("*.jsonl")):
+        for case in read_cases(path):
+            gold, answer = case["gold"], case["answer"]
+            if case.get("form") == "completion" or gold in ONE_WAY:
+                continue
+            if verify(gold, answer).correct != verify(answer, gold).correct:
+                changed.append((gold, answer))
+    assert changed == []

@@ -1,9 +1,9 @@
 """Groups to microbatches: the only place that shifts tokens and makes masks and denominators.
 
-A step's samples are split into `num_updates` optimizer batches, each into microbatches of rows. A row
-is a prompt with one or more of its completions: the prompt is computed once for all of them, each
-completion sees the prompt and itself alone, and its positions go on from the prompt's end, so values
-and gradients are those of separate sequences. Rows are sorted by length and right-padded, so that
+A step's samples are split into `num_updates` optimizer batches, each into microbatches of rows. A
+row is a prompt with one or more of its completions: the prompt is computed once for all of them,
+each completion sees the prompt and itself alone, and its positions go on from the prompt's end, so
+values and gradients are those of separate sequences. Rows are sorted by length and right-padded, so that
 little padding is computed; where every row holds one completion, plain causal attention needs no
 mask. Each completion token carries weights_C = 1/denominator of its whole optimizer batch, so
 gradient accumulation equals one big batch.
@@ -65,8 +65,8 @@ def pack(
         kept = [s for s in chunk if keep_zero_advantage or s.advantage != 0]
         if not kept:
             shortest = sorted(chunk, key=lambda s: len(s.prompt_ids) + len(s.completion_ids))
-            kept = next(_by_budget([_Row(s.prompt_ids, [s]) for s in shortest], microbatch_tokens))
-            kept = [sample for row in kept for sample in row.samples]
+            some = next(_by_budget([_Row(s.prompt_ids, [s]) for s in shortest], microbatch_tokens))
+            kept = [sample for row in some for sample in row.samples]
         rows = sorted(_rows(kept, row_tokens), key=lambda row: row.width)
         updates.append([_microbatch(r, weight_of) for r in _by_budget(rows, microbatch_tokens)])
     return updates
@@ -131,8 +131,16 @@ def _microbatch(rows: Sequence[_Row], weight_of: dict[int, float]) -> Microbatch
     width = max(row.width for row in rows)
     token_ids_BT = torch.zeros(len(rows), width, dtype=torch.int64)
     position_BT = torch.zeros(len(rows), width, dtype=torch.int64)
-    segment_BT = torch.full((len(rows), width), -1)  # 0: prompt; 1, 2, ...: completions; -1: padding
-    row, column, target, sampler, advantage, weight, sequence = [], [], [], [], [], [], []
+    segment_BT = torch.full(
+        (len(rows), width), -1
+    )  # 0: prompt; 1, 2, ...: completions; -1: padding
+    row: list[int] = []
+    column: list[int] = []
+    target: list[int] = []
+    sequence: list[int] = []
+    sampler: list[float] = []
+    advantage: list[float] = []
+    weight: list[float] = []
     num_sequences = 0
     for index, packed in enumerate(rows):
         num_prompt = len(packed.prompt_ids)

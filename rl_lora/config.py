@@ -177,6 +177,15 @@ class EvalSection(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)  # None: as in training
 
+    @model_validator(mode="after")
+    def _no_copies(self) -> EvalSection:
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"num_samples={self.num_samples} greedy completions of a problem are all the same; "
+                "set eval.temperature, or eval.num_samples=1"
+            )
+        return self
+
 
 class RunConfig(Section):
     """A whole job."""

@@ -49,8 +49,7 @@ def exam(target: Path, overrides: list[str], adapter: str | None, name: str) -> 
             name=name,
             on_progress=display.exam,
         )
-        display.exam_result(name, result)
-        display.summary(None, result, {})
+        display.exams({name: result})
         display.note(f"every completion and verdict: {folder / 'eval' / name}.jsonl")
     return result
 

@@ -1,9 +1,9 @@
 """Proof that the sampler samples from the learner's adapter, and not from the base or an old one.
 
-The commonest failure of such systems is silent: the engine goes on with the base or a stale adapter.
-Two checks. At the start both sides score fixed tokens under a probe adapter that really changes the
-model (a fresh one does not: its B is zero), and under the base with the adapter off. At each step
-the sampler's log-probs of the rollouts are held against the policy's.
+The commonest failure of such systems is silent: the engine goes on with the base or an old adapter.
+There are two checks. At the start both sides score fixed tokens under a probe adapter that really
+changes the model (a fresh one does not: its B is zero), and under the base with the adapter off. At
+each step the sampler's log-probs of the rollouts are held against the policy's.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def check_at_start(
     The policy's own adapter is as before afterwards, and the probe's files are gone.
 
     Returns:
-        mean absolute differences in nats a token: probe, base, and probe against base (the control).
+        mean |difference| in nats a token: probe, base, and probe against base (the control).
 
     Raises:
         StaleAdapterError: a side disagrees, or the probe changes nothing.
@@ -107,7 +107,9 @@ def _publish_probe(policy: Policy, folder: Path) -> Adapter:
         # _PROBE_SHIFT times |W x| for weights of the layer's own size.
         size = layer.base.weight.float().std() * layer.base.in_features**0.5
         noise = torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_B)
-        layer.lora_B.copy_(noise * size * (_PROBE_SHIFT * (3 / layer.lora_A.shape[0]) ** 0.5 / layer.scaling))
+        layer.lora_B.copy_(
+            noise * size * (_PROBE_SHIFT * (3 / layer.lora_A.shape[0]) ** 0.5 / layer.scaling)
+        )
     return save_adapter(policy, folder, version=PROBE_VERSION, run_name="probe")
 
 

@@ -109,7 +109,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 
 
 def _kind(name: str) -> str | None:
-    """ "attention" or "mlp", by the names of the modules that the layer lies in."""
+    """Attention or mlp, by the names of the modules that the layer lies in."""
     parents = name.split(".")[:-1]
     for part in reversed(parents):
         if any(word in part for word in _ATTENTION_PARTS):

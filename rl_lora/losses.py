@@ -2,10 +2,10 @@
 
 Each takes policy_logprobs_C (with gradient), sampler_logprobs_C, advantages_C and weights_C, all
 float32 [C], and returns (loss, num_clipped): the loss is a scalar sum(weights_C * loss_C), so the
-mask and the step-wide denominator come in through weights_C and nothing is divided here; num_clipped
-is the number of tokens whose ratio lies outside the bounds. Log-probs are in nats at the sampling
-temperature. The ratio is taken against the SAMPLER's log-probs: those of the very distribution that
-the tokens came from.
+mask and the step-wide denominator come in through weights_C and nothing is divided here;
+num_clipped is the number of tokens whose ratio lies outside the bounds. Log-probs are in nats at
+the sampling temperature. The ratio is taken against the SAMPLER's log-probs: those of the very
+distribution that the tokens came from.
 """
 
 from __future__ import annotations

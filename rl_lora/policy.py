@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
@@ -89,8 +89,8 @@ class Policy:
         self.is_full = lora.mode == "full"
         self.device = pick_device(model.device)
         self.dtype = pick_dtype(model.dtype, self.device)
-        self.model = _load(model_dir, self.dtype).to(self.device)
-        self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
+        self.model: PreTrainedModel = _load(model_dir, self.dtype)
+        self.model.to(self.device)  # type: ignore[arg-type]  # its stubs know no device
         self.target_names: list[str] = []
         if self.is_full:
             self.model.requires_grad_(True)
@@ -188,10 +188,10 @@ class Policy:
         return digest.hexdigest()
 
 
-def _load(model_dir: Path, dtype: torch.dtype) -> nn.Module:
+def _load(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(model_dir)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_dir, config=config, dtype=dtype, attn_implementation="sdpa"
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -204,13 +204,13 @@ def _load(model_dir: Path, dtype: torch.dtype) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (an attribute nn.Module lacks)
     _check_lm_head(model, model_dir)
     return model
 
 
 @torch.no_grad()
-def _check_lm_head(model: nn.Module, model_dir: Path) -> None:
+def _check_lm_head(model: PreTrainedModel, model_dir: Path) -> None:
     """Hidden states through lm_head must give the model's own logits (some models scale or cap)."""
     token_ids_BT = torch.arange(1, 9).unsqueeze(0)
     logits_BTV = model(input_ids=token_ids_BT, use_cache=False).logits.float()
@@ -223,7 +223,7 @@ def _check_lm_head(model: nn.Module, model_dir: Path) -> None:
         )
 
 
-def _score(model: nn.Module, batch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
+def _score(model: PreTrainedModel, batch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
     hidden_BTD = model.base_model(
         input_ids=batch.token_ids_BT,
         attention_mask=batch.mask_B1TT,

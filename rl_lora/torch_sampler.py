@@ -66,8 +66,9 @@ class TorchSampler:
         for prompt in prompts_N:
             if len(prompt.token_ids) + params.max_tokens > self.context_length:
                 raise UserError(
-                    f"prompt {prompt.prompt_id} has {len(prompt.token_ids)} tokens; with max_tokens="
-                    f"{params.max_tokens} it exceeds the model's context of {self.context_length}"
+                    f"prompt {prompt.prompt_id} has {len(prompt.token_ids)} tokens; with "
+                    f"max_tokens={params.max_tokens} it exceeds the context of "
+                    f"{self.context_length}"
                 )
         at_once = max(1, self.max_num_seqs // params.num_samples)
         out: list[list[Completion]] = []
@@ -108,7 +109,7 @@ class TorchSampler:
         ended = stopped or (bool(token_ids) and token_ids[-1] in self.end_ids)
         return Completion(
             token_ids=tuple(token_ids),
-            text=self.tokenizer.decode(list(token_ids), skip_special_tokens=True),
+            text=str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)),
             sampler_logprobs_T=tuple(logprobs),
             is_truncated=not ended and len(token_ids) >= max_tokens,
             adapter_version=self._version,
@@ -192,9 +193,7 @@ def _decode(
         rows.position_S = rows.position_S + 1
     done = [
         sampler.completion(ids, logprobs, params.max_tokens, stopped)
-        for ids, logprobs, stopped in zip(
-            rows.token_ids, rows.logprobs, rows.stopped, strict=True
-        )
+        for ids, logprobs, stopped in zip(rows.token_ids, rows.logprobs, rows.stopped, strict=True)
     ]
     group = params.num_samples
     return [done[start : start + group] for start in range(0, len(done), group)]
@@ -223,7 +222,7 @@ def _record(
 
 
 def _draw(logits_SV: Tensor, uniform_S: Tensor, params: SampleParams) -> tuple[Tensor, Tensor]:
-    """(token_S, logprob_S): greedy at temperature 0, else by the inverse CDF of the distribution."""
+    """(token_S, logprob_S): greedy at temperature 0, else by the inverse CDF."""
     if params.temperature == 0:
         logprobs_SV = logits_SV.float().log_softmax(-1)
         token_S = logprobs_SV.argmax(-1)

@@ -26,7 +26,7 @@ from rl_lora.checkpoint import (
 from rl_lora.config import RunConfig
 from rl_lora.display import Display
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.evaluate import EvalResult, evaluate, load_result
+from rl_lora.evaluate import EvalResult, evaluate, load_result, remove_results_after
 from rl_lora.figures import draw_figures
 from rl_lora.job import Job, check_run_folder, environment, open_job
 from rl_lora.learner import Learner
@@ -57,7 +57,7 @@ class Outcome:
 
 
 class Run:
-    """The state of one run between steps: everything a checkpoint holds, and where it is written."""
+    """The state of one run between steps: what a checkpoint holds, and where it is written."""
 
     def __init__(self, job: Job, display: Display, folder: Path) -> None:
         config = job.config
@@ -176,7 +176,9 @@ def train(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> Ou
     """Runs a job to its end and leaves everything in its run folder.
 
     Args:
+        config: the job.
         resume: go on from the newest checkpoint, if there is one; a complete run is only reported.
+        quiet: print only warnings and the summary.
 
     Raises:
         UserError: bad input, or an older run in the way.
@@ -188,7 +190,7 @@ def train(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> Ou
     with Display(quiet=quiet) as display:
         if checkpoint is not None and (outcome := finished(config, checkpoint, folder)):
             display.note(f"{folder} is complete: {config.run.num_steps} steps done")
-            display.summary(outcome.before, outcome.after, {})
+            display.summary(outcome.before, outcome.after, {}, base=_result(folder, "base"))
             return outcome
         with (
             RunLog(
@@ -202,12 +204,12 @@ def train(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> Ou
         ):
             run = Run(job, display, folder)
             prepare(run, checkpoint)
-            before = run.exam("step_000000")
+            before = run.exam(_exam_name(0)) if run.step == 0 else _result(folder, _exam_name(0))
             loop(run, log)
             after = run.exam(_exam_name(run.step))
             _finish(run)
         draw_figures(folder)
-        display.summary(before, after, run.timer.total_s)
+        display.summary(before, after, run.timer.total_s, base=_result(folder, "base"))
         display.note(f"everything is in {folder}")
     return Outcome(folder, before, after)
 
@@ -227,7 +229,8 @@ def prepare(run: Run, checkpoint: Path | None) -> None:
     )
     if checkpoint is not None:
         run.restore(checkpoint)
-        drop_after(run.folder, run.step)
+        drop_after(run.folder, run.step)  # steps that are run again are another history
+        remove_results_after(run.folder / "eval", run.step)
         run.display.note(f"resumed from {checkpoint}")
     elif config.warm_start.num_steps:
         if not job.policy.is_full:
@@ -297,14 +300,20 @@ def finished(config: RunConfig, checkpoint: Path, folder: Path) -> Outcome | Non
     if not (folder / "adapter").is_dir():
         return None
     check_same_job(state["config"], config, checkpoint)
-    return Outcome(folder, load_result(folder / "eval" / "step_000000.json"), load_result(exam))
+    return Outcome(folder, _result(folder, _exam_name(0)), load_result(exam))
 
 
 def _resume_step(checkpoint: Path | None, resume: bool) -> int | None:
-    """The step whose records stay: the checkpoint's; -1 (none) for a run killed before its first."""
+    """The step whose records stay; -1 (none) for a run that was killed before its first one."""
     if checkpoint is None:
         return -1 if resume else None
     return int(checkpoint.name.split("_")[1])
+
+
+def _result(folder: Path, name: str) -> EvalResult | None:
+    """An exam's result in a run folder, if it was held."""
+    path = folder / "eval" / f"{name}.json"
+    return load_result(path) if path.is_file() else None
 
 
 def _exam_name(step: int) -> str:
@@ -326,9 +335,9 @@ def _write_record(run: Run, base_hash: str) -> None:
 def _finish(run: Run) -> None:
     """The proof that the base was not written to, and the adapter where users look for it."""
     record = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
-    if not run.job.policy.is_full:
-        if run.job.policy.base_fingerprint() != record["base_model"]["fingerprint"]:
-            raise StaleAdapterError("the base model's weights changed during the run")
+    expected = record["base_model"]["fingerprint"]
+    if not run.job.policy.is_full and run.job.policy.base_fingerprint() != expected:
+        raise StaleAdapterError("the base model's weights changed during the run")
     final = run.folder / "adapter"
     shutil.rmtree(final, ignore_errors=True)
     shutil.copytree(run.folder / "adapters" / f"v{run.step:06d}", final)

@@ -96,13 +96,13 @@ def test_refusals_name_the_thing_and_the_fix(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="belongs to base model"):
         open_adapter(adapter.path, make_policy(other, rank=2))
     (adapter.path / "rl_lora.json").unlink()  # as PEFT would have written it
-    with pytest.raises(UserError, match="another base model or rank: .* needs"):
+    with pytest.raises(UserError, match=r"another base model or rank: .* needs"):
         open_adapter(adapter.path, make_policy(other, rank=2))
-    with pytest.raises(UserError, match="is an adapter version; set lora.mode"):
+    with pytest.raises(UserError, match=r"is an adapter version; set lora.mode"):
         open_adapter(adapter.path, make_policy(path, mode="full"))
     with pytest.raises(UserError, match="holds neither"):
         open_adapter(tmp_path / "nowhere", policy)
-    with pytest.raises(UserError, match="no adapter_config.json"):
+    with pytest.raises(UserError, match=r"no adapter_config.json"):
         lora_settings(tmp_path / "nowhere")
     (adapter.path / "adapter_model.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="cannot be read"):

@@ -83,7 +83,9 @@ def test_unknown_denominator_is_an_error() -> None:
         pack([sample(1, 1)], denominator="words", max_tokens=8, microbatch_tokens=64)
 
 
-def completion_of(prompt: tuple[int, ...], completion: tuple[int, ...], advantage: float) -> TrainSample:
+def completion_of(
+    prompt: tuple[int, ...], completion: tuple[int, ...], advantage: float
+) -> TrainSample:
     return TrainSample(prompt, completion, (-0.5,) * len(completion), advantage, 0)
 
 

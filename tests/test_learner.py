@@ -16,7 +16,9 @@ from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, TrainSample
 from tests.tiny_models import make_policy, random_llama, shake
 
 
-def samples_of(policy: Policy, advantages: tuple[float, ...] = (1.0, -0.5, 0.25)) -> list[TrainSample]:
+def samples_of(
+    policy: Policy, advantages: tuple[float, ...] = (1.0, -0.5, 0.25)
+) -> list[TrainSample]:
     """Sequences of different lengths with the policy's own log-probs as the sampler's."""
     shapes = ((3, 2), (2, 6), (4, 4), (1, 3))
     out = []
@@ -79,7 +81,9 @@ def test_a_step_raises_the_good_and_lowers_the_bad(tmp_path: Path) -> None:
 def test_all_tied_takes_no_step_and_says_so(tmp_path: Path) -> None:
     policy = make_policy(random_llama(tmp_path / "model"))
     learner = make_learner(policy)
-    learner.update(pack(samples_of(policy), denominator="tokens", max_tokens=8, microbatch_tokens=99))
+    learner.update(
+        pack(samples_of(policy), denominator="tokens", max_tokens=8, microbatch_tokens=99)
+    )
     before = {n: t.clone() for n, t in policy.adapter_tensors().items()}
     tied = samples_of(policy, (0.0, 0.0))
     metrics = learner.update(pack(tied, denominator="tokens", max_tokens=8, microbatch_tokens=99))

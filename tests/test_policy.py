@@ -72,7 +72,9 @@ def test_lora_output_and_gradients_match_peft(tmp_path: Path) -> None:
     logprobs_C.sum().backward()
     logits = peft_model(torch.tensor([[5, 6, 7, 8, 9]])).logits[0, 2:4].log_softmax(-1)
     (logits[0, 8] + logits[1, 9]).backward()
-    assert logprobs_C.tolist() == pytest.approx([logits[0, 8].item(), logits[1, 9].item()], abs=1e-5)
+    assert logprobs_C.tolist() == pytest.approx(
+        [logits[0, 8].item(), logits[1, 9].item()], abs=1e-5
+    )
     theirs = {
         n.replace("base_model.model.", "").replace(".default.weight", ""): p.grad
         for n, p in peft_model.named_parameters()
@@ -119,7 +121,9 @@ def test_start_is_seeded_and_b_is_zero(tmp_path: Path) -> None:
         ("mlp", True, {"gate_proj", "up_proj", "down_proj", "lm_head"}),
     ],
 )
-def test_layers_choose_the_targets(tmp_path: Path, layers: str, lm_head: bool, expected: set) -> None:  # type: ignore[type-arg]
+def test_layers_choose_the_targets(
+    tmp_path: Path, layers: str, lm_head: bool, expected: set
+) -> None:  # type: ignore[type-arg]
     policy = make_policy(random_llama(tmp_path / "model"), layers=layers, lm_head=lm_head)
     assert {name.rsplit(".", 1)[-1] for name in policy.target_names} == expected
     assert {name.rsplit(".", 1)[-1] for name, _ in lora_layers(policy.model)} == expected

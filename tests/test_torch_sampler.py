@@ -1,4 +1,4 @@
-"""The reference sampler: its distribution, seeds, log-probs, ends, and the liveness checks on it."""
+"""The reference sampler: distribution, seeds, log-probs, ends, and the liveness checks on it."""
 
 from __future__ import annotations
 

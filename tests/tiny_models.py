@@ -53,7 +53,9 @@ def random_qwen3(path: Path) -> Path:
     return path
 
 
-def make_policy(path: Path, *, seed: int = 0, keep_reference: bool = False, **lora: object) -> Policy:
+def make_policy(
+    path: Path, *, seed: int = 0, keep_reference: bool = False, **lora: object
+) -> Policy:
     """A float32 CPU policy over a model directory."""
     model = ModelSection(name=str(path), device="cpu", dtype="float32")
     section = LoraSection(**lora)  # type: ignore[arg-type]

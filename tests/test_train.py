@@ -1,0 +1,228 @@
+"""The loop as a user runs it, on the quickly made tiny model: records, seeds, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rl_lora.adapter import load_tensors
+from rl_lora.checkpoint import latest_checkpoint
+from rl_lora.config import RunConfig, load_config
+from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.job import open_job
+from rl_lora.torch_sampler import TorchSampler
+from rl_lora.train import train
+from rl_lora.types import Adapter
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOKE = ROOT / "configs" / "smoke.toml"
+SHORT = ["run.num_steps=3", "data.held_out=8", "sampling.num_prompts=4", "sampling.max_tokens=32"]
+# Not a property of the run: they differ between two runs of one seed.
+MACHINE_KEYS = ("time/", "speed/", "memory/")
+
+
+def smoke(folder: Path, *overrides: str) -> RunConfig:
+    return load_config(SMOKE, [*SHORT, f"run.output_dir={folder}", *overrides])
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if not k.startswith(MACHINE_KEYS)} for row in rows]
+
+
+def test_a_run_leaves_its_records(tmp_path: Path) -> None:
+    outcome = train(smoke(tmp_path, "run.eval_every=2", "run.loggers=['tensorboard']"), quiet=True)
+    run = tmp_path / "smoke"
+    assert outcome.folder == run
+    rows = metrics_of(run)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert {
+            "reward/mean",
+            "cot/tokens_mean",
+            "cot/truncated_rate",
+            "entropy/mean",
+            "mismatch/kl",
+            "ratio/p50",
+            "grad/norm",
+            "adapter/norm",
+            "groups/solved_all",
+        } <= row.keys()
+        assert row["mismatch/kl"] < 1e-8  # sampled on the learner's own float32 weights
+        assert row["mismatch/abs_max"] < 1e-3
+    assert "eval/accuracy" in rows[1]
+    assert "eval/accuracy" not in rows[0]
+    record = json.loads((run / "run.json").read_text())
+    assert record["config"]["lora"]["rank"] == 1
+    for name in (
+        "transcripts.jsonl",
+        "eval/step_000000.json",
+        "eval/step_000002.json",
+        "eval/step_000003.jsonl",
+        "figures/reward.png",
+        "adapter/adapter_config.json",
+    ):
+        assert (run / name).stat().st_size > 0, name
+    assert list(run.rglob("events.out.tfevents*"))
+    assert sorted(p.name for p in (run / "adapters").iterdir()) == ["v000002", "v000003"]
+
+
+def test_one_seed_gives_one_run_and_another_seed_another(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(smoke(tmp_path, f"run.name={name}", f"run.seed={seed}"), quiet=True)
+    first, again, other = (metrics_of(tmp_path / name) for name in "abc")
+    assert first == again
+    assert first != other
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
+    train(smoke(tmp_path, "run.name=whole", "run.num_steps=4"), quiet=True)
+    train(smoke(tmp_path, "run.name=broken", "run.num_steps=2"), quiet=True)
+    train(smoke(tmp_path, "run.name=broken", "run.num_steps=4"), resume=True, quiet=True)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "broken")
+    whole, broken = (load_tensors(tmp_path / n / "adapter") for n in ("whole", "broken"))
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_a_complete_run_is_only_reported(tmp_path: Path) -> None:
+    first = train(smoke(tmp_path), quiet=True)
+    before = (tmp_path / "smoke" / "metrics.jsonl").read_bytes()
+    start = time.perf_counter()
+    again = train(smoke(tmp_path), resume=True, quiet=True)
+    assert time.perf_counter() - start < 5
+    assert again == first
+    assert (tmp_path / "smoke" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_and_resume_give_the_same_run(tmp_path: Path) -> None:
+    config = smoke(tmp_path, "run.name=whole", "run.num_steps=5", "warm_start.num_steps=2")
+    train(config, quiet=True)
+    command = [sys.executable, "-m", "rl_lora.cli", "train", str(SMOKE), "--resume", *SHORT]
+    command += [f"run.output_dir={tmp_path}", "run.name=killed", "run.num_steps=5"]
+    command += ["warm_start.num_steps=2"]
+    for wanted in (1, 3):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        file = tmp_path / "killed" / "metrics.jsonl"
+        while process.poll() is None and (
+            not file.exists() or len(file.read_text().splitlines()) < wanted
+        ):
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+
+
+def test_a_resumed_job_must_be_the_same_job(tmp_path: Path) -> None:
+    train(smoke(tmp_path), quiet=True)
+    with pytest.raises(UserError, match=r"optim\.lr=0\.004, this one has 0\.1"):
+        train(smoke(tmp_path, "optim.lr=0.1"), resume=True, quiet=True)
+    with pytest.raises(UserError, match="holds an older run"):
+        train(smoke(tmp_path), quiet=True)
+
+
+def test_warm_start_is_a_stage_of_its_own(tmp_path: Path) -> None:
+    train(smoke(tmp_path, "warm_start.num_steps=3", "warm_start.batch_size=8"), quiet=True)
+    rows = [json.loads(x) for x in (tmp_path / "smoke/warm_start.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[0]["sft/loss"] > 0
+    assert (tmp_path / "smoke/eval/base.json").is_file()  # the base, adapter off, stays on record
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora.mode=full", "optim.lr=1e-4"],
+        ["algorithm.advantage=grpo", "algorithm.loss=ppo", "optim.num_updates=2"],
+        ["algorithm.loss=gspo", "algorithm.denominator=sequences"],
+        ["algorithm.advantage=dr_grpo", "algorithm.denominator=max_tokens"],
+        ["algorithm.loss=cispo", "algorithm.kl=loss", "algorithm.kl_weight=0.01"],
+        ["algorithm.kl=reward", "algorithm.kl_weight=0.01", "algorithm.advantage=rloo"],
+        ["lora.mode=full", "algorithm.kl=loss", "algorithm.kl_weight=0.01", "optim.lr=1e-4"],
+        ["optim.checkpoint_activations=true", "optim.microbatch_tokens=200"],
+        ["algorithm.loss=truncated_importance_sampling", "algorithm.advantage=reinforce_pp"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_every_algorithm_runs_through_the_same_loop(tmp_path: Path, overrides: list[str]) -> None:
+    train(smoke(tmp_path, "run.num_steps=2", *overrides), quiet=True)
+    rows = metrics_of(tmp_path / "smoke")
+    assert len(rows) == 2
+    assert all(row["mismatch/kl"] < 1e-6 for row in rows)
+    assert any(row["grad/norm"] > 0 for row in rows)
+
+
+def test_all_tied_steps_are_counted_and_the_run_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "zero.py").write_text("def zero(completion, reference):\n    return 0.0\n")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        train(smoke(tmp_path, "reward.name=zero:zero"), quiet=True)
+    finally:
+        sys.path.remove(str(tmp_path))
+    rows = metrics_of(tmp_path / "smoke")
+    assert [row["learn/skipped_updates"] for row in rows] == [1.0] * 3
+    assert [row["groups/tied"] for row in rows] == [4] * 3
+    first, last = rows[0]["adapter/norm"], rows[-1]["adapter/norm"]
+    assert first == last
+
+
+class StaleSampler(TorchSampler):
+    """Goes on with the first version's log-probs, and says that it has the newest."""
+
+    def use(self, adapter: Adapter | None) -> None:
+        super().use(adapter)
+        if adapter is not None and adapter.version >= 1:
+            self._stale = True
+
+    def sample(self, prompts_N, params):  # type: ignore[no-untyped-def]
+        if getattr(self, "_stale", False):
+            tensors = {n: t.clone() for n, t in self.policy.adapter_tensors().items()}
+            for name, tensor in self.policy.adapter_tensors().items():
+                if "lora_B" in name:
+                    tensor.zero_()  # version 0
+            try:
+                return super().sample(prompts_N, params)
+            finally:
+                self.policy.load_tensors(tensors)
+        return super().sample(prompts_N, params)
+
+
+def test_a_stale_adapter_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rl_lora.torch_sampler.TorchSampler", StaleSampler)
+    with pytest.raises(StaleAdapterError, match="stale or wrong adapter"):
+        train(smoke(tmp_path), quiet=True)
+    assert len(metrics_of(tmp_path / "smoke")) == 1  # the step before it is kept
+    checkpoint = latest_checkpoint(tmp_path / "smoke")
+    assert checkpoint is not None
+    assert checkpoint.name == "step_000001"
+
+
+def test_bad_input_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown reward 'maths'.*'math'"):
+        train(smoke(tmp_path, "reward.name=maths"), quiet=True)
+    rows = [{"question": f"{n} + 1", "answer": f"{n + 1}"} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"no row of data.train has one"):
+        train(smoke(tmp_path, f"data={tmp_path}/rows.jsonl", "warm_start.num_steps=2"), quiet=True)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(UserError, match=r"cannot be written.*set run\.output_dir"):
+        train(smoke(blocked), quiet=True)
+
+
+def test_the_job_closes_what_it_opened(tmp_path: Path) -> None:
+    with open_job(smoke(tmp_path)) as job:
+        assert isinstance(job.sampler, TorchSampler)
+        assert len(job.prompts.eval) == 8

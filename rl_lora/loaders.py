@@ -209,7 +209,8 @@ def _load_generated(
             "answer or are in the exam; widen the options"
         )
     if len(kept) < wanted:
-        dropped["fewer than asked, as no more distinct ones were found"] = wanted - len(kept)
+        reason = "missing (the options allow no more distinct problems)"
+        dropped[reason] = wanted - len(kept)
     return LoadedSet(name, list(kept.values()), wanted, dropped)
 
 
@@ -363,8 +364,8 @@ def _load_hub(source: SourceSection, hub_set: HubSet, label: str, role: Role) ->
     split = source.split or (hub_set.train if role == "train" else hub_set.eval or hub_set.train)
     if split is None:
         raise UserError(
-            f"data set {source.name} is an exam ({hub_set.eval} split alone); list it under "
-            f"data.eval, or train on it knowingly with split={hub_set.eval!r}"
+            f"data set {source.name} is an exam; list it under data.eval, or train on it "
+            f"knowingly by its split={hub_set.eval!r}"
         )
     rows: list[DataRow] = []
     for config in hub_set.configs:

@@ -42,10 +42,7 @@ class _Item:
     prompt_id: str
     label: str
     row: DataRow
-
-    @property
-    def key(self) -> str:
-        return question_key(self.row.question)
+    key: str  # of the question
 
 
 def load_prompts(
@@ -125,7 +122,7 @@ class _Collected:
         prefix = base if self._prefixes[base] == 1 else f"{base}.{self._prefixes[base]}"
         items = []
         for row in loaded.rows:
-            item = _Item(f"{prefix}/{row.row}", label, row)
+            item = _Item(f"{prefix}/{row.row}", label, row, question_key(row.question))
             if role == "train" and item.key in self._seen:
                 loaded.dropped["in an earlier set"] = loaded.dropped.get("in an earlier set", 0) + 1
             else:
@@ -217,9 +214,9 @@ def _render(
     texts = [render_text(item.row.question, data, tokenizer) for item in items]
     # The chat template writes its special tokens itself.
     ids = tokenizer(texts, add_special_tokens=data.template == "base")["input_ids"]
+    _check_lengths(items, [len(one) for one in ids], data.max_prompt_tokens, limit)
     prompts = []
     for item, token_ids in zip(items, ids, strict=True):
-        _check_length(item.prompt_id, len(token_ids), data.max_prompt_tokens, limit)
         assert item.row.reference is not None  # `loaders` dropped the others
         prompts.append(
             Prompt(
@@ -234,17 +231,27 @@ def _render(
     return prompts
 
 
-def _check_length(prompt_id: str, num_tokens: int, max_prompt_tokens: int, limit: int) -> None:
-    if num_tokens > max_prompt_tokens:
-        raise UserError(
-            f"prompt {prompt_id} has {num_tokens} tokens, over data.max_prompt_tokens="
-            f"{max_prompt_tokens}; raise it, or take the row out of the data"
-        )
+def _check_lengths(
+    items: Sequence[_Item], num_tokens_N: Sequence[int], max_prompt_tokens: int, limit: int
+) -> None:
+    """Raises UserError for the longest prompt, if it is too long."""
+    longest = max(range(len(items)), key=lambda index: num_tokens_N[index])
+    num_tokens = num_tokens_N[longest]
+    if num_tokens <= min(max_prompt_tokens, limit):
+        return
+    num_over = sum(number > min(max_prompt_tokens, limit) for number in num_tokens_N)
+    who = f"prompt {items[longest].prompt_id} has {num_tokens} tokens"
+    if num_over > 1:
+        who += f" (and {num_over - 1} more are too long)"
     if num_tokens > limit:
         raise UserError(
-            f"prompt {prompt_id} has {num_tokens} tokens, and the model's context leaves {limit} "
-            "beside sampling.max_tokens; lower that, or take the row out of the data"
+            f"{who}: the model's context leaves {limit} beside sampling.max_tokens; lower that, or "
+            "take the row out of the data"
         )
+    raise UserError(
+        f"{who}, over data.max_prompt_tokens={max_prompt_tokens}; raise it, or take the row out of "
+        "the data"
+    )
 
 
 def finish_solution(solution: str, reference: str, instruction: str) -> str:

@@ -1,0 +1,308 @@
+"""Rows -> prompts rendered once, train and exam apart, and the resumable stream."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rl_lora.config import DataSection
+from rl_lora.errors import UserError
+from rl_lora.loaders import question_key
+from rl_lora.prompts import PromptSets, PromptStream, finish_solution, load_prompts, render_text
+from rl_lora.types import Prompt
+
+TEMPLATE = (
+    "{% for m in messages %}<s> {{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant :{% endif %}"
+)
+
+
+def word_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """One token a word, and a token that stands before every text encoded with specials."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<bos>": 1, "</s>": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    fast.chat_template = chat_template
+    return fast
+
+
+def write_rows(path: Path, questions: list[str]) -> str:
+    lines = [
+        json.dumps({"question": text, "answer": f"so\n#### {i}"})
+        for i, text in enumerate(questions)
+    ]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def load(limit: int = 1000, seed: int = 0, **data: Any) -> PromptSets:
+    return load_prompts(DataSection(**data), word_tokenizer(), limit, 10, seed)
+
+
+def numbered(count: int, word: str = "q") -> list[str]:
+    return [f"{word} number {i}" for i in range(count)]
+
+
+# --- rendering ------------------------------------------------------------------------------------
+
+
+def test_chat_template_with_system_question_and_instruction() -> None:
+    data = DataSection(system="Be brief.", instruction="Box it.")
+    assert render_text("What is 1 + 1?", data, word_tokenizer()) == (
+        "<s> system : Be brief. </s> <s> user : What is 1 + 1?\nBox it. </s> <s> assistant :"
+    )
+
+
+def test_base_template_with_few_shot_question_and_instruction() -> None:
+    data = DataSection(template="base", few_shot="Q: 1\nA: 2\n\n", instruction="Box it.")
+    text = render_text("What?", data, word_tokenizer(None))
+    assert text == "Q: 1\nA: 2\n\nWhat?\nBox it.\n"
+
+
+def test_only_the_base_template_adds_the_tokenizers_first_token(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "m.jsonl", numbered(3))
+    chat = load(train=path, held_out=1)
+    base = load(train=path, held_out=1, template="base")
+    assert chat.train[0].token_ids[0] != 1
+    assert base.train[0].token_ids[0] == 1
+    # <s> user : q number 0 Put your final answer within \boxed{}. </s> <s> assistant :
+    assert len(chat.train[0].token_ids) == 16
+    assert len(base.train[0].token_ids) == 1 + 3 + 6
+
+
+def test_prompt_carries_question_reference_and_solution(tmp_path: Path) -> None:
+    prompt = load(train=write_rows(tmp_path / "sums.jsonl", numbered(2)), held_out=1).train[0]
+    number = prompt.reference
+    assert (prompt.prompt_id, prompt.source) == (f"sums/{number}", "sums")
+    assert prompt.question == f"q number {number}"
+    assert prompt.solution == f"so\n\\boxed{{{number}}}"
+
+
+@pytest.mark.parametrize(
+    ("solution", "instruction", "expected"),
+    [
+        ("", "Box it: \\boxed{}", ""),
+        ("1 + 1 = 2", "Box it: \\boxed{}", "1 + 1 = 2\n\\boxed{2}"),
+        ("so \\boxed{2}.", "Box it: \\boxed{}", "so \\boxed{2}."),
+        ("1 + 1 = 2", "End with #### and the number.", "1 + 1 = 2\n#### 2"),
+    ],
+)
+def test_solution_ends_in_the_asked_format(solution: str, instruction: str, expected: str) -> None:
+    assert finish_solution(solution, "2", instruction) == expected
+
+
+# --- train and exam -------------------------------------------------------------------------------
+
+
+def keys(prompts: list[Prompt]) -> set[str]:
+    return {question_key(prompt.question) for prompt in prompts}
+
+
+def test_held_out_rows_follow_the_seed(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "m.jsonl", numbered(40))
+    first, again, other = (load(train=path, held_out=10, seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    assert keys(first.eval) != keys(other.eval)
+    assert (len(first.train), len(first.eval)) == (30, 10)
+    assert not keys(first.train) & keys(first.eval)
+    assert first.notes == ["m (train): 30 of 40 rows; dropped: 10 held out for the exam"]
+
+
+def test_training_questions_that_the_exam_has_are_dropped_and_counted(tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "a" / "train.jsonl", [*numbered(4), "Shared  question?"])
+    exam = write_rows(tmp_path / "b" / "test.jsonl", ["shared question", "another"])
+    sets = load(train=train, eval=exam)
+    assert [prompt.prompt_id for prompt in sets.train] == ["a/0", "a/1", "a/2", "a/3"]
+    assert [prompt.prompt_id for prompt in sets.eval] == ["b-eval/0", "b-eval/1"]
+    assert sets.notes == [
+        "b (eval): 2 of 2 rows",
+        "a (train): 4 of 5 rows; dropped: 1 also in the exam",
+    ]
+
+
+def test_folder_with_test_file_is_examined_on_it(tmp_path: Path) -> None:
+    write_rows(tmp_path / "set" / "train.jsonl", numbered(9, "train"))
+    write_rows(tmp_path / "set" / "test.jsonl", numbered(9, "test"))
+    sets = load(train={"name": str(tmp_path / "set"), "num_rows": 5}, held_out=6)
+    assert len(sets.train) == 5
+    assert len(sets.eval) == 6
+    assert all(prompt.question.startswith("test") for prompt in sets.eval)
+    assert sets.notes[1] == "set (eval): 6 of 9 rows; dropped: 3 not drawn (data.held_out)"
+
+
+def test_ids_are_unique_over_sources_of_one_name(tmp_path: Path) -> None:
+    sums = {"name": "generated:chain_sum", "num_rows": 30}
+    harder = {**sums, "options": {"min_digits": 3, "max_digits": 3}}
+    sets = load(train=(sums, harder), eval=({**sums, "seed": 1}, {**harder, "seed": 1}))
+    counts = Counter(prompt.prompt_id for prompt in [*sets.train, *sets.eval])
+    assert len(counts) == 120
+    assert set(counts.values()) == {1}
+    assert {prompt.source for prompt in sets.train} == {"chain_sum"}
+
+
+def test_later_training_set_loses_what_an_earlier_one_has(tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", numbered(5))
+    two = write_rows(tmp_path / "two.jsonl", numbered(8))
+    sets = load(train=(one, two), eval=write_rows(tmp_path / "exam.jsonl", ["other"]))
+    assert Counter(prompt.source for prompt in sets.train) == {"one": 5, "two": 3}
+    assert "two (train): 3 of 8 rows; dropped: 5 in an earlier set" in sets.notes
+
+
+def test_overlapping_exams_stay_whole(tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", numbered(5))
+    two = write_rows(tmp_path / "two.jsonl", numbered(8))
+    sets = load(eval=(one, two))
+    assert Counter(prompt.source for prompt in sets.eval) == {"one": 5, "two": 8}
+    assert sets.train == []
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_generated_training_set_and_exam_share_no_question(seed: int) -> None:
+    small = {"name": "generated:chain_sum", "num_rows": 90, "options": {"max_digits": 1}}
+    sets = load(train=small, eval={**small, "seed": seed})
+    assert len(sets.train) == len(sets.eval) == 90
+    assert not keys(sets.train) & keys(sets.eval)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def error_of(limit: int = 1000, **data: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        load(limit, **data)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_prompt_over_the_limit_is_named_and_never_cut(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "m.jsonl", [*numbered(3), "word " * 40, "word " * 50])
+    message = error_of(train=path, held_out=1, max_prompt_tokens=30)
+    assert message.startswith(
+        "prompt m/4 has 63 tokens (and 1 more are too long), over data.max_pr"
+    )
+    # 60 positions less 10 new tokens
+    message = error_of(60, train=path, held_out=1)
+    assert "prompt m/4 has 63 tokens" in message
+    assert "context leaves 50 beside sampling.max_tokens" in message
+
+
+def test_tokenizer_without_chat_template_says_what_to_set(tmp_path: Path) -> None:
+    data = DataSection(train=write_rows(tmp_path / "m.jsonl", numbered(3)), held_out=1)
+    with pytest.raises(UserError, match=r"set data\.template='base'"):
+        load_prompts(data, word_tokenizer(None), 1000, 10, 0)
+
+
+def test_settings_of_the_other_template_are_refused(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "m.jsonl", numbered(3))
+    assert "data.few_shot needs data.template='base'" in error_of(train=path, few_shot="x")
+    assert "data.system needs" in error_of(train=path, template="base", system="x")
+
+
+def test_no_data_set_at_all() -> None:
+    assert "name no data set" in error_of()
+
+
+def test_held_out_must_leave_rows(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "m.jsonl", numbered(5))
+    assert "data.held_out=5 leaves nothing of the 5 rows" in error_of(train=path, held_out=5)
+
+
+def test_exam_that_holds_every_training_question(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "m.jsonl", numbered(5))
+    assert "no training row is left" in error_of(train=path, eval=path)
+
+
+# --- the stream -----------------------------------------------------------------------------------
+
+
+def stream_of(count: int, seed: int = 0) -> PromptStream:
+    return PromptStream([Prompt(str(i), "s", "q", "a", (1,)) for i in range(count)], seed)
+
+
+def ids(prompts: list[Prompt]) -> list[str]:
+    return [prompt.prompt_id for prompt in prompts]
+
+
+def test_every_epoch_has_every_prompt_once_in_a_new_order() -> None:
+    stream = stream_of(12)
+    epochs = [ids([p for _ in range(3) for p in stream.take(4)]) for _ in range(3)]
+    assert all(sorted(epoch, key=int) == [str(i) for i in range(12)] for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert stream.epoch == 2
+
+
+def test_stream_follows_its_seed() -> None:
+    assert ids(stream_of(30).take(30)) == ids(stream_of(30).take(30))
+    assert ids(stream_of(30).take(30)) != ids(stream_of(30, seed=1).take(30))
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 7), (5, 4), (7, 6), (3, 2)])
+def test_take_over_an_epochs_end_repeats_nothing_and_loses_nothing(count: int, size: int) -> None:
+    stream = stream_of(count)
+    seen: Counter[str] = Counter()
+    for step in range(1, 200):
+        taken = ids(stream.take(size))
+        assert len(set(taken)) == size
+        seen.update(taken)
+        # Nobody falls behind: prompts differ by the rows that one take may have deferred.
+        assert max(seen.values()) - min(seen[str(i)] for i in range(count)) <= 2
+        assert sum(seen.values()) == step * size
+
+
+def test_take_of_more_than_there_are_goes_round() -> None:
+    counts = Counter(ids(stream_of(4).take(10)))
+    assert sorted(counts.values()) == [2, 2, 3, 3]
+
+
+def test_stream_resumes_exactly() -> None:
+    stream = stream_of(11)
+    for _ in range(5):
+        stream.take(4)
+    state = json.loads(json.dumps(stream.state_dict()))
+    expected = [ids(stream.take(4)) for _ in range(20)]
+    resumed = stream_of(11)
+    resumed.load_state_dict(state)
+    assert [ids(resumed.take(4)) for _ in range(20)] == expected
+    assert len(json.dumps(state)) < 200
+
+
+def test_stream_of_other_data_is_not_resumed() -> None:
+    state = stream_of(11).state_dict()
+    with pytest.raises(UserError, match="num_prompts=11, this job 12"):
+        stream_of(12).load_state_dict(state)
+    with pytest.raises(UserError, match="seed=0, this job 1"):
+        stream_of(11, seed=1).load_state_dict(state)
+
+
+def test_stream_without_prompts() -> None:
+    with pytest.raises(UserError, match="no prompt to train on"):
+        stream_of(0)
+
+
+# --- real files -----------------------------------------------------------------------------------
+
+
+def test_real_gsm8k_folder(shared_dir: Path) -> None:
+    sets = load(train=str(shared_dir / "data" / "gsm8k"), held_out=200)
+    assert (len(sets.train), len(sets.eval)) == (7473, 200)
+    assert sets.train[0].reference == "72"
+    assert sets.train[0].solution.endswith("\n\\boxed{72}")
+
+
+def test_real_math_training_set_loses_the_two_problems_of_the_exam(shared_dir: Path) -> None:
+    folder = shared_dir / "data" / "math"
+    sets = load(
+        5000, train=str(folder / "rllm_train" / "math.json"), eval=str(folder / "test.jsonl")
+    )
+    assert (len(sets.train), len(sets.eval)) == (7466, 5000)
+    assert "2 also in the exam" in sets.notes[1]

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from rewards.exact import Undecided
 from rewards.modular import Residues
-from rewards.nodes import PI, Node, has_kind, number_node, symbols, walk
+from rewards.nodes import PI, LimitExceeded, Node, has_kind, number_node, symbols, walk
 from rewards.numeric import LOW, is_real, value_of
 from rewards.relations import is_equation, is_name
 from rewards.vocabulary import UNITS
@@ -177,7 +177,7 @@ def expand_all(items: list[Node]) -> list[Node]:
     for item in items:
         result.extend(expand_signs(item))
         if len(result) > 8 * MAX_EXPANSION:
-            raise Undecided
+            raise LimitExceeded
     return result
 
 
@@ -191,7 +191,7 @@ def expand_signs(node: Node) -> list[Node]:
         for choice in choices:
             total *= len(choice)
         if total > MAX_EXPANSION:
-            raise Undecided
+            raise LimitExceeded
         return [node._replace(args=args) for args in itertools.product(*choices)]
     return [_signed(node, is_upper) for is_upper in (True, False)]
 

@@ -105,6 +105,7 @@ def load_reward(
     if name == "math_verify":
         _require_math_verify()
     grader = Grader(rules, engine=REWARDS[name], num_workers=num_workers, timeout_s=timeout_s)
+    grader.pool.start()
     return VerifierReward(grader, format_weight)
 
 

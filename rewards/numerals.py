@@ -72,19 +72,19 @@ class NumeralParser(Cursor):
     def _read_mixed_part(self) -> Fraction | None:
         r"""The \frac{1}{2} of 1\frac{1}{2}, the 1/2 of "1 1/2"; None where there is none."""
         rest = self.tokens[self.index : self.index + 8]
-        pattern = "".join({"num": "n", "end": "."}.get(t.kind, t.text) for t in rest)
-        match = re.match(r"frac(\{n\}|n)(\{n\}|n)?|n/n", pattern)
-        if match is None or (pattern[0] == "n" and not rest[0].is_spaced):
+        pattern = "".join({"num": "0", "end": "."}.get(t.kind, t.text) for t in rest)
+        match = re.match(r"frac(\{0\}|0)(\{0\}|0)?|0/0", pattern)
+        if match is None or (pattern[0] == "0" and not rest[0].is_spaced):
             return None
         numbers = [t.text for t in rest if t.kind == "num"]
-        if match[0] == "n/n":
+        if match[0] == "0/0":
             num_tokens = 3
         elif match[2] is None:  # \frac12: both digits in one token
-            if len(numbers[0]) != 2 or match[1] != "n":
+            if len(numbers[0]) != 2 or match[1] != "0":
                 return None
             numbers, num_tokens = list(numbers[0]), 2
         else:
-            if match[1] == "n" and len(numbers[0]) > 1:
+            if match[1] == "0" and len(numbers[0]) > 1:
                 return None
             num_tokens = 1 + len(match[1]) + len(match[2])
         if not all(text.isdigit() for text in numbers[:2]):

@@ -73,6 +73,15 @@ class Worker:
                 raise WorkerCannotStart from error
             self.is_ready = True
 
+    def has_started(self) -> bool:
+        """Is it ready, or has it said so meanwhile?"""
+        if not self.is_ready:
+            assert self.process.stdout is not None
+            poller = select.poll()
+            poller.register(self.process.stdout.fileno(), select.POLLIN)
+            return bool(poller.poll(0))
+        return True
+
     def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """One request, one response. Raises WorkerCannotStart, WorkerDied, DeadlinePassed."""
         self.wait_ready()
@@ -118,10 +127,17 @@ class Worker:
 
 
 class WorkerPool:
-    """`num_workers` workers, started on first need; safe to call from any thread."""
+    """`num_workers` workers at a time, started on first need; safe to call from any thread.
+
+    `num_spare` more stand by, ready to take the place of one that is killed.
+    """
 
     def __init__(
-        self, num_workers: int = 1, timeout_s: float = 5.0, memory_mb: int = DEFAULT_MEMORY_MB
+        self,
+        num_workers: int = 1,
+        timeout_s: float = 5.0,
+        memory_mb: int = DEFAULT_MEMORY_MB,
+        num_spare: int = 1,
     ) -> None:
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, got {num_workers}")
@@ -130,9 +146,11 @@ class WorkerPool:
         self.num_workers = num_workers
         self.timeout_s = timeout_s
         self.memory_mb = memory_mb
+        self.num_spare = num_spare
         self._available = threading.Condition()
         self._idle: list[Worker] = []
         self._workers: set[Worker] = set()
+        self._num_busy = self._most_busy = 0
         self._is_closed = False
         self._pid = os.getpid()
         _POOLS.add(self)
@@ -176,40 +194,56 @@ class WorkerPool:
         with ThreadPoolExecutor(min(self.num_workers, len(requests))) as threads:
             return list(threads.map(self.request, requests))
 
+    def start(self) -> None:
+        """Start one worker in the background, so that the first hard answer need not wait."""
+        with self._available:
+            if not self._workers and not self._is_closed:
+                self._idle.append(self._spawn())
+
+    def _spawn(self) -> Worker:
+        worker = Worker(self.memory_mb)
+        self._workers.add(worker)
+        return worker
+
     def _acquire(self) -> Worker:
         with self._available:
             self._forget_parents_workers()
             while True:
                 if self._is_closed:
                     raise RuntimeError("the worker pool is closed")
-                if self._idle:
-                    worker = self._idle.pop()
-                    if worker.process.poll() is None:
-                        return worker
-                    worker.kill()  # killed from outside while idle: reap it, lose nothing
-                    self._workers.discard(worker)
-                    continue
-                if len(self._workers) < self.num_workers:
-                    worker = Worker(self.memory_mb)
-                    self._workers.add(worker)
+                if self._num_busy < self.num_workers:
+                    worker = self._take_idle() or self._spawn()
+                    self._num_busy += 1
+                    self._most_busy = max(self._most_busy, self._num_busy)
                     return worker
                 self._available.wait()
+
+    def _take_idle(self) -> Worker | None:
+        """An idle worker, one that has finished its imports if there is one."""
+        for worker in list(self._idle):
+            if worker.process.poll() is not None:
+                worker.kill()  # killed from outside while idle: reap it, lose nothing
+                self._idle.remove(worker)
+                self._workers.discard(worker)
+        if not self._idle:
+            return None
+        worker = next((item for item in self._idle if item.has_started()), self._idle[0])
+        self._idle.remove(worker)
+        return worker
 
     def _release(self, worker: Worker, is_healthy: bool) -> None:
         if not is_healthy:
             worker.kill()
         with self._available:
-            self._workers.discard(worker)
-            if self._is_closed:
+            self._num_busy -= 1
+            if self._is_closed or not is_healthy:
                 worker.kill()
-            elif is_healthy:
-                self._workers.add(worker)
-                self._idle.append(worker)
+                self._workers.discard(worker)
             else:
-                # Started now, so that its imports run while the caller goes on.
-                replacement = Worker(self.memory_mb)
-                self._workers.add(replacement)
-                self._idle.insert(0, replacement)
+                self._idle.append(worker)
+            # The replacement of a killed worker imports while a spare one goes on.
+            while not self._is_closed and len(self._workers) < self._most_busy + self.num_spare:
+                self._idle.append(self._spawn())
             self._available.notify()
 
     def _forget_parents_workers(self) -> None:
@@ -217,6 +251,7 @@ class WorkerPool:
         if self._pid != os.getpid():
             self._pid = os.getpid()
             self._idle, self._workers = [], set()
+            self._num_busy = self._most_busy = 0
 
     def close(self) -> None:
         """Kill idle workers now and busy ones when they are handed back. Idempotent."""

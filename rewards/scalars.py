@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rewards.exact import Undecided, exact
 from rewards.modular import identical
 from rewards.nodes import INFINITY, SCALAR_KINDS, Node, has_kind, number_node, symbols, walk
-from rewards.numeric import FLOATS, LOW, is_real, same_magnitude, same_value, value_of
+from rewards.numeric import FLOATS, LOW, TooLarge, is_real, same_magnitude, same_value, value_of
 from rewards.policy import Policy
 
 FLOAT_DIGITS = 12
@@ -142,7 +142,12 @@ def _equal_numerically(gold: Node, answer: Node, is_numeric: bool) -> bool:
             return False
         if not is_numeric:
             raise
-    return same_magnitude(gold, answer)
+    try:
+        return same_magnitude(gold, answer)
+    except TooLarge:
+        raise
+    except Undecided:
+        return False  # a number with no value, such as 1/0
 
 
 def _is_for_sympy(task: Node) -> bool:

@@ -97,9 +97,9 @@ class Policy:
         else:
             self.target_names = attach_lora(self.model, lora, seed)
         self._reference = copy.deepcopy(self.model) if self.is_full and keep_reference else None
+        self._has_checkpoints = checkpoint_activations
         if checkpoint_activations:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.train()  # transformers checkpoints in training mode only; dropout is 0
 
     @property
     def can_share_prompts(self) -> bool:
@@ -164,7 +164,13 @@ class Policy:
 
         Both are of the distribution softmax(logits / temperature), the one sampled from.
         """
-        return _score(self.model, batch, temperature)
+        if not (self._has_checkpoints and torch.is_grad_enabled()):
+            return _score(self.model, batch, temperature)
+        self.model.train()  # transformers checkpoints in training mode only; dropout is 0
+        try:
+            return _score(self.model, batch, temperature)
+        finally:
+            self.model.eval()  # in training mode it would decode without its KV cache
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:

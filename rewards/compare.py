@@ -27,7 +27,16 @@ from rewards.forms import (
     without_repeats,
 )
 from rewards.matrices import reduce_matrices
-from rewards.nodes import LimitExceeded, Node, divide, has_kind, number_node, rename, symbols
+from rewards.nodes import (
+    SCALAR_KINDS,
+    LimitExceeded,
+    Node,
+    divide,
+    has_kind,
+    number_node,
+    rename,
+    symbols,
+)
 from rewards.parser import Parsed
 from rewards.policy import Policy
 from rewards.regions import NotARegion, equal_regions, to_region
@@ -39,6 +48,7 @@ from rewards.relations import (
     is_order_of_names,
     same_equation,
     same_inequality,
+    solution_of,
     unwrap,
 )
 from rewards.scalars import equal_scalars
@@ -271,9 +281,11 @@ class Comparison:
             return self.equal(left[1], answer)
         if right is not None and gold.kind != "rel":
             return self.equal(gold, right[1])
-        if left is None and right is None and "list" in (gold.kind, answer.kind):
+        # Only a gold may be left unsolved: an answer that restates the equation earns nothing.
+        if answer.kind not in SCALAR_KINDS or not is_equation(gold):
             return False
-        return False
+        remainder = solution_of(gold, answer)
+        return remainder is not None and self._equal_scalars(number_node(0), remainder)
 
     def _try_regions(self, gold: Node, answer: Node) -> bool | None:
         try:

@@ -29,7 +29,7 @@ class Grader:
     ) -> None:
         self.policy = policy
         self.engine = engine
-        self.pool = WorkerPool(num_workers, timeout_s, memory_mb)
+        self.pool = WorkerPool(num_workers, timeout_s, memory_mb, engine=engine)
 
     def score_batch(
         self,

@@ -105,9 +105,13 @@ LOW, HIGH = _context(40), _context(80)
 def value_of(node: Node, values: Values, system: Arithmetic) -> Any:
     """The value of a tree. Raises Undecided where it has none or is out of range."""
     try:
-        return _evaluate(node, values, system)
+        value = _evaluate(node, values, system)
+        size = abs(value)
     except (ZeroDivisionError, OverflowError, ValueError, TypeError) as error:
         raise Undecided from error
+    if not size < math.inf:  # infinite, or not a number
+        raise Undecided
+    return value
 
 
 def _evaluate(node: Node, values: Values, system: Arithmetic) -> Any:

@@ -12,6 +12,7 @@ import atexit
 import json
 import os
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -30,7 +31,7 @@ DEFAULT_MEMORY_MB = 1024
 
 
 class WorkerDied(Exception):
-    """The worker's pipe closed before it answered."""
+    """The worker's pipe closed before it answered: the process has ended, or is about to."""
 
 
 class WorkerCannotStart(Exception):
@@ -44,14 +45,15 @@ class DeadlinePassed(Exception):
 class Worker:
     """One subprocess. Starts at once; `wait_ready` blocks until its imports are done."""
 
-    def __init__(self, memory_mb: int) -> None:
+    def __init__(self, memory_mb: int, warm_up: dict[str, Any]) -> None:
         root = str(Path(__file__).resolve().parent.parent)
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         # One thread per worker: BLAS pools would each reserve address space under RLIMIT_AS.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-P", "-m", "rewards.worker", str(os.getpid()), str(memory_mb)]
+        command.append(json.dumps(warm_up))
         self.process = subprocess.Popen(
-            [*command, "--preload-symbolic"],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -117,6 +119,13 @@ class Worker:
             data += chunk
         return data
 
+    def exit_code(self) -> int | None:
+        """How it ended; None where it closed its pipe and lives on."""
+        try:
+            return self.process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            return None
+
     def kill(self) -> None:
         """End the process and reap it."""
         self.process.kill()
@@ -138,6 +147,7 @@ class WorkerPool:
         timeout_s: float = 5.0,
         memory_mb: int = DEFAULT_MEMORY_MB,
         num_spare: int = 1,
+        engine: str = "verify",
     ) -> None:
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, got {num_workers}")
@@ -147,6 +157,7 @@ class WorkerPool:
         self.timeout_s = timeout_s
         self.memory_mb = memory_mb
         self.num_spare = num_spare
+        self.warm_up = {"op": engine, "gold": "\\sum_{k=1}^{n} k", "answer": "n", "policy": {}}
         self._available = threading.Condition()
         self._idle: list[Worker] = []
         self._workers: set[Worker] = set()
@@ -163,8 +174,10 @@ class WorkerPool:
     def request(self, request: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
         """The response, or {"status": "timeout" | "crashed"}. Blocks until a worker is free."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
-        num_deaths = num_failed_starts = 0
-        while num_deaths < 2:
+        num_deaths = num_kills = num_failed_starts = 0
+        # Death by SIGKILL came from outside (or from the kernel): every worker may have been
+        # killed at once, which must not cost the answer.
+        while num_deaths < 2 and num_kills <= self.num_workers + self.num_spare + 1:
             worker = self._acquire()
             is_healthy = False
             try:
@@ -174,7 +187,9 @@ class WorkerPool:
             except DeadlinePassed:
                 return {"correct": False, "status": "timeout", "tier": "none"}
             except WorkerDied:
-                num_deaths += 1
+                was_killed = worker.exit_code() == -signal.SIGKILL
+                num_kills += was_killed
+                num_deaths += not was_killed
             except WorkerCannotStart as error:
                 num_failed_starts += 1
                 if num_failed_starts == 3:
@@ -201,7 +216,7 @@ class WorkerPool:
                 self._idle.append(self._spawn())
 
     def _spawn(self) -> Worker:
-        worker = Worker(self.memory_mb)
+        worker = Worker(self.memory_mb, self.warm_up)
         self._workers.add(worker)
         return worker
 

@@ -136,6 +136,37 @@ def same_equation(left: Node, right: Node) -> bool:
         return False
 
 
+def solution_of(equation: Node, solution: Node) -> Node | None:
+    r"""What is left of \rho \sin t = 3 when \rho is replaced by 3 \csc t: zero, if that solves it.
+
+    None where the expression has no symbol of its own, or the equation is not linear in the one
+    unknown that it does not name.
+    """
+    unknowns = symbols(equation) - symbols(solution)
+    if len(unknowns) != 1 or not symbols(solution) or len(equation.args) != 2:
+        return None
+    (unknown,) = unknowns
+    difference = Node("add", (equation.args[0], negative(equation.args[1])))
+    point = points(symbols(equation), 1, True)[0]
+    try:
+        at = [
+            value_of(difference, {n: LOW.number(v) for n, v in point.items()} | {unknown: k}, LOW)
+            for k in (0, 1, 2)
+        ]
+    except Undecided:
+        return None
+    slope = at[1] - at[0]
+    if abs(slope) < LOW.tiny or abs(at[2] - at[1] - slope) > LOW.tiny * abs(slope):
+        return None
+    return _replaced(difference, unknown, solution)
+
+
+def _replaced(node: Node, name: str, value: Node) -> Node:
+    if node.kind == "sym" and node.name == name:
+        return value
+    return node._replace(args=tuple(_replaced(item, name, value) for item in node.args))
+
+
 def _proportional_residues(a: Node, b: Node) -> bool | None:
     here, there, third = Residues(11), Residues(12), Residues(13)
     pairs = [(place.of(a), place.of(b)) for place in (here, there, third)]

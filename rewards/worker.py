@@ -82,16 +82,15 @@ def exit_without_parent(parent_pid: int) -> None:
 
 
 def main() -> None:
-    """Arguments: the parent's process id, the memory limit in MiB."""
+    """Arguments: the parent's process id, the memory limit in MiB, a first request as JSON."""
     parent_pid, memory_mb = int(sys.argv[1]), int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     requests, responses = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # a stray print must not break the framing
     limit_memory(memory_mb)
     threading.Thread(target=exit_without_parent, args=(parent_pid,), daemon=True).start()
-    if "--preload-symbolic" in sys.argv:
-        # A deadline must not pay for the imports, nor for what sympy loads at its first use.
-        handle({"op": "verify", "gold": "\\sum_{k=1}^{n} k", "answer": "n", "policy": {}})
+    # A deadline must not pay for the imports, nor for what sympy loads at its first use.
+    handle(json.loads(sys.argv[3]))
     responses.write(encode({"ready": True}))
     responses.flush()
     while True:

@@ -17,6 +17,7 @@ from bench_verifier import accuracy, our_judge, read_cases
 ONE_WAY = (
     r"$1 = \zzz = x = 0$",  # a chain that is false as it stands
     r"$\boxed{1}\boxed{2}$",  # two boxes side by side are a gold's two values
+    r"\rho\sin\theta = \sqrt{3}",  # the equation may be answered by its solution, not conversely
     r"\\boxed{W(n) = 1 \\text{ and } W(n) = -1",  # a box that was never closed
 )
 

@@ -77,7 +77,8 @@ def test_the_deadline_kills_and_the_next_answer_is_graded() -> None:
 
 def test_a_real_hang_ends_at_the_deadline() -> None:
     with Grader(timeout_s=1.0) as grader:
-        for attempt in range(3):
+        elapsed_s = 0.0
+        for _ in range(3):
             grader.pool.request(request(), timeout_s=60)
             assert wait_until(lambda: all(w.has_started() for w in grader.pool._idle), 60)
             start = time.monotonic()
@@ -87,7 +88,7 @@ def test_a_real_hang_ends_at_the_deadline() -> None:
             assert grader.pool.request(request(), timeout_s=60)["correct"] is True
             if elapsed_s < 1.0 + SLACK_S:
                 return
-        pytest.fail(f"attempt {attempt + 1} took {elapsed_s:.2f} s; the deadline is 1 s")
+        pytest.fail(f"took {elapsed_s:.2f} s; the deadline is 1 s")
 
 
 def test_kill_9_of_every_worker_in_mid_batch_loses_nothing() -> None:

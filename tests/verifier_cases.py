@@ -633,6 +633,14 @@ C | A or C
 \text{no solution} | 0
 \infty | -\infty
 \infty | 10^{100}
+\frac{1}{x} | x y = 1
+\frac{1}{x} | xy - 1 = 0
+\sqrt{3} \csc \theta | \rho \sin \theta = \sqrt{3}
+42 | x + 0 = 42
+42 | 2x = 84
+42 | x - 42 = 0
+42 | 42 if n is even, else 43
+42 | 42 \text{ if } n > 0 \text{ otherwise } 43
 """
 
 

@@ -9,6 +9,7 @@ import os
 import random
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from rl_lora.errors import UserError
+from rl_lora.vllm_settings import head_size, read_config
 
 # Read by vLLM at import or when an engine is made; the user's own values win.
 _ENVIRONMENT = {
@@ -59,6 +61,22 @@ def import_vllm(device: torch.device) -> SimpleNamespace:
             RequestOutputKind=sampling_params.RequestOutputKind,
             LoRARequest=requests.LoRARequest,
             tokens_input=inputs.tokens_input,
+        )
+
+
+def check_cpu_heads(model_dir: Path) -> None:
+    """Raises UserError where vLLM's attention kernels for CPU do not serve the model's heads.
+
+    vLLM itself finds out at the first sample.
+    """
+    with process_kept():
+        backend = importlib.import_module("vllm.v1.attention.backends.cpu_attn")
+    sizes = backend.CPUAttentionBackend.get_supported_head_sizes()
+    size = head_size(read_config(model_dir))
+    if size not in sizes:
+        raise UserError(
+            f"vLLM's CPU kernels take heads of {', '.join(map(str, sizes))}, and those of "
+            f"{model_dir} are {size} wide; set sampling.backend=torch"
         )
 
 

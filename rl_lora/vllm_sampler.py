@@ -10,35 +10,38 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import psutil
 import torch
+from pydantic import ValidationError
 
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION, sample_seed
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
-from rl_lora.vllm_process import import_vllm, process_kept, torch_random_state_kept
+from rl_lora.vllm_process import (
+    check_cpu_heads,
+    import_vllm,
+    process_kept,
+    torch_random_state_kept,
+)
+from rl_lora.vllm_settings import CPU_MEMORY_SHARE, CPU_NUM_SEQS, check_model, engine_settings
+
+__all__ = ["CPU_MEMORY_SHARE", "CPU_NUM_SEQS", "OnProgress", "VllmSampler"]
 
 OnProgress = Callable[[int, int, int], None]  # samples done, samples in all, tokens in those done
 
-RANK_SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM rounds an adapter's rank up to one
-CPU_NUM_SEQS = 128  # sequences decoded at once
-CPU_BATCHED_TOKENS = 2048  # tokens of one step
-CPU_BLOCK_SIZE = 32  # tokens of a KV cache block, the unit of prefix caching
-CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the KV cache
 MIN_TEMPERATURE = 0.01  # vLLM takes this one in place of a lower one, silently
 
 
 class VllmSampler:
     """A `Sampler` on an in-process vLLM engine. One may be open at a time."""
 
-    _open: ClassVar[bool] = False  # vLLM's parallel state is one per process
+    _open: ClassVar[weakref.ref[VllmSampler] | None] = None  # vLLM's state is one per process
 
     def __init__(
         self,
@@ -65,12 +68,19 @@ class VllmSampler:
             on_progress: called after each finished sample.
 
         Raises:
-            UserError: vLLM is not installed or built for another device, no such directory, or a
-                context longer than the model's.
+            UserError: vLLM is not installed, built for another device or does not serve the model;
+                no such directory; or a context longer than the model's.
         """
-        _check_model(model_dir, max_model_len)
+        check_model(model_dir, max_model_len)
+        if device.index:
+            raise UserError(
+                f"model.device={str(device)!r}: vLLM takes the first visible GPU; set "
+                f"CUDA_VISIBLE_DEVICES={device.index} and model.device='cuda'"
+            )
         vllm = import_vllm(device)
-        if VllmSampler._open:
+        if device.type == "cpu":
+            check_cpu_heads(model_dir)
+        if VllmSampler._open is not None and VllmSampler._open() is not None:
             raise RuntimeError("another VllmSampler is open in this process; close() it first")
         self.max_model_len = max_model_len
         self.on_progress = on_progress
@@ -90,16 +100,22 @@ class VllmSampler:
                 from rl_lora import vllm_cpu_lora
 
                 stack.enter_context(vllm_cpu_lora.installed())
-            self._engine: Any = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**settings))
+            try:
+                self._engine: Any = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**settings))
+            except ValueError as error:
+                raise UserError(
+                    f"vLLM does not serve {model_dir}: {_one_line(error)}; "
+                    "sampling.backend=torch serves any model of transformers"
+                ) from error
         self._vllm = vllm
         self._tokenizer = self._engine.get_tokenizer()
-        VllmSampler._open = True
+        VllmSampler._open = weakref.ref(self)
 
     def use(self, adapter: Adapter | None) -> None:
         """Samples from this version from now on; None: from the base alone.
 
         Raises:
-            UserError: the directory or its weights are missing.
+            UserError: the directory or its weights are missing, or do not fit the base or rank.
             StaleAdapterError: the name was used before for other weights, or vLLM did not take it.
         """
         engine = self._live_engine()
@@ -114,7 +130,12 @@ class VllmSampler:
             self._load_full(adapter)
         elif adapter is not None:
             request = self._lora_request(adapter)
-            engine.add_lora(request)
+            try:
+                engine.add_lora(request)
+            except ValueError as error:
+                raise UserError(
+                    f"vLLM does not take adapter {adapter.path}: {_one_line(error)}"
+                ) from error
             if (held := engine.list_loras()) != {request.lora_int_id}:
                 raise StaleAdapterError(
                     f"vLLM holds adapters {sorted(held)} after {adapter.name} "
@@ -189,7 +210,7 @@ class VllmSampler:
             self._engine.engine_core.shutdown()
             self._engine = None
             gc.collect()
-        VllmSampler._open = False
+        VllmSampler._open = None
 
     def _live_engine(self) -> Any:
         if self._engine is None:
@@ -305,89 +326,6 @@ class _Request:
     params: Any  # vllm.SamplingParams
 
 
-def engine_settings(
-    model_dir: Path,
-    sampling: SamplingSection,
-    lora: LoraSection,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_model_len: int,
-) -> dict[str, Any]:
-    """Engine arguments of vLLM for the machine (LOG.md has the measurements).
-
-    Raises:
-        UserError: not even one sequence of max_model_len tokens fits into memory (CPU).
-    """
-    on_cpu = device.type == "cpu"
-    settings: dict[str, Any] = {
-        "model": str(model_dir),
-        "dtype": str(dtype).removeprefix("torch."),
-        "max_model_len": max_model_len + 1,  # a sequence is scored as a prompt with one token more
-        "max_num_seqs": sampling.max_num_seqs or (CPU_NUM_SEQS if on_cpu else 256),
-        "enforce_eager": on_cpu if sampling.eager is None else sampling.eager,
-        "enable_prefix_caching": True,
-        "logprobs_mode": "processed_logprobs",
-        "max_logprobs": 1,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-        "seed": 0,
-    }
-    if on_cpu:
-        settings["block_size"] = CPU_BLOCK_SIZE
-        # A prompt cut over two steps makes vLLM wind its seeded generator back, and a generator of
-        # the CPU cannot ("CPU Generator does not use offset"): prompts go whole.
-        settings["enable_chunked_prefill"] = False
-        settings["max_num_batched_tokens"] = max(
-            CPU_BATCHED_TOKENS, settings["max_num_seqs"], settings["max_model_len"]
-        )
-        settings["kv_cache_memory_bytes"] = cpu_cache_bytes(
-            json.loads((model_dir / "config.json").read_text(encoding="utf-8")),
-            dtype=dtype,
-            max_model_len=max_model_len,
-            num_seqs=settings["max_num_seqs"],
-            free_bytes=psutil.virtual_memory().available,
-        )
-    else:
-        settings["gpu_memory_utilization"] = sampling.memory_fraction
-    if lora.mode == "lora":
-        settings["enable_lora"] = True
-        settings["max_lora_rank"] = next(slot for slot in RANK_SLOTS if slot >= lora.rank)
-        settings["max_loras"] = 1
-        settings["lora_dtype"] = dtype
-    return settings
-
-
-def cpu_cache_bytes(
-    model_config: dict[str, Any],
-    *,
-    dtype: torch.dtype,
-    max_model_len: int,
-    num_seqs: int,
-    free_bytes: int,
-) -> int:
-    """Size of the KV cache: num_seqs full sequences, or CPU_MEMORY_SHARE of the free memory.
-
-    Raises:
-        UserError: one sequence of max_model_len tokens does not fit.
-    """
-    num_heads = model_config.get("num_key_value_heads") or model_config["num_attention_heads"]
-    head_dim = model_config.get("head_dim") or (
-        model_config["hidden_size"] // model_config["num_attention_heads"]
-    )
-    token_bytes = 2 * model_config["num_hidden_layers"] * num_heads * head_dim * dtype.itemsize
-    num_blocks = -(-max_model_len // CPU_BLOCK_SIZE) + 1  # vLLM keeps one block for itself
-    sequence_bytes = num_blocks * CPU_BLOCK_SIZE * token_bytes
-    limit = int(CPU_MEMORY_SHARE * free_bytes)
-    if sequence_bytes > limit:
-        raise UserError(
-            f"the KV cache of one sequence of {max_model_len} tokens takes "
-            f"{sequence_bytes / 2**30:.1f} GiB, over {CPU_MEMORY_SHARE:.0%} of the free memory; "
-            "lower sampling.max_tokens or data.max_prompt_tokens"
-        )
-    return min(num_seqs * sequence_bytes, limit)
-
-
 def _repack_head(model: torch.nn.Module) -> None:
     """Packs a tied lm_head anew.
 
@@ -397,18 +335,6 @@ def _repack_head(model: torch.nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ == "ParallelLMHead":
             module.quant_method.process_weights_after_loading(module)  # type: ignore[operator,union-attr]
-
-
-def _check_model(model_dir: Path, max_model_len: int) -> None:
-    if not (model_dir / "config.json").is_file():
-        raise UserError(f"model directory {model_dir} has no config.json")
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    limit = config.get("max_position_embeddings")
-    if limit is not None and max_model_len > limit:
-        raise UserError(
-            f"prompts and completions of {max_model_len} tokens exceed the model's context of "
-            f"{limit}; lower sampling.max_tokens or data.max_prompt_tokens"
-        )
 
 
 def _check_files(adapter: Adapter) -> None:
@@ -421,6 +347,12 @@ def _check_files(adapter: Adapter) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter.path / name).is_file():
             raise UserError(f"adapter directory {adapter.path} has no {name}")
+
+
+def _one_line(error: ValueError) -> str:
+    """The complaint's first sentence; of a validation error the first complaint's."""
+    text = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
+    return " ".join(text.removeprefix("Value error, ").split()).split(". ")[0]
 
 
 def _check_adapter(answered: Any, wanted: Any) -> None:

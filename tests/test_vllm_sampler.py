@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import random
 import sys
@@ -21,20 +22,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rl_lora import vllm_sampler
+from rl_lora import vllm_settings
 from rl_lora.adapter import save_adapter
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 from rl_lora.vllm_process import import_vllm, process_kept
-from rl_lora.vllm_sampler import (
-    RANK_SLOTS,
-    VllmSampler,
-    _check_adapter,
-    cpu_cache_bytes,
-    engine_settings,
-)
+from rl_lora.vllm_sampler import VllmSampler, _check_adapter
+from rl_lora.vllm_settings import RANK_SLOTS, cpu_cache_bytes, engine_settings
 from tests.tiny_models import VOCAB, make_policy, random_llama, shake
 
 CPU = torch.device("cpu")
@@ -151,6 +147,20 @@ def test_full_weights_are_replaced_and_the_engine_is_freed(model_dir: Path, tmp_
         sampler.sample(PROMPTS, PARAMS)
 
 
+def test_models_that_vllm_does_not_serve(tmp_path: Path) -> None:
+    narrow = make_model(tmp_path / "narrow", hidden=32)
+    with pytest.raises(UserError, match=r"heads of 32, .*narrow are 16 wide.*backend=torch"):
+        make_sampler(narrow)
+    unknown = make_model(tmp_path / "unknown")
+    config = json.loads((unknown / "config.json").read_text())
+    (unknown / "config.json").write_text(json.dumps({**config, "architectures": ["Unheard"]}))
+    with pytest.raises(
+        UserError, match=r"does not serve .*unknown: .*\['Unheard'\] are not"
+    ) as got:
+        make_sampler(unknown)
+    assert len(str(got.value)) < 400
+
+
 @pytest.fixture(scope="module")
 def process_state(model_dir: Path) -> dict[str, Any]:
     """What a new engine must leave as it was; taken before the sampler below is made."""
@@ -176,7 +186,7 @@ def opened(
     model_dir: Path, process_state: dict[str, Any]
 ) -> Iterator[tuple[VllmSampler, dict[str, Any]]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_sampler, "CPU_BATCHED_TOKENS", 70)  # less than the tests' prompts take
+        patch.setattr(vllm_settings, "CPU_BATCHED_TOKENS", 70)  # less than the tests' prompts take
         sampler = make_sampler(model_dir)
     yield sampler, _process_state()
     sampler.close()
@@ -383,6 +393,17 @@ def test_missing_adapters(sampler: VllmSampler, model_dir: Path, tmp_path: Path)
         sampler.use(adapter)
 
 
+def test_an_adapter_that_does_not_fit(
+    sampler: VllmSampler, model_dir: Path, tmp_path: Path
+) -> None:
+    right, wrong = publish(model_dir, tmp_path, 41), publish(model_dir, tmp_path, 42, rank=4)
+    sampler.use(right)
+    before = sampler.token_logprobs([PROMPTS[0].token_ids])
+    with pytest.raises(UserError, match=r"v000042: LoRA rank 4 is greater than max_lora_rank 1"):
+        sampler.use(wrong)
+    assert sampler.token_logprobs([PROMPTS[0].token_ids]) == before
+
+
 def test_vllm_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match=r"not installed.*rl_lora\[cpu\].*sampling\.backend=torch"):
@@ -407,6 +428,18 @@ def test_bad_model_directories(model_dir: Path, tmp_path: Path) -> None:
             dtype=torch.float32,
             device=CPU,
             max_model_len=500,
+        )
+
+
+def test_second_gpu(model_dir: Path) -> None:
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=1"):
+        VllmSampler(
+            model_dir,
+            SamplingSection(),
+            LoraSection(),
+            dtype=torch.float32,
+            device=torch.device("cuda:1"),
+            max_model_len=CONTEXT,
         )
 
 

@@ -1,0 +1,127 @@
+"""What vLLM is told about the machine: slots, memory, batch sizes. vLLM itself is not imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.errors import UserError
+
+RANK_SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM rounds an adapter's rank up to one
+CPU_NUM_SEQS = 128  # sequences decoded at once
+CPU_BATCHED_TOKENS = 2048  # tokens of one step
+CPU_BLOCK_SIZE = 32  # tokens of a KV cache block, the unit of prefix caching
+CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the KV cache
+
+
+def engine_settings(
+    model_dir: Path,
+    sampling: SamplingSection,
+    lora: LoraSection,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+) -> dict[str, Any]:
+    """Engine arguments of vLLM for the machine (LOG.md has the measurements).
+
+    Raises:
+        UserError: not even one sequence of max_model_len tokens fits into memory (CPU).
+    """
+    on_cpu = device.type == "cpu"
+    settings: dict[str, Any] = {
+        "model": str(model_dir),
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_model_len + 1,  # a sequence is scored as a prompt with one token more
+        "max_num_seqs": sampling.max_num_seqs or (CPU_NUM_SEQS if on_cpu else 256),
+        "enforce_eager": on_cpu if sampling.eager is None else sampling.eager,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": 1,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "seed": 0,
+    }
+    if on_cpu:
+        settings["block_size"] = CPU_BLOCK_SIZE
+        # A prompt cut over two steps makes vLLM wind its seeded generator back, and a generator of
+        # the CPU cannot ("CPU Generator does not use offset"): prompts go whole.
+        settings["enable_chunked_prefill"] = False
+        settings["max_num_batched_tokens"] = max(
+            CPU_BATCHED_TOKENS, settings["max_num_seqs"], settings["max_model_len"]
+        )
+        settings["kv_cache_memory_bytes"] = cpu_cache_bytes(
+            read_config(model_dir),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            num_seqs=settings["max_num_seqs"],
+            free_bytes=psutil.virtual_memory().available,
+        )
+    else:
+        settings["gpu_memory_utilization"] = sampling.memory_fraction
+    if lora.mode == "lora":
+        settings["enable_lora"] = True
+        settings["max_lora_rank"] = next(slot for slot in RANK_SLOTS if slot >= lora.rank)
+        settings["max_loras"] = 1
+        settings["lora_dtype"] = dtype
+    return settings
+
+
+def cpu_cache_bytes(
+    model_config: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    max_model_len: int,
+    num_seqs: int,
+    free_bytes: int,
+) -> int:
+    """Size of the KV cache: num_seqs full sequences, or CPU_MEMORY_SHARE of the free memory.
+
+    Raises:
+        UserError: one sequence of max_model_len tokens does not fit.
+    """
+    num_heads = model_config.get("num_key_value_heads") or model_config["num_attention_heads"]
+    head_dim = head_size(model_config)
+    token_bytes = 2 * model_config["num_hidden_layers"] * num_heads * head_dim * dtype.itemsize
+    num_blocks = -(-max_model_len // CPU_BLOCK_SIZE) + 1  # vLLM keeps one block for itself
+    sequence_bytes = num_blocks * CPU_BLOCK_SIZE * token_bytes
+    limit = int(CPU_MEMORY_SHARE * free_bytes)
+    if sequence_bytes > limit:
+        raise UserError(
+            f"the KV cache of one sequence of {max_model_len} tokens takes "
+            f"{sequence_bytes / 2**30:.1f} GiB, over {CPU_MEMORY_SHARE:.0%} of the free memory; "
+            "lower sampling.max_tokens or data.max_prompt_tokens"
+        )
+    return min(num_seqs * sequence_bytes, limit)
+
+
+def read_config(model_dir: Path) -> dict[str, Any]:
+    """config.json of a model directory."""
+    config: dict[str, Any] = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def head_size(model_config: dict[str, Any]) -> int:
+    """Width of an attention head."""
+    return int(
+        model_config.get("head_dim")
+        or model_config["hidden_size"] // model_config["num_attention_heads"]
+    )
+
+
+def check_model(model_dir: Path, max_model_len: int) -> None:
+    """Looks at config.json. Raises UserError where it is missing or its context too short."""
+    if not (model_dir / "config.json").is_file():
+        raise UserError(f"model directory {model_dir} has no config.json")
+    config = read_config(model_dir)
+    limit = config.get("max_position_embeddings")
+    if limit is not None and max_model_len > limit:
+        raise UserError(
+            f"prompts and completions of {max_model_len} tokens exceed the model's context of "
+            f"{limit}; lower sampling.max_tokens or data.max_prompt_tokens"
+        )

@@ -58,7 +58,7 @@ _LOST = [
     (re.compile(r"(?<=[\d} ])imes(?=[\d{\\ ])"), r"\\times "),
 ]
 _DOUBLED = re.compile(
-    r"(?<!\\)\\\\(?=(?:d?frac|tfrac|cfrac|sqrt|text|boxed|left|right|pi|cdot|times|begin|end|leq?|geq?"
+    r"(?<!\\)\\\\(?=(?:[bB]igg?[lrm]?|d?frac|tfrac|cfrac|sqrt|text|boxed|left|right|pi|cdot|times|begin|end|leq?|geq?"
     r"|neq?|in|infty|cup|cap|pm|circ|mathrm|mathbb|sin|cos|tan|ln|log|alpha|beta|theta|lambda)"
     r"(?![a-z])|[{}%$])"
 )
@@ -66,6 +66,7 @@ _SIZING = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut"
     r"|mathopen|mathclose|mathbin|mathrel|middle|hfill|noindent|strut|null)(?![A-Za-z])\.?"
 )
+_BRACKET_SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)\s*(?=[()\[\]|]|\\[{}|])")
 _SIZING_DOT = re.compile(r"\\(?:left|right|middle)\s*\.")
 _ROW_SPACE = re.compile(r"\\\\\s*\[-?[\d.]+\s*[a-z]+\]")
 _HORIZONTAL = re.compile(
@@ -158,6 +159,7 @@ def _simplify_latex(text: str) -> str:
     if "\\begin" in text and _DISPLAY.search(text):
         text = _DISPLAY.sub(" ", text).replace("&", " ").replace("\\\\", ", ")
     text = _SIZING_DOT.sub(" ", text)
+    text = _BRACKET_SIZE.sub("", text)
     text = _SIZING.sub(" ", text)
     text = _ROW_SPACE.sub(r"\\\\ ", text)
     text = _HORIZONTAL.sub(" ", text)

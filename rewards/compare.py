@@ -52,7 +52,7 @@ from rewards.relations import (
     unwrap,
 )
 from rewards.scalars import equal_scalars
-from rewards.words import equal_texts, unit_scale
+from rewards.words import equal_texts, same_exponent, unit_scale
 
 MAX_COMPARISONS = 2000
 MAX_DISTINCT = 32  # items of a set that are compared pair by pair
@@ -79,13 +79,17 @@ class Comparison:
             return True
         if self.policy.accept_labels:
             left, right = unlabelled(left), unlabelled(right)
+        # k is an integer where the answer says so, or where it solves for an unknown.
+        is_family = self.policy.rename_bound and (
+            bool(gold.bound | answer.bound) or "rel" in (gold.node.kind, answer.node.kind)
+        )
         for names in self._renamings(left, right, gold.bound, answer.bound):
             renamed = rename(right, names)
             if self.equal(left, renamed):
                 return True
-            if are_families(left, renamed) and same_family(left, renamed):
+            if is_family and same_family(left, renamed):
                 return True
-        return self.policy.rename_bound and are_families(left, right) and same_family(left, right)
+        return is_family and same_family(left, right)
 
     def _renamings(
         self, gold: Node, answer: Node, gold_bound: frozenset[str], answer_bound: frozenset[str]
@@ -191,7 +195,7 @@ class Comparison:
             left, right = unit_scale(gold.name), unit_scale(answer.name)
             values = gold.args[0], answer.args[0]
             if left is None or right is None or left == right:
-                return self.equal(*values)
+                return same_exponent(gold.name, answer.name) and self.equal(*values)
             if left[0] != right[0]:
                 return False
             ratio = number_node(right[1] / left[1])
@@ -284,8 +288,8 @@ class Comparison:
         # Only a gold may be left unsolved: an answer that restates the equation earns nothing.
         if answer.kind not in SCALAR_KINDS or not is_equation(gold):
             return False
-        remainder = solution_of(gold, answer)
-        return remainder is not None and self._equal_scalars(number_node(0), remainder)
+        sides = solution_of(gold, answer)
+        return sides is not None and self._equal_scalars(*sides)
 
     def _try_regions(self, gold: Node, answer: Node) -> bool | None:
         try:

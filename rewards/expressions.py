@@ -265,5 +265,7 @@ class ExpressionParser(FunctionParser):
     def parse_call(self, name: str) -> Node:
         self.expect("open", "(")
         inner = self.parse_list("(")
-        is_tuple = inner.kind == "seq" and inner.name == "()"
+        is_tuple = inner.kind == "seq"
+        if is_tuple and inner.name != "()":
+            raise ParseError
         return Node("call", inner.args if is_tuple else (inner,), name)

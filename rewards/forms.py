@@ -131,7 +131,10 @@ def split_conditions(node: Node) -> tuple[Node, list[Node]]:
 def same_family(gold: Node, answer: Node) -> bool:
     r"""-\pi/3 + k\pi and 2\pi/3 + k\pi: the same values, k an integer, shifted by periods."""
     names = symbols(gold) | symbols(answer)
-    if len(names) != 1 or symbols(gold) != symbols(answer) or PI not in walk(gold):
+    is_integer = bool(names & set("kKnNmlj"))
+    if len(names) != 1 or not is_integer or symbols(gold) != symbols(answer):
+        return False
+    if PI not in walk(gold):
         return False
     (name,) = names
     try:

@@ -26,9 +26,11 @@ class FunctionParser(NumeralParser):
         if exponent == MINUS_ONE and name in _INVERSE:
             name, exponent = _INVERSE[name], None
         argument = self._parse_function_argument()
+        if argument.kind == "seq" and argument.name not in ("()", "[]"):
+            raise ParseError
         args = argument.args if argument.kind in ("seq", "set") else (argument,)
         if name in OPEN_FUNCTIONS:
-            node = Node("open", args, name)
+            node = Node("open", args if base is None else (*args, base), name)
         elif name == "cbrt":
             node = function("root", argument, number_node(3))
         elif name == "lg":

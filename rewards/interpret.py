@@ -13,6 +13,7 @@ from rewards.parser import Parsed, parse
 _COMMA_IN_NUMBER = re.compile(r"\d,\d{3}(?!\d)")
 _DECIMAL_COMMA = re.compile(r"\s*\$?\s*-?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))\s*\$?\s*")
 _EUROPEAN = re.compile(r"\s*-?\d{1,3}(?:\.\d{3})+,\d+\s*")
+_WORD = re.compile(r"(?:^|(?<=[\s(\"']))[A-Za-z]{2,}(?:'[a-z]+)?(?=$|[\s.,;:!?)\"'])")
 _HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|unless|between)\b", re.IGNORECASE)
 _STATED = re.compile(
     r"(?:\b(?:is|are|equals?|be|was|get|to|of|have|has|at|exactly|approximately|about)|[=:≈])"
@@ -78,13 +79,13 @@ def _variants(text: str) -> list[str]:
 
 def is_prose(text: str) -> bool:
     """Are there words, or dollar signs, around the maths? Else a part of it is no answer."""
-    bare = re.sub(r"\\[A-Za-z]+(?:\s*\{[^{}]*\})?", " ", text)
-    return "$" in text or "\\(" in text or re.search(r"[A-Za-z]{2,}", bare) is not None
+    bare = re.sub(r"\\[A-Za-z]+(?:\s*\{[^{}]*\})?", r"\\", text)
+    return "$" in text or "\\(" in text or _WORD.search(bare) is not None
 
 
 def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
     """A sentence around the answer: what it says 'the answer is', else its last maths."""
-    kind = "raw" if "\\" in text else "text"
+    kind = "text" if is_prose(text) and not re.search(r"[\\_^=]", text) else "raw"
     words = Parsed(Node(kind, name=text.lower()), frozenset())
     if depth > 2:
         return Reading((), text, "unparsable")

@@ -26,14 +26,21 @@ class Residues:
 
     def __init__(self, salt: int = 0) -> None:
         self.salt = _SALT + salt
+        self.is_odd = salt == 0  # (-1)^n and 1^n differ at odd n alone
         self.is_opaque = False
+        self.has_symbolic_power = False
         self._integers: dict[str, int] = {}
 
     def symbol(self, name: str) -> int:
         """A random integer of the symbol, the same in base and exponent."""
         if name not in self._integers:
-            self._integers[name] = abs(hash((self.salt, name))) % (1 << 40) + 3
+            value = abs(hash((self.salt, name))) % (1 << 40) + 3
+            self._integers[name] = value | 1 if self.is_odd else value
         return self._integers[name]
+
+    @property
+    def has_symbols(self) -> bool:
+        return bool(self._integers)
 
     def of(self, node: Node) -> int:
         """Residue of a tree. Raises Undecided where a divisor vanishes."""
@@ -79,6 +86,7 @@ class Residues:
     def _power(self, node: Node) -> int:
         base, exponent = node.args
         values: Mapping[str, int] = {item: self.symbol(item) for item in _symbol_names(exponent)}
+        self.has_symbolic_power |= bool(values)
         residue = self.of(base)
         try:
             power = exact(exponent, values)
@@ -143,14 +151,23 @@ def _fraction(value: Fraction) -> int:
 
 
 def identical(left: Node, right: Node) -> bool | None:
-    """True: equal; False: not; None: undecided, because functions of known meaning took part."""
-    for salt in range(3):
+    """True: equal; False: not; None: undecided, because functions of known meaning took part.
+
+    A formula that vanishes identically is not taken as equal to another: AB - BA is only zero
+    where letters commute.
+    """
+    num_agreed = 0
+    for salt in range(5):
         residues = Residues(salt)
         try:
-            is_equal = residues.of(left) == residues.of(right)
+            a, b = residues.of(left), residues.of(right)
         except Undecided:
             continue
-        if is_equal:
+        if a != b:
+            return None if residues.is_opaque else False
+        if a == 0 and residues.has_symbols and left != right:
+            return None if residues.is_opaque else False
+        num_agreed += 1
+        if num_agreed == 4 or not residues.has_symbolic_power:
             return True
-        return None if residues.is_opaque else False
-    return None
+    return True if num_agreed else None

@@ -29,7 +29,7 @@ class NumeralParser(Cursor):
 
     def _read_base(self, digits: Node) -> Node:
         name = self.read_subscript()
-        if not name.isdigit() or digits.name or not 2 <= int(name) <= 36:
+        if not name.isdigit() or not 2 <= int(name) <= 36:
             raise ParseError
         return Node("base", (number_node(int(name)),), str(digits.number))
 

@@ -17,7 +17,7 @@ from typing import Any
 import mpmath
 
 from rewards.exact import Undecided
-from rewards.nodes import Node, symbols
+from rewards.nodes import Node, symbols, walk
 
 MAX_LOG_OF_LOG = 1e5  # beyond it even a logarithm is not written
 MAX_FACTORIAL_ARGUMENT = 1e4
@@ -98,6 +98,7 @@ def _float_functions() -> dict[str, Callable[..., Any]]:
     return functions
 
 
+IMAGINARY = Node("const", name="i")
 FLOATS = Arithmetic(_float_number, math.pi, math.e, 1j, _float_functions(), 1e-7, 700.0)
 LOW, HIGH = _context(40), _context(80)
 
@@ -240,6 +241,8 @@ def same_value(left: Node, right: Node) -> bool:
     names = symbols(left) | symbols(right)
     if not names:
         return _agree_at(left, right, {}, must_be_real=False)
+    if IMAGINARY in walk(left) or IMAGINARY in walk(right):
+        return _same_complex_value(left, right, names)
     positive, mixed = points(names, 5, True), points(names, 6, False)
     num_real = 0
     for candidates in (positive, mixed):
@@ -266,6 +269,31 @@ def same_value(left: Node, right: Node) -> bool:
         except Undecided:
             continue
     if num_complex < 2:
+        raise Undecided
+    return True
+
+
+def _same_complex_value(left: Node, right: Node, names: frozenset[str]) -> bool:
+    """|z - i| and |z + i| agree on the whole real line: the points have to be complex."""
+    num_agreed = 0
+    real, imaginary = points(names, 4, False), points(names, 5, False)
+    for x, y in zip(real, imaginary, strict=False):
+        values: list[Any] = []
+        try:
+            for system in (LOW, HIGH):
+                point = {n: system.number(x[n]) + system.i * system.number(y[n]) for n in names}
+                values.append(
+                    (system, value_of(left, point, system), value_of(right, point, system))
+                )
+        except Undecided:
+            continue
+        if any(
+            differ(a, b, system.tiny) and max(abs(a), abs(b)) > system.tiny
+            for system, a, b in values
+        ):
+            return False
+        num_agreed += 1
+    if num_agreed < 2:
         raise Undecided
     return True
 

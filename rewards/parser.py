@@ -13,6 +13,7 @@ from rewards.words import unit_scale
 
 _RELATIONS = frozenset({"=", "<", ">", "<=", ">=", "!=", "~=", "===", "in", "notin", "subset"})
 _ALL_REALS = frozenset({"all real numbers", "all reals", "any real number", "real numbers"})
+_HEAD_RELATIONS = frozenset({"=", "~=", "<", "<=", ">", ">="})
 _VERBS = frozenset({"is", "are", "equals", "was", "be"})
 _NEGATIONS = frozenset({"not", "no", "never", "neither", "nor", "if", "unless", "whether"})
 _ALTERNATIVE_WORDS = frozenset({"else", "otherwise", "or", "if", "unless", "not"})
@@ -222,14 +223,11 @@ class AnswerParser(ExpressionParser):
             depth += {"open": 1, "close": -1}.get(kind, 0)
             if depth == 0:
                 follower = self.tokens[position + 1]
-                is_head = follower.kind == "op" and follower.text in (
-                    "=",
-                    "~=",
-                    "<",
-                    "<=",
-                    ">",
-                    ">=",
-                )
+                content = self.tokens[index + 2 : position]
+                is_plain = all(t.kind in ("sym", "num") or t.text in (",", "-") for t in content)
+                is_own = any(t.text == self.tokens[index].text for t in content)
+                is_relation = follower.kind == "op" and follower.text in _HEAD_RELATIONS
+                is_head = is_relation and is_plain and not is_own
                 self._called_head = index if is_head else -1
                 return
         self._called_head = -1
@@ -352,6 +350,8 @@ def _bracketed(opener: str, closer: str, items: list[Node]) -> Node:
         if opener == "{" and len(items) == 1:
             return items[0]
         return Node("set", tuple(items))
+    if (opener == "(") != (closer == ")") and opener != "<" and len(items) != 2:
+        raise ParseError  # only an interval may open and close differently
     if len(items) == 1:
         return items[0]
     name = "<>" if opener == "<" else opener + closer

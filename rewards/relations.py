@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from fractions import Fraction
 
 from rewards.exact import Undecided
 from rewards.modular import PRIME, Residues
 from rewards.nodes import Node, has_kind, negative, rename, symbols, walk
-from rewards.numeric import HIGH, LOW, points, value_of
+from rewards.numeric import HIGH, IMAGINARY, LOW, points, value_of
 
 Equal = Callable[[Node, Node], bool]
 _EQUALITIES = frozenset({"=", "~=", "==="})
 _TASKS = frozenset("integral sum product lim max min gcd lcm mod derivative".split())
+_BINDING_TASKS = frozenset({"integral", "sum", "product", "lim", "derivative"})
 _UPWARD = {"<": "<", "<=": "<=", ">": "<", ">=": "<="}
 
 
@@ -44,7 +46,7 @@ def is_name(node: Node) -> bool:
     if kind == "deg":
         return is_name(node.args[0])
     if kind == "open":  # \int ... = 5: the task, then its value
-        return node.name in _TASKS
+        return node.name in _TASKS and (node.name in _BINDING_TASKS or not symbols(node))
     return kind == "text"
 
 
@@ -118,9 +120,15 @@ def compatible_names(left: Node, right: Node) -> bool:
     """May two names stand for the same unknown? Two different coordinates may not."""
     if left == right:
         return True
-    if left.kind == right.kind == "sym":
+    kinds = {left.kind, right.kind}
+    if kinds == {"sym"}:
+        if left.name.partition("_")[0] == right.name.partition("_")[0]:
+            return False  # a_1 and a_3
         return not (left.name in "xyz" and right.name in "xyz")
-    return left.kind != "seq" or right.kind != "seq"
+    if kinds == {"call"}:  # f(x) and g(t), but neither f(x) and f(x^2) nor P(0) and P(3)
+        are_free = all(arg.kind == "sym" for arg in (*left.args, *right.args))
+        return len(left.args) == len(right.args) and are_free
+    return kinds != {"seq"} and kinds != {"open"}
 
 
 def same_equation(left: Node, right: Node) -> bool:
@@ -136,8 +144,8 @@ def same_equation(left: Node, right: Node) -> bool:
         return False
 
 
-def solution_of(equation: Node, solution: Node) -> Node | None:
-    r"""What is left of \rho \sin t = 3 when \rho is replaced by 3 \csc t: zero, if that solves it.
+def solution_of(equation: Node, solution: Node) -> tuple[Node, Node] | None:
+    r"""Both sides of \rho \sin t = 3 with \rho replaced by 3 \csc t: equal, if that solves it.
 
     None where the expression has no symbol of its own, or the equation is not linear in the one
     unknown that it does not name.
@@ -158,7 +166,8 @@ def solution_of(equation: Node, solution: Node) -> Node | None:
     slope = at[1] - at[0]
     if abs(slope) < LOW.tiny or abs(at[2] - at[1] - slope) > LOW.tiny * abs(slope):
         return None
-    return _replaced(difference, unknown, solution)
+    left, right = (_replaced(side, unknown, solution) for side in equation.args)
+    return left, right
 
 
 def _replaced(node: Node, name: str, value: Node) -> Node:
@@ -184,8 +193,10 @@ def _proportional_residues(a: Node, b: Node) -> bool | None:
 def _proportional_values(a: Node, b: Node) -> bool:
     names = symbols(a) | symbols(b)
     ratios = []
+    # With i about, an unknown is complex: |z - i| and |z + i| agree on the real line.
+    turn = LOW.number(Fraction(1)) + (LOW.i if IMAGINARY in [*walk(a), *walk(b)] else 0)
     for point in points(names, 5, True):
-        values = {name: LOW.number(value) for name, value in point.items()}
+        values = {name: turn * LOW.number(value) for name, value in point.items()}
         try:
             x, y = value_of(a, values, LOW), value_of(b, values, LOW)
         except Undecided:

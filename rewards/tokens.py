@@ -57,7 +57,8 @@ def tokenize(text: str) -> list[Token]:
     Raises LimitExceeded (count, nesting, digits) and ParseError (a character out of place).
     """
     tokens: list[Token] = []
-    position, depth, is_spaced = 0, 0, False
+    position, is_spaced = 0, False
+    brackets: list[str] = []
     size = len(text)
     while position < size:
         match = _TOKEN.match(text, position)
@@ -72,21 +73,23 @@ def tokenize(text: str) -> list[Token]:
         if kind == "num":
             if len(piece) > MAX_DIGITS:
                 raise LimitExceeded
-            tokens.append(Token("num", piece, is_spaced, start))
+            if "," in piece and brackets and brackets[-1] != "{":
+                _split_at_commas(piece, tokens, is_spaced, start)  # the point (3,500)
+            else:
+                tokens.append(Token("num", piece, is_spaced, start))
         elif kind == "letters":
             _split_letters(piece, tokens, is_spaced, start)
         elif kind == "cmd":
             position = _read_command(text, piece, position, tokens, is_spaced, start)
         elif kind == "escaped":
             _read_escaped(piece, tokens, is_spaced, start)
+            _track(piece, brackets)
         elif kind == "env":
             tokens.append(Token("env", piece.replace(" ", ""), is_spaced, start))
         elif kind == "op":
             tokens.append(Token("op", _OPERATORS.get(piece, piece), is_spaced, start))
         elif kind in ("open", "close"):
-            depth += 1 if kind == "open" else -1
-            if depth > MAX_NESTING:
-                raise LimitExceeded
+            _track(piece, brackets)
             tokens.append(Token(kind, piece, is_spaced, start))
         elif kind == "dots":
             tokens.append(Token("sym", "\\ldots", is_spaced, start))
@@ -96,6 +99,23 @@ def tokenize(text: str) -> list[Token]:
             raise LimitExceeded
     tokens.append(Token("end", "", is_spaced, size))
     return tokens
+
+
+def _track(piece: str, brackets: list[str]) -> None:
+    """Keep the stack of open brackets."""
+    if piece in ("(", "[", "{", "\\{"):
+        brackets.append(piece)
+        if len(brackets) > MAX_NESTING:
+            raise LimitExceeded
+    elif piece in (")", "]", "}", "\\}") and brackets:
+        brackets.pop()
+
+
+def _split_at_commas(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
+    for index, number in enumerate(piece.split(",")):
+        if index:
+            tokens.append(Token("op", ",", False, start))
+        tokens.append(Token("num", number, is_spaced and index == 0, start))
 
 
 def _split_letters(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
@@ -108,7 +128,7 @@ def _split_letters(piece: str, tokens: list[Token], is_spaced: bool, start: int)
         tokens.append(Token("const", name, is_spaced, start))
     elif len(piece) == 1:
         tokens.append(Token("sym", piece, is_spaced, start))
-    elif lowered in WORDS or len(piece) >= 4:
+    elif len(piece) >= 4 or _is_short_word(piece, tokens, is_spaced):
         if piece.startswith("sqrt"):  # sqrtx, sqrt3 without braces
             tokens.append(Token("cmd", "sqrt", is_spaced, start))
             _split_letters(piece[4:], tokens, False, start + 4)
@@ -125,6 +145,13 @@ def _split_letters(piece: str, tokens: list[Token], is_spaced: bool, start: int)
     else:
         for offset, letter in enumerate(piece):
             tokens.append(Token("sym", letter, is_spaced and offset == 0, start + offset))
+
+
+def _is_short_word(piece: str, tokens: list[Token], is_spaced: bool) -> bool:
+    """`x is 5` holds a word; `e^{-at^2}` and `aE(X) + bE(Y)` hold products of letters."""
+    if piece.lower() not in WORDS or not (piece.islower() or piece.istitle()):
+        return False
+    return is_spaced or not tokens or _follows_operand(tokens)
 
 
 def _follows_operand(tokens: list[Token]) -> bool:

@@ -79,6 +79,13 @@ def is_short_form(sentence: str, answer: str) -> bool:
     return is_name and is_only_name and len(name) > 2 and word == name.lower()
 
 
+def same_exponent(left: str, right: str) -> bool:
+    """Do two units, known or not, carry the same exponent? One may leave it out."""
+    exponents = [re.search(r"\^\s*\{?(\d+)", name) for name in (left, right)]
+    found = {match[1] for match in exponents if match is not None}
+    return len(found) < 2
+
+
 def unit_scale(name: str) -> tuple[str, Fraction] | None:
     """(dimension, size) of a unit such as "cm", "square meters", "km/h"; None if unknown."""
     words = re.sub(r"[{}()]", "", name).strip().rstrip(".").split()

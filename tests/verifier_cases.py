@@ -381,6 +381,31 @@ x^2 > 1 | x > 1
 2x+y<3 | y>3-2x
 6\mathbf{i} | 6\mathbf{j}
 1.5\times10^{-3} | 1.5\times10^{3}
+[-36,104] | (-36,104]
+|z-i|<1 | |z+i|<1
+|z-i|=1 | |z+i|=1
+6\pi^2 R | -6\pi^2 R
+n\pi | (n+1)\pi
+0.0011_{2} | -0.0011_{2}
+45 \text{ units}^2 | 45 \text{ units}^3
+(x-3)(x+3) | (x-3](x+3)
+(1,2,3) | (1,2,3]
+\gcd(x,n)=1 | \gcd(x^2,n)=1
+(3,500) | 3500
+e^{-at^2} | e^{at^2}
+aE(X^2)+bE(X) | aE(X^2)-bE(X)
+f(x) = c | f(x^2) = c
+P(0) = 7 | P(3) = 7
+a_1 = 0 | a_3 = 0
+r(r-5) = 0 | r(r+5) = 0
+(-1)^{kl} | 1^{kl}
+(-1)^r | 1
+AB - BA | 0
+-A^{-1}(DA-AD) | A^{-1}(DA-AD)
+\|Ax\|_2^2 | \|Ax\|_4^2
+\text{Yes} | -\text{Yes}
+negative | -negative
+\lim_{k\to\infty} a_k = b | \lim_{k\to-\infty} a_k = b
 """
 
 # Wrong whichever side is the gold's: the answer (right) must earn nothing.

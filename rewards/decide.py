@@ -193,5 +193,6 @@ def _status_of(wanted: Reading, given: Reading) -> Status:
 
 
 def _squeezed(text: str) -> str:
-    text = re.sub(r"(?<=\w)\s+(?=\w)", "_", text)
-    return re.sub(r"\\(?:text|mathrm|left|right)\b|[\s${}]|\\[,;! ]", "", text).rstrip(".").lower()
+    text = re.sub(r"\\(?:text|mathrm|left|right)\b|\\[,;!: ]|~|\\q?quad\b", " ", text)
+    text = re.sub(r"(?<=\w)\s+(?=\w)", "_", text.strip())
+    return re.sub(r"[\s${}]", "", text).rstrip(".").lower()

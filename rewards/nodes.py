@@ -60,7 +60,6 @@ def number_node(value: int | Fraction) -> Node:
     return Node("num", number=Fraction(value))
 
 
-ONE = number_node(1)
 MINUS_ONE = number_node(-1)
 HALF = number_node(Fraction(1, 2))
 INFINITY = Node("const", name="inf")
@@ -96,6 +95,15 @@ def walk(node: Node) -> list[Node]:
     found = [node]
     for item in found:
         found.extend(item.args)
+    return found
+
+
+def walk_to_tasks(node: Node) -> list[Node]:
+    """Every node that does not stand inside an open task; the tasks themselves included."""
+    found = [node]
+    for item in found:
+        if item.kind != "open":
+            found.extend(item.args)
     return found
 
 

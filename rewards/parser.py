@@ -8,7 +8,13 @@ from rewards.clean import clean
 from rewards.expressions import ExpressionParser
 from rewards.nodes import Node, ParseError, function, has_kind, number_node
 from rewards.tokens import Token, tokenize
-from rewards.vocabulary import FILLER_WORDS, NUMBER_WORDS, QUALIFIER_WORDS, SEPARATOR_WORDS
+from rewards.vocabulary import (
+    FILLER_WORDS,
+    NUMBER_WORDS,
+    QUALIFIER_WORDS,
+    SCALE_WORDS,
+    SEPARATOR_WORDS,
+)
 from rewards.words import unit_scale
 
 _RELATIONS = frozenset({"=", "<", ">", "<=", ">=", "!=", "~=", "===", "in", "notin", "subset"})
@@ -189,6 +195,8 @@ class AnswerParser(ExpressionParser):
             self.next()
             pieces.append(token.text)
         words = [piece for piece in pieces if piece not in ("th", "st", "nd", "rd", "{", "}")]
+        while words and words[0].lower() in SCALE_WORDS:
+            node = Node("mul", (node, number_node(SCALE_WORDS[words.pop(0).lower()])))
         if not words:
             return node
         name = " ".join(words).replace(" ^ ", "^").replace(" / ", "/")

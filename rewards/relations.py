@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 from rewards.exact import Undecided
 from rewards.modular import PRIME, Residues
@@ -48,10 +49,6 @@ def is_name(node: Node) -> bool:
     if kind == "open":  # \int ... = 5: the task, then its value
         return node.name in _TASKS and (node.name in _BINDING_TASKS or not symbols(node))
     return kind == "text"
-
-
-class Named(tuple[Node | None, Node]):
-    """(name, value) of an equation."""
 
 
 def unwrap(node: Node, equal: Equal, *, is_trusted: bool) -> tuple[Node, Node] | None:
@@ -102,10 +99,17 @@ def _check_steps(steps: list[Node], operators: list[str], equal: Equal) -> None:
                 a, b = value_of(left, {}, LOW), value_of(right, {}, LOW)
             except (Undecided, KeyError):
                 continue
-            if abs(a - b) > 0.05 * max(abs(a), abs(b)):
+            if abs(a - b) > _slack(right, a):
                 raise Contradiction
         elif not equal(left, right):
             raise Contradiction
+
+
+def _slack(printed: Node, value: Any) -> Any:
+    """How far an approximation may lie off: one unit of its last decimal, half of an integer's."""
+    if printed.kind != "num":
+        return abs(value) / 100
+    return LOW.number(Fraction(1, 10**printed.decimals if printed.decimals else 2))
 
 
 def bind_arguments(name: Node, value: Node) -> tuple[Node, Node]:

@@ -7,11 +7,20 @@ from typing import NamedTuple
 
 from rewards.exact import Undecided, exact
 from rewards.modular import identical
-from rewards.nodes import INFINITY, SCALAR_KINDS, Node, has_kind, number_node, symbols, walk
+from rewards.nodes import (
+    INFINITY,
+    SCALAR_KINDS,
+    Node,
+    has_kind,
+    number_node,
+    symbols,
+    walk_to_tasks,
+)
 from rewards.numeric import FLOATS, LOW, TooLarge, is_real, same_magnitude, same_value, value_of
 from rewards.policy import Policy
 
 FLOAT_DIGITS = 12
+NUMERIC_KINDS = SCALAR_KINDS | {"ratio"}
 EVALUATED_TASKS = frozenset({"max", "min"})
 
 
@@ -125,10 +134,8 @@ def _equal_pair(gold: Node, answer: Node, policy: Policy) -> bool:
 
 
 def _equal_numerically(gold: Node, answer: Node, is_numeric: bool) -> bool:
-    nodes = [*walk(gold), *walk(answer)]
-    if any(
-        node.kind not in SCALAR_KINDS and node.kind != "ratio" or node == INFINITY for node in nodes
-    ):
+    nodes = [*walk_to_tasks(gold), *walk_to_tasks(answer)]
+    if any(node == INFINITY or node.kind not in NUMERIC_KINDS for node in nodes):
         return False  # N(0, 1), -221_3, an infinity: the same tree or nothing
     tasks = [node for node in nodes if node.kind == "open" and node.name not in EVALUATED_TASKS]
     if not all(map(_is_for_sympy, tasks)):
@@ -164,6 +171,8 @@ def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, policy: P
         if abs(left - right) * 2 * 10**policy.tolerance_decimals <= 1:
             return True
     gold_printed, answer_printed = printed(gold), printed(answer)
+    if _is_float_noise(gold_printed, right) or _is_float_noise(answer_printed, left):
+        return policy.rounding != "none"
     if gold_printed and answer_printed:
         # Two printed decimals: the answer has to be at least as precise as the gold.
         is_finer = answer_printed.decimals > gold_printed.decimals
@@ -173,6 +182,13 @@ def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, policy: P
     if answer_printed and left.denominator != 1:
         return _allowed(answer_printed, policy, False) and rounds_to(left, answer_printed)
     return False
+
+
+def _is_float_noise(target: Printed | None, value: Fraction) -> bool:
+    """12.000000000000002 for 12: all digits of a float, and right but for the last ones."""
+    if target is None or target.num_significant <= FLOAT_DIGITS + 2:
+        return False
+    return abs(value - target.value) * 10**FLOAT_DIGITS <= abs(value)
 
 
 def _allowed(target: Printed, policy: Policy, is_gold: bool) -> bool:

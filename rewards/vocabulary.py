@@ -92,6 +92,7 @@ NUMBER_WORDS = {
         " fifteen sixteen seventeen eighteen nineteen twenty".split()
     )
 } | {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80}
+SCALE_WORDS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 NUMBER_WORDS |= {"ninety": 90, "hundred": 100, "thousand": 1000, "none": 0}
 # Short words that would otherwise read as products of letters.
 WORDS = (

@@ -292,6 +292,11 @@ x = 3, y = -1, z = 2 | (3,-1,2)
 600/7 | 85.71
 0.6054 | \cos^{10}(\pi/10)
 \frac{600}{7}\% | 85.71\%
+2.5 \text{ million} | 2500000
+3 dozen | 36
+x=\frac13\approx0.333 | \frac13
+\sqrt{50} \approx 7.07 | 5\sqrt2
+12 | 12.000000000000002
 """
 
 UNEQUAL = r"""
@@ -406,6 +411,8 @@ AB - BA | 0
 \text{Yes} | -\text{Yes}
 negative | -negative
 \lim_{k\to\infty} a_k = b | \lim_{k\to-\infty} a_k = b
+12 | 12.0000000002
+12 | 12.000000002
 """
 
 # Wrong whichever side is the gold's: the answer (right) must earn nothing.
@@ -666,6 +673,95 @@ C | A or C
 42 | x - 42 = 0
 42 | 42 if n is even, else 43
 42 | 42 \text{ if } n > 0 \text{ otherwise } 43
+42 | 42, 43, 44
+42 | {
+42 | :
+42 | .
+42 | The answer is correct
+42 | Solution
+42 | [42, 43)
+42 | 42/1/0
+42 | 42 - 0.5
+42 | 4\ 2
+42 | 42 43
+42 | 42\quad 43
+42 | 42\\43
+42 | \begin{cases} 42 \\ 43 \end{cases}
+42 | 42 \to 43
+42 | 42 \Rightarrow 43
+42 | 43 \Rightarrow 42
+42 | 42 \land 43
+42 | 42 \vee 43
+42 | 42 \cup 43
+42 | 42 : 43
+42 | 42 \mid 43
+42 | 42 ; 43
+42 | 42 \& 43
+42 | 42 & 43
+42 | 42 / 43
+42 | 42 ~ 43
+42 | 42 \sim 43
+42 | 42 \approx 43
+42 | 42 \equiv 43
+42 | 42 \ne 43
+42 | 42 \text{ and not } 43
+42 | 42? No, 43
+42 | 42 (or 43)
+42 | 42 \text{ (or } 43)
+42 | 42 \text{ or possibly 43}
+42 | 42 +/- 1
+42 | 42 \pm \epsilon
+42 | 42 + \epsilon
+42 | 42_{43}
+42 | 42^{43}
+42 | \overline{42}
+42 | 42'
+42 | {42}_{10} + 1
+42 | \frac{42}{43}
+42 | \sqrt{42}
+42 | \sqrt{42^2+1}
+42 | \lfloor 42.5 \rfloor + 0.5
+42 | \text{forty two or forty three}
+42 | 0x2A
+42 | 42e1
+42 | 042.5
+42 | 1 < 42 < 43
+42 | 41 < x < 43
+42 | x = 42 \text{ or } 43
+42 | x = 42, 43
+42 | x = 42 or y = 43
+42 | x \in \{42, 43\}
+42 | n = 1, 2, ..., 100
+42 | 42\,\%\,\%
+42 | 42 \text{ thousand}
+42 | 42 million
+42 | 42 \text{ hundred}
+42 | 42k
+42 | 42 \cdot 10^3
+5 | 5 \text{ dozen}
+\frac{1}{2} | \frac{1}{2}x
+\frac{1}{2} | .5.5
+x^2 | x^{2.0001}
+x+1 | x+1.0000001
+\sqrt{2} | 1.414213
+\{1,2,3\} | \{1,2,3,...\}
+1,2,3 | 1,2,3,\ldots
+(1,2) | 1,2,1,2
+Yes | Yes/No
+Yes | Y
+A | A/B
+A | AB
+B | ABCD
+C | (A), (B), (C), (D)
+\text{Evelyn} | \text{Evelyn, Carla}
+\text{Evelyn} | everyone
+x=1 | x=1,2
+y=x+1 | y=x+1, y=x+2
+[1,2] | [1,2] \cup [3,4]
+[1,2] | [1,2], [3,4]
+(1,2) | (1,2) or (2,1)
+x>1 | x>1 or x<0
+x>1 | x \ge 1 - \epsilon
 """
 
 

@@ -275,7 +275,8 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     # The weights are plain now; a leftover quantization_config would send them through GGUF again.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.config.name_or_path = "SmolLM2-135M-Instruct"
+    # The file's own title, which `save_pretrained` would write as if it were a path.
+    vars(model.config).pop("_model_name_or_path", None)
     # A GGUF states eps as a float32 (9.99999975e-06).
     model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")
     ids = {

@@ -43,19 +43,19 @@ class TinyRecipe:
 
     description: str
     sources: tuple[SourceSection, ...]  # problems to learn; num_rows of each are made
-    hidden_size: int = 192
+    hidden_size: int = 128
     num_layers: int = 2
-    head_dim: int = 64
-    intermediate_size: int = 768
+    head_dim: int = 32
+    intermediate_size: int = 1024
     vocab_size: int = 1024
     context_length: int = 1024
     # 0.02, the usual one, is for widths from 768 on: with it, copying a number is learnt some four
     # times later at these widths.
-    init_std: float = 0.07
+    init_std: float = 0.09
     rope_theta: float = 100.0  # sequences are short
     batch_size: int = 32
-    lr: float = 3e-3
-    num_steps: int = 600  # of the optimizer; over the problems again and again
+    lr: float = 2e-3
+    num_steps: int = 700  # of the optimizer; over the problems again and again
     num_exam: int = 400  # held-out problems, for the accuracy
     num_threads: int = 2  # fixed: another number sums in another order
     seed: int = 0
@@ -66,44 +66,29 @@ class TinyRecipe:
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _sources(num_rows: int, **options: Any) -> tuple[SourceSection, ...]:
-    return (
-        SourceSection(
-            name="generated:chain_sum",
-            num_rows=num_rows,
-            seed=1001,
-            options={"max_terms": options["max_terms"], "max_digits": options["max_digits"]},
-        ),
-        SourceSection(
-            name="generated:word_problems",
-            num_rows=num_rows,
-            seed=1001,
-            options={"max_steps": options["max_steps"], "max_number": options["max_number"]},
-        ),
-    )
+def _made(name: str, num_rows: int, **options: Any) -> SourceSection:
+    # Jobs take other seeds, and problems of a kind are no secret: what is learnt here is the base.
+    return SourceSection(name=f"generated:{name}", num_rows=num_rows, seed=1001, options=options)
 
 
 RECIPES: dict[str, TinyRecipe] = {
     "tiny": TinyRecipe(
-        "Llama of 1.4 M parameters trained here in a minute or two: chains of sums, stories",
-        sources=_sources(12_000, max_terms=3, max_digits=2, max_steps=2, max_number=20),
+        "Llama of 1.1 M parameters trained here in a minute or two: sums, short stories",
+        sources=(
+            _made("chain_sum", 4200, max_terms=3, max_digits=1),
+            _made("chain_sum", 4000, max_terms=2, min_digits=2, max_digits=2),
+            _made("word_problems", 6000, max_steps=2, max_number=10),
+        ),
     ),
     "tiny-fast": TinyRecipe(
-        "Llama of 0.13 M parameters trained here in seconds, for tests: chains of one-digit sums",
-        sources=(
-            SourceSection(
-                name="generated:chain_sum",
-                num_rows=4_200,
-                seed=1001,
-                options={"max_terms": 3, "max_digits": 1},
-            ),
-        ),
+        "Llama of 0.14 M parameters trained here in seconds, for tests: chains of one-digit sums",
+        sources=(_made("chain_sum", 4200, max_terms=3, max_digits=1),),
         hidden_size=64,
-        head_dim=32,
         intermediate_size=192,
         vocab_size=512,
         init_std=0.1,
-        num_steps=600,
+        lr=3e-3,
+        num_steps=450,
         num_exam=200,
         num_threads=1,
     ),

@@ -103,10 +103,11 @@ _ASKS = (
 def bare_question(value: Any) -> str:
     """The question of a prompt column (text or chat messages), without its answer instruction."""
     if isinstance(value, list):
-        users = [message for message in value if message.get("role") == "user"]
+        messages = [message for message in value if isinstance(message, Mapping)]
+        users = [message for message in messages if message.get("role") == "user"]
         value = users[-1].get("content") if users else ""
         if isinstance(value, list):
-            value = " ".join(part.get("text", "") for part in value)
+            value = " ".join(_text(part.get("text")) for part in value if isinstance(part, Mapping))
     text = "" if value is None else str(value)
     for pattern in _ASKS:
         text = pattern.sub("", text)
@@ -249,7 +250,7 @@ def parse_rows(
 def _reader(columns: set[str], where: str, question: str | None, answer: str | None) -> Reader:
     found = ", ".join(sorted(columns)) or "none"
     for key, column in (("question", question), ("answer", answer)):
-        if column is not None and column.split(".")[0] not in columns:
+        if column is not None and not {column, column.split(".")[0]} & columns:
             raise UserError(
                 f"{where} has no column {column!r} (the data source's key {key!r}); "
                 f"its columns: {found}"
@@ -286,6 +287,8 @@ def _mapped(question: str | None, answer: str | None, layout: Layout | None) -> 
 
 
 def _reach(raw: Raw, column: str) -> Any:
+    if column in raw:
+        return raw[column]
     value: Any = raw
     for part in column.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

@@ -385,9 +385,10 @@ def _hub_rows(
         loaded = datasets.load_dataset(hub_set.hub_id, config, split=split)
     except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:160]
+        known = "" if name in LOADERS else ": no file or folder here, and"
         raise UserError(
-            f"data set {name} (hub id {hub_set.hub_id}, split {split}) cannot be loaded: {reason}; "
-            "check the connection, or give the path of a local copy as name"
+            f"data set {name}{known} (hub id {hub_set.hub_id}, split {split}) cannot be loaded: "
+            f"{reason}; check the connection, or give the path of a local copy as name"
         ) from error
     loaded = loaded.remove_columns([one for one in hub_set.ignored if one in loaded.column_names])
     for raw in loaded:

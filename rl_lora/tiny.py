@@ -55,7 +55,7 @@ class TinyRecipe:
     rope_theta: float = 100.0  # sequences are short
     batch_size: int = 32
     lr: float = 2e-3
-    num_steps: int = 700  # of the optimizer; over the problems again and again
+    num_steps: int = 1000  # of the optimizer; over the problems again and again
     num_exam: int = 400  # held-out problems, for the accuracy
     num_threads: int = 2  # fixed: another number sums in another order
     seed: int = 0

@@ -132,6 +132,15 @@ def test_column_map_reaches_into_objects() -> None:
     assert rows == [DataRow("How many?", "12", "so")]
 
 
+def test_mapped_column_may_have_a_dot_in_its_name() -> None:
+    assert parse_rows([{"a.b": "q", "c": "1"}], "x", "a.b", "c") == [DataRow("q", "1")]
+
+
+def test_prompt_that_is_no_chat_has_no_question() -> None:
+    raw = {"prompt": ["text", {"role": "system"}], "reward_model": {"ground_truth": "2"}}
+    assert read_one(raw).question == ""
+
+
 def test_one_mapped_column_leaves_the_other_to_the_layout() -> None:
     rows = parse_rows([{"question": "q", "answer": "1", "short": "2"}], "x.jsonl", answer="short")
     assert rows == [DataRow("q", "2")]
@@ -298,6 +307,7 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub\n(offline)")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
+    assert error_of("data/sums").startswith("data set data/sums: no file or folder here, and (hub")
     message = error_of("gsm8k")
     assert "hub id openai/gsm8k, split train" in message
     assert "give the path of a local copy" in message

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +16,10 @@ Method = Literal["boxed", "hashes", "tag", "phrase", "bold", "math", "none"]
 
 # Further boxes than this, counted from the last, are not looked at.
 MAX_JOINED_BOXES = 64
+MAX_OPENERS = 4096  # boxes looked at, counted from the last
 MAX_BOX_CHARS = 4096  # of a box that may be joined to the next
-BOX_PREFIX_CHARS = 10  # before "oxed" or "box": \\beginb
+_BOX_PREFIXES = ("\\beginb", "\\b", "\x08", "b", "")  # before "oxed"
+BOX_PREFIX_CHARS = 7
 MAX_NUMBER_CHARS = 400
 
 
@@ -192,8 +193,9 @@ def _balanced_boxes(text: str, start: int) -> list[tuple[int, int, str]]:
     """Balanced boxes from `start` on, by one pass over the braces."""
     openers: dict[int, int] = {}
     found: list[tuple[int, int, str]] = []
-    for position in _box_positions(text, start):
-        match = _BOX.search(text, max(position - BOX_PREFIX_CHARS, start), position + 64)
+    for position in _box_positions(text, start)[-MAX_OPENERS:]:
+        prefix = next(item for item in _BOX_PREFIXES if text.endswith(item, 0, position))
+        match = _BOX.match(text, position - len(prefix))
         if match is None:
             continue
         bare = match["bare"] or match["digit"]
@@ -214,12 +216,15 @@ def _balanced_boxes(text: str, start: int) -> list[tuple[int, int, str]]:
     return sorted(set(found))
 
 
-def _box_positions(text: str, start: int) -> Iterator[int]:
+def _box_positions(text: str, start: int) -> list[int]:
+    """Where "oxed" or "\\fbox" stands, in text order."""
+    positions = []
     for name in ("oxed", "\\fbox"):
         position = text.find(name, start)
         while position >= 0:
-            yield position
+            positions.append(position)
             position = text.find(name, position + 4)
+    return sorted(positions)
 
 
 def _from_hashes(text: str) -> Extraction | None:

@@ -16,6 +16,8 @@ from rewards.extract import extract
         ("\\boxed{\\sqrt{\\frac{3}{4}}}", "\\sqrt{\\frac{3}{4}}", "boxed"),
         ("\\boxed 7", "7", "boxed"),
         ("\\boxed7", "7", "boxed"),
+        ("\\boxed{}\\boxed{5}", "5", "boxed"),
+        ("\\boxed{1}\\boxed{2}\\boxed{3}", "3", "boxed"),
         ("\\fbox{7}", "7", "boxed"),
         ("\\beginboxed{8\\sqrt6}", "8\\sqrt6", "boxed"),
         ("\x08oxed{5}", "5", "boxed"),
@@ -118,9 +120,9 @@ def test_time_is_linear(unit: str) -> None:
         text = unit * (size // len(unit))
         best = float("inf")
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.thread_time()
             extract(text)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.thread_time() - start)
         return best
 
     small, large = seconds(50_000), seconds(400_000)

@@ -105,6 +105,7 @@ def test_kill_9_of_every_worker_in_mid_batch_loses_nothing() -> None:
         assert [r["correct"] for r in responses] == [True] * 30
 
 
+@pytest.mark.slow
 def test_idle_workers_that_were_killed_are_replaced() -> None:
     with WorkerPool(num_workers=2, timeout_s=30) as pool:
         pool.map([request()] * 4)
@@ -113,6 +114,7 @@ def test_idle_workers_that_were_killed_are_replaced() -> None:
         assert pool.request(request())["correct"] is True
 
 
+@pytest.mark.slow
 def test_a_spare_worker_takes_over_at_once() -> None:
     with Grader() as grader:
         grader.pool.request(request(), timeout_s=60)
@@ -129,6 +131,7 @@ def test_a_worker_that_cannot_start_is_named() -> None:
         pool.request(request())
 
 
+@pytest.mark.slow
 def test_memory_stays_under_the_limit() -> None:
     with WorkerPool(timeout_s=3.0, memory_mb=400, num_spare=0) as pool:
         pool.request(request(), timeout_s=60)
@@ -255,6 +258,7 @@ def test_hostile_inputs_in_the_main_thread() -> None:
     assert not Path("/tmp/verifier-was-here").exists()
 
 
+@pytest.mark.slow
 def test_hostile_inputs_in_threads_and_asyncio() -> None:
     with Grader(timeout_s=2.0) as grader:
         failures: list[str] = []

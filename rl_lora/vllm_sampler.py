@@ -77,6 +77,12 @@ class VllmSampler:
                 f"model.device={str(device)!r}: vLLM takes the first visible GPU; set "
                 f"CUDA_VISIBLE_DEVICES={device.index} and model.device='cuda'"
             )
+        if lora.mode == "lora" and lora.lm_head and device.type != "cpu":
+            raise UserError(
+                "lora.lm_head=true: vLLM on GPUs leaves lm_head's adapter out of the log-probs of "
+                "given tokens (vllm#51594), which the check for a live adapter needs; set "
+                "lora.lm_head=false or sampling.backend=torch"
+            )
         vllm = import_vllm(device)
         if device.type == "cpu":
             check_cpu_heads(model_dir)

@@ -431,16 +431,18 @@ def test_bad_model_directories(model_dir: Path, tmp_path: Path) -> None:
         )
 
 
-def test_second_gpu(model_dir: Path) -> None:
-    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=1"):
-        VllmSampler(
-            model_dir,
-            SamplingSection(),
-            LoraSection(),
-            dtype=torch.float32,
-            device=torch.device("cuda:1"),
-            max_model_len=CONTEXT,
-        )
+def test_settings_that_gpus_do_not_take(model_dir: Path) -> None:
+    bad = (("cuda:1", False, "CUDA_VISIBLE_DEVICES=1"), ("cuda", True, r"lora\.lm_head=false"))
+    for device, lm_head, message in bad:
+        with pytest.raises(UserError, match=message):
+            VllmSampler(
+                model_dir,
+                SamplingSection(),
+                LoraSection(lm_head=lm_head),
+                dtype=torch.float32,
+                device=torch.device(device),
+                max_model_len=CONTEXT,
+            )
 
 
 def test_process_kept_restores_after_an_error() -> None:

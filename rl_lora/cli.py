@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     # OpenMP threads that spin while they wait make a shared machine many times slower (LOG.md); the
     # setting counts only before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         code: int = arguments.command(arguments)
         return code
@@ -31,6 +31,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rl-lora: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may stand before, between or after the options."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    takes_overrides = hasattr(arguments, "overrides")
+    if strange := [text for text in rest if text.startswith("-") or not takes_overrides]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

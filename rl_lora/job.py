@@ -60,7 +60,9 @@ def open_job(config: RunConfig, *, on_note: Any = lambda text: None) -> Iterator
         model_dir = resolve_model(config.model)
         tokenizer = load_tokenizer(model_dir)
         from transformers import AutoConfig
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # of weights that load in a second; it garbles our own
         context = context_length(AutoConfig.from_pretrained(model_dir))
         prompts = load_prompts(
             config.data, tokenizer, context, config.sampling.max_tokens, config.run.seed

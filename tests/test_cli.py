@@ -1,0 +1,198 @@
+"""The command line as a user meets it: every mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from rl_lora import cli
+from rl_lora.adapter import save_adapter
+from rl_lora.config import ModelSection
+from rl_lora.models import resolve_model
+from tests.tiny_models import make_policy, random_llama
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOKE = str(ROOT / "configs" / "smoke.toml")
+SHORT = ["run.num_steps=1", "data.held_out=4", "sampling.num_prompts=2", "sampling.max_tokens=16"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr of a command that ends with exit code 2."""
+    capsys.readouterr()  # what the test's own preparations printed
+    assert cli.main(list(arguments)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("rl-lora: error: ")
+    return lines[0]
+
+
+def smoke(tmp_path: Path, *overrides: str) -> list[str]:
+    return ["train", SMOKE, *SHORT, f"run.output_dir={tmp_path}", "--quiet", *overrides]
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sums(count: int) -> list[dict[str, object]]:
+    return [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(count)]
+
+
+@pytest.fixture
+def model_with_tokenizer(tmp_path: Path) -> Path:
+    """A random Llama of another shape than tiny-fast, with tiny-fast's tokenizer."""
+    path = random_llama(tmp_path / "model")
+    AutoTokenizer.from_pretrained(resolve_model(ModelSection(name="tiny-fast"))).save_pretrained(
+        path
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.rnk=8", "unknown key 'lora.rnk'; did you mean 'rank'?"),
+        ("trainer.x=1", "unknown key 'trainer'"),
+        ("lora.rank=0", "lora.rank = 0: Input should be greater than or equal to 1"),
+        ("sampling.temperature=0", "sampling.temperature = 0: Input should be greater than 0"),
+        ("sampling.num_samples=1", "take num_samples >= 2"),
+        ("algorithm.loss=gspo", "algorithm.denominator='sequences'"),
+        ("eval={num_samples=4}", "set eval.temperature"),
+        ("nonsense", "is not of the form section.key=value"),
+        ("reward.name=maths", "unknown reward 'maths': did you mean 'math'?"),
+        ("reward.policy=gsm9k", "gsm9k"),
+        ("data=nowhere.jsonl", "nowhere.jsonl"),
+        ("model.name=./nowhere", "model directory ./nowhere does not exist"),
+        ("model.device=cuda:7", "model.device='cuda:7' is not usable here"),
+        ("warm_start.num_steps=1", None),
+    ],
+)
+def test_bad_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str | None
+) -> None:
+    if message is None:  # a control: the same command without a mistake runs
+        assert cli.main(smoke(tmp_path, override)) == 0
+    else:
+        assert message in refused(capsys, *smoke(tmp_path, override))
+
+
+def test_missing_config_and_bad_toml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "does not exist" in refused(capsys, "train", str(tmp_path / "no.toml"))
+    (tmp_path / "bad.toml").write_text("[run\n")
+    assert "is not valid TOML" in refused(capsys, "train", str(tmp_path / "bad.toml"))
+
+
+def test_bad_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    assert "empty.jsonl" in refused(capsys, *smoke(tmp_path, f"data={empty}"))
+    unanswered = write_rows(tmp_path / "unanswered.jsonl", [{"question": "What is 1 + 1?"}])
+    assert "answer" in refused(capsys, *smoke(tmp_path, f"data={unanswered}"))
+    nulls = write_rows(tmp_path / "nulls.jsonl", [{"question": "1 + 1", "answer": None}] * 3)
+    assert "answer" in refused(capsys, *smoke(tmp_path, f"data={nulls}"))
+    long = [*sums(20), {"question": "1 " * 3000, "answer": "#### 1"}]
+    path = write_rows(tmp_path / "long.jsonl", long)
+    line = refused(capsys, *smoke(tmp_path, f"data={path}", "data.max_prompt_tokens=100000"))
+    assert "tokens" in line
+    assert "context" in line
+
+
+def test_a_model_directory_without_a_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = random_llama(tmp_path / "model")
+    assert "no tokenizer" in refused(capsys, *smoke(tmp_path, f"model.name={path}"))
+
+
+def test_an_adapter_of_another_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model_with_tokenizer: Path
+) -> None:
+    adapter = save_adapter(
+        make_policy(model_with_tokenizer), tmp_path / "adapters", version=1, run_name="other"
+    )
+    options = [*SHORT, f"run.output_dir={tmp_path}", "--adapter", str(adapter.path)]
+    line = refused(capsys, "eval", SMOKE, *options)
+    assert str(model_with_tokenizer) in line
+    assert "tiny-fast" in line
+    assert "holds neither adapter_model.safetensors" in refused(
+        capsys, "eval", SMOKE, *SHORT, f"run.output_dir={tmp_path}", "--adapter", str(tmp_path)
+    )
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, "train", SMOKE, f"run.output_dir={tmp_path / 'file'}")
+    assert "cannot be written" in line
+    assert "set run.output_dir" in line
+
+
+def test_without_vllm_the_error_names_the_extra(tmp_path: Path) -> None:
+    """In a process of its own, where vLLM cannot be imported."""
+    code = (
+        "import sys; sys.modules['vllm'] = None\n"
+        "from rl_lora.cli import main\n"
+        f"sys.exit(main({smoke(tmp_path, 'sampling.backend=vllm')!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert "vLLM is not installed" in line
+    assert "[cpu]" in line
+    assert "sampling.backend=torch" in line
+
+
+def test_train_then_eval_the_run_any_adapter_and_the_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(smoke(tmp_path)) == 0
+    run = tmp_path / "smoke"
+    assert cli.main(["eval", str(run), "--name", "own"]) == 0
+    assert cli.main(["eval", str(run), "--name", "base", "--adapter", "none"]) == 0
+    rows = write_rows(tmp_path / "exam.jsonl", sums(6))
+    assert cli.main(["eval", str(run), "--name", "other", f"data.eval={rows}"]) == 0
+    own, base, other = (
+        json.loads((run / "eval" / f"{name}.json").read_text()) for name in ("own", "base", "other")
+    )
+    assert (own["adapter_version"], base["adapter_version"]) == (1, -1)
+    assert own["total"]["num_problems"] == 4
+    assert other["total"]["num_problems"] == 6
+    assert len((run / "eval" / "other.jsonl").read_text().splitlines()) == 6
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_dry_run_prints_the_plan_and_loads_no_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", SMOKE, "--dry-run", f"run.output_dir={tmp_path}"]) == 0
+    assert "lora.rank" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "smollm2-135m-instruct" in out
+    assert "tiny" in out
+
+
+def test_the_console_command_is_installed_and_quick_to_help() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "rl_lora.cli", "--help"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for command in ("train", "eval", "grade", "export", "models"):
+        assert command in done.stdout

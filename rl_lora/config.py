@@ -18,7 +18,7 @@ from rl_lora.errors import UserError, nearest
 class Section(BaseModel):
     """A frozen section; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -158,6 +158,13 @@ class OptimSection(Section):
     microbatch_tokens: int = Field(4096, ge=1)  # padded tokens in one forward and backward pass
     row_tokens: int = Field(1024, ge=0)  # completions of one prompt share its row up to this length
     checkpoint_activations: bool = False
+
+    @field_validator("betas")
+    @classmethod
+    def _decay_rates(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("each of Adam's betas lies in [0, 1); the article has [0.9, 0.95]")
+        return value
 
 
 class WarmStartSection(Section):

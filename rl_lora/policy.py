@@ -25,7 +25,7 @@ from rl_lora.errors import UserError
 from rl_lora.lora import attach_lora, lora_layers
 from rl_lora.types import Microbatch
 
-_CHUNK_ELEMENTS = 2**24  # logits held at once, 64 MiB in float32
+CHUNK_ELEMENTS = 2**24  # logits held at once, 64 MiB in float32
 BASE_PREFIX = ".base."  # a LoraLinear's inner layer, in parameter names
 
 
@@ -238,7 +238,7 @@ def _score(model: PreTrainedModel, batch: Microbatch, temperature: float) -> tup
     ).last_hidden_state
     hidden_CD = hidden_BTD[batch.row_C, batch.column_C]
     lm_head = model.get_output_embeddings()
-    chunk = max(1, _CHUNK_ELEMENTS // lm_head.weight.shape[0])
+    chunk = max(1, CHUNK_ELEMENTS // lm_head.weight.shape[0])
 
     def score_chunk(hidden_cD: Tensor, target_ids_c: Tensor) -> tuple[Tensor, Tensor]:
         logprobs_cV = (lm_head(hidden_cD).float() / temperature).log_softmax(-1)

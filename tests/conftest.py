@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch and the hub client are imported: waiting threads sleep, and nothing is looked up.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 from pathlib import Path
 
 import pytest

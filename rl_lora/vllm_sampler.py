@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -72,17 +73,7 @@ class VllmSampler:
                 no such directory; or a context longer than the model's.
         """
         check_model(model_dir, max_model_len)
-        if device.index:
-            raise UserError(
-                f"model.device={str(device)!r}: vLLM takes the first visible GPU; set "
-                f"CUDA_VISIBLE_DEVICES={device.index} and model.device='cuda'"
-            )
-        if lora.mode == "lora" and lora.lm_head and device.type != "cpu":
-            raise UserError(
-                "lora.lm_head=true: vLLM on GPUs leaves lm_head's adapter out of the log-probs of "
-                "given tokens (vllm#51594), which the check for a live adapter needs; set "
-                "lora.lm_head=false or sampling.backend=torch"
-            )
+        _check_device(device, lora)
         vllm = import_vllm(device)
         if device.type == "cpu":
             check_cpu_heads(model_dir)
@@ -100,19 +91,7 @@ class VllmSampler:
         )
         self._runs_eager = bool(settings["enforce_eager"])
         self._on_cpu = device.type == "cpu"
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(process_kept())
-            if self._on_cpu:
-                from rl_lora import vllm_cpu_lora
-
-                stack.enter_context(vllm_cpu_lora.installed())
-            try:
-                self._engine: Any = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**settings))
-            except ValueError as error:
-                raise UserError(
-                    f"vLLM does not serve {model_dir}: {_one_line(error)}; "
-                    "sampling.backend=torch serves any model of transformers"
-                ) from error
+        self._engine = _make_engine(vllm, settings, self._on_cpu)
         self._vllm = vllm
         self._tokenizer = self._engine.get_tokenizer()
         VllmSampler._open = weakref.ref(self)
@@ -330,6 +309,37 @@ class VllmSampler:
 class _Request:
     token_ids: Sequence[int]
     params: Any  # vllm.SamplingParams
+
+
+def _check_device(device: torch.device, lora: LoraSection) -> None:
+    if device.index:
+        raise UserError(
+            f"model.device={str(device)!r}: vLLM takes the first visible GPU; set "
+            f"CUDA_VISIBLE_DEVICES={device.index} and model.device='cuda'"
+        )
+    if lora.mode == "lora" and lora.lm_head and device.type != "cpu":
+        raise UserError(
+            "lora.lm_head=true: vLLM on GPUs leaves lm_head's adapter out of the log-probs of "
+            "given tokens (vllm#51594), which the check for a live adapter needs; set "
+            "lora.lm_head=false or sampling.backend=torch"
+        )
+
+
+def _make_engine(vllm: SimpleNamespace, settings: dict[str, Any], on_cpu: bool) -> Any:
+    """A vllm.LLMEngine. Raises UserError where vLLM refuses the model or a setting."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(process_kept())
+        if on_cpu:
+            from rl_lora import vllm_cpu_lora
+
+            stack.enter_context(vllm_cpu_lora.installed())
+        try:
+            return vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**settings))
+        except ValueError as error:
+            raise UserError(
+                f"vLLM does not serve {settings['model']}: {_one_line(error)}; "
+                "sampling.backend=torch serves any model of transformers"
+            ) from error
 
 
 def _repack_head(model: torch.nn.Module) -> None:

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from rl_lora.batches import pack
 from rl_lora.config import RunConfig
-from rl_lora.errors import UserError
 from rl_lora.learner import Learner
 from rl_lora.types import Prompt, TrainSample
 
@@ -32,6 +31,11 @@ def solution_sample(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, end_id: 
     )
 
 
+def has_solutions(prompts: Sequence[Prompt]) -> bool:
+    """Whether there is anything to learn from before RL."""
+    return any(prompt.solution for prompt in prompts)
+
+
 def warm_start(
     learner: Learner,
     prompts: Sequence[Prompt],
@@ -45,15 +49,12 @@ def warm_start(
         on_step: called with (step, metrics) after each step.
 
     Raises:
-        UserError: no training row has a worked solution.
+        ValueError: no prompt has a worked solution (see `has_solutions`).
     """
     section = config.warm_start
     solved = [prompt for prompt in prompts if prompt.solution]
     if not solved:
-        raise UserError(
-            f"warm_start.num_steps={section.num_steps} needs worked solutions, and no row of "
-            "data.train has one; set warm_start.num_steps=0 or take a data set with solutions"
-        )
+        raise ValueError("warm_start needs prompts with worked solutions")
     rng = random.Random(f"warm_start/{section.seed}")
     order: list[Prompt] = []
     for step in range(1, section.num_steps + 1):

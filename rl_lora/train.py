@@ -36,7 +36,7 @@ from rl_lora.prompts import PromptStream
 from rl_lora.rollouts import sample_groups, score_groups
 from rl_lora.runlog import RunLog
 from rl_lora.sampler import mix_seed
-from rl_lora.sft import warm_start
+from rl_lora.sft import has_solutions, warm_start
 from rl_lora.types import Adapter, RolloutGroup, SampleParams
 
 # What may differ when a run is resumed: it changes what is written or how long, not the path.
@@ -232,6 +232,11 @@ def prepare(run: Run, checkpoint: Path | None) -> None:
         drop_after(run.folder, run.step)  # steps that are run again are another history
         remove_results_after(run.folder / "eval", run.step)
         run.display.note(f"resumed from {checkpoint}")
+    elif config.warm_start.num_steps and not has_solutions(job.prompts.train):
+        run.display.warn(
+            "no row of data.train has a worked solution: the warm start is left out, and RL starts "
+            "from the base model"
+        )
     elif config.warm_start.num_steps:
         if not job.policy.is_full:
             run.exam("base", adapter_off=True)

@@ -141,6 +141,18 @@ def test_warm_start_is_a_stage_of_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "smoke/eval/base.json").is_file()  # the base, adapter off, stays on record
 
 
+def test_rows_without_solutions_leave_the_warm_start_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": f"{n} + 1", "answer": f"{n + 1}"} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = smoke(tmp_path, f"data={tmp_path}/rows.jsonl", "warm_start.num_steps=2")
+    train(config, quiet=True)
+    assert "the warm start is left out" in capsys.readouterr().out
+    assert len(metrics_of(tmp_path / "smoke")) == 3
+    assert not (tmp_path / "smoke/warm_start.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -212,10 +224,6 @@ def test_a_stale_adapter_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monke
 def test_bad_input_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown reward 'maths'.*'math'"):
         train(smoke(tmp_path, "reward.name=maths"), quiet=True)
-    rows = [{"question": f"{n} + 1", "answer": f"{n + 1}"} for n in range(40)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=r"no row of data.train has one"):
-        train(smoke(tmp_path, f"data={tmp_path}/rows.jsonl", "warm_start.num_steps=2"), quiet=True)
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(UserError, match=r"cannot be written.*set run\.output_dir"):

@@ -88,7 +88,7 @@ RECIPES: dict[str, TinyRecipe] = {
         vocab_size=512,
         init_std=0.1,
         lr=3e-3,
-        num_steps=450,
+        num_steps=425,
         num_exam=200,
         num_threads=1,
     ),

@@ -106,7 +106,7 @@ def test_made_directory_is_a_whole_model(tmp_path: Path) -> None:
 def test_tiny_fast_answers_in_the_format_and_gets_a_part_right() -> None:
     path = resolve_model(ModelSection(name="tiny-fast"))
     facts = json.loads((path / "pretraining.json").read_text())
-    assert 0.2 <= facts["accuracy"] <= 0.6
+    assert 0.15 <= facts["accuracy"] <= 0.65  # 0.3; machines sum in different orders
     tokenizer = load_tokenizer(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path)
     source = {

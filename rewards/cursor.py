@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewards.nodes import MAX_NESTING, LimitExceeded, Node, ParseError
+from rewards.nodes import MAX_DEPTH, LimitExceeded, Node, ParseError
 from rewards.tokens import Token
 
 
@@ -53,7 +53,7 @@ class Cursor:
 
     def enter(self) -> None:
         self.depth += 1
-        if self.depth > MAX_NESTING:
+        if self.depth > MAX_DEPTH:
             raise LimitExceeded
 
     def read_subscript(self) -> str:

@@ -54,12 +54,12 @@ def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
         candidates = [parse(text)]
     except ParseError:
         return _read_prose(text, is_gold, depth)
-    except LimitExceeded:
+    except (LimitExceeded, RecursionError):  # the caller's own stack may be deep already
         return Reading((), status="limit")
     for variant in _variants(text):
         try:
             candidates.append(parse(variant))
-        except (ParseError, LimitExceeded):
+        except (ParseError, LimitExceeded, RecursionError):
             continue
     prose = text if is_gold and candidates[0].node.kind in ("text", "rel", "unit") else ""
     return Reading(tuple(candidates), prose)

@@ -18,7 +18,7 @@ from rewards.nodes import Node
 PRIME = 2**61 - 31  # 1 modulo 4, so that -1 has a root
 SQRT_MINUS_ONE = 583529827753931384
 _SALT = random.SystemRandom().getrandbits(60)
-MAX_FACTORIAL = 5000
+MAX_FACTORIAL = 1000
 
 
 class Residues:

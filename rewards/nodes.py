@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 MAX_CHARS = 4096
 MAX_TOKENS = 2048
-MAX_NESTING = 48
+MAX_NESTING = 32  # of brackets
+MAX_DEPTH = 200  # of the parser's own calls: a bracket costs about six
 MAX_DIGITS = 1024  # of one number
 MAX_EXACT_BITS = 16_384  # of an exact result
 

@@ -21,6 +21,7 @@ from rewards.nodes import Node, symbols, walk
 
 MAX_LOG_OF_LOG = 1e5  # beyond it even a logarithm is not written
 MAX_FACTORIAL_ARGUMENT = 1e4
+MAX_ARGUMENT = 1e300
 Values = Mapping[str, Any]
 
 
@@ -179,6 +180,8 @@ def _call(name: str, args: list[Any], system: Arithmetic) -> Any:
     if name in ("factorial", "binom", "factorial2"):
         if max(map(abs, args)) > (150.0 if system is FLOATS else MAX_FACTORIAL_ARGUMENT):
             raise Undecided
+    if abs(first) > MAX_ARGUMENT and name not in ("ln", "log", "abs", "root", "sgn"):
+        raise Undecided  # the reduction of a huge angle would need as many digits of pi
     if name in ("exp", "sinh", "cosh") and abs(first) > system.max_log:
         raise Undecided
     if name == "factorial":

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from rewards.clean import clean
 from rewards.expressions import ExpressionParser
-from rewards.nodes import Node, ParseError, function, has_kind, number_node
+from rewards.nodes import LimitExceeded, Node, ParseError, function, has_kind, number_node
 from rewards.tokens import Token, tokenize
 from rewards.vocabulary import (
     FILLER_WORDS,
@@ -19,6 +19,7 @@ from rewards.words import unit_scale
 
 _RELATIONS = frozenset({"=", "<", ">", "<=", ">=", "!=", "~=", "===", "in", "notin", "subset"})
 _ALL_REALS = frozenset({"all real numbers", "all reals", "any real number", "real numbers"})
+MAX_ATTEMPTS = 8
 _HEAD_RELATIONS = frozenset({"=", "~=", "<", "<=", ">", ">="})
 _VERBS = frozenset({"is", "are", "equals", "was", "be"})
 _NEGATIONS = frozenset({"not", "no", "never", "neither", "nor", "if", "unless", "whether"})
@@ -241,6 +242,7 @@ class AnswerParser(ExpressionParser):
         self._called_head = -1
 
     _called_head = -1
+    num_attempts = 0  # at reading braces as a set-builder
 
     def parse_symbol(self, token: Token) -> Node:
         if self.index - 1 == self._called_head and self.at("open", "("):
@@ -283,8 +285,11 @@ class AnswerParser(ExpressionParser):
         return _bracketed(opener, closer, items)
 
     def _parse_set_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
-        if not self.is_bar_separator:
+        if not (self.is_bar_separator and self._has_bar()):
             return self._parse_items(closers)
+        self.num_attempts += 1
+        if self.num_attempts > MAX_ATTEMPTS:
+            raise LimitExceeded  # every nested attempt doubles the work
         start = self.index
         try:
             first = self.parse_relation()
@@ -303,6 +308,17 @@ class AnswerParser(ExpressionParser):
             return [Node("builder", (first, condition))], set(), False
         self.index = start
         return self._parse_items(closers)
+
+    def _has_bar(self) -> bool:
+        """Does a bar or colon stand in this bracket itself, not in one inside it?"""
+        depth = 0
+        for token in self.tokens[self.index :]:
+            depth += {"open": 1, "close": -1}.get(token.kind, 0)
+            if depth < 0:
+                return False
+            if depth == 0 and token.kind == "op" and token.text in ("|", ":"):
+                return True
+        return False
 
     # --- environments ----------------------------------------------------------------------
 

@@ -68,8 +68,8 @@ def random_text(rng: random.Random, seeds: list[str]) -> str:
     return " ".join(rng.choice(PIECES) for _ in range(rng.randrange(1, 40)))
 
 
-def check(text: str, grader: Grader, counts: Counter[str]) -> list[str]:
-    """What is wrong with the verdicts on one text."""
+def check(text: str, other: str, grader: Grader, counts: Counter[str]) -> list[str]:
+    """What is wrong with the verdicts on one text, against a fixed gold and another answer."""
     problems = []
     start, start_cpu = time.perf_counter(), time.thread_time()
     outcome = decide(GOLD, text, grader.policy)
@@ -93,7 +93,13 @@ def check(text: str, grader: Grader, counts: Counter[str]) -> list[str]:
     if text.strip():
         if not decide(text, text, grader.policy).verdict.correct:
             problems.append("not equal to itself")
-        decide(text, "42", grader.policy)
+        start_cpu = time.thread_time()
+        decide(other, text, grader.policy)
+        decide(text, other, grader.policy)
+        decide_s = time.thread_time() - start_cpu
+        counts["slow in process"] += decide_s > 0.2
+        if decide_s > 2 * SLACK_S:
+            problems.append(f"{decide_s:.2f} s in process with {other!r}")
     return problems
 
 
@@ -113,7 +119,7 @@ def main() -> int:
             text = random_text(rng, seeds)
             num_texts += 1
             try:
-                problems = check(text, grader, counts)
+                problems = check(text, rng.choice(seeds), grader, counts)
             except Exception as error:  # noqa: BLE001  # finding these is what the script is for
                 problems = [f"{type(error).__name__}: {error}"]
             for problem in problems:

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 def hostile_inputs() -> dict[str, str]:
     """Name -> completion; each is graded against the gold 42."""
-    return _magnitudes() | _nesting() | _volume() | _characters() | _code() | _algebra()
+    return (
+        _magnitudes()
+        | _nesting()
+        | _repeated()
+        | _wide()
+        | _volume()
+        | _characters()
+        | _code()
+        | _algebra()
+    )
 
 
 def _boxed(text: str) -> str:
@@ -67,6 +76,34 @@ def _nesting() -> dict[str, str]:
         "sets_300": _boxed("\\{" * 300 + "1" + "\\}" * 300),
         "boxes_nested": "\\boxed{" * 5000 + "7" + "}" * 5000,
         "subscripts": _boxed("x" + "_{a" * 500 + "}" * 500),
+    }
+
+
+def _repeated() -> dict[str, str]:
+    """Templates nested in themselves: a parser that tries twice needs 2^30 steps."""
+    templates = (
+        "\\sqrt{%s} {|%s|} \\{%s\\} \\{x|%s\\} \\{|%s|:1\\} C_{%s} \\log_{%s}2 (%s|1) x_{%s} "
+        "\\frac%s2 f(%s) 2^{%s} \\sum_{%s} \\text{%s} \\begin{pmatrix}%s\\end{pmatrix}"
+    ).split(" ")
+    texts = {}
+    for place, template in enumerate(templates):
+        text = "x"
+        for _ in range(30):
+            text = template.replace("%s", text)
+        texts[f"nested_{place}"] = _boxed(text)
+    return texts
+
+
+def _wide() -> dict[str, str]:
+    """As many costly terms as fit."""
+    return {
+        "factorials": _boxed("+".join(f"{n}!" for n in range(999, 300, -1))),
+        "inverse_factorials": _boxed("+".join(f"1/{n}!" for n in range(999, 400, -1))),
+        "sines_of_powers": _boxed("+".join(f"\\sin(10^{{{n}}})" for n in range(40000, 40200))),
+        "large_factorials": _boxed("+".join(f"{n}!" for n in range(9000, 8500, -1))),
+        "powers": _boxed("+".join(f"2^{{{n}}}" for n in range(16000, 15600, -1))),
+        "powers_in_symbols": _boxed("+".join(f"x^{{{n}y}}" for n in range(16000, 15600, -1))),
+        "roots_of_roots": _boxed("+".join(f"\\sqrt{{{n}+\\sqrt{{{n}}}}}" for n in range(2, 200))),
     }
 
 

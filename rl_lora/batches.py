@@ -3,9 +3,9 @@
 A step's samples are split into `num_updates` optimizer batches, each into microbatches of rows. A
 row is a prompt with one or more of its completions: the prompt is computed once for all of them,
 each completion sees the prompt and itself alone, and its positions go on from the prompt's end, so
-values and gradients are those of separate sequences. Rows are sorted by length and right-padded, so that
-little padding is computed; where every row holds one completion, plain causal attention needs no
-mask. Each completion token carries weights_C = 1/denominator of its whole optimizer batch, so
+values and gradients are those of separate sequences. Rows are sorted by length and right-padded, so
+that little padding is computed; where every row holds one completion, plain causal attention needs
+no mask. Each completion token carries weights_C = 1/denominator of its whole optimizer batch, so
 gradient accumulation equals one big batch.
 """
 

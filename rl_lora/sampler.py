@@ -17,9 +17,7 @@ class Sampler(Protocol):
     def use(self, adapter: Adapter | None) -> None:
         """Samples from this adapter version from now on; None: from the base alone."""
 
-    def sample(
-        self, prompts_N: Sequence[Prompt], params: SampleParams
-    ) -> list[list[Completion]]:
+    def sample(self, prompts_N: Sequence[Prompt], params: SampleParams) -> list[list[Completion]]:
         """[N][G] completions, in the prompts' order.
 
         Log-probs are those of the distribution sampled from: at params.temperature, in nats.

@@ -110,7 +110,7 @@ def main() -> int:
     args = parser.parse_args()
     rng = random.Random(args.seed)
     seeds = [text for table in (EQUAL, UNEQUAL, TRICKS) for pair in pairs(table) for text in pair]
-    seeds += [text[:2000] for text in hostile_inputs().values()]
+    seeds += [text[:2000] for text in hostile_inputs().values() if text[:2000].strip()]
     counts: Counter[str] = Counter()
     num_problems = num_texts = 0
     deadline = time.monotonic() + 60 * args.minutes

@@ -10,8 +10,8 @@ from fractions import Fraction
 from rewards.compare import Comparison
 from rewards.exact import Undecided
 from rewards.interpret import Reading, read, read_gold
+from rewards.magnitudes import TooLarge
 from rewards.nodes import LimitExceeded, Node, ParseError, has_kind
-from rewards.numeric import TooLarge
 from rewards.parser import Parsed
 from rewards.policy import Policy
 from rewards.relations import Contradiction

@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from rewards.exact import Undecided, exact
+from rewards.magnitudes import TooLarge, same_magnitude
 from rewards.modular import identical
 from rewards.nodes import (
     INFINITY,
@@ -16,7 +17,7 @@ from rewards.nodes import (
     symbols,
     walk_to_tasks,
 )
-from rewards.numeric import FLOATS, LOW, TooLarge, is_real, same_magnitude, same_value, value_of
+from rewards.numeric import FLOATS, LOW, is_real, same_value, value_of
 from rewards.policy import Policy
 
 FLOAT_DIGITS = 12

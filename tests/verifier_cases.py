@@ -297,6 +297,10 @@ x = 3, y = -1, z = 2 | (3,-1,2)
 x=\frac13\approx0.333 | \frac13
 \sqrt{50} \approx 7.07 | 5\sqrt2
 12 | 12.000000000000002
+\sqrt{2}+\sqrt{3}-\sqrt{5+2\sqrt6} | 0
+10^{30}(\sqrt{2}+\sqrt{3}-\sqrt{5+2\sqrt6}) | 0
+(\sin 1)^{900} | (\sin 1)^{400} (\sin 1)^{500}
+\sqrt{8}\cdot10^{-60} | 2\sqrt2\cdot10^{-60}
 """
 
 UNEQUAL = r"""
@@ -413,6 +417,12 @@ negative | -negative
 \lim_{k\to\infty} a_k = b | \lim_{k\to-\infty} a_k = b
 12 | 12.0000000002
 12 | 12.000000002
+(\sin 1)^{900} | (\sin 1)^{901}
+(\sin 1)^{900} | 0
+e^{-1000} \sin 1 | e^{-1001} \sin 1
+\frac{\sqrt2}{3000!} | \frac{\sqrt2}{3001!}
+\sin(10^{-50}) | 0
+\sqrt{2}\cdot 10^{-60} | \sqrt{3}\cdot 10^{-60}
 """
 
 # Wrong whichever side is the gold's: the answer (right) must earn nothing.

@@ -9,7 +9,7 @@ from rewards.cursor import Cursor
 from rewards.nodes import LimitExceeded, Node, ParseError, divide, number_node
 from rewards.tokens import Token
 
-MAX_PRINTED_EXPONENT = 4000
+MAX_PRINTED_EXPONENT = 3000  # with MAX_DIGITS, below the 4,300 digits that int and str convert
 
 
 class NumeralParser(Cursor):

@@ -53,7 +53,7 @@ def printed(node: Node) -> Printed | None:
             exponent = factor.args[1]
             if exponent.kind != "num" or exponent.number.denominator != 1:
                 return None
-            if abs(exponent.number) > 4000:
+            if abs(exponent.number) > 3000:
                 return None
             shift += int(exponent.number)
         else:

@@ -82,6 +82,12 @@ _CLOCK = re.compile(r"\b(0?[1-9]|1[0-2]):([0-5]\d)\s*(?:\\text\{)?\s*([AaPp])\.?
 _DISPLAY = re.compile(
     r"\\(?:begin|end)\{(?:equation|align|aligned|gather|split|math|displaymath)\*?\}"
 )
+_LEADING = re.compile(
+    r"^(?:\s|=(?!=)|:|\\(?:approx|Rightarrow|implies|rightarrow|to|therefore|sim|quad)(?![A-Za-z]))+"
+)
+# ]a, b[ for (a, b): only where the brackets cannot be read inwards.
+_OUTWARD = re.compile(r"(?:^|\\cup\s*)\]|\[\s*(?:$|\\cup)")
+_PIECE = re.compile(r"^([\[\](])([^\[\]]+,[^\[\]]+)([\[\])])$")
 _GLUED = re.compile(r"(?<=[\d)}])(or|and)(?=[A-Z(\d\\-])")
 _MATH_DELIMITER = re.compile(r"\\[()\[\]]")
 
@@ -118,7 +124,12 @@ def clean(text: str) -> str:
         text = _CLOCK.sub(_to_24_hours, text)
     if "or" in text or "and" in text:
         text = _GLUED.sub(r" \1 ", text)
-    return text.strip(' \t\r\n"`').rstrip("\\.,;: ").strip()
+    if "[" in text and _OUTWARD.search(text):
+        text = _outward_brackets(text)
+    text = _LEADING.sub("", text.strip(' \t\r\n"`'))
+    if text.startswith("**"):
+        text = text.strip("*")
+    return text.rstrip("\\.,;: ").strip()
 
 
 def _to_ascii(text: str) -> str:
@@ -147,6 +158,19 @@ def _html_tag(match: re.Match[str]) -> str:
     if name in ("sup", "sub"):
         return "}" if is_end else ("^{" if name == "sup" else "_{")
     return " "
+
+
+def _outward_brackets(text: str) -> str:
+    """Each interval of a union with its outward brackets turned into round ones."""
+    pieces = []
+    for piece in text.split("\\cup"):
+        match = _PIECE.match(piece.strip())
+        if match is None:
+            return text
+        left = "(" if match[1] == "]" else match[1]
+        right = ")" if match[3] == "[" else match[3]
+        pieces.append(left + match[2] + right)
+    return "\\cup ".join(pieces)
 
 
 def _to_24_hours(match: re.Match[str]) -> str:

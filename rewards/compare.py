@@ -95,13 +95,15 @@ class Comparison:
         self, gold: Node, answer: Node, gold_bound: frozenset[str], answer_bound: frozenset[str]
     ) -> Iterator[dict[str, str]]:
         """Ways to rename the answer's bound symbols and parameters to the gold's."""
-        if not self.policy.rename_bound:
+        is_option = gold.kind == "sym" and gold.name.upper() in tuple("ABCDE")
+        if not self.policy.rename_bound or (gold.kind == "sym" and not is_option):
             return
         ours = sorted(symbols(gold) - symbols(answer))
         theirs = sorted(symbols(answer) - symbols(gold))
         if not 0 < len(theirs) == len(ours) <= 3:
             return
         is_shared = are_families(gold, answer)
+        are_tuples = has_kind(gold, "seq") and has_kind(answer, "seq")
         for order in itertools.permutations(ours):
             pairs = list(zip(theirs, order, strict=True))
             if all(
@@ -110,7 +112,8 @@ class Comparison:
                 or (a in answer_bound and (b in gold_bound or b in _PARAMETERS or is_shared))
                 or (b in gold_bound and a in _PARAMETERS)
                 or (is_shared and a in _PARAMETERS and b in _PARAMETERS)
-                or (is_shared and len(pairs) == 1 and bool({a, b} & _PARAMETERS))
+                or (are_tuples and len(pairs) == 1 and a in _PARAMETERS and len(b) == 1)
+                or (are_tuples and len(pairs) == 1 and b in _PARAMETERS and len(a) == 1)
                 for a, b in pairs
             ):
                 yield dict(pairs)

@@ -157,9 +157,18 @@ def _typed_outcome(
 
 def _pairs(wanted: Reading, given: Reading) -> list[tuple[Parsed, Parsed]]:
     """The likeliest readings first; two unlikely readings are never paired."""
-    pairs = [(wanted.candidates[0], right) for right in given.candidates]
-    pairs += [(left, given.candidates[0]) for left in wanted.candidates[1:]]
+    first, other = wanted.candidates[0], given.candidates[0]
+    pairs = [(first, right) for right in given.candidates if _may_pair(right, other, first)]
+    pairs += [(left, other) for left in wanted.candidates[1:] if _may_pair(left, first, other)]
     return pairs[:6]
+
+
+def _may_pair(reading: Parsed, likeliest: Parsed, opposite: Parsed) -> bool:
+    """A comma is read as a decimal point only against a decimal with as many digits."""
+    node, facing = reading.node, opposite.node
+    if node.kind != "num" or likeliest.node.kind == "num" or node.name != "decimal":
+        return True
+    return facing.name == "decimal" and facing.decimals == node.decimals
 
 
 def _respects(answer: Parsed, policy: Policy) -> bool:

@@ -22,6 +22,11 @@ _STATED = re.compile(
 )
 _NEGATED = re.compile(r"\b(?:not|n't|never)\s*$", re.IGNORECASE)
 _CALLED = re.compile(r"[A-Za-z_.]\($")  # exit(0) says nothing of 0
+_CHOICE = re.compile(
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?(?:\((?P<letter>[A-J])\)|(?P<plain>[A-J])[.:)])\s*\}?"
+    r"(?:\\?[\s:.,~]|\\quad)*(?P<content>[^\s\\].*|\\[a-z{].*)"
+)
+_OPTION = re.compile(r"(?<![A-Za-z])\(?[A-J][).:]|^[\s(]*[A-J][\s).]*$|\bor\b")
 MAX_PROSE = 4096
 
 
@@ -53,6 +58,9 @@ def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
     try:
         candidates = [parse(text)]
     except ParseError:
+        readings = _choice_readings(text)
+        if readings:
+            return Reading(tuple(readings))
         return _read_prose(text, is_gold, depth)
     except (LimitExceeded, RecursionError):  # the caller's own stack may be deep already
         return Reading((), status="limit")
@@ -61,8 +69,23 @@ def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
             candidates.append(parse(variant))
         except (ParseError, LimitExceeded, RecursionError):
             continue
+    candidates += _choice_readings(text)
     prose = text if is_gold and candidates[0].node.kind in ("text", "rel", "unit") else ""
     return Reading(tuple(candidates), prose)
+
+
+def _choice_readings(text: str) -> list[Parsed]:
+    """`(D) 12`, `D. 12`: the option's letter, or its content; nothing where options are listed."""
+    match = _CHOICE.fullmatch(text.strip().strip("$"))
+    if match is None or _OPTION.search(match["content"]):
+        return []
+    readings = []
+    for part in (match["letter"] or match["plain"], match["content"]):
+        try:
+            readings.append(parse(part))
+        except (ParseError, LimitExceeded, RecursionError):
+            continue
+    return readings
 
 
 def _variants(text: str) -> list[str]:

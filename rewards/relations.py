@@ -38,6 +38,8 @@ def is_name(node: Node) -> bool:
     if kind == "func" and node.name in ("abs", "sin", "cos", "tan", "log"):
         return is_name(node.args[0])
     if kind == "mul":  # AB, \triangle ABC, P(x)
+        if node.args[0].name == "m" and node.args[-1].name.startswith("\\angle"):
+            return True
         is_value = len(node.args) == 2 and node.args[1].name in tuple("xyznt")
         if is_value and all(item.kind == "sym" for item in node.args):
             return node.args[0].name in tuple("PQRSTWpqFGH")

@@ -13,6 +13,7 @@ from rewards.vocabulary import (
     LETTER_COMMANDS,
     TEXT_COMMANDS,
     UNIT_WORDS,
+    UNITS,
     WORDS,
 )
 
@@ -229,6 +230,7 @@ def _read_braces(text: str, position: int) -> tuple[str, int]:
     return text[position + 1 :], len(text)
 
 
+_UNIT = re.compile(r"([A-Za-z]{1,4})(?:\^\{?\d\}?)?(?:/[A-Za-z]{1,4}(?:\^\{?\d\}?)?)?")
 _FORMULA = re.compile(r"[\d\\$^_=+*/<>{}]")
 
 
@@ -244,6 +246,12 @@ def _read_text(
         tokens.append(Token("sym", f"\\mathbb{{{stripped}}}", is_spaced, start))
         return
     is_roman = command not in ("text", "mbox", "textbf", "textnormal", "textit", "hbox", "textrm")
+    unit = _UNIT.fullmatch(stripped) if command in ("mathrm", "rm", "operatorname") else None
+    if unit is not None and unit[1] in UNITS and _follows_operand(tokens):
+        for piece in re.findall(r"[A-Za-z]+|\d+|[\^/]", stripped):
+            kind = "word" if piece.isalpha() else "num" if piece.isdigit() else "op"
+            tokens.append(Token(kind, piece, False, start))
+        return
     if _FORMULA.search(stripped) or (is_roman and len(stripped) == 1):
         if len(tokens) > MAX_TOKENS:
             raise LimitExceeded

@@ -44,7 +44,7 @@ LETTER_COMMANDS: dict[str, str] = {name: "\\" + name for name in _GREEK.split()}
 }  # fmt: skip
 COMMANDS: dict[str, tuple[str, str]] = {
     **{name: ("func", value) for name, value in FUNCTIONS.items()},
-    **dict.fromkeys(("frac", "dfrac", "tfrac", "cfrac"), ("cmd", "frac")),
+    **dict.fromkeys(("frac", "dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"), ("cmd", "frac")),
     **dict.fromkeys(("binom", "dbinom", "tbinom"), ("cmd", "binom")),
     "sqrt": ("cmd", "sqrt"), "pi": ("const", "pi"), "infty": ("const", "inf"),
     "infin": ("const", "inf"), "pm": ("op", "+-"), "mp": ("op", "-+"), "cdot": ("op", "*"),

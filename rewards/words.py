@@ -26,6 +26,9 @@ _NO_NAME = frozenset(
 )
 
 
+_ANSWER_IS = re.compile(r"^(?:the )?(?:final |correct )?answer is:? ", re.IGNORECASE)
+
+
 def words_of(text: str) -> list[str]:
     """Lower-case words and numbers, without articles and LaTeX commands."""
     text = re.sub(r"\\(?:text|mathrm|textbf|mbox)\b|\\[a-zA-Z]+", " ", text)
@@ -36,7 +39,10 @@ def words_of(text: str) -> list[str]:
 def text_of(node: Node) -> str | None:
     """The word a node stands for: words, a single letter, nothing, infinity; else None."""
     if node.kind == "text":
-        text = " ".join(words_of(node.name))
+        words = words_of(_ANSWER_IS.sub("", node.name))
+        if len(words) == 2 and words[0] in ("option", "choice"):
+            words = words[1:]
+        text = " ".join(words)
         if text in _NOTHING:
             return "none"
         return "infinity" if text in _INFINITE else text

@@ -242,7 +242,8 @@ def print_report(report: GradeReport, num_shown: int, console: Console | None = 
     console.print(f"Against {report.judge} ({report.num_compared} compared): {shown}")
     if not report.disagreements:
         return
-    table = Table(title=f"{len(report.disagreements)} disagreements")
+    num = len(report.disagreements)
+    table = Table(title=f"{num} disagreement{'' if num == 1 else 's'}")
     for heading in ("line", "reference", "answer", "ours", report.judge, "status"):
         table.add_column(heading)
     for item in report.disagreements[:num_shown]:

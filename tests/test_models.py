@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -253,3 +254,25 @@ def test_embedded_model_itself() -> None:
         answer = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0]
     assert "Paris" in tokenizer.decode(answer[prompt["input_ids"].shape[1] :])
     assert answer[-1] == tokenizer.eos_token_id
+
+
+def test_fetching_leaves_distutils_to_setuptools(tmp_path: Path) -> None:
+    """A look-up of pip in the process would hide it, and vLLM would not import afterwards."""
+    code = (
+        "import importlib, subprocess, sys\n"
+        "from pathlib import Path\n"
+        "from rl_lora import models\n"
+        "from rl_lora.errors import UserError\n"
+        "failed = subprocess.CompletedProcess([], 1, '', 'offline')\n"
+        "models.subprocess.run = lambda *_, **__: failed\n"
+        "try:\n"
+        f"    models._fetch_gguf(Path({str(tmp_path)!r}))\n"
+        "except UserError as error:\n"
+        "    assert 'offline' in str(error)\n"
+        "print(importlib.import_module('distutils.core').__file__)\n"
+    )
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert "_distutils" in done.stdout

@@ -57,10 +57,11 @@ _JOINT = re.compile(
 )
 _HAS_CONNECTOR = re.compile(r",|;|\band\b|\bor\b")
 _PHRASE = re.compile(
-    r"answers?\b(?:\s+(?:to|of|for)\s[^.:\n$]{0,80}?)?[\s*_:\"']*"
+    r"(?:answers?|option|choice)\b(?:\s+(?:to|of|for)\s[^.:\n$]{0,80}?)?[\s*_:\"']*"
     r"(?:(?:\bis\b|\bare\b|\bequals\b|\bwould be\b|\bwill be\b|=|:)[\s*_:\"']*)(?P<rest>.{1,2000})",
     re.IGNORECASE | re.DOTALL,
 )
+_PHRASE_WORDS = ("answer", "option is", "choice is")
 _NOT_AN_ANSWER = re.compile(
     r"(?:in)?correct\b|right\b|wrong\b|verified\b|as follows", re.IGNORECASE
 )
@@ -274,7 +275,7 @@ def _from_phrase(text: str) -> Extraction | None:
     lowered = text.lower()
     position = len(text)
     for _ in range(8):  # 'I hope my answer is correct' after the answer is passed over
-        position = lowered.rfind("answer", 0, position)
+        position = max(lowered.rfind(word, 0, position) for word in _PHRASE_WORDS)
         if position < 0:
             return None
         match = _PHRASE.match(text, position)

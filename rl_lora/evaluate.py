@@ -158,10 +158,10 @@ def evaluate(
         on_progress: called with (problems done, problems in all), first with 0.
 
     Raises:
-        UserError: no problem, several greedy samples a problem, or a folder that cannot be written.
+        UserError: no problem, or a folder that cannot be written.
         StaleAdapterError: completions of more than one adapter version.
     """
-    _check(prompts_N, section)
+    _check(prompts_N)
     start = time.perf_counter()
     params = SampleParams(
         num_samples=section.num_samples,
@@ -269,14 +269,9 @@ def compare(before: EvalResult, after: EvalResult) -> Comparison:
 # --- parts ----------------------------------------------------------------------------------------
 
 
-def _check(prompts_N: Sequence[Prompt], section: EvalSection) -> None:
+def _check(prompts_N: Sequence[Prompt]) -> None:
     if not prompts_N:
         raise UserError("evaluation: there is no problem to evaluate on; check data.eval")
-    if section.num_samples > 1 and section.temperature == 0:
-        raise UserError(
-            f"eval.num_samples={section.num_samples} with eval.temperature=0 samples the same "
-            "completion again and again; set eval.temperature or eval.num_samples=1"
-        )
 
 
 def _result(

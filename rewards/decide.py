@@ -17,6 +17,7 @@ from rewards.policy import Policy
 from rewards.relations import Contradiction
 from rewards.types import Status, Tier, Verdict
 from rewards.words import is_short_form, text_of
+from rewards.worked_out import has_sum_to_do, is_literal
 
 _PLAIN = re.compile(
     r"(?P<whole>[-+]?(?:\d{1,3}(?:,\d{3})+|\d+))(?P<decimals>\.\d+)?(?:/(?P<bottom>\d+))?"
@@ -137,7 +138,10 @@ def _typed_outcome(
         comparison = Comparison(policy, last_resort)
         try:
             if comparison.compare(left, right) and _respects(right, policy):
-                return Outcome(Verdict(True, "ok", tier))
+                is_left_to_do = is_literal(left.node) and has_sum_to_do(answer, right.node)
+                if policy.accept_sums or not is_left_to_do:
+                    return Outcome(Verdict(True, "ok", tier))
+                status = "unevaluated"
         except TooLarge:
             status = "limit"
         except Undecided:

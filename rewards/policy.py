@@ -35,6 +35,8 @@ class Policy:
     # "lenient": a unit that one side leaves out is no error, two units must agree (converted);
     # "strict": a gold's unit must be given.
     units: Literal["lenient", "strict"] = "lenient"
+    # 9 + 1 for 10: a sum left to do where the gold is a plain number (see `worked_out`).
+    accept_sums: bool = False
     # 4/6 for 2/3.
     accept_unreduced: bool = True
     # `x = 5` for 5, `5 = x`, and labelled lists (`w=16, d=3` for `16, 3`).

@@ -18,6 +18,7 @@ ONE_WAY = (
     r"$1 = \zzz = x = 0$",  # a chain that is false as it stands
     r"$\boxed{1}\boxed{2}$",  # two boxes side by side are a gold's two values
     r"\rho\sin\theta = \sqrt{3}",  # the equation may be answered by its solution, not conversely
+    "$10$",  # 9 + 1 is no answer to 10, and 10 is one to 9 + 1
     r"\\boxed{W(n) = 1 \\text{ and } W(n) = -1",  # a box that was never closed
 )
 

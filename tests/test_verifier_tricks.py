@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from verifier_cases import EQUAL, TRICKS, UNEQUAL, pairs
 
-from rewards import score, verify
+from rewards import Policy, score, verify
 
 
 @pytest.mark.parametrize(("gold", "answer"), pairs(EQUAL))
@@ -86,3 +86,42 @@ def test_contradicting_boxes_are_named() -> None:
     assert score("\\boxed{41} or \\boxed{42}", "42").status == "contradictory"
     assert score("nothing here", "42").status == "ok"
     assert score("<think>", "42").status == "no_answer"
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("8", "5 + 7 + 4 - 8"),
+        ("15", r"5 \times 3"),
+        ("15", "(5)(3)"),
+        ("-5", "2 - 7"),
+        ("1/2", "1/4 + 1/4"),
+        ("12", "x = 5 + 7"),
+        ("(1, 2)", "(1, 1 + 1)"),
+        ("5 cm", "2 + 3 cm"),
+        ("8", r"\frac{5 + 7 + 4}{2}"),
+    ],
+)
+def test_a_sum_left_to_do_is_no_answer_to_a_number(gold: str, answer: str) -> None:
+    """What a policy in training found: copying the question into the box."""
+    assert verify(gold, answer).status == "unevaluated"
+    assert not score(f"\\boxed{{{answer}}}", gold).correct
+    assert verify(gold, answer, policy=Policy(accept_sums=True)).correct
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("12", "5 + 7 = 12"),
+        ("1024", "2^{10}"),
+        ("600000000", r"6 \times 10^8"),
+        ("2.5", r"2\frac12"),
+        ("3/2", "6/4"),
+        ("60.7^\\circ", "60^\\circ 42'"),
+        (r"\sqrt{2} + 1", r"1 + \sqrt{2}"),
+        ("1 + 1/2", "3/2"),
+        ("3x + 2", "2 + 3x"),
+    ],
+)
+def test_values_as_they_stand_are_answers(gold: str, answer: str) -> None:
+    assert verify(gold, answer).correct

@@ -72,6 +72,14 @@ def pack(
     return updates
 
 
+def whole_sequence(token_ids: Sequence[int]) -> Microbatch:
+    """A microbatch that scores tokens 1, 2, ... of one sequence given those before."""
+    zeros = (0.0,) * (len(token_ids) - 1)
+    sample = TrainSample(tuple(token_ids[:1]), tuple(token_ids[1:]), zeros, 1.0, 0)
+    ((batch,),) = pack([sample], denominator="tokens", max_tokens=1, microbatch_tokens=1)
+    return batch
+
+
 @dataclass
 class _Row:
     """A prompt and the completions that share it."""

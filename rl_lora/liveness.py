@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from rl_lora.adapter import save_adapter
-from rl_lora.batches import pack
+from rl_lora.batches import whole_sequence
 from rl_lora.errors import StaleAdapterError
 from rl_lora.learner import to_device
 from rl_lora.lora import lora_layers
 from rl_lora.policy import Policy
 from rl_lora.sampler import Sampler
-from rl_lora.types import Adapter, Prompt, TrainSample
+from rl_lora.types import Adapter, Prompt
 
 PROBE_VERSION = 10**6 - 1  # never reached by training steps; its name is never reused either
 _PROBE_TOKENS = 48  # of each fixed prompt
@@ -120,10 +120,7 @@ def _policy_logprobs(
     """Log-probs of tokens 1, 2, ... of each sequence, one after the other, nats."""
     out = []
     for ids in token_ids_N:
-        zeros = (0.0,) * (len(ids) - 1)
-        sample = TrainSample(ids[:1], ids[1:], zeros, advantage=1.0, adapter_version=0)
-        ((batch,),) = pack([sample], denominator="tokens", max_tokens=1, microbatch_tokens=1)
-        batch = to_device(batch, policy.device)
+        batch = to_device(whole_sequence(ids), policy.device)
         if adapter_off and not policy.is_full:
             out.append(policy.reference_logprobs(batch, temperature=1.0))
         else:

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rl_lora.adapter import fingerprint
-from rl_lora.batches import pack
+from rl_lora.batches import whole_sequence
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.learner import to_device
 from rl_lora.policy import Policy
 from rl_lora.sampler import BASE_VERSION, sample_seed
-from rl_lora.types import Adapter, Completion, Prompt, SampleParams, TrainSample
+from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
 _SEQUENCES_AT_ONCE = 128
 _COMPACT_BELOW = 0.75  # the live share of rows under which finished rows are dropped
@@ -92,10 +92,7 @@ class TorchSampler:
         """Log-probs (nats, temperature 1) of tokens 1, 2, ... of each sequence."""
         out = []
         for ids in token_ids_N:
-            zeros = (0.0,) * (len(ids) - 1)
-            sample = TrainSample(tuple(ids[:1]), tuple(ids[1:]), zeros, 1.0, self._version)
-            ((batch,),) = pack([sample], denominator="tokens", max_tokens=1, microbatch_tokens=1)
-            batch = to_device(batch, self.policy.device)
+            batch = to_device(whole_sequence(ids), self.policy.device)
             if self._version == BASE_VERSION:
                 out.append(self.policy.reference_logprobs(batch, temperature=1.0).tolist())
             else:

@@ -1,4 +1,4 @@
-"""The command line: `rl-lora train|eval|grade|export|models`.
+"""The command line: `rl-lora train|eval|grade|export|models|lr`.
 
 A user's mistake ends with one line and exit code 2; heavy libraries load only when they are needed.
 """
@@ -46,7 +46,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from rl_lora import __version__, grade
+    from rl_lora import __version__, grade, lr
 
     parser = argparse.ArgumentParser(
         prog="rl-lora", description="Reinforcement learning with a LoRA policy."
@@ -91,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the models at hand, or get one")
     models.add_argument("get", nargs="?", metavar="NAME", help="fetch or make this one")
     models.set_defaults(command=_models)
+
+    rate = commands.add_parser("lr", help="the article's learning-rate rule for a model")
+    lr.add_arguments(rate)
+    rate.set_defaults(command=lr.run)
     return parser
 
 

@@ -22,9 +22,8 @@ from transformers import PretrainedConfig
 
 from rl_lora.config import LoraSection, RunConfig, Section
 from rl_lora.lora import target_names
-from rl_lora.models import list_models
 from rl_lora.policy import pick_dtype
-from rl_lora.shapes import lay_out, load_model_config
+from rl_lora.shapes import find_model_dir, lay_out, load_model_config
 from rl_lora.vllm_sampler import CPU_MEMORY_SHARE, CPU_NUM_SEQS
 
 # Sequences that the engine decodes at once where sampling.max_num_seqs is not set.
@@ -242,9 +241,7 @@ def print_plan(
     Raises:
         UserError: the model's config.json cannot be had, or the model has no layers to adapt.
     """
-    if model_dir is None:
-        made = {entry.name: entry.path for entry in list_models()}
-        model_dir = made.get(config.model.name)
+    model_dir = model_dir or find_model_dir(config.model.name)
     console = console or Console()
     console.print(settings_table(config))
     model_config, origin = load_model_config(config.model, model_dir)

@@ -17,6 +17,7 @@ from transformers import (
 
 from rl_lora.config import ModelSection
 from rl_lora.errors import UserError
+from rl_lora.models import list_models
 from rl_lora.tiny import RECIPES
 
 
@@ -58,6 +59,15 @@ def known_config(name: str) -> PretrainedConfig | None:
     sizes = (recipe.hidden_size, recipe.intermediate_size, recipe.num_layers, heads, heads)
     more = {"head_dim": recipe.head_dim, "tie_word_embeddings": True}
     return LlamaConfig(**_shape(*sizes, recipe.vocab_size, **more))
+
+
+def find_model_dir(name: str) -> Path | None:
+    """Where the model lies on this machine, if it is a directory or made already; else None."""
+    made = {entry.name: entry.path for entry in list_models()}
+    if name in made:
+        return made[name]
+    path = Path(name).expanduser()
+    return path if path.is_dir() else None
 
 
 def load_model_config(

@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--dry-run", action="store_true", help="print settings, parameter counts, memory plan; stop"
     )
+    train.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="of the GPU that a dry run plans for"
+    )
     train.add_argument("--quiet", action="store_true", help="only warnings and the summary")
     train.set_defaults(command=_train)
 
@@ -111,7 +114,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from rl_lora.plan import print_plan
 
-        print_plan(config)
+        gpu_gib = arguments.gpu_memory
+        print_plan(config, gpu_bytes=None if gpu_gib is None else int(gpu_gib * 2**30))
         return 0
     from rl_lora.train import train
 

@@ -14,15 +14,14 @@ from transformers import LlamaConfig, Qwen3Config
 
 from rl_lora.config import LoraSection, ModelSection, RunConfig, parse_config
 from rl_lora.errors import UserError
-from rl_lora.plan import (
+from rl_lora.memory_plan import (
+    ASSUMED_GPU_BYTES,
     MemoryItem,
     activation_bytes,
     kv_bytes_per_token,
-    matmul_counts,
     memory_plan,
-    parameter_counts,
-    print_plan,
 )
+from rl_lora.plan import matmul_counts, memory_table, parameter_counts, print_plan
 from rl_lora.shapes import KNOWN_SHAPES, known_config, lay_out, load_model_config
 from rl_lora.tiny import RECIPES, build_model
 from tests.tiny_models import make_policy, random_llama, random_qwen3
@@ -137,7 +136,7 @@ def test_memory_plan_adds_up_by_hand() -> None:
         }
     )
     counts = parameter_counts(lay_out(LLAMA_8B), config.lora)
-    parts = memory_plan(config, LLAMA_8B, counts)
+    parts = memory_plan(config, LLAMA_8B, counts.base, counts.trainable, 64 * 2**30)
     assert [(part.part, part.num_bytes) for part in parts if part.part != "activations"] == [
         ("base weights", 2 * 8_030_261_248),
         ("adapter", 4 * 2_621_440),
@@ -145,8 +144,27 @@ def test_memory_plan_adds_up_by_hand() -> None:
         ("optimizer", 8 * 2_621_440),
         ("logits", 3 * 4 * 2**24),
         ("base weights", 2 * 8_030_261_248),
-        ("KV cache", 131_072 * 32 * 512),
+        # vLLM takes its share of the GPU, 0.45 of 64 GiB, whatever the job needs
+        ("KV cache", int(0.45 * 64 * 2**30) - 2 * 8_030_261_248),
     ]
+    assert "32 sequences x 512 tokens x 128 KiB" in parts[-1].note
+
+
+def test_kv_cache_of_a_gpu_is_what_vllms_share_leaves() -> None:
+    settings = {"max_tokens": 8192, "num_prompts": 64, "num_samples": 16, "memory_fraction": 0.5}
+    config = parse_config(
+        {"model": {"name": "x", "device": "cuda", "dtype": "bfloat16"}, "sampling": settings}
+    )
+    counts = parameter_counts(lay_out(LLAMA_8B), config.lora)
+    cache = memory_plan(config, LLAMA_8B, counts.base, counts.trainable, 80 * 2**30)[-1]
+    assert cache.num_bytes == 40 * 2**30 - 2 * counts.base
+    # 256 sequences of 1024 + 8192 tokens would like 288 GiB.
+    assert "256 sequences x 9216 tokens x 128 KiB is 288.00 GiB" in cache.note
+    assert f"this holds {cache.num_bytes // (131_072 * 9216)} of full length" in cache.note
+    # Without a GPU here the plan is for an 80 GB card.
+    nowhere = memory_plan(config, LLAMA_8B, counts.base, counts.trainable)[-1]
+    if not torch.cuda.is_available():
+        assert nowhere.num_bytes == ASSUMED_GPU_BYTES // 2 - 2 * counts.base
 
 
 def test_memory_plan_of_full_training_follows_the_models_dtype() -> None:
@@ -160,7 +178,7 @@ def test_memory_plan_of_full_training_follows_the_models_dtype() -> None:
     )
     counts = parameter_counts(lay_out(LLAMA_8B), config.lora)
     sizes: dict[str, list[int]] = {}
-    for part in memory_plan(config, LLAMA_8B, counts):
+    for part in memory_plan(config, LLAMA_8B, counts.base, counts.trainable):
         sizes.setdefault(part.part, []).append(part.num_bytes)
     assert "adapter" not in sizes
     assert sizes["base weights"] == [4 * counts.base]  # TorchSampler samples from the learner's
@@ -256,11 +274,12 @@ def test_tiny_model_that_is_not_made_yet_has_its_recipes_shape() -> None:
 
 def test_kv_cache_is_bounded_by_what_vllm_sets_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     free = SimpleNamespace(available=4 * 2**30, total=8 * 2**30)
-    monkeypatch.setattr("rl_lora.plan.psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("rl_lora.memory_plan.psutil.virtual_memory", lambda: free)
     config = parse_config({"model": {"device": "cpu", "dtype": "float32"}})
     known = known_config("smollm2-135m-instruct")
     assert known is not None
-    cache = memory_plan(config, known, parameter_counts(lay_out(known), config.lora))[-1]
+    counts = parameter_counts(lay_out(known), config.lora)
+    cache = memory_plan(config, known, counts.base, counts.trainable)[-1]
     assert cache.num_bytes == 2**30  # a quarter of what is free
     # A sequence of 1280 tokens takes 2 x 30 x 3 x 64 x 4 bytes a token.
     assert f"holds {2**30 // (1280 * 46_080)} of full length" in cache.note
@@ -281,13 +300,28 @@ def test_broken_config_json_names_the_directory(tmp_path: Path) -> None:
 
 
 def test_parts_have_readable_sizes() -> None:
-    from rl_lora.plan import _memory_table
-
     console = Console(file=io.StringIO(), width=100)
-    console.print(_memory_table([MemoryItem("adapter", 3 * 2**29, "float32")], None, "cuda"))
+    model = ModelSection(name="x", device="cuda")
+    console.print(memory_table([MemoryItem("adapter", 3 * 2**29, "float32")], model, 2**30))
     assert isinstance(console.file, io.StringIO)
     assert "1.50 GiB" in console.file.getvalue()
-    assert "no cuda device here" in console.file.getvalue()
+    assert "MORE than a GPU's 1.00 GiB" in console.file.getvalue()
+
+
+def test_plan_says_what_the_job_may_teach_and_what_the_rank_holds() -> None:
+    raw = {
+        "run": {"num_steps": 156},
+        "model": {"name": "meta-llama/Llama-3.1-8B", "device": "cuda", "dtype": "bfloat16"},
+        "sampling": {"num_prompts": 64, "num_samples": 32},
+    }
+    text = _printed(parse_config(raw))
+    # 2 x 2,621,440 bits against 156 x 64 x 32 episodes
+    assert "holds about 5.24 M bits; offered at most 319 k bits (319,488 episodes)" in text
+    assert "warning" not in text
+    raw["run"]["num_steps"] = 10_000  # type: ignore[index]
+    text = _printed(parse_config(raw))
+    assert "warning: rank 1 holds about 5.24 M bits, less than the 20.5 M bits" in text
+    assert "lora.rank=4 or more" in text
 
 
 def _printed(config: RunConfig) -> str:

@@ -7,8 +7,9 @@ line (`lora.rank=8`) has the last word. An unknown key is an error that names th
 from __future__ import annotations
 
 import tomllib
+from datetime import date
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -19,6 +20,9 @@ class Section(BaseModel):
     """A frozen section; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+SomeSection = TypeVar("SomeSection", bound=Section)
 
 
 class RunSection(Section):
@@ -45,6 +49,7 @@ class ModelSection(Section):
 
     name: str = "smollm2-135m-instruct"  # the embedded one, a local directory or a hub id
     revision: str | None = None  # of a hub id
+    released: date | None = None  # YYYY-MM-DD, for the exam's note on contamination; None: by name
     device: str = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: by a matmul probe of the device
 
@@ -75,7 +80,9 @@ class DataSection(Section):
     """The problems, and how they are rendered."""
 
     train: tuple[SourceSection, ...] = ()
-    eval: tuple[SourceSection, ...] = ()  # empty: held_out rows are kept from the training rows
+    # Several sets make one exam, with scores for each. "held_out": held_out rows are kept from the
+    # training rows; empty: those alone.
+    eval: tuple[SourceSection, ...] = ()
     held_out: int = Field(200, ge=1)
     template: Literal["chat", "base"] = "chat"
     system: str | None = None
@@ -183,6 +190,7 @@ class EvalSection(Section):
     temperature: float = Field(0.0, ge=0)  # 0: greedy
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)  # None: as in training
+    chunk_samples: int = Field(256, ge=1)  # sampled at once, then on disk: what a kill costs
 
     @model_validator(mode="after")
     def _no_copies(self) -> EvalSection:
@@ -238,6 +246,15 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> RunCon
     Raises:
         UserError: one line that names the file or key and the fix.
     """
+    return parse_config(read_settings(path, overrides))
+
+
+def read_settings(path: Path | None, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A TOML file's settings with the overrides put in, not checked yet.
+
+    Raises:
+        UserError: no such file, no TOML, or an override that is none.
+    """
     raw: dict[str, Any] = {}
     if path is not None:
         if not path.is_file():
@@ -246,15 +263,20 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> RunCon
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not valid TOML: {error}") from error
-    return parse_config(apply_overrides(raw, overrides or []))
+    return apply_overrides(raw, overrides or [])
 
 
 def parse_config(raw: dict[str, Any]) -> RunConfig:
     """Checks a nested dict. Raises UserError naming the first bad key."""
+    return parse_as(RunConfig, raw)
+
+
+def parse_as(root: type[SomeSection], raw: dict[str, Any]) -> SomeSection:
+    """Checks a nested dict as the settings of `root`. Raises UserError naming the first bad key."""
     try:
-        return RunConfig.model_validate(raw)
+        return root.model_validate(raw)
     except ValidationError as error:
-        raise UserError(_explain(error)) from error
+        raise UserError(_explain(error, root)) from error
 
 
 def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -295,20 +317,20 @@ def _parse_value(text: str) -> Any:
         return {"none": None, "None": None}.get(text, text)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        section = _section_at(first["loc"][:-1])
+        section = _section_at(first["loc"][:-1], root)
         hint = nearest(str(first["loc"][-1]), section.model_fields)
         return f"config: unknown key {key!r}; {hint}"
     message = first["msg"].removeprefix("Value error, ")
     return f"config: {key} = {first['input']!r}: {message}" if key else f"config: {message}"
 
 
-def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
+def _section_at(location: tuple[int | str, ...], root: type[BaseModel]) -> type[BaseModel]:
     """The section class that a validation error's location lies in."""
-    section: type[BaseModel] = RunConfig
+    section = root
     for part in location:
         if isinstance(part, int):
             section = SourceSection

@@ -111,18 +111,18 @@ def load_source(
         return _load_generated(source, kind, generator, exclude)
     path = Path(source.name).expanduser()
     if path.is_dir():
-        return _load_files(source, _folder_files(path, role, source.split), _folder_label(path))
+        return _load_files(source, folder_files(path, role, source.split), folder_label(path))
     if path.is_file():
-        return _load_files(source, [path], _file_label(path))
+        return _load_files(source, [path], file_label(path))
     if source.name in LOADERS:
         return _load_hub(source, LOADERS[source.name], source.name, role)
-    if _is_hub_id(source.name):
+    if is_hub_id(source.name):
         hub_set = next(
             (known for known in LOADERS.values() if known.hub_id == source.name),
             HubSet(source.name, "train", "test"),
         )
         return _load_hub(source, hub_set, source.name.split("/")[1], role)
-    raise UserError(_unknown(source.name))
+    raise UserError(unknown_set(source.name))
 
 
 def has_eval_part(source: SourceSection) -> bool:
@@ -222,14 +222,15 @@ def _load_files(source: SourceSection, paths: list[Path], label: str) -> LoadedS
         raise UserError(f"data set {source.name} is read from disk: options are for generators")
     rows: list[DataRow] = []
     for path in paths:
-        raws = _read_file(path)
+        raws = read_file(path)
         if raws:
             rows += parse_rows(raws, str(path), source.question, source.answer)
     numbered = [DataRow(row.question, row.reference, row.solution, i) for i, row in enumerate(rows)]
     return _clean(source, label, numbered)
 
 
-def _folder_files(folder: Path, role: Role, split: str | None) -> list[Path]:
+def folder_files(folder: Path, role: Role, split: str | None) -> list[Path]:
+    """The data files of a split, or of a role; all of them where none is named so."""
     everything = _data_files(folder)
     if not everything:
         inside = sorted(
@@ -261,16 +262,19 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     ]
 
 
-def _file_label(path: Path) -> str:
+def file_label(path: Path) -> str:
+    """A data set's name in metrics: the file's, or its folder's where the file is train.jsonl."""
     stem = path.stem.lower()
     return path.resolve().parent.name if stem in _ROLE_STEMS else path.stem
 
 
-def _folder_label(path: Path) -> str:
+def folder_label(path: Path) -> str:
+    """A folder's data set's name in metrics."""
     return path.resolve().name or "data"
 
 
-def _read_file(path: Path) -> list[dict[str, Any]]:
+def read_file(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file. Raises UserError where it cannot be read or holds no rows."""
     readers: dict[str, Callable[[Path], list[Any]]] = {
         ".jsonl": _read_jsonl,
         ".json": _read_json,
@@ -341,12 +345,14 @@ def _read_csv(path: Path) -> list[Any]:
 # --- the hub --------------------------------------------------------------------------------------
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name."""
     owner_and_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
     return bool(owner_and_name) and Path(name).suffix.lower() not in _SUFFIXES
 
 
-def _unknown(name: str) -> str:
+def unknown_set(name: str) -> str:
+    """The error for a data set's name that is nothing known."""
     if "/" in name or Path(name).suffix.lower() in _SUFFIXES or name.startswith(("~", ".")):
         return f"data file or folder {name} does not exist"
     kind, separator, generator = name.partition(":")
@@ -378,6 +384,19 @@ def _load_hub(source: SourceSection, hub_set: HubSet, label: str, role: Role) ->
 def _hub_rows(
     name: str, hub_set: HubSet, config: str | None, split: str
 ) -> Iterator[dict[str, Any]]:
+    loaded = load_hub(name, hub_set, config, split)
+    for raw in loaded:
+        year = raw.get("Year")
+        if hub_set.last_year is None or year is None or int(year) <= hub_set.last_year:
+            yield raw
+
+
+def load_hub(name: str, hub_set: HubSet, config: str | None, split: str) -> Any:
+    """One split as a `datasets.Dataset`, without the columns that are not read.
+
+    Raises:
+        UserError: it cannot be loaded, saying why.
+    """
     import datasets
     import httpx
 
@@ -385,13 +404,9 @@ def _hub_rows(
         loaded = datasets.load_dataset(hub_set.hub_id, config, split=split)
     except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:160]
-        known = "" if name in LOADERS else ": no file or folder here, and"
+        known = "" if "/" not in name else ": no file or folder here, and"
         raise UserError(
             f"data set {name}{known} (hub id {hub_set.hub_id}, split {split}) cannot be loaded: "
             f"{reason}; check the connection, or give the path of a local copy as name"
         ) from error
-    loaded = loaded.remove_columns([one for one in hub_set.ignored if one in loaded.column_names])
-    for raw in loaded:
-        year = raw.get("Year")
-        if hub_set.last_year is None or year is None or int(year) <= hub_set.last_year:
-            yield raw
+    return loaded.remove_columns([one for one in hub_set.ignored if one in loaded.column_names])

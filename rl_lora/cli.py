@@ -1,4 +1,4 @@
-"""The command line: `rl-lora train|eval|grade|export|models|lr`.
+"""The command line: `rl-lora train|sft|eval|grade|export|models|lr`.
 
 A user's mistake ends with one line and exit code 2; heavy libraries load only when they are needed.
 """
@@ -69,6 +69,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="only warnings and the summary")
     train.set_defaults(command=_train)
 
+    sft = commands.add_parser("sft", help="fine-tune by log loss on chats or completions")
+    sft.add_argument("config", type=Path, help="a TOML file, e.g. configs/sft_tiny.toml")
+    _add_overrides(sft)
+    sft.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint, if there is one"
+    )
+    sft.add_argument(
+        "--dry-run", action="store_true", help="print settings, capacity and memory plan; stop"
+    )
+    sft.add_argument("--quiet", action="store_true", help="only warnings and the summary")
+    sft.set_defaults(command=_sft)
+
     evaluate = commands.add_parser("eval", help="evaluate a run's adapter, or a config's base")
     evaluate.add_argument("target", type=Path, help="a run folder or a TOML file")
     _add_overrides(evaluate)
@@ -120,6 +132,21 @@ def _train(arguments: argparse.Namespace) -> int:
     from rl_lora.train import train
 
     train(config, resume=arguments.resume, quiet=arguments.quiet)
+    return 0
+
+
+def _sft(arguments: argparse.Namespace) -> int:
+    from rl_lora.sft_config import load_sft_config
+
+    config = load_sft_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from rl_lora.plan import print_sft_plan
+
+        print_sft_plan(config)
+        return 0
+    from rl_lora.sft_run import fine_tune
+
+    fine_tune(config, resume=arguments.resume, quiet=arguments.quiet)
     return 0
 
 

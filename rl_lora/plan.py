@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from transformers import PretrainedConfig
 
 from rl_lora.capacity import Capacity, capacity_line, capacity_warning
 from rl_lora.config import LoraSection, ModelSection, RunConfig, Section
@@ -23,10 +24,12 @@ from rl_lora.memory_plan import (
     MemoryItem,
     bytes_text,
     gpu_memory,
+    learner_memory,
     machine_bytes,
     memory_plan,
     plan_device,
 )
+from rl_lora.sft_config import SftConfig
 from rl_lora.shapes import find_model_dir, lay_out, load_model_config
 
 
@@ -141,6 +144,58 @@ def print_plan(
     warn_of_capacity(console, capacity, config.lora)
     parts = memory_plan(config, model_config, counts.base, counts.trainable, gpu_bytes)
     console.print(memory_table(parts, config.model, gpu_bytes))
+
+
+def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
+    """What `sft --dry-run` shows; tokens are counted where data and tokenizer are on this machine.
+
+    Raises:
+        UserError: the model's config.json cannot be had, or the data cannot be used.
+    """
+    console = console or Console()
+    console.print(settings_table(config, SftConfig()))
+    model_dir = find_model_dir(config.model.name)
+    model_config, origin = load_model_config(config.model, model_dir)
+    model = lay_out(model_config)
+    counts = parameter_counts(model, config.lora)
+    matmuls = matmul_counts(model, config.lora)
+    seen = config.run.num_steps * config.sft.batch_size
+    num_tokens, how = _sft_tokens(config, model_config, model_dir)
+    capacity = Capacity("tokens", num_tokens, counts.trainable)
+    table = parameter_table(config.model, config.lora, counts, matmuls, origin)
+    table.add_row("completion tokens to learn", f"{num_tokens:,} ({how})")
+    table.add_row("capacity", capacity_line(capacity))
+    flops = 2 * (matmuls.full if config.lora.mode == "full" else matmuls.lora)
+    table.add_row("arithmetic, at most", flops_text(flops * seen * config.data.max_tokens))
+    console.print(table)
+    warn_of_capacity(console, capacity, config.lora)
+    parts = learner_memory(
+        config.model,
+        config.lora,
+        config.optim,
+        model_config,
+        counts.base,
+        counts.trainable,
+        max(config.optim.microbatch_tokens, config.data.max_tokens),
+    )
+    console.print(memory_table(parts, config.model))
+
+
+def _sft_tokens(
+    config: SftConfig, model_config: PretrainedConfig, model_dir: Path | None
+) -> tuple[int, str]:
+    """(completion tokens that the run sees, each once; how they were counted)."""
+    from rl_lora.models import context_length, load_tokenizer
+    from rl_lora.sft_data import load_sft
+
+    seen = config.run.num_steps * config.sft.batch_size
+    is_local = all(":" in s.name or Path(s.name).expanduser().exists() for s in config.data.train)
+    if model_dir is None or not is_local:
+        return seen * config.data.max_tokens, "at most: model or data are not on this machine"
+    context = context_length(model_config)
+    sets = load_sft(config.data, load_tokenizer(model_dir), context, config.run.seed)
+    share = min(1.0, seen / len(sets.train))
+    return round(share * sets.num_train_tokens), f"{share:.0%} of {len(sets.train):,} sequences"
 
 
 def work_text(

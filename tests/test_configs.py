@@ -19,7 +19,12 @@ from rl_lora.generated import generated_rows
 from rl_lora.loaders import LOADERS
 from rl_lora.plan import print_plan
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.toml"))
+OTHER_ROOTS = ("sft_", "study_")  # settings of other commands, with tests of their own
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.toml"))
+    if not path.stem.startswith(OTHER_ROOTS)
+]
 BY_NAME = {path.stem: path for path in CONFIGS}
 GPU_CONFIGS = [path for path in CONFIGS if path.stem.endswith("_8b")]
 

@@ -1,0 +1,96 @@
+"""A study's cells: products, one cell for one job, settings that are checked before any run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rl_lora.config import parse_as
+from rl_lora.errors import UserError
+from rl_lora.study_config import StudyConfig, cells_of, load_study, products
+
+STUDY = """
+[study]
+name = "s"
+arm = "sft"
+seeds = [0, 1]
+[job.model]
+name = "tiny-fast"
+[job.data]
+train = "generated:products"
+[[grid]]
+lora.rank = [1, 8]
+optim.lr = [1e-3, 1e-2]
+[[grid]]
+lora.mode = "full"
+lora.rank = [1, 8]
+optim.lr = 1e-4
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    file = path / "study.toml"
+    file.write_text(text)
+    return file
+
+
+def test_products_of_nested_lists() -> None:
+    grid = {"lora": {"rank": [1, 8]}, "optim": {"lr": 0.1}}
+    assert list(products(grid)) == [
+        {"lora.rank": 1, "optim.lr": 0.1},
+        {"lora.rank": 8, "optim.lr": 0.1},
+    ]
+    assert list(products({})) == [{}]
+
+
+def test_full_fine_tuning_has_no_rank(tmp_path: Path) -> None:
+    cells = cells_of(load_study(write(tmp_path, STUDY)))
+    assert len(cells) == 2 * 2 * 2 + 2  # full fine-tuning of rank 1 and of rank 8 is one condition
+    assert len({cell.key for cell in cells}) == len(cells)
+    full = [cell for cell in cells if cell.config.lora.mode == "full"]
+    assert {cell.condition for cell in full} == {("full", 0, "all", False, 32)}
+    assert [cell.config.run.seed for cell in full] == [0, 1]
+    assert {cell.condition for cell in cells} == {
+        ("lora", 1, "all", False, 32),
+        ("lora", 8, "all", False, 32),
+        ("full", 0, "all", False, 32),
+    }
+
+
+def test_cells_of_a_cost_class_differ_in_rate_and_seed_alone(tmp_path: Path) -> None:
+    cells = cells_of(load_study(write(tmp_path, STUDY)))
+    assert len({cell.cost_class for cell in cells}) == 3
+    moved = cells[0].with_rate(0.5)
+    assert moved.key != cells[0].key
+    assert moved.cost_class == cells[0].cost_class
+    assert moved.config.optim.lr == 0.5
+
+
+def test_the_folder_is_no_part_of_a_cells_key(tmp_path: Path) -> None:
+    one = cells_of(load_study(write(tmp_path, STUDY)))
+    other = cells_of(load_study(write(tmp_path, STUDY), ["job.run.output_dir=elsewhere"]))
+    assert [cell.key for cell in one] == [cell.key for cell in other]
+    longer = cells_of(load_study(write(tmp_path, STUDY), ["job.run.num_steps=7"]))
+    assert not {cell.key for cell in one} & {cell.key for cell in longer}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("lora.rank = [1, 8]\noptim", "lora.rnk = 1\noptim"), r"cell lora\.rnk=1.*'rank'"),
+        (("optim.lr = 1e-4", "optim.lr = -1.0"), r"cell lora\.mode=full.*optim\.lr"),
+        (('arm = "sft"', 'arm = "dpo"'), r"study\.arm"),
+        (("seeds = [0, 1]", "seeds = []"), "at least one seed"),
+        (("[study]", "[studdy]"), "did you mean 'study'"),
+    ],
+)
+def test_bad_studies_are_one_line(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_study(write(tmp_path, STUDY.replace(*change, 1)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_study_without_a_grid_is_one_job_over_its_seeds() -> None:
+    study = parse_as(StudyConfig, {"study": {"seeds": [3, 4]}, "job": {"data": "gsm8k"}})
+    assert [cell.config.run.seed for cell in cells_of(study)] == [3, 4]

@@ -1,4 +1,4 @@
-"""The command line: `rl-lora train|sft|eval|grade|export|models|lr`.
+"""The command line: `rl-lora train|sft|eval|grade|export|models|study|lr`.
 
 A user's mistake ends with one line and exit code 2; heavy libraries load only when they are needed.
 """
@@ -46,7 +46,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from rl_lora import __version__, grade, lr
+    from rl_lora import __version__, grade, lr, study_command
 
     parser = argparse.ArgumentParser(
         prog="rl-lora", description="Reinforcement learning with a LoRA policy."
@@ -94,6 +94,20 @@ def _parser() -> argparse.ArgumentParser:
     grade.add_arguments(grading)
     grading.set_defaults(command=grade.run)
 
+    report = commands.add_parser("report", help="one HTML file of a run, or of several overlaid")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
+    where = report.add_mutually_exclusive_group()
+    where.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="default: RUN/report.html, ./report.html for several runs",
+    )
+    where.add_argument("--watch", action="store_true", help="serve it on localhost, always fresh")
+    report.add_argument("--port", type=int, help="of --watch (default: 8000, or any free one)")
+    report.set_defaults(command=_report)
+
     export = commands.add_parser("export", help="merge into a model directory, or push to the hub")
     export.add_argument("source", type=Path, help="a run folder or an adapter directory")
     export.add_argument("--base", help="base model (default: the one the adapter names)")
@@ -106,6 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the models at hand, or get one")
     models.add_argument("get", nargs="?", metavar="NAME", help="fetch or make this one")
     models.set_defaults(command=_models)
+
+    study = commands.add_parser("study", help="run a grid of jobs, or plan it")
+    study_command.add_arguments(study)
+    study.set_defaults(command=study_command.run)
 
     rate = commands.add_parser("lr", help="the article's learning-rate rule for a model")
     lr.add_arguments(rate)
@@ -155,6 +173,12 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     exam(arguments.target, arguments.overrides, arguments.adapter, arguments.name)
     return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from rl_lora.report.command import run
+
+    return run(arguments.runs, arguments.output, is_watched=arguments.watch, port=arguments.port)
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,165 @@
+"""What a page is made of: tiles, figures, tables, sections; the palette; curves and bands.
+
+Figures are plotly's own dicts. Colours are names of the palette ("c0", or "c0@0.2" with an opacity)
+that the page replaces by those of its theme, so that one figure serves light and dark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+# After Okabe and Ito's palette (distinct for the common kinds of colour vision), in shades with a
+# contrast of at least 3 against each theme's background; dashes and words tell them apart, too.
+LIGHT = {
+    "c0": "#0072b2", "c1": "#d55e00", "c2": "#009e73", "c3": "#aa4488", "c4": "#a87900",
+    "c5": "#332288", "c6": "#5f6b76", "ink": "#1c2126", "muted": "#5b6570", "line": "#d9dee3",
+    "page": "#f5f7f9", "card": "#ffffff", "mark": "#fff3cd",
+}  # fmt: skip
+DARK = {
+    "c0": "#56b4e9", "c1": "#f0883e", "c2": "#2fc39a", "c3": "#dd8fc0", "c4": "#e8c14a",
+    "c5": "#a9a2f5", "c6": "#9aa5b1", "ink": "#e4e8ec", "muted": "#9aa5b1", "line": "#333b44",
+    "page": "#12161b", "card": "#1a2027", "mark": "#4a3f1a",
+}  # fmt: skip
+NUM_COLORS = 7
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+
+Trace = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One number at the top. Example: Tile("Held-out accuracy", "9.0 % → 27.0 %", "+18 points")."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One plotly figure.
+
+    Example: Figure(id="reward", title="Reward", note="...", data=[curve(...)], layout={...})
+    """
+
+    id: str
+    title: str
+    data: list[Trace]
+    layout: dict[str, Any]
+    note: str = ""  # what bands, dashes and averages mean
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of plain texts under their column names; `is_numeric` columns are set to the right."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    is_numeric: list[bool]
+    note: str = ""
+    is_folded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the page under a heading."""
+
+    id: str
+    title: str
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+
+def color(index: int) -> str:
+    """The palette's name for the index-th run or series."""
+    return f"c{index % NUM_COLORS}"
+
+
+def curve(
+    x: Sequence[float],
+    y: Sequence[float],
+    name: str,
+    color: str,
+    *,
+    dash: str = "solid",
+    form: str = ".3g",
+    axis: str = "y",
+    unit: str = "",
+    **more: Any,
+) -> Trace:
+    """A line, with markers where there are few points: one point alone draws no line."""
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if len(x) <= 30 else "lines",
+        "x": rounded(x),
+        "y": rounded(y),
+        "name": name,
+        "yaxis": axis,
+        "line": {"color": color, "dash": dash, "width": 2},
+        "marker": {"color": color, "size": 5},
+        "hovertemplate": f"%{{y:{form}}}{unit}",
+        **more,
+    }
+
+
+def band(
+    x: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    color: str,
+    *,
+    axis: str = "y",
+    **more: Any,
+) -> Trace:
+    """The area between low and high."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": rounded([*x, *reversed(x)]),
+        "y": rounded([*high, *reversed(low)]),
+        "yaxis": axis,
+        "fill": "toself",
+        "fillcolor": f"{color}@0.16",
+        "line": {"width": 0, "color": f"{color}@0"},
+        "hoverinfo": "skip",
+        "showlegend": False,
+        **more,
+    }
+
+
+def moving(values: Sequence[float], reach: int) -> tuple[list[float], list[float]]:
+    """(means, standard deviations) over up to `reach` values on either side; fewer at the ends."""
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [float(np.mean(w)) for w in windows], [float(np.std(w)) for w in windows]
+
+
+def smooth_reach(num_steps: int) -> int:
+    """Values on either side of a moving mean; 0: too few steps for one."""
+    return 0 if num_steps < 10 else max(2, num_steps // 20)
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """Six digits, which no eye tells apart, and which make the page half as large."""
+    return [float(f"{value:.6g}") for value in values]
+
+
+def layout(y_title: str, *, y_format: str = "", x_title: str = "training step") -> dict[str, Any]:
+    """One panel over training steps."""
+    return {
+        "xaxis": {"title": {"text": x_title}},
+        "yaxis": {"title": {"text": y_title}, "tickformat": y_format, "rangemode": "tozero"},
+    }
+
+
+def two_panels(upper: dict[str, Any], lower: dict[str, Any]) -> dict[str, Any]:
+    """Two panels one over the other with one axis of steps; curves of the lower one are on "y2"."""
+    return {
+        "xaxis": {"title": {"text": "training step"}, "anchor": "y2"},
+        "yaxis": {"domain": [0.42, 1.0], **upper},
+        "yaxis2": {"domain": [0.0, 0.33], "anchor": "x", **lower},
+    }

@@ -1,0 +1,127 @@
+"""The page of a run, or of several overlaid, from their folders alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rl_lora.display import printable
+from rl_lora.report.blocks import Section
+from rl_lora.report.figures import make_sections
+from rl_lora.report.page import Page, packed_size
+from rl_lora.report.records import RunRecord, read_runs
+from rl_lora.report.summary import exam_table, make_tiles, run_table, settings_section
+from rl_lora.report.text import Formulas, segments
+from rl_lora.report.transcripts import (
+    HEAD_CHARS,
+    TAIL_CHARS,
+    CutText,
+    Sample,
+    sample_transcripts,
+)
+
+MAX_DATA_BYTES = 2_600_000  # in the page, which stays under 5 MB with plotly's 2 MB
+
+_SHORT_FIELDS = ("source", "problem", "reference", "answer", "status")
+
+
+def build_page(folders: Sequence[Path]) -> tuple[Page, bytes]:
+    """(page, its JSON) of the runs.
+
+    Raises:
+        UserError: a folder is no run, is given twice, or has a damaged metrics.jsonl.
+    """
+    runs = read_runs(folders)
+    sample = sample_transcripts(runs)
+    head_chars, tail_chars = HEAD_CHARS, TAIL_CHARS
+    while True:
+        page = _page(runs, sample, head_chars, tail_chars)
+        data = page.to_json()
+        # Text that does not compress: half of it, until the page is small enough.
+        if packed_size(data) <= MAX_DATA_BYTES or head_chars < 100:
+            return page, data
+        head_chars, tail_chars = head_chars // 2, tail_chars // 2
+
+
+def _page(runs: Sequence[RunRecord], sample: Sample, head_chars: int, tail_chars: int) -> Page:
+    sections = make_sections(runs)
+    table = exam_table(runs)
+    if len(runs) > 1:
+        sections.insert(0, Section("runs", "Runs", tables=[run_table(runs)]))
+    if table is not None:
+        sections.append(Section("exams", "Exams on record", tables=[table]))
+    sections.append(settings_section(runs))
+    labels = [run.label for run in runs]
+    notes = [
+        f"{run.label}: {note}" if len(runs) > 1 else note for run in runs for note in run.notes
+    ]
+    return Page(
+        title=labels[0] if len(runs) == 1 else f"{len(runs)} runs",
+        subtitle=_subtitle(runs),
+        tiles=make_tiles(runs[0]) if len(runs) == 1 else [],
+        sections=sections,
+        transcripts=_transcripts(sample, labels, head_chars, tail_chars),
+        notes=[*notes, *_damage_notes(sample), *_empty_notes(runs)],
+    )
+
+
+def _subtitle(runs: Sequence[RunRecord]) -> str:
+    if len(runs) > 1:
+        return ", ".join(run.label for run in runs)
+    config = runs[0].config.get("data")
+    sources = config.get("train") if isinstance(config, dict) else None
+    names = [str(s["name"]) for s in sources or [] if isinstance(s, dict) and "name" in s]
+    return f"Reinforcement learning on {', '.join(names)}" if names else ""
+
+
+def _transcripts(
+    sample: Sample, labels: Sequence[str], head_chars: int, tail_chars: int
+) -> dict[str, Any] | None:
+    """The browser's data; the note says what the sample was taken from, and how."""
+    if not sample.records:
+        return None
+    formulas = Formulas()
+    records = []
+    for record in sample.records:
+        shown = dict(record)
+        for key in _SHORT_FIELDS:
+            shown[key] = None if record[key] is None else printable(record[key])
+        question: CutText = record["question"]
+        shown["question"] = segments(question.cut(head_chars, 0), formulas)
+        shown["completion"] = segments(record["completion"].cut(head_chars, tail_chars), formulas)
+        records.append(shown)
+    return {
+        "note": _sample_note(sample, head_chars, tail_chars),
+        "runs": list(labels),
+        "records": records,
+        "formulas": formulas.table,
+    }
+
+
+def _sample_note(sample: Sample, head_chars: int, tail_chars: int) -> str:
+    num, files = len(sample.records), len(sample.files)
+    source = f"{files} file" + ("s" if files > 1 else "")
+    if num == sample.num_read:
+        text = f"All {num:,} transcripts of {source}."
+    else:
+        text = (
+            f"A seeded sample of {num:,} of the {sample.num_read:,} transcripts of {source}: of "
+            "each step and exam up to the same number, half correct and half wrong where there are "
+            "enough of both, so that the shares here are not the run's."
+        )
+    if sample.num_strata_skipped:
+        text += f" {sample.num_strata_skipped:,} steps and exams between those shown are left out."
+    if any(record["completion"].num_cut for record in sample.records):
+        text += f" Of long completions the first {head_chars:,} and last {tail_chars:,} characters."
+    return text
+
+
+def _damage_notes(sample: Sample) -> list[str]:
+    if not sample.num_damaged:
+        return []
+    return [f"transcripts: {sample.num_damaged:,} lines are no transcripts and are left out"]
+
+
+def _empty_notes(runs: Sequence[RunRecord]) -> list[str]:
+    return [f"{run.label} has no step on record yet" for run in runs if not run.steps]

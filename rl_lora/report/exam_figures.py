@@ -1,0 +1,140 @@
+"""The figures of the exams: accuracy with its interval, by training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rl_lora.report.blocks import DASHES, Figure, Trace, band, color, curve, layout, rounded
+from rl_lora.report.records import Exam, RunRecord
+
+
+def exam_figures(runs: Sequence[RunRecord]) -> list[Figure | None]:
+    """Each series of exams over the training steps, and its sources where it has several."""
+    names = dict.fromkeys(
+        exam.series for run in runs for exam in run.exams if exam.step is not None
+    )
+    figures: list[Figure | None] = []
+    for name in sorted(names):
+        figures.append(_exam_figure(runs, name))
+        if len(runs) == 1:
+            figures.append(_exam_by_source(runs[0], name))
+    return figures
+
+
+def exam_title(name: str) -> str:
+    """A series' heading. Example: "Held-out accuracy", "AIME 2024"."""
+    if not name:
+        return "Held-out accuracy"
+    if name.lower().startswith("aime") and name[4:].isdigit():
+        return f"AIME {2000 + int(name[4:]) % 2000}"
+    return name
+
+
+def _exam_figure(runs: Sequence[RunRecord], name: str) -> Figure | None:
+    data: list[Trace] = []
+    for index, run in enumerate(runs):
+        exams = run.exams_of(name)
+        if not exams:
+            continue
+        if len(runs) == 1:
+            data += _exam_traces(exams, None, "accuracy", "c0")
+            data += _exam_extras(exams)
+            data += _base_line(run, name)
+        else:
+            data += _exam_traces(exams, None, run.label, color(index))
+    form = layout("share of the answers", y_format=".0%")
+    form["yaxis"]["range"] = [0, _headroom(data)]
+    levels = {exam.result.confidence for run in runs for exam in run.exams_of(name)}
+    note = " and ".join(f"{level:.0%}" for level in sorted(levels))
+    problems = {exam.result.total.num_problems for run in runs for exam in run.exams_of(name)}
+    count = " or ".join(f"{number:,}" for number in sorted(problems))
+    text = f"{count} problems; bands: {note} intervals."
+    return Figure(f"exam_{name or 'held_out'}", exam_title(name), data, form, text)
+
+
+def _exam_by_source(run: RunRecord, name: str) -> Figure | None:
+    exams = run.exams_of(name)
+    sources = sorted({source for exam in exams for source in exam.result.by_source})
+    if not 2 <= len(sources) <= 20:
+        return None
+    data = []
+    for index, source in enumerate(sources):
+        data += _exam_traces(exams, source, source, color(index), DASHES[index % len(DASHES)])
+    form = layout("accuracy", y_format=".0%")
+    form["yaxis"]["range"] = [0, _headroom(data)]
+    title = f"{exam_title(name)} by source"
+    return Figure(f"exam_{name or 'held_out'}_by_source", title, data, form, "Bands as before.")
+
+
+def _exam_traces(
+    exams: Sequence[Exam], source: str | None, name: str, shade: str, dash: str = "solid"
+) -> list[Trace]:
+    """Accuracy with its interval as band and bars, over training steps."""
+    points = [
+        (exam.step, exam.result.total if source is None else exam.result.by_source.get(source))
+        for exam in exams
+    ]
+    whole = [(step, scores) for step, scores in points if step is not None and scores is not None]
+    steps = [float(step) for step, _ in whole]
+    mid = [scores.accuracy for _, scores in whole]
+    low = [scores.accuracy_low for _, scores in whole]
+    high = [scores.accuracy_high for _, scores in whole]
+    line = curve(steps, mid, name, shade, dash=dash, legendgroup=name)
+    line["customdata"] = [[f"{lo:.1%}", f"{hi:.1%}"] for lo, hi in zip(low, high, strict=True)]
+    line["hovertemplate"] = "%{y:.1%} (%{customdata[0]} to %{customdata[1]})"
+    if len(steps) <= 30:
+        line["error_y"] = {
+            "type": "data",
+            "symmetric": False,
+            # Rounding may put a bound a hair inside, and a bar's length is not negative.
+            "array": rounded(np.maximum(np.subtract(high, mid), 0).tolist()),
+            "arrayminus": rounded(np.maximum(np.subtract(mid, low), 0).tolist()),
+            "color": f"{shade}@0.7",
+            "thickness": 1,
+            "width": 4,
+        }
+    return [band(steps, low, high, shade, legendgroup=name), line]
+
+
+def _exam_extras(exams: Sequence[Exam]) -> list[Trace]:
+    """Format, and with several samples a problem pass@k and maj@k."""
+    steps = [float(exam.step) for exam in exams if exam.step is not None]
+    totals = [exam.result.total for exam in exams if exam.step is not None]
+    k = totals[-1].num_samples
+    data = [
+        curve(
+            steps,
+            [scores.format_rate for scores in totals],
+            "in the asked format",
+            "c2",
+            dash="dot",
+            form=".1%",
+        )
+    ]
+    if k > 1:
+        for name, values, shade, dash in (
+            (f"pass@{k}", [scores.pass_at_k for scores in totals], "c3", "dash"),
+            (f"maj@{k}", [scores.majority_accuracy for scores in totals], "c4", "dashdot"),
+        ):
+            data.append(curve(steps, values, name, shade, dash=dash, form=".1%"))
+    return data
+
+
+def _base_line(run: RunRecord, name: str) -> list[Trace]:
+    base = run.exam_named("base" if not name else f"base_{name}")
+    if base is None:
+        return []
+    last = max([run.last_step, *(exam.step or 0 for exam in run.exams)])
+    accuracy = base.result.accuracy
+    line = curve(
+        [0, max(1, last)], [accuracy, accuracy], "base model", "muted", dash="longdash", form=".1%"
+    )
+    line["mode"] = "lines"
+    return [line]
+
+
+def _headroom(data: Sequence[Trace]) -> float:
+    highest = max((max(trace["y"]) for trace in data if trace["y"]), default=0.0)
+    return min(1.03, max(0.1, 1.08 * highest))

@@ -1,0 +1,283 @@
+"""The figures of one run, or of several overlaid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rl_lora.report.blocks import (
+    DASHES,
+    Figure,
+    Section,
+    Trace,
+    band,
+    color,
+    curve,
+    layout,
+    rounded,
+    two_panels,
+)
+from rl_lora.report.curves import Series, metric_figure, stacked
+from rl_lora.report.exam_figures import exam_figures
+from rl_lora.report.records import Record, RunRecord, series, thinned
+
+_PHASES = ("sample", "learn", "eval", "publish", "score", "warm_start")
+_PHASE_COLORS = dict(zip(_PHASES, ("c0", "c1", "c2", "c3", "c4", "c5"), strict=True))
+
+
+def make_sections(runs: Sequence[RunRecord]) -> list[Section]:
+    """All figures that the records have numbers for, in four sections."""
+    parts: list[tuple[str, str, list[Callable[[Sequence[RunRecord]], Sequence[Figure | None]]]]] = [
+        ("learning", "Does it learn?", [_reward, exam_figures, _reward_details]),
+        ("answers", "How does it answer?", [_length, _groups, _statuses]),
+        ("health", "Is the training healthy?", [_mismatch, _optimizer]),
+        ("cost", "What does it cost?", [_time, _memory]),
+    ]
+    sections = []
+    for section_id, title, makers in parts:
+        figures = [figure for make in makers for figure in make(runs) if figure is not None]
+        if figures:
+            sections.append(Section(section_id, title, figures))
+    return sections
+
+
+def _reward(runs: Sequence[RunRecord]) -> list[Figure | None]:
+    curves = [
+        Series("reward/mean", "mean reward", "c0", has_band=True),
+        Series("reward/correct_mean", "share correct", "c1", "dash", form=".1%"),
+        Series("reward/format_mean", "share in the asked format", "c2", "dot", form=".1%"),
+    ]
+    form = layout("mean over the step's samples")
+    return [metric_figure("reward", "Reward in training", runs, curves, form)]
+
+
+def _reward_details(runs: Sequence[RunRecord]) -> list[Figure | None]:
+    warm = [Series("sft/loss", "log-loss", "c1", form=".3f", unit=" nats")]
+    return [
+        _reward_by_source(runs),
+        metric_figure(
+            "warm_start",
+            "Warm start, before reinforcement learning",
+            runs,
+            warm,
+            layout("log-loss (nats a token)", x_title="supervised step"),
+            records_of=lambda run: run.warm_start,
+        ),
+    ]
+
+
+def _reward_by_source(runs: Sequence[RunRecord]) -> Figure | None:
+    prefix = "reward/mean/"
+    keys = sorted({key for run in runs for r in run.steps for key in r if key.startswith(prefix)})
+    if len(runs) > 1 or not 2 <= len(keys) <= 20:  # with several runs they would hide each other
+        return None
+    curves = [
+        Series(key, key.removeprefix(prefix), color(i), DASHES[i % len(DASHES)], has_band=i < 4)
+        for i, key in enumerate(keys)
+    ]
+    form = layout("mean reward")
+    return metric_figure("reward_by_source", "Reward by source", runs, curves, form)
+
+
+def _length(runs: Sequence[RunRecord]) -> list[Figure | None]:
+    curves = [
+        Series("cot/tokens_mean", "all", "c6", form=".0f", unit=" tokens"),
+        Series("cot/tokens_correct_mean", "correct", "c0", "dash", form=".0f", unit=" tokens"),
+        Series("cot/tokens_wrong_mean", "wrong", "c1", "dot", form=".0f", unit=" tokens"),
+        Series("cot/truncated_rate", "truncated (below)", "c3", axis="y2", form=".1%"),
+    ]
+    upper = {"title": {"text": "mean length (tokens)"}, "rangemode": "tozero"}
+    lower = {"title": {"text": "truncated"}, "tickformat": ".0%", "rangemode": "tozero"}
+    figure = metric_figure(
+        "length", "Length of the chain of thought", runs, curves, two_panels(upper, lower)
+    )
+    caps = {cap for run in runs if (cap := run.setting("sampling", "max_tokens"))}
+    if figure is not None and len(caps) == 1:
+        cap = caps.pop()
+        note = f"Answers are cut off (truncated) at {cap:,} tokens. {figure.note}"
+        figure = Figure(figure.id, figure.title, figure.data, figure.layout, note)
+    return [figure]
+
+
+def _groups(runs: Sequence[RunRecord]) -> list[Figure | None]:
+    names = {"solved_all": "all solved", "mixed": "mixed", "solved_none": "none solved"}
+    title, y_title = "Groups of samples of one problem", "share of the step's groups"
+    note = "A tied group (all rewards equal) teaches nothing."
+    if len(runs) > 1:
+        dashes = zip(("mixed", "solved_all", "solved_none"), DASHES, strict=False)
+        curves = [Series(f"groups/{k}_rate", names[k], "c0", d, form=".0%") for k, d in dashes]
+        return [metric_figure("groups", title, runs, curves, layout(y_title, y_format=".0%"))]
+    records, _ = thinned(runs[0].steps)
+    shades = {"solved_all": "c0", "mixed": "c2", "solved_none": "c1"}
+    shares = {names[key]: (f"groups/{key}_rate", shades[key]) for key in names}
+    data = stacked(records, shares, ".0%")
+    steps, tied = series(records, "groups/tied_rate")
+    if not data or not steps:
+        return []
+    data.append(curve(steps, tied, "tied: no gradient", "ink", dash="dot", form=".0%"))
+    form = layout(y_title, y_format=".0%") | {"barmode": "stack"}
+    form["yaxis"]["range"] = [0, 1.02]
+    return [Figure("groups", title, data, form, note)]
+
+
+def _statuses(runs: Sequence[RunRecord]) -> list[Figure | None]:
+    """What the verifier said of a step's answers; for one run."""
+    if len(runs) > 1:
+        return []
+    records, _ = thinned(runs[0].steps)
+    keys = sorted({key for r in records for key in r if key.startswith("score/")})
+    keys = [key for key in keys if key != "score/ok"]
+    shares = {
+        key.removeprefix("score/").replace("_", " "): (key, color(i)) for i, key in enumerate(keys)
+    }
+    scaled = [
+        {**r, **{key: r[key] / r["rollouts/num"] for key in keys if key in r}}
+        for r in records
+        if r.get("rollouts/num")
+    ]
+    data = stacked(scaled, shares, ".1%")
+    if not data:
+        return []
+    form = layout("share of the step's answers", y_format=".1~%") | {"barmode": "stack"}
+    note = "Answers that the verifier could not take as they stand; all others are 'ok'."
+    return [Figure("statuses", "The verifier's difficulties", data, form, note)]
+
+
+def _mismatch(runs: Sequence[RunRecord]) -> list[Figure | None]:
+    kl = [
+        Series("mismatch/kl", "sampler to policy", "c0", form=".2e", unit=" nats"),
+        Series("loss/kl", "policy to base", "c1", "dash", form=".2e", unit=" nats"),
+    ]
+    values = [v for run in runs for item in kl for v in series(run.steps, item.key)[1]]
+    form = layout("KL (nats a token)")
+    form["yaxis"] |= {"exponentformat": "power", "tickformat": ""}
+    if values and 0 < 10 * min(values) < max(values):
+        form["yaxis"] |= {"type": "log", "rangemode": "normal", "dtick": 1}
+    figures = [
+        metric_figure("kl", "Divergence of sampler and policy", runs, kl, form),
+        _ratio(runs),
+    ]
+    return figures
+
+
+def _ratio(runs: Sequence[RunRecord]) -> Figure | None:
+    """Quantiles of the importance ratio, less 1."""
+    data: list[Trace] = []
+    for index, run in enumerate(runs):
+        records, _ = thinned(run.steps)
+        wanted = ("ratio/p01", "ratio/p50", "ratio/p99", "ratio/mean")
+        whole = [r for r in records if all(series([r], key)[0] for key in wanted)]
+        if not whole:
+            continue
+        shade = "c0" if len(runs) == 1 else color(index)
+        low, mid, high, mean = ([v - 1 for v in series(whole, key)[1]] for key in wanted)
+        steps = series(whole, "ratio/p50")[0]
+        name = "median" if len(runs) == 1 else run.label
+        group = {"legendgroup": run.label}
+        data.append(band(steps, low, high, shade, **group))
+        data.append(curve(steps, mid, name, shade, form="+.2e", **group))
+        if len(runs) == 1:
+            data.append(curve(steps, mean, "mean", "c1", dash="dash", form="+.2e"))
+    if not data:
+        return None
+    form = layout("ratio − 1")
+    form["yaxis"] |= {"exponentformat": "power", "rangemode": "normal", "zeroline": True}
+    note = "Policy over sampler, a token; 0 is no difference. Band: 1 % to 99 % of the tokens."
+    return Figure("ratio", "Importance ratio", data, form, note)
+
+
+def _optimizer(runs: Sequence[RunRecord]) -> list[Figure | None]:
+    curves = [
+        Series("entropy/mean", "entropy", "c0", unit=" nats"),
+        Series("grad/norm", "gradient norm (below)", "c1", axis="y2"),
+    ]
+    upper = {"title": {"text": "entropy (nats)"}, "rangemode": "tozero"}
+    lower = {"title": {"text": "grad norm"}, "rangemode": "tozero"}
+    form = two_panels(upper, lower)
+    return [metric_figure("entropy", "Entropy and gradient", runs, curves, form)]
+
+
+def _time(runs: Sequence[RunRecord]) -> list[Figure | None]:
+    speed = [
+        Series("speed/sample_tokens_per_s", "sampling", "c0", form=".0f", unit=" tokens/s"),
+        Series("speed/learn_tokens_per_s", "learning", "c1", "dash", form=".0f", unit=" tokens/s"),
+    ]
+    return [
+        _phases_by_run(runs) if len(runs) > 1 else _phases_by_step(runs[0]),
+        metric_figure("speed", "Speed", runs, speed, layout("tokens a second")),
+    ]
+
+
+def _phase_records(run: RunRecord) -> list[dict[str, float]]:
+    """Each step's seconds by phase, with what lies between the phases as `other`."""
+    found = []
+    for record in run.steps:
+        seconds = {
+            key[len("time/") : -len("_s")]: record[key]
+            for key in record
+            if key.startswith("time/") and key != "time/step_s" and series([record], key)[0]
+        }
+        if series([record], "time/step_s")[0]:
+            seconds["other"] = max(0.0, record["time/step_s"] - sum(seconds.values()))
+        found.append({"step": record["step"], **seconds})
+    return found
+
+
+def _phase_names(records: Sequence[Record]) -> list[str]:
+    names = {key for record in records for key in record if key != "step"}
+    return sorted(names, key=lambda name: (name == "other", (*_PHASES, name).index(name), name))
+
+
+def _phases_by_step(run: RunRecord) -> Figure | None:
+    records = _phase_records(run)
+    shares = {
+        name.replace("_", " "): (name, _PHASE_COLORS.get(name, "c6"))
+        for name in _phase_names(records)
+    }
+    data = stacked(thinned(records)[0], shares, ".1f", " s")
+    form = layout("seconds") | {"barmode": "stack"}
+    return Figure("time", "Seconds by phase", data, form) if data else None
+
+
+def _phases_by_run(runs: Sequence[RunRecord]) -> Figure | None:
+    records_of = {run.label: _phase_records(run) for run in runs if run.steps}
+    if not records_of:
+        return None
+    names = _phase_names([record for records in records_of.values() for record in records])
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "y": list(records_of),
+            "x": rounded(
+                [sum(r.get(name, 0.0) for r in rs) / len(rs) for rs in records_of.values()]
+            ),
+            "name": name.replace("_", " "),
+            "marker": {"color": _PHASE_COLORS.get(name, "c6")},
+            "hovertemplate": "%{x:.1f} s",
+        }
+        for name in names
+    ]
+    form = layout("", x_title="mean seconds a step") | {"barmode": "stack", "hovermode": "closest"}
+    form["yaxis"] = {"automargin": True}
+    return Figure("time", "Seconds by phase", data, form)
+
+
+def _memory(runs: Sequence[RunRecord]) -> list[Figure | None]:
+    keys = sorted(
+        {key for run in runs for r in run.steps[-1:] for key in r if key[:7] == "memory/"}
+    )
+    curves = [
+        Series(
+            key,
+            key.removeprefix("memory/peak_").removesuffix("_mb").replace("resident", "process"),
+            color(index),
+            DASHES[index % len(DASHES)],
+            form=".2f",
+            unit=" GB",
+            scale=1e-3,
+            is_noisy=False,
+        )
+        for index, key in enumerate(keys)
+    ]
+    note = "Peak resident memory since the start."
+    return [metric_figure("memory", "Memory", runs, curves, layout("peak so far (GB)"), note)]

@@ -1,0 +1,167 @@
+"""`rl-lora report --watch`: the page on localhost, built anew when the run's files change.
+
+The browser asks for `version` and, when it is another one, takes `data` and draws it in place, so
+that filters, zoom and scroll position stay.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rl_lora.errors import UserError
+from rl_lora.report.build import build_page
+from rl_lora.report.page import Page, to_html
+
+HOST = "127.0.0.1"
+PORT = 8000  # or, if it is in use and none was asked for, any free one
+_LOOK_S = 1.0  # between looks at the files
+_BUSY_FACTOR = 5  # of the time between two builds to the time that one takes: a fifth of a core
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    page: Page
+    data: bytes
+    version: str
+
+
+class LiveReport:
+    """The newest page of the runs, for a server's threads to read.
+
+    Raises:
+        UserError: a folder is no run.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = folders
+        self._state: tuple[tuple[str, int, int], ...] = ()
+        self._num_builds = 0
+        self._next_build = 0.0
+        self._start = time.time_ns()  # versions of another server's pages are other ones
+        self._built: _Built | None = None
+        self.problem = ""
+        self.refresh()
+        if self._built is None:
+            raise UserError(self.problem)
+
+    @property
+    def built(self) -> _Built:
+        """What is served."""
+        assert self._built is not None
+        return self._built
+
+    def refresh(self) -> bool:
+        """Builds the page anew where files have changed; returns whether it did.
+
+        A record that is damaged in this moment leaves the page as it is, and `problem` says why.
+        """
+        now = time.monotonic()
+        state = self._look()
+        if state == self._state or now < self._next_build:
+            return False
+        self._state = state
+        try:
+            page, data = build_page(self._folders)
+        except UserError as error:
+            self.problem = str(error)
+            return False
+        finally:
+            end = time.monotonic()
+            self._next_build = end + _BUSY_FACTOR * (end - now)
+        self.problem = ""
+        self._num_builds += 1
+        self._built = _Built(page, data, f"{self._start}-{self._num_builds}")
+        return True
+
+    def _look(self) -> tuple[tuple[str, int, int], ...]:
+        """(path, size, time of change) of the files that a report is made from."""
+        found = []
+        for folder in self._folders:
+            for pattern in ("*.json", "*.jsonl*", "eval/*.json*"):
+                for path in sorted(folder.glob(pattern)):
+                    try:
+                        status = path.stat()
+                    except FileNotFoundError:  # replaced or deleted since
+                        continue
+                    found.append((str(path), status.st_size, status.st_mtime_ns))
+        return tuple(found)
+
+
+def make_server(report: LiveReport, port: int | None) -> ThreadingHTTPServer:
+    """A server on localhost, not yet started; port None: PORT, or any free one; 0: any free one.
+
+    Raises:
+        UserError: the port asked for is in use or not allowed.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            own_names = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}  # type: ignore[attr-defined]
+            if self.headers.get("Host") not in own_names:
+                # Another site whose name was pointed at this address must not read the page.
+                self.send_error(HTTPStatus.FORBIDDEN)
+                return
+            built = report.built
+            match urlsplit(self.path).path:
+                case "/":
+                    html = to_html(built.page, built.data, live_version=built.version)
+                    self._answer("text/html; charset=utf-8", html.encode())
+                case "/version":
+                    self._answer("text/plain", built.version.encode())
+                case "/data":
+                    self._answer("application/json", built.data)
+                case _:
+                    self.send_error(HTTPStatus.NOT_FOUND)
+
+        def _answer(self, content_type: str, body: bytes) -> None:
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing: a request a browser and every two seconds is no news."""
+
+    try:
+        return ThreadingHTTPServer((HOST, PORT if port is None else port), Handler)
+    except (OSError, OverflowError) as error:
+        if port is not None:
+            raise UserError(
+                f"port {port} cannot be used ({error}); choose another with --port"
+            ) from error
+    return ThreadingHTTPServer((HOST, 0), Handler)
+
+
+def serve(folders: Sequence[Path], port: int | None = None) -> None:
+    """Serves until Ctrl-C.
+
+    Raises:
+        UserError: a folder is no run, or the port is in use.
+    """
+    report = LiveReport(folders)
+    server = make_server(report, port)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(f"http://{HOST}:{server.server_port}/  (Ctrl-C ends)", flush=True)
+    shown = ""
+    try:
+        while True:
+            time.sleep(_LOOK_S)
+            report.refresh()
+            if report.problem and report.problem != shown:
+                print(f"the page stays as it was: {report.problem}", flush=True)
+            shown = report.problem
+    except KeyboardInterrupt:
+        print("ended")
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,231 @@
+"""The words and numbers around the figures: tiles, tables of runs and exams, settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rl_lora.config import RunConfig
+from rl_lora.display import seconds_text
+from rl_lora.evaluate import EvalResult
+from rl_lora.report.blocks import Section, Table, Tile
+from rl_lora.report.exam_figures import exam_title
+from rl_lora.report.records import RunRecord, series
+
+_WINDOW = 5  # steps, of the reward at the start and at the end
+
+
+def make_tiles(run: RunRecord) -> list[Tile]:
+    """A run's main numbers, as far as it has them."""
+    tiles = [_model_tile(run), _policy_tile(run), _steps_tile(run)]
+    names = dict.fromkeys(exam.series for exam in run.exams if exam.step is not None)
+    tiles += [_accuracy_tile(run, name) for name in sorted(names)]
+    rewards = series(run.steps, "reward/mean")[1]
+    if rewards:
+        window = min(_WINDOW, max(1, len(rewards) // 2))
+        first, last = _mean(rewards[:window]), _mean(rewards[-window:])
+        detail = f"means of the first and the last {_count(window, 'step')}"
+        tiles.append(Tile("Reward", f"{first:.2f} → {last:.2f}", detail))
+    seconds = series(run.steps, "time/step_s")[1]
+    if seconds:
+        detail = f"in the steps; {_mean(seconds):.1f} s a step"
+        tiles.append(Tile("Time", seconds_text(sum(seconds)), detail))
+    return [tile for tile in tiles if tile is not None]
+
+
+def run_table(runs: Sequence[RunRecord]) -> Table:
+    """The runs side by side, for a report of several."""
+    columns = ["run", "model", "policy", "learning rate", "steps"]
+    columns += ["before", "after", "reward at the end", "time"]
+    rows = []
+    for run in runs:
+        exams = run.exams_of("")
+        rewards = series(run.steps, "reward/mean")[1]
+        seconds = series(run.steps, "time/step_s")[1]
+        rate = run.setting("optim", "lr")
+        rows.append(
+            [
+                run.label,
+                _text(run.setting("model", "name")),
+                policy_name(run),
+                "–" if rate is None else f"{rate:g}",
+                f"{run.last_step:,}",
+                accuracy_text(exams[0].result) if exams else "–",
+                accuracy_text(exams[-1].result) if len(exams) > 1 else "–",
+                f"{_mean(rewards[-_WINDOW:]):.3f}" if rewards else "–",
+                seconds_text(sum(seconds)) if seconds else "–",
+            ]
+        )
+    return Table("Runs", columns, rows, [False, False, False] + [True] * 6)
+
+
+def exam_table(runs: Sequence[RunRecord]) -> Table | None:
+    """Every exam on record."""
+    columns = ["exam", "step", "problems", "accuracy", "pass@k", "maj@k"]
+    columns += ["in the format", "length", "truncated"]
+    rows = []
+    for run in runs:
+        for exam in run.exams:
+            total, k = exam.result.total, exam.result.total.num_samples
+            rows.append(
+                [
+                    exam.name,
+                    "–" if exam.step is None else f"{exam.step:,}",
+                    f"{total.num_problems:,}" + (f" × {k}" if k > 1 else ""),
+                    accuracy_text(exam.result),
+                    f"{total.pass_at_k:.1%}" if k > 1 else "–",
+                    f"{total.majority_accuracy:.1%}" if k > 1 else "–",
+                    f"{total.format_rate:.1%}",
+                    f"{total.tokens_mean:.0f}",
+                    f"{total.truncated_rate:.1%}",
+                ]
+            )
+            if len(runs) > 1:
+                rows[-1].insert(0, run.label)
+    if not rows:
+        return None
+    first = ["run"] if len(runs) > 1 else []
+    numeric = [False] * (len(first) + 1) + [True] * 8
+    note = "Lengths in tokens; '× k': completions a problem, accuracy is then their mean."
+    return Table("", first + columns, rows, numeric, note)
+
+
+def settings_section(runs: Sequence[RunRecord]) -> Section:
+    """What departs from the defaults, and everything else folded away."""
+    defaults = flat(RunConfig().model_dump(mode="json"))
+    settings = [flat(run.config) for run in runs]
+    keys = list(dict.fromkeys([*defaults, *(key for values in settings for key in values)]))
+    changed = [
+        key
+        for key in keys
+        if any(key in values and values[key] != defaults.get(key) for values in settings)
+    ]
+    columns = ["setting", *(run.label for run in runs), "default"]
+    left = [False] * len(columns)
+
+    def rows(wanted: Sequence[str]) -> list[list[str]]:
+        return [
+            [key, *(_value(values, key) for values in settings), _value(defaults, key)]
+            for key in wanted
+        ]
+
+    facts = [flat(run.facts) for run in runs]
+    names = list(dict.fromkeys(key for values in facts for key in values))
+    tables = [
+        Table("Differences from the defaults", columns, rows(changed), left),
+        Table(
+            "All settings", columns, rows(keys), left, is_folded=True
+        ),
+        Table(
+            "Versions and fingerprints",
+            ["", *(run.label for run in runs)],
+            [[name, *(_value(values, name) for values in facts)] for name in names],
+            left[:-1],
+            is_folded=True,
+        ),
+    ]  # fmt: skip
+    return Section("settings", "Settings", tables=[table for table in tables if table.rows])
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"run": {"seed": 0}} as {"run.seed": 0}; lists stay values."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def policy_name(run: RunRecord) -> str:
+    """LoRA rank 8, or full fine-tuning."""
+    mode, rank = run.setting("lora", "mode"), run.setting("lora", "rank")
+    if mode is None:
+        return "–"
+    return "all weights" if mode == "full" else f"LoRA rank {rank}"
+
+
+def accuracy_text(result: EvalResult) -> str:
+    """9.0 % (5.8 to 13.8), in percent."""
+    total = result.total
+    low, high = 100 * total.accuracy_low, 100 * total.accuracy_high
+    return f"{total.accuracy:.1%} ({low:.1f} to {high:.1f})"
+
+
+def _model_tile(run: RunRecord) -> Tile | None:
+    name = run.setting("model", "name")
+    if name is None:
+        return None
+    dtype = str(run.facts.get("dtype", "")).removeprefix("torch.")
+    return Tile("Base model", str(name), dtype)
+
+
+def _policy_tile(run: RunRecord) -> Tile | None:
+    if run.setting("lora", "mode") is None:
+        return None
+    parts = []
+    if run.setting("lora", "mode") != "full":
+        alpha, layers = run.setting("lora", "alpha"), run.setting("lora", "layers")
+        parts.append(f"alpha {alpha:g}, {layers} layers" if alpha is not None else "")
+    count = run.facts.get("trainable_parameters")
+    if isinstance(count, int):
+        parts.append(f"{count:,} trained parameters")
+    return Tile("Policy", policy_name(run), "; ".join(part for part in parts if part))
+
+
+def _steps_tile(run: RunRecord) -> Tile:
+    planned = run.setting("run", "num_steps")
+    value = f"{run.last_step:,}" + (f" of {planned:,}" if isinstance(planned, int) else "")
+    prompts, samples = (run.setting("sampling", key) for key in ("num_prompts", "num_samples"))
+    detail = f"{prompts} problems × {samples} samples a step" if prompts and samples else ""
+    return Tile("Steps", value, detail)
+
+
+def _accuracy_tile(run: RunRecord, name: str) -> Tile | None:
+    results = [exam.result for exam in run.exams_of(name)]
+    first, last = results[0], results[-1]
+    confidence = f"{last.confidence:.0%} interval"
+    if len(results) == 1:
+        return Tile(exam_title(name), f"{last.accuracy:.1%}", f"{_bounds(last)}, {confidence}")
+    detail = (
+        f"{100 * (last.accuracy - first.accuracy):+.1f} points; {confidence}s "
+        f"{_bounds(first)} and {_bounds(last)}"
+    )
+    return Tile(exam_title(name), f"{first.accuracy:.1%} → {last.accuracy:.1%}", detail)
+
+
+def _bounds(result: EvalResult) -> str:
+    return f"{100 * result.total.accuracy_low:.1f} to {100 * result.total.accuracy_high:.1f}"
+
+
+def _value(values: Mapping[str, Any], key: str) -> str:
+    if key not in values:
+        return "–"
+    value = _without_nulls(values[key])
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A list of sections without the keys that were left at null: they only make it long."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {key: item for key, item in entry.items() if item is not None}
+        if isinstance(entry, dict)
+        else entry
+        for entry in value
+    ]
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def _count(number: int, noun: str) -> str:
+    return noun if number == 1 else f"{number} {noun}s"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,91 @@
+"""Hostile text as segments that a page can show without parsing any of it.
+
+A segment is a string (characters to be shown as they are), {"h": escape, "n": times} for a hidden
+character, {"cut": number of characters left out}, or {"f": index} of a formula.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from itertools import groupby
+from typing import Any
+
+from rl_lora.report.maths import find_formulas, to_tree
+from rl_lora.report.transcripts import CutText
+
+Segment = str | dict[str, Any]
+
+MAX_FORMULAS = 6000  # distinct ones converted for a report; the others are shown as text
+
+# Controls, direction overrides and other formats, surrogates, private use, line separators.
+_HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+_SUSPECT = re.compile(r"[^ -~\n\t]+")
+
+
+class Formulas:
+    """The distinct formulas of a report, each converted once."""
+
+    def __init__(self, max_formulas: int = MAX_FORMULAS) -> None:
+        self.table: list[dict[str, Any]] = []  # {"src": ..., "tree": ..., "display": bool}
+        self._index: dict[str, int | None] = {}
+        self._max = max_formulas
+
+    def index(self, source: str, latex: str, is_displayed: bool) -> int | None:
+        """The formula's place in the table; None: it is shown as text."""
+        if source not in self._index:
+            tree = to_tree(latex) if len(self._index) < self._max else None
+            self._index[source] = None if tree is None else len(self.table)
+            if tree is not None:
+                self.table.append({"src": source, "tree": tree, "display": is_displayed})
+        return self._index[source]
+
+
+def segments(text: CutText, formulas: Formulas) -> list[Segment]:
+    """The text's segments, formulas among them."""
+    result = _with_formulas(text.head, formulas)
+    if text.num_cut:
+        result += [{"cut": text.num_cut}, *_with_formulas(text.tail, formulas)]
+    return result
+
+
+def _with_formulas(text: str, formulas: Formulas) -> list[Segment]:
+    result: list[Segment] = []
+    position = 0
+    for start, end, latex, is_displayed in find_formulas(text):
+        source = text[start:end]
+        if len(visible(source)) != 1:  # a formula that hides characters is shown as it stands
+            continue
+        index = formulas.index(source, latex, is_displayed)
+        if index is not None:
+            result += visible(text[position:start])
+            result.append({"f": index})
+            position = end
+    return result + visible(text[position:])
+
+
+def visible(text: str) -> list[Segment]:
+    """Plain strings, and hidden characters as marked escapes; line feeds and tabs stay."""
+    result: list[Segment] = []
+    plain = ""
+    position = 0
+    for match in _SUSPECT.finditer(text):
+        plain += text[position : match.start()]
+        position = match.end()
+        for escape, group in groupby(match[0], _escape):
+            characters = "".join(group)
+            if not escape:
+                plain += characters
+                continue
+            result += [plain] if plain else []
+            result.append({"h": escape, "n": len(characters)})
+            plain = ""
+    plain += text[position:]
+    return [*result, plain] if plain else result
+
+
+def _escape(character: str) -> str:
+    """How a hidden character is shown; empty for one that shows itself."""
+    if unicodedata.category(character) not in _HIDDEN_CATEGORIES:
+        return ""
+    return f"U+{ord(character):04X}"

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -59,10 +60,17 @@ class TinyRecipe:
     num_exam: int = 400  # held-out problems, for the accuracy
     num_threads: int = 2  # fixed: another number sums in another order
     seed: int = 0
+    # Share of the sums in the solutions that are made wrong, anew in each of `num_copies` copies of
+    # every problem. What is learnt is then to err by chance and not by habit: the right answer is
+    # the likeliest one everywhere, and reinforcement has something to raise in every group.
+    noise: float = field(default=0.0, repr=False)
+    num_copies: int = field(default=1, repr=False)
 
     def key(self) -> str:
         """Changes with the recipe."""
         text = f"{_FORMAT} {self!r}"
+        if self.noise:
+            text += f" noise={self.noise} num_copies={self.num_copies}"
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -92,6 +100,20 @@ RECIPES: dict[str, TinyRecipe] = {
         num_exam=200,
         num_threads=1,
     ),
+    "tiny-noisy": TinyRecipe(
+        "Llama of 0.14 M parameters for studies: one-digit sums, often wrong, by chance",
+        sources=(_made("chain_sum", 4200, max_terms=3, max_digits=1),),
+        hidden_size=64,
+        intermediate_size=192,
+        vocab_size=512,
+        init_std=0.1,
+        lr=3e-3,
+        num_steps=1600,
+        num_exam=400,
+        num_threads=1,
+        noise=0.4,
+        num_copies=4,
+    ),
 }
 
 
@@ -114,7 +136,7 @@ def make_tiny_model(target: Path, recipe: TinyRecipe) -> float:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             model = build_model(recipe, tokenizer)
-            _train(model, tokenizer, prompts.train, recipe)
+            _train(model, tokenizer, _with_noise(prompts.train, recipe), recipe)
             accuracy = sampled_accuracy(model, tokenizer, prompts.eval)
     finally:
         torch.set_num_threads(num_threads)
@@ -231,6 +253,46 @@ def _train(
         optimizer.step()
         schedule.step()
     model.eval()
+
+
+def _with_noise(prompts: Sequence[Prompt], recipe: TinyRecipe) -> list[Prompt]:
+    """Copies of the problems with solutions that err, by the recipe's noise."""
+    if not recipe.noise:
+        return list(prompts)
+    rng = random.Random(mix_seed("noise", recipe.seed))
+    return [
+        replace(prompt, solution=noisy_solution(prompt.solution, recipe.noise, rng))
+        for _ in range(recipe.num_copies)
+        for prompt in prompts
+    ]
+
+
+_SUM = re.compile(r"(-?\d+) ([-+*]) (\d+) = (-?\d+)")
+
+
+def noisy_solution(solution: str, noise: float, rng: random.Random) -> str:
+    r"""The solution of a chain with each sum wrong with probability `noise`, by 1, 2 or 3.
+
+    What follows a wrong sum goes on from it, and the box holds the last sum's result.
+
+    Example: "7 + 5 = 12\n12 - 2 = 10\n\\boxed{10}" may become "7 + 5 = 11\n11 - 2 = 9\n\\boxed{9}".
+    """
+    lines: list[str] = []
+    total: int | None = None
+    for line in solution.splitlines():
+        match = _SUM.fullmatch(line)
+        if match:
+            first, sign, second = int(match[1]), match[2], int(match[3])
+            first = first if total is None else total
+            total = {"+": first + second, "-": first - second, "*": first * second}[sign]
+            if rng.random() < noise:
+                total += rng.choice((-3, -2, -1, 1, 2, 3))
+            lines.append(f"{first} {sign} {second} = {total}")
+        elif total is not None and last_boxed(line) is not None:
+            lines.append(f"\\boxed{{{total}}}")
+        else:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 Example = tuple[list[int], int]  # prompt and solution with the end token; the prompt's length

@@ -68,7 +68,8 @@ def metric_figure(
             )
             if not is_single:  # one entry of the legend a run
                 for trace in traces:
-                    has_entry, trace["showlegend"] = True, trace["showlegend"] and not has_entry
+                    trace["showlegend"] = trace["showlegend"] and not has_entry
+                    has_entry = has_entry or trace["showlegend"]
             data += traces
     if not data:
         return None

@@ -2,8 +2,8 @@
 
 Each step's rollouts, and each exam, are a stratum. A stratum gives up to its quota, half correct
 and half wrong where there are enough of both, so that rare answers are seen; the shares of the
-sample are therefore not the run's. Files of any size are read line by line, and long texts keep their head
-and tail.
+sample are therefore not the run's. Files of any size are read line by line, and long texts keep
+their head and tail.
 """
 
 from __future__ import annotations

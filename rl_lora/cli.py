@@ -106,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     where.add_argument("--watch", action="store_true", help="serve it on localhost, always fresh")
     report.add_argument("--port", type=int, help="of --watch (default: 8000, or any free one)")
+    report.add_argument(
+        "--study", action="store_true", help="RUN is a study's folder: the article's figures of it"
+    )
     report.set_defaults(command=_report)
 
     export = commands.add_parser("export", help="merge into a model directory, or push to the hub")
@@ -176,6 +179,15 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    if arguments.study:
+        from rl_lora.study_figures import draw_study
+        from rl_lora.study_table import read_table
+
+        for folder in arguments.runs:
+            where = folder if folder.is_dir() else folder.parent
+            for path in draw_study(read_table(folder), where / "figures"):
+                print(path)
+        return 0
     from rl_lora.report.command import run
 
     return run(arguments.runs, arguments.output, is_watched=arguments.watch, port=arguments.port)

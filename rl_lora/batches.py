@@ -1,22 +1,22 @@
 """Groups to microbatches: the only place that shifts tokens and makes masks and denominators.
 
-A step's samples are split into `num_updates` optimizer batches, each into microbatches of rows. A
-row is a prompt with one or more of its completions: the prompt is computed once for all of them,
-each completion sees the prompt and itself alone, and its positions go on from the prompt's end, so
-values and gradients are those of separate sequences. Rows are sorted by length and right-padded, so
-that little padding is computed; where every row holds one completion, plain causal attention needs
-no mask. Each completion token carries weights_C = 1/denominator of its whole optimizer batch, so
-gradient accumulation equals one big batch.
+A step's samples are split into `num_updates` optimizer batches, each into microbatches by a budget of
+tokens. Where prompts are shared, a microbatch is one row without padding: each prompt once, followed
+by its completions, which see the prompt and themselves alone and whose positions go on from the
+prompt's end, so that values and gradients are those of separate sequences. Else each row is a prompt
+with one completion; rows are sorted by length and right-padded. Each completion token carries
+weights_C = 1/denominator of its whole optimizer batch, so gradient accumulation equals one big batch.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from rl_lora.segments import Segment, make_layout
 from rl_lora.types import Microbatch, RolloutGroup, TrainSample
 
 
@@ -45,7 +45,7 @@ def pack(
     max_tokens: int,
     microbatch_tokens: int,
     num_updates: int = 1,
-    row_tokens: int = 0,
+    share_prompts: bool = False,
     keep_zero_advantage: bool = False,
 ) -> list[list[Microbatch]]:
     """[num_updates][microbatches] for the learner.
@@ -53,8 +53,8 @@ def pack(
     Args:
         denominator: "tokens": completion tokens of the update; "sequences": its sequences times the
             sequence's own length; "max_tokens": its sequences times max_tokens (Dr. GRPO).
-        microbatch_tokens: bound on a microbatch's padded size; a longer sequence goes alone.
-        row_tokens: bound on a row that holds several completions of one prompt; 0: one a row.
+        microbatch_tokens: bound on a microbatch's size with padding; a longer sequence goes alone.
+        share_prompts: completions of one prompt share it, in one row without padding.
         keep_zero_advantage: keeps samples without gradient (needed for a KL loss). Without it they
             are skipped, still counted in the denominator; where every sample of an update is such a
             one, the shortest sequences stay, so that the sampler can still be checked.
@@ -67,8 +67,12 @@ def pack(
             shortest = sorted(chunk, key=lambda s: len(s.prompt_ids) + len(s.completion_ids))
             some = next(_by_budget([_Row(s.prompt_ids, [s]) for s in shortest], microbatch_tokens))
             kept = [sample for row in some for sample in row.samples]
-        rows = sorted(_rows(kept, row_tokens), key=lambda row: row.width)
-        updates.append([_microbatch(r, weight_of) for r in _by_budget(rows, microbatch_tokens)])
+        if share_prompts:
+            parts = _evenly(_families(kept), microbatch_tokens)
+        else:
+            rows = sorted((_Row(s.prompt_ids, [s]) for s in kept), key=lambda row: row.width)
+            parts = _by_budget(rows, microbatch_tokens)
+        updates.append([_microbatch(part, weight_of, is_flat=share_prompts) for part in parts])
     return updates
 
 
@@ -82,7 +86,7 @@ def whole_sequence(token_ids: Sequence[int]) -> Microbatch:
 
 @dataclass
 class _Row:
-    """A prompt and the completions that share it."""
+    """A prompt and completions of it."""
 
     prompt_ids: tuple[int, ...]
     samples: list[TrainSample]
@@ -92,17 +96,38 @@ class _Row:
         return len(self.prompt_ids) + sum(len(s.completion_ids) for s in self.samples)
 
 
-def _rows(samples: Sequence[TrainSample], row_tokens: int) -> list[_Row]:
-    """Samples of equal prompts together, as many a row as fit row_tokens."""
-    rows: list[_Row] = []
-    open_rows: dict[tuple[int, ...], _Row] = {}
+def _families(samples: Sequence[TrainSample]) -> list[_Row]:
+    """Samples of equal prompts together, in order of first sight."""
+    families: dict[tuple[int, ...], _Row] = {}
     for sample in samples:
-        row = open_rows.get(sample.prompt_ids)
-        if row is None or row.width + len(sample.completion_ids) > row_tokens:
-            row = open_rows[sample.prompt_ids] = _Row(sample.prompt_ids, [])
-            rows.append(row)
-        row.samples.append(sample)
-    return rows
+        families.setdefault(sample.prompt_ids, _Row(sample.prompt_ids, [])).samples.append(sample)
+    return list(families.values())
+
+
+def _evenly(families: Sequence[_Row], budget: int) -> Iterator[list[_Row]]:
+    """Microbatches of about the same size within the budget, an even number of them where there are
+    several, so that two workers end together. A family cut in two has its prompt in both."""
+    total = sum(family.width for family in families)
+    count = -(-total // budget)
+    count += count % 2 if count > 1 else 0
+    target = min(budget, -(-total // count))
+    together: list[_Row] = []
+    size = 0
+    for family in families:
+        row: _Row | None = None
+        for sample in family.samples:
+            added = len(sample.completion_ids) + (0 if row else len(family.prompt_ids))
+            if together and size + added > target:
+                yield together
+                together, size, row = [], 0, None
+                added = len(sample.completion_ids) + len(family.prompt_ids)
+            if row is None:
+                row = _Row(family.prompt_ids, [])
+                together.append(row)
+            row.samples.append(sample)
+            size += added
+    if together:
+        yield together
 
 
 def _split(samples: Sequence[TrainSample], num_updates: int) -> Iterator[list[TrainSample]]:
@@ -135,63 +160,70 @@ def _by_budget(rows: Sequence[_Row], budget: int) -> Iterator[list[_Row]]:
         yield together
 
 
-def _microbatch(rows: Sequence[_Row], weight_of: dict[int, float]) -> Microbatch:
-    width = max(row.width for row in rows)
-    token_ids_BT = torch.zeros(len(rows), width, dtype=torch.int64)
-    position_BT = torch.zeros(len(rows), width, dtype=torch.int64)
-    segment_BT = torch.full(
-        (len(rows), width), -1
-    )  # 0: prompt; 1, 2, ...: completions; -1: padding
-    row: list[int] = []
-    column: list[int] = []
-    target: list[int] = []
-    sequence: list[int] = []
-    sampler: list[float] = []
-    advantage: list[float] = []
-    weight: list[float] = []
-    num_sequences = 0
-    for index, packed in enumerate(rows):
-        num_prompt = len(packed.prompt_ids)
-        token_ids_BT[index, :num_prompt] = torch.tensor(packed.prompt_ids)
-        position_BT[index, :num_prompt] = torch.arange(num_prompt)
-        segment_BT[index, :num_prompt] = 0
-        start = num_prompt
-        for segment, sample in enumerate(packed.samples, start=1):
+def _microbatch(rows: Sequence[_Row], weight_of: dict[int, float], *, is_flat: bool) -> Microbatch:
+    """Rows end to end in one (flat), or one under the other with padding."""
+    num_tokens = sum(row.width for row in rows)
+    shape = (1, num_tokens) if is_flat else (len(rows), max(row.width for row in rows))
+    token_ids_BT = torch.zeros(shape, dtype=torch.int64)
+    position_BT = torch.zeros(shape, dtype=torch.int64)
+    scored = _Scored()
+    segments: list[Segment] = []
+    first = 0  # of the family in the flat row
+    for index, family in enumerate(rows):
+        row = 0 if is_flat else index
+        num_prompt = len(family.prompt_ids)
+        start = first + num_prompt
+        token_ids_BT[row, first:start] = torch.tensor(family.prompt_ids)
+        position_BT[row, first:start] = torch.arange(num_prompt)
+        segments.append(Segment(first, num_prompt))
+        for sample in family.samples:
             count = len(sample.completion_ids)
             end = start + count
-            token_ids_BT[index, start:end] = torch.tensor(sample.completion_ids)
-            position_BT[index, start:end] = torch.arange(num_prompt, num_prompt + count)
-            segment_BT[index, start:end] = segment
-            row += [index] * count
-            column += [num_prompt - 1, *range(start, end - 1)]  # one before the token's own
-            target += sample.completion_ids
-            sampler += sample.sampler_logprobs_T
-            advantage += [sample.advantage] * count
-            weight += [weight_of[count]] * count
-            sequence += [num_sequences] * count
-            num_sequences += 1
+            token_ids_BT[row, start:end] = torch.tensor(sample.completion_ids)
+            position_BT[row, start:end] = torch.arange(num_prompt, num_prompt + count)
+            segments.append(Segment(start, count, first, num_prompt))
+            scored.add(sample, row, first + num_prompt - 1, start, weight_of[count])
             start = end
-    is_shared = num_sequences > len(rows)
+        first = start if is_flat else 0
     return Microbatch(
         token_ids_BT=token_ids_BT,
-        position_BT=position_BT if is_shared else None,
-        mask_B1TT=_shared_prompt_mask(segment_BT) if is_shared else None,
-        row_C=torch.tensor(row),
-        column_C=torch.tensor(column),
-        target_ids_C=torch.tensor(target),
-        sampler_logprobs_C=torch.tensor(sampler, dtype=torch.float32),
-        advantages_C=torch.tensor(advantage, dtype=torch.float32),
-        weights_C=torch.tensor(weight, dtype=torch.float32),
-        sequence_C=torch.tensor(sequence),
-        num_sequences=num_sequences,
-        num_tokens=sum(packed.width for packed in rows),
+        position_BT=position_BT if is_flat else None,
+        layout=make_layout(segments, num_tokens) if is_flat else None,
+        row_C=torch.tensor(scored.row),
+        column_C=torch.tensor(scored.column),
+        target_ids_C=torch.tensor(scored.target),
+        sampler_logprobs_C=torch.tensor(scored.sampler, dtype=torch.float32),
+        advantages_C=torch.tensor(scored.advantage, dtype=torch.float32),
+        weights_C=torch.tensor(scored.weight, dtype=torch.float32),
+        sequence_C=torch.tensor(scored.sequence),
+        num_sequences=scored.num_sequences,
+        num_tokens=num_tokens,
     )
 
 
-def _shared_prompt_mask(segment_BT: torch.Tensor) -> torch.Tensor:
-    """bool [B, 1, T, T]: position t may look at s: earlier or equal, of the prompt or its own
-    completion. Padding looks at the prompt, so that no row of the softmax is empty."""
-    width = segment_BT.shape[1]
-    causal_TT = torch.ones(width, width, dtype=torch.bool).tril()
-    query_BT1, key_B1T = segment_BT.unsqueeze(2), segment_BT.unsqueeze(1)
-    return (causal_TT & ((key_B1T == 0) | (key_B1T == query_BT1))).unsqueeze(1)
+@dataclass
+class _Scored:
+    """The columns of a microbatch's completion tokens, as they grow."""
+
+    row: list[int] = field(default_factory=list)
+    column: list[int] = field(default_factory=list)
+    target: list[int] = field(default_factory=list)
+    sampler: list[float] = field(default_factory=list)
+    advantage: list[float] = field(default_factory=list)
+    weight: list[float] = field(default_factory=list)
+    sequence: list[int] = field(default_factory=list)
+    num_sequences: int = 0
+
+    def add(
+        self, sample: TrainSample, row: int, prompt_end: int, start: int, weight: float
+    ) -> None:
+        """A completion that begins at column start, after a prompt whose last column is given."""
+        count = len(sample.completion_ids)
+        self.row += [row] * count
+        self.column += [prompt_end, *range(start, start + count - 1)]  # one before the token's own
+        self.target += sample.completion_ids
+        self.sampler += sample.sampler_logprobs_T
+        self.advantage += [sample.advantage] * count
+        self.weight += [weight] * count
+        self.sequence += [self.num_sequences] * count
+        self.num_sequences += 1

@@ -8,13 +8,16 @@ weights hold the step-wide denominator already.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rl_lora import attention
 from rl_lora.batches import make_samples, pack
 from rl_lora.config import AlgorithmSection, OptimSection
+from rl_lora.cpu_workers import map_on_cores
 from rl_lora.losses import LOSSES, LossInputs, kl_penalty, log_loss
 from rl_lora.policy import Policy
 from rl_lora.types import Microbatch, RolloutGroup
@@ -80,6 +83,21 @@ class TokenRecord:
         return {name: float(value) for name, value in out.items()}
 
 
+@dataclass
+class Seen:
+    """What one pass leaves behind."""
+
+    loss: float
+    kl: float
+    logprobs_C: Tensor
+    entropy_C: Tensor
+    num_clipped: int
+    gradients: Sequence[Tensor | None] = ()  # of the trainable parameters, where passes run at once
+
+
+Objective = Callable[[Microbatch], tuple[Tensor, Seen]]
+
+
 class Learner:
     """The optimizer and its policy."""
 
@@ -116,17 +134,13 @@ class Learner:
         norms: list[float] = []
         for index, microbatches in enumerate(updates):
             has_signal = any(bool(b.advantages_C.any()) for b in microbatches)
-            for batch in microbatches:
-                batch = to_device(batch, self.policy.device)
-                with torch.set_grad_enabled(has_signal):
-                    loss, kl, logprobs_C, entropy_C, num_clipped = self._loss(batch)
-                if has_signal:
-                    (loss + self.algorithm.kl_weight * kl).backward()
-                loss_total, kl_total = loss_total + loss.item(), kl_total + kl.item()
-                record.add(batch, logprobs_C, entropy_C)
-                record.num_clipped += int(num_clipped)
+            objective = self._policy_objective if has_signal else self._without_gradient
+            for batch, seen in self._passes(microbatches, objective):
+                loss_total, kl_total = loss_total + seen.loss, kl_total + seen.kl
+                record.add(batch, seen.logprobs_C, seen.entropy_C)
+                record.num_clipped += seen.num_clipped
                 if index == 0:  # only before the first step is the policy the sampled version
-                    clean.add(batch, logprobs_C, entropy_C)
+                    clean.add(batch, seen.logprobs_C, seen.entropy_C)
             if has_signal:
                 norms.append(self._step(self.optim.lr))
         metrics = record.metrics() | {
@@ -144,13 +158,7 @@ class Learner:
 
     def fit(self, microbatches: Sequence[Microbatch], lr: float) -> dict[str, float]:
         """One supervised step by log loss (nats a token), at a learning rate of its own."""
-        total = 0.0
-        for batch in microbatches:
-            batch = to_device(batch, self.policy.device)
-            logprobs_C, _ = self.policy.token_logprobs(batch, temperature=1.0)
-            loss, _ = log_loss(self._inputs(batch, logprobs_C))
-            loss.backward()
-            total += loss.item()
+        total = sum(seen.loss for _, seen in self._passes(microbatches, self._log_loss_objective))
         norm = self._step(lr)
         return {"sft/loss": total, "grad/norm": norm, "optim/lr": lr}
 
@@ -203,7 +211,38 @@ class Learner:
             weight_decay=optim.weight_decay,
         )
 
-    def _loss(self, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _passes(
+        self, microbatches: Sequence[Microbatch], objective: Objective
+    ) -> Iterator[tuple[Microbatch, Seen]]:
+        """Forward and backward passes; gradients are added up in the microbatches' order.
+
+        On a CPU adapters learn from several microbatches at once, each by its own gradients.
+        """
+        parameters = list(self.policy.trainable().values())
+        is_parallel = self.policy.device.type == "cpu" and not self.policy.is_full
+
+        def one(batch: Microbatch) -> Seen:
+            batch = to_device(batch, self.policy.device)
+            with attention.using(batch.layout), torch.enable_grad():
+                goal, seen = objective(batch)
+                if goal.requires_grad and is_parallel:
+                    seen.gradients = torch.autograd.grad(goal, parameters, allow_unused=True)
+                elif goal.requires_grad:
+                    goal.backward()
+            return seen
+
+        with self.policy.training():
+            passes = map_on_cores(one, microbatches) if is_parallel else map(one, microbatches)
+            for batch, seen in zip(microbatches, passes, strict=True):
+                for parameter, gradient in zip(parameters, seen.gradients, strict=False):
+                    if gradient is not None and parameter.grad is None:
+                        parameter.grad = gradient
+                    elif gradient is not None:
+                        parameter.grad.add_(gradient)
+                seen.gradients = ()
+                yield batch, seen
+
+    def _policy_objective(self, batch: Microbatch) -> tuple[Tensor, Seen]:
         logprobs_C, entropy_C = self.policy.token_logprobs(batch, self.temperature)
         loss, num_clipped = LOSSES[self.algorithm.loss](
             self._inputs(batch, logprobs_C), self.algorithm
@@ -212,7 +251,17 @@ class Learner:
         if self.algorithm.kl == "loss":
             reference_C = self.policy.reference_logprobs(batch, self.temperature)
             kl = kl_penalty(logprobs_C, reference_C, batch.weights_C)
-        return loss, kl, logprobs_C, entropy_C, num_clipped
+        seen = Seen(loss.item(), kl.item(), logprobs_C.detach(), entropy_C, int(num_clipped))
+        return loss + self.algorithm.kl_weight * kl, seen
+
+    @torch.no_grad()
+    def _without_gradient(self, batch: Microbatch) -> tuple[Tensor, Seen]:
+        return self._policy_objective(batch)
+
+    def _log_loss_objective(self, batch: Microbatch) -> tuple[Tensor, Seen]:
+        logprobs_C, entropy_C = self.policy.token_logprobs(batch, temperature=1.0)
+        loss, _ = log_loss(self._inputs(batch, logprobs_C))
+        return loss, Seen(loss.item(), 0.0, logprobs_C.detach(), entropy_C, 0)
 
     @staticmethod
     def _inputs(batch: Microbatch, policy_logprobs_C: Tensor) -> LossInputs:
@@ -257,7 +306,7 @@ def to_device(batch: Microbatch, device: torch.device) -> Microbatch:
     return Microbatch(
         token_ids_BT=move(batch.token_ids_BT),
         position_BT=None if batch.position_BT is None else move(batch.position_BT),
-        mask_B1TT=None if batch.mask_B1TT is None else move(batch.mask_B1TT),
+        layout=None if batch.layout is None else batch.layout.to(device),
         row_C=move(batch.row_C),
         column_C=move(batch.column_C),
         target_ids_C=move(batch.target_ids_C),

@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rl_lora import attention
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
-from rl_lora.lora import attach_lora, lora_layers
+from rl_lora.logprobs import score_hidden
+from rl_lora.lora import adapters_off, attach_lora, lora_layers
 from rl_lora.types import Microbatch
 
-CHUNK_ELEMENTS = 2**24  # logits held at once, 64 MiB in float32
 BASE_PREFIX = ".base."  # a LoraLinear's inner layer, in parameter names
 
 
@@ -91,6 +91,8 @@ class Policy:
         self.dtype = pick_dtype(model.dtype, self.device)
         self.model: PreTrainedModel = _load(model_dir, self.dtype)
         self.model.to(self.device)  # type: ignore[arg-type]  # its stubs know no device
+        if self.can_share_prompts:
+            self.model.set_attn_implementation(attention.NAME)
         self.target_names: list[str] = []
         if self.is_full:
             self.model.requires_grad_(True)
@@ -103,7 +105,7 @@ class Policy:
 
     @property
     def can_share_prompts(self) -> bool:
-        """Whether completions may share a prompt's row: not under a sliding window, which goes by
+        """Whether completions may share a prompt: not under a sliding window, which goes by the
         distance in the row."""
         config = self.model.config
         has_window = getattr(config, "sliding_window", None) is not None
@@ -150,27 +152,29 @@ class Policy:
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:
         """The base model alone (mode "lora")."""
-        layers = [layer for _, layer in lora_layers(self.model)]
-        for layer in layers:
-            layer.is_on = False
-        try:
+        with adapters_off():
             yield
-        finally:
-            for layer in layers:
-                layer.is_on = True
 
     def token_logprobs(self, batch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
         """(policy_logprobs_C with gradient, entropy_C without), float32, nats.
 
         Both are of the distribution softmax(logits / temperature), the one sampled from.
         """
-        if not (self._has_checkpoints and torch.is_grad_enabled()):
-            return _score(self.model, batch, temperature)
-        self.model.train()  # transformers checkpoints in training mode only; dropout is 0
+        return _score(self.model, batch, temperature)
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Wraps forward and backward passes: activations are checkpointed here, if they are.
+
+        transformers checkpoints in training mode only (dropout is 0), where the model would decode
+        without its KV cache; so the mode ends with the block.
+        """
+        if self._has_checkpoints:
+            self.model.train()
         try:
-            return _score(self.model, batch, temperature)
+            yield
         finally:
-            self.model.eval()  # in training mode it would decode without its KV cache
+            self.model.eval()
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
@@ -230,30 +234,12 @@ def _check_lm_head(model: PreTrainedModel, model_dir: Path) -> None:
 
 
 def _score(model: PreTrainedModel, batch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
-    hidden_BTD = model.base_model(
-        input_ids=batch.token_ids_BT,
-        attention_mask=batch.mask_B1TT,
-        position_ids=batch.position_BT,
-        use_cache=False,
-    ).last_hidden_state
+    with attention.using(batch.layout):
+        hidden_BTD = model.base_model(
+            input_ids=batch.token_ids_BT, position_ids=batch.position_BT, use_cache=False
+        ).last_hidden_state
     hidden_CD = hidden_BTD[batch.row_C, batch.column_C]
-    lm_head = model.get_output_embeddings()
-    chunk = max(1, CHUNK_ELEMENTS // lm_head.weight.shape[0])
-
-    def score_chunk(hidden_cD: Tensor, target_ids_c: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs_cV = (lm_head(hidden_cD).float() / temperature).log_softmax(-1)
-        entropy_c = -(logprobs_cV.detach().exp() * logprobs_cV.detach()).sum(-1)
-        return logprobs_cV.gather(-1, target_ids_c.unsqueeze(-1)).squeeze(-1), entropy_c
-
-    pairs = zip(hidden_CD.split(chunk), batch.target_ids_C.split(chunk), strict=True)
-    scored = [
-        checkpoint(score_chunk, h, t, use_reentrant=False)  # logits are remade, not kept
-        if torch.is_grad_enabled()
-        else score_chunk(h, t)
-        for h, t in pairs
-    ]
-    logprobs, entropies = zip(*scored, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    return score_hidden(hidden_CD, model.get_output_embeddings(), batch.target_ids_C, temperature)
 
 
 def _checksum(tensor: Tensor) -> tuple[int, int]:

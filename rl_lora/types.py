@@ -14,6 +14,8 @@ from rewards import Score
 if TYPE_CHECKING:
     import torch
 
+from rl_lora.segments import Layout
+
 __all__ = [
     "Adapter",
     "Completion",
@@ -117,10 +119,11 @@ class TrainSample:
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Right-padded rows, and the flat list of completion tokens to score in them.
+    """Rows of tokens, and the flat list of completion tokens to score in them.
 
-    Letters: B rows, T positions, C completion tokens of the microbatch. A row is a prompt and one
-    or more of its completions. Token c is predicted by the hidden state at [row_C[c], column_C[c]],
+    Letters: B rows, T positions, C completion tokens of the microbatch. Either one row without
+    padding holds prompts and after each its completions, which attend by `layout`; or each row is a
+    prompt with one completion, right-padded, under plain causal attention. Token c is predicted by the hidden state at [row_C[c], column_C[c]],
     the one before its own (for a completion's first token: the prompt's last): the shift is made
     here (by `batches`) and nowhere else. `weights_C` holds the mask and the step-wide denominator:
     a loss is sum(weights_C * loss_C), and microbatch losses add up to the whole batch's loss.
@@ -131,7 +134,7 @@ class Microbatch:
 
     token_ids_BT: torch.Tensor  # int64; padding holds 0, and no real token looks at it
     position_BT: torch.Tensor | None  # int64; None: 0, 1, 2, ... in every row
-    mask_B1TT: torch.Tensor | None  # bool, True: may look at; None: plain causal attention
+    layout: Layout | None  # who sees whom in the one row; None: plain causal attention
     row_C: torch.Tensor  # int64, row of token_ids_BT
     column_C: torch.Tensor  # int64, position whose hidden state predicts the token
     target_ids_C: torch.Tensor  # int64

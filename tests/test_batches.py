@@ -3,6 +3,7 @@
 import pytest
 
 from rl_lora.batches import pack
+from rl_lora.segments import Layout
 from rl_lora.types import Microbatch, TrainSample
 
 
@@ -89,37 +90,51 @@ def completion_of(
     return TrainSample(prompt, completion, (-0.5,) * len(completion), advantage, 0)
 
 
-def test_completions_of_one_prompt_share_its_row() -> None:
+def test_completions_of_one_prompt_share_it_in_one_row_without_padding() -> None:
     samples = [
         completion_of((10, 11), (20, 21), 1.0),
         completion_of((12,), (22,), 2.0),
         completion_of((10, 11), (23,), -1.0),
     ]
-    (batch,) = pack_one(samples, row_tokens=16)
-    assert batch.token_ids_BT.tolist() == [[12, 22, 0, 0, 0], [10, 11, 20, 21, 23]]
+    (batch,) = pack_one(samples, share_prompts=True)
+    assert batch.token_ids_BT.tolist() == [[10, 11, 20, 21, 23, 12, 22]]
     assert batch.position_BT is not None
-    assert batch.position_BT.tolist() == [[0, 1, 0, 0, 0], [0, 1, 2, 3, 2]]
-    assert batch.row_C.tolist() == [0, 1, 1, 1]
-    assert batch.column_C.tolist() == [0, 1, 2, 1]  # 23 follows the prompt's last token, not 21
-    assert batch.sequence_C.tolist() == [0, 1, 1, 2]
-    assert batch.target_ids_C.tolist() == [22, 20, 21, 23]
-    assert batch.advantages_C.tolist() == [2.0, 1.0, 1.0, -1.0]
+    assert batch.position_BT.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    assert batch.row_C.tolist() == [0, 0, 0, 0]
+    assert batch.column_C.tolist() == [1, 2, 1, 5]  # 23 follows the prompt's last token, not 21
+    assert batch.sequence_C.tolist() == [0, 0, 1, 2]
+    assert batch.target_ids_C.tolist() == [20, 21, 23, 22]
+    assert batch.advantages_C.tolist() == [1.0, 1.0, -1.0, 2.0]
     assert (batch.num_sequences, batch.num_tokens) == (3, 7)
-    assert batch.mask_B1TT is not None
-    assert batch.mask_B1TT[1, 0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 1],  # the second completion does not see the first
-    ]
-    assert batch.mask_B1TT.any(-1).all()
+    assert batch.layout is not None
+    assert seen_by_token(batch.layout, 7) == [
+        {0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 1, 4}, {5}, {5, 6},
+    ]  # fmt: skip
 
 
-def test_a_row_holds_no_more_than_its_bound() -> None:
+def seen_by_token(layout: Layout, num_tokens: int) -> list[set[int]]:
+    """Which tokens each token of the row sees, read back from the buckets."""
+    by_output = []
+    for bucket in layout.buckets:
+        masks_SQK = bucket.mask_S1QK[:, 0]
+        for keys_K, mask_QK in zip(bucket.key_SK, masks_SQK, strict=True):
+            by_output += [set(keys_K[mask_K].tolist()) for mask_K in mask_QK]
+    return [by_output[int(layout.output_T[token])] for token in range(num_tokens)]
+
+
+def test_a_family_too_large_for_one_microbatch_is_cut_with_its_prompt_in_each() -> None:
     samples = [completion_of((10, 11), tuple(range(20, 23)), 1.0) for _ in range(5)]
-    batches = pack_one(samples, row_tokens=8)
-    assert [b.token_ids_BT.shape for b in batches] == [(3, 8)]
-    assert batches[0].sequence_C.tolist() == [n for n in range(5) for _ in range(3)]
-    (alone,) = pack_one(samples, row_tokens=0)
-    assert alone.mask_B1TT is None
+    batches = pack_one(samples, share_prompts=True, microbatch_tokens=11)
+    assert [b.num_sequences for b in batches] == [2, 2, 1]
+    assert [b.num_tokens for b in batches] == [8, 8, 5]
+    assert sum(float(b.weights_C.sum()) for b in batches) == pytest.approx(1.0)
+
+
+def test_buckets_waste_little() -> None:
+    lengths = [5, 90, 7, 40, 44, 6, 95, 8, 60, 33]
+    samples = [completion_of(tuple(range(1, 31)), tuple(range(n)), 1.0) for n in lengths]
+    (batch,) = pack_one(samples, share_prompts=True, microbatch_tokens=4096)
+    assert batch.layout is not None
+    computed = sum(b.mask_S1QK.numel() for b in batch.layout.buckets)
+    needed = 30 * 30 + sum(n * (30 + n) for n in lengths)
+    assert needed <= computed <= 1.3 * needed

@@ -1,0 +1,95 @@
+"""Attention over completions that share their prompt, in one row of tokens without padding.
+
+A microbatch is one long row: prompts, each followed by its completions; `segments` says which token
+sees which. The blocks of its buckets are gathered from the row and go through SDPA.
+
+Models call it through transformers' attention interface under `NAME`. Without a layout in force
+(decoding, plain batches) it is transformers' own SDPA attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from rl_lora.segments import Layout
+
+NAME = "rl_lora_shared_prompt"
+
+_state = threading.local()  # learner threads work on different microbatches at once
+
+
+@contextlib.contextmanager
+def using(layout: Layout | None) -> Iterator[None]:
+    """This thread's forward and backward passes attend by the layout."""
+    before = getattr(_state, "layout", None)
+    _state.layout = layout
+    try:
+        yield
+    finally:
+        _state.layout = before
+
+
+def attend(
+    query_THD: Tensor, key_TJD: Tensor, value_TJD: Tensor, layout: Layout, scale: float
+) -> Tensor:
+    """[T, H, D] outputs; J key heads, each serving H / J query heads."""
+    outputs = []
+    has_groups = query_THD.shape[1] != key_TJD.shape[1]
+    for bucket in layout.buckets:
+        out_SHQD = scaled_dot_product_attention(
+            _gather(query_THD, bucket.query_SQ),
+            _gather(key_TJD, bucket.key_SK),
+            _gather(value_TJD, bucket.key_SK),
+            attn_mask=bucket.mask_S1QK,
+            scale=scale,
+            enable_gqa=has_groups,
+        )
+        outputs.append(out_SHQD.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, layout.output_T)
+
+
+def _gather(x_THD: Tensor, index_SQ: Tensor) -> Tensor:
+    """[S, H, Q, D]."""
+    out = x_THD.index_select(0, index_SQ.flatten())
+    return out.view(*index_SQ.shape, *x_THD.shape[1:]).transpose(1, 2)
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' interface: [1, heads, T, D] in, [1, T, heads, D] out."""
+    layout: Layout | None = getattr(_state, "layout", None)
+    if layout is None:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return out, None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(*rows, layout, scale).unsqueeze(0), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """SDPA's mask; none where a layout stands for it."""
+    return None if getattr(_state, "layout", None) is not None else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(NAME, _forward)
+AttentionMaskInterface.register(NAME, _mask)

@@ -1,0 +1,80 @@
+"""The LoRA layers of one input as one autograd function: y_i = W_i x + scale (B_i (A_i x)).
+
+x A^T is one product for all layers, the low-rank terms are added in place, and the backward pass
+sums the input's gradient in one buffer and never forms a gradient of W. Kept for it: x and A x.
+The slow reference is the same formula written with autograd's own operations (tests/test_lora.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rl_lora.lora import LoraLinear
+
+
+def lora_products(x: Tensor, layers: Sequence[LoraLinear]) -> tuple[Tensor, ...]:
+    """[..., d_in] to one [..., d_out] a layer; the layers' base weights are frozen."""
+    tensors: list[Tensor | None] = []
+    for layer in layers:
+        tensors += [layer.base.weight, layer.base.bias, layer.lora_A, layer.lora_B]
+    outputs: tuple[Tensor, ...] = LoraProducts.apply(
+        x, tuple(layer.scaling for layer in layers), *tensors
+    )
+    return outputs
+
+
+class LoraProducts(torch.autograd.Function):
+    """Letters: T tokens, I inputs, O outputs, R the layers' ranks together."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """tensors: W [O, I], bias [O] or None, A [R_i, I] and B [O, R_i] of each layer in turn."""
+        x_TI = x.reshape(-1, x.shape[-1])
+        weights, biases, a_parts, b_parts = (tensors[i::4] for i in range(4))
+        ranks = [a.shape[0] for a in a_parts]
+        a_RI = torch.cat(a_parts).to(x.dtype) if len(ranks) > 1 else a_parts[0].to(x.dtype)
+        hidden_TR = x_TI @ a_RI.T
+        outputs = []
+        parts = zip(weights, biases, hidden_TR.split(ranks, 1), b_parts, scalings, strict=True)
+        for weight_OI, bias_O, hidden_Tr, b_Or, scaling in parts:
+            y_TO = x_TI @ weight_OI.T
+            if bias_O is not None:
+                y_TO += bias_O
+            y_TO.addmm_(hidden_Tr, b_Or.to(x.dtype).T, alpha=scaling)
+            outputs.append(y_TO.view(*x.shape[:-1], -1))
+        ctx.scalings, ctx.ranks = scalings, ranks
+        ctx.save_for_backward(x_TI, hidden_TR, a_RI, *weights, *b_parts)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, and of each layer's A and B."""
+        x_TI, hidden_TR, a_RI, *rest = ctx.saved_tensors
+        count = len(ctx.ranks)
+        weights, b_parts = rest[:count], rest[count:]
+        grads_TO = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
+        low_TR = torch.empty_like(hidden_TR)
+        grad_b = []
+        parts = zip(
+            grads_TO, low_TR.split(ctx.ranks, 1), hidden_TR.split(ctx.ranks, 1), b_parts,
+            ctx.scalings, strict=True,
+        )  # fmt: skip
+        for grad_TO, low_Tr, hidden_Tr, b_Or, scaling in parts:
+            low_Tr.copy_((grad_TO @ b_Or.to(grad_TO.dtype)).mul_(scaling))
+            grad_b.append((grad_TO.T @ hidden_Tr).float().mul_(scaling))
+        grad_a = (low_TR.T @ x_TI).float().split(ctx.ranks)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_TI = grads_TO[0] @ weights[0]
+            for grad_TO, weight_OI in zip(grads_TO[1:], weights[1:], strict=True):
+                grad_TI.addmm_(grad_TO, weight_OI)
+            grad_x = grad_TI.addmm_(low_TR, a_RI).view(*grad_outputs[0].shape[:-1], -1)
+        flat = [g for a, b in zip(grad_a, grad_b, strict=True) for g in (None, None, a, b)]
+        return grad_x, None, *flat

@@ -52,6 +52,8 @@ def metric_figure(
     records_of: Callable[[RunRecord], Sequence[Record]] = lambda run: run.steps,
 ) -> Figure | None:
     """Keys of the steps as curves; None where no run has any of them."""
+    curves = [c for c in curves if any(series(records_of(run), c.key)[0] for run in runs)]
+    runs_with = [run for run in runs if any(series(records_of(run), c.key)[0] for c in curves)]
     data: list[Trace] = []
     notes = [note] if note else []
     is_single = len(runs) == 1
@@ -77,7 +79,7 @@ def metric_figure(
         words = {"solid": "solid", "dash": "dashed", "dot": "dotted"}
         keys = [f"{words.get(d, d)}: {s.name}" for d, s in zip(DASHES, curves, strict=False)]
         notes.insert(0, "; ".join(keys).capitalize() + ".")
-    reaches = {smooth_reach(len(thinned(records_of(run))[0])) for run in runs}
+    reaches = {smooth_reach(len(thinned(records_of(run))[0])) for run in runs_with}
     if any(reaches) and any(item.is_noisy for item in curves):
         windows = " and ".join(str(2 * reach + 1) for reach in sorted(reaches) if reach)
         text = f"Thin: each step. Thick: moving mean of {windows} points"

@@ -65,7 +65,8 @@ def _exam_by_source(run: RunRecord, name: str) -> Figure | None:
     form = layout("accuracy", y_format=".0%")
     form["yaxis"]["range"] = [0, _headroom(data)]
     title = f"{exam_title(name)} by source"
-    return Figure(f"exam_{name or 'held_out'}_by_source", title, data, form, "Bands as before.")
+    note = f"Bands: {exams[-1].result.confidence:.0%} intervals."
+    return Figure(f"exam_{name or 'held_out'}_by_source", title, data, form, note)
 
 
 def _exam_traces(

@@ -239,7 +239,9 @@ def _phases_by_step(run: RunRecord) -> Figure | None:
 
 
 def _phases_by_run(runs: Sequence[RunRecord]) -> Figure | None:
-    records_of = {run.label: _phase_records(run) for run in runs if run.steps}
+    records_of = {
+        run.label: _phase_records(run) for run in runs if series(run.steps, "time/step_s")[0]
+    }
     if not records_of:
         return None
     names = _phase_names([record for records in records_of.values() for record in records])
@@ -258,7 +260,7 @@ def _phases_by_run(runs: Sequence[RunRecord]) -> Figure | None:
         for name in names
     ]
     form = layout("", x_title="mean seconds a step") | {"barmode": "stack", "hovermode": "closest"}
-    form["yaxis"] = {"automargin": True}
+    form["yaxis"] = {"automargin": True, "autorange": "reversed"}
     return Figure("time", "Seconds by phase", data, form)
 
 

@@ -57,7 +57,7 @@ def run_table(runs: Sequence[RunRecord]) -> Table:
                 seconds_text(sum(seconds)) if seconds else "–",
             ]
         )
-    return Table("Runs", columns, rows, [False, False, False] + [True] * 6)
+    return Table("", columns, rows, [False, False, False] + [True] * 6)
 
 
 def exam_table(runs: Sequence[RunRecord]) -> Table | None:

@@ -90,6 +90,7 @@ function figureLayout(figure) {
     if (name.startsWith("x")) {
       const last = Math.max(...figure.data.flatMap((trace) => trace.orientation === "h" ? [Infinity] : trace.x));
       Object.assign(layout[name], { showgrid: false, zeroline: false }, last <= 8 ? { dtick: 1 } : {});
+      layout[name].unifiedhovertitle = { text: "step %{x}" };
     }
     layout[name].fixedrange = isTouch.matches;  // a finger on a figure scrolls the page
   }
@@ -104,6 +105,7 @@ function figureLayout(figure) {
     showlegend: long > 1,
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, xanchor: "left", font: { size: 12 },
       itemwidth: 30, bgcolor: "rgba(0,0,0,0)" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: cssColor("muted"), activecolor: cssColor("ink") },
     dragmode: isTouch.matches ? false : "zoom",
   };
 }
@@ -111,7 +113,7 @@ function figureLayout(figure) {
 function draw(id) {
   const { figure, plot } = figures.get(id);
   const config = { responsive: true, displaylogo: false, displayModeBar: isTouch.matches ? false : "hover",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],  // none that would send data
     toImageButtonOptions: { filename: figure.id, scale: 2 } };
   return Plotly.react(plot, figure.data.map((trace) => painted(trace)), figureLayout(figure), config);
 }

@@ -1,4 +1,4 @@
-"""Problems made here, with worked solutions: chains of sums, products, and stories.
+"""Problems made here, with worked solutions: chains of sums, products, stories, and codes to learn.
 
 `chain_sum` and `products` take their expressions from reasoning-gym's generators; the stories are
 our own templates. Row k of a seed is always the same problem, whatever the number of rows.
@@ -122,6 +122,39 @@ def _stories(options: Section, seed: int) -> Iterator[DataRow]:
         row += 1
 
 
+class CodeOptions(Section):
+    """`generated:codes`: items with random codes, to be learnt by heart.
+
+    What there is to know is num_items x num_digits x log2(10) bits, whatever the number of rows: a
+    supervised set for the question of capacity. Rows of every seed share one world of codes.
+    """
+
+    num_items: int = Field(500, ge=1, le=100_000)
+    num_digits: int = Field(4, ge=1, le=12)
+    world: int = 0  # of the codes
+
+
+_CODE_QUESTIONS = (
+    "What is the code of item {}?",
+    "Which code has item {}?",
+    "Item {}: what is its code?",
+    "Code of item {}?",
+)
+
+
+def _codes(options: Section, seed: int) -> Iterator[DataRow]:
+    assert isinstance(options, CodeOptions)
+    row = 0
+    while True:
+        rng = random.Random(mix_seed("codes", seed, row))
+        item = rng.randrange(options.num_items)
+        secret = random.Random(mix_seed("code", options.world, item))
+        code = "".join(secret.choice("0123456789") for _ in range(options.num_digits))
+        question = rng.choice(_CODE_QUESTIONS).format(item)
+        yield DataRow(question, code, f"\\boxed{{{code}}}")
+        row += 1
+
+
 @dataclass(frozen=True, slots=True)
 class Generator:
     """A generated set: its options, and its endless rows of a seed."""
@@ -134,6 +167,7 @@ GENERATORS: dict[str, Generator] = {
     "chain_sum": Generator(ChainSumOptions, _chain_sums),
     "products": Generator(ProductOptions, _products),
     "word_problems": Generator(StoryOptions, _stories),
+    "codes": Generator(CodeOptions, _codes),
 }
 
 

@@ -94,3 +94,35 @@ def test_bad_studies_are_one_line(tmp_path: Path, change: tuple[str, str], messa
 def test_a_study_without_a_grid_is_one_job_over_its_seeds() -> None:
     study = parse_as(StudyConfig, {"study": {"seeds": [3, 4]}, "job": {"data": "gsm8k"}})
     assert [cell.config.run.seed for cell in cells_of(study)] == [3, 4]
+
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("study_*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_studies_are_named_after_their_files_and_sweep_every_condition(path: Path) -> None:
+    study = load_study(path)
+    assert f"study_{study.study.name}" == path.stem
+    cells = cells_of(study)
+    assert len(study.study.seeds) >= 5
+    rates: dict[object, set[float]] = {}
+    for cell in cells:
+        rates.setdefault(cell.condition, set()).add(cell.config.optim.lr)
+    assert all(len(some) >= 3 for some in rates.values())
+
+
+def test_layers_of_the_study_have_equal_parameters() -> None:
+    from rl_lora.plan import parameter_counts
+    from rl_lora.shapes import known_config, lay_out
+
+    shape = known_config("tiny-fast")
+    assert shape is not None
+    model = lay_out(shape)
+    cells = cells_of(load_study(next(path for path in CONFIGS if path.stem == "study_sft_layers")))
+    counts = {
+        (cell.config.lora.layers, cell.config.lora.rank): parameter_counts(
+            model, cell.config.lora
+        ).trainable
+        for cell in cells
+    }
+    assert counts["attention", 24] == counts["mlp", 16] == 24_576

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ from rl_lora.config import DataSection, ModelSection
 from rl_lora.generated import GENERATORS, generated_rows
 from rl_lora.models import check_model_dir, context_length, load_tokenizer, resolve_model
 from rl_lora.prompts import load_prompts, render_text
-from rl_lora.tiny import RECIPES, TinyRecipe, make_tiny_model, train_tokenizer
+from rl_lora.tiny import (
+    RECIPES,
+    TinyRecipe,
+    make_tiny_model,
+    noisy_solution,
+    train_tokenizer,
+)
 
 SOURCES = tuple(s.model_copy(update={"num_rows": 60}) for s in RECIPES["tiny-fast"].sources)
 QUICK = dataclasses.replace(RECIPES["tiny-fast"], sources=SOURCES, num_steps=2, num_exam=4)
@@ -132,3 +139,37 @@ def test_tiny_gets_a_part_right() -> None:
     path = resolve_model(ModelSection(name="tiny"))
     facts = json.loads((path / "pretraining.json").read_text())
     assert 0.2 <= facts["accuracy"] <= 0.5
+
+
+def test_noise_makes_sums_wrong_and_goes_on_from_them() -> None:
+    solution = "7 + 5 = 12\n12 - 2 = 10\n\\boxed{10}"
+    assert noisy_solution(solution, 0.0, random.Random(0)) == solution
+    for seed in range(20):
+        first, second, box = noisy_solution(solution, 1.0, random.Random(seed)).splitlines()
+        total = int(first.removeprefix("7 + 5 = "))
+        assert 1 <= abs(total - 12) <= 3
+        end = int(second.removeprefix(f"{total} - 2 = "))
+        assert 1 <= abs(end - (total - 2)) <= 3
+        assert box == f"\\boxed{{{end}}}"
+
+
+def test_noise_is_part_of_the_key_and_no_noise_is_not() -> None:
+    plain = RECIPES["tiny-fast"]
+    assert dataclasses.replace(plain, noise=0.3).key() != plain.key()
+    assert dataclasses.replace(plain, noise=0.3, num_copies=2).key() != (
+        dataclasses.replace(plain, noise=0.3).key()
+    )
+
+
+def test_codes_are_one_world_for_every_seed() -> None:
+    def codes(seed: int) -> dict[str, set[str | None]]:
+        found: dict[str, set[str | None]] = {}
+        for row in islice(generated_rows("codes", {"num_items": 20}, seed), 400):
+            item = "".join(character for character in row.question if character.isdigit())
+            found.setdefault(item, set()).add(row.reference)
+            assert row.solution == f"\\boxed{{{row.reference}}}"
+        return found
+
+    assert codes(0) == codes(1)  # rows differ, what is to be known does not
+    assert len(codes(0)) == 20
+    assert all(len(answers) == 1 for answers in codes(0).values())

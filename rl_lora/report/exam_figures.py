@@ -20,6 +20,8 @@ def exam_figures(runs: Sequence[RunRecord]) -> list[Figure | None]:
         figures.append(_exam_figure(runs, name))
         if len(runs) == 1:
             figures.append(_exam_by_source(runs[0], name))
+        else:
+            figures += _source_figures(runs, name)
     return figures
 
 
@@ -50,7 +52,11 @@ def _exam_figure(runs: Sequence[RunRecord], name: str) -> Figure | None:
     note = " and ".join(f"{level:.0%}" for level in sorted(levels))
     problems = {exam.result.total.num_problems for run in runs for exam in run.exams_of(name)}
     count = " or ".join(f"{number:,}" for number in sorted(problems))
-    text = f"{count} problems; bands: {note} intervals."
+    sources = sorted(
+        {s for run in runs for exam in run.exams_of(name) for s in exam.result.by_source}
+    )
+    of = f" of {', '.join(sources)}" if 0 < len(sources) <= 6 else ""
+    text = f"{count} problems{of}; bands: {note} intervals."
     return Figure(f"exam_{name or 'held_out'}", exam_title(name), data, form, text)
 
 
@@ -69,6 +75,25 @@ def _exam_by_source(run: RunRecord, name: str) -> Figure | None:
     return Figure(f"exam_{name or 'held_out'}_by_source", title, data, form, note)
 
 
+def _source_figures(runs: Sequence[RunRecord], name: str) -> list[Figure]:
+    """Each source of an exam, with several runs overlaid."""
+    exams = [exam for run in runs for exam in run.exams_of(name)]
+    sources = sorted({source for exam in exams for source in exam.result.by_source})
+    if not 2 <= len(sources) <= 6:  # one is the whole exam; the table has them all
+        return []
+    figures = []
+    for place, source in enumerate(sources):
+        data = []
+        for index, run in enumerate(runs):
+            data += _exam_traces(run.exams_of(name), source, run.label, color(index))
+        form = layout("accuracy", y_format=".0%")
+        form["yaxis"]["range"] = [0, _headroom(data)]
+        figure_id = f"exam_{name or 'held_out'}_source_{place}"
+        note = f"Bands: {exams[-1].result.confidence:.0%} intervals."
+        figures.append(Figure(figure_id, f"{exam_title(name)}: {source}", data, form, note))
+    return figures
+
+
 def _exam_traces(
     exams: Sequence[Exam], source: str | None, name: str, shade: str, dash: str = "solid"
 ) -> list[Trace]:
@@ -78,6 +103,8 @@ def _exam_traces(
         for exam in exams
     ]
     whole = [(step, scores) for step, scores in points if step is not None and scores is not None]
+    if not whole:
+        return []
     steps = [float(step) for step, _ in whole]
     mid = [scores.accuracy for _, scores in whole]
     low = [scores.accuracy_low for _, scores in whole]

@@ -184,6 +184,7 @@ def _read_exams(folder: Path, notes: list[str]) -> list[Exam]:
         # The base is held against the held-out exam; other exams by hand stand in the table alone.
         step = int(match["step"]) if match else result.step
         exams.append(Exam(path.stem, " ".join(parts) if match else path.stem, step, result))
+    notes += dict.fromkeys(text for e in exams for text in getattr(e.result, "notes", ()))
     # The base, the exams of the training by series, and those held by hand.
     return sorted(
         exams,

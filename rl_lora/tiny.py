@@ -111,7 +111,7 @@ RECIPES: dict[str, TinyRecipe] = {
         num_steps=1600,
         num_exam=400,
         num_threads=1,
-        noise=0.4,
+        noise=0.25,
         num_copies=4,
     ),
 }

@@ -17,20 +17,10 @@ from typing import TYPE_CHECKING
 
 from rl_lora.chats import Chat, Message, parse_chats, problem_chat
 from rl_lora.config import SourceSection
+from rl_lora.data_files import Role, file_label, folder_files, folder_label, read_file
 from rl_lora.errors import UserError
 from rl_lora.generated import generated_rows
-from rl_lora.loaders import (
-    DEFAULT_ROWS,
-    HubSet,
-    Role,
-    file_label,
-    folder_files,
-    folder_label,
-    is_hub_id,
-    load_hub,
-    read_file,
-    unknown_set,
-)
+from rl_lora.loaders import DEFAULT_ROWS, HubSet, is_hub_id, load_hub, unknown_set
 from rl_lora.sampler import mix_seed
 from rl_lora.sft_config import SftDataSection
 from rl_lora.types import TrainSample

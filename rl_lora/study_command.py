@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     left = pending_cells(cells, {row["cell"] for row in rows})
     timed = {row["cost_class"] for row in rows if row["status"] in ("done", "diverged")}
     console.print(f"{study.study.name}: {len(cells)} cells, {len(left)} to run; in {study.folder}")
+    _make_models(console, left)
     timings = calibrate(study, [cell for cell in left if cell.cost_class not in timed])
     plan = estimate(study, left, rows, timings)
     console.print(plan_table(study, cells, left, rows, timings))
@@ -67,6 +68,16 @@ def run(arguments: argparse.Namespace) -> int:
     )
     _print_results(console, study, rows)
     return 0
+
+
+def _make_models(console: Console, cells: Sequence[Any]) -> None:
+    """Models of our own that are not made yet: no cell's time, and no two cells at once."""
+    from rl_lora.models import is_at_hand, resolve_model
+
+    for name, model in {cell.config.model.name: cell.config.model for cell in cells}.items():
+        if not is_at_hand(name):
+            console.print(f"model {name}: fetched or made once, then kept; a minute or so")
+            resolve_model(model)
 
 
 def _print_results(console: Console, study: Any, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from rl_lora.adapter import MANIFEST_FILE
 from rl_lora.config import RunConfig, parse_config
 from rl_lora.errors import UserError
-from rl_lora.evaluate import EvalResult, load_result
 from rl_lora.loaders import LOADERS
 from rl_lora.models import EMBEDDED
+from rl_lora.results import EvalResult, load_result
 
 CARD_FILE = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

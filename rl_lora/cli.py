@@ -85,10 +85,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("target", type=Path, help="a run folder or a TOML file")
     _add_overrides(evaluate)
     evaluate.add_argument(
-        "--adapter", help="adapter directory; 'none': the base (default: the run's own)"
+        "--adapter", help="adapter directory, 'best', 'last' or 'base' (default: the run's last)"
+    )
+    evaluate.add_argument(
+        "--against", help="a second policy, examined in the same engine with the same seeds"
     )
     evaluate.add_argument("--name", default="exam", help="of the result files (default: exam)")
+    evaluate.add_argument(
+        "--overwrite", action="store_true", help="start over instead of going on or refusing"
+    )
     evaluate.set_defaults(command=_eval)
+
+    comparing = commands.add_parser("compare", help="compare two exams on disk, problem by problem")
+    comparing.add_argument("first", type=Path, help="an exam's file, RUN/eval/NAME.jsonl.gz")
+    comparing.add_argument("second", type=Path, help="the exam held against it")
+    comparing.add_argument("--json", type=Path, help="write the comparison here")
+    comparing.set_defaults(command=_compare)
 
     grading = commands.add_parser("grade", help="grade a file of completions")
     grade.add_arguments(grading)
@@ -174,7 +186,21 @@ def _sft(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from rl_lora.exam import exam
 
-    exam(arguments.target, arguments.overrides, arguments.adapter, arguments.name)
+    exam(
+        arguments.target,
+        arguments.overrides,
+        arguments.adapter,
+        arguments.name,
+        against=arguments.against,
+        overwrite=arguments.overwrite,
+    )
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from rl_lora.exam import compare
+
+    compare(arguments.first, arguments.second, arguments.json)
     return 0
 
 

@@ -1,29 +1,38 @@
 """What the terminal shows: a bar with ETA and one line a step, or plain lines where there is none.
 
 Only numbers and texts of ours are printed as they are; text from data or model goes through
-`printable` and is never taken for markup.
+`tables.printable` and is never taken for markup.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-import unicodedata
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Self
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
-from rl_lora.evaluate import EvalResult, ExamScores, compare
+from rl_lora.paired import PairedResult, PairedScores
+from rl_lora.results import EvalResult
+from rl_lora.tables import (
+    accuracy_name,
+    accuracy_text,
+    exam_table,
+    paired_line,
+    paired_table,
+    phase_table,
+    printable,
+    seconds_text,
+)
 
 _SMOOTHING = 0.2  # weight of the newest step in the seconds a step that the ETA is made of
-_EXAM_LINE_S = 30  # between lines of an evaluation's progress, where there is no bar
+_QUIET_LINE_S = 30  # between lines of a long phase's progress, where there is no bar
 _FILE_WIDTH = 120  # characters, where the output is no terminal
-_HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 # Key of a step's metrics, label, format.
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -39,37 +48,40 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def printable(text: str, max_chars: int | None = None) -> str:
-    """The text with every control, format and unassigned character shown as an escape.
-
-    Line feed and tab as well: the text cannot move the cursor, set colours or reorder a line.
-    """
-    if max_chars is not None and len(text) > max_chars:
-        text = text[: max_chars - 1] + "…"
-    return "".join(
-        character.encode("unicode_escape").decode("ascii")
-        if unicodedata.category(character) in _HIDDEN_CATEGORIES
-        else character
-        for character in text
-    )
-
-
-def seconds_text(seconds: float) -> str:
-    """42 s, 3 min 05 s, 2 h 07 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def step_line(metrics: Mapping[str, float]) -> str:
     """`reward 0.431  correct 31.2%  length 54  ...`, of the numbers that are there."""
     parts = [
         f"{label} {form.format(metrics[key])}" for key, label, form in _COLUMNS if key in metrics
     ]
     return "  ".join(parts)
+
+
+@dataclass
+class _Phase:
+    """Progress of a phase that takes long: an exam, or the sampling of one step."""
+
+    name: str
+    task: TaskID
+    total: int
+    start: float  # seconds, of perf_counter
+    told: float  # when a line was last printed
+    done: float = 0  # completions of a step; problems of an exam, with a part of those in hand
+    first: int = 0  # of an exam: problems done before it started, as it was resumed
+    whole: int = 0  # of an exam: problems done
+    now: int = 0  # of an exam: problems being sampled
+    num_tokens: int = 0  # of the calls of the sampler that are over
+    call_tokens: int = 0  # of the one under way
+
+    def rate_and_eta(self, now: float) -> str:
+        """`210 tok/s  1 min 02 s left`, as far as they can be told yet."""
+        elapsed = now - self.start
+        parts = []
+        if elapsed > 0 and (tokens := self.num_tokens + self.call_tokens):
+            parts.append(f"{tokens / elapsed:,.0f} tok/s")
+        if self.first < self.done < self.total:
+            left = elapsed * (self.total - self.done) / (self.done - self.first)
+            parts.append(f"{seconds_text(left)} left")
+        return "  ".join(parts)
 
 
 class Display:
@@ -99,8 +111,8 @@ class Display:
             disable=not self._is_live,
         )
         self._task: TaskID | None = None
-        self._exam: TaskID | None = None
-        self._exam_told = 0.0
+        self._exam: _Phase | None = None
+        self._sampling: _Phase | None = None
         self._stage = "step"
         self._num_steps = 0
         self._step_s: float | None = None
@@ -145,25 +157,47 @@ class Display:
             line = f"{self._stage} {step}/{self._num_steps}  {step_line(metrics)}"
             self._print(line if self._is_live or not eta else f"{line}  {eta}")
 
-    def exam(self, done: int, total: int) -> None:
+    def exam(self, done: int, total: int, now: int) -> None:
         """Progress of an evaluation; fits `evaluate(on_progress=...)`."""
-        now = time.perf_counter()
         if self._exam is None:
-            self._exam = self._progress.add_task("evaluation", total=total, eta="")
-            self._exam_told = now
-        self._progress.update(self._exam, completed=done)
-        if done < total and now - self._exam_told >= _EXAM_LINE_S and not self._is_live:
-            self.note(f"evaluation {done}/{total}")
-            self._exam_told = now
+            self._exam = self._new_phase("evaluation", total)
+            self._exam.first = done
+        exam = self._exam
+        exam.num_tokens += exam.call_tokens
+        exam.done, exam.whole, exam.now, exam.call_tokens = done, done, now, 0
+        self._show(exam)
         if done >= total:
-            self._progress.remove_task(self._exam)
+            self._progress.remove_task(exam.task)
             self._exam = None
 
+    def sampling(self, done: int, total: int, num_tokens: int) -> None:
+        """Progress of one call of the sampler, in completions; fits its `on_progress`.
+
+        Within an evaluation the evaluation's bar moves on. Call it with 0 done where a step begins
+        to sample, so that the speed is counted from there.
+        """
+        if self._exam is not None:
+            exam = self._exam
+            exam.call_tokens = num_tokens
+            exam.done = exam.whole + exam.now * done / total
+            self._show(exam)
+            return
+        if self._sampling is None:
+            self._sampling = self._new_phase("sampling", total)
+        self._sampling.done, self._sampling.call_tokens = done, num_tokens
+        self._show(self._sampling)
+        if done >= total:
+            self._progress.remove_task(self._sampling.task)
+            self._sampling = None
+
     def exam_result(self, name: str, result: EvalResult) -> None:
-        """One line: `name: accuracy 25.0% (19.5-31.4), format 90.0%, ...`."""
+        """One line: `name: accuracy 25.0% (19.2 to 31.6), format 90.0%, ...`."""
+        total = result.total
+        speed = f", {result.num_tokens / result.seconds:,.0f} tok/s" if result.seconds > 0 else ""
         self.note(
-            f"{name}: accuracy {_interval(result.total)}, format {result.total.format_rate:.1%}, "
-            f"{result.total.num_problems} problems, {seconds_text(result.seconds)}"
+            f"{name}: {accuracy_name(total.num_samples)} {accuracy_text(total)}, "
+            f"format {total.format_rate:.1%}, {total.num_problems} problems, "
+            f"{seconds_text(result.seconds)}{speed}"
         )
 
     def exams(self, results: Mapping[str, EvalResult]) -> None:
@@ -171,27 +205,28 @@ class Display:
         if results:
             self._console.print(exam_table(results, self._box))
 
+    def comparison(self, result: PairedResult) -> None:
+        """The table of a paired comparison, quiet or not."""
+        self._console.print(paired_table(result, self._box))
+        for note in result.notes:
+            self._print(note)
+
     def summary(
         self,
-        before: EvalResult | None,
-        after: EvalResult | None,
+        exams: Mapping[str, EvalResult],
+        comparisons: Mapping[str, PairedScores],
         seconds_by_phase: Mapping[str, float],
-        base: EvalResult | None = None,
     ) -> None:
         """The closing tables, quiet or not.
 
         Args:
-            before: the policy that RL started from.
-            after: the policy at the end.
+            exams: by the policy examined: the base model, before and after RL.
+            comparisons: `before to after` and the like -> the paired difference.
             seconds_by_phase: phase -> seconds of the whole run.
-            base: the base model without adapter, where a warm start came before RL.
         """
-        named = {"base model": base, "before": before, "after": after}
-        self.exams({name: result for name, result in named.items() if result is not None})
-        if base is not None and after is not None:
-            self._print(f"base model to after: {comparison_line(base, after)}")
-        if before is not None and after is not None:
-            self._print(f"before to after: {comparison_line(before, after)}")
+        self.exams(exams)
+        for name, scores in comparisons.items():
+            self._print(f"{name}: {paired_line(scores)}")
         if seconds_by_phase:
             self._console.print(phase_table(seconds_by_phase, self._box))
 
@@ -199,82 +234,23 @@ class Display:
     def _box(self) -> box.Box:
         return box.ROUNDED if self._console.is_terminal else box.ASCII2
 
+    def _new_phase(self, name: str, total: int) -> _Phase:
+        now = time.perf_counter()
+        task = self._progress.add_task(name, total=total, eta="")
+        return _Phase(name, task, total, start=now, told=now)
+
+    def _show(self, phase: _Phase) -> None:
+        """Moves the bar; where there is none, prints a line now and then."""
+        now = time.perf_counter()
+        eta = phase.rate_and_eta(now)
+        self._progress.update(phase.task, completed=int(phase.done), eta=eta)
+        is_due = now - phase.told >= _QUIET_LINE_S and phase.done < phase.total
+        if is_due and not self._is_live:
+            self.note(f"{phase.name} {int(phase.done)}/{phase.total}  {eta}".rstrip())
+            phase.told = now
+
     def _print(self, text: str) -> None:
         encoding = self._console.encoding
         text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
         # soft_wrap: a pipe gets whole lines, whatever width rich takes it for.
         self._console.print(Text(text), soft_wrap=True)
-
-
-def exam_table(results: Mapping[str, EvalResult], style: box.Box = box.ROUNDED) -> Table:
-    """A column an exam: accuracy with its interval, format, length; a block for each source."""
-    confidence = next(iter(results.values())).confidence
-    table = Table(title=f"Held-out problems ({confidence:.0%} intervals)", box=style)
-    table.add_column("")
-    for name in results:
-        table.add_column(name, justify="right")
-    sources = sorted({source for result in results.values() for source in result.by_source})
-    blocks: list[str | None] = [None, *(sources if len(sources) > 1 else [])]
-    for source in blocks:
-        columns = [
-            result.total if source is None else result.by_source.get(source)
-            for result in results.values()
-        ]
-        _add_block(table, source, columns)
-    return table
-
-
-def _add_block(table: Table, source: str | None, columns: list[ExamScores | None]) -> None:
-    title = "" if source is None else f"{printable(source, 30)}: "
-    num_samples = max(scores.num_samples for scores in columns if scores is not None)
-    rows = {
-        "accuracy": _interval,
-        "in the asked format": lambda scores: f"{scores.format_rate:.1%}",
-        "accuracy within the format": lambda scores: (
-            "-" if scores.accuracy_formatted is None else f"{scores.accuracy_formatted:.1%}"
-        ),
-        "length, tokens": lambda scores: f"{scores.tokens_mean:.0f}",
-        "truncated": lambda scores: f"{scores.truncated_rate:.1%}",
-        "problems": lambda scores: str(scores.num_problems),
-    }
-    if num_samples > 1:
-        rows[f"any of {num_samples} correct"] = lambda scores: f"{scores.pass_at_k:.1%}"
-        rows[f"majority of {num_samples}"] = lambda scores: f"{scores.majority_accuracy:.1%}"
-    for label, form in rows.items():
-        cells = ["-" if scores is None else form(scores) for scores in columns]
-        table.add_row(Text(title + label), *cells)
-    table.add_section()
-
-
-def comparison_line(before: EvalResult, after: EvalResult) -> str:
-    """`accuracy +25.0 points (+16.2 to +33.1), 2.0 times; the intervals do not overlap`."""
-    result = compare(before, after)
-    times = "" if result.ratio is None else f", {result.ratio:.1f} times"
-    overlap = "do not overlap" if result.are_disjoint else "overlap"
-    return (
-        f"accuracy {100 * result.difference:+.1f} points "
-        f"({100 * result.difference_low:+.1f} to {100 * result.difference_high:+.1f}){times}; "
-        f"the intervals {overlap}"
-    )
-
-
-def phase_table(seconds_by_phase: Mapping[str, float], style: box.Box = box.ROUNDED) -> Table:
-    """Seconds by phase with their share, the longest first."""
-    total = sum(seconds_by_phase.values())
-    table = Table(title="Seconds by phase", box=style)
-    table.add_column("phase")
-    table.add_column("seconds", justify="right")
-    table.add_column("share", justify="right")
-    for name, seconds in sorted(seconds_by_phase.items(), key=lambda item: -item[1]):
-        share = f"{seconds / total:.0%}" if total > 0 else "-"
-        table.add_row(Text(printable(name)), f"{seconds:.1f}", share)
-    table.add_section()
-    table.add_row("sum", f"{total:.1f}", "")
-    return table
-
-
-def _interval(scores: ExamScores) -> str:
-    return (
-        f"{scores.accuracy:.1%} ({100 * scores.accuracy_low:.1f} to "
-        f"{100 * scores.accuracy_high:.1f})"
-    )

@@ -1,45 +1,126 @@
-"""`rl-lora eval`: the held-out exam by itself, of a run's adapter, any adapter, or the base."""
+"""`rl-lora eval` and `compare`: the exam by itself, of a run's adapter, any adapter, or the base.
+
+With `--against` two policies are examined in one engine, on the same problems and random numbers.
+"""
 
 from __future__ import annotations
 
-import json
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from rl_lora import adapter as adapters
 from rl_lora.config import RunConfig, apply_overrides, load_config, parse_config
+from rl_lora.contamination import contamination_notes
 from rl_lora.display import Display
 from rl_lora.errors import UserError
-from rl_lora.evaluate import EvalResult, evaluate
-from rl_lora.job import check_run_folder, open_job
+from rl_lora.evaluate import evaluate
+from rl_lora.exam_files import SUFFIX
+from rl_lora.fit_adapter import common_settings, fitted
+from rl_lora.job import Job, check_run_folder, exam_identity, open_job
+from rl_lora.paired import PairedResult, compare_exams
+from rl_lora.prompts import HELD_OUT
+from rl_lora.results import EvalResult
+from rl_lora.run_record import read_record
 from rl_lora.sampler import mix_seed
 
+PAIRED_FOLDER = "paired"
+_BASE_NAMES = ("base", "none")
 
-def exam(target: Path, overrides: list[str], adapter: str | None, name: str) -> EvalResult:
-    """Evaluates and writes RUN/eval/NAME.jsonl (a row a problem) and NAME.json.
+
+@dataclass(frozen=True)
+class Policy:
+    """Whom to examine.
+
+    Example: Policy(label="best", adapter=Path("runs/q/best"))
+    """
+
+    label: str
+    adapter: Path | None  # None: the base model
+
+
+def exam(
+    target: Path,
+    overrides: list[str],
+    adapter: str | None,
+    name: str,
+    *,
+    against: str | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> EvalResult:
+    """Evaluates and writes RUN/eval/NAME.jsonl.gz (a line a problem) and NAME.json.
+
+    A killed exam goes on where it was. With `against` the other policy's exam is NAME-against, and
+    the comparison RUN/paired/NAME.json.
 
     Args:
         target: a run folder (its settings and its final adapter) or a config file.
         overrides: `section.key=value`; `data.eval=aime24` takes another exam.
-        adapter: an adapter directory, "none" for the base, None for the run's own.
+        adapter: an adapter directory, "best" or "last" of the run, "base" for the base; None: the
+            run's last one, or the base where the target is a config.
+        name: of the files.
+        against: a second policy to compare with, named as `adapter`.
+        overwrite: start over, whatever exam of that name there is.
+        quiet: print the tables alone.
 
     Raises:
-        UserError: no such run, config or adapter, or an adapter of another base model.
+        UserError: no such run, config or adapter, an adapter of another base model, or an exam of
+            that name with other settings.
     """
-    config, own_adapter = _settings(target, overrides)
-    chosen = own_adapter if adapter is None else None if adapter == "none" else Path(adapter)
-    config = _with_adapter_settings(config, chosen)
+    config = _settings(target, overrides)
+    policies = [_choose(target, adapter)]
+    if against is not None:
+        policies.insert(0, _choose(target, against))
+    config = _exam_config(config, [p.adapter for p in policies if p.adapter is not None])
     folder = target if target.is_dir() else config.run.folder
     check_run_folder(folder)
-    with Display() as display, open_job(config, on_note=display.note) as job:
-        if chosen is None:
-            job.sampler.use(None)
-        else:
-            from rl_lora.adapter import open_adapter
+    names = [name] if against is None else [f"{name}-against", name]
+    if overwrite:
+        for file in names:
+            for suffix in (SUFFIX, ".json"):
+                (folder / "eval" / f"{file}{suffix}").unlink(missing_ok=True)
+    results: dict[str, EvalResult] = {}
+    with ExitStack() as stack:
+        display = stack.enter_context(Display(quiet=quiet))
+        job = stack.enter_context(
+            open_job(config, on_note=display.note, on_progress=display.sampling)
+        )
+        for policy, file in zip(policies, names, strict=True):
+            results[file] = _examine(job, policy, folder, file, display)
+        _report(display, folder, dict(zip(names, policies, strict=True)), results)
+    return results[name]
 
-            job.sampler.use(open_adapter(chosen, job.policy))
+
+def compare(first: Path, second: Path, save: Path | None) -> PairedResult:
+    """Compares two exams on disk, prints the table, and writes JSON where `save` says.
+
+    Raises:
+        UserError: no such exams, or exams of different problems.
+    """
+    result = compare_exams(first, second)
+    with Display() as display:
+        display.comparison(result)
+    if save is not None:
+        result.save(save)
+    return result
+
+
+def _examine(job: Job, policy: Policy, folder: Path, name: str, display: Display) -> EvalResult:
+    config, prompts_N = job.config, job.prompts.eval
+    scratch = folder / "eval" / f".{name}_adapter"
+    handle = None
+    if policy.adapter is not None:
+        path = fitted(policy.adapter, job.policy, scratch)
+        # vLLM knows adapters by name, and two runs of one name have adapters of one name.
+        unique = f"exam-{adapters.fingerprint(adapters.load_tensors(path))[:16]}"
+        handle = adapters.open_adapter(path, job.policy, name=unique)
+    try:
+        job.sampler.use(handle)
         result = evaluate(
             job.sampler,
-            job.prompts.eval,
+            prompts_N,
             job.reward,
             config.eval,
             max_tokens=config.sampling.max_tokens,
@@ -47,31 +128,73 @@ def exam(target: Path, overrides: list[str], adapter: str | None, name: str) -> 
             stop=config.sampling.stop,
             folder=folder / "eval",
             name=name,
+            identity=exam_identity(job, handle),
+            notes=contamination_notes(config.model, (prompt.source for prompt in prompts_N)),
             on_progress=display.exam,
         )
-        display.exams({name: result})
-        display.note(f"every completion and verdict: {folder / 'eval' / name}.jsonl")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    display.exam_result(f"{name} ({policy.label})", result)
     return result
 
 
-def _settings(target: Path, overrides: list[str]) -> tuple[RunConfig, Path | None]:
-    """The job's settings, and the adapter that a run folder ends with."""
+def _report(
+    display: Display,
+    folder: Path,
+    policies: dict[str, Policy],
+    results: dict[str, EvalResult],
+) -> None:
+    display.exams({policies[name].label: result for name, result in results.items()})
+    if len(policies) == 2:
+        first, second = policies
+        paired = compare_exams(
+            folder / "eval" / f"{first}{SUFFIX}",
+            folder / "eval" / f"{second}{SUFFIX}",
+            (policies[first].label, policies[second].label),
+        )
+        (folder / PAIRED_FOLDER).mkdir(exist_ok=True)
+        paired.save(folder / PAIRED_FOLDER / f"{second}.json")
+        display.comparison(paired)
+    for note in next(iter(results.values())).notes:
+        display.note(note)
+    for name in results:
+        display.note(f"every completion and verdict: {folder / 'eval' / name}{SUFFIX}")
+
+
+def _settings(target: Path, overrides: list[str]) -> RunConfig:
+    """The job's settings, of a run folder or a config file."""
     if not target.is_dir():
-        return load_config(target, overrides), None
-    record = target / "run.json"
-    if not record.is_file():
-        raise UserError(f"{target} is no run folder: it has no run.json")
-    raw: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))["config"]
+        return load_config(target, overrides)
+    return parse_config(apply_overrides(read_record(target)["config"], overrides))
+
+
+def _choose(target: Path, name: str | None) -> Policy:
+    """The policy that a name stands for; a run folder has "last" and "best"."""
+    if name in _BASE_NAMES or (name is None and not target.is_dir()):
+        return Policy("base", None)
+    if name not in (None, "last", "best"):
+        assert name is not None
+        return Policy(name, Path(name))
+    if not target.is_dir():
+        raise UserError(f"{target} is no run folder, and has no {name} adapter; give its directory")
+    if name == "best":
+        if not (target / "best").is_dir():
+            raise UserError(f"{target} has no best adapter yet: no exam was held (run.eval_every)")
+        return Policy("best", target / "best")
     versions = sorted((target / "adapters").glob("v[0-9]*"))
     final = target / "adapter"
     own = final if final.is_dir() else versions[-1] if versions else None
-    return parse_config(apply_overrides(raw, overrides)), own
+    if own is None:
+        raise UserError(f"{target} has no adapter yet; --adapter base examines the base model")
+    return Policy("last", own)
 
 
-def _with_adapter_settings(config: RunConfig, adapter: Path | None) -> RunConfig:
-    """The config with the adapter's own rank and alpha, so that any PEFT directory can be given."""
-    if adapter is None or not (adapter / "adapter_config.json").is_file():
-        return config
-    from rl_lora.adapter import lora_settings
-
-    return config.model_copy(update={"lora": config.lora.model_copy(update=lora_settings(adapter))})
+def _exam_config(config: RunConfig, adapter_dirs: list[Path]) -> RunConfig:
+    """The config with what the adapters need, and without data that no exam asks for."""
+    update: dict[str, object] = {}
+    named = config.data.eval
+    if named and all(source.name != HELD_OUT for source in named):
+        update["data"] = config.data.model_copy(update={"train": ()})
+    if lora := common_settings(adapter_dirs):
+        update["lora"] = config.lora.model_copy(update=lora)
+    return config.model_copy(update=update)

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rl_lora import jsonl
 from rl_lora.errors import UserError
-from rl_lora.evaluate import EvalResult, load_result
+from rl_lora.results import EvalResult, load_result
 from rl_lora.runlog import METRICS_FILE
 
 FOLDER = "figures"

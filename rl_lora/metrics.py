@@ -6,7 +6,6 @@ A number that does not exist (the length of correct answers where none is correc
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 import time
@@ -17,12 +16,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from rl_lora.results import key_part
 from rl_lora.types import Rollout, RolloutGroup
-
-
-def key_part(name: str) -> str:
-    """A data set's name as part of a metric's key: what a logger could stumble over becomes '_'."""
-    return re.sub(r"[^A-Za-z0-9_.:-]+", "_", name).strip("_.") or "unnamed"
 
 
 def rollout_metrics(groups_N: Sequence[RolloutGroup]) -> dict[str, float]:

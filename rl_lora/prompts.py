@@ -22,6 +22,8 @@ from rl_lora.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+HELD_OUT = "held_out"  # in data.eval: rows kept from the training sources
+
 
 @dataclass(frozen=True, slots=True)
 class PromptSets:
@@ -51,11 +53,14 @@ def load_prompts(
     context_length: int,
     max_new_tokens: int,
     seed: int,
+    *,
+    max_exam_tokens: int | None = None,
 ) -> PromptSets:
     """Loads, cleans, splits and renders all data sets of a job.
 
     Without data.eval, `data.held_out` rows make the exam: drawn by seed from the test parts of the
-    training sources that have one, and from the training rows of the others.
+    training sources that have one, and from the training rows of the others. With a source named
+    "held_out" in data.eval they come beside the other sets.
 
     Args:
         data: the sources and how their questions are rendered.
@@ -63,6 +68,7 @@ def load_prompts(
         context_length: positions that the model takes, prompt and completion together.
         max_new_tokens: cap of a completion; the prompt must leave room for it.
         seed: of the rows held out.
+        max_exam_tokens: cap of a completion in the exam; None: max_new_tokens.
 
     Raises:
         UserError: a source that cannot be used, too few rows, no chat template, or a prompt that is
@@ -72,24 +78,30 @@ def load_prompts(
         raise UserError("data.train and data.eval name no data set; set data.train, e.g. gsm8k")
     _check_template(data, tokenizer)
     collected = _Collected()
-    for source in data.eval:
+    named = [source for source in data.eval if source.name != HELD_OUT]
+    has_held_out = len(named) < len(data.eval) or not data.eval
+    if has_held_out and not data.train:
+        raise UserError("data.eval has 'held_out', but data.train has no rows to keep; set it")
+    for source in named:
         collected.add(source, "eval")
     eval_keys = {item.key for item in collected.eval}
     pool: list[_Item] = []
     for source in data.train:
         collected.add(source, "train", exclude=eval_keys)
-        if not data.eval and has_eval_part(source):
+        if has_held_out and has_eval_part(source):
             # num_rows is of the training rows.
             pool += collected.read(source.model_copy(update={"num_rows": None}), "eval")
-        elif not data.eval:
+        elif has_held_out:
             pool += collected.last
     if pool:
-        collected.eval = _held_out(pool, data.held_out, seed)
+        # A problem of a named set that is drawn again is asked once.
+        drawn = _held_out(pool, data.held_out, seed)
+        collected.eval = [*(i for i in drawn if i.key not in eval_keys), *collected.eval]
     collected.drop_overlap()
-    limit = context_length - max_new_tokens
+    exam_tokens = max_exam_tokens or max_new_tokens
     return PromptSets(
-        train=_render(collected.train, data, tokenizer, limit),
-        eval=_render(collected.eval, data, tokenizer, limit),
+        train=_render(collected.train, data, tokenizer, context_length - max_new_tokens),
+        eval=_render(collected.eval, data, tokenizer, context_length - exam_tokens),
         notes=collected.notes(),
     )
 
@@ -245,8 +257,8 @@ def _check_lengths(
         who += f" (and {num_over - 1} more are too long)"
     if num_tokens > limit:
         raise UserError(
-            f"{who}: the model's context leaves {limit} beside sampling.max_tokens; lower that, or "
-            "take the row out of the data"
+            f"{who}: the model's context leaves {limit} beside sampling.max_tokens (in the exam "
+            "eval.max_tokens); lower that, or take the row out of the data"
         )
     raise UserError(
         f"{who}, over data.max_prompt_tokens={max_prompt_tokens}; raise it, or take the row out of "

@@ -109,6 +109,14 @@ class RunLog:
         for tracker in self._trackers:
             tracker.log(step, metrics)
 
+    def track(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Numbers for the trackers alone, of a step that has or gets no line of its own.
+
+        Such are the exams before the first step and after the last; their record is RUN/eval.
+        """
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+
     def transcripts(self, step: int, groups_N: Sequence[RolloutGroup]) -> None:
         """Appends up to transcripts_per_step rollouts, correct and wrong ones alike."""
         if self._transcripts is None:

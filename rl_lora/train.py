@@ -6,12 +6,11 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rl_lora import jsonl
 from rl_lora.adapter import remove_old, save_adapter
 from rl_lora.advantages import ADVANTAGES
 from rl_lora.batches import make_samples, pack
+from rl_lora.best import best_exam, drop_best_after, keep_best, read_choice
 from rl_lora.checkpoint import (
     drop_after,
     flatten_optimizer,
@@ -24,24 +23,25 @@ from rl_lora.checkpoint import (
     save_checkpoint,
 )
 from rl_lora.config import RunConfig
+from rl_lora.contamination import contamination_notes
 from rl_lora.display import Display
-from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.evaluate import EvalResult, evaluate, load_result, remove_results_after
+from rl_lora.errors import StaleAdapterError
+from rl_lora.evaluate import evaluate, remove_results_after
 from rl_lora.figures import draw_figures
-from rl_lora.job import Job, check_run_folder, environment, open_job
+from rl_lora.job import Job, check_run_folder, exam_identity, open_job
 from rl_lora.learner import Learner
 from rl_lora.liveness import check_at_start, check_step
 from rl_lora.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
+from rl_lora.paired import PairedScores, compare_exams
 from rl_lora.prompts import PromptStream
+from rl_lora.results import EvalResult, load_result
 from rl_lora.rollouts import sample_groups, score_groups
+from rl_lora.run_record import check_same_job, read_record, write_record
 from rl_lora.runlog import RunLog
 from rl_lora.sampler import mix_seed
 from rl_lora.sft import has_solutions, warm_start
+from rl_lora.system import SystemMeter
 from rl_lora.types import Adapter, RolloutGroup, SampleParams
-
-# What may differ when a run is resumed: it changes what is written or how long, not the path.
-_FREE_KEYS = {"num_steps", "output_dir", "eval_every", "checkpoint_every", "keep_last"}
-_FREE_KEYS |= {"transcripts_per_step", "loggers", "name"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Run:
         self.stream = PromptStream(job.prompts.train, config.run.seed)
         self.timer = PhaseTimer()
         self.step = 0  # steps done, which is the adapter's version
+        self.adapter: Adapter | None = None  # in use; None: before the first one is published
 
     def publish(self) -> Adapter:
         """Writes the policy's present version and hands it to the sampler."""
@@ -80,6 +81,7 @@ class Run:
             self.job.policy, adapters, version=self.step, run_name=self.job.config.run.name
         )
         self.job.sampler.use(adapter)
+        self.adapter = adapter
         remove_old(adapters, keep={self.step, self.step - 1})
         return adapter
 
@@ -134,10 +136,11 @@ class Run:
         config = self.job.config
         if adapter_off:
             self.job.sampler.use(None)
+        prompts_N = self.job.prompts.eval
         with self.timer.phase("eval"):
             result = evaluate(
                 self.job.sampler,
-                self.job.prompts.eval,
+                prompts_N,
                 self.job.reward,
                 config.eval,
                 max_tokens=config.sampling.max_tokens,
@@ -146,10 +149,19 @@ class Run:
                 step=None if adapter_off else self.step,
                 folder=folder,
                 name=name,
+                identity=exam_identity(self.job, None if adapter_off else self.adapter),
+                notes=contamination_notes(config.model, (prompt.source for prompt in prompts_N)),
+                restart=True,  # what another history of the run left is worth nothing
                 on_progress=self.display.exam,
             )
         self.display.exam_result(name, result)
         return result
+
+    def keep_best(self) -> None:
+        """RUN/best, if the present step's exam is the best one."""
+        adapter = self.folder / "adapters" / f"v{self.step:06d}"
+        if (choice := keep_best(self.folder, adapter, self.step)) is not None and self.step:
+            self.display.note(f"best so far: step {choice.step}, accuracy {choice.accuracy:.1%}")
 
     def learn(self, groups_N: list[RolloutGroup]) -> dict[str, float]:
         """Advantages, microbatches, optimizer step, and the check that the sampler was right."""
@@ -164,7 +176,7 @@ class Run:
             max_tokens=config.sampling.max_tokens,
             microbatch_tokens=config.optim.microbatch_tokens,
             num_updates=config.optim.num_updates,
-            row_tokens=config.optim.row_tokens if policy.can_share_prompts else 0,
+            share_prompts=config.optim.share_prompts and policy.can_share_prompts,
             keep_zero_advantage=config.algorithm.kl == "loss",
         )
         metrics = self.learner.update(updates)
@@ -190,7 +202,7 @@ def train(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> Ou
     with Display(quiet=quiet) as display:
         if checkpoint is not None and (outcome := finished(config, checkpoint, folder)):
             display.note(f"{folder} is complete: {config.run.num_steps} steps done")
-            display.summary(outcome.before, outcome.after, {}, base=_result(folder, "base"))
+            _summary(display, outcome, {})
             return outcome
         with (
             RunLog(
@@ -200,25 +212,26 @@ def train(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> Ou
                 resume_step=_resume_step(checkpoint, resume),
                 config=config.model_dump(mode="json"),
             ) as log,
-            open_job(config, on_note=display.note) as job,
+            open_job(config, on_note=display.note, on_progress=display.sampling) as job,
         ):
             run = Run(job, display, folder)
             prepare(run, checkpoint)
-            before = run.exam(_exam_name(0)) if run.step == 0 else _result(folder, _exam_name(0))
+            before = _first_exam(run, log)
             loop(run, log)
-            after = run.exam(_exam_name(run.step))
+            after = _last_exam(run, log)
             _finish(run)
         draw_figures(folder)
-        display.summary(before, after, run.timer.total_s, base=_result(folder, "base"))
+        outcome = Outcome(folder, before, after)
+        _summary(display, outcome, run.timer.total_s)
         display.note(f"everything is in {folder}")
-    return Outcome(folder, before, after)
+    return outcome
 
 
 def prepare(run: Run, checkpoint: Path | None) -> None:
     """The sampler's proof, then the checkpoint's state or the warm start; publishes a version."""
     job, config = run.job, run.job.config
     base_hash = job.policy.base_fingerprint()
-    _write_record(run, base_hash)
+    write_record(run.folder, job, base_hash)
     probe = check_at_start(
         job.policy, job.sampler, job.prompts.eval[:4], run.folder / "probe", config.sampling.max_kl
     )
@@ -231,6 +244,7 @@ def prepare(run: Run, checkpoint: Path | None) -> None:
         run.restore(checkpoint)
         drop_after(run.folder, run.step)  # steps that are run again are another history
         remove_results_after(run.folder / "eval", run.step)
+        drop_best_after(run.folder, run.step)
         run.display.note(f"resumed from {checkpoint}")
     elif config.warm_start.num_steps and not has_solutions(job.prompts.train):
         run.display.warn(
@@ -254,6 +268,8 @@ def prepare(run: Run, checkpoint: Path | None) -> None:
     run.publish()
     if checkpoint is None:
         run.save()
+    else:
+        run.keep_best()  # a kill may have come between an exam and this
 
 
 def loop(run: Run, log: RunLog) -> None:
@@ -261,39 +277,35 @@ def loop(run: Run, log: RunLog) -> None:
     job, timer, config = run.job, run.timer, run.job.config.run
     run.display.stage("training", config.num_steps, run.step)
     timer.take()
-    while run.step < config.num_steps:
-        prompts_N = run.stream.take(job.config.sampling.num_prompts)
-        with timer.phase("sample"):
-            completions_N_G = sample_groups(job.sampler, prompts_N, run.params(), version=run.step)
-        with timer.phase("score"):
-            groups_N = score_groups(prompts_N, completions_N_G, job.reward)
-        with timer.phase("learn"):
-            stats = run.learn(groups_N)
-        run.step += 1
-        with timer.phase("publish"):
-            run.publish()
-        metrics = rollout_metrics(groups_N) | stats
-        if config.eval_every and run.step % config.eval_every == 0:
-            metrics |= run.exam(_exam_name(run.step)).metrics()
-        metrics |= timer.take() | memory_metrics()
-        log.transcripts(run.step, groups_N)
-        log.write(run.step, metrics | speed_metrics(metrics))
-        run.display.step(run.step, metrics | speed_metrics(metrics))
-        if run.step % config.checkpoint_every == 0 or run.step == config.num_steps:
-            run.save()
-
-
-def check_same_job(old: dict[str, Any], config: RunConfig, path: Path) -> None:
-    """Raises UserError naming the first setting in which a checkpoint's job differs."""
-    new = config.model_dump(mode="json")
-    for section, values in new.items():
-        for key, value in values.items():
-            was = old.get(section, {}).get(key)
-            if was != value and not (section == "run" and key in _FREE_KEYS):
-                raise UserError(
-                    f"{path} is of a job with {section}.{key}={was!r}, this one has {value!r}; "
-                    "take another run.name, or the old setting"
+    with SystemMeter() as meter:
+        while run.step < config.num_steps:
+            prompts_N = run.stream.take(job.config.sampling.num_prompts)
+            run.display.sampling(0, len(prompts_N) * job.config.sampling.num_samples, 0)
+            with timer.phase("sample"):
+                completions_N_G = sample_groups(
+                    job.sampler, prompts_N, run.params(), version=run.step
                 )
+            with timer.phase("score"):
+                groups_N = score_groups(prompts_N, completions_N_G, job.reward)
+            with timer.phase("learn"):
+                stats = run.learn(groups_N)
+            run.step += 1
+            with timer.phase("publish"):
+                run.publish()
+            metrics = rollout_metrics(groups_N) | stats
+            if has_exam := bool(config.eval_every) and run.step % config.eval_every == 0:
+                metrics |= run.exam(_exam_name(run.step)).metrics()
+            metrics |= timer.take() | memory_metrics() | meter.take()
+            metrics |= speed_metrics(metrics)
+            log.transcripts(run.step, groups_N)
+            log.write(run.step, metrics)
+            run.display.step(run.step, metrics)
+            is_last = run.step == config.num_steps
+            # RUN/best is never of a step that a resumed run goes through again.
+            if run.step % config.checkpoint_every == 0 or is_last or (has_exam and _is_best(run)):
+                run.save()
+            if has_exam:
+                run.keep_best()
 
 
 def finished(config: RunConfig, checkpoint: Path, folder: Path) -> Outcome | None:
@@ -325,22 +337,53 @@ def _exam_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def _write_record(run: Run, base_hash: str) -> None:
-    """run.json: the settings and the versions, so that the folder explains itself."""
-    record = {
-        "config": run.job.config.model_dump(mode="json"),
-        "environment": environment(),
-        "base_model": {"name": run.job.config.model.name, "fingerprint": base_hash},
-        "dtype": str(run.job.policy.dtype),
-        "trainable_parameters": sum(p.numel() for p in run.job.policy.trainable().values()),
-    }
-    jsonl.write_text_atomically(run.folder / "run.json", json.dumps(record, indent=2) + "\n")
+def _is_best(run: Run) -> bool:
+    best = best_exam(run.folder, run.step)
+    return best is not None and best.step == run.step
+
+
+def _first_exam(run: Run, log: RunLog) -> EvalResult | None:
+    """The policy before RL; for the trackers it is the curve's point at step 0."""
+    if run.step > 0:
+        return _result(run.folder, _exam_name(0))
+    result = run.exam(_exam_name(0))
+    log.track(0, result.metrics())
+    run.keep_best()
+    return result
+
+
+def _last_exam(run: Run, log: RunLog) -> EvalResult:
+    """The policy at the end, if the loop has not examined it."""
+    is_new = _result(run.folder, _exam_name(run.step)) is None
+    result = run.exam(_exam_name(run.step))
+    if is_new:
+        log.track(run.step, result.metrics())
+        run.keep_best()
+    return result
+
+
+def _summary(display: Display, outcome: Outcome, seconds_by_phase: dict[str, float]) -> None:
+    """The closing tables: exams, paired differences, contamination, seconds."""
+    folder, last = outcome.folder, outcome.after
+    files = {"base model": "base", "before": _exam_name(0)}
+    if last is not None and last.step:
+        files["after"] = _exam_name(last.step)
+    exams = {name: found for name, file in files.items() if (found := _result(folder, file))}
+    comparisons: dict[str, PairedScores] = {}
+    for first, second in (("base model", "after"), ("before", "after")):
+        if first in exams and second in exams:
+            before, after = (folder / "eval" / f"{files[name]}.json" for name in (first, second))
+            comparisons[f"{first} to {second}"] = compare_exams(before, after).total
+    display.summary(exams, comparisons, seconds_by_phase)
+    for note in last.notes if last is not None else ():
+        display.note(note)
+    if (choice := read_choice(folder)) is not None:
+        display.note(f"best by the exam: step {choice.step}, in {folder / 'best'}")
 
 
 def _finish(run: Run) -> None:
     """The proof that the base was not written to, and the adapter where users look for it."""
-    record = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
-    expected = record["base_model"]["fingerprint"]
+    expected = read_record(run.folder)["base_model"]["fingerprint"]
     if not run.job.policy.is_full and run.job.policy.base_fingerprint() != expected:
         raise StaleAdapterError("the base model's weights changed during the run")
     final = run.folder / "adapter"

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from rl_lora import cli
 from rl_lora.adapter import save_adapter
 from rl_lora.config import ModelSection
+from rl_lora.jsonl import read_lines
 from rl_lora.models import resolve_model
 from tests.tiny_models import make_policy, random_llama
 
@@ -166,7 +167,7 @@ def test_train_then_eval_the_run_any_adapter_and_the_base(
     assert (own["adapter_version"], base["adapter_version"]) == (1, -1)
     assert own["total"]["num_problems"] == 4
     assert other["total"]["num_problems"] == 6
-    assert len((run / "eval" / "other.jsonl").read_text().splitlines()) == 6
+    assert len(read_lines(run / "eval" / "other.jsonl.gz")) == 6
     assert "accuracy" in capsys.readouterr().out
 
 

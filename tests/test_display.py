@@ -2,7 +2,9 @@
 
 import io
 import re
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -10,14 +12,13 @@ from rich.console import Console
 from rl_lora.config import EvalSection
 from rl_lora.display import (
     Display,
-    comparison_line,
-    exam_table,
-    phase_table,
-    printable,
-    seconds_text,
     step_line,
 )
-from rl_lora.evaluate import EvalResult, evaluate
+from rl_lora.evaluate import evaluate
+from rl_lora.exam_files import read_exam
+from rl_lora.paired import PairedScores, paired_scores
+from rl_lora.results import EvalResult
+from rl_lora.tables import exam_table, paired_line, phase_table, printable, seconds_text
 from tests.fakes import FakeReward, FakeSampler, make_prompt
 
 METRICS = {
@@ -45,8 +46,28 @@ def exam_of(texts: Sequence[str], sources: Sequence[str] = ("sum",)) -> EvalResu
     return evaluate(sampler, prompts, FakeReward(), EvalSection(), max_tokens=64, seed=0)
 
 
+def paired_of(first: Sequence[str], second: Sequence[str]) -> PairedScores:
+    problems = []
+    for texts in (first, second):
+        sampler = FakeSampler({f"p/{index}": [text] for index, text in enumerate(texts)})
+        prompts = [make_prompt(f"p/{index}") for index in range(len(texts))]
+        with tempfile.TemporaryDirectory() as folder:
+            evaluate(
+                sampler,
+                prompts,
+                FakeReward(),
+                EvalSection(),
+                max_tokens=64,
+                seed=0,
+                folder=Path(folder),
+            )
+            problems.append(read_exam(Path(folder) / "eval.jsonl.gz")[1])
+    return paired_scores(list(zip(*problems, strict=True)))
+
+
 BEFORE = exam_of(["7"] * 4 + ["8"] * 36)
 AFTER = exam_of([r"\boxed{7}"] * 20 + [r"\boxed{8}"] * 20)
+PAIRED = paired_of(["7"] * 4 + ["8"] * 36, ["7"] * 20 + ["8"] * 20)
 
 
 def has_control_characters(text: str) -> bool:
@@ -96,7 +117,7 @@ def run_two_steps(display: Display) -> None:
         display.note("loaded \x1b[31m[bold]x[/bold]")
         display.stage("training", num_steps=2)
         for done in (0, 1, 2):
-            display.exam(done, 2)
+            display.exam(done, 2, min(1, 2 - done))
         display.step(1, METRICS)
         display.step(2, METRICS)
         display.exam_result("before", BEFORE)
@@ -127,9 +148,32 @@ def test_a_file_gets_a_line_of_a_long_evaluation_now_and_then(
     console, file = make_console(is_terminal=False)
     with Display(console=console) as display:
         for done in range(0, 101, 10):
-            display.exam(done, 100)
+            display.exam(done, 100, 10)
             now[0] += 12
-    assert file.getvalue().splitlines() == [f"evaluation {n}/100" for n in (30, 60, 90)]
+    assert file.getvalue().splitlines() == [
+        "evaluation 30/100  1 min 24 s left",
+        "evaluation 60/100  48 s left",
+        "evaluation 90/100  12 s left",
+    ]
+
+
+def test_sampling_shows_its_speed_within_a_long_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    console, file = make_console(is_terminal=False)
+    with Display(console=console) as display:
+        display.sampling(0, 8, 0)
+        now[0] = 40.0
+        display.sampling(2, 8, 800)  # 20 tokens a second; 6 of 8 at 20 s each two... 120 s
+        now[0] = 50.0
+        display.sampling(8, 8, 3000)
+        display.exam(0, 4, 2)
+        now[0] = 90.0
+        display.sampling(1, 2, 400)  # half of the two problems in hand: 1 of 4 in 40 s
+    assert file.getvalue().splitlines() == [
+        "sampling 2/8  20 tok/s  2 min 00 s left",
+        "evaluation 1/4  10 tok/s  2 min 00 s left",
+    ]
 
 
 def test_a_file_gets_no_control_characters() -> None:
@@ -138,7 +182,7 @@ def test_a_file_gets_no_control_characters() -> None:
     text = file.getvalue()
     assert not has_control_characters(text)
     assert text.splitlines()[0] == "loaded \\x1b[31m[bold]x[/bold]"
-    assert text.splitlines()[-1].startswith("before: accuracy 10.0% (4.0 to 23.1), format 0.0%")
+    assert text.splitlines()[-1].startswith("before: accuracy 10.0% (2.8 to 23.7), format 0.0%")
     assert len(text.splitlines()) == 4
 
 
@@ -160,8 +204,8 @@ def test_quiet_shows_warnings_and_the_summary_alone() -> None:
         assert file.getvalue() == ""
         display.warn("two rows without an answer")
         assert "warning: two rows without an answer\n" in file.getvalue()
-        display.summary(BEFORE, AFTER, {"sample": 1.0})
-        assert "accuracy +40.0 points" in file.getvalue()
+        display.summary({"before": BEFORE}, {"before to after": PAIRED}, {"sample": 1.0})
+        assert "before to after: accuracy +40.0 points" in file.getvalue()
 
 
 def test_a_long_line_in_a_file_is_not_wrapped() -> None:
@@ -196,7 +240,7 @@ def test_exam_table_shows_accuracy_and_format_apart() -> None:
         for line in text.splitlines()
         if len(cells := [cell.strip() for cell in re.split("[│]", line)[1:-1]]) == 3
     }
-    assert rows["accuracy"] == ["10.0% (4.0 to 23.1)", "50.0% (35.2 to 64.8)"]
+    assert rows["accuracy"] == ["10.0% (2.8 to 23.7)", "50.0% (33.8 to 66.2)"]
     assert rows["in the asked format"] == ["0.0%", "100.0%"]
     assert rows["accuracy within the format"] == ["-", "50.0%"]
     assert rows["problems"] == ["40", "40"]
@@ -207,14 +251,16 @@ def test_exam_table_by_source() -> None:
     result = exam_of(["7", "8", "7", "8"], sources=("aime24", "[red]evil\x1b[0m"))
     text = printed(120, exam_table({"after": result}))
     assert "aime24: accuracy" in text
-    assert "100.0% (34.2 to 100.0)" in text
+    assert "100.0% (15.8 to 100.0)" in text
     assert "[red]evil\\x1b[0m: accuracy" in text
 
 
 def test_summary_with_the_base_model_compares_both(capsys: pytest.CaptureFixture[str]) -> None:
     with Display() as display:
-        display.summary(BEFORE, AFTER, {"sample": 30.0, "learn": 10.0}, base=BEFORE)
-        display.summary(None, None, {})
+        exams = {"base model": BEFORE, "before": BEFORE, "after": AFTER}
+        pairs = {"base model to after": PAIRED, "before to after": PAIRED}
+        display.summary(exams, pairs, {"sample": 30.0, "learn": 10.0})
+        display.summary({}, {}, {})
         display.exams({"aime24": AFTER})
     text = capsys.readouterr().out
     assert not has_control_characters(text)
@@ -227,12 +273,14 @@ def test_summary_with_the_base_model_compares_both(capsys: pytest.CaptureFixture
     assert max(len(line) for line in text.splitlines()) <= 120
 
 
-def test_comparison_line() -> None:
-    assert comparison_line(BEFORE, AFTER) == (
-        "accuracy +40.0 points (+20.3 to +56.0), 5.0 times; the intervals do not overlap"
+def test_paired_line() -> None:
+    assert re.fullmatch(
+        r"accuracy \+40\.0 points \(\+25\.0 to \+55\.0\), 16 problems won, 0 lost, p 3\.1e-05",
+        paired_line(PAIRED),
     )
-    nothing = exam_of(["8"] * 4)
-    assert comparison_line(nothing, nothing).endswith("(-49.0 to +49.0); the intervals overlap")
+    nothing = paired_of(["8"] * 4, ["8"] * 4)
+    # The exact upper limit for 0 of 4 is 1 - 0.025^(1/4) = 60.2 %.
+    assert paired_line(nothing).startswith("accuracy +0.0 points (-60.2 to +60.2), 0 problems won")
 
 
 def test_phase_table_has_shares_and_the_sum() -> None:

@@ -21,9 +21,9 @@ from rl_lora.adapter import save_adapter
 from rl_lora.card import card_text, read_facts, write_card
 from rl_lora.config import parse_config
 from rl_lora.errors import UserError
-from rl_lora.evaluate import EvalResult, ExamScores
 from rl_lora.export import export_merged, find_adapter, push_adapter
 from rl_lora.policy import Policy
+from rl_lora.results import EvalResult, ExamScores
 from tests.tiny_models import VOCAB, make_policy, random_llama, random_qwen3, shake
 
 IDS = torch.tensor([[1, 5, 9, 33, 2, 7]])

@@ -20,7 +20,7 @@ from rl_lora.figures import (
     draw_reward,
     read_records,
 )
-from rl_lora.intervals import wilson_interval
+from rl_lora.intervals import exact_interval
 from rl_lora.runlog import RunLog
 from tests.fakes import FakeReward, FakeSampler, make_prompt
 
@@ -171,7 +171,7 @@ def test_accuracy_has_interval_bars_sources_and_the_base(tmp_path: Path) -> None
         if hasattr(collection, "get_segments")
     ]
     for segment, (step, num_correct) in zip(bars, [(0, 3), (10, 8)], strict=True):
-        low, high = wilson_interval(num_correct, 10)
+        low, high = exact_interval(num_correct, 10)
         assert segment.ravel().tolist() == pytest.approx([step, low, step, high])
     assert points(axes, "a") == [(0, 0.4), (10, 0.8)]
     assert points(axes, "b") == [(0, 0.2), (10, 0.8)]

@@ -14,11 +14,11 @@ from rl_lora import jsonl
 from rl_lora.errors import UserError
 from rl_lora.metrics import (
     PhaseTimer,
-    key_part,
     memory_metrics,
     rollout_metrics,
     speed_metrics,
 )
+from rl_lora.results import key_part
 from rl_lora.runlog import RunLog, pick_transcripts
 from rl_lora.types import RolloutGroup
 from tests.fakes import make_group, make_prompt, make_rollout

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "configs" / "smoke.toml"
 SHORT = ["run.num_steps=3", "data.held_out=8", "sampling.num_prompts=4", "sampling.max_tokens=32"]
 # Not a property of the run: they differ between two runs of one seed.
-MACHINE_KEYS = ("time/", "speed/", "memory/")
+MACHINE_KEYS = ("time/", "speed/", "memory/", "system/")
 
 
 def smoke(folder: Path, *overrides: str) -> RunConfig:
@@ -68,7 +68,8 @@ def test_a_run_leaves_its_records(tmp_path: Path) -> None:
         "transcripts.jsonl",
         "eval/step_000000.json",
         "eval/step_000002.json",
-        "eval/step_000003.jsonl",
+        "eval/step_000003.jsonl.gz",
+        "best/adapter_config.json",
         "figures/reward.png",
         "adapter/adapter_config.json",
     ):

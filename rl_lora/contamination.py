@@ -1,0 +1,118 @@
+"""Which exams were public before the base model was released, and may be in its training data.
+
+A model's training data ends before its release, so that an exam held later cannot be in it; one
+held earlier may be. Release dates are of the family, told by the model's name; `model.released`
+says it for a model that is not listed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+
+from rl_lora.config import ModelSection
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of base models.
+
+    Example: Family("Qwen3", r"qwen-?3(?![.\\d])", date(2025, 4, 29), "arXiv 2505.09388")
+    """
+
+    name: str
+    pattern: str  # searched in the lower-cased last part of the model's name
+    released: date
+    source: str
+
+
+# The first match counts: the narrower pattern comes first.
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "SmolLM3", r"smollm-?3", date(2025, 7, 8), "its announcement, huggingface.co/blog/smollm3"
+    ),
+    Family("SmolLM2", r"smollm-?2", date(2024, 10, 31), "its repositories on the hub"),
+    Family("DeepSeek-R1 distilled", r"deepseek-r1-distill", date(2025, 1, 20), "arXiv 2501.12948"),
+    Family("Qwen3 of July 2025", r"qwen-?3-.*2507", date(2025, 7, 21), "its model cards"),
+    Family("Qwen3", r"qwen-?3(?![.\d])", date(2025, 4, 29), "arXiv 2505.09388"),
+    Family("Qwen2.5", r"qwen-?2\.5", date(2024, 9, 19), "arXiv 2412.15115"),
+    Family("Qwen2", r"qwen-?2(?![.\d])", date(2024, 6, 7), "arXiv 2407.10671"),
+    Family("Llama 3.3", r"llama-?3\.3", date(2024, 12, 6), "its model card"),
+    Family("Llama 3.2", r"llama-?3\.2", date(2024, 9, 25), "its model card"),
+    Family("Llama 3.1", r"llama-?3\.1", date(2024, 7, 23), "its model card, arXiv 2407.21783"),
+    Family("Llama 3", r"llama-?3(?![.\d])", date(2024, 4, 18), "its model card"),
+    Family("Gemma 3", r"gemma-?3(?![.\dn])", date(2025, 3, 12), "arXiv 2503.19786"),
+    Family("Gemma 2", r"gemma-?2(?![.\d])", date(2024, 6, 27), "arXiv 2408.00118"),
+    Family("OLMo 2", r"olmo-?2", date(2024, 11, 26), "arXiv 2501.00656"),
+)
+
+# Data sets that are no AIME: when they were first published.
+PUBLISHED: dict[str, tuple[date, str]] = {
+    "gsm8k": (date(2021, 10, 27), "arXiv 2110.14168"),
+    "math": (date(2021, 3, 5), "arXiv 2103.03874"),
+    "svamp": (date(2021, 3, 12), "arXiv 2103.07191"),
+}
+
+
+def contamination_notes(model: ModelSection, sources: Iterable[str]) -> tuple[str, ...]:
+    """One line for each exam whose date is known; none for generated and own problems.
+
+    Args:
+        model: its name and, where it is set, `released`.
+        sources: names of the data sets, as `Prompt.source` has them.
+    """
+    notes = []
+    for source in sorted(set(sources)):
+        if (exam := exam_date(source)) is not None:
+            title, public = exam
+            notes.append(_note(title, public, model))
+    return tuple(notes)
+
+
+def exam_date(source: str) -> tuple[str, date] | None:
+    """(title, the day on which all of it was public) of a data set, by its name.
+
+    An AIME is held from the end of January to the middle of February.
+    """
+    name = source.lower()
+    if match := re.search(r"aime[ _-]?(?:20)?(\d\d)(?!\d)", name):
+        year = 2000 + int(match[1])
+        return f"AIME {year}", date(year, 2, 28)
+    if re.search(r"(?<![a-z])aime(?![a-z])", name):
+        return "AIME 1983-2023", date(2023, 2, 28)
+    for part, (published, _) in PUBLISHED.items():
+        if re.search(rf"(?<![a-z]){part}(?![a-z])", name):
+            return source, published
+    return None
+
+
+def release_date(model: ModelSection) -> tuple[date, str] | None:
+    """(date, where it is from) of the base model's release; None: not known."""
+    if model.released is not None:
+        return model.released, "model.released"
+    name = model.name.rstrip("/").rpartition("/")[2].lower()
+    for family in FAMILIES:
+        if re.search(family.pattern, name):
+            return family.released, f"{family.name}, {family.source}"
+    return None
+
+
+def _note(title: str, public: date, model: ModelSection) -> str:
+    release = release_date(model)
+    if release is None:
+        return (
+            f"{title}: whether it precedes the base model's release is unknown; "
+            "model.released = YYYY-MM-DD would tell"
+        )
+    released, origin = release
+    if public < released:
+        return (
+            f"{title} precedes the base model's release ({released}; {origin}): its problems may "
+            "be in the training data"
+        )
+    return (
+        f"{title} comes after the base model's release ({released}; {origin}): its problems are "
+        "not in the training data"
+    )

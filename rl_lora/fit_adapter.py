@@ -1,0 +1,102 @@
+"""Adapters of any rank, alpha or layers made to fit one policy, so that one engine serves all.
+
+An adapter of rank r is one of rank R > r with zeros in the new rows of A and columns of B; its
+alpha / r goes into B. Layers that it has not get zeros. W' is the same in exact arithmetic.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl_lora.adapter import (
+    ADAPTER_FILE,
+    fingerprint,
+    load_tensors,
+    lora_settings,
+    write_adapter,
+)
+from rl_lora.errors import UserError
+from rl_lora.policy import Policy
+from rl_lora.types import Adapter
+
+
+def common_settings(adapter_dirs: list[Path]) -> dict[str, Any]:
+    """lora.* keys of a policy that all these adapters fit into; empty for no LoRA adapter.
+
+    Raises:
+        UserError: a directory is no adapter of the plain kind.
+    """
+    found = [path for path in adapter_dirs if (path / ADAPTER_FILE).is_file()]
+    if not found:
+        return {}
+    settings = [lora_settings(path) for path in found]
+    # A, B of every adapter name the layers that it is on.
+    names_N = [load_tensors(path).keys() for path in found]
+    largest = max(settings, key=lambda one: one["rank"])
+    kinds = {_layers(names) for names in names_N}
+    has_head = any("lm_head" in name for names in names_N for name in names)
+    layers = kinds.pop() if len(kinds) == 1 else "all"
+    return {**largest, "layers": layers, "lm_head": has_head}
+
+
+def fitted(path: Path, policy: Policy, scratch: Path) -> Path:
+    """The adapter's directory, or that of its copy in the policy's shape, under `scratch`.
+
+    Raises:
+        UserError: the adapter has tensors or shapes that the policy has no place for.
+    """
+    own = {name: tensor.shape for name, tensor in policy.published_tensors().items()}
+    tensors = load_tensors(path)
+    if policy.is_full or not (path / ADAPTER_FILE).is_file():
+        return path
+    settings = lora_settings(path)
+    fits = {name: tensor.shape for name, tensor in tensors.items()} == own
+    if fits and all(getattr(policy.lora, key) == value for key, value in settings.items()):
+        return path
+    if strange := sorted(tensors.keys() - own.keys()):
+        raise UserError(f"adapter {path} is of another base model: it has {strange[0]}")
+    scale = (settings["alpha"] / settings["rank"]) / (policy.lora.alpha / policy.lora.rank)
+    wide = {
+        name: _widened(name, tensors.get(name), shape, scale, path) for name, shape in own.items()
+    }
+    adapter = Adapter(
+        version=0,
+        name=f"{path.name}-fitted",
+        path=scratch,
+        fingerprint=fingerprint(wide),
+        rank=policy.lora.rank,
+    )
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    write_adapter(adapter, wide, policy)
+    return scratch
+
+
+def _widened(
+    name: str, tensor: Tensor | None, shape: torch.Size, scale: float, path: Path
+) -> Tensor:
+    out = torch.zeros(shape)
+    if tensor is None:
+        return out
+    if any(small > large for small, large in zip(tensor.shape, shape, strict=True)):
+        raise UserError(
+            f"adapter {path} is of another base model: {name} is {list(tensor.shape)}, "
+            f"this one takes up to {list(shape)}"
+        )
+    rows, columns = tensor.shape
+    # B carries the adapter's own alpha / rank.
+    out[:rows, :columns] = tensor.float() * (scale if "lora_B" in name else 1.0)
+    return out
+
+
+def _layers(names: Any) -> str:
+    """Which lora.layers an adapter's tensor names are of."""
+    inner = [name for name in names if "lm_head" not in name]
+    has_attention = any("attn" in name or "attention" in name for name in inner)
+    has_mlp = any("mlp" in name or "feed_forward" in name or "ffn" in name for name in inner)
+    if has_attention and not has_mlp:
+        return "attention"
+    return "mlp" if has_mlp and not has_attention else "all"

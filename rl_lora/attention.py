@@ -82,8 +82,8 @@ def _forward(
         )
         return out, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend(*rows, layout, scale).unsqueeze(0), None
+    query_THD, key_TJD, value_TJD = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(query_THD, key_TJD, value_TJD, layout, scale).unsqueeze(0), None
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -1,11 +1,12 @@
 """Groups to microbatches: the only place that shifts tokens and makes masks and denominators.
 
-A step's samples are split into `num_updates` optimizer batches, each into microbatches by a budget of
-tokens. Where prompts are shared, a microbatch is one row without padding: each prompt once, followed
-by its completions, which see the prompt and themselves alone and whose positions go on from the
-prompt's end, so that values and gradients are those of separate sequences. Else each row is a prompt
-with one completion; rows are sorted by length and right-padded. Each completion token carries
-weights_C = 1/denominator of its whole optimizer batch, so gradient accumulation equals one big batch.
+A step's samples are split into `num_updates` optimizer batches, each into microbatches by a budget
+of tokens. Where prompts are shared, a microbatch is one row without padding: each prompt once,
+followed by its completions, which see the prompt and themselves alone and whose positions go on
+from the prompt's end, so that values and gradients are those of separate sequences. Else each row
+is a prompt with one completion; rows are sorted by length and right-padded. Each completion token
+carries weights_C = 1/denominator of its whole optimizer batch, so that gradient accumulation equals
+one big batch.
 """
 
 from __future__ import annotations

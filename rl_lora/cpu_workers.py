@@ -1,7 +1,7 @@
 """Runs a step's microbatches side by side on a CPU's cores.
 
 One thread for each of two microbatches beats two threads for one: a pass has many small operations
-that one core does alone while the other waits, and memory-bound ones that go better beside a matmul.
+that one core does alone while the other waits, and memory-bound ones go better beside a matmul.
 Results come in the microbatches' order, so that sums do not depend on which thread was first.
 """
 

@@ -235,10 +235,11 @@ class Learner:
             passes = map_on_cores(one, microbatches) if is_parallel else map(one, microbatches)
             for batch, seen in zip(microbatches, passes, strict=True):
                 for parameter, gradient in zip(parameters, seen.gradients, strict=False):
-                    if gradient is not None and parameter.grad is None:
-                        parameter.grad = gradient
-                    elif gradient is not None:
-                        parameter.grad.add_(gradient)
+                    if gradient is None:  # an expert that none of the tokens went to
+                        continue
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad.add_(gradient)
                 seen.gradients = ()
                 yield batch, seen
 

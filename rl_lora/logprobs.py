@@ -1,4 +1,4 @@
-"""Token log-probs and entropies straight from hidden states, without [tokens x vocabulary] in memory.
+"""Token log-probs and entropies from hidden states, without [tokens x vocabulary] in memory.
 
 Both work through lm_head in chunks of tokens, in one buffer that is used again, and differ in what
 the backward pass needs:
@@ -30,7 +30,9 @@ _buffers = threading.local()
 def score_hidden(
     hidden_CD: Tensor, lm_head: nn.Module, target_ids_C: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """(logprobs_C with gradient, entropy_C without), float32, nats, of softmax(logits / temperature).
+    """(logprobs_C with gradient, entropy_C without) of softmax(logits / temperature).
+
+    Both float32, in nats.
 
     Args:
         hidden_CD: the final hidden states that predict the targets.
@@ -38,13 +40,8 @@ def score_hidden(
         target_ids_C: int64.
         temperature: over 0.
     """
-    is_frozen = (
-        isinstance(lm_head, nn.Linear)
-        and lm_head.bias is None
-        and not lm_head.weight.requires_grad
-        and type(lm_head).forward is nn.Linear.forward
-    )
-    if is_frozen:
+    is_plain = type(lm_head) is nn.Linear and lm_head.bias is None
+    if is_plain and not lm_head.weight.requires_grad:
         logprobs_C, entropy_C = FrozenHead.apply(
             hidden_CD, lm_head.weight, target_ids_C, temperature
         )
@@ -91,7 +88,7 @@ class FrozenHead(torch.autograd.Function):
         return logprobs_C, entropy_C
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_logprobs_C: Tensor, grad_entropy_C: Tensor
     ) -> tuple[Tensor, None, None, None]:
         """The unit gradients, each times its token's."""
@@ -103,7 +100,7 @@ def chunked(
     hidden_CD: Tensor, lm_head: nn.Module, target_ids_C: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """As `score_hidden`, through any lm_head; logits are remade in the backward pass."""
-    num_vocab = lm_head.weight.shape[0]
+    num_vocab = int(lm_head.weight.shape[0])  # type: ignore[index]
     chunk = max(1, CHUNK_ELEMENTS // num_vocab)
 
     def score_chunk(hidden_cD: Tensor, target_ids_c: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,8 @@ class LoraProducts(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """tensors: W [O, I], bias [O] or None, A [R_i, I] and B [O, R_i] of each layer in turn."""
         x_TI = x.reshape(-1, x.shape[-1])
-        weights, biases, a_parts, b_parts = (tensors[i::4] for i in range(4))
+        parts_of: list[Any] = [tensors[i::4] for i in range(4)]
+        weights, biases, a_parts, b_parts = parts_of
         ranks = [a.shape[0] for a in a_parts]
         a_RI = torch.cat(a_parts).to(x.dtype) if len(ranks) > 1 else a_parts[0].to(x.dtype)
         hidden_TR = x_TI @ a_RI.T

@@ -123,10 +123,11 @@ class Microbatch:
 
     Letters: B rows, T positions, C completion tokens of the microbatch. Either one row without
     padding holds prompts and after each its completions, which attend by `layout`; or each row is a
-    prompt with one completion, right-padded, under plain causal attention. Token c is predicted by the hidden state at [row_C[c], column_C[c]],
-    the one before its own (for a completion's first token: the prompt's last): the shift is made
-    here (by `batches`) and nowhere else. `weights_C` holds the mask and the step-wide denominator:
-    a loss is sum(weights_C * loss_C), and microbatch losses add up to the whole batch's loss.
+    prompt with one completion, right-padded, under plain causal attention. Token c is predicted by
+    the hidden state at [row_C[c], column_C[c]], the one before its own (for a completion's first
+    token: the prompt's last): the shift is made here (by `batches`) and nowhere else. `weights_C`
+    holds the mask and the step-wide denominator: a loss is sum(weights_C * loss_C), and microbatch
+    losses add up to the whole batch's loss.
 
     Example: one sequence of prompt (1, 5) and completion (7, 2): token_ids_BT=[[1, 5, 7, 2]],
     row_C=[0, 0], column_C=[1, 2], target_ids_C=[7, 2], sequence_C=[0, 0].

@@ -83,15 +83,15 @@ def test_vllm_is_imported_lazily_and_in_its_rooms_alone() -> None:
         assert "rl_lora.vllm_cpu_lora" not in imports_of(module, lazy=False)
 
 
-def test_types_imports_only_the_record_of_the_rewards() -> None:
+def test_types_imports_only_the_record_of_the_rewards_and_the_layout_of_a_row() -> None:
     own = {name for name in imports_of("rl_lora.types") if top({name}) <= {"rl_lora", "rewards"}}
-    assert own == {"rewards"}
+    assert own == {"rewards", "rl_lora.segments"}
 
 
 @pytest.mark.parametrize("module", ["rl_lora.losses", "rl_lora.advantages", "rl_lora.batches"])
 def test_the_maths_knows_neither_models_nor_files(module: str) -> None:
     own = {name for name in imports_of(module) if name.startswith("rl_lora.")}
-    assert own <= {"rl_lora.types", "rl_lora.config", "rl_lora.errors"}
+    assert own <= {"rl_lora.types", "rl_lora.config", "rl_lora.errors", "rl_lora.segments"}
     assert top(imports_of(module)) <= STANDARD | {"torch", "rl_lora"}
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks of one GRPO step; see scripts/bench_step.py."""

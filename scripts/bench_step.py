@@ -1,0 +1,84 @@
+"""Times one GRPO step by phase, against the same step by TRL and against full fine-tuning.
+
+    python scripts/bench_step.py                       # about 15 minutes on two cores
+    python scripts/bench_step.py --check               # fails on a loss of over 15 %
+    python scripts/bench_step.py --sweep ranks         # learning phase at ranks 1, 8, 64, 256
+
+TRL is an extra of its own: `pip install -e .[bench]`; without it the ratios against it are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.figure import draw  # noqa: E402
+from benchmarks.run import compare, has_trl, measure, sweep  # noqa: E402
+from benchmarks.workload import Size  # noqa: E402
+
+BASELINE = ROOT / "benchmarks" / "baseline.json"
+SWEEPS = {
+    "samples": [Size(num_samples=n) for n in (2, 4, 8)],
+    "tokens": [Size(max_tokens=n) for n in (24, 48, 96, 192)],
+    "ranks": [Size(rank=n) for n in (1, 8, 64, 256)],
+    "layers": [Size(layers=name) for name in ("attention", "mlp", "all")],
+}
+
+
+def main() -> int:
+    """Measures, writes JSON and a figure, prints the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3, help="measured steps an arm (default 3)")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts a step (default 16)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), help="folder of the results"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare with benchmarks/baseline.json"
+    )
+    parser.add_argument(
+        "--save-baseline", action="store_true", help="write benchmarks/baseline.json"
+    )
+    parser.add_argument(
+        "--sweep", choices=SWEEPS, help="the learning phase at several sizes instead"
+    )
+    options = parser.parse_args()
+    if options.rounds < 1 or options.prompts < 1:
+        parser.error("--rounds and --prompts are at least 1")
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.sweep:
+        sizes = [replace(size, num_prompts=options.prompts) for size in SWEEPS[options.sweep]]
+        rows = sweep(sizes, options.rounds, options.out)
+        path = options.out / f"sweep_{options.sweep}.json"
+        path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(rows, indent=2))
+        return 0
+    if not has_trl():
+        print(
+            "TRL is not installed (pip install -e .[bench]): no ratios against it", file=sys.stderr
+        )
+    result = measure(Size(num_prompts=options.prompts), options.rounds, options.out)
+    result["command"] = "python scripts/bench_step.py " + " ".join(sys.argv[1:])
+    (options.out / "bench_step.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    draw(result, options.out / "bench_step.png")
+    for name, value in result["ratios"].items():
+        low, high = result["spread"][name]
+        print(f"{name:24} {value:8.3f}   ({low:g} to {high:g})")
+    if options.save_baseline:
+        kept = {key: result[key] for key in ("command", "size", "ratios", "spread")}
+        BASELINE.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    if options.check:
+        lost = compare(result["ratios"], json.loads(BASELINE.read_text("utf-8"))["ratios"])
+        print("\n".join(lost) if lost else "no ratio lost over 15 % against the baseline")
+        return 1 if lost else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,7 +4,8 @@
     python scripts/bench_step.py --check               # fails on a loss of over 15 %
     python scripts/bench_step.py --sweep ranks         # learning phase at ranks 1, 8, 64, 256
 
-TRL is an extra of its own: `pip install -e .[bench]`; without it the ratios against it are left out.
+TRL is an extra of its own (`make bench` installs it); without it the ratios against it are left
+out.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def main() -> int:
         return 0
     if not has_trl():
         print(
-            "TRL is not installed (pip install -e .[bench]): no ratios against it", file=sys.stderr
+            "TRL is not installed (make bench does it): no ratios against it", file=sys.stderr
         )
     result = measure(Size(num_prompts=options.prompts), options.rounds, options.out)
     result["command"] = "python scripts/bench_step.py " + " ".join(sys.argv[1:])

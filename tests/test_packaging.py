@@ -85,7 +85,7 @@ def test_the_environment_lacks_nothing_but_what_is_left_out() -> None:
     assert complaints == []
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "export", "study"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "export", "study", "report"])
 def test_thin_script_starts(script: str) -> None:
     result = subprocess.run(
         [sys.executable, f"scripts/{script}.py", "--help"],
@@ -101,5 +101,5 @@ def test_thin_script_starts(script: str) -> None:
 
 def test_thin_scripts_are_thin() -> None:
     for path in (ROOT / "scripts").glob("*.py"):
-        if path.stem in ("train", "evaluate", "export", "study"):
+        if path.stem in ("train", "evaluate", "export", "study", "report"):
             assert len(path.read_text().splitlines()) < 12, path.name

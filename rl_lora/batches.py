@@ -12,10 +12,11 @@ one big batch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from rl_lora.segments import Segment, make_layout
 from rl_lora.types import Microbatch, RolloutGroup, TrainSample
@@ -83,6 +84,27 @@ def whole_sequence(token_ids: Sequence[int]) -> Microbatch:
     sample = TrainSample(tuple(token_ids[:1]), tuple(token_ids[1:]), zeros, 1.0, 0)
     ((batch,),) = pack([sample], denominator="tokens", max_tokens=1, microbatch_tokens=1)
     return batch
+
+
+def to_device(batch: Microbatch, device: torch.device) -> Microbatch:
+    """The microbatch with its tensors on the device."""
+    if batch.token_ids_BT.device == device:
+        return batch
+    move: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
+    return Microbatch(
+        token_ids_BT=move(batch.token_ids_BT),
+        position_BT=None if batch.position_BT is None else move(batch.position_BT),
+        layout=None if batch.layout is None else batch.layout.to(device),
+        row_C=move(batch.row_C),
+        column_C=move(batch.column_C),
+        target_ids_C=move(batch.target_ids_C),
+        sampler_logprobs_C=move(batch.sampler_logprobs_C),
+        advantages_C=move(batch.advantages_C),
+        weights_C=move(batch.weights_C),
+        sequence_C=move(batch.sequence_C),
+        num_sequences=batch.num_sequences,
+        num_tokens=batch.num_tokens,
+    )
 
 
 @dataclass

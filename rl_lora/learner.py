@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rl_lora import attention
-from rl_lora.batches import make_samples, pack
+from rl_lora.batches import make_samples, pack, to_device
 from rl_lora.config import AlgorithmSection, OptimSection
 from rl_lora.cpu_workers import map_on_cores
 from rl_lora.losses import LOSSES, LossInputs, kl_penalty, log_loss
@@ -297,24 +297,3 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # fresh memory is slow to touch; keep it
         return norm
-
-
-def to_device(batch: Microbatch, device: torch.device) -> Microbatch:
-    """The microbatch with its tensors on the device."""
-    if batch.token_ids_BT.device == device:
-        return batch
-    move: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
-    return Microbatch(
-        token_ids_BT=move(batch.token_ids_BT),
-        position_BT=None if batch.position_BT is None else move(batch.position_BT),
-        layout=None if batch.layout is None else batch.layout.to(device),
-        row_C=move(batch.row_C),
-        column_C=move(batch.column_C),
-        target_ids_C=move(batch.target_ids_C),
-        sampler_logprobs_C=move(batch.sampler_logprobs_C),
-        advantages_C=move(batch.advantages_C),
-        weights_C=move(batch.weights_C),
-        sequence_C=move(batch.sequence_C),
-        num_sequences=batch.num_sequences,
-        num_tokens=batch.num_tokens,
-    )

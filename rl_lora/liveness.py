@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from rl_lora.adapter import save_adapter
-from rl_lora.batches import whole_sequence
+from rl_lora.batches import to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError
-from rl_lora.learner import to_device
 from rl_lora.lora import lora_layers
 from rl_lora.policy import Policy
 from rl_lora.sampler import Sampler

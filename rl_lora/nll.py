@@ -9,8 +9,7 @@ from statistics import NormalDist
 
 import torch
 
-from rl_lora.batches import pack
-from rl_lora.learner import to_device
+from rl_lora.batches import pack, to_device
 from rl_lora.policy import Policy
 from rl_lora.types import TrainSample
 

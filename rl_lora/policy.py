@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rl_lora import attention
+from rl_lora.batches import pack, to_device
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
 from rl_lora.logprobs import score_hidden
 from rl_lora.lora import adapters_off, attach_lora, lora_layers
-from rl_lora.types import Microbatch
+from rl_lora.types import Microbatch, TrainSample
 
 BASE_PREFIX = ".base."  # a LoraLinear's inner layer, in parameter names
 
@@ -91,8 +92,7 @@ class Policy:
         self.dtype = pick_dtype(model.dtype, self.device)
         self.model: PreTrainedModel = _load(model_dir, self.dtype)
         self.model.to(self.device)  # type: ignore[arg-type]  # its stubs know no device
-        if self.can_share_prompts:
-            self.model.set_attn_implementation(attention.NAME)
+        self.can_share_prompts = _can_share_prompts(self.model)
         self.target_names: list[str] = []
         if self.is_full:
             self.model.requires_grad_(True)
@@ -102,14 +102,6 @@ class Policy:
         self._has_checkpoints = checkpoint_activations
         if checkpoint_activations:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-
-    @property
-    def can_share_prompts(self) -> bool:
-        """Whether completions may share a prompt: not under a sliding window, which goes by the
-        distance in the row."""
-        config = self.model.config
-        has_window = getattr(config, "sliding_window", None) is not None
-        return not (has_window and getattr(config, "use_sliding_window", True))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in a fixed order."""
@@ -231,6 +223,41 @@ def _check_lm_head(model: PreTrainedModel, model_dir: Path) -> None:
             f"model {model_dir}: its logits are not lm_head(hidden states); models that scale or "
             "cap their logits are not supported"
         )
+
+
+@torch.no_grad()
+def _can_share_prompts(model: PreTrainedModel) -> bool:
+    """Lets the model attend by `attention`, if completions that share a prompt then score as alone.
+
+    Not so under a sliding window, with positions that go by the place in the row, or in a model
+    outside transformers' attention interface; such a model keeps SDPA, one completion a row.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and getattr(model.config, "use_sliding_window", True):
+        return False
+    samples = [
+        TrainSample((5, 6, 7), completion, (0.0,) * len(completion), 1.0, 0)
+        for completion in ((8, 9, 10, 11), (12, 13))
+    ]
+    scores = []
+    for share_prompts, attention_name in ((False, "sdpa"), (True, attention.NAME)):
+        ((batch,),) = pack(
+            samples,
+            denominator="tokens",
+            max_tokens=4,
+            microbatch_tokens=64,
+            share_prompts=share_prompts,
+        )
+        model.set_attn_implementation(attention_name)
+        batch = to_device(batch, model.device)
+        logprobs_C = _score(model, batch, temperature=1.0)[0]
+        scores.append(logprobs_C[batch.target_ids_C.argsort()])
+    alone_C, shared_C = scores
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
+    if torch.allclose(alone_C, shared_C, atol=tolerance):
+        return True
+    model.set_attn_implementation("sdpa")
+    return False
 
 
 def _score(model: PreTrainedModel, batch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rl_lora.adapter import fingerprint
-from rl_lora.batches import whole_sequence
+from rl_lora.batches import to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.learner import to_device
 from rl_lora.policy import Policy
 from rl_lora.sampler import BASE_VERSION, sample_seed
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams

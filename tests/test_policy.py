@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rl_lora import attention
 from rl_lora.batches import pack
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
@@ -188,3 +189,14 @@ def test_rank_scales_by_alpha_over_rank(tmp_path: Path) -> None:
     policy = make_policy(random_llama(tmp_path / "model"), rank=4, alpha=32.0)
     assert {layer.scaling for _, layer in lora_layers(policy.model)} == {8.0}
     assert LoraSection(rank=1).alpha == 32.0
+
+
+def test_a_model_that_ignores_the_layout_keeps_one_completion_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = random_llama(tmp_path / "model")
+    assert make_policy(path).can_share_prompts
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, layout, scale: torch.zeros_like(q))
+    policy = make_policy(path)
+    assert not policy.can_share_prompts
+    assert policy.model.config._attn_implementation == "sdpa"

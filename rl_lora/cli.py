@@ -1,4 +1,4 @@
-"""The command line: `rl-lora train|sft|eval|grade|export|models|study|lr`.
+"""The command line: `rl-lora train|sft|eval|compare|status|grade|report|export|models|study|lr`.
 
 A user's mistake ends with one line and exit code 2; heavy libraries load only when they are needed.
 """
@@ -106,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     grade.add_arguments(grading)
     grading.set_defaults(command=grade.run)
 
+    status = commands.add_parser("status", help="how runs stand: last numbers and curves")
+    status.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
+    status.set_defaults(command=_status)
+
     report = commands.add_parser("report", help="one HTML file of a run, or of several overlaid")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
     where = report.add_mutually_exclusive_group()
@@ -202,6 +206,12 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     compare(arguments.first, arguments.second, arguments.json)
     return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from rl_lora.status import run
+
+    return run(arguments.runs)
 
 
 def _report(arguments: argparse.Namespace) -> int:

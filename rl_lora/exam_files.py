@@ -13,12 +13,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rl_lora import jsonl
 from rl_lora.errors import UserError
 from rl_lora.results import ProblemRecord
-from rl_lora.types import Prompt
+
+if TYPE_CHECKING:  # a reader of the files needs no torch
+    from rl_lora.types import Prompt
 
 SUFFIX = ".jsonl.gz"
 _OLD_SUFFIX = ".jsonl"  # without settings, not compressed: readable, and never gone on with

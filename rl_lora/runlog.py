@@ -12,11 +12,13 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rl_lora import jsonl
 from rl_lora.errors import UserError
-from rl_lora.types import Rollout, RolloutGroup
+
+if TYPE_CHECKING:  # a reader of the files needs no torch
+    from rl_lora.types import Rollout, RolloutGroup
 
 METRICS_FILE = "metrics.jsonl"
 TRANSCRIPTS_FILE = "transcripts.jsonl"

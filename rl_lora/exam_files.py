@@ -11,6 +11,7 @@ the chunk under way at most. Any gzip reader (`zcat`) reads the file.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,9 +117,15 @@ def read_exam(path: Path) -> tuple[dict[str, Any], list[ProblemRecord]]:
 
 
 def is_exam(path: Path) -> bool:
-    """Whether the file's first line is an exam's, and not a completion with its reference."""
-    first = next(iter(jsonl.read_lines(path)), {})
-    return isinstance(first.get("samples"), list)
+    """Whether a path is of an exam, by its name or first line, and not of loose completions."""
+    if path.name.endswith((SUFFIX, ".json")):
+        return True
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False
+    return isinstance(first, dict) and isinstance(first.get("samples"), list)
 
 
 def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:

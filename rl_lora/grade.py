@@ -5,6 +5,8 @@ Each line of the JSONL file is one completion with its reference::
     {"completion": "so \\\\boxed{42}", "reference": "42", "label": true}
 
 `label` is optional. Other common names of the three fields are understood, see the tables below.
+An exam's file (RUN/eval/NAME.jsonl.gz) is graded again by `regrade`; with `against` its recorded
+verdicts play no part.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from rich.table import Table
 
 from rewards import POLICIES, Score, load_reward
 from rl_lora.errors import UserError
+from rl_lora.exam_files import find_exam, is_exam, read_exam
+from rl_lora.jsonl import storable
+from rl_lora.regrade import Regrade, own_judge, print_regrade, regrade
 
 COMPLETION_KEYS = ("completion", "response", "output", "prediction", "answer")
 REFERENCE_KEYS = ("reference", "gold", "ground_truth", "target", "solution")
@@ -79,6 +84,8 @@ def read_rows(path: Path) -> list[GradeRow]:
     """The lines of a file. Raises UserError naming the line and what it lacks."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a JSONL file of completions")
+    if is_exam(path):
+        return _exam_rows(path)
     rows = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not text.strip():
@@ -93,6 +100,16 @@ def read_rows(path: Path) -> list[GradeRow]:
     if not rows:
         raise UserError(f"{path}: the file holds no completions")
     return rows
+
+
+def _exam_rows(path: Path) -> list[GradeRow]:
+    """A row a completion; `line` counts problems."""
+    _, problems = read_exam(find_exam(path))
+    return [
+        GradeRow(number, sample.completion, problem.reference, sample.correct)
+        for number, problem in enumerate(problems, start=1)
+        for sample in problem.samples_G
+    ]
 
 
 def _row(fields: dict[str, Any], where: str, number: int) -> GradeRow:
@@ -192,9 +209,15 @@ def _ratio(part: int, whole: int) -> float | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `rl-lora grade`."""
-    parser.add_argument("file", type=Path, help="JSONL file of completions and references")
-    parser.add_argument("--reward", default="math", help="a reward's name, or 'module:function'")
-    parser.add_argument("--policy", default="default", help=f"one of {', '.join(POLICIES)}")
+    parser.add_argument(
+        "file", type=Path, help="JSONL file of completions and references, or an exam's file"
+    )
+    parser.add_argument(
+        "--reward", help="a reward's name, or 'module:function' (default: the exam's, or math)"
+    )
+    parser.add_argument(
+        "--policy", help=f"one of {', '.join(POLICIES)} (default: the exam's, or default)"
+    )
     parser.add_argument(
         "--against", help="compare with this reward (math_verify) instead of the labels"
     )
@@ -206,20 +229,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report. Raises UserError; returns the exit code."""
+    report: Regrade | GradeReport
+    bounds = {"num_workers": args.num_workers, "timeout_s": args.timeout}
     try:
-        report = grade_file(
-            args.file,
-            reward=args.reward,
-            policy=args.policy,
-            against=args.against,
-            num_workers=args.num_workers,
-            timeout_s=args.timeout,
-        )
+        if args.against is None and is_exam(args.file):
+            report = regrade(args.file, reward=args.reward, policy=args.policy, **bounds)
+            print_regrade(report, args.show)
+        else:
+            settings = read_exam(find_exam(args.file))[0] if is_exam(args.file) else {}
+            reward, policy = own_judge(args.file, settings, args.reward, args.policy)
+            report = grade_file(
+                args.file, reward=reward, policy=policy, against=args.against, **bounds
+            )
+            print_report(report, args.show)
     except ValueError as error:  # an unknown reward or policy: the message names the nearest
         raise UserError(str(error)) from None
-    print_report(report, args.show)
     if args.json is not None:
-        args.json.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(storable(asdict(report)), indent=1) + "\n"
+        args.json.write_text(text, encoding="utf-8")
     return 0
 
 

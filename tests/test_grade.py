@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from rewards import load_reward
+from rl_lora.config import EvalSection
 from rl_lora.errors import UserError
+from rl_lora.evaluate import evaluate
 from rl_lora.grade import add_arguments, grade_file, run
+from rl_lora.intervals import exact_interval
+from rl_lora.regrade import Change, regrade
+from tests.fakes import FakeReward, FakeSampler, make_prompt
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -103,3 +109,70 @@ def test_unknown_names_are_user_errors(tmp_path: Path) -> None:
         run(arguments(str(path), "--policy", "gsm8"))
     with pytest.raises(UserError, match="no such file"):
         run(arguments(str(tmp_path / "none.jsonl")))
+
+
+# --- exams ----------------------------------------------------------------------------------------
+
+
+def write_exam(folder: Path, identity: dict[str, object]) -> Path:
+    """Two problems, two samples each; the fake reward takes 0.5 for wrong where 1/2 is asked."""
+    prompts = [make_prompt("s/0", "7"), make_prompt("s/1", "1/2")]
+    sampler = FakeSampler(
+        {"s/0": ["\\boxed{7}", "\\boxed{8}"], "s/1": ["\\boxed{0.5}", "\\boxed{[red]9[/red]}"]}
+    )
+    section = EvalSection(num_samples=2, temperature=1.0)
+    options = {"max_tokens": 99, "seed": 0, "folder": folder, "identity": identity}
+    evaluate(sampler, prompts, FakeReward(), section, **options)  # type: ignore[arg-type]
+    return folder / "eval.jsonl.gz"
+
+
+def test_an_exam_is_graded_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = write_exam(tmp_path, {"reward_policy": "math"}), tmp_path / "report.json"
+    report = regrade(path)
+    assert (report.reward, report.policy) == ("math", "math")
+    assert (report.old.accuracy, report.new.accuracy) == (1 / 4, 2 / 4)
+    # Two problems with half their samples right each: four that count (clustered_interval).
+    assert (report.new.accuracy_low, report.new.accuracy_high) == exact_interval(2, 4)
+    assert report.changes == (Change("s/1", 1, "1/2", "0.5", False, True, "ok"),)
+    before = path.read_bytes()
+    assert run(arguments(str(path), "--json", str(out))) == 0
+    printed = capsys.readouterr().out
+    assert "accuracy (avg@2) 25.0% (" in printed
+    assert "-> 50.0% (6.8 to 93.2)" in printed
+    assert "1 of 4 verdicts changed" in printed
+    assert "s/1" in printed
+    assert json.loads(out.read_text())["changes"][0]["now"] is True
+    assert path.read_bytes() == before
+    assert regrade(tmp_path / "eval.json", policy="gsm8k").policy == "gsm8k"
+
+
+def test_an_exam_graded_alike_has_no_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [make_prompt("s/0", "7")]
+    with load_reward("math") as reward:
+        sampler = FakeSampler({"s/0": ["\\boxed{7}"]})
+        options = {"max_tokens": 99, "seed": 0, "folder": tmp_path}
+        evaluate(sampler, prompts, reward, EvalSection(), **options)  # type: ignore[arg-type]
+    assert run(arguments(str(tmp_path / "eval.jsonl.gz"))) == 0
+    assert "0 of 1 verdicts changed" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None, reason="needs the extra math-verify"
+)
+def test_an_exam_against_another_judge(tmp_path: Path) -> None:
+    report = grade_file(write_exam(tmp_path, {}), against="math_verify", timeout_s=60)
+    assert (report.num, report.num_compared, report.num_correct) == (4, 4, 2)
+    assert report.accuracy == 1.0
+
+
+def test_exams_that_cannot_be_graded(tmp_path: Path) -> None:
+    path = write_exam(tmp_path, {"reward": "os:system"})
+    with pytest.raises(UserError, match=r"graded by os:system; say so: --reward"):
+        run(arguments(str(path)))
+    (tmp_path / "empty.jsonl.gz").touch()
+    with pytest.raises(UserError, match="holds no problem yet"):
+        run(arguments(str(tmp_path / "empty.jsonl.gz")))
+    with pytest.raises(UserError, match="no such exam"):
+        run(arguments(str(tmp_path / "none.jsonl.gz")))

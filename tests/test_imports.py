@@ -17,13 +17,14 @@ MODULES = {
     for package in ("rl_lora", "rewards")
     for path in (ROOT / package).glob("*.py")
 }
-# rollouts and evaluate score; types passes the record on; job and grade make the verifier for them.
+# rollouts, evaluate score; types passes the record on; job, grade, regrade make the verifier.
 MAY_IMPORT_REWARDS = {
     "rl_lora.rollouts",
     "rl_lora.evaluate",
     "rl_lora.types",
     "rl_lora.job",
     "rl_lora.grade",
+    "rl_lora.regrade",
 }
 VLLM_ROOMS = {"rl_lora.vllm_sampler", "rl_lora.vllm_process", "rl_lora.vllm_cpu_lora"}
 STANDARD = sys.stdlib_module_names

@@ -118,7 +118,10 @@ def read_exam(path: Path) -> tuple[dict[str, Any], list[ProblemRecord]]:
 
 def is_exam(path: Path) -> bool:
     """Whether a path is of an exam, by its name or first line, and not of loose completions."""
-    if path.name.endswith((SUFFIX, ".json")):
+    stem = path.name.removesuffix(".json")
+    if path.name.endswith(SUFFIX) or (
+        stem != path.name and path.with_name(stem + SUFFIX).is_file()
+    ):
         return True
     try:
         with path.open(encoding="utf-8") as file:

@@ -27,6 +27,14 @@ FOLDER = "figures"
 # Okabe and Ito's palette: distinct for all common kinds of colour vision, and line styles differ.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 _SOURCE_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MAX_SETS = 4  # columns of exams.png; the report has more
+_ABOVE: Any = {
+    "xytext": (-2, 3),
+    "textcoords": "offset points",
+    "ha": "right",
+    "fontsize": 9,
+    "color": GREY,
+}
 _SMOOTH_FROM = 60  # steps from which on a moving mean is drawn over the faint raw line
 _STYLE: Any = {
     "font.size": 11,
@@ -56,10 +64,10 @@ class RunRecords:
 
 
 def draw_figures(run_folder: Path) -> list[Path]:
-    """Writes RUN/figures/{reward,length,accuracy,overview}.png; returns those that were drawn.
+    """Writes RUN/figures/{reward,length,accuracy,exams,overview}.png; returns those drawn.
 
-    A figure whose numbers were never recorded is not drawn; overview.png has all the others side by
-    side.
+    A figure whose numbers were never recorded is not drawn; overview.png has reward, length and
+    accuracy side by side. exams.png is there from two exams on: figure 7b of 'LoRA Without Regret'.
 
     Raises:
         UserError: the run has neither a step nor an exam on record, or a damaged record.
@@ -76,6 +84,8 @@ def draw_figures(run_folder: Path) -> list[Path]:
             figure = Figure(figsize=(6.4, 4.6), layout="constrained")
             draw(figure.add_subplot(), records)
             paths.append(_save(figure, folder / f"{name}.png"))
+        if len(_series(records.exams, "eval/accuracy")[0]) > 1:
+            paths.append(_save(exams_figure(records), folder / "exams.png"))
         if panels:
             layout = ConstrainedLayoutEngine(wspace=0.05)
             figure = Figure(figsize=(5.2 * len(panels), 4.4), layout=layout)
@@ -175,6 +185,47 @@ def draw_accuracy(axes: Axes, records: RunRecords) -> None:
     _finish(axes, f"Held-out accuracy{_interval_note(exams)}")
 
 
+def exams_figure(records: RunRecords) -> Figure:
+    """Exam score over mean length of the chain of thought, by step: a column for each exam set.
+
+    Shaded: the intervals. Figure 7b of 'LoRA Without Regret'.
+    """
+    sources = [key.removeprefix("eval/accuracy") for key in _source_keys(records.exams)]
+    columns = (sources or [""])[:_MAX_SETS]
+    figure = Figure(figsize=(4.6 * len(columns) + 0.6, 6.4), layout="constrained")
+    all_axes = figure.subplots(2, len(columns), squeeze=False, sharex=True)
+    for column, suffix in enumerate(columns):
+        top, bottom = all_axes[0][column], all_axes[1][column]
+        _banded(top, records.exams, "accuracy", suffix, BLUE)
+        base = (records.base or {}).get(f"eval/accuracy{suffix}")
+        if base is not None:
+            top.axhline(base, color=GREY, linestyle=(0, (6, 3)), linewidth=1)
+            top.annotate("base model", (1, base), xycoords=("axes fraction", "data"), **_ABOVE)
+        top.set_ylim(0, min(1.03, max(0.1, top.get_ylim()[1])))
+        top.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        top.set_title(suffix.removeprefix("/") or "all problems")
+        _banded(bottom, records.exams, "tokens", suffix, ORANGE, middle="tokens_mean")
+        bottom.set_ylim(0, 1.05 * bottom.get_ylim()[1])
+        bottom.set_xlabel("training step")
+        bottom.xaxis.set_major_locator(_whole_steps())
+    all_axes[0][0].set_ylabel("exam score")
+    all_axes[1][0].set_ylabel("chain of thought (mean tokens)")
+    figure.suptitle(f"Exams in training{_interval_note(records.exams)}", fontsize=12)
+    return figure
+
+
+def _banded(
+    axes: Axes, exams: Records, name: str, suffix: str, color: str, middle: str | None = None
+) -> None:
+    """One number of the exams with its interval, as far as it was recorded."""
+    low_key, high_key = f"eval/{name}_low{suffix}", f"eval/{name}_high{suffix}"
+    steps, values = _series(exams, f"eval/{middle or name}{suffix}")
+    axes.plot(steps, values, color=color, marker=_marker(steps), markersize=4, zorder=3)
+    whole = [r for r in exams if isinstance(r.get(low_key), int | float)]
+    low_steps, lows = _series(whole, low_key)
+    axes.fill_between(low_steps, lows, _series(whole, high_key)[1], color=color, alpha=0.18, lw=0)
+
+
 _PANELS: tuple[
     tuple[str, Callable[[Axes, RunRecords], None], Callable[[RunRecords], bool]], ...
 ] = (
@@ -233,12 +284,16 @@ def _moving_mean(values: Sequence[float], reach: int) -> list[float]:
 def _finish(axes: Axes, title: str) -> None:
     axes.set_title(title)
     axes.set_xlabel("training step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(_whole_steps())
     # Below the axes, where it covers nothing.
     _, labels = axes.get_legend_handles_labels()
     columns = 2 if len(labels) == 4 else 3
     placement: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
     axes.legend(ncols=columns, **placement)
+
+
+def _whole_steps() -> MaxNLocator:
+    return MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -18,6 +18,7 @@ from rl_lora.figures import (
     draw_figures,
     draw_length,
     draw_reward,
+    exams_figure,
     read_records,
 )
 from rl_lora.intervals import exact_interval
@@ -91,11 +92,12 @@ def test_a_run_gets_all_figures(tmp_path: Path) -> None:
         "reward.png",
         "length.png",
         "accuracy.png",
+        "exams.png",
         "overview.png",
     ]
     assert {path.parent for path in paths} == {tmp_path / "figures"}
     assert size(paths[0]) == (960, 690)
-    assert size(paths[3]) == (2340, 660)
+    assert size(paths[4]) == (2340, 660)
     assert draw_figures(tmp_path) == paths  # and again, over the old ones
 
 
@@ -179,6 +181,28 @@ def test_accuracy_has_interval_bars_sources_and_the_base(tmp_path: Path) -> None
     assert list(base.get_ydata()) == [0.1, 0.1]
     assert "95% intervals" in axes.get_title()
     assert labels(axes)[0] == "accuracy"
+
+
+def test_exam_score_and_length_by_step_for_each_set(tmp_path: Path) -> None:
+    write_exam(tmp_path, "base", None, 1)
+    write_exam(tmp_path, "step_000000", 0, 3)
+    write_exam(tmp_path, "step_000010", 10, 8)
+    figure = exams_figure(read_records(tmp_path))
+    score_a, score_b, length_a, _ = figure.axes
+    assert (score_a.get_title(), score_b.get_title()) == ("a", "b")
+
+    def line(axes: Axes) -> list[list[float]]:
+        return np.asarray(axes.get_lines()[0].get_xydata()).tolist()
+
+    assert line(score_a) == [[0, 0.4], [10, 0.8]]
+    assert line(score_b) == [[0, 0.2], [10, 0.8]]
+    assert line(length_a) == [[0, 2], [10, 2]]  # one character and an end
+    low, high = exact_interval(2, 5)
+    (band,) = score_a.collections
+    corners = np.asarray(band.get_paths()[0].vertices).round(6).tolist()
+    assert [0, round(low, 6)] in corners
+    assert [0, round(high, 6)] in corners
+    assert [text.get_text() for text in score_a.texts] == ["base model"]
 
 
 def test_exams_on_record_in_the_metrics_alone(tmp_path: Path) -> None:

@@ -212,6 +212,27 @@ def test_no_data_set_at_all() -> None:
     assert "name no data set" in error_of()
 
 
+def test_held_out_rows_beside_a_named_exam(tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "pool.jsonl", numbered(20))
+    exam = write_rows(tmp_path / "named.jsonl", [*numbered(2), *numbered(3, "other")])
+    sets = load(train=train, eval=["held_out", exam], held_out=6)
+
+    def questions(prompts: list[Prompt]) -> set[str]:
+        assert len({prompt.question for prompt in prompts}) == len(prompts)  # asked once each
+        return {prompt.question for prompt in prompts}
+
+    named = {*numbered(2), *numbered(3, "other")}
+    drawn = questions(load(train=train, held_out=6).eval)
+    assert len(drawn) == 6
+    # The same rows as without a named set; what stands there already is not asked again.
+    assert questions(sets.eval) == named | drawn
+    assert Counter(prompt.source for prompt in sets.eval)["named"] == 5
+    assert questions(sets.train) == set(numbered(20)) - named - drawn
+    assert questions(load(train=train, eval=[exam]).train) == set(numbered(20)) - named
+    with pytest.raises(UserError, match=r"data\.train has no rows to keep"):
+        load(eval=["held_out"])
+
+
 def test_held_out_must_leave_rows(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "m.jsonl", numbered(5))
     assert "data.held_out=5 leaves nothing of the 5 rows" in error_of(train=path, held_out=5)

@@ -16,7 +16,7 @@ from rl_lora.adapter import save_adapter
 from rl_lora.config import ModelSection
 from rl_lora.jsonl import read_lines
 from rl_lora.models import resolve_model
-from tests.tiny_models import make_policy, random_llama
+from tests.tiny_models import make_policy, random_llama, shake
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = str(ROOT / "configs" / "smoke.toml")
@@ -195,5 +195,74 @@ def test_the_console_command_is_installed_and_quick_to_help() -> None:
         text=True,
         check=True,
     )
-    for command in ("train", "eval", "grade", "export", "models"):
+    for command in ("train", "eval", "compare", "status", "grade", "export", "models"):
         assert command in done.stdout
+
+
+def write_fitting_adapter(folder: Path, **lora: object) -> Path:
+    """A random adapter of tiny-fast."""
+    path = resolve_model(ModelSection(name="tiny-fast"))
+    policy = make_policy(path, **lora)
+    shake(policy, seed=7, size=0.05)
+    policy.base_name = "tiny-fast"
+    return save_adapter(policy, folder, version=1, run_name="other").path
+
+
+def test_a_paired_exam_its_comparison_and_grading(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(smoke(tmp_path)) == 0
+    run = tmp_path / "smoke"
+    rows = write_rows(tmp_path / "exam.jsonl", sums(6))
+    other = write_fitting_adapter(tmp_path / "other", rank=3, alpha=8.0, layers="mlp")
+    options = [f"data.eval={rows}", "eval.temperature=1.0", "eval.num_samples=2", "--name", "pair"]
+    for against in ("base", str(other)):
+        command = ["eval", str(run), *options, "--against", against]
+        assert cli.main([*command, *(["--overwrite"] if against != "base" else [])]) == 0
+    out = capsys.readouterr().out
+    assert "McNemar" in out
+    first, second = (run / "eval" / f"{name}.jsonl.gz" for name in ("pair-against", "pair"))
+    paired = json.loads((run / "paired" / "pair.json").read_text())
+    assert paired["has_common_seeds"] is True
+    assert paired["total"]["num_problems"] == 6
+    saved = tmp_path / "comparison.json"
+    assert cli.main(["compare", str(first), str(second), "--json", str(saved)]) == 0
+    again = json.loads(saved.read_text())
+    assert again["total"] == paired["total"]
+    assert cli.main(["grade", str(second)]) == 0
+    assert "0 of 12 verdicts changed" in capsys.readouterr().out
+    assert not list((run / "eval").glob(".*_adapter"))  # the fitted copies are gone
+
+
+def test_an_exam_goes_on_is_refused_or_started_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "exam.jsonl", sums(4))
+    command = ["eval", SMOKE, *SHORT, f"run.output_dir={tmp_path}", f"data.eval={rows}"]
+    assert cli.main(command) == 0
+    file = tmp_path / "smoke" / "eval" / "exam.jsonl.gz"
+    before = file.read_bytes()
+    assert cli.main(command) == 0
+    assert file.read_bytes() == before  # complete: nothing is sampled again
+    line = refused(capsys, *command, "eval.max_tokens=8")
+    assert "max_tokens = 16, not 8" in line
+    assert "--overwrite" in line
+    assert cli.main([*command, "eval.max_tokens=8", "--overwrite"]) == 0
+    assert read_lines(file)[0]["exam"]["max_tokens"] == 8
+    more = write_rows(tmp_path / "more.jsonl", sums(5))
+    command = ["eval", SMOKE, *SHORT, f"run.output_dir={tmp_path}", f"data.eval={more}"]
+    assert cli.main([*command, "--name", "more"]) == 0
+    line = refused(capsys, "compare", str(file), str(file.with_name("more.json")))
+    assert "are not of the same problems" in line
+
+
+def test_best_without_an_exam_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(smoke(tmp_path)) == 0
+    assert cli.main(["eval", str(tmp_path / "smoke"), "--adapter", "best"]) == 0
+    assert cli.main(["status", str(tmp_path / "smoke")]) == 0
+    assert "finished  step 1 of 1" in capsys.readouterr().out
+    (tmp_path / "smoke" / "best").rename(tmp_path / "elsewhere")
+    line = refused(capsys, "eval", str(tmp_path / "smoke"), "--adapter", "best")
+    assert "has no best adapter yet" in line

@@ -18,6 +18,8 @@ from rl_lora.errors import UserError
 from rl_lora.generated import generated_rows
 from rl_lora.loaders import LOADERS
 from rl_lora.plan import print_plan
+from rl_lora.sft_config import load_sft_config
+from rl_lora.study_config import load_study
 
 OTHER_ROOTS = ("sft_", "study_")  # settings of other commands, with tests of their own
 CONFIGS = [
@@ -34,9 +36,30 @@ ALWAYS_SAID = {"sampling.num_prompts", "sampling.num_samples", "sampling.max_tok
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
-def test_the_five_jobs_are_shipped() -> None:
+def test_the_five_jobs_and_the_exam_are_shipped() -> None:
     expected = {"quickstart", "smoke", "gsm8k_llama31_8b", "math_llama31_8b", "deepmath_qwen3_8b"}
-    assert expected <= set(BY_NAME)
+    assert expected | {"exam_deepmath_qwen3_8b"} <= set(BY_NAME)
+
+
+def test_every_file_of_the_folder_parses_by_its_command() -> None:
+    parsers = {"sft": load_sft_config, "study": load_study}
+    paths = sorted(CONFIGS[0].parent.iterdir())
+    assert {path.suffix for path in paths} == {".toml"}
+    for path in paths:
+        parsers.get(path.stem.partition("_")[0], load_config)(path)
+
+
+def test_the_exam_is_deepmaths_protocol() -> None:
+    config = load_config(BY_NAME["exam_deepmath_qwen3_8b"])
+    exam = config.eval
+    assert (exam.temperature, exam.top_p, exam.num_samples) == (0.6, 0.95, 16)
+    assert (exam.max_tokens or config.sampling.max_tokens) == 8192
+    assert [source.name for source in config.data.eval][:3] == ["aime24", "aime25", "aime26"]
+
+
+@pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: path.stem)
+def test_a_gpu_gets_the_exam_in_large_chunks(path: Path) -> None:
+    assert load_config(path).eval.chunk_samples >= 1024
 
 
 @each_config

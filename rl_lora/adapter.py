@@ -110,9 +110,7 @@ def open_adapter(path: Path, policy: Policy, *, name: str | None = None) -> Adap
     found = fingerprint(tensors)
     if manifest.get("fingerprint", found) != found:
         raise UserError(f"adapter {path} was changed after it was written: its fingerprint differs")
-    base = manifest.get("base_model", policy.base_name)
-    if base != policy.base_name:
-        raise UserError(f"adapter {path} belongs to base model {base!r}, not {policy.base_name!r}")
+    check_base(path, policy)
     policy.load_tensors(tensors)
     version = int(manifest.get("version", 0))
     return Adapter(
@@ -123,6 +121,13 @@ def open_adapter(path: Path, policy: Policy, *, name: str | None = None) -> Adap
         rank=0 if is_full else policy.lora.rank,
         is_full=is_full,
     )
+
+
+def check_base(path: Path, policy: Policy) -> None:
+    """Raises UserError where the version's manifest names another base model than the policy's."""
+    base = _manifest(path).get("base_model", policy.base_name)
+    if base != policy.base_name:
+        raise UserError(f"adapter {path} belongs to base model {base!r}, not {policy.base_name!r}")
 
 
 def remove_old(folder: Path, *, keep: set[int]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rl_lora.adapter import (
     ADAPTER_FILE,
+    check_base,
     fingerprint,
     load_tensors,
     lora_settings,
@@ -53,6 +54,7 @@ def fitted(path: Path, policy: Policy, scratch: Path) -> Path:
     tensors = load_tensors(path)
     if policy.is_full or not (path / ADAPTER_FILE).is_file():
         return path
+    check_base(path, policy)  # the copy's manifest would name the policy's
     settings = lora_settings(path)
     fits = {name: tensor.shape for name, tensor in tensors.items()} == own
     if fits and all(getattr(policy.lora, key) == value for key, value in settings.items()):
@@ -81,10 +83,12 @@ def _widened(
     out = torch.zeros(shape)
     if tensor is None:
         return out
-    if any(small > large for small, large in zip(tensor.shape, shape, strict=True)):
+    rank_axis = 1 if "lora_B" in name else 0  # A is [R, d_in], B is [d_out, R]
+    is_inside = tensor.shape[rank_axis] <= shape[rank_axis]
+    if tensor.shape[1 - rank_axis] != shape[1 - rank_axis] or not is_inside:
         raise UserError(
             f"adapter {path} is of another base model: {name} is {list(tensor.shape)}, "
-            f"this one takes up to {list(shape)}"
+            f"this one takes {list(shape)} and lower ranks"
         )
     rows, columns = tensor.shape
     # B carries the adapter's own alpha / rank.

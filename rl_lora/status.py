@@ -325,8 +325,7 @@ def _number(record: Mapping[str, Any], key: str) -> float | None:
 
 def _last(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
     """The newest number; a null in the newest step is not covered up by an older one."""
-    newest = next((record for record in reversed(records) if key in record), {})
-    return _number(newest, key)
+    return next((_number(record, key) for record in reversed(records) if key in record), None)
 
 
 def _ago(seconds: float) -> str:

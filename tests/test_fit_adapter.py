@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rl_lora.adapter import fingerprint, load_tensors, open_adapter, save_adapter
+from rl_lora.adapter import MANIFEST_FILE, fingerprint, load_tensors, open_adapter, save_adapter
 from rl_lora.errors import UserError
 from rl_lora.fit_adapter import common_settings, fitted
 from rl_lora.policy import Policy
@@ -81,9 +81,22 @@ def test_an_adapter_that_fits_is_taken_as_it_is(tmp_path: Path, model: Path) -> 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, model: Path) -> None:
     wide = random_llama(tmp_path / "wide", tied=False, hidden=128)
-    path, _ = published(wide, tmp_path, 1, rank=1)
-    with pytest.raises(UserError, match=r"is of another base model: .* takes up to"):
-        fitted(path, make_policy(model, rank=2), tmp_path / "scratch")
-    path, _ = published(model, tmp_path, 2, rank=1, layers="mlp")
+    scratch, policy, wide_policy = (
+        tmp_path / "scratch",
+        make_policy(model, rank=2),
+        make_policy(wide, rank=2),
+    )
+    narrow_path, _ = published(model, tmp_path, 1, rank=1)
+    wide_path, _ = published(wide, tmp_path, 2, rank=1)
+    with pytest.raises(UserError, match=r"belongs to base model '.*wide', not '.*model'"):
+        fitted(wide_path, policy, scratch)
+    for path in (narrow_path, wide_path):  # as another tool writes them
+        (path / MANIFEST_FILE).unlink()
+    with pytest.raises(UserError, match=r"is of another base model: .* and lower ranks"):
+        fitted(wide_path, policy, scratch)
+    # A narrower matrix would fit into a wider one, and mean nothing there.
+    with pytest.raises(UserError, match=r"is of another base model: .* and lower ranks"):
+        fitted(narrow_path, wide_policy, scratch)
+    path, _ = published(model, tmp_path, 3, rank=1, layers="mlp")
     with pytest.raises(UserError, match="is of another base model: it has"):
-        fitted(path, make_policy(model, rank=2, layers="attention"), tmp_path / "scratch")
+        fitted(path, make_policy(model, rank=2, layers="attention"), scratch)

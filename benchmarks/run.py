@@ -98,12 +98,37 @@ def in_turn(arms_by_name: dict[str, Arm], commands: dict[str, str], rounds: int)
     return answers
 
 
+Ratios = dict[str, list[float]]
+
+
 def measure(size: Size, rounds: int, logs: Path) -> dict[str, Any]:
-    """All figures of one run: {"ratios": {...}, "spread": {...}, "answers": {...}}."""
-    ratios: dict[str, list[float]] = {}
-    steps = ["ours", *(["trl"] if has_trl() else [])]
-    with arms(steps, size, logs) as made:
-        answers = in_turn(made, dict.fromkeys(steps, "step"), rounds)
+    """All figures of one run: {"ratios": {...}, "spread": {...}, "answers": {...}, ...}.
+
+    Each part is written to the folder of the logs when it is done.
+    """
+    ratios: Ratios = {}
+    answers: dict[str, Any] = {}
+    for part in (measure_steps, measure_learners):
+        found, answered = part(size, rounds, logs)
+        ratios, answers = ratios | found, answers | answered
+        text = json.dumps({"ratios": ratios, "answers": answers}, indent=2)
+        (logs / "bench_step.partial.json").write_text(text + "\n", encoding="utf-8")
+    return {
+        "size": asdict(size),
+        "ratios": {name: round(median(values), 4) for name, values in ratios.items()},
+        "spread": {
+            name: [round(min(values), 4), round(max(values), 4)] for name, values in ratios.items()
+        },
+        "answers": answers,
+    }
+
+
+def measure_steps(size: Size, rounds: int, logs: Path) -> tuple[Ratios, dict[str, Any]]:
+    """Whole steps, ours and TRL's in turn; then sampling with the adapter and without."""
+    ratios: Ratios = {}
+    names = ["ours", *(["trl"] if has_trl() else [])]
+    with arms(names, size, logs) as made:
+        answers = in_turn(made, dict.fromkeys(names, "step"), rounds)
         both = [made["ours"].ask("sample_both") for _ in range(2)][1]
     ratios["sampling_lora_vs_base"] = [
         base / lora for base, lora in zip(both["base"], both["lora"], strict=True)
@@ -113,10 +138,16 @@ def measure(size: Size, rounds: int, logs: Path) -> dict[str, Any]:
         ratios["step_vs_trl"] = [trl["step"] / ours["step"] for trl, ours in pairs]
         ratios["learn_vs_trl"] = [trl["learn"] / ours["learn"] for trl, ours in pairs]
         ratios["memory_vs_trl"] = [_peak(ours) / _peak(trl) for trl, ours in pairs]
-    learners = ["learner", "full"]
-    with arms(learners, size, logs) as made:
-        learned = in_turn(made, dict.fromkeys(learners, "learn"), rounds)
-        flops = {name: made[name].ask("count") for name in learners}
+    return ratios, {**answers, "sample_both": both}
+
+
+def measure_learners(size: Size, rounds: int, logs: Path) -> tuple[Ratios, dict[str, Any]]:
+    """The learning phase, adapter and full fine-tuning in turn."""
+    ratios: Ratios = {}
+    names = ["learner", "full"]
+    with arms(names, size, logs) as made:
+        learned = in_turn(made, dict.fromkeys(names, "learn"), rounds)
+        flops = {name: made[name].ask("count") for name in names}
     ratios["learner_share_of_peak"] = [
         a["needed_gflop"] / a["learn"] / a["peak_gflops"] for a in learned["learner"]
     ]
@@ -124,15 +155,7 @@ def measure(size: Size, rounds: int, logs: Path) -> dict[str, Any]:
         a["learn"] / b["learn"] for a, b in zip(learned["learner"], learned["full"], strict=True)
     ]
     ratios["lora_vs_full_flops"] = [flops["learner"]["products"] / flops["full"]["products"]]
-    return {
-        "size": asdict(size),
-        "ratios": {name: round(median(values), 4) for name, values in ratios.items()},
-        "spread": {
-            name: [round(min(values), 4), round(max(values), 4)] for name, values in ratios.items()
-        },
-        "flops": flops,
-        "answers": {**answers, **learned, "sample_both": both},
-    }
+    return ratios, {**learned, "flops": flops}
 
 
 def sweep(sizes: list[Size], rounds: int, logs: Path) -> list[dict[str, Any]]:

@@ -58,6 +58,37 @@ def attend(
     return torch.cat(outputs).index_select(0, layout.output_T)
 
 
+class _Attend(torch.autograd.Function):
+    """`attend` that keeps its inputs alone and computes the blocks again in the backward pass.
+
+    Attention is a few percent of the work, but its gathered blocks, with keys repeated for each
+    group of query heads, would be a third of the activations.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_THD: Tensor,
+        key_TJD: Tensor,
+        value_TJD: Tensor,
+        layout: Layout,
+        scale: float,
+    ) -> Tensor:
+        """[T, H, D]."""
+        ctx.save_for_backward(query_THD, key_TJD, value_TJD)
+        ctx.layout, ctx.scale = layout, scale
+        return attend(query_THD, key_TJD, value_TJD, layout, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of queries, keys and values."""
+        query_THD, key_TJD, value_TJD = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+        with torch.enable_grad():
+            out_THD = attend(query_THD, key_TJD, value_TJD, ctx.layout, ctx.scale)
+        inputs = (query_THD, key_TJD, value_TJD)
+        return (*torch.autograd.grad(out_THD, inputs, grad_THD), None, None)
+
+
 def _gather(x_THD: Tensor, index_SQ: Tensor) -> Tensor:
     """[S, H, Q, D]."""
     out = x_THD.index_select(0, index_SQ.flatten())
@@ -83,7 +114,8 @@ def _forward(
         return out, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query_THD, key_TJD, value_TJD = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend(query_THD, key_TJD, value_TJD, layout, scale).unsqueeze(0), None
+    out_THD: Tensor = _Attend.apply(query_THD, key_TJD, value_TJD, layout, scale)
+    return out_THD.unsqueeze(0), None
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -131,6 +131,17 @@ def test_attention_by_segments_is_that_of_separate_sequences() -> None:
         assert torch.allclose(out_THD[ids], expected[0].transpose(0, 1), atol=1e-5)
 
 
+def test_attention_computed_again_in_the_backward_pass_has_the_same_gradients() -> None:
+    layout = make_layout([Segment(0, 3), Segment(3, 2, 0, 3), Segment(5, 4, 0, 3)], 9)
+    gradients = []
+    for function in (attention.attend, attention._Attend.apply):
+        inputs = [random(9, heads, 8, seed=heads).requires_grad_() for heads in (4, 2, 2)]
+        out_THD = function(*inputs, layout, 0.3)
+        gradients.append(torch.autograd.grad((out_THD * random(9, 4, 8, seed=7)).sum(), inputs))
+    for again, kept in zip(*gradients, strict=True):
+        assert torch.allclose(again, kept, atol=1e-5)
+
+
 def test_work_on_cores_comes_in_order_and_gives_the_threads_back() -> None:
     before = torch.get_num_threads()
     assert list(map_on_cores(lambda i: i * i, list(range(7)))) == [0, 1, 4, 9, 16, 25, 36]

@@ -163,7 +163,7 @@ class OptimSection(Section):
     grad_clip: float = Field(1.0, gt=0)
     num_updates: int = Field(1, ge=1)  # optimizer steps a batch; over 1, clipping has work to do
     microbatch_tokens: int = Field(4096, ge=1)  # padded tokens in one forward and backward pass
-    share_prompts: bool = True  # the prompt is computed once for its completions, to the same result
+    share_prompts: bool = True  # a prompt is computed once for its completions, to the same result
     checkpoint_activations: bool = False
 
     @field_validator("betas")

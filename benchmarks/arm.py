@@ -62,7 +62,7 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes to standard error
     name, *options = sys.argv[1:]
-    kinds = {f.name: type(f.default) for f in fields(Size)}
+    kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(Size)}
     pairs = (option.split("=", 1) for option in options)
     size = Size(**{key: kinds[key](value) for key, value in pairs})
     if name == "trl":

@@ -82,7 +82,7 @@ def run(size: Size, out: TextIO) -> None:
     texts = [tokenizer.decode(p.token_ids) for p in prompts]
     references = {text: p.reference for text, p in zip(texts, prompts, strict=True)}
 
-    def fixed_rewards(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
+    def fixed_rewards(prompts: list[str], completions: list[str], **kwargs: Any) -> Any:
         reward.score_batch(completions, [references[text] for text in prompts])
         return size.rewards()
 

@@ -54,7 +54,8 @@ def test_an_lm_head_in_training_gets_its_gradient() -> None:
         logprobs_C, _ = score(hidden_CD, head, target_ids_C, 1.0)
         gradients.append(torch.autograd.grad(logprobs_C.sum(), head.weight)[0])
     assert gradients[0].abs().sum() > 0
-    assert torch.allclose(*gradients, atol=1e-5)
+    expected, found = gradients
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -122,11 +123,9 @@ def test_attention_by_segments_is_that_of_separate_sequences() -> None:
     query_THD, key_TJD, value_TJD = random(13, 4, 8), random(13, 2, 8, seed=1), random(13, 2, 8)
     out_THD = attention.attend(query_THD, key_TJD, value_TJD, make_layout(segments, 13), 0.3)
     for ids in sequences:
+        query, key, value = (x[ids].transpose(0, 1)[None] for x in (query_THD, key_TJD, value_TJD))
         expected = torch.nn.functional.scaled_dot_product_attention(
-            *(x[ids].transpose(0, 1).unsqueeze(0) for x in (query_THD, key_TJD, value_TJD)),
-            is_causal=True,
-            scale=0.3,
-            enable_gqa=True,
+            query, key, value, is_causal=True, scale=0.3, enable_gqa=True
         )
         assert torch.allclose(out_THD[ids], expected[0].transpose(0, 1), atol=1e-5)
 
@@ -136,7 +135,8 @@ def test_attention_computed_again_in_the_backward_pass_has_the_same_gradients() 
     gradients = []
     for function in (attention.attend, attention._Attend.apply):
         inputs = [random(9, heads, 8, seed=heads).requires_grad_() for heads in (4, 2, 2)]
-        out_THD = function(*inputs, layout, 0.3)
+        query_THD, key_TJD, value_TJD = inputs
+        out_THD = function(query_THD, key_TJD, value_TJD, layout, 0.3)
         gradients.append(torch.autograd.grad((out_THD * random(9, 4, 8, seed=7)).sum(), inputs))
     for again, kept in zip(*gradients, strict=True):
         assert torch.allclose(again, kept, atol=1e-5)

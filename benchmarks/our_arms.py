@@ -122,9 +122,7 @@ def learner(size: Size, mode: str = "lora") -> Built:
         """FLOPs of the matrix products by torch's counter, in one thread (it sees its own)."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        counter = FlopCounterMode(
-            display=False, custom_mapping={torch.ops.aten.addmm_: addmm_in_place_flops}
-        )
+        counter = FlopCounterMode(display=False)
         batches = [updates()[0][:1]]  # one microbatch stands for all
         with counter:
             learns.update(batches)
@@ -147,13 +145,6 @@ def full(size: Size) -> Built:
 
 
 ARMS = {"ours": whole_step, "learner": learner, "full": full}
-
-
-def addmm_in_place_flops(
-    out: list[int], a: list[int], b: list[int], out_shape: Any = None, **options: Any
-) -> int:
-    """FLOPs of out += a b, from the shapes; torch's counter knows addmm, not its in-place form."""
-    return 2 * a[0] * a[1] * b[1]
 
 
 def needed_gflop(policy: Policy, groups_N: list[RolloutGroup]) -> float:

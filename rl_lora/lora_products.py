@@ -48,7 +48,7 @@ class LoraProducts(torch.autograd.Function):
             y_TO = x_TI @ weight_OI.T
             if bias_O is not None:
                 y_TO += bias_O
-            y_TO.addmm_(hidden_Tr, b_Or.to(x.dtype).T, alpha=scaling)
+            torch.addmm(y_TO, hidden_Tr, b_Or.to(x.dtype).T, alpha=scaling, out=y_TO)
             outputs.append(y_TO.view(*x.shape[:-1], -1))
         ctx.scalings, ctx.ranks = scalings, ranks
         ctx.save_for_backward(x_TI, hidden_TR, a_RI, *weights, *b_parts)
@@ -75,7 +75,8 @@ class LoraProducts(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_TI = grads_TO[0] @ weights[0]
             for grad_TO, weight_OI in zip(grads_TO[1:], weights[1:], strict=True):
-                grad_TI.addmm_(grad_TO, weight_OI)
-            grad_x = grad_TI.addmm_(low_TR, a_RI).view(*grad_outputs[0].shape[:-1], -1)
+                torch.addmm(grad_TI, grad_TO, weight_OI, out=grad_TI)
+            torch.addmm(grad_TI, low_TR, a_RI, out=grad_TI)
+            grad_x = grad_TI.view(*grad_outputs[0].shape[:-1], -1)
         flat = [g for a, b in zip(grad_a, grad_b, strict=True) for g in (None, None, a, b)]
         return grad_x, None, *flat

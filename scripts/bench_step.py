@@ -61,9 +61,7 @@ def main() -> int:
         print(json.dumps(rows, indent=2))
         return 0
     if not has_trl():
-        print(
-            "TRL is not installed (make bench does it): no ratios against it", file=sys.stderr
-        )
+        print("TRL is not installed (make bench does it): no ratios against it", file=sys.stderr)
     result = measure(Size(num_prompts=options.prompts), options.rounds, options.out)
     result["command"] = "python scripts/bench_step.py " + " ".join(sys.argv[1:])
     (options.out / "bench_step.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")

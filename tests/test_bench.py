@@ -20,7 +20,8 @@ def test_lengths_are_fixed_spread_out_and_within_the_cap() -> None:
     lengths = Size().lengths()
     assert lengths == Size().lengths()
     assert len(lengths) == 128
-    assert 6 <= min(lengths) < 20 and max(lengths) == 96
+    assert 6 <= min(lengths) < 20
+    assert max(lengths) == 96
     assert sum(lengths) == 4890
 
 

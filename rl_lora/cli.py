@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from rl_lora.errors import StaleAdapterError, UserError
 
@@ -21,7 +22,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         code: int = arguments.command(arguments)
+        sys.stdout.flush()
         return code
+    except BrokenPipeError:  # the reader of a pipe, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         print(f"rl-lora: error: {error}", file=sys.stderr)
         return 2
@@ -46,14 +51,27 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from rl_lora import __version__, grade, lr, study_command
+    from rl_lora import __version__, lr, study_command
 
     parser = argparse.ArgumentParser(
         prog="rl-lora", description="Reinforcement learning with a LoRA policy."
     )
     parser.add_argument("--version", action="version", version=f"rl-lora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_training(commands)
+    _add_exams(commands)
+    _add_reading(commands)
+    _add_models(commands)
+    study = commands.add_parser("study", help="run a grid of jobs, or plan it")
+    study_command.add_arguments(study)
+    study.set_defaults(command=study_command.run)
+    rate = commands.add_parser("lr", help="the article's learning-rate rule for a model")
+    lr.add_arguments(rate)
+    rate.set_defaults(command=lr.run)
+    return parser
 
+
+def _add_training(commands: Any) -> None:
     train = commands.add_parser("train", help="train a policy from a config file")
     train.add_argument("config", type=Path, help="a TOML file, e.g. configs/quickstart.toml")
     _add_overrides(train)
@@ -81,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     sft.add_argument("--quiet", action="store_true", help="only warnings and the summary")
     sft.set_defaults(command=_sft)
 
+
+def _add_exams(commands: Any) -> None:
+    from rl_lora import grade
+
     evaluate = commands.add_parser("eval", help="evaluate a run's adapter, or a config's base")
     evaluate.add_argument("target", type=Path, help="a run folder or a TOML file")
     _add_overrides(evaluate)
@@ -106,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     grade.add_arguments(grading)
     grading.set_defaults(command=grade.run)
 
+
+def _add_reading(commands: Any) -> None:
     status = commands.add_parser("status", help="how runs stand: last numbers and curves")
     status.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
     status.set_defaults(command=_status)
@@ -127,6 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(command=_report)
 
+
+def _add_models(commands: Any) -> None:
     export = commands.add_parser("export", help="merge into a model directory, or push to the hub")
     export.add_argument("source", type=Path, help="a run folder or an adapter directory")
     export.add_argument("--base", help="base model (default: the one the adapter names)")
@@ -139,15 +165,6 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the models at hand, or get one")
     models.add_argument("get", nargs="?", metavar="NAME", help="fetch or make this one")
     models.set_defaults(command=_models)
-
-    study = commands.add_parser("study", help="run a grid of jobs, or plan it")
-    study_command.add_arguments(study)
-    study.set_defaults(command=study_command.run)
-
-    rate = commands.add_parser("lr", help="the article's learning-rate rule for a model")
-    lr.add_arguments(rate)
-    rate.set_defaults(command=lr.run)
-    return parser
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -266,3 +266,18 @@ def test_best_without_an_exam_is_refused(
     (tmp_path / "smoke" / "best").rename(tmp_path / "elsewhere")
     line = refused(capsys, "eval", str(tmp_path / "smoke"), "--adapter", "best")
     assert "has no best adapter yet" in line
+
+
+def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path) -> None:
+    code = (
+        "import sys; from rl_lora import cli; cli._status = lambda a: print('x' * 10**7) or 0; "
+        "sys.exit(cli.main(['status', '.']))"
+    )
+    result = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "{code}" | head -c 1; echo " ${{PIPESTATUS[0]}}"'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "x 0\n"
+    assert result.stderr == ""

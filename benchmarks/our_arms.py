@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.arm import Commands, matmul_peak, peak_mb, peak_reset
 from benchmarks.workload import Size, config
 from rl_lora.batches import make_samples, pack
-from rl_lora.job import make_reward
 from rl_lora.learner import Learner
 from rl_lora.policy import Policy
 from rl_lora.prompts import load_prompts
@@ -83,15 +82,10 @@ def whole_step(size: Size) -> Built:
 def learner(size: Size, mode: str = "lora") -> Built:
     """The learning phase alone, on made-up completions of the workload's lengths."""
     settings = config(size, mode=mode)
-    from rl_lora.models import load_tokenizer, resolve_model
-
-    model_dir = resolve_model(settings.model)
-    prompts = load_prompts(
-        settings.data, load_tokenizer(model_dir), 2048, size.max_tokens, settings.run.seed
-    )
+    prompts_N, _, model_dir = bench_prompts(size)
     policy = Policy(model_dir, settings.model, settings.lora, seed=0)
     learns = Learner(policy, settings.optim, settings.algorithm, temperature=1.0, num_steps=1000)
-    groups_N = made_up_groups(prompts.train[: size.num_prompts], size)
+    groups_N = made_up_groups(prompts_N, size)
 
     def updates() -> Any:
         advantages_N_G = [[r - 0.5 for r in group.rewards_G] for group in groups_N]
@@ -226,7 +220,6 @@ def bench_prompts(size: Size) -> tuple[list[Prompt], Any, Path]:
     from rl_lora.models import load_tokenizer, resolve_model
 
     settings = config(size)
-    make_reward(settings).close()
     model_dir = resolve_model(settings.model)
     tokenizer = load_tokenizer(model_dir)
     prompts = load_prompts(

@@ -14,9 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.workload import Size
+from benchmarks.workload import ROOT, Size
 
-ROOT = Path(__file__).resolve().parents[1]
 LOSS_ALLOWED = 0.15
 HIGHER_IS_WORSE = {"memory_vs_trl", "lora_vs_full_flops", "lora_vs_full_time"}
 

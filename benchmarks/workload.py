@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rl_lora.config import RunConfig, load_config
 
-MODEL_ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -61,5 +61,5 @@ def config(size: Size, *, mode: str = "lora", **overrides: object) -> RunConfig:
         **overrides,
     }
     return load_config(
-        MODEL_ROOT / "configs" / "quickstart.toml", [f"{k}={v}" for k, v in settings.items()]
+        ROOT / "configs" / "quickstart.toml", [f"{k}={v}" for k, v in settings.items()]
     )

@@ -73,31 +73,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_training(commands: Any) -> None:
     train = commands.add_parser("train", help="train a policy from a config file")
-    train.add_argument("config", type=Path, help="a TOML file, e.g. configs/quickstart.toml")
-    _add_overrides(train)
-    train.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint, if there is one"
-    )
-    train.add_argument(
-        "--dry-run", action="store_true", help="print settings, parameter counts, memory plan; stop"
-    )
+    _add_job(train, "configs/quickstart.toml", "settings, parameter counts, memory plan")
     train.add_argument(
         "--gpu-memory", type=float, metavar="GIB", help="of the GPU that a dry run plans for"
     )
-    train.add_argument("--quiet", action="store_true", help="only warnings and the summary")
     train.set_defaults(command=_train)
 
     sft = commands.add_parser("sft", help="fine-tune by log loss on chats or completions")
-    sft.add_argument("config", type=Path, help="a TOML file, e.g. configs/sft_tiny.toml")
-    _add_overrides(sft)
-    sft.add_argument(
+    _add_job(sft, "configs/sft_tiny.toml", "settings, capacity and memory plan")
+    sft.set_defaults(command=_sft)
+
+
+def _add_job(parser: argparse.ArgumentParser, example: str, plan: str) -> None:
+    """What both kinds of training take."""
+    parser.add_argument("config", type=Path, help=f"a TOML file, e.g. {example}")
+    _add_overrides(parser)
+    parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint, if there is one"
     )
-    sft.add_argument(
-        "--dry-run", action="store_true", help="print settings, capacity and memory plan; stop"
-    )
-    sft.add_argument("--quiet", action="store_true", help="only warnings and the summary")
-    sft.set_defaults(command=_sft)
+    parser.add_argument("--dry-run", action="store_true", help=f"print {plan}; stop")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and the summary")
 
 
 def _add_exams(commands: Any) -> None:

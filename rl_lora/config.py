@@ -76,19 +76,11 @@ class SourceSection(Section):
     options: dict[str, Any] = Field(default_factory=dict)  # of a generator
 
 
-class DataSection(Section):
-    """The problems, and how they are rendered."""
+class SourcesSection(Section):
+    """Data sets to learn from and to be examined on."""
 
     train: tuple[SourceSection, ...] = ()
-    # Several sets make one exam, with scores for each. "held_out": held_out rows are kept from the
-    # training rows; empty: those alone.
-    eval: tuple[SourceSection, ...] = ()
-    held_out: int = Field(200, ge=1)
-    template: Literal["chat", "base"] = "chat"
-    system: str | None = None
-    instruction: str = "Put your final answer within \\boxed{}."  # follows the question
-    few_shot: str = ""  # stands before the question, base template
-    max_prompt_tokens: int = Field(1024, ge=1)  # a longer prompt is an error, not cut
+    eval: tuple[SourceSection, ...] = ()  # empty: rows are kept from the training rows
 
     @model_validator(mode="before")
     @classmethod
@@ -102,6 +94,19 @@ class DataSection(Section):
         if isinstance(value, str | dict):
             value = (value,)
         return tuple({"name": item} if isinstance(item, str) else item for item in value)
+
+
+class DataSection(SourcesSection):
+    """The problems, and how they are rendered."""
+
+    # Several sets in `eval` make one exam, with scores for each. "held_out" among them: held_out
+    # rows are kept from the training rows; no set: those alone.
+    held_out: int = Field(200, ge=1)
+    template: Literal["chat", "base"] = "chat"
+    system: str | None = None
+    instruction: str = "Put your final answer within \\boxed{}."  # follows the question
+    few_shot: str = ""  # stands before the question, base template
+    max_prompt_tokens: int = Field(1024, ge=1)  # a longer prompt is an error, not cut
 
 
 class SamplingSection(Section):

@@ -36,7 +36,7 @@ _ABOVE: Any = {
     "color": GREY,
 }
 _SMOOTH_FROM = 60  # steps from which on a moving mean is drawn over the faint raw line
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.spines.top": False,
@@ -79,7 +79,7 @@ def draw_figures(run_folder: Path) -> list[Path]:
     folder = run_folder / FOLDER
     folder.mkdir(exist_ok=True)
     paths = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, draw in panels:
             figure = Figure(figsize=(6.4, 4.6), layout="constrained")
             draw(figure.add_subplot(), records)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import Reward, load_reward
-from rl_lora.config import RunConfig, SamplingSection
+from rl_lora.config import ModelSection, RunConfig, SamplingSection
 from rl_lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,19 +65,9 @@ def open_job(
     reward = make_reward(config)
     with contextlib.ExitStack() as stack:
         stack.callback(reward.close)
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # of weights that load in a second; it garbles our own
-        from rl_lora.models import context_length, is_at_hand, load_tokenizer, resolve_model
         from rl_lora.prompts import load_prompts
 
-        if not is_at_hand(config.model.name):
-            on_note(f"model {config.model.name}: fetched or made once, then kept; a minute or so")
-        model_dir = resolve_model(config.model)
-        tokenizer = load_tokenizer(model_dir)
-        from transformers import AutoConfig
-
-        context = context_length(AutoConfig.from_pretrained(model_dir))
+        model_dir, tokenizer, context = open_model(config.model, on_note)
         prompts = load_prompts(
             config.data,
             tokenizer,
@@ -111,6 +101,27 @@ def open_job(
         )
         stack.callback(sampler.close)
         yield Job(config, model_dir, tokenizer, prompts, end_ids, reward, policy, sampler)
+
+
+def open_model(
+    section: ModelSection, on_note: Callable[[str], None]
+) -> tuple[Path, PreTrainedTokenizerBase, int]:
+    """(directory, tokenizer, context length) of a model, fetched or made where it is not at hand.
+
+    Raises:
+        UserError: there is no such model, or its directory is no model's.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    from rl_lora.models import context_length, is_at_hand, load_tokenizer, resolve_model
+
+    logging.disable_progress_bar()  # of weights that load in a second; it garbles our own
+    if not is_at_hand(section.name):
+        on_note(f"model {section.name}: fetched or made once, then kept; a minute or so")
+    model_dir = resolve_model(section)
+    tokenizer = load_tokenizer(model_dir)
+    return model_dir, tokenizer, context_length(AutoConfig.from_pretrained(model_dir))
 
 
 def make_reward(config: RunConfig) -> Reward:

@@ -223,6 +223,7 @@ class Learner:
 
         def one(batch: Microbatch) -> Seen:
             batch = to_device(batch, self.policy.device)
+            # Checkpointed layers are computed again within backward: the layout holds there, too.
             with attention.using(batch.layout), torch.enable_grad():
                 goal, seen = objective(batch)
                 if goal.requires_grad and is_parallel:

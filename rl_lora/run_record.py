@@ -7,12 +7,16 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rl_lora import jsonl
 from rl_lora.config import RunConfig
 from rl_lora.errors import UserError
-from rl_lora.job import Job, environment
+from rl_lora.job import environment
+
+if TYPE_CHECKING:
+    from rl_lora.policy import Policy
+    from rl_lora.sft_config import SftConfig
 
 RECORD_FILE = "run.json"
 
@@ -33,17 +37,18 @@ _FREE_KEYS = {
 }
 
 
-def write_record(folder: Path, job: Job, base_hash: str) -> None:
+def write_record(config: RunConfig | SftConfig, policy: Policy, base_hash: str) -> None:
     """The settings and the versions, so that the folder explains itself; and who writes to it."""
     record = {
-        "config": job.config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
         "environment": environment(),
-        "base_model": {"name": job.config.model.name, "fingerprint": base_hash},
-        "dtype": str(job.policy.dtype),
-        "trainable_parameters": sum(p.numel() for p in job.policy.trainable().values()),
+        "base_model": {"name": config.model.name, "fingerprint": base_hash},
+        "dtype": str(policy.dtype),
+        "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
         "process": {"pid": os.getpid(), "host": platform.node(), "started": time.time()},
     }
-    jsonl.write_text_atomically(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+    path = config.run.folder / RECORD_FILE
+    jsonl.write_text_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -58,12 +63,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def check_same_job(old: dict[str, Any], config: RunConfig, path: Path) -> None:
+def check_same_job(old: dict[str, Any], config: RunConfig | SftConfig, path: Path) -> None:
     """Raises UserError naming the first setting in which a checkpoint's job differs.
 
     A key that the checkpoint does not have yet counts as its default.
     """
-    new, default = config.model_dump(mode="json"), RunConfig().model_dump(mode="json")
+    new, default = config.model_dump(mode="json"), type(config)().model_dump(mode="json")
     for section, values in new.items():
         if not isinstance(values, dict):
             continue

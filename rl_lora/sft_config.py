@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
 from rl_lora.config import (
     LoraSection,
@@ -13,36 +13,22 @@ from rl_lora.config import (
     OptimSection,
     RunSection,
     Section,
-    SourceSection,
+    SourcesSection,
     parse_as,
     read_settings,
 )
 
 
-class SftDataSection(Section):
+class SftDataSection(SourcesSection):
     """Chats or prompts with completions, and how they are rendered."""
 
-    train: tuple[SourceSection, ...] = ()  # SourceSection.question names a prompt column
-    eval: tuple[SourceSection, ...] = ()  # empty: held_out rows are kept from the training rows
+    # SourceSection.question names a prompt column.
     held_out: int = Field(200, ge=1)  # rows
     template: Literal["chat", "base"] = "chat"  # base: 'User: ...', for models without a template
     system: str | None = None  # before chats that have no system message of their own
     instruction: str = "Put your final answer within \\boxed{}."  # follows problems, not chats
     learn_on: Literal["all", "last"] = "all"  # of a chat's assistant messages
     max_tokens: int = Field(2048, ge=2)  # of a sequence; longer completions are cut at their end
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shorthand(cls, value: Any) -> Any:
-        """`data = "path or name"` stands for that one training source."""
-        return {"train": value} if isinstance(value, str) else value
-
-    @field_validator("train", "eval", mode="before")
-    @classmethod
-    def _sources(cls, value: Any) -> Any:
-        if isinstance(value, str | dict):
-            value = (value,)
-        return tuple({"name": item} if isinstance(item, str) else item for item in value)
 
 
 class SftSection(Section):

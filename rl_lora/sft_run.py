@@ -7,7 +7,6 @@ steps. Metrics: `sft/loss` (nats a completion token of the step's batch, before 
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,15 @@ from rl_lora.checkpoint import drop_after, latest_checkpoint
 from rl_lora.config import AlgorithmSection
 from rl_lora.display import Display
 from rl_lora.errors import StaleAdapterError
-from rl_lora.job import check_run_folder, environment
+from rl_lora.job import check_run_folder, open_model
 from rl_lora.learner import Learner
 from rl_lora.metrics import PhaseTimer, memory_metrics, speed_metrics
 from rl_lora.nll import HeldOutLoss, held_out_loss
+from rl_lora.run_record import write_record
 from rl_lora.runlog import METRICS_FILE, RunLog
 from rl_lora.sft_config import SftConfig
 from rl_lora.sft_data import SftSets, load_sft, step_indices
-from rl_lora.snapshot import load_snapshot, save_snapshot
+from rl_lora.snapshot import load_snapshot, resume_step, save_snapshot
 
 if TYPE_CHECKING:
     from rl_lora.policy import Policy
@@ -72,13 +72,12 @@ def fine_tune(config: SftConfig, *, resume: bool = False, quiet: bool = False) -
     folder = config.run.folder
     check_run_folder(folder)
     checkpoint = latest_checkpoint(folder) if resume else None
-    resume_step = int(checkpoint.name.split("_")[1]) if checkpoint else (-1 if resume else None)
     with (
         Display(quiet=quiet) as display,
         RunLog(
             folder,
             config.run.loggers,
-            resume_step=resume_step,
+            resume_step=resume_step(checkpoint, resume),
             config=config.model_dump(mode="json"),
         ) as log,
     ):
@@ -91,7 +90,7 @@ def fine_tune(config: SftConfig, *, resume: bool = False, quiet: bool = False) -
             num_steps=config.run.num_steps,
         )
         base_hash = policy.base_fingerprint()
-        _write_record(config, policy, folder, base_hash)
+        write_record(config, policy, base_hash)
         step = 0
         if checkpoint is not None:
             step = int(load_snapshot(checkpoint, learner, config)["step"])
@@ -110,18 +109,10 @@ def fine_tune(config: SftConfig, *, resume: bool = False, quiet: bool = False) -
 
 
 def _prepare(config: SftConfig, display: Display) -> tuple[Policy, SftSets]:
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
-    from rl_lora.models import context_length, is_at_hand, load_tokenizer, resolve_model
     from rl_lora.policy import Policy
 
-    logging.disable_progress_bar()  # of weights that load in a second; it garbles our own
-    if not is_at_hand(config.model.name):
-        display.note(f"model {config.model.name}: fetched or made once, then kept; a minute or so")
-    model_dir = resolve_model(config.model)
-    context = context_length(AutoConfig.from_pretrained(model_dir))
-    sets = load_sft(config.data, load_tokenizer(model_dir), context, config.run.seed)
+    model_dir, tokenizer, context = open_model(config.model, display.note)
+    sets = load_sft(config.data, tokenizer, context, config.run.seed)
     for note in sets.notes:
         display.note(note)
     policy = Policy(
@@ -147,7 +138,7 @@ def _loop(
     display.stage("fine-tuning", run.num_steps, step)
     if step == 0:
         log.write(0, _test(learner, sets, config).metrics())
-        save_snapshot(run.folder, 0, learner, config, run)
+        save_snapshot(0, learner, config)
     timer.take()
     while step < run.num_steps:
         indices = step_indices(step + 1, config.sft.batch_size, len(sets.train), run.seed)
@@ -161,7 +152,7 @@ def _loop(
         log.write(step, metrics | speed_metrics(metrics))
         display.step(step, metrics)
         if step % run.checkpoint_every == 0 or step == run.num_steps:
-            save_snapshot(run.folder, step, learner, config, run)
+            save_snapshot(step, learner, config)
 
 
 def _step(
@@ -187,18 +178,6 @@ def _step(
 def _test(learner: Learner, sets: SftSets, config: SftConfig) -> HeldOutLoss:
     samples = [sequence.sample() for sequence in sets.test]
     return held_out_loss(learner.policy, samples, config.optim.microbatch_tokens)
-
-
-def _write_record(config: SftConfig, policy: Policy, folder: Path, base_hash: str) -> None:
-    """run.json: the settings and the versions, so that the folder explains itself."""
-    record = {
-        "config": config.model_dump(mode="json"),
-        "environment": environment(),
-        "base_model": {"name": config.model.name, "fingerprint": base_hash},
-        "dtype": str(policy.dtype),
-        "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
-    }
-    jsonl.write_text_atomically(folder / "run.json", json.dumps(record, indent=2) + "\n")
 
 
 def _publish(policy: Policy, folder: Path, config: SftConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rl_lora.checkpoint import (
     flatten_optimizer,
@@ -14,20 +14,15 @@ from rl_lora.checkpoint import (
     rng_state,
     save_checkpoint,
 )
-from rl_lora.config import RunSection, Section
-from rl_lora.errors import UserError
-from rl_lora.learner import Learner
+from rl_lora.run_record import check_same_job
 
-# What may differ when a run is resumed: it changes what is written or how long, not the path.
-FREE_KEYS = frozenset(
-    {"num_steps", "output_dir", "eval_every", "checkpoint_every", "keep_last", "name"}
-    | {"transcripts_per_step", "loggers"}
-)
+if TYPE_CHECKING:
+    from rl_lora.config import RunConfig
+    from rl_lora.learner import Learner
+    from rl_lora.sft_config import SftConfig
 
 
-def save_snapshot(
-    folder: Path, step: int, learner: Learner, config: Section, run: RunSection, **more: Any
-) -> None:
+def save_snapshot(step: int, learner: Learner, config: RunConfig | SftConfig, **more: Any) -> None:
     """One atomic checkpoint of policy, optimizer, every RNG and `more`; the older ones pruned."""
     policy = {f"policy/{n}": t for n, t in learner.policy.published_tensors().items()}
     optimizer, meta = flatten_optimizer(learner.optimizer)
@@ -40,18 +35,18 @@ def save_snapshot(
         "config": config.model_dump(mode="json"),
         **more,
     }
-    save_checkpoint(folder, step, policy | optimizer | rng_tensors, state)
-    prune(folder, run.keep_last)
+    save_checkpoint(config.run.folder, step, policy | optimizer | rng_tensors, state)
+    prune(config.run.folder, config.run.keep_last)
 
 
-def load_snapshot(path: Path, learner: Learner, config: Section) -> dict[str, Any]:
+def load_snapshot(path: Path, learner: Learner, config: RunConfig | SftConfig) -> dict[str, Any]:
     """Gives learner and RNGs a checkpoint's state; returns the whole state (`step` and the rest).
 
     Raises:
         UserError: it is broken, or of a job that differs in more than its length.
     """
     tensors, state = load_checkpoint(path)
-    check_same_settings(state["config"], config.model_dump(mode="json"), path)
+    check_same_job(state["config"], config, path)
     policy = {n.removeprefix("policy/"): t for n, t in tensors.items() if n[:7] == "policy/"}
     learner.policy.load_tensors(policy)
     restore_optimizer(learner.optimizer, tensors, state["optimizer"])
@@ -60,13 +55,8 @@ def load_snapshot(path: Path, learner: Learner, config: Section) -> dict[str, An
     return state
 
 
-def check_same_settings(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
-    """Raises UserError naming the first setting in which a checkpoint's job differs."""
-    for section, values in new.items():
-        for key, value in values.items():
-            was = old.get(section, {}).get(key)
-            if was != value and not (section == "run" and key in FREE_KEYS):
-                raise UserError(
-                    f"{path} is of a job with {section}.{key}={was!r}, this one has {value!r}; "
-                    "take another run.name, or the old setting"
-                )
+def resume_step(checkpoint: Path | None, resume: bool) -> int | None:
+    """The step whose records stay; -1 (none) for a run that was killed before its first one."""
+    if checkpoint is None:
+        return -1 if resume else None
+    return int(checkpoint.name.split("_")[1])

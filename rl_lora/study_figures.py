@@ -19,22 +19,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rl_lora.errors import UserError
+from rl_lora.figures import STYLE
 from rl_lora.rate_sweep import mean_interval, sweep
 from rl_lora.study_table import GOALS, condition_of, condition_text, results_by_rate
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
-_STYLE: Any = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-}
+_STYLE = STYLE | {"legend.fontsize": 8}
 Row = Mapping[str, Any]
 Condition = tuple[str, int, str, bool, int]
 

@@ -7,6 +7,7 @@ the CPU in a minute or two, the same for the same recipe and seed on one machine
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -79,6 +80,19 @@ def _made(name: str, num_rows: int, **options: Any) -> SourceSection:
     return SourceSection(name=f"generated:{name}", num_rows=num_rows, seed=1001, options=options)
 
 
+_FAST = TinyRecipe(
+    "Llama of 0.14 M parameters trained here in seconds, for tests: chains of one-digit sums",
+    sources=(_made("chain_sum", 4200, max_terms=3, max_digits=1),),
+    hidden_size=64,
+    intermediate_size=192,
+    vocab_size=512,
+    init_std=0.1,
+    lr=3e-3,
+    num_steps=425,
+    num_exam=200,
+    num_threads=1,
+)
+
 RECIPES: dict[str, TinyRecipe] = {
     "tiny": TinyRecipe(
         "Llama of 1.1 M parameters trained here in a minute or two: sums, short stories",
@@ -88,29 +102,13 @@ RECIPES: dict[str, TinyRecipe] = {
             _made("word_problems", 6000, max_steps=2, max_number=10),
         ),
     ),
-    "tiny-fast": TinyRecipe(
-        "Llama of 0.14 M parameters trained here in seconds, for tests: chains of one-digit sums",
-        sources=(_made("chain_sum", 4200, max_terms=3, max_digits=1),),
-        hidden_size=64,
-        intermediate_size=192,
-        vocab_size=512,
-        init_std=0.1,
-        lr=3e-3,
-        num_steps=425,
-        num_exam=200,
-        num_threads=1,
-    ),
-    "tiny-noisy": TinyRecipe(
-        "Llama of 0.14 M parameters for studies: one-digit sums, often wrong, by chance",
-        sources=(_made("chain_sum", 4200, max_terms=3, max_digits=1),),
-        hidden_size=64,
-        intermediate_size=192,
-        vocab_size=512,
-        init_std=0.1,
-        lr=3e-3,
+    "tiny-fast": _FAST,
+    "tiny-noisy": dataclasses.replace(
+        _FAST,
+        description="Llama of 0.14 M parameters for studies: one-digit sums, "
+        "often wrong, by chance",
         num_steps=1600,
         num_exam=400,
-        num_threads=1,
         noise=0.25,
         num_copies=4,
     ),

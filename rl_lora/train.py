@@ -11,17 +11,7 @@ from rl_lora.adapter import remove_old, save_adapter
 from rl_lora.advantages import ADVANTAGES
 from rl_lora.batches import make_samples, pack
 from rl_lora.best import best_exam, drop_best_after, keep_best, read_choice
-from rl_lora.checkpoint import (
-    drop_after,
-    flatten_optimizer,
-    latest_checkpoint,
-    load_checkpoint,
-    prune,
-    restore_optimizer,
-    restore_rng,
-    rng_state,
-    save_checkpoint,
-)
+from rl_lora.checkpoint import drop_after, latest_checkpoint
 from rl_lora.config import RunConfig
 from rl_lora.contamination import contamination_notes
 from rl_lora.display import Display
@@ -40,6 +30,7 @@ from rl_lora.run_record import check_same_job, read_record, write_record
 from rl_lora.runlog import RunLog
 from rl_lora.sampler import mix_seed
 from rl_lora.sft import has_solutions, warm_start
+from rl_lora.snapshot import load_snapshot, resume_step, save_snapshot
 from rl_lora.system import SystemMeter
 from rl_lora.types import Adapter, RolloutGroup, SampleParams
 
@@ -98,19 +89,7 @@ class Run:
 
     def save(self) -> None:
         """One atomic checkpoint, and the older ones pruned."""
-        policy = {f"policy/{n}": t for n, t in self.job.policy.published_tensors().items()}
-        optimizer, meta = flatten_optimizer(self.learner.optimizer)
-        rng_tensors, rng = rng_state()
-        state = {
-            "step": self.step,
-            "num_updates": self.learner.num_updates_done,
-            "stream": self.stream.state_dict(),
-            "optimizer": meta,
-            "rng": rng,
-            "config": self.job.config.model_dump(mode="json"),
-        }
-        save_checkpoint(self.folder, self.step, policy | optimizer | rng_tensors, state)
-        prune(self.folder, self.job.config.run.keep_last)
+        save_snapshot(self.step, self.learner, self.job.config, stream=self.stream.state_dict())
 
     def restore(self, path: Path) -> None:
         """Takes a checkpoint's state over.
@@ -118,14 +97,8 @@ class Run:
         Raises:
             UserError: it is broken, or of a job that differs in more than its length.
         """
-        tensors, state = load_checkpoint(path)
-        check_same_job(state["config"], self.job.config, path)
-        policy = {n.removeprefix("policy/"): t for n, t in tensors.items() if n[:7] == "policy/"}
-        self.job.policy.load_tensors(policy)
-        restore_optimizer(self.learner.optimizer, tensors, state["optimizer"])
-        restore_rng(tensors, state["rng"])
+        state = load_snapshot(path, self.learner, self.job.config)
         self.stream.load_state_dict(state["stream"])
-        self.learner.num_updates_done = state["num_updates"]
         self.step = state["step"]
 
     def exam(self, name: str, *, adapter_off: bool = False) -> EvalResult:
@@ -209,7 +182,7 @@ def train(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> Ou
                 folder,
                 config.run.loggers,
                 config.run.transcripts_per_step,
-                resume_step=_resume_step(checkpoint, resume),
+                resume_step=resume_step(checkpoint, resume),
                 config=config.model_dump(mode="json"),
             ) as log,
             open_job(config, on_note=display.note, on_progress=display.sampling) as job,
@@ -231,7 +204,7 @@ def prepare(run: Run, checkpoint: Path | None) -> None:
     """The sampler's proof, then the checkpoint's state or the warm start; publishes a version."""
     job, config = run.job, run.job.config
     base_hash = job.policy.base_fingerprint()
-    write_record(run.folder, job, base_hash)
+    write_record(config, job.policy, base_hash)
     probe = check_at_start(
         job.policy, job.sampler, job.prompts.eval[:4], run.folder / "probe", config.sampling.max_kl
     )
@@ -318,13 +291,6 @@ def finished(config: RunConfig, checkpoint: Path, folder: Path) -> Outcome | Non
         return None
     check_same_job(state["config"], config, checkpoint)
     return Outcome(folder, _result(folder, _exam_name(0)), load_result(exam))
-
-
-def _resume_step(checkpoint: Path | None, resume: bool) -> int | None:
-    """The step whose records stay; -1 (none) for a run that was killed before its first one."""
-    if checkpoint is None:
-        return -1 if resume else None
-    return int(checkpoint.name.split("_")[1])
 
 
 def _result(folder: Path, name: str) -> EvalResult | None:

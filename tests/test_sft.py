@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from rl_lora.sft_config import SftConfig, SftDataSection, load_sft_config
 from rl_lora.sft_data import load_sft, render_prompt, step_indices
 from rl_lora.sft_run import curve_steps, fine_tune
 from rl_lora.types import TrainSample
+from tests.kills import kill_9_at_line
 from tests.tiny_models import make_policy, random_llama, shake
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -290,15 +288,8 @@ def test_kill_9_at_any_moment_and_resume_give_the_same_run(tmp_path: Path) -> No
     fine_tune(tiny(tmp_path, "run.name=whole", *long), quiet=True)
     command = [sys.executable, "-m", "rl_lora.cli", "sft", str(TINY), "--resume", *SHORT, *long]
     command += [f"run.output_dir={tmp_path}", "run.name=killed"]
-    file = tmp_path / "killed" / "metrics.jsonl"
     for wanted in (3, 17):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        while process.poll() is None and (
-            not file.exists() or len(file.read_text().splitlines()) < wanted
-        ):
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_9_at_line(command, tmp_path / "killed" / "metrics.jsonl", wanted, ROOT)
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +20,7 @@ from rl_lora.job import open_job
 from rl_lora.torch_sampler import TorchSampler
 from rl_lora.train import train
 from rl_lora.types import Adapter
+from tests.kills import kill_9_at_line
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "configs" / "smoke.toml"
@@ -114,14 +113,7 @@ def test_kill_9_at_any_moment_and_resume_give_the_same_run(tmp_path: Path) -> No
     command += [f"run.output_dir={tmp_path}", "run.name=killed", "run.num_steps=5"]
     command += ["warm_start.num_steps=2"]
     for wanted in (1, 3):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        file = tmp_path / "killed" / "metrics.jsonl"
-        while process.poll() is None and (
-            not file.exists() or len(file.read_text().splitlines()) < wanted
-        ):
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_9_at_line(command, tmp_path / "killed" / "metrics.jsonl", wanted, ROOT)
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
 

@@ -35,7 +35,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.invert_yaxis()
     left.set_xlabel("seconds of one step (medians)")
     left.margins(x=0.15)
-    left.legend(loc="lower right", frameon=False)
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4, frameon=False)
     left.set_title("TRL's generation holds its scoring", fontsize=9, color="0.4")
     names = list(result["ratios"])
     for row, name in enumerate(names):
@@ -47,6 +47,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     right.set_yticks(range(len(names)), names)
     right.invert_yaxis()
     right.set_xscale("log")
+    right.set_xticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
+    right.minorticks_off()
+    right.axvline(1, color="0.8", lw=1, zorder=0)
     right.margins(x=0.2, y=0.12)
     right.set_xlabel("ratio (dot: median, bar: least to greatest)")
     for axes in (left, right):

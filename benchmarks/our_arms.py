@@ -126,7 +126,8 @@ def learner(size: Size, mode: str = "lora") -> Built:
         vocab, width = policy.model.get_output_embeddings().weight.shape
         scored = sum(len(b.target_ids_C) for b in batches[0])
         remade = 2 * scored * vocab * width if policy.is_full else 0  # logits, a second time
-        return {"products": products - remade, "all": counter.get_total_flops() - remade}
+        per_token = (products - remade) / batches[0][0].num_tokens
+        return {"products": products - remade, "products_per_token": per_token}
 
     yield {"learn": learn, "count": count}, {}
 

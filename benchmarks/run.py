@@ -170,7 +170,7 @@ def sweep(sizes: list[Size], rounds: int, logs: Path) -> list[dict[str, Any]]:
                 **asdict(size),
                 **{f"{n}_s": median(a["learn"] for a in learned[n]) for n in learned},
                 **{f"{n}_memory_mb": max(a["memory"] for a in learned[n]) for n in learned},
-                **{f"{n}_gflop": flops[n]["all"] / 1e9 for n in flops},
+                **{f"{n}_mflop_per_token": flops[n]["products_per_token"] / 1e6 for n in flops},
                 "tokens": learned["learner"][0]["computed_tokens"],
             }
         )

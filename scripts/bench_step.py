@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +52,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.rounds < 1 or options.prompts < 1:
         parser.error("--rounds and --prompts are at least 1")
+    size = Size(num_prompts=options.prompts)
+    baseline = json.loads(BASELINE.read_text("utf-8"))
+    if options.check and baseline["size"] != asdict(size):
+        parser.error(
+            f"--check compares with a baseline of {baseline['size']['num_prompts']} prompts"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     if options.sweep:
         sizes = [replace(size, num_prompts=options.prompts) for size in SWEEPS[options.sweep]]
@@ -62,7 +68,7 @@ def main() -> int:
         return 0
     if not has_trl():
         print("TRL is not installed (make bench does it): no ratios against it", file=sys.stderr)
-    result = measure(Size(num_prompts=options.prompts), options.rounds, options.out)
+    result = measure(size, options.rounds, options.out)
     result["command"] = "python scripts/bench_step.py " + " ".join(sys.argv[1:])
     (options.out / "bench_step.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     draw(result, options.out / "bench_step.png")
@@ -73,7 +79,7 @@ def main() -> int:
         kept = {key: result[key] for key in ("command", "size", "ratios", "spread")}
         BASELINE.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     if options.check:
-        lost = compare(result["ratios"], json.loads(BASELINE.read_text("utf-8"))["ratios"])
+        lost = compare(result["ratios"], baseline["ratios"])
         print("\n".join(lost) if lost else "no ratio lost over 15 % against the baseline")
         return 1 if lost else 0
     return 0

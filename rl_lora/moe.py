@@ -3,26 +3,53 @@
 'LoRA Without Regret' (section on MoE): with `num_experts_per_tok` experts at work on a token, each
 has an adapter of rank R / that number, so that a token meets R in all. transformers keeps the
 experts of a layer in two tensors, gate_up_proj [E, 2 I, D] and down_proj [E, D, I]; the adapters
-lie beside them, for gate, up and down apart, as PEFT and vLLM name them.
+lie beside them, for gate, up and down apart. On disk every expert has names of its own, those of
+the model's files, which PEFT and vLLM read (`EXPERT_NAMES`). The router has no adapter.
 
-Not in `attach_lora` yet: the trainer still refuses `lora.layers` with experts (README, limits). The
-router has no adapter. Letters: E experts, I expert width.
+Letters: E experts, I expert width, N tokens, K active experts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PretrainedConfig
 
-from rl_lora.config import LoraSection
 from rl_lora.errors import UserError
 from rl_lora.sampler import mix_seed
+from rl_lora.switch import adapters_are_off
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
+ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers that choose or weigh experts
+_PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """How a model's files, and with them PEFT and vLLM, name its experts' matrices.
+
+    Example, Mixtral: ExpertNames(parts=("w1", "w3", "w2"), block="block_sparse_moe")
+    """
+
+    parts: tuple[str, str, str] = PARTS  # gate, up, down
+    block: str = "mlp"  # what the module `mlp` around router and experts is called
+
+    def outside(self, name: str) -> str:
+        """The name in files of a module or tensor; names outside the block stay."""
+        return name if self.block == "mlp" else name.replace(".mlp.", f".{self.block}.")
+
+
+EXPERT_NAMES = {
+    "mixtral": ExpertNames(("w1", "w3", "w2"), "block_sparse_moe"),
+    "olmoe": ExpertNames(),
+    "qwen2_moe": ExpertNames(),
+    "qwen3_moe": ExpertNames(),
+}
 
 
 def expert_rank(rank: int, num_active: int) -> int:
@@ -39,6 +66,11 @@ def expert_rank(rank: int, num_active: int) -> int:
     return rank // num_active
 
 
+def num_active_experts(config: PretrainedConfig) -> int:
+    """Experts at work on a token, of a mixture's config; 1 of a model without experts."""
+    return int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 1)
+
+
 class LoraExperts(nn.Module):
     """A layer's experts with a trainable low-rank term beside each of their three matrices.
 
@@ -50,20 +82,17 @@ class LoraExperts(nn.Module):
         super().__init__()
         self.base = base
         self.scaling = alpha / rank
-        self.is_on = True
-        gate_up, down = base.gate_up_proj, base.down_proj
-        assert isinstance(gate_up, Tensor)
-        assert isinstance(down, Tensor)
-        num_experts, width, hidden = gate_up.shape[0], gate_up.shape[1] // 2, gate_up.shape[2]
-        sides = {"gate_proj": (hidden, width), "up_proj": (hidden, width)}
-        sides["down_proj"] = (width, hidden)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        num_experts, sides = part_sides(base)
+        gate_up = base.gate_up_proj
+        assert isinstance(gate_up, Tensor)
+        device = gate_up.device
         for part, (d_in, d_out) in sides.items():
             a_ERI = torch.stack(
                 [_uniform(rank, d_in, mix_seed(seed, part, e)) for e in range(num_experts)]
             )
-            self.lora_A[part] = nn.Parameter(a_ERI.to(down.device))
-            zeros = torch.zeros(num_experts, d_out, rank, device=down.device)
+            self.lora_A[part] = nn.Parameter(a_ERI.to(device))
+            zeros = torch.zeros(num_experts, d_out, rank, device=device)
             self.lora_B[part] = nn.Parameter(zeros)
 
     @property
@@ -73,83 +102,216 @@ class LoraExperts(nn.Module):
 
     def forward(self, hidden_ND: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' experts: N tokens [N, D], their experts [N, K] and weights [N, K]."""
+        if adapters_are_off():
+            out: Tensor = self.base(hidden_ND, top_k_index, top_k_weights)
+            return out
+        # One cast and one split a part: the gradient of E slices would be E whole tensors.
+        low = {
+            part: list(
+                zip(
+                    self.lora_A[part].to(hidden_ND.dtype).unbind(),
+                    self.lora_B[part].to(hidden_ND.dtype).unbind(),
+                    strict=True,
+                )
+            )
+            for part in PARTS
+        }
         out_ND = torch.zeros_like(hidden_ND)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:  # transformers marks tokens of other devices so
                 continue
             token, place = torch.where(top_k_index == expert)
-            one = self._expert(hidden_ND[token], int(expert))
+            one = self._expert(
+                hidden_ND[token], int(expert), {part: low[part][int(expert)] for part in PARTS}
+            )
             weighted = one * top_k_weights[token, place, None]
             out_ND.index_add_(0, token, weighted.to(out_ND.dtype))
         return out_ND
 
-    def _expert(self, x: Tensor, expert: int) -> Tensor:
-        gate_up = functional.linear(x, self.base.gate_up_proj[expert])  # type: ignore[index]
-        gate, up = gate_up.chunk(2, dim=-1)
-        gate = gate + self._low_rank(x, "gate_proj", expert)
-        up = up + self._low_rank(x, "up_proj", expert)
+    def _expert(self, x: Tensor, expert: int, low: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        gate, up = functional.linear(x, self.base.gate_up_proj[expert]).chunk(2, dim=-1)  # type: ignore[index]
+        gate = gate + self._low_rank(x, *low["gate_proj"])
+        up = up + self._low_rank(x, *low["up_proj"])
         inner = self.base.act_fn(gate) * up  # type: ignore[operator]
         out = functional.linear(inner, self.base.down_proj[expert])  # type: ignore[index]
-        return out + self._low_rank(inner, "down_proj", expert)
+        return out + self._low_rank(inner, *low["down_proj"])
 
-    def _low_rank(self, x: Tensor, part: str, expert: int) -> Tensor | float:
-        if not self.is_on:
-            return 0.0
-        a_RI, b_OR = self.lora_A[part][expert].to(x.dtype), self.lora_B[part][expert].to(x.dtype)
+    def _low_rank(self, x: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
         return self.scaling * (x @ a_RI.T @ b_OR.T)
 
 
-def _uniform(rank: int, d_in: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same A on any device
-    bound = 1 / math.sqrt(d_in)
-    return torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)
+def part_sides(experts: nn.Module) -> tuple[int, dict[str, tuple[int, int]]]:
+    """(E, (d_in, d_out) of each part) of a module that keeps its experts in two tensors."""
+    gate_up = experts.gate_up_proj
+    assert isinstance(gate_up, Tensor)
+    num_experts, width, hidden = gate_up.shape[0], gate_up.shape[1] // 2, gate_up.shape[2]
+    sides = {"gate_proj": (hidden, width), "up_proj": (hidden, width)}
+    return num_experts, sides | {"down_proj": (width, hidden)}
+
+
+def expert_size(layer: LoraExperts, part: str) -> Tensor:
+    """About how much a part's base weights make of a unit input: their deviation x sqrt(d_in)."""
+    weight = layer.base.down_proj if part == "down_proj" else layer.base.gate_up_proj
+    assert isinstance(weight, Tensor)
+    return weight.float().std() * weight.shape[-1] ** 0.5
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that keep a layer's experts in two tensors, with their names."""
+    """The modules that keep a layer's experts in tensors of three axes, with their names.
+
+    A LoraExperts does not count, the module in it does.
+    """
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if {"gate_up_proj", "down_proj"} <= own.keys() and own["down_proj"].dim() == 3:
+        is_adapter = isinstance(module, nn.ParameterDict)
+        if not is_adapter and "down_proj" in own and own["down_proj"].dim() == 3:
             yield name, module
 
 
-def attach_expert_lora(model: nn.Module, section: LoraSection, seed: int) -> list[str]:
+def check_experts(model: nn.Module) -> ExpertNames:
+    """Names of the model's experts.
+
+    Raises:
+        UserError: the experts are laid out in a way that has no adapter here.
+    """
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    kind = str(config.model_type)
+    advice = "use lora.layers='attention'"
+    if kind not in EXPERT_NAMES:
+        known = ", ".join(sorted(EXPERT_NAMES))
+        raise UserError(
+            f"{type(model).__name__}: the experts of model type {kind!r} have no adapter here, "
+            f"those of {known} have; {advice}"
+        )
+    names = [name for name, _ in expert_modules(model)]
+    covered = tuple(f"{name}." for name in names)
+    for name, parameter in model.named_parameters():
+        is_inside = name.startswith(covered) if covered else False
+        if parameter.dim() == 3 and "expert" in name and not is_inside:
+            raise UserError(f"{type(model).__name__} keeps experts in {name}; {advice}")
+    for name, module in expert_modules(model):
+        own = dict(module.named_parameters(recurse=False))
+        if own.keys() != {"gate_up_proj", "down_proj"}:
+            raise UserError(
+                f"{type(model).__name__}: the experts of {name} are {sorted(own)}, not "
+                f"gate_up_proj and down_proj; {advice}"
+            )
+    return EXPERT_NAMES[kind]
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether any parameters look like experts kept in one tensor."""
+    return any(p.dim() == 3 and "expert" in n for n, p in model.named_parameters())
+
+
+def attach_expert_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> list[str]:
     """Puts a LoraExperts over every layer's experts; returns their names. The base is frozen.
+
+    Args:
+        model: a mixture of `EXPERT_NAMES`.
+        rank: of all active experts together.
+        alpha: as elsewhere: an expert's term is scaled by alpha over the expert's rank.
+        seed: of A.
 
     Raises:
         UserError: the rank is no multiple of the active experts, or the experts are laid out in a
-            way that is not known here (biases, transposed or interleaved tensors).
+            way that is not known here.
     """
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    num_active = int(config.num_experts_per_tok)
-    rank = expert_rank(section.rank, num_active)
-    names = []
+    check_experts(model)
+    one_rank = expert_rank(rank, num_active_experts(model.config))  # type: ignore[arg-type]
+    names: list[str] = []
     for name, module in list(expert_modules(model)):
-        own = dict(module.named_parameters(recurse=False))
-        hidden = config.hidden_size
-        if own.keys() != {"gate_up_proj", "down_proj"} or own["down_proj"].shape[1] != hidden:
-            raise UserError(
-                f"{type(model).__name__}: the experts of {name} are laid out in a way that has no "
-                "adapter here; use lora.layers='attention'"
-            )
         module.requires_grad_(False)
-        layer = LoraExperts(module, rank, section.alpha, mix_seed(seed, "experts", name))
+        layer = LoraExperts(module, one_rank, alpha, mix_seed(seed, "experts", name))
+        if not names:
+            _check_formula(model, name, layer)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
         names.append(name)
     return names
 
 
+@torch.no_grad()
+def _check_formula(model: nn.Module, name: str, layer: LoraExperts) -> None:
+    """Raises UserError where the layer, its B at zero, is not what the base computes."""
+    weight = layer.base.gate_up_proj
+    assert isinstance(weight, Tensor)
+    hidden, device = weight.shape[-1], weight.device
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.randn(_PROBE_TOKENS, hidden, generator=generator).to(device, weight.dtype)
+    index_NK = torch.arange(_PROBE_TOKENS, device=device).unsqueeze(-1) % layer.num_experts
+    weights_NK = torch.ones_like(index_NK, dtype=weight.dtype)
+    expected = layer.base(x_ND, index_NK, weights_NK).float()
+    found = layer(x_ND, index_NK, weights_NK).float()
+    tolerance = 1e-4 if weight.dtype == torch.float32 else 3e-2
+    if not float((found - expected).norm()) <= tolerance * float(expected.norm()):
+        raise UserError(
+            f"{type(model).__name__}: the experts of {name} compute something else than "
+            "down(act(gate) * up); use lora.layers='attention'"
+        )
+
+
+def expert_adapters(model: nn.Module) -> Iterator[tuple[str, LoraExperts]]:
+    """The adapted experts with the names of the modules they stand for."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraExperts):
+            yield name, module
+
+
+def adapted_parts(model: nn.Module) -> tuple[str, ...]:
+    """What gate, up and down of the adapted experts are called in files; () without any."""
+    if not any(True for _ in expert_adapters(model)):
+        return ()
+    return _names_of(model).parts
+
+
 def expert_tensors(model: nn.Module) -> dict[str, Tensor]:
     """lora_A [R, d_in] and lora_B [d_out, R] of every expert under PEFT's names
-    (`...mlp.experts.3.gate_proj.lora_A.weight`), which vLLM reads."""
+    (`...mlp.experts.3.gate_proj.lora_A.weight`), which vLLM reads, too: views of the parameters."""
     tensors: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraExperts):
-            continue
-        for part in PARTS:
+    for name, module in expert_adapters(model):
+        names = _names_of(model)
+        for part, outside in zip(PARTS, names.parts, strict=True):
             for expert in range(module.num_experts):
-                stem = f"base_model.model.{name}.{expert}.{part}"
+                stem = f"base_model.model.{names.outside(name)}.{expert}.{outside}"
                 tensors[f"{stem}.lora_A.weight"] = module.lora_A[part][expert].detach()
                 tensors[f"{stem}.lora_B.weight"] = module.lora_B[part][expert].detach()
     return tensors
+
+
+def split_experts(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a state dict under the names of the model's files: views, one matrix an expert.
+
+    A model without experts, or with experts that are not of `EXPERT_NAMES`, keeps its names.
+    """
+    kind = model.config.get_text_config().model_type  # type: ignore[operator, union-attr]
+    fused = {f"{name}." for name, _ in expert_modules(model)}
+    if kind not in EXPERT_NAMES or not fused:
+        return tensors
+    names = EXPERT_NAMES[kind]
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        owner, _, last = name.rpartition(".")
+        if f"{owner}." not in fused:
+            out[names.outside(name)] = tensor
+            continue
+        gate, up, down = names.parts
+        for expert in range(tensor.shape[0]):
+            stem = f"{names.outside(owner)}.{expert}"
+            if last == "down_proj":
+                out[f"{stem}.{down}.weight"] = tensor[expert]
+                continue
+            half = tensor.shape[1] // 2
+            out[f"{stem}.{gate}.weight"] = tensor[expert, :half]
+            out[f"{stem}.{up}.weight"] = tensor[expert, half:]
+    return out
+
+
+def _names_of(model: nn.Module) -> ExpertNames:
+    return EXPERT_NAMES[model.config.get_text_config().model_type]  # type: ignore[operator, union-attr]
+
+
+def _uniform(rank: int, d_in: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same A on any device
+    bound = 1 / math.sqrt(d_in)
+    return torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)

@@ -14,9 +14,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from rl_lora.config import LoraSection
 from rl_lora.errors import UserError
 from rl_lora.moe import LoraExperts, attach_expert_lora, expert_rank, expert_tensors
+from rl_lora.switch import adapters_off
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"num_key_value_heads": 1, "num_experts_per_tok": 2}
@@ -69,7 +69,7 @@ def merged(model: PreTrainedModel, adapted: torch.nn.Module) -> PreTrainedModel:
 def test_adapted_experts_equal_transformers_with_the_adapters_merged(make) -> None:  # type: ignore[no-untyped-def]
     base = make()
     adapted = copy.deepcopy(base)
-    names = attach_expert_lora(adapted, LoraSection(rank=4), seed=0)
+    names = attach_expert_lora(adapted, rank=4, alpha=32.0, seed=0)
     assert len(names) == 2
     with torch.no_grad():
         before = adapted(input_ids=TOKENS_BT).logits
@@ -79,9 +79,8 @@ def test_adapted_experts_equal_transformers_with_the_adapters_merged(make) -> No
         expected = merged(base, adapted)(input_ids=TOKENS_BT).logits
         assert float((after - before).abs().max()) > 1e-3
         assert torch.allclose(after, expected, atol=1e-5)
-        for layer in experts_of(adapted):
-            layer.is_on = False
-        off = adapted(input_ids=TOKENS_BT).logits
+        with adapters_off():
+            off = adapted(input_ids=TOKENS_BT).logits
         assert torch.allclose(off, base(input_ids=TOKENS_BT).logits, atol=1e-5)
 
 
@@ -89,7 +88,7 @@ def test_adapted_experts_equal_transformers_with_the_adapters_merged(make) -> No
 def test_only_the_adapters_of_experts_at_work_get_a_gradient(make) -> None:  # type: ignore[no-untyped-def]
     model = make()
     model.requires_grad_(False)
-    attach_expert_lora(model, LoraSection(rank=2), seed=0)
+    attach_expert_lora(model, rank=2, alpha=32.0, seed=0)
     shake(model)
     model(input_ids=TOKENS_BT[:1, :1]).logits.sum().backward()  # one token: 2 experts a layer
     for layer in experts_of(model):
@@ -105,7 +104,7 @@ def test_rank_is_shared_by_the_active_experts() -> None:
     with pytest.raises(UserError, match=r"lora\.rank=1 is shared by 2 active experts"):
         expert_rank(1, 2)
     model = qwen3_moe()
-    attach_expert_lora(model, LoraSection(rank=4), seed=0)
+    attach_expert_lora(model, rank=4, alpha=32.0, seed=0)
     (first, _) = experts_of(model)
     assert first.lora_A["gate_proj"].shape == (4, 2, 32)
     assert first.scaling == 16.0  # alpha 32 over rank 2
@@ -115,7 +114,7 @@ def test_rank_is_shared_by_the_active_experts() -> None:
 
 def test_names_are_pefts_and_experts_start_apart() -> None:
     model = qwen3_moe()
-    attach_expert_lora(model, LoraSection(rank=2), seed=0)
+    attach_expert_lora(model, rank=2, alpha=32.0, seed=0)
     tensors = expert_tensors(model)
     stem = "base_model.model.model.layers.0.mlp.experts"
     assert tensors[f"{stem}.3.gate_proj.lora_A.weight"].shape == (1, 32)
@@ -123,5 +122,5 @@ def test_names_are_pefts_and_experts_start_apart() -> None:
     first, other = (tensors[f"{stem}.{e}.gate_proj.lora_A.weight"] for e in (0, 1))
     assert not torch.equal(first, other)
     again = qwen3_moe()
-    attach_expert_lora(again, LoraSection(rank=2), seed=0)
+    attach_expert_lora(again, rank=2, alpha=32.0, seed=0)
     assert torch.equal(first, expert_tensors(again)[f"{stem}.0.gate_proj.lora_A.weight"])

@@ -23,7 +23,8 @@ from rl_lora.types import Adapter, Prompt
 
 PROBE_VERSION = 10**6 - 1  # never reached by training steps; its name is never reused either
 _PROBE_TOKENS = 48  # of each fixed prompt
-_PROBE_SHIFT = 0.05  # rough size, in relative terms, of the probe's change of a layer's output
+# Rough sizes, in relative terms, of the probe's change of a layer's output; the first that will do.
+_PROBE_SHIFTS = (0.05, 0.1, 0.2, 0.4, 0.8)
 _TOLERANCES = {torch.float32: (1e-4, 2e-3), torch.bfloat16: (2e-2, 1e-1)}  # KL, mean |difference|
 
 
@@ -66,7 +67,12 @@ def check_at_start(
     _, limit = tolerances(policy.dtype, max_kl)
     saved = {name: tensor.clone() for name, tensor in policy.published_tensors().items()}
     base_policy = _policy_logprobs(policy, token_ids_N, adapter_off=True)
-    probe = _publish_probe(policy, folder)
+    for shift in _PROBE_SHIFTS:  # in bfloat16 the limit is wide, and the probe must be far over it
+        policy.load_tensors(saved)
+        _shake(policy, shift)
+        if _distance(_policy_logprobs(policy, token_ids_N), base_policy) > 5 * limit:
+            break
+    probe = save_adapter(policy, folder, version=PROBE_VERSION, run_name="probe")
     try:
         sampler.use(probe)
         probe_sampler = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
@@ -92,24 +98,21 @@ def check_at_start(
 
 
 @torch.no_grad()
-def _publish_probe(policy: Policy, folder: Path) -> Adapter:
-    """Random B (or, in full mode, scaled weights), published like any version."""
+def _shake(policy: Policy, shift: float) -> None:
+    """Random B (or, in full mode, noise on the weights)."""
     generator = torch.Generator().manual_seed(0)
     if policy.is_full:
         for parameter in policy.trainable().values():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter.add_(
-                noise * parameter.float().std().nan_to_num().to(parameter) * _PROBE_SHIFT
-            )
+            parameter.add_(noise * parameter.float().std().nan_to_num().to(parameter) * shift)
     for _, layer in lora_layers(policy.model):
         # A x has elements of size |x| / sqrt(3 d_in); this makes scaling * B A x about
-        # _PROBE_SHIFT times |W x| for weights of the layer's own size.
+        # shift times |W x| for weights of the layer's own size.
         size = layer.base.weight.float().std() * layer.base.in_features**0.5
         noise = torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_B)
         layer.lora_B.copy_(
-            noise * size * (_PROBE_SHIFT * (3 / layer.lora_A.shape[0]) ** 0.5 / layer.scaling)
+            noise * size * (shift * (3 / layer.lora_A.shape[0]) ** 0.5 / layer.scaling)
         )
-    return save_adapter(policy, folder, version=PROBE_VERSION, run_name="probe")
 
 
 @torch.no_grad()

@@ -293,7 +293,7 @@ def rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     torch's are uint8 tensors named rng/torch and rng/cuda/N; the others are JSON.
     """
     tensors = {"rng/torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a run on the CPU beside a GPU takes no part of it
         for index, cuda_state in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"rng/cuda/{index}"] = cuda_state
     version, words, gauss = random.getstate()

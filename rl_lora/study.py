@@ -1,7 +1,8 @@
 """`rl-lora study CONFIG`: cells as resumable processes, as many at once as the machine holds.
 
 On a CPU a process has `study.num_threads` threads (one), and there are as many processes as fit
-the cores and the free memory; with GPUs there is one process a GPU (CUDA_VISIBLE_DEVICES). They are
+the cores and the free memory; with GPUs there are `study.num_per_gpu` (one) on each, and a process
+sees its own GPU alone (CUDA_VISIBLE_DEVICES), or none where it runs on the CPU. They are
 forked from a server that has the libraries loaded, so that a cell costs no import. A cell that
 fails is a row like the others. Killed at any moment, a study goes on where it was: finished cells
 from the table, unfinished ones from their checkpoints.
@@ -113,7 +114,7 @@ class Running:
 
 
 def num_slots(study: StudyConfig, peak_mb: float | None = None) -> tuple[int, bool]:
-    """(processes at once, whether each has a GPU of its own).
+    """(processes at once, whether they run on GPUs).
 
     Args:
         study: its threads a process.
@@ -123,7 +124,7 @@ def num_slots(study: StudyConfig, peak_mb: float | None = None) -> tuple[int, bo
 
     device = str(study.job.get("model", {}).get("device", "auto"))
     if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.device_count(), True
+        return torch.cuda.device_count() * study.study.num_per_gpu, True
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -159,9 +160,10 @@ def run_queue(
         while pending or running:
             while pending and free:
                 cell, slot = pending.popleft(), free.popleft()
-                variables = {"OMP_NUM_THREADS": str(num_threads)}
-                if has_gpus:
-                    variables["CUDA_VISIBLE_DEVICES"] = _gpu(slot)
+                variables = {
+                    "OMP_NUM_THREADS": str(num_threads),
+                    "CUDA_VISIBLE_DEVICES": _gpu(slot) if has_gpus else "",
+                }
                 running.append(Running(cell, _start(context, cell, folder, variables), slot))
             wait([one.process.sentinel for one in running])
             for ended in [one for one in running if not one.process.is_alive()]:
@@ -176,9 +178,12 @@ def run_queue(
 
 
 def _gpu(slot: int) -> str:
-    """The slot's GPU among those that this process may see."""
+    """The slot's GPU among those that this process may see; the slots go round them."""
+    import torch
+
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return visible[slot] if visible else str(slot)
+    names = visible or [str(index) for index in range(torch.cuda.device_count())]
+    return names[slot % len(names)]
 
 
 def _start(context: Any, cell: Cell, folder: Path, variables: dict[str, str]) -> ForkServerProcess:

@@ -92,7 +92,7 @@ def _print_results(console: Console, study: Any, rows: Sequence[Mapping[str, Any
 
 def plan_line(plan: Any, refine_rounds: int) -> str:
     """`about 12 min for 24 cells, 2 processes at once, 0.6 GB each`."""
-    where = "GPUs" if plan.has_gpus else "processes at once"
+    where = "processes at once" + (" on the GPUs" if plan.has_gpus else "")
     text = (
         f"about {duration(plan.seconds)} for {plan.num_left} cells on {plan.slots} {where}, "
         f"{plan.peak_mb / 1e3:.1f} GB of memory each"

@@ -39,6 +39,7 @@ class StudySection(Section):
     arm: Literal["rl", "sft"] = "rl"
     seeds: tuple[int, ...] = (0, 1, 2)
     num_threads: int = Field(1, ge=1)  # of a cell on a CPU
+    num_per_gpu: int = Field(1, ge=1)  # cells at once on one GPU; a small model leaves it idle
     # Rounds of further rates for each condition: halfway (by ratio) to the best one's neighbours,
     # and beyond the grid's end where the best one lies there.
     refine_rounds: int = Field(0, ge=0, le=4)

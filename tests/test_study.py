@@ -16,7 +16,7 @@ import pytest
 from rl_lora.cli import main
 from rl_lora.config import parse_as
 from rl_lora.errors import UserError
-from rl_lora.study import all_cells, num_slots, pending_cells, refined_cells
+from rl_lora.study import _gpu, all_cells, num_slots, pending_cells, refined_cells
 from rl_lora.study_command import duration
 from rl_lora.study_config import StudyConfig, cells_of, make_cell
 from rl_lora.study_plan import Timing, estimate, read_timing
@@ -171,6 +171,17 @@ def test_slots_keep_within_cores_and_memory(
     threads = study.model_copy(update={"study": study.study.model_copy(update={"num_threads": 4})})
     assert num_slots(threads) == (2, False)
     assert num_slots(study, peak_mb=1e9) == (1, False)  # a petabyte: one at a time, still
+
+
+def test_cells_on_gpus_go_round_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    study = parse_as(StudyConfig, {"study": {"num_per_gpu": 3}})
+    assert num_slots(study) == (6, True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert [_gpu(slot) for slot in range(4)] == ["4", "7", "4", "7"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [_gpu(slot) for slot in range(4)] == ["0", "1", "0", "1"]
 
 
 def test_durations() -> None:

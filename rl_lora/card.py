@@ -18,6 +18,7 @@ from rl_lora.models import EMBEDDED
 from rl_lora.results import EvalResult, load_result
 
 CARD_FILE = "README.md"
+_VARIANT_NAMES = {"dora": "DoRA", "rslora": "rsLoRA", "pissa": "PiSSA", "olora": "OLoRA"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_NAMES = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
@@ -34,6 +35,8 @@ class AdapterFacts:
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
+    variant: str = "lora"  # as it was trained; PiSSA and OLoRA are served as plain LoRA
+    trained_rank: int | None = None  # where it is not the rank that is served
     num_steps: int | None = None  # optimizer steps that made it
     config: RunConfig | None = None  # None: an adapter outside a run folder
     exams: dict[str, EvalResult] | None = None  # by the policy examined
@@ -60,6 +63,7 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
     if peft is None:
         raise UserError(f"{adapter_dir} is no adapter directory: it has no adapter_config.json")
     manifest = _read_json(adapter_dir / MANIFEST_FILE) or {}
+    trained = manifest.get("trained_as", {})
     run_folder = _run_folder(adapter_dir)
     config, exams = None, None
     if run_folder is not None:
@@ -70,6 +74,8 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
         rank=int(peft["r"]),
         alpha=float(peft["lora_alpha"]),
         target_modules=_module_names(peft["target_modules"]),
+        variant=trained.get("variant") or _peft_variant(peft),
+        trained_rank=trained.get("rank"),
         num_steps=manifest.get("version"),
         config=config,
         exams=exams,
@@ -114,18 +120,21 @@ def _table(facts: AdapterFacts, base: str) -> dict[str, str]:
     rows = {
         "base model": base,
         "rank, alpha": f"{facts.rank}, {facts.alpha:g}",
+        **_variant_rows(facts),
         "adapted layers": ", ".join(facts.target_modules),
     }
     config = facts.config
     if config is None:
         return rows
     sampling, optim, algorithm = config.sampling, config.optim, config.algorithm
+    ratio = optim.lora_plus_ratio
+    plus = f" (B {ratio:g} times that, LoRA+)" if ratio != 1 else ""
     rows |= {
         "training problems": ", ".join(_set_name(source.name) for source in config.data.train),
         "steps": f"{facts.num_steps} of {sampling.num_prompts} prompts x "
         f"{sampling.num_samples} samples, up to {sampling.max_tokens} tokens",
         "advantage, loss": f"{algorithm.advantage}, {algorithm.loss}",
-        "optimizer": f"Adam, learning rate {optim.lr:g}, {optim.schedule}",
+        "optimizer": f"Adam, learning rate {optim.lr:g}{plus}, {optim.schedule}",
         "reward": f"{config.reward.name}, policy {config.reward.policy}, "
         f"format weight {config.reward.format_weight:g}",
         "seed": str(config.run.seed),
@@ -133,6 +142,22 @@ def _table(facts: AdapterFacts, base: str) -> dict[str, str]:
     if config.warm_start.num_steps:
         rows["warm start"] = f"{config.warm_start.num_steps} supervised steps before"
     return rows
+
+
+def _variant_rows(facts: AdapterFacts) -> dict[str, str]:
+    """What a reader has to know who knows plain LoRA."""
+    if facts.variant == "lora":
+        return {}
+    served = {
+        "dora": "; PEFT serves it, vLLM does not",
+        "rslora": ": the scaling is alpha / sqrt(rank)",
+    }
+    start = f": trained at rank {facts.trained_rank}, its start subtracted; served as plain LoRA"
+    return {"variant": _VARIANT_NAMES[facts.variant] + served.get(facts.variant, start)}
+
+
+def _peft_variant(peft: dict[str, Any]) -> str:
+    return next((name for name in ("dora", "rslora") if peft.get(f"use_{name}")), "lora")
 
 
 def _exam_lines(exams: dict[str, EvalResult]) -> list[str]:

@@ -23,6 +23,7 @@ class Section(BaseModel):
 
 
 SomeSection = TypeVar("SomeSection", bound=Section)
+_MAX_SERVED_RANK = 512  # vLLM's
 
 
 class RunSection(Section):
@@ -62,6 +63,7 @@ class LoraSection(Section):
     alpha: float = Field(32.0, gt=0)
     layers: Literal["all", "attention", "mlp"] = "all"
     lm_head: bool = False
+    variant: Literal["lora", "rslora", "pissa", "olora", "dora"] = "lora"  # see rl_lora.variants
 
 
 class SourceSection(Section):
@@ -170,6 +172,7 @@ class OptimSection(Section):
     microbatch_tokens: int = Field(4096, ge=1)  # padded tokens in one forward and backward pass
     share_prompts: bool = True  # a prompt is computed once for its completions, to the same result
     checkpoint_activations: bool = False
+    lora_plus_ratio: float = Field(1.0, gt=0)  # LoRA+: rate of B over that of A, which is lr
 
     @field_validator("betas")
     @classmethod
@@ -207,6 +210,36 @@ class EvalSection(Section):
         return self
 
 
+def check_variant(lora: LoraSection, optim: OptimSection) -> None:
+    """Raises ValueError for settings of adapters in full fine-tuning."""
+    if lora.mode == "full" and lora.variant != "lora":
+        raise ValueError(
+            f"lora.variant={lora.variant!r} is an adapter's, and lora.mode='full' has none; "
+            "leave one of them out"
+        )
+    if lora.mode == "full" and optim.lora_plus_ratio != 1:
+        raise ValueError(
+            f"optim.lora_plus_ratio={optim.lora_plus_ratio:g} is a rate of the adapter's B, and "
+            "lora.mode='full' has none; leave one of them out"
+        )
+
+
+def check_served(lora: LoraSection, sampling: SamplingSection) -> None:
+    """Raises ValueError for adapters that the sampler does not serve."""
+    if sampling.backend != "vllm" or lora.mode == "full":
+        return
+    if lora.variant == "dora":
+        raise ValueError(
+            "lora.variant='dora': vLLM serves no DoRA adapters; set sampling.backend=\"torch\""
+        )
+    if lora.variant in ("pissa", "olora") and lora.rank > _MAX_SERVED_RANK // 2:
+        raise ValueError(
+            f"lora.variant={lora.variant!r} is served as an adapter of twice its rank, and vLLM "
+            f"takes ranks up to {_MAX_SERVED_RANK}: lower lora.rank={lora.rank} to "
+            f'{_MAX_SERVED_RANK // 2}, or set sampling.backend="torch"'
+        )
+
+
 class RunConfig(Section):
     """A whole job."""
 
@@ -223,6 +256,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        check_variant(self.lora, self.optim)
+        check_served(self.lora, self.sampling)
         if self.sampling.num_samples < 2:
             raise ValueError(
                 f"sampling.num_samples=1 gives every group one sample, and algorithm.advantage="

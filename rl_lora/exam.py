@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rl_lora import adapter as adapters
-from rl_lora.config import RunConfig, apply_overrides, load_config, parse_config
+from rl_lora.config import RunConfig, apply_overrides, check_served, load_config, parse_config
 from rl_lora.contamination import contamination_notes
 from rl_lora.display import Display
 from rl_lora.errors import UserError
@@ -197,4 +197,9 @@ def _exam_config(config: RunConfig, adapter_dirs: list[Path]) -> RunConfig:
         update["data"] = config.data.model_copy(update={"train": ()})
     if lora := common_settings(adapter_dirs):
         update["lora"] = config.lora.model_copy(update=lora)
-    return config.model_copy(update=update)
+    config = config.model_copy(update=update)
+    try:
+        check_served(config.lora, config.sampling)
+    except ValueError as error:
+        raise UserError(f"adapter {adapter_dirs[0]}: {error}") from error
+    return config

@@ -1,15 +1,16 @@
 """One optimizer step from microbatches: forward, loss, backward, clip, step.
 
 Adam with betas (0.9, 0.95) and a constant learning rate, one rate for A and B
-('LoRA Without Regret', set-up). The gradient of a step is the sum over its microbatches: their
-weights hold the step-wide denominator already.
+('LoRA Without Regret', set-up) unless LoRA+ is asked for. The gradient of a step is the sum over
+its microbatches: their weights hold the step-wide denominator already.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,26 @@ def learning_rate(optim: OptimSection, step: int, num_steps: int) -> float:
         "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
     }[optim.schedule]
     return optim.lr * factor
+
+
+def parameter_groups(
+    parameters: Mapping[str, torch.nn.Parameter], ratio: float
+) -> list[dict[str, Any]]:
+    """One group of all parameters, or LoRA+'s two (Hayou et al., arXiv 2402.12354, section 5).
+
+    B has `lr_ratio` times the rate of A; DoRA's magnitudes go with B, as in PEFT's optimizer.
+
+    Args:
+        parameters: trainable ones by name, lora_A and lora_B among them.
+        ratio: of the rates of B and A; 1: one group in the parameters' order.
+    """
+    if ratio == 1:
+        return [{"params": list(parameters.values())}]
+    of_b = {name for name, p in parameters.items() if "lora_B" in name or p.dim() == 1}
+    return [
+        {"params": [p for name, p in parameters.items() if name not in of_b]},
+        {"params": [p for name, p in parameters.items() if name in of_b], "lr_ratio": ratio},
+    ]
 
 
 class TokenRecord:
@@ -204,7 +225,7 @@ class Learner:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         optim = self.optim
         return torch.optim.AdamW(
-            list(self.policy.trainable().values()),
+            parameter_groups(self.policy.trainable(), optim.lora_plus_ratio),
             lr=optim.lr,
             betas=optim.betas,
             eps=optim.eps,
@@ -286,7 +307,7 @@ class Learner:
         section = self.optim.model_copy(update={"lr": lr})
         rate = learning_rate(section, self.num_updates_done, self.num_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_ratio", 1.0)
         parameters = list(self.policy.trainable().values())
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.optim.grad_clip))
         if not math.isfinite(norm):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rl_lora.config import (
     LoraSection,
@@ -14,6 +14,7 @@ from rl_lora.config import (
     RunSection,
     Section,
     SourcesSection,
+    check_variant,
     parse_as,
     read_settings,
 )
@@ -49,6 +50,11 @@ class SftConfig(Section):
     data: SftDataSection = SftDataSection()
     sft: SftSection = SftSection()
     optim: OptimSection = OptimSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SftConfig:
+        check_variant(self.lora, self.optim)
+        return self
 
 
 def load_sft_config(path: Path | None, overrides: list[str] | None = None) -> SftConfig:

@@ -21,12 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rl_lora.errors import UserError
+from rl_lora.moe import expert_rank, num_active_experts
 from rl_lora.policy import Policy
 from rl_lora.types import Adapter
+from rl_lora.variants import served_alpha, served_rank
 
 ADAPTER_FILE = "adapter_model.safetensors"
 FULL_FILE = "model.safetensors"
 MANIFEST_FILE = "rl_lora.json"
+_CHANGED_BASES = ("pissa", "olora", "corda", "loftq")  # PEFT's starts that write to the base
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
@@ -47,7 +50,7 @@ def save_adapter(policy: Policy, folder: Path, *, version: int, run_name: str) -
         name=f"{run_name}-v{version:06d}",
         path=folder / f"v{version:06d}",
         fingerprint=fingerprint(tensors),
-        rank=0 if policy.is_full else policy.lora.rank,
+        rank=0 if policy.is_full else served_rank(policy.lora),
         is_full=policy.is_full,
     )
     write_adapter(adapter, tensors, policy)
@@ -70,6 +73,7 @@ def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) 
         "base_model": policy.base_name,
         "rank": adapter.rank,
         "is_full": adapter.is_full,
+        "trained_as": {"variant": policy.lora.variant, "rank": policy.lora.rank},
     }
     (scratch / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     if adapter.path.exists():
@@ -118,7 +122,7 @@ def open_adapter(path: Path, policy: Policy, *, name: str | None = None) -> Adap
         name=name or str(manifest.get("name", path.name)),
         path=path,
         fingerprint=found,
-        rank=0 if is_full else policy.lora.rank,
+        rank=0 if is_full else served_rank(policy.lora),
         is_full=is_full,
     )
 
@@ -138,7 +142,10 @@ def remove_old(folder: Path, *, keep: set[int]) -> None:
 
 
 def lora_settings(path: Path) -> dict[str, Any]:
-    """rank, alpha, layers and lm_head of a PEFT directory, as lora.* keys.
+    """rank, alpha and variant of a PEFT directory, as lora.* keys.
+
+    Ours of PiSSA and OLoRA are plain LoRA on disk. Those of PEFT that name such a start belong to a
+    base that PEFT has changed, and are refused.
 
     Raises:
         UserError: adapter_config.json is missing, is no LoRA, or uses a variant not served here.
@@ -149,10 +156,22 @@ def lora_settings(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no adapter directory: it has no adapter_config.json") from error
     except ValueError as error:
         raise UserError(f"{path / 'adapter_config.json'} is not valid JSON: {error}") from error
-    variants = [key for key in ("use_dora", "use_rslora") if raw.get(key)]
-    if raw.get("peft_type") != "LORA" or variants:
-        raise UserError(f"{path}: only plain LoRA adapters are served, not {variants or raw}")
-    return {"rank": raw["r"], "alpha": float(raw["lora_alpha"])}
+    variants = [name for name in ("dora", "rslora") if raw.get(f"use_{name}")]
+    if raw.get("peft_type") != "LORA" or len(variants) > 1:
+        kind = " with ".join(variants) or raw.get("peft_type")
+        raise UserError(f"{path}: LoRA, rsLoRA and DoRA adapters are served, not {kind}")
+    start = str(raw.get("init_lora_weights"))
+    if start.startswith(_CHANGED_BASES):
+        raise UserError(
+            f"{path}: init_lora_weights={start!r} is of a base that PEFT has changed; save it with "
+            "path_initial_model_for_weight_conversion, which makes a plain adapter of it"
+        )
+    if raw.get("alpha_pattern"):
+        raise UserError(f"{path}: an alpha_pattern is not served here, one alpha for all layers is")
+    variant = variants[0] if variants else "lora"
+    # Of a mixture r is one expert's, and the layers that have the whole rank are in the pattern.
+    rank = _manifest(path).get("rank") or max([raw["r"], *(raw.get("rank_pattern") or {}).values()])
+    return {"rank": rank, "alpha": float(raw["lora_alpha"]), "variant": variant}
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -165,18 +184,29 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 def _check_peft_config(path: Path, policy: Policy) -> None:
     settings = lora_settings(path)
-    for key, value in settings.items():
-        wanted = getattr(policy.lora, key)
+    for key in ("variant", "rank", "alpha"):
+        value, wanted = settings[key], getattr(policy.lora, key)
         if value != wanted:
             raise UserError(f"adapter {path} has {key} {value}; set lora.{key}={value}")
 
 
 def _peft_config(policy: Policy) -> LoraConfig:
+    """What PEFT and vLLM are told; a mixture's experts have r, its other layers rank_pattern.
+
+    PEFT gives an expert's gate and up, which it fuses, twice r: it must be the experts' r.
+    """
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in policy.target_names})
+    experts = policy.expert_names
+    one_rank = served_rank(policy.lora)
+    if experts:
+        one_rank = expert_rank(policy.lora.rank, num_active_experts(policy.model.config))
     return LoraConfig(
-        r=policy.lora.rank,
-        lora_alpha=policy.lora.alpha,  # type: ignore[arg-type]  # a float serves as well
-        target_modules=suffixes,
+        r=one_rank,
+        lora_alpha=served_alpha(policy.lora),  # type: ignore[arg-type]  # a float serves as well
+        target_modules=sorted({*suffixes, *experts}),
+        rank_pattern=dict.fromkeys(suffixes, policy.lora.rank) if experts else {},
+        use_rslora=policy.lora.variant == "rslora",
+        use_dora=policy.lora.variant == "dora",
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",

@@ -46,9 +46,13 @@ class Capacity:
         return self.held_bits < self.offered_bits
 
 
-def rank_that_holds(capacity: Capacity, rank: int) -> int:
-    """The least rank that would hold what is offered, parameters being proportional to rank."""
-    return math.ceil(rank * capacity.offered_bits / capacity.held_bits)
+def rank_that_holds(capacity: Capacity, rank: int, multiple_of: int = 1) -> int:
+    """The least rank that would hold what is offered, parameters being proportional to rank.
+
+    multiple_of: active experts of a mixture, which share a rank.
+    """
+    least = math.ceil(rank * capacity.offered_bits / capacity.held_bits)
+    return multiple_of * math.ceil(least / multiple_of)
 
 
 def capacity_line(capacity: Capacity) -> str:
@@ -63,7 +67,7 @@ def capacity_line(capacity: Capacity) -> str:
     )
 
 
-def capacity_warning(capacity: Capacity, rank: int | None) -> str | None:
+def capacity_warning(capacity: Capacity, rank: int | None, multiple_of: int = 1) -> str | None:
     """One line where the policy is too small for its job, else None; rank None: all weights."""
     if not capacity.is_too_small:
         return None
@@ -75,7 +79,8 @@ def capacity_warning(capacity: Capacity, rank: int | None) -> str | None:
     )
     if rank is None:
         return text
-    return f"{text}; lora.rank={rank_that_holds(capacity, rank)} or more would hold them"
+    least = rank_that_holds(capacity, rank, multiple_of)
+    return f"{text}; lora.rank={least} or more would hold them"
 
 
 def bits_text(bits: float) -> str:

@@ -68,6 +68,11 @@ def open_job(
         from rl_lora.prompts import load_prompts
 
         model_dir, tokenizer, context = open_model(config.model, on_note)
+        if config.sampling.backend == "vllm":
+            from rl_lora.policy import pick_device
+            from rl_lora.vllm_settings import check_mixture
+
+            check_mixture(model_dir, config.lora, pick_device(config.model.device))
         prompts = load_prompts(
             config.data,
             tokenizer,

@@ -17,6 +17,7 @@ from rl_lora.adapter import save_adapter
 from rl_lora.batches import to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError
 from rl_lora.lora import lora_layers
+from rl_lora.moe import expert_adapters, expert_size
 from rl_lora.policy import Policy
 from rl_lora.sampler import Sampler
 from rl_lora.types import Adapter, Prompt
@@ -65,7 +66,7 @@ def check_at_start(
     """
     token_ids_N = [prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts]
     _, limit = tolerances(policy.dtype, max_kl)
-    saved = {name: tensor.clone() for name, tensor in policy.published_tensors().items()}
+    saved = {name: tensor.clone() for name, tensor in policy.state_tensors().items()}
     base_policy = _policy_logprobs(policy, token_ids_N, adapter_off=True)
     for shift in _PROBE_SHIFTS:  # in bfloat16 the limit is wide, and the probe must be far over it
         policy.load_tensors(saved)
@@ -106,13 +107,20 @@ def _shake(policy: Policy, shift: float) -> None:
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             parameter.add_(noise * parameter.float().std().nan_to_num().to(parameter) * shift)
     for _, layer in lora_layers(policy.model):
-        # A x has elements of size |x| / sqrt(3 d_in); this makes scaling * B A x about
-        # shift times |W x| for weights of the layer's own size.
-        size = layer.base.weight.float().std() * layer.base.in_features**0.5
+        # A x has elements of |x| times A's own size, 1 / sqrt(3 d_in) at LoRA's start; this makes
+        # scaling * B A x about shift times |W x| for weights of the layer's own size.
+        size = layer.base.weight.float().std() / layer.lora_A.square().mean().sqrt()
         noise = torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_B)
         layer.lora_B.copy_(
-            noise * size * (shift * (3 / layer.lora_A.shape[0]) ** 0.5 / layer.scaling)
+            noise * size * (shift / layer.lora_A.shape[0] ** 0.5 / layer.scaling)
+            + (layer.lora_B0 if layer.is_shifted else 0.0)
         )
+    for _, experts in expert_adapters(policy.model):
+        for part, matrix in experts.lora_B.items():
+            noise = torch.randn(matrix.shape, generator=generator).to(matrix)
+            size = expert_size(experts, part)
+            rank = matrix.shape[-1]
+            matrix.copy_(noise * size * (shift * (3 / rank) ** 0.5 / experts.scaling))
 
 
 @torch.no_grad()

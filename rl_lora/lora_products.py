@@ -21,11 +21,12 @@ def lora_products(x: Tensor, layers: Sequence[LoraLinear]) -> tuple[Tensor, ...]
     """[..., d_in] to one [..., d_out] a layer; the layers' base weights are frozen."""
     tensors: list[Tensor | None] = []
     for layer in layers:
-        tensors += [layer.base.weight, layer.base.bias, layer.lora_A, layer.lora_B]
+        bias = layer.base.bias if layer.magnitude is None else None
+        tensors += [layer.base.weight, bias, *layer.factors()]
     outputs: tuple[Tensor, ...] = LoraProducts.apply(
         x, tuple(layer.scaling for layer in layers), *tensors
     )
-    return outputs
+    return tuple(layer.finished(out) for layer, out in zip(layers, outputs, strict=True))
 
 
 class LoraProducts(torch.autograd.Function):

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from rl_lora.config import LoraSection, ModelSection, OptimSection, RunConfig
 from rl_lora.policy import pick_dtype
+from rl_lora.variants import is_shifted
 from rl_lora.vllm_settings import CPU_MEMORY_SHARE, CPU_NUM_SEQS
 
 # Sequences that the engine decodes at once where sampling.max_num_seqs is not set.
@@ -48,13 +49,14 @@ def activation_bytes(
     """Estimate of what backward needs kept for one microbatch of a decoder-only transformer.
 
     Per token and layer: 6 hidden-sized tensors (residuals and norms, partly in float32), queries
-    and attention output, keys and values, and 4 tensors of the gated MLP. With checkpointing, one
-    hidden-sized tensor a layer and one whole layer at a time.
+    and attention output, keys and values, and 4 tensors of the gated MLP, of a mixture 4 of each
+    active expert and its input and output. With checkpointing, one hidden-sized tensor a layer and
+    one whole layer at a time.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     query, key = text.num_attention_heads * _head_dim(text), heads * _head_dim(text)
-    layer = 6 * text.hidden_size + 2 * query + 2 * key + 4 * text.intermediate_size
+    layer = 6 * text.hidden_size + 2 * query + 2 * key + _mlp_elements(text)
     layers = text.num_hidden_layers
     elements = text.hidden_size * layers + layer if is_checkpointed else layer * layers
     return num_tokens * elements * dtype.itemsize
@@ -110,13 +112,20 @@ def learner_memory(
     size, name = (dtype.itemsize, dtype_name) if is_full else (4, "float32")
     parts = [MemoryItem("base weights", num_base * dtype.itemsize, f"learner, {dtype_name}")]
     if not is_full:
-        parts.append(MemoryItem("adapter", num_trainable * 4, "float32"))
+        copies = 2 if is_shifted(lora.variant) else 1
+        note = "float32, with its start" if copies == 2 else "float32"
+        parts.append(MemoryItem("adapter", copies * num_trainable * 4, note))
     elif keep_reference:
         parts.append(MemoryItem("reference weights", num_base * dtype.itemsize, "for the KL"))
     checkpointed = ", checkpointed" if optim.checkpoint_activations else ""
     activations = activation_bytes(
         model_config, num_tokens, dtype, is_checkpointed=optim.checkpoint_activations
     )
+    if lora.variant == "dora":
+        text = model_config.get_text_config()
+        num_layers = 1 if optim.checkpoint_activations else text.num_hidden_layers
+        outputs = _adapted_outputs(text, lora.layers)
+        activations += num_tokens * num_layers * outputs * dtype.itemsize
     note = f"estimate, microbatch of {num_tokens} tokens{checkpointed}"
     return [
         *parts,
@@ -183,6 +192,24 @@ def bytes_text(num_bytes: int) -> str:
     if num_bytes < 2**30:
         return f"{num_bytes / 2**20:,.1f} MiB"
     return f"{num_bytes / 2**30:,.2f} GiB"
+
+
+def _adapted_outputs(text: PretrainedConfig, layers: str) -> int:
+    """Outputs a token of a layer's adapted matrices; DoRA keeps them before their magnitudes."""
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    attention = (text.num_attention_heads + 2 * heads) * _head_dim(text) + text.hidden_size
+    mlp = 2 * text.intermediate_size + text.hidden_size
+    return int(attention * (layers != "mlp") + mlp * (layers != "attention"))
+
+
+def _mlp_elements(text: PretrainedConfig) -> int:
+    """What a token keeps of a layer's MLP: 4 tensors of its width, or of the experts it meets."""
+    num_active = getattr(text, "num_experts_per_tok", None)
+    if not num_active:
+        return int(4 * text.intermediate_size)
+    width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    shared = getattr(text, "shared_expert_intermediate_size", None) or 0
+    return int(num_active * (4 * width + 2 * text.hidden_size) + 4 * shared)
 
 
 def _head_dim(text: PretrainedConfig) -> int:

@@ -20,12 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig
 
+from rl_lora.config import LoraSection
 from rl_lora.errors import UserError
 from rl_lora.sampler import mix_seed
 from rl_lora.switch import adapters_are_off
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers that choose or weigh experts
+NUM_EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")  # in config.json
+_ADVICE = "use lora.layers='attention'"
 _PROBE_TOKENS = 8
 
 
@@ -64,6 +67,25 @@ def expert_rank(rank: int, num_active: int) -> int:
             f"{num_active}"
         )
     return rank // num_active
+
+
+def check_rank(config: PretrainedConfig, lora: LoraSection) -> None:
+    """By the model's config alone, before its weights are read.
+
+    Raises:
+        UserError: adapters on experts are asked for, and the rank is no multiple of the active ones
+            or the model's experts can have none here.
+    """
+    if lora.mode == "full" or lora.layers == "attention" or not is_mixture(config):
+        return
+    expert_rank(lora.rank, num_active_experts(config))
+    _check_kind(str(config.get_text_config().model_type))
+
+
+def is_mixture(config: PretrainedConfig) -> bool:
+    """Whether a model of this config has experts."""
+    text = config.get_text_config()
+    return any(getattr(text, key, None) for key in NUM_EXPERTS_KEYS)
 
 
 def num_active_experts(config: PretrainedConfig) -> int:
@@ -149,6 +171,44 @@ def part_sides(experts: nn.Module) -> tuple[int, dict[str, tuple[int, int]]]:
     return num_experts, sides | {"down_proj": (width, hidden)}
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertCounts:
+    """What a mixture's experts come to, over all layers.
+
+    Example, two layers of 4 experts, 2 active, 32 x 24, rank 4: ExpertCounts(num_matrices=24,
+    weights=18432, active_weights=9216, adapter=2688, active_adapter=1344)
+    """
+
+    num_matrices: int = 0  # gate, up and down of each expert
+    weights: int = 0
+    active_weights: int = 0  # those that one token meets
+    adapter: int = 0  # parameters of all experts' adapters
+    active_adapter: int = 0  # those that one token meets: rank x (d_in + d_out) of three matrices
+
+
+def expert_counts(model: nn.Module, rank: int) -> ExpertCounts:
+    """Counts of a laid-out or loaded base model; rank is of all active experts together.
+
+    Raises:
+        UserError: the rank is no multiple of the active experts.
+    """
+    found = [part_sides(module) for _, module in expert_modules(model)]
+    if not found:
+        return ExpertCounts()
+    num_active = num_active_experts(model.config)  # type: ignore[arg-type]
+    one_rank = expert_rank(rank, num_active)
+    one_weights = [sum(i * o for i, o in sides.values()) for _, sides in found]
+    one_adapter = [one_rank * sum(i + o for i, o in sides.values()) for _, sides in found]
+    num_experts = [count for count, _ in found]
+    return ExpertCounts(
+        num_matrices=sum(len(PARTS) * count for count in num_experts),
+        weights=sum(n * w for n, w in zip(num_experts, one_weights, strict=True)),
+        active_weights=num_active * sum(one_weights),
+        adapter=sum(n * a for n, a in zip(num_experts, one_adapter, strict=True)),
+        active_adapter=num_active * sum(one_adapter),
+    )
+
+
 def expert_size(layer: LoraExperts, part: str) -> Tensor:
     """About how much a part's base weights make of a unit input: their deviation x sqrt(d_in)."""
     weight = layer.base.down_proj if part == "down_proj" else layer.base.gate_up_proj
@@ -175,27 +235,30 @@ def check_experts(model: nn.Module) -> ExpertNames:
         UserError: the experts are laid out in a way that has no adapter here.
     """
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    kind = str(config.model_type)
-    advice = "use lora.layers='attention'"
-    if kind not in EXPERT_NAMES:
-        known = ", ".join(sorted(EXPERT_NAMES))
-        raise UserError(
-            f"{type(model).__name__}: the experts of model type {kind!r} have no adapter here, "
-            f"those of {known} have; {advice}"
-        )
+    names_outside = _check_kind(str(config.model_type))
     names = [name for name, _ in expert_modules(model)]
     covered = tuple(f"{name}." for name in names)
     for name, parameter in model.named_parameters():
         is_inside = name.startswith(covered) if covered else False
         if parameter.dim() == 3 and "expert" in name and not is_inside:
-            raise UserError(f"{type(model).__name__} keeps experts in {name}; {advice}")
+            raise UserError(f"{type(model).__name__} keeps experts in {name}; {_ADVICE}")
     for name, module in expert_modules(model):
         own = dict(module.named_parameters(recurse=False))
         if own.keys() != {"gate_up_proj", "down_proj"}:
             raise UserError(
                 f"{type(model).__name__}: the experts of {name} are {sorted(own)}, not "
-                f"gate_up_proj and down_proj; {advice}"
+                f"gate_up_proj and down_proj; {_ADVICE}"
             )
+    return names_outside
+
+
+def _check_kind(kind: str) -> ExpertNames:
+    if kind not in EXPERT_NAMES:
+        known = ", ".join(sorted(EXPERT_NAMES))
+        raise UserError(
+            f"the experts of model type {kind!r} have no adapter here, those of {known} have; "
+            f"{_ADVICE}"
+        )
     return EXPERT_NAMES[kind]
 
 
@@ -247,7 +310,7 @@ def _check_formula(model: nn.Module, name: str, layer: LoraExperts) -> None:
     if not float((found - expected).norm()) <= tolerance * float(expected.norm()):
         raise UserError(
             f"{type(model).__name__}: the experts of {name} compute something else than "
-            "down(act(gate) * up); use lora.layers='attention'"
+            f"down(act(gate) * up); {_ADVICE}"
         )
 
 

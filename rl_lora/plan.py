@@ -29,8 +29,10 @@ from rl_lora.memory_plan import (
     memory_plan,
     plan_device,
 )
+from rl_lora.moe import ExpertCounts, expert_counts, num_active_experts
 from rl_lora.sft_config import SftConfig
 from rl_lora.shapes import find_model_dir, lay_out, load_model_config
+from rl_lora.variants import num_magnitudes, served_rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +40,16 @@ class ParameterCounts:
     """Numbers of parameters.
 
     Example, rank 256 on all layers of Llama-3.1-8B: ParameterCounts(base=8030261248,
-    adapter=671088640, lm_head_adapter=33882112, trainable=671088640, num_targets=224)
+    active=8030261248, adapter=671088640, lm_head_adapter=33882112, trainable=671088640,
+    num_targets=224)
     """
 
     base: int  # a tied lm_head counts once
+    active: int  # those at work on a token: all, but of a mixture
     adapter: int  # on the chosen layers, without lm_head
     lm_head_adapter: int  # what an adapter on lm_head adds
     trainable: int  # by lora.mode and lora.lm_head
-    num_targets: int  # linear layers with an adapter, lm_head included if it has one
+    num_targets: int  # matrices with an adapter, lm_head included if it has one
 
     @property
     def adapter_with_lm_head(self) -> int:
@@ -70,41 +74,55 @@ class MatmulCounts:
 
 
 def parameter_counts(model: nn.Module, lora: LoraSection) -> ParameterCounts:
-    """Counts for a laid-out (or loaded) base model. An adapter has rank x (d_in + d_out) a layer.
+    """Counts for a laid-out (or loaded) base model. An adapter has rank x (d_in + d_out) a layer,
+    and d_out more with DoRA.
+
+    Of a mixture each expert has one of rank / active experts, so that E experts of which K are at
+    work have E / K times what a dense layer of an expert's size would have.
 
     Raises:
-        UserError: the model has no layers of the chosen kind.
+        UserError: the model has no layers of the chosen kind, or the rank is no multiple of its
+            active experts.
     """
     base = sum(parameter.numel() for parameter in model.parameters())
+    experts = _expert_counts(model, lora)
     sizes = {
         name: lora.rank * (layer.in_features + layer.out_features)
+        + num_magnitudes(lora.variant, layer.out_features)
         for name, layer in _targets(model, lora.model_copy(update={"lm_head": True}))
     }
     lm_head = sum(size for name, size in sizes.items() if _is_lm_head(name))
-    adapter = sum(sizes.values()) - lm_head
+    adapter = sum(sizes.values()) - lm_head + experts.adapter
     return ParameterCounts(
         base=base,
+        active=base - experts.weights + experts.active_weights,
         adapter=adapter,
         lm_head_adapter=lm_head,
         trainable=base if lora.mode == "full" else adapter + lm_head * lora.lm_head,
-        num_targets=len(sizes) - (0 if lora.lm_head else sum(map(_is_lm_head, sizes))),
+        num_targets=len(sizes)
+        - (0 if lora.lm_head else sum(map(_is_lm_head, sizes)))
+        + (experts.num_matrices if experts.adapter else 0),
     )
 
 
 def matmul_counts(model: nn.Module, lora: LoraSection) -> MatmulCounts:
     """Multiply-adds a token. The full arm is the article's 3 N^2: forward, and backward twice.
 
-    With LoRA the frozen W needs no gradient (2 N^2), and A and B take 3 R (d_in + d_out).
+    With LoRA the frozen W needs no gradient (2 N^2), and A and B take 3 R (d_in + d_out), with R
+    twice the rank for PiSSA and OLoRA. DoRA's norms come once a pass, not a token. Of a
+    mixture the active experts count; its routers, E columns wide, do not.
     """
     adapted = {name for name, _ in _targets(model, lora)}
-    lora_total = full_total = 0
+    experts = _expert_counts(model, lora)
+    full_total = 3 * experts.active_weights
+    lora_total = 2 * experts.active_weights + 3 * experts.active_adapter
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             weights = layer.in_features * layer.out_features
             full_total += 3 * weights
             lora_total += 2 * weights
             if name in adapted:
-                lora_total += 3 * lora.rank * (layer.in_features + layer.out_features)
+                lora_total += 3 * served_rank(lora) * (layer.in_features + layer.out_features)
     return MatmulCounts(lora=lora_total, full=full_total)
 
 
@@ -141,7 +159,7 @@ def print_plan(
     longest = config.data.max_prompt_tokens + sampling.max_tokens
     table.add_row("arithmetic, at most", work_text(num_episodes * longest, counts, matmuls, config))
     console.print(table)
-    warn_of_capacity(console, capacity, config.lora)
+    warn_of_capacity(console, capacity, config.lora, num_active_experts(model_config))
     parts = memory_plan(config, model_config, counts.base, counts.trainable, gpu_bytes)
     console.print(memory_table(parts, config.model, gpu_bytes))
 
@@ -168,7 +186,7 @@ def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
     flops = 2 * (matmuls.full if config.lora.mode == "full" else matmuls.lora)
     table.add_row("arithmetic, at most", flops_text(flops * seen * config.data.max_tokens))
     console.print(table)
-    warn_of_capacity(console, capacity, config.lora)
+    warn_of_capacity(console, capacity, config.lora, num_active_experts(model_config))
     parts = learner_memory(
         config.model,
         config.lora,
@@ -206,7 +224,7 @@ def work_text(
     An upper bound for RL: every prompt and completion as long as the settings allow.
     """
     learn = 2 * num_tokens * (matmuls.full if config.lora.mode == "full" else matmuls.lora)
-    sample = 2 * num_tokens * counts.base
+    sample = 2 * num_tokens * counts.active
     return f"learning {flops_text(learn)}, sampling {flops_text(sample)}"
 
 
@@ -218,9 +236,15 @@ def flops_text(flops: float) -> str:
     return f"{flops / 1e9:,.3g} GFLOP"
 
 
-def warn_of_capacity(console: Console, capacity: Capacity, lora: LoraSection) -> None:
-    """One line where the policy is too small for what there is to learn."""
-    warning = capacity_warning(capacity, None if lora.mode == "full" else lora.rank)
+def warn_of_capacity(
+    console: Console, capacity: Capacity, lora: LoraSection, num_active: int = 1
+) -> None:
+    """One line where the policy is too small for what there is to learn.
+
+    A mixture's rank is a multiple of num_active.
+    """
+    rank = None if lora.mode == "full" else lora.rank
+    warning = capacity_warning(capacity, rank, multiple_of=num_active)
     if warning:
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
 
@@ -257,7 +281,10 @@ def parameter_table(
     title = f"Parameters of {model.name}, shapes from {origin}"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_row("base", f"{counts.base:,}")
-    where = f"rank {lora.rank} on {lora.layers}"
+    if counts.active != counts.base:
+        table.add_row("base, at work on a token", f"{counts.active:,}")
+    variant = "" if lora.variant == "lora" else f"{lora.variant}, "
+    where = f"{variant}rank {lora.rank} on {lora.layers}"
     table.add_row(f"adapter, {where}, without lm_head", f"{counts.adapter:,}")
     table.add_row(f"adapter, {where}, with lm_head", f"{counts.adapter_with_lm_head:,}")
     share = counts.trainable / counts.base
@@ -305,6 +332,12 @@ def _targets(model: nn.Module, lora: LoraSection) -> Iterator[tuple[str, nn.Line
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         yield name, layer
+
+
+def _expert_counts(model: nn.Module, lora: LoraSection) -> ExpertCounts:
+    """Of the experts, with an adapter where the settings give them one."""
+    is_adapted = lora.mode == "lora" and lora.layers != "attention"
+    return expert_counts(model, lora.rank if is_adapted else 0)
 
 
 def _is_lm_head(name: str) -> bool:

@@ -25,7 +25,9 @@ from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
 from rl_lora.logprobs import score_hidden
 from rl_lora.lora import adapters_off, attach_lora, lora_layers
+from rl_lora.moe import adapted_parts, check_rank, expert_tensors, split_experts
 from rl_lora.types import Microbatch, TrainSample
+from rl_lora.variants import is_shifted
 
 BASE_PREFIX = ".base."  # a LoraLinear's inner layer, in parameter names
 
@@ -90,6 +92,7 @@ class Policy:
         self.is_full = lora.mode == "full"
         self.device = pick_device(model.device)
         self.dtype = pick_dtype(model.dtype, self.device)
+        check_rank(AutoConfig.from_pretrained(model_dir), lora)
         self.model: PreTrainedModel = _load(model_dir, self.dtype)
         self.model.to(self.device)  # type: ignore[arg-type]  # its stubs know no device
         self.can_share_prompts = _can_share_prompts(self.model)
@@ -103,33 +106,55 @@ class Policy:
         if checkpoint_activations:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """What gate, up and down of the adapted experts are called in files; () without any."""
+        return adapted_parts(self.model)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in a fixed order."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """lora_A [rank, d_in] and lora_B [d_out, rank] under PEFT's names (mode "lora")."""
-        tensors = {}
-        for name, layer in lora_layers(self.model):
-            tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach()
-        return tensors
+        """lora_A [rank, d_in] and lora_B [d_out, rank] under PEFT's names (mode "lora").
+
+        As they are served: of twice the rank with PiSSA and OLoRA, with magnitudes for DoRA.
+        """
+        tensors = {
+            f"base_model.model.{name}.{part}": tensor.detach()
+            for name, layer in lora_layers(self.model)
+            for part, tensor in layer.published().items()
+        }
+        return tensors | expert_tensors(self.model)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What training goes on from, the policy's own tensors: as published, but with PiSSA and
+        OLoRA the trained factors and the frozen start apart."""
+        if self.is_full or not is_shifted(self.lora.variant):
+            return self.published_tensors()
+        return {
+            f"base_model.model.{name}.{part}": tensor.detach()
+            for name, layer in lora_layers(self.model)
+            for part, tensor in layer.state().items()
+        }
 
     def published_tensors(self) -> dict[str, Tensor]:
         """What a version of this policy consists of: the adapter, or the whole state dict."""
         if not self.is_full:
             return self.adapter_tensors()
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        return {n: t for n, t in self.model.state_dict().items() if n not in tied}
+        state = {n: t for n, t in self.model.state_dict().items() if n not in tied}
+        return split_experts(self.model, state)
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Copies a published version's tensors in; names and shapes must match exactly.
+        """Copies `state_tensors` in (a published version's, but with PiSSA and OLoRA); names and
+        shapes must match exactly.
 
         Raises:
             UserError: a name or shape differs, as with an adapter of another base model.
         """
-        own = self.published_tensors()
+        own = self.state_tensors()
         for name in sorted(own.keys() ^ tensors.keys()):
             where = "lacks" if name in own else "has an extra tensor"
             raise UserError(f"adapter of another base model or shape: it {where} {name}")
@@ -208,6 +233,8 @@ def _load(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 (an attribute nn.Module lacks)
+        if hasattr(module, "jitter_noise"):  # of a mixture's router, in training mode
+            setattr(module, "jitter_noise", 0.0)  # noqa: B010
     _check_lm_head(model, model_dir)
     return model
 

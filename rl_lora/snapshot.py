@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def save_snapshot(step: int, learner: Learner, config: RunConfig | SftConfig, **more: Any) -> None:
     """One atomic checkpoint of policy, optimizer, every RNG and `more`; the older ones pruned."""
-    policy = {f"policy/{n}": t for n, t in learner.policy.published_tensors().items()}
+    policy = {f"policy/{n}": t for n, t in learner.policy.state_tensors().items()}
     optimizer, meta = flatten_optimizer(learner.optimizer)
     rng_tensors, rng = rng_state()
     state = {

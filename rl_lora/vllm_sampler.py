@@ -30,7 +30,13 @@ from rl_lora.vllm_process import (
     process_kept,
     torch_random_state_kept,
 )
-from rl_lora.vllm_settings import CPU_MEMORY_SHARE, CPU_NUM_SEQS, check_model, engine_settings
+from rl_lora.vllm_settings import (
+    CPU_MEMORY_SHARE,
+    CPU_NUM_SEQS,
+    check_mixture,
+    check_model,
+    engine_settings,
+)
 
 __all__ = ["CPU_MEMORY_SHARE", "CPU_NUM_SEQS", "OnProgress", "VllmSampler"]
 
@@ -74,6 +80,7 @@ class VllmSampler:
         """
         check_model(model_dir, max_model_len)
         _check_device(device, lora)
+        check_mixture(model_dir, lora, device)
         vllm = import_vllm(device)
         if device.type == "cpu":
             check_cpu_heads(model_dir)

@@ -11,6 +11,8 @@ import torch
 
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import UserError
+from rl_lora.moe import NUM_EXPERTS_KEYS
+from rl_lora.variants import served_rank
 
 RANK_SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM rounds an adapter's rank up to one
 CPU_NUM_SEQS = 128  # sequences decoded at once
@@ -65,8 +67,9 @@ def engine_settings(
     else:
         settings["gpu_memory_utilization"] = sampling.memory_fraction
     if lora.mode == "lora":
+        rank = served_rank(lora)
         settings["enable_lora"] = True
-        settings["max_lora_rank"] = next(slot for slot in RANK_SLOTS if slot >= lora.rank)
+        settings["max_lora_rank"] = next(slot for slot in RANK_SLOTS if slot >= rank)
         settings["max_loras"] = 1
         settings["lora_dtype"] = dtype
     return settings
@@ -112,6 +115,20 @@ def head_size(model_config: dict[str, Any]) -> int:
         model_config.get("head_dim")
         or model_config["hidden_size"] // model_config["num_attention_heads"]
     )
+
+
+def check_mixture(model_dir: Path, lora: LoraSection, device: torch.device) -> None:
+    """Raises UserError where vLLM does not serve adapters of this model on this device.
+
+    With adapters in the engine vLLM (0.32) computes any mixture's experts by Triton kernels, also
+    those without an adapter; on a CPU the first sample ends in an AttributeError within them.
+    """
+    is_mixture = any(read_config(model_dir).get(key) for key in NUM_EXPERTS_KEYS)
+    if is_mixture and lora.mode == "lora" and device.type == "cpu":
+        raise UserError(
+            f"model {model_dir} is a mixture of experts, and vLLM serves no adapters of one on a "
+            'CPU, those on attention alone neither; set sampling.backend="torch"'
+        )
 
 
 def check_model(model_dir: Path, max_model_len: int) -> None:

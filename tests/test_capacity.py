@@ -41,3 +41,11 @@ def test_all_weights_may_be_too_few_as_well() -> None:
 )
 def test_the_line_says_how_they_compare(num_units: int, expected: str) -> None:
     assert capacity_line(Capacity("tokens", num_units, 100)).endswith(expected)
+
+
+def test_a_mixtures_rank_is_a_multiple_of_its_active_experts() -> None:
+    capacity = Capacity("tokens", 5_001, 1_000)  # 5.001 for rank 2, as above
+    assert rank_that_holds(capacity, 2, multiple_of=4) == 8
+    warning = capacity_warning(capacity, 2, multiple_of=4)
+    assert warning is not None
+    assert warning.endswith("lora.rank=8 or more would hold them")

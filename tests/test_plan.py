@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
 from rl_lora.config import LoraSection, ModelSection, RunConfig, parse_config
 from rl_lora.errors import UserError
@@ -24,7 +24,13 @@ from rl_lora.memory_plan import (
 from rl_lora.plan import matmul_counts, memory_table, parameter_counts, print_plan
 from rl_lora.shapes import KNOWN_SHAPES, known_config, lay_out, load_model_config
 from rl_lora.tiny import RECIPES, build_model
-from tests.tiny_models import make_policy, random_llama, random_qwen3
+from tests.tiny_models import (
+    make_policy,
+    random_llama,
+    random_mixtral,
+    random_qwen3,
+    random_qwen3_moe,
+)
 
 LLAMA_8B = LlamaConfig(
     hidden_size=4096,
@@ -187,12 +193,18 @@ def test_memory_plan_of_full_training_follows_the_models_dtype() -> None:
     assert sizes["optimizer"] == [8 * counts.base]
 
 
-@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config])
+@pytest.mark.parametrize(
+    "config_class", [LlamaConfig, Qwen3Config, MixtralConfig, Qwen3MoeConfig]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activation_estimate_is_near_what_autograd_keeps(
     tmp_path: Path, config_class: Any, dtype: torch.dtype
 ) -> None:
-    more = {"head_dim": 16} if config_class is Qwen3Config else {}
+    more = {
+        Qwen3Config: {"head_dim": 16},
+        MixtralConfig: {"num_local_experts": 4, "num_experts_per_tok": 2},
+        Qwen3MoeConfig: {"head_dim": 16, "moe_intermediate_size": 96, "num_experts_per_tok": 4},
+    }.get(config_class, {})
     config = config_class(
         hidden_size=128,
         intermediate_size=384,
@@ -205,7 +217,7 @@ def test_activation_estimate_is_near_what_autograd_keeps(
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    policy = make_policy(tmp_path, rank=1)
+    policy = make_policy(tmp_path, rank=getattr(config, "num_experts_per_tok", 1))
     policy.model.to(dtype)
     weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     kept: dict[int, int] = {}
@@ -329,3 +341,67 @@ def _printed(config: RunConfig) -> str:
     print_plan(config, console=console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+QWEN3_30B_A3B = Qwen3MoeConfig(
+    hidden_size=2048,
+    intermediate_size=6144,
+    moe_intermediate_size=768,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    vocab_size=151936,
+    tie_word_embeddings=False,
+)
+
+
+def test_a_mixtures_experts_share_the_rank() -> None:
+    model = lay_out(QWEN3_30B_A3B)
+    counts = parameter_counts(model, LoraSection(rank=8))
+    assert counts.base == 30_532_122_624  # published: 30.5B in all, 3.3B active
+    expert = 3 * 2048 * 768
+    assert counts.active == counts.base - 48 * (128 - 8) * expert
+    assert round(counts.active / 1e9, 1) == 3.4  # the published number leaves out some embedding
+    # Rank 8 on q, k and v, o; rank 1 on gate, up and down of each of 128 experts.
+    attention = 48 * 8 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    assert counts.adapter == attention + 48 * 128 * 3 * (2048 + 768)
+    assert counts.num_targets == 48 * (4 + 128 * 3)
+    assert parameter_counts(model, LoraSection(rank=8, layers="attention")).adapter == attention
+    with pytest.raises(UserError, match=r"lora\.rank=12 is shared by 8 active experts"):
+        parameter_counts(model, LoraSection(rank=12))
+    assert parameter_counts(model, LoraSection(rank=12, mode="full")).trainable == counts.base
+
+
+def test_multiply_adds_of_a_mixture_are_those_of_its_active_experts() -> None:
+    matmuls = matmul_counts(lay_out(QWEN3_30B_A3B), LoraSection(rank=8))
+    linear = 48 * (2 * 2048 * 4096 + 2 * 2048 * 512) + 2048 * 151936
+    weights = linear + 48 * 8 * 3 * 2048 * 768
+    sides = 48 * (8 * (2 * (2048 + 4096) + 2 * (2048 + 512)) + 8 * 3 * (2048 + 768))
+    assert matmuls.full == 3 * weights
+    assert matmuls.lora == 2 * weights + 3 * sides
+
+
+@pytest.mark.parametrize("make", [random_mixtral, random_qwen3_moe])
+def test_counts_of_a_mixture_are_those_of_the_policy(make: Any, tmp_path: Path) -> None:
+    path = make(tmp_path / "model")
+    policy = make_policy(path, rank=4)
+    config, _ = load_model_config(ModelSection(name=str(path)), path)
+    counts = parameter_counts(lay_out(config), policy.lora)
+    assert counts.trainable == sum(p.numel() for p in policy.trainable().values())
+    assert counts.trainable == sum(t.numel() for t in policy.adapter_tensors().values())
+    assert 2 * counts.num_targets == len(policy.adapter_tensors())
+
+
+def test_the_plan_of_a_mixture_names_what_is_at_work(tmp_path: Path) -> None:
+    path = random_qwen3_moe(tmp_path / "model")
+    console = Console(file=io.StringIO(), width=200)
+    overrides = {"model": {"name": str(path)}, "lora": {"rank": 4}}
+    print_plan(parse_config(overrides), path, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "base, at work on a token" in text
+    bad = parse_config({"model": {"name": str(path)}, "lora": {"rank": 3}})
+    with pytest.raises(UserError, match="take a multiple of 2"):
+        print_plan(bad, path, console)

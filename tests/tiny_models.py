@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.policy import Policy
@@ -68,3 +80,44 @@ def shake(policy: Policy, seed: int = 0, size: float = 0.02) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.trainable().values():
         parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+
+
+_MIXTURE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+
+
+def random_mixtral(path: Path, **more: Any) -> Path:
+    """Two layers of 4 experts, 2 of them active, in Mixtral's shape."""
+    torch.manual_seed(0)
+    settings = _MIXTURE | {"num_local_experts": 4, "intermediate_size": 24} | more
+    MixtralForCausalLM(MixtralConfig(**settings)).save_pretrained(path)
+    return path
+
+
+def random_qwen3_moe(path: Path, **more: Any) -> Path:
+    """The same size in Qwen3-MoE's shape; `mlp_only_layers=[0]` makes the first layer dense."""
+    torch.manual_seed(0)
+    sizes = {"num_experts": 4, "moe_intermediate_size": 24, "intermediate_size": 48, "head_dim": 16}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**(_MIXTURE | sizes | more))).save_pretrained(path)
+    return path
+
+
+def random_qwen2_moe(path: Path, **more: Any) -> Path:
+    """The same size in Qwen2-MoE's shape: a shared expert beside the others."""
+    torch.manual_seed(0)
+    sizes = {"num_experts": 4, "moe_intermediate_size": 24, "intermediate_size": 48}
+    sizes |= {"shared_expert_intermediate_size": 40}
+    Qwen2MoeForCausalLM(Qwen2MoeConfig(**(_MIXTURE | sizes | more))).save_pretrained(path)
+    return path

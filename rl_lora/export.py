@@ -1,7 +1,8 @@
 """An adapter out of the house: merged into a standalone model directory, or pushed to the hub.
 
-W + (alpha / rank) B A is computed in float32 from the base's stored weights, once, and rounded once
-to the dtype that is asked for. Merging in place during training would round again at every step.
+W + (alpha / rank) B A, of DoRA with each row at its magnitude, is computed in float32 from the
+base's stored weights, once, and rounded once to the dtype that is asked for. Merging in place
+during training would round again at every step.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ from rl_lora.card import CARD_FILE, card_text, read_facts, write_card
 from rl_lora.config import ModelSection
 from rl_lora.errors import UserError
 from rl_lora.models import check_model_dir, resolve_model
+from rl_lora.moe import split_experts
 from rl_lora.shapes import lay_out
+from rl_lora.variants import merged_dora, scaling_of
 
 _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 _PEFT_PREFIX = "base_model.model."
 _LM_HEAD = "lm_head.weight"
+_MAGNITUDE = ".lora_magnitude_vector"
+_NO_LORA: dict[str, Any] = {"alpha": 1.0, "rank": 1, "variant": "lora"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The hub's client and its transport raise from two families.
 _HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__mro__[1:2])
@@ -45,12 +50,13 @@ _HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError
 class _Patch:
     """What an adapter does to the base's tensors, by the names that they have in the base's files.
 
-    Example: _Patch(lora={"model.layers.0.self_attn.q_proj.weight": (A_RI, B_OR)}, scaling=32.0,
-    replaced={}, embedding="model.embed_tokens.weight", is_tied=True)
+    Example: _Patch(lora={"model.layers.0.self_attn.q_proj.weight": (A_RI, B_OR)},
+    magnitudes={}, scaling=32.0, replaced={}, embedding="model.embed_tokens.weight", is_tied=True)
     """
 
     lora: dict[str, tuple[Tensor, Tensor]]  # A [rank, d_in], B [d_out, rank]
-    scaling: float  # alpha / rank
+    magnitudes: dict[str, Tensor]  # of DoRA: lengths of the rows, [d_out]
+    scaling: float  # alpha / rank, or what the variant has for it
     replaced: dict[str, Tensor]  # of full fine-tuning: the new tensor itself
     embedding: str  # name of the input embedding's weight
     is_tied: bool  # lm_head is the input embedding
@@ -66,12 +72,14 @@ class _Patch:
         return set(self.lora) | set(self.replaced)
 
     def merged(self, name: str, base: Tensor) -> Tensor:
-        """W + scaling B A in float32, or the new tensor; the base's own where nothing changes."""
+        """The new weight in float32, or the new tensor; the base's own where nothing changes."""
         if name in self.replaced:
             return self.replaced[name]
         if name not in self.lora:
             return base
         lora_A_RI, lora_B_OR = self.lora[name]
+        if name in self.magnitudes:
+            return merged_dora(base, self.magnitudes[name], lora_A_RI, lora_B_OR, self.scaling)
         return torch.addmm(base.float(), lora_B_OR.float(), lora_A_RI.float(), alpha=self.scaling)
 
 
@@ -214,17 +222,21 @@ def _load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> _P
     config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     model: Any = lay_out(config)
     embedding = model.get_input_embeddings()
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    layout = split_experts(model, model.state_dict())
+    shapes = {name: tuple(tensor.shape) for name, tensor in layout.items()}
     tensors = load_tensors(adapter_dir)
     is_lora = (adapter_dir / ADAPTER_FILE).is_file()
-    settings = lora_settings(adapter_dir) if is_lora else {"alpha": 1.0, "rank": 1}
+    settings = lora_settings(adapter_dir) if is_lora else _NO_LORA
     patch = _Patch(
-        lora=_pairs(tensors, adapter_dir) if is_lora else {},
-        scaling=settings["alpha"] / settings["rank"],
+        lora=_pairs(tensors, adapter_dir, settings["rank"]) if is_lora else {},
+        magnitudes=_magnitudes(tensors),
+        scaling=scaling_of(settings["variant"], settings["alpha"], settings["rank"]),
         replaced={} if is_lora else tensors,
         embedding=next(f"{n}.weight" for n, m in model.named_modules() if m is embedding),
         is_tied=bool(config.get_text_config().tie_word_embeddings),
     )
+    if patch.magnitudes.keys() != (patch.lora.keys() if settings["variant"] == "dora" else set()):
+        raise UserError(f"adapter {adapter_dir}: DoRA has a magnitude for each layer; not merged")
     found: dict[str, tuple[int, ...]] = {
         name: (b.shape[0], a.shape[1]) for name, (a, b) in patch.lora.items()
     }
@@ -238,8 +250,22 @@ def _load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> _P
     return patch
 
 
-def _pairs(tensors: dict[str, Tensor], adapter_dir: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, B) by the name of the weight they go with. Raises UserError where one is missing."""
+def _weight_name(stem: str) -> str:
+    """The weight that an adapter's tensors of this stem go with."""
+    return f"{stem.removeprefix(_PEFT_PREFIX)}.weight"
+
+
+def _magnitudes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DoRA's, by the name of the weight they go with."""
+    stems = {name.removesuffix(_MAGNITUDE): t for name, t in tensors.items() if _MAGNITUDE in name}
+    return {_weight_name(stem): tensor for stem, tensor in stems.items()}
+
+
+def _pairs(
+    tensors: dict[str, Tensor], adapter_dir: Path, rank: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) by the name of the weight they go with, B for the scaling of `rank`: that of a lower
+    rank, as experts have it, is larger. Raises UserError where A or B is missing."""
     pairs = {}
     for name, lora_A in tensors.items():
         stem, _, kind = name.rpartition(".lora_")
@@ -247,8 +273,10 @@ def _pairs(tensors: dict[str, Tensor], adapter_dir: Path) -> dict[str, tuple[Ten
             lora_B = tensors.get(f"{stem}.lora_B.weight")
             if lora_B is None:
                 raise UserError(f"adapter {adapter_dir} has {name} but no B beside it")
-            pairs[f"{stem.removeprefix(_PEFT_PREFIX)}.weight"] = (lora_A, lora_B)
-    if 2 * len(pairs) != len(tensors):
+            own = lora_A.shape[0]
+            wide_B = lora_B if own == rank else lora_B.float() * (rank / own)
+            pairs[_weight_name(stem)] = (lora_A, wide_B)
+    if 2 * len(pairs) + len(_magnitudes(tensors)) != len(tensors):
         raise UserError(f"adapter {adapter_dir} holds tensors that are no LoRA A and B; not merged")
     return pairs
 

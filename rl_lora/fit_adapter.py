@@ -6,6 +6,7 @@ alpha / r goes into B. Layers that it has not get zeros. W' is the same in exact
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from rl_lora.adapter import (
 from rl_lora.errors import UserError
 from rl_lora.policy import Policy
 from rl_lora.types import Adapter
+from rl_lora.variants import scaling_of
 
 
 def common_settings(adapter_dirs: list[Path]) -> dict[str, Any]:
     """lora.* keys of a policy that all these adapters fit into; empty for no LoRA adapter.
 
     Raises:
-        UserError: a directory is no adapter of the plain kind.
+        UserError: a directory is no adapter of a kind that is served, or one of several is DoRA.
     """
     found = [path for path in adapter_dirs if (path / ADAPTER_FILE).is_file()]
     if not found:
@@ -38,6 +40,11 @@ def common_settings(adapter_dirs: list[Path]) -> dict[str, Any]:
     # A, B of every adapter name the layers that it is on.
     names_N = [load_tensors(path).keys() for path in found]
     largest = max(settings, key=lambda one: one["rank"])
+    if len(found) > 1 and any(one["variant"] == "dora" for one in settings):
+        raise UserError(
+            f"{' and '.join(map(str, found))}: a DoRA adapter shares no engine with another one; "
+            "examine them one by one, then `rl-lora compare`"
+        )
     kinds = {_layers(names) for names in names_N}
     has_head = any("lm_head" in name for names in names_N for name in names)
     layers = kinds.pop() if len(kinds) == 1 else "all"
@@ -50,7 +57,8 @@ def fitted(path: Path, policy: Policy, scratch: Path) -> Path:
     Raises:
         UserError: the adapter has tensors or shapes that the policy has no place for.
     """
-    own = {name: tensor.shape for name, tensor in policy.published_tensors().items()}
+    own_tensors = policy.published_tensors()
+    own = {name: tensor.shape for name, tensor in own_tensors.items()}
     tensors = load_tensors(path)
     if policy.is_full or not (path / ADAPTER_FILE).is_file():
         return path
@@ -61,10 +69,14 @@ def fitted(path: Path, policy: Policy, scratch: Path) -> Path:
         return path
     if strange := sorted(tensors.keys() - own.keys()):
         raise UserError(f"adapter {path} is of another base model: it has {strange[0]}")
-    scale = (settings["alpha"] / settings["rank"]) / (policy.lora.alpha / policy.lora.rank)
+    scale = _scaling(settings) / _scaling(policy.lora.model_dump())
     wide = {
-        name: _widened(name, tensors.get(name), shape, scale, path) for name, shape in own.items()
+        name: _widened(name, tensors.get(name), shape, scale, path)
+        for name, shape in own.items()
+        if "magnitude" not in name
     }
+    # A layer that a DoRA adapter has not keeps the base's lengths, which a fresh policy has.
+    wide |= {n: tensors.get(n, t.cpu()) for n, t in own_tensors.items() if "magnitude" in n}
     adapter = Adapter(
         version=0,
         name=f"{path.name}-fitted",
@@ -75,6 +87,10 @@ def fitted(path: Path, policy: Policy, scratch: Path) -> Path:
     scratch.parent.mkdir(parents=True, exist_ok=True)
     write_adapter(adapter, wide, policy)
     return scratch
+
+
+def _scaling(settings: Mapping[str, Any]) -> float:
+    return scaling_of(settings["variant"], settings["alpha"], settings["rank"])
 
 
 def _widened(
@@ -100,7 +116,8 @@ def _layers(names: Any) -> str:
     """Which lora.layers an adapter's tensor names are of."""
     inner = [name for name in names if "lm_head" not in name]
     has_attention = any("attn" in name or "attention" in name for name in inner)
-    has_mlp = any("mlp" in name or "feed_forward" in name or "ffn" in name for name in inner)
+    words = ("mlp", "feed_forward", "ffn", "moe", "experts")
+    has_mlp = any(word in name for name in inner for word in words)
     if has_attention and not has_mlp:
         return "attention"
     return "mlp" if has_mlp and not has_attention else "all"

@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -28,7 +28,9 @@ from rl_lora.sft_config import SftConfig
 JobConfig = RunConfig | SftConfig
 ROOTS: dict[str, type[RunConfig] | type[SftConfig]] = {"rl": RunConfig, "sft": SftConfig}
 # What a full fine-tuning run does not look at: cells that differ in it alone are one cell.
-_LORA_ONLY = ("rank", "alpha", "layers", "lm_head")
+_LORA_ONLY = ("rank", "alpha", "layers", "lm_head", "variant")
+# Settings that came after studies had been run: at these values they are no part of a cell's key.
+_LATER = (("lora", "variant", "lora"), ("optim", "lora_plus_ratio", 1.0))
 
 
 class StudySection(Section):
@@ -60,6 +62,22 @@ class StudyConfig(Section):
         return Path(self.study.output_dir) / self.study.name
 
 
+class Condition(NamedTuple):
+    """What a learning rate is swept for.
+
+    Example: Condition(mode="lora", rank=8, layers="all", lm_head=False, batch_size=32,
+    variant="dora", lora_plus_ratio=1.0)
+    """
+
+    mode: str  # lora or full
+    rank: int  # 0: full
+    layers: str
+    lm_head: bool
+    batch_size: int  # sequences a step
+    variant: str = "lora"
+    lora_plus_ratio: float = 1.0
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run of a study.
@@ -84,12 +102,20 @@ class Cell:
         return config.sft.batch_size
 
     @property
-    def condition(self) -> tuple[str, int, str, bool, int]:
-        """(mode, rank, layers, lm_head, batch size): what its rate is swept for. Rank 0: full."""
+    def condition(self) -> Condition:
+        """What its rate is swept for."""
         lora = self.config.lora
         if lora.mode == "full":
-            return ("full", 0, "all", False, self.batch_size)
-        return ("lora", lora.rank, lora.layers, lora.lm_head, self.batch_size)
+            return Condition("full", 0, "all", False, self.batch_size)
+        return Condition(
+            mode="lora",
+            rank=lora.rank,
+            layers=lora.layers,
+            lm_head=lora.lm_head,
+            batch_size=self.batch_size,
+            variant=lora.variant,
+            lora_plus_ratio=self.config.optim.lora_plus_ratio,
+        )
 
     @property
     def cost_class(self) -> str:
@@ -101,6 +127,9 @@ class Cell:
         settings["run"] = {k: settings["run"][k] for k in ("seed", "num_steps", "eval_every")}
         if self.config.lora.mode == "full":
             settings["lora"] = {"mode": "full"}
+        for section, key, usual in _LATER:
+            if settings[section].get(key) == usual:
+                settings[section].pop(key)
         for section, key in (("optim", "lr"), ("run", "seed")):
             if key in without:
                 settings[section].pop(key, None)
@@ -176,6 +205,7 @@ def _job(study: StudyConfig, departures: Mapping[str, Any], seed: int) -> JobCon
     if raw.get("lora", {}).get("mode") == "full":
         for key in _LORA_ONLY:
             raw["lora"].pop(key, None)
+        raw.get("optim", {}).pop("lora_plus_ratio", None)
     try:
         return parse_as(ROOTS[study.study.arm], raw)
     except UserError as error:

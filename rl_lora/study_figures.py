@@ -1,4 +1,5 @@
-"""The article's figures 1 to 8 from a study's results table: one function each, rows in, axes out.
+"""The article's figures 1 to 8 from a study's results table, and 9 of LoRA's variants: one function
+each, rows in, axes out.
 
 Points are means over seeds with 95 % intervals (Student's t); colours are Okabe and Ito's, and line
 styles and markers differ, too. A figure is drawn from the rows that carry its numbers; where there
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from rl_lora.errors import UserError
 from rl_lora.figures import STYLE
 from rl_lora.rate_sweep import mean_interval, sweep
+from rl_lora.study_config import Condition
 from rl_lora.study_table import GOALS, condition_of, condition_text, results_by_rate
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,16 +30,27 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
 _STYLE = STYLE | {"legend.fontsize": 8}
 Row = Mapping[str, Any]
-Condition = tuple[str, int, str, bool, int]
 
 
 # --- what is drawn --------------------------------------------------------------------------------
 
 
-def order(condition: Condition) -> tuple[bool, str, int, int]:
-    """Adapters by layers and rank, full fine-tuning last."""
-    mode, rank, layers, _, batch_size = condition
-    return (mode == "full", layers, rank, batch_size)
+def order(condition: Condition) -> tuple[object, ...]:
+    """Adapters by layers, rank and variant (plain LoRA first), full fine-tuning last."""
+    variant = "" if is_plain(condition) else condition.variant
+    return (
+        condition.mode == "full",
+        condition.layers,
+        condition.rank,
+        condition.batch_size,
+        variant,
+        condition.lora_plus_ratio,
+    )
+
+
+def is_plain(condition: Condition) -> bool:
+    """Whether it is LoRA as the article has it (or full fine-tuning), and no variant."""
+    return condition.variant == "lora" and condition.lora_plus_ratio == 1
 
 
 def style_of(number: int) -> dict[str, Any]:
@@ -149,11 +162,13 @@ def draw_figure_2(axes: Axes, rows: Sequence[Row]) -> None:
 def draw_figure_3(axes: Axes, rows: Sequence[Row]) -> None:
     """Loss at the best rate against batch size, a curve a rank."""
     rates = best_rates(rows)
-    for number, key in enumerate(sorted({(*c[:4], 0) for c in rates}, key=order)):
+    keys = {condition._replace(batch_size=0) for condition in rates}
+    for number, key in enumerate(sorted(keys, key=order)):
         points = []
-        for condition in sorted((c for c in rates if c[:4] == key[:4]), key=lambda c: c[4]):
+        same = (c for c in rates if c._replace(batch_size=0) == key)
+        for condition in sorted(same, key=lambda c: c.batch_size):
             by_seed = results_by_rate(rows)[condition][rates[condition]]
-            points.append((condition[4], *mean_interval(list(by_seed.values()))))
+            points.append((condition.batch_size, *mean_interval(list(by_seed.values()))))
         _plot(axes, tuple(zip(*points, strict=True)), number, condition_text(key))
     axes.set_xscale("log", base=2)
     axes.set_xlabel("batch size (sequences)")
@@ -163,6 +178,19 @@ def draw_figure_3(axes: Axes, rows: Sequence[Row]) -> None:
 
 def draw_figure_4(axes: Axes, rows: Sequence[Row]) -> None:
     """Result at the best rate by layers and rank."""
+    _bars(axes, rows, condition_text)
+    axes.set_title("4  Layers with an adapter, at the best rate")
+
+
+def draw_figure_9(axes: Axes, rows: Sequence[Row]) -> None:
+    """Result at the best rate, and that rate, of each variant of LoRA."""
+    rates = best_rates(rows)
+    _bars(axes, rows, lambda c: f"{condition_text(c)}\nrate {rates[c]:.2g}")
+    axes.set_title("9  Variants of LoRA, each at its best rate")
+
+
+def _bars(axes: Axes, rows: Sequence[Row], label: Callable[[Condition], str]) -> None:
+    """A mean with its interval a condition, at its best rate."""
     rates = best_rates(rows)
     conditions = sorted(rates, key=order)
     for number, condition in enumerate(conditions):
@@ -173,11 +201,8 @@ def draw_figure_4(axes: Axes, rows: Sequence[Row]) -> None:
         axes.errorbar(
             [number], [mean], yerr=bounds, fmt=style["marker"], color=style["color"], capsize=4
         )
-    axes.set_xticks(
-        range(len(conditions)), [condition_text(c) for c in conditions], rotation=40, ha="right"
-    )
+    axes.set_xticks(range(len(conditions)), [label(c) for c in conditions], rotation=40, ha="right")
     axes.set_ylabel(_result_name(rows))
-    axes.set_title("4  Layers with an adapter, at the best rate")
 
 
 def draw_figure_5(axes: Axes, rows: Sequence[Row]) -> None:
@@ -210,7 +235,7 @@ def draw_figure_7b(axes: Axes, rows: Sequence[Row]) -> None:
 
 def draw_figure_8(axes: Axes, rows: Sequence[Row]) -> None:
     """Early loss of every rank less the largest rank's, at one rate, seed by seed."""
-    lora = [row for row in rows if row["mode"] == "lora"]
+    lora = _plain_rows(rows)
     shared = _shared_rate(lora)
     conditions = sorted({condition_of(row) for row in lora if row["lr"] == shared}, key=order)
     reference = curves_of(lora, "loss", conditions[-1], shared)
@@ -268,8 +293,16 @@ def _is_rl(rows: Sequence[Row]) -> bool:
     return not _is_sft(rows)
 
 
+def _plain_rows(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["mode"] == "lora" and is_plain(condition_of(row))]
+
+
 def _has_ranks(rows: Sequence[Row]) -> bool:
-    return len({condition_of(row) for row in rows if row["mode"] == "lora"}) > 1
+    return len({condition_of(row) for row in _plain_rows(rows)}) > 1
+
+
+def _has_variants(rows: Sequence[Row]) -> bool:
+    return not all(is_plain(condition_of(row)) for row in rows)
 
 
 Draw = Callable[[Axes, Sequence[Row]], None]
@@ -285,6 +318,7 @@ FIGURES: dict[str, tuple[Draw, Has]] = {
     "figure_7": (draw_figure_7, _is_rl),
     "figure_7b": (draw_figure_7b, _is_rl),
     "figure_8": (draw_figure_8, lambda rows: _is_sft(rows) and _has_ranks(rows)),
+    "figure_9": (draw_figure_9, _has_variants),
 }
 
 

@@ -20,7 +20,8 @@ from rl_lora import jsonl
 from rl_lora.errors import UserError
 from rl_lora.rate_sweep import Goal
 from rl_lora.runlog import METRICS_FILE
-from rl_lora.study_config import Cell
+from rl_lora.study_config import Cell, Condition
+from rl_lora.variants import VARIANT_NAMES
 
 TABLE_FILE = "results.jsonl"
 CURVE_POINTS = 40  # of a row's curves: the table stays small
@@ -48,7 +49,6 @@ def make_row(
     """
     metrics_path = run_folder / METRICS_FILE
     steps = jsonl.read_lines(metrics_path) if metrics_path.is_file() else []
-    mode, rank, layers, lm_head, batch_size = cell.condition
     curves = {name: curve(steps, key) for key, name in _CURVES[cell.arm].items()}
     start, result = _ends(cell.arm, steps, final_steps)
     status = failure if error else _status(cell.arm, start, result)
@@ -57,11 +57,7 @@ def make_row(
         "cell": cell.key,
         "arm": cell.arm,
         "status": status,
-        "mode": mode,
-        "rank": rank,
-        "layers": layers,
-        "lm_head": lm_head,
-        "batch_size": batch_size,
+        **cell.condition._asdict(),
         "lr": cell.config.optim.lr,
         "seed": cell.config.run.seed,
         "num_steps": cell.config.run.num_steps,
@@ -138,20 +134,23 @@ def append_row(folder: Path, row: Mapping[str, Any]) -> None:
     jsonl.write_text_atomically(file, "".join(jsonl.to_line(one) for one in (*kept, dict(row))))
 
 
-def condition_of(row: Row) -> tuple[str, int, str, bool, int]:
-    """What a row's rate is swept for, as `Cell.condition`."""
-    return (row["mode"], row["rank"], row["layers"], row["lm_head"], row["batch_size"])
+def condition_of(row: Row) -> Condition:
+    """What a row's rate is swept for, as `Cell.condition`; older tables know no variants."""
+    return Condition(**{key: row[key] for key in Condition._fields if key in row})
 
 
-def condition_text(condition: tuple[str, int, str, bool, int], with_batch: bool = False) -> str:
-    """`rank 8`, `rank 8 attention`, `full`."""
-    mode, rank, layers, lm_head, batch_size = condition
-    text = "full" if mode == "full" else f"rank {rank}"
-    if layers != "all":
-        text += f" {layers}"
-    if lm_head:
+def condition_text(condition: Condition, with_batch: bool = False) -> str:
+    """`rank 8`, `rank 8 attention`, `rank 1 DoRA`, `rank 1 LoRA+ 16`, `full`."""
+    text = "full" if condition.mode == "full" else f"rank {condition.rank}"
+    if condition.layers != "all":
+        text += f" {condition.layers}"
+    if condition.lm_head:
         text += " +lm_head"
-    return f"{text} batch {batch_size}" if with_batch else text
+    if condition.variant != "lora":
+        text += f" {VARIANT_NAMES[condition.variant]}"
+    if condition.lora_plus_ratio != 1:
+        text += f" LoRA+ {condition.lora_plus_ratio:g}"
+    return f"{text} batch {condition.batch_size}" if with_batch else text
 
 
 def results_by_rate(rows: Sequence[Row]) -> dict[Any, dict[float, dict[int, float]]]:

@@ -51,7 +51,7 @@ def test_we_load_pefts_unchanged(tmp_path: Path) -> None:
     policy = make_policy(path, rank=2)
     open_adapter(tmp_path / "peft", policy)
     assert torch.allclose(theirs(input_ids=IDS).logits, logits_of(policy), atol=1e-5)
-    assert lora_settings(tmp_path / "peft") == {"rank": 2, "alpha": 32.0}
+    assert lora_settings(tmp_path / "peft") == {"rank": 2, "alpha": 32.0, "variant": "lora"}
 
 
 def test_round_trip_keeps_every_bit_and_the_fingerprint(tmp_path: Path) -> None:
@@ -121,10 +121,14 @@ def test_a_changed_file_does_not_pass_for_its_version(tmp_path: Path) -> None:
         open_adapter(adapter.path, policy)
 
 
-def test_dora_is_refused(tmp_path: Path) -> None:
-    raw = {"peft_type": "LORA", "r": 1, "lora_alpha": 32, "use_dora": True}
+@pytest.mark.parametrize(
+    ("departures", "kind"),
+    [({"use_dora": True, "use_rslora": True}, "dora with rslora"), ({"peft_type": "IA3"}, "IA3")],
+)
+def test_other_kinds_are_refused(tmp_path: Path, departures: dict[str, object], kind: str) -> None:
+    raw = {"peft_type": "LORA", "r": 1, "lora_alpha": 32} | departures
     (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="only plain LoRA"):
+    with pytest.raises(UserError, match=f"are served, not {kind}"):
         lora_settings(tmp_path)
 
 

@@ -21,6 +21,9 @@ SHAPES: list[dict[str, Any]] = [
     {"rank": 2, "alpha": 16.0, "layers": "mlp"},
     {"rank": 5, "alpha": 8.0, "layers": "all"},
     {"rank": 3, "alpha": 32.0, "layers": "all", "lm_head": True},
+    {"rank": 4, "alpha": 8.0, "variant": "rslora"},
+    {"rank": 2, "alpha": 16.0, "layers": "mlp", "variant": "pissa"},
+    {"rank": 1, "alpha": 4.0, "variant": "olora"},
 ]
 
 
@@ -47,7 +50,7 @@ def test_adapters_of_every_shape_keep_their_logprobs_in_one_policy(
 ) -> None:
     made = [published(model, tmp_path, seed, **lora) for seed, lora in enumerate(SHAPES)]
     settings = common_settings([path for path, _ in made])
-    assert settings == {"rank": 5, "alpha": 8.0, "layers": "all", "lm_head": True}
+    assert settings == {**SHAPES[2], "variant": "lora", "lm_head": True}
     policy = make_policy(model, **settings)
     base = logprobs_of(policy)
     for index, (path, expected) in enumerate(made):
@@ -73,10 +76,25 @@ def test_rows_are_zero_and_alpha_goes_into_b(tmp_path: Path, model: Path) -> Non
 def test_an_adapter_that_fits_is_taken_as_it_is(tmp_path: Path, model: Path) -> None:
     path, _ = published(model, tmp_path, 1, rank=2, layers="attention")
     settings = common_settings([path])
-    assert settings == {"rank": 2, "alpha": 32.0, "layers": "attention", "lm_head": False}
+    expected = {"rank": 2, "alpha": 32.0, "variant": "lora", "layers": "attention"}
+    assert settings == {**expected, "lm_head": False}
     assert fitted(path, make_policy(model, **settings), tmp_path / "scratch") == path
     assert not (tmp_path / "scratch").exists()
     assert common_settings([]) == {}
+
+
+def test_dora_is_examined_alone_and_keeps_the_lengths_of_other_layers(
+    tmp_path: Path, model: Path
+) -> None:
+    path, expected = published(model, tmp_path, 1, rank=2, layers="attention", variant="dora")
+    other, _ = published(model, tmp_path, 2, rank=2)
+    with pytest.raises(UserError, match="a DoRA adapter shares no engine"):
+        common_settings([path, other])
+    settings = common_settings([path])
+    assert settings["variant"] == "dora"
+    policy = make_policy(model, **{**settings, "layers": "all"})
+    open_adapter(fitted(path, policy, tmp_path / "scratch"), policy)
+    assert torch.allclose(logprobs_of(policy), expected, atol=1e-5)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, model: Path) -> None:

@@ -118,14 +118,12 @@ def test_refinement_waits_for_the_grid_and_goes_round_the_best(tmp_path: Path) -
     cells = cells_of(study)
 
     def row(cell: Any, result: float | None) -> dict[str, Any]:
-        names = ("mode", "rank", "layers", "lm_head", "batch_size")
-        condition = dict(zip(names, cell.condition, strict=True))
         return {
             "cell": cell.key,
             "lr": cell.config.optim.lr,
             "seed": 0,
             "result": result,
-            **condition,
+            **cell.condition._asdict(),
         }
 
     rows = [row(cells[0], 2.0), row(cells[1], 1.0)]

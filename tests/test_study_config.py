@@ -8,7 +8,7 @@ import pytest
 
 from rl_lora.config import parse_as
 from rl_lora.errors import UserError
-from rl_lora.study_config import StudyConfig, cells_of, load_study, products
+from rl_lora.study_config import Condition, StudyConfig, cells_of, load_study, products
 
 STUDY = """
 [study]
@@ -49,12 +49,12 @@ def test_full_fine_tuning_has_no_rank(tmp_path: Path) -> None:
     assert len(cells) == 2 * 2 * 2 + 2  # full fine-tuning of rank 1 and of rank 8 is one condition
     assert len({cell.key for cell in cells}) == len(cells)
     full = [cell for cell in cells if cell.config.lora.mode == "full"]
-    assert {cell.condition for cell in full} == {("full", 0, "all", False, 32)}
+    assert {cell.condition for cell in full} == {Condition("full", 0, "all", False, 32)}
     assert [cell.config.run.seed for cell in full] == [0, 1]
     assert {cell.condition for cell in cells} == {
-        ("lora", 1, "all", False, 32),
-        ("lora", 8, "all", False, 32),
-        ("full", 0, "all", False, 32),
+        Condition("lora", 1, "all", False, 32),
+        Condition("lora", 8, "all", False, 32),
+        Condition("full", 0, "all", False, 32),
     }
 
 

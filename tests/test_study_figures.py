@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from rl_lora.cli import main
 from rl_lora.errors import UserError
+from rl_lora.study_config import Condition
 from rl_lora.study_figures import (
     FIGURES,
     best_rates,
@@ -22,7 +23,7 @@ from rl_lora.study_figures import (
     mean_curve,
 )
 
-RANK_1, FULL = ("lora", 1, "all", False, 32), ("full", 0, "all", False, 32)
+RANK_1, FULL = Condition("lora", 1, "all", False, 32), Condition("full", 0, "all", False, 32)
 
 
 def row(arm: str, seed: int, result: float | None, lr: float = 1e-3, **more: Any) -> dict[str, Any]:

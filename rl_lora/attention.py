@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -30,13 +31,21 @@ _state = threading.local()  # learner threads work on different microbatches at 
 
 @contextlib.contextmanager
 def using(layout: Layout | None) -> Iterator[None]:
-    """This thread's forward and backward passes attend by the layout."""
+    """This thread's forward passes attend by the layout."""
     before = getattr(_state, "layout", None)
     _state.layout = layout
     try:
         yield
     finally:
         _state.layout = before
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What a checkpointed layer is computed in, first and again: again by the layout of now.
+
+    A GPU's backward pass runs in a thread of autograd's own, in which no layout is in force.
+    """
+    return contextlib.nullcontext(), using(getattr(_state, "layout", None))
 
 
 def attend(

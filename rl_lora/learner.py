@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_lora import attention
 from rl_lora.batches import make_samples, pack, to_device
 from rl_lora.config import AlgorithmSection, OptimSection
 from rl_lora.cpu_workers import map_on_cores
@@ -244,8 +243,7 @@ class Learner:
 
         def one(batch: Microbatch) -> Seen:
             batch = to_device(batch, self.policy.device)
-            # Checkpointed layers are computed again within backward: the layout holds there, too.
-            with attention.using(batch.layout), torch.enable_grad():
+            with torch.enable_grad():
                 goal, seen = objective(batch)
                 if goal.requires_grad and is_parallel:
                     seen.gradients = torch.autograd.grad(goal, parameters, allow_unused=True)

@@ -104,7 +104,9 @@ class Policy:
         self._reference = copy.deepcopy(self.model) if self.is_full and keep_reference else None
         self._has_checkpoints = checkpoint_activations
         if checkpoint_activations:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.gradient_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": attention.checkpoint_contexts}
+            )
 
     @property
     def expert_names(self) -> tuple[str, ...]:

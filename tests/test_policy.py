@@ -1,5 +1,6 @@
 """The policy's log-probs and LoRA layers against transformers and PEFT."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -140,14 +141,26 @@ def test_lm_head_adapter_on_tied_embeddings_moves_the_output_only(tmp_path: Path
 
 
 def test_checkpointed_activations_change_no_gradient(tmp_path: Path) -> None:
+    """Layers are computed again in the backward pass, in whichever thread that is: a GPU's own."""
     path = random_llama(tmp_path / "model")
-    grads = []
+    samples = [TrainSample(p, c, (0.0,) * len(c), 1.0, 0) for p, c in SEQUENCES]
+    ((batch,),) = pack(
+        samples, denominator="tokens", max_tokens=8, microbatch_tokens=99, share_prompts=True
+    )
+    grads, num_calls = [], []
     for flag in (False, True):
         model = ModelSection(name=str(path), device="cpu", dtype="float32")
         policy = Policy(path, model, LoraSection(), seed=0, checkpoint_activations=flag)
         shake(policy)
-        policy.token_logprobs(batch_of(*SEQUENCES), temperature=1.0)[0].sum().backward()
+        calls: list[int] = []
+        policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
+        with policy.training():
+            loss = policy.token_logprobs(batch, temperature=1.0)[0].sum()
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(loss.backward).result()
         grads.append({n: p.grad for n, p in policy.trainable().items()})
+        num_calls.append(len(calls))
+    assert num_calls == [1, 2]
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
 
 

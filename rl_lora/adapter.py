@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -174,6 +174,20 @@ def lora_settings(path: Path) -> dict[str, Any]:
     return {"rank": rank, "alpha": float(raw["lora_alpha"]), "variant": variant}
 
 
+def is_peft_loadable(path: Path) -> bool:
+    """Whether PEFT (0.21) loads a directory right.
+
+    It takes target names that experts have (gate_proj, ...) for experts alone, so that dense layers
+    of those names beside them get no adapter, with a warning at most.
+    """
+    if not (path / ADAPTER_FILE).is_file():
+        return True  # of another tool, in PEFT's older format
+    with safe_open(path / ADAPTER_FILE, framework="pt") as opened:
+        owners = [name.partition(".lora_")[0].split(".") for name in opened.keys()]  # noqa: SIM118
+    experts = {parts[-1] for parts in owners if "experts" in parts}
+    return not any(parts[-1] in experts for parts in owners if "experts" not in parts)
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST_FILE
     if not file.is_file():
@@ -198,13 +212,15 @@ def _peft_config(policy: Policy) -> LoraConfig:
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in policy.target_names})
     experts = policy.expert_names
     one_rank = served_rank(policy.lora)
+    # Two parts of a name: a shared expert's `gate_proj` alone would be every expert's.
+    whole = sorted({".".join(name.split(".")[-2:]) for name in policy.target_names})
     if experts:
         one_rank = expert_rank(policy.lora.rank, num_active_experts(policy.model.config))
     return LoraConfig(
         r=one_rank,
         lora_alpha=served_alpha(policy.lora),  # type: ignore[arg-type]  # a float serves as well
         target_modules=sorted({*suffixes, *experts}),
-        rank_pattern=dict.fromkeys(suffixes, policy.lora.rank) if experts else {},
+        rank_pattern=dict.fromkeys(whole, policy.lora.rank) if experts else {},
         use_rslora=policy.lora.variant == "rslora",
         use_dora=policy.lora.variant == "dora",
         lora_dropout=0.0,

@@ -10,15 +10,20 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from rl_lora.adapter import MANIFEST_FILE
+from rl_lora.adapter import MANIFEST_FILE, is_peft_loadable
 from rl_lora.config import RunConfig, parse_config
 from rl_lora.errors import UserError
 from rl_lora.loaders import LOADERS
 from rl_lora.models import EMBEDDED
 from rl_lora.results import EvalResult, load_result
+from rl_lora.variants import VARIANT_NAMES
 
 CARD_FILE = "README.md"
-_VARIANT_NAMES = {"dora": "DoRA", "rslora": "rsLoRA", "pissa": "PiSSA", "olora": "OLoRA"}
+_NOT_PEFT = (
+    "PEFT does not load this adapter: it takes the names of dense layers (gate, up and down of a "
+    "shared expert, or of a layer without experts) for those of experts. "
+    "`rl-lora export --merged` makes a model of it that needs no PEFT."
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_NAMES = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
@@ -37,6 +42,8 @@ class AdapterFacts:
     target_modules: tuple[str, ...]
     variant: str = "lora"  # as it was trained; PiSSA and OLoRA are served as plain LoRA
     trained_rank: int | None = None  # where it is not the rank that is served
+    expert_rank: int | None = None  # of a mixture: one expert's, `rank` over the active experts
+    is_peft: bool = True  # whether PEFT loads it
     num_steps: int | None = None  # optimizer steps that made it
     config: RunConfig | None = None  # None: an adapter outside a run folder
     exams: dict[str, EvalResult] | None = None  # by the policy examined
@@ -64,6 +71,7 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
         raise UserError(f"{adapter_dir} is no adapter directory: it has no adapter_config.json")
     manifest = _read_json(adapter_dir / MANIFEST_FILE) or {}
     trained = manifest.get("trained_as", {})
+    rank = int(manifest.get("rank") or max([peft["r"], *(peft.get("rank_pattern") or {}).values()]))
     run_folder = _run_folder(adapter_dir)
     config, exams = None, None
     if run_folder is not None:
@@ -71,7 +79,9 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
         exams = _exams(run_folder / "eval", int(manifest.get("version", -1)))
     return AdapterFacts(
         base_model=manifest.get("base_model") or peft.get("base_model_name_or_path") or "unknown",
-        rank=int(peft["r"]),
+        rank=rank,
+        expert_rank=int(peft["r"]) if int(peft["r"]) != rank else None,
+        is_peft=is_peft_loadable(adapter_dir),
         alpha=float(peft["lora_alpha"]),
         target_modules=_module_names(peft["target_modules"]),
         variant=trained.get("variant") or _peft_variant(peft),
@@ -102,7 +112,10 @@ def card_text(facts: AdapterFacts, *, merged: bool = False) -> str:
     ]
     if facts.exams:
         lines += ["", "## Held-out accuracy", "", *_exam_lines(facts.exams)]
-    lines += ["", "## Use", "", "```python", *_usage(base, merged=merged), "```", ""]
+    if merged or facts.is_peft:
+        lines += ["", "## Use", "", "```python", *_usage(base, merged=merged), "```", ""]
+    else:
+        lines += ["", "## Use", "", _NOT_PEFT, ""]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines)))
 
 
@@ -120,6 +133,7 @@ def _table(facts: AdapterFacts, base: str) -> dict[str, str]:
     rows = {
         "base model": base,
         "rank, alpha": f"{facts.rank}, {facts.alpha:g}",
+        **({"rank of one expert": str(facts.expert_rank)} if facts.expert_rank else {}),
         **_variant_rows(facts),
         "adapted layers": ", ".join(facts.target_modules),
     }
@@ -153,7 +167,7 @@ def _variant_rows(facts: AdapterFacts) -> dict[str, str]:
         "rslora": ": the scaling is alpha / sqrt(rank)",
     }
     start = f": trained at rank {facts.trained_rank}, its start subtracted; served as plain LoRA"
-    return {"variant": _VARIANT_NAMES[facts.variant] + served.get(facts.variant, start)}
+    return {"variant": VARIANT_NAMES[facts.variant] + served.get(facts.variant, start)}
 
 
 def _peft_variant(peft: dict[str, Any]) -> str:

@@ -189,7 +189,7 @@ def test_a_saved_adapter_loads_to_the_bit(make: Make, tmp_path: Path) -> None:
     adapter = save_adapter(policy, tmp_path / "adapters", version=1, run_name="r")
     assert lora_settings(adapter.path)["rank"] == 4
     raw = json.loads((adapter.path / "adapter_config.json").read_text())
-    assert (raw["r"], raw["rank_pattern"]["q_proj"]) == (2, 4)
+    assert (raw["r"], raw["rank_pattern"]["self_attn.q_proj"]) == (2, 4)
     other = make_policy(path, rank=4, seed=1)
     assert open_adapter(adapter.path, other).rank == 4
     assert torch.equal(logits_of(other.model), logits_of(policy.model))

@@ -193,9 +193,7 @@ def test_memory_plan_of_full_training_follows_the_models_dtype() -> None:
     assert sizes["optimizer"] == [8 * counts.base]
 
 
-@pytest.mark.parametrize(
-    "config_class", [LlamaConfig, Qwen3Config, MixtralConfig, Qwen3MoeConfig]
-)
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config, MixtralConfig, Qwen3MoeConfig])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activation_estimate_is_near_what_autograd_keeps(
     tmp_path: Path, config_class: Any, dtype: torch.dtype

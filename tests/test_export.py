@@ -83,6 +83,39 @@ def test_merged_model_computes_what_peft_computes(tmp_path: Path, layers: str, r
     assert hashes(base) == before
 
 
+@pytest.mark.parametrize("variant", ["rslora", "pissa", "olora", "dora"])
+def test_variants_merge_to_what_peft_computes(tmp_path: Path, variant: str) -> None:
+    base = base_model(tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapters", rank=2, variant=variant)
+    own = logits_of(load(export_merged(base, adapter, tmp_path / "merged")))
+    peft = logits_of(PeftModel.from_pretrained(load(base), str(adapter)).eval())
+    assert torch.allclose(own, peft, atol=1e-5)
+
+
+def test_dora_without_magnitudes_is_not_merged(tmp_path: Path) -> None:
+    base = base_model(tmp_path / "base")
+    adapter = adapter_of(base, tmp_path / "adapters", variant="dora")
+    file = adapter / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if "magnitude" not in n}, file)
+    with pytest.raises(UserError, match="a magnitude for each layer"):
+        export_merged(base, adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("variant", "row"),
+    [
+        ("dora", "| variant | DoRA; PEFT serves it, vLLM does not |"),
+        ("rslora", "| variant | rsLoRA: the scaling is alpha / sqrt(rank) |"),
+        ("pissa", "| variant | PiSSA: trained at rank 2, its start subtracted; served as plain"),
+    ],
+)
+def test_the_card_says_which_variant(tmp_path: Path, variant: str, row: str) -> None:
+    base = base_model(tmp_path / "base")
+    text = card_text(read_facts(adapter_of(base, tmp_path / "a", rank=2, variant=variant)))
+    assert row in text
+    assert f"| rank, alpha | {'4, 64' if variant == 'pissa' else '2, 32'} |" in text
+
+
 def test_one_weight_by_hand(tmp_path: Path) -> None:
     base = base_model(tmp_path / "base")
     adapter = adapter_of(base, tmp_path / "adapters", rank=2, alpha=6.0)

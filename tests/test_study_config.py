@@ -67,6 +67,19 @@ def test_cells_of_a_cost_class_differ_in_rate_and_seed_alone(tmp_path: Path) -> 
     assert moved.config.optim.lr == 0.5
 
 
+def test_variants_are_conditions_and_leave_the_keys_of_older_cells(tmp_path: Path) -> None:
+    file = write(tmp_path, STUDY)
+    (cell, *_) = cells_of(load_study(file))
+    assert {"variant", "lora_plus_ratio"}.isdisjoint(
+        cell._settings()["lora"].keys() | cell._settings()["optim"].keys()
+    )
+    # Full fine-tuning has neither: its cells are the same in both studies.
+    plus = cells_of(load_study(file, ["job.optim.lora_plus_ratio=16", "job.lora.variant=dora"]))
+    old = {c.key for c in cells_of(load_study(file))}
+    assert [c.key in old for c in plus] == [c.config.lora.mode == "full" for c in plus]
+    assert plus[0].condition == cell.condition._replace(variant="dora", lora_plus_ratio=16)
+
+
 def test_the_folder_is_no_part_of_a_cells_key(tmp_path: Path) -> None:
     one = cells_of(load_study(write(tmp_path, STUDY)))
     other = cells_of(load_study(write(tmp_path, STUDY), ["job.run.output_dir=elsewhere"]))

@@ -18,10 +18,12 @@ from rl_lora.study_figures import (
     draw_figure_2,
     draw_figure_3,
     draw_figure_8,
+    draw_figure_9,
     draw_study,
     envelope,
     mean_curve,
 )
+from rl_lora.study_table import condition_of, condition_text
 
 RANK_1, FULL = Condition("lora", 1, "all", False, 32), Condition("full", 0, "all", False, 32)
 
@@ -111,11 +113,39 @@ def test_figure_8_is_the_difference_to_the_largest_rank_seed_by_seed() -> None:
     assert list(line.get_ydata()) == pytest.approx([0.5, 0.5, 0.5])
 
 
+def variant_rows(arm: str) -> list[dict[str, Any]]:
+    more: list[dict[str, Any]] = [{}, {"variant": "dora"}, {"lora_plus_ratio": 16.0}]
+    return [
+        row(arm, seed, 1.0 + 0.1 * number + 0.2 * seed + lr, lr, **settings)
+        for number, settings in enumerate(more)
+        for seed in (0, 1)
+        for lr in (1e-3, 1e-2)
+    ]
+
+
+def test_figure_9_has_each_variant_at_its_best_rate() -> None:
+    axes = Figure().add_subplot()
+    draw_figure_9(axes, variant_rows("rl"))
+    labels = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert labels == [f"rank 1{name}\nrate 0.01" for name in ("", " DoRA", " LoRA+ 16")]
+    means = [float(bar.lines[0].get_ydata()[0]) for bar in axes.containers]  # type: ignore[attr-defined]
+    assert means == pytest.approx([1.11, 1.21, 1.31])  # of two seeds 0.2 apart
+
+
+def test_rows_of_older_tables_are_plain_lora() -> None:
+    assert condition_of(row("rl", 0, 1.0)) == RANK_1
+    assert condition_text(RANK_1._replace(variant="rslora", lora_plus_ratio=2.0)) == (
+        "rank 1 rsLoRA LoRA+ 2"
+    )
+
+
 @pytest.mark.parametrize(
     ("rows", "names"),
     [
         (sft_rows(), {"figure_1", "figure_2", "figure_3", "figure_4", "figure_5", "figure_8"}),
         (rl_rows(), {"figure_4", "figure_5", "figure_6", "figure_7", "figure_7b"}),
+        (variant_rows("sft"), {"figure_1", "figure_2", "figure_9"}),
+        (variant_rows("rl"), {"figure_6", "figure_7", "figure_7b", "figure_9"}),
         ([row("sft", 0, 1.0)], {"figure_1"}),
         ([row("rl", 0, 1.0)], {"figure_7", "figure_7b"}),
     ],

@@ -11,15 +11,25 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from rl_lora.adapter import lora_settings, open_adapter, save_adapter
 from rl_lora.batches import pack
-from rl_lora.config import AlgorithmSection, LoraSection, OptimSection, RunConfig, parse_config
+from rl_lora.config import (
+    AlgorithmSection,
+    LoraSection,
+    OptimSection,
+    RunConfig,
+    SamplingSection,
+    parse_config,
+)
 from rl_lora.errors import UserError
+from rl_lora.exam import exam
 from rl_lora.learner import Learner, parameter_groups
-from rl_lora.lora import LoraLinear
+from rl_lora.lora import LoraLinear, target_names
+from rl_lora.plan import matmul_counts, parameter_counts
 from rl_lora.policy import Policy
+from rl_lora.shapes import lay_out
 from rl_lora.snapshot import load_snapshot, save_snapshot
 from rl_lora.types import Microbatch, TrainSample
 from rl_lora.variants import (
@@ -33,6 +43,7 @@ from rl_lora.variants import (
     squared_norms,
     top_singular,
 )
+from rl_lora.vllm_settings import engine_settings
 from tests.tiny_models import make_policy, random_llama, shake
 
 VARIANTS = ("lora", "rslora", "pissa", "olora", "dora")
@@ -323,6 +334,39 @@ def test_the_checkpoint_of_a_plain_run_has_no_new_names(tmp_path: Path) -> None:
     assert {name.rsplit(".", 2)[-2] for name in policy.state_tensors()} == {"lora_A", "lora_B"}
 
 
+# --- accounts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counts_are_those_of_the_policy(variant: str, tmp_path: Path) -> None:
+    path = random_llama(tmp_path / "model")
+    policy = make_policy(path, rank=2, variant=variant)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    counts = parameter_counts(model, policy.lora)
+    assert counts.trainable == sum(p.numel() for p in policy.trainable().values())
+    # Of a square layer 2 N^2 + 6 N R, with R the rank that is computed.
+    plain = matmul_counts(model, LoraSection(rank=2))
+    served = matmul_counts(model, LoraSection(rank=served_rank(policy.lora)))
+    assert matmul_counts(model, policy.lora) == served
+    assert (served.lora > plain.lora) is (variant in ("pissa", "olora"))
+
+
+def test_the_engine_gets_a_slot_for_the_served_rank(tmp_path: Path) -> None:
+    path = random_llama(tmp_path / "model")
+    slots = {}
+    for variant in ("lora", "pissa"):
+        settings = engine_settings(
+            path,
+            SamplingSection(),
+            LoraSection(rank=8, variant=variant),  # type: ignore[arg-type]
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            max_model_len=64,
+        )
+        slots[variant] = settings["max_lora_rank"]
+    assert slots == {"lora": 8, "pissa": 16}
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -347,6 +391,32 @@ def test_dora_with_the_torch_sampler_is_a_job() -> None:
     raw = {"lora": {"variant": "dora"}, "sampling": {"backend": "torch"}}
     assert parse_config(raw).lora.variant == "dora"
     assert RunConfig().lora.variant == "lora"
+
+
+def test_an_exam_of_dora_in_vllm_is_refused_before_any_work(tmp_path: Path) -> None:
+    path = random_llama(tmp_path / "model")
+    adapter = save_adapter(
+        make_policy(path, variant="dora"), tmp_path / "a", version=1, run_name="r"
+    )
+    config = tmp_path / "exam.toml"
+    config.write_text(f'[model]\nname = "{path}"\n')
+    with pytest.raises(UserError, match=r'v000001: .*vLLM serves no DoRA.*backend="torch"'):
+        exam(config, [f"run.output_dir={tmp_path}"], str(adapter.path), "x")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("variant", ["rslora", "pissa", "olora", "dora"])
+def test_experts_have_plain_lora_alone(variant: str) -> None:
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = lay_out(config)
+    section = LoraSection(rank=2, variant=variant)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=rf"lora\.variant='{variant}': the experts of Mixtral"):
+        target_names(model, section)
+    attention = section.model_copy(update={"layers": "attention"})
+    assert len(target_names(model, attention)) == 4
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora"])

@@ -195,7 +195,7 @@ def test_a_resumed_run_on_the_gpu_ends_where_an_unbroken_one_does(
     whole = run("whole", 4)
     run("broken", 2)
     broken = run("broken", 4, resume=True)
-    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert max(float((whole[name] - broken[name]).abs().max()) for name in whole) == 0
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="of a CUDA device alone")

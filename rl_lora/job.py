@@ -72,7 +72,7 @@ def open_job(
             from rl_lora.policy import pick_device
             from rl_lora.vllm_settings import check_mixture
 
-            check_mixture(model_dir, config.lora, pick_device(config.model.device))
+            check_mixture(model_dir, pick_device(config.model.device))
         prompts = load_prompts(
             config.data,
             tokenizer,

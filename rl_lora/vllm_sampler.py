@@ -80,7 +80,7 @@ class VllmSampler:
         """
         check_model(model_dir, max_model_len)
         _check_device(device, lora)
-        check_mixture(model_dir, lora, device)
+        check_mixture(model_dir, device)
         vllm = import_vllm(device)
         if device.type == "cpu":
             check_cpu_heads(model_dir)

@@ -117,17 +117,18 @@ def head_size(model_config: dict[str, Any]) -> int:
     )
 
 
-def check_mixture(model_dir: Path, lora: LoraSection, device: torch.device) -> None:
-    """Raises UserError where vLLM does not serve adapters of this model on this device.
+def check_mixture(model_dir: Path, device: torch.device) -> None:
+    """Raises UserError where the model is a mixture of experts and the device a CPU.
 
     With adapters in the engine vLLM (0.32) computes any mixture's experts by Triton kernels, also
-    those without an adapter; on a CPU the first sample ends in an AttributeError within them.
+    those without an adapter, and the first sample ends in an AttributeError within them; without,
+    it goes on with wrong experts once weights are reloaded (tests/test_moe_vllm.py shows both).
     """
-    is_mixture = any(read_config(model_dir).get(key) for key in NUM_EXPERTS_KEYS)
-    if is_mixture and lora.mode == "lora" and device.type == "cpu":
+    if device.type == "cpu" and any(read_config(model_dir).get(key) for key in NUM_EXPERTS_KEYS):
         raise UserError(
-            f"model {model_dir} is a mixture of experts, and vLLM serves no adapters of one on a "
-            'CPU, those on attention alone neither; set sampling.backend="torch"'
+            f"model {model_dir} is a mixture of experts, and on a CPU vLLM serves neither adapters "
+            "(those on attention alone included) nor new weights of one; set "
+            'sampling.backend="torch"'
         )
 
 

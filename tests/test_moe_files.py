@@ -12,11 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl_lora import vllm_settings
 from rl_lora.adapter import is_peft_loadable, load_tensors, open_adapter, save_adapter
 from rl_lora.card import card_text, read_facts
 from rl_lora.cli import main
-from rl_lora.config import LoraSection, ModelSection, load_config
+from rl_lora.config import ModelSection, load_config
 from rl_lora.errors import UserError
 from rl_lora.export import export_merged
 from rl_lora.fit_adapter import common_settings, fitted
@@ -25,9 +24,11 @@ from rl_lora.sft_config import load_sft_config
 from rl_lora.sft_run import fine_tune
 from rl_lora.train import train
 from rl_lora.vllm_process import process_kept
+from rl_lora.vllm_settings import check_mixture
 from tests.tiny_models import (
     make_policy,
     random_mixtral,
+    random_olmoe,
     random_qwen2_moe,
     random_qwen3_moe,
     shake,
@@ -35,7 +36,9 @@ from tests.tiny_models import (
 
 ROOT = Path(__file__).resolve().parents[1]
 IDS_BT = torch.arange(1, 25).reshape(2, 12)
-each_mixture = pytest.mark.parametrize("make", [random_mixtral, random_qwen3_moe, random_qwen2_moe])
+each_mixture = pytest.mark.parametrize(
+    "make", [random_mixtral, random_qwen3_moe, random_qwen2_moe, random_olmoe]
+)
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -203,10 +206,8 @@ def test_vllm_on_a_cpu_is_refused_before_any_work(
     code = main(["train", str(ROOT / "configs" / "smoke.toml"), *overrides])
     assert code == 2
     error = capsys.readouterr().err
-    assert "vLLM serves no adapters of one on a CPU" in error
+    assert "on a CPU vLLM serves neither adapters (those on attention alone included)" in error
     assert 'set sampling.backend="torch"' in error
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    vllm_settings.check_mixture(model, LoraSection(mode="full"), cpu)
-    vllm_settings.check_mixture(model, LoraSection(), cuda)
-    with pytest.raises(UserError, match="those on attention alone neither"):
-        vllm_settings.check_mixture(model, LoraSection(layers="attention"), cpu)
+    check_mixture(model, torch.device("cuda"))
+    with pytest.raises(UserError, match="is a mixture of experts"):
+        check_mixture(model, torch.device("cpu"))

@@ -28,13 +28,16 @@ from tests.tiny_models import (
     make_policy,
     random_llama,
     random_mixtral,
+    random_olmoe,
     random_qwen2_moe,
     random_qwen3_moe,
     shake,
 )
 
 IDS_BT = torch.arange(1, 25).reshape(2, 12)
-each_mixture = pytest.mark.parametrize("make", [random_mixtral, random_qwen3_moe, random_qwen2_moe])
+each_mixture = pytest.mark.parametrize(
+    "make", [random_mixtral, random_qwen3_moe, random_qwen2_moe, random_olmoe]
+)
 Make = Callable[..., Path]
 
 
@@ -165,7 +168,7 @@ def test_training_moves_every_expert_at_work_and_no_base_weight(make: Make, tmp_
 
 
 @pytest.mark.parametrize("layers", ["all", "mlp", "attention"])
-@pytest.mark.parametrize("make", [random_mixtral, random_qwen3_moe])
+@pytest.mark.parametrize("make", [random_mixtral, random_qwen3_moe, random_olmoe])
 def test_peft_computes_what_we_compute(make: Make, layers: str, tmp_path: Path) -> None:
     path = make(tmp_path / "m")
     policy = make_policy(path, rank=4, layers=layers)

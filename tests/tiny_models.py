@@ -11,6 +11,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3Config,
@@ -120,4 +122,12 @@ def random_qwen2_moe(path: Path, **more: Any) -> Path:
     sizes = {"num_experts": 4, "moe_intermediate_size": 24, "intermediate_size": 48}
     sizes |= {"shared_expert_intermediate_size": 40}
     Qwen2MoeForCausalLM(Qwen2MoeConfig(**(_MIXTURE | sizes | more))).save_pretrained(path)
+    return path
+
+
+def random_olmoe(path: Path, **more: Any) -> Path:
+    """The same size in OLMoE's shape."""
+    torch.manual_seed(0)
+    sizes = {"num_experts": 4, "intermediate_size": 24}
+    OlmoeForCausalLM(OlmoeConfig(**(_MIXTURE | sizes | more))).save_pretrained(path)
     return path

@@ -28,6 +28,7 @@ class Capacity:
     unit: Literal["tokens", "episodes"]  # supervised, or reinforcement learning
     num_units: int
     num_parameters: int  # in training
+    num_fixed: int = 0  # of them, those that a higher rank has no more of (DoRA's magnitudes)
 
     @property
     def held_bits(self) -> float:
@@ -47,11 +48,14 @@ class Capacity:
 
 
 def rank_that_holds(capacity: Capacity, rank: int, multiple_of: int = 1) -> int:
-    """The least rank that would hold what is offered, parameters being proportional to rank.
+    """The least rank that would hold what is offered, parameters being proportional to rank but
+    for the fixed ones.
 
     multiple_of: active experts of a mixture, which share a rank.
     """
-    least = math.ceil(rank * capacity.offered_bits / capacity.held_bits)
+    fixed_bits = BITS_PER_PARAMETER * capacity.num_fixed
+    share = (capacity.offered_bits - fixed_bits) / (capacity.held_bits - fixed_bits)
+    least = math.ceil(rank * share)
     return multiple_of * math.ceil(least / multiple_of)
 
 

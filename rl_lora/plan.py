@@ -50,6 +50,7 @@ class ParameterCounts:
     lm_head_adapter: int  # what an adapter on lm_head adds
     trainable: int  # by lora.mode and lora.lm_head
     num_targets: int  # matrices with an adapter, lm_head included if it has one
+    fixed: int = 0  # of the trainable ones, those that are as many at any rank: DoRA's magnitudes
 
     @property
     def adapter_with_lm_head(self) -> int:
@@ -102,6 +103,9 @@ def parameter_counts(model: nn.Module, lora: LoraSection) -> ParameterCounts:
         num_targets=len(sizes)
         - (0 if lora.lm_head else sum(map(_is_lm_head, sizes)))
         + (experts.num_matrices if experts.adapter else 0),
+        fixed=sum(
+            num_magnitudes(lora.variant, own.out_features) for _, own in _targets(model, lora)
+        ),
     )
 
 
@@ -153,7 +157,7 @@ def print_plan(
     matmuls = matmul_counts(model, config.lora)
     sampling, num_steps = config.sampling, config.run.num_steps
     num_episodes = num_steps * sampling.num_prompts * sampling.num_samples
-    capacity = Capacity("episodes", num_episodes, counts.trainable)
+    capacity = Capacity("episodes", num_episodes, counts.trainable, counts.fixed)
     table = parameter_table(config.model, config.lora, counts, matmuls, origin)
     table.add_row("capacity", capacity_line(capacity))
     longest = config.data.max_prompt_tokens + sampling.max_tokens
@@ -179,7 +183,7 @@ def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
     matmuls = matmul_counts(model, config.lora)
     seen = config.run.num_steps * config.sft.batch_size
     num_tokens, how = _sft_tokens(config, model_config, model_dir)
-    capacity = Capacity("tokens", num_tokens, counts.trainable)
+    capacity = Capacity("tokens", num_tokens, counts.trainable, counts.fixed)
     table = parameter_table(config.model, config.lora, counts, matmuls, origin)
     table.add_row("completion tokens to learn", f"{num_tokens:,} ({how})")
     table.add_row("capacity", capacity_line(capacity))

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from rl_lora.adapter import lora_settings, open_adapter, save_adapter
 from rl_lora.batches import pack
+from rl_lora.capacity import Capacity, rank_that_holds
 from rl_lora.config import (
     AlgorithmSection,
     LoraSection,
     OptimSection,
     RunConfig,
-    SamplingSection,
     parse_config,
 )
 from rl_lora.errors import UserError
@@ -43,7 +43,6 @@ from rl_lora.variants import (
     squared_norms,
     top_singular,
 )
-from rl_lora.vllm_settings import engine_settings
 from tests.tiny_models import make_policy, random_llama, shake
 
 VARIANTS = ("lora", "rslora", "pissa", "olora", "dora")
@@ -344,6 +343,8 @@ def test_counts_are_those_of_the_policy(variant: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(path)
     counts = parameter_counts(model, policy.lora)
     assert counts.trainable == sum(p.numel() for p in policy.trainable().values())
+    lengths = [n for n in policy.trainable() if n.endswith("magnitude.value")]
+    assert counts.fixed == sum(policy.trainable()[n].numel() for n in lengths)
     # Of a square layer 2 N^2 + 6 N R, with R the rank that is computed.
     plain = matmul_counts(model, LoraSection(rank=2))
     served = matmul_counts(model, LoraSection(rank=served_rank(policy.lora)))
@@ -351,20 +352,12 @@ def test_counts_are_those_of_the_policy(variant: str, tmp_path: Path) -> None:
     assert (served.lora > plain.lora) is (variant in ("pissa", "olora"))
 
 
-def test_the_engine_gets_a_slot_for_the_served_rank(tmp_path: Path) -> None:
-    path = random_llama(tmp_path / "model")
-    slots = {}
-    for variant in ("lora", "pissa"):
-        settings = engine_settings(
-            path,
-            SamplingSection(),
-            LoraSection(rank=8, variant=variant),  # type: ignore[arg-type]
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            max_model_len=64,
-        )
-        slots[variant] = settings["max_lora_rank"]
-    assert slots == {"lora": 8, "pissa": 16}
+def test_the_rank_that_holds_counts_magnitudes_once() -> None:
+    # Rank 2 with 40 numbers a rank and 20 magnitudes: 100 parameters, 200 bits. 500 bits take 250
+    # parameters, of which 230 are by rank: 5.75.
+    capacity = Capacity("episodes", 500, num_parameters=100, num_fixed=20)
+    assert rank_that_holds(capacity, rank=2) == 6
+    assert rank_that_holds(Capacity("episodes", 500, num_parameters=100), rank=2) == 5
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -39,6 +39,28 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(MACHINE_KEYS)} for row in rows]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "setting",
+    [*(f"lora.variant={name}" for name in ("rslora", "pissa", "olora", "dora")),
+     "optim.lora_plus_ratio=16"],
+)  # fmt: skip
+def test_variants_train_under_the_proofs_of_a_live_adapter_and_resume(
+    tmp_path: Path, setting: str
+) -> None:
+    whole = ["lora.rank=2", "optim.lr=1e-4", "run.name=whole", setting]
+    train(smoke(tmp_path, *whole), quiet=True)
+    parts = [*whole[:2], "run.name=parts", setting]
+    train(smoke(tmp_path, *parts, "run.num_steps=2"), quiet=True)
+    train(smoke(tmp_path, *parts), resume=True, quiet=True)
+    rows, again = (metrics_of(tmp_path / name) for name in ("whole", "parts"))
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["mismatch/kl"] < 1e-7 for row in rows)
+    assert rows == again
+    final, resumed = (load_tensors(tmp_path / name / "adapter") for name in ("whole", "parts"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in final.items())
+
+
 def test_a_run_leaves_its_records(tmp_path: Path) -> None:
     outcome = train(smoke(tmp_path, "run.eval_every=2", "run.loggers=['tensorboard']"), quiet=True)
     run = tmp_path / "smoke"

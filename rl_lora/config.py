@@ -55,6 +55,10 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: by a matmul probe of the device
 
 
+# What the papers call them; plain LoRA is not among them.
+VARIANT_NAMES = {"rslora": "rsLoRA", "pissa": "PiSSA", "olora": "OLoRA", "dora": "DoRA"}
+
+
 class LoraSection(Section):
     """The policy: W' = W + (alpha / rank) B A ('LoRA Without Regret', set-up)."""
 

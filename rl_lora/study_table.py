@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from rl_lora import jsonl
+from rl_lora.config import VARIANT_NAMES
 from rl_lora.errors import UserError
 from rl_lora.rate_sweep import Goal
 from rl_lora.runlog import METRICS_FILE
 from rl_lora.study_config import Cell, Condition
-from rl_lora.variants import VARIANT_NAMES
 
 TABLE_FILE = "results.jsonl"
 CURVE_POINTS = 40  # of a row's curves: the table stays small

@@ -31,8 +31,6 @@ from torch import Tensor, nn
 from rl_lora.config import LoraSection
 from rl_lora.errors import UserError
 
-# As their papers write them.
-VARIANT_NAMES = {"dora": "DoRA", "rslora": "rsLoRA", "pissa": "PiSSA", "olora": "OLoRA"}
 _EXACT_UP_TO = 2048  # shorter side of a weight whose singular vectors are found by an eigensolver
 _OVERSAMPLING = 8  # further columns of the subspace iteration, and its rounds
 _NUM_ROUNDS = 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from rl_lora.adapter import lora_settings, open_adapter, save_adapter
 from rl_lora.batches import pack
 from rl_lora.capacity import Capacity, rank_that_holds
 from rl_lora.config import (
+    VARIANT_NAMES,
     AlgorithmSection,
     LoraSection,
     OptimSection,
@@ -378,6 +379,11 @@ def test_combinations_that_do_not_exist_are_refused(settings: dict[str, Any], me
     with pytest.raises(UserError, match=message) as caught:
         parse_config(settings)
     assert "\n" not in str(caught.value)
+
+
+def test_every_variant_has_a_name() -> None:
+    assert set(VARIANT_NAMES) == set(VARIANTS) - {"lora"}
+    assert set(get_args(LoraSection.model_fields["variant"].annotation)) == set(VARIANTS)
 
 
 def test_dora_with_the_torch_sampler_is_a_job() -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rl_lora.config import RunConfig
+from rl_lora.config import VARIANT_NAMES, RunConfig
 from rl_lora.display import seconds_text
 from rl_lora.evaluate import EvalResult
 from rl_lora.report.blocks import Section, Table, Tile
@@ -140,11 +140,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def policy_name(run: RunRecord) -> str:
-    """LoRA rank 8, or full fine-tuning."""
+    """LoRA rank 8, DoRA rank 8, or full fine-tuning."""
     mode, rank = run.setting("lora", "mode"), run.setting("lora", "rank")
     if mode is None:
         return "–"
-    return "all weights" if mode == "full" else f"LoRA rank {rank}"
+    kind = VARIANT_NAMES.get(str(run.setting("lora", "variant")), "LoRA")
+    return "all weights" if mode == "full" else f"{kind} rank {rank}"
 
 
 def accuracy_text(result: EvalResult) -> str:

@@ -49,6 +49,7 @@ def pack(
     num_updates: int = 1,
     share_prompts: bool = False,
     keep_zero_advantage: bool = False,
+    slack: int = 0,
 ) -> list[list[Microbatch]]:
     """[num_updates][microbatches] for the learner.
 
@@ -60,6 +61,7 @@ def pack(
         keep_zero_advantage: keeps samples without gradient (needed for a KL loss). Without it they
             are skipped, still counted in the denominator; where every sample of an update is such a
             one, the shortest sequences stay, so that the sampler can still be checked.
+        slack: query-key pairs that attention over shared prompts may waste (`segments.SLACK`).
     """
     updates = []
     for chunk in _split(samples, num_updates):
@@ -74,7 +76,9 @@ def pack(
         else:
             rows = sorted((_Row(s.prompt_ids, [s]) for s in kept), key=lambda row: row.width)
             parts = _by_budget(rows, microbatch_tokens)
-        updates.append([_microbatch(part, weight_of, is_flat=share_prompts) for part in parts])
+        updates.append(
+            [_microbatch(part, weight_of, is_flat=share_prompts, slack=slack) for part in parts]
+        )
     return updates
 
 
@@ -183,7 +187,9 @@ def _by_budget(rows: Sequence[_Row], budget: int) -> Iterator[list[_Row]]:
         yield together
 
 
-def _microbatch(rows: Sequence[_Row], weight_of: dict[int, float], *, is_flat: bool) -> Microbatch:
+def _microbatch(
+    rows: Sequence[_Row], weight_of: dict[int, float], *, is_flat: bool, slack: int = 0
+) -> Microbatch:
     """Rows end to end in one (flat), or one under the other with padding."""
     num_tokens = sum(row.width for row in rows)
     shape = (1, num_tokens) if is_flat else (len(rows), max(row.width for row in rows))
@@ -211,7 +217,7 @@ def _microbatch(rows: Sequence[_Row], weight_of: dict[int, float], *, is_flat: b
     return Microbatch(
         token_ids_BT=token_ids_BT,
         position_BT=position_BT if is_flat else None,
-        layout=make_layout(segments, num_tokens) if is_flat else None,
+        layout=make_layout(segments, num_tokens, slack) if is_flat else None,
         row_C=torch.tensor(scored.row),
         column_C=torch.tensor(scored.column),
         target_ids_C=torch.tensor(scored.target),

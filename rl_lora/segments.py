@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 _WASTE = 1.3  # a bucket's padded block may be this much larger than what is needed
+# Query-key pairs that a bucket may waste besides, by kind of device: a GPU computes so many (1 Mi
+# pairs of 16 heads of 64 are 4 GFLOP) sooner than it launches the kernels of one bucket more.
+SLACK = {"cpu": 0, "cuda": 2**20}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,10 @@ class Layout:
         return Layout(buckets, self.output_T.to(device))
 
 
-def make_layout(segments: Sequence[Segment], num_tokens: int) -> Layout:
-    """Buckets of segments that cover a row of num_tokens tokens."""
+def make_layout(segments: Sequence[Segment], num_tokens: int, slack: int = 0) -> Layout:
+    """Buckets of segments that cover a row of num_tokens tokens; slack: see SLACK."""
     buckets, output_T, offset = [], torch.empty(num_tokens, dtype=torch.int64), 0
-    for together in _alike(segments):
+    for together in _alike(segments, slack):
         bucket = _bucket(together)
         num_queries = bucket.query_SQ.shape[1]
         for index, segment in enumerate(together):
@@ -74,14 +77,15 @@ def make_layout(segments: Sequence[Segment], num_tokens: int) -> Layout:
     return Layout(tuple(buckets), output_T)
 
 
-def _alike(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+def _alike(segments: Sequence[Segment], slack: int) -> Iterator[list[Segment]]:
     """Runs of segments, sorted by length, whose common block wastes little."""
     together: list[Segment] = []
     for segment in sorted(segments, key=lambda s: (s.length, s.prefix_length)):
         trial = [*together, segment]
         needed = sum(s.length * (s.prefix_length + s.length) for s in trial)
         num_keys = max(s.prefix_length + s.length for s in trial)
-        if together and len(trial) * segment.length * num_keys > _WASTE * needed:
+        computed = len(trial) * segment.length * num_keys
+        if together and computed > _WASTE * needed and computed - needed > slack:
             yield together
             trial = [segment]
         together = trial

@@ -29,6 +29,7 @@ from rl_lora.rollouts import sample_groups, score_groups
 from rl_lora.run_record import check_same_job, read_record, write_record
 from rl_lora.runlog import RunLog
 from rl_lora.sampler import mix_seed
+from rl_lora.segments import SLACK
 from rl_lora.sft import has_solutions, warm_start
 from rl_lora.snapshot import load_snapshot, resume_step, save_snapshot
 from rl_lora.system import SystemMeter
@@ -151,6 +152,7 @@ class Run:
             num_updates=config.optim.num_updates,
             share_prompts=config.optim.share_prompts and policy.can_share_prompts,
             keep_zero_advantage=config.algorithm.kl == "loss",
+            slack=SLACK.get(policy.device.type, 0),
         )
         metrics = self.learner.update(updates)
         check_step(metrics, policy.dtype, config.sampling.max_kl)

@@ -22,6 +22,7 @@ from rl_lora.config import AlgorithmSection, LoraSection, ModelSection, OptimSec
 from rl_lora.learner import Learner
 from rl_lora.memory_plan import machine_bytes
 from rl_lora.policy import Policy, pick_device
+from rl_lora.segments import SLACK
 from rl_lora.train import train
 from rl_lora.types import Microbatch, TrainSample
 from tests.tiny_models import VOCAB, random_llama, random_qwen3
@@ -58,6 +59,7 @@ def batches(*, share_prompts: bool, tokens: int = 128) -> list[Microbatch]:
         max_tokens=32,
         microbatch_tokens=tokens,
         share_prompts=share_prompts,
+        slack=SLACK["cuda"],
     )
     return update
 

@@ -52,6 +52,7 @@ def whole_step(size: Size) -> Built:
                 completions_N_G = sample_groups(
                     job.sampler, prompts_N, run.params(), version=run.step
                 )
+                job.sampler.rest()
             with timed(out, "score"):
                 groups_N = score_groups(prompts_N, completions_N_G, job.reward)
             groups_N = with_rewards(groups_N, size.rewards())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rl_lora.config import LoraSection
 from rl_lora.errors import UserError
 from rl_lora.lora_products import lora_products
+from rl_lora.lora_swiglu import join_swiglu
 from rl_lora.moe import ROUTERS, attach_expert_lora, check_experts, has_experts
 from rl_lora.sampler import mix_seed
 from rl_lora.switch import adapters_are_off, adapters_off
@@ -165,6 +166,7 @@ def attach_lora(model: nn.Module, section: LoraSection, seed: int) -> list[str]:
         setattr(model.get_submodule(parent), child, layer)
     for parent in {name.rpartition(".")[0] for name in names}:
         _join_siblings(model.get_submodule(parent))
+        join_swiglu(model.get_submodule(parent))
     return names
 
 

@@ -27,6 +27,9 @@ class Sampler(Protocol):
         """Log-probs in nats at temperature 1 of tokens 1, 2, ... of each sequence given those
         before, under the adapter in use: one fewer than the sequence has tokens."""
 
+    def rest(self) -> None:
+        """Gives memory back that only sampling needs; the next call takes it again."""
+
     def close(self) -> None:
         """Frees the engine; a second call does nothing."""
 

@@ -111,6 +111,9 @@ class TorchSampler:
             adapter_version=self._version,
         )
 
+    def rest(self) -> None:
+        """Nothing is held between calls: the cache lives as long as a call."""
+
     def close(self) -> None:
         """Nothing to free: the weights are the policy's."""
 

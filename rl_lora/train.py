@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from rl_lora import cpu_memory
 from rl_lora.adapter import remove_old, save_adapter
 from rl_lora.advantages import ADVANTAGES
 from rl_lora.batches import make_samples, pack
@@ -155,6 +156,7 @@ class Run:
             slack=SLACK.get(policy.device.type, 0),
         )
         metrics = self.learner.update(updates)
+        cpu_memory.trim()
         check_step(metrics, policy.dtype, config.sampling.max_kl)
         return metrics
 
@@ -260,6 +262,7 @@ def loop(run: Run, log: RunLog) -> None:
                 completions_N_G = sample_groups(
                     job.sampler, prompts_N, run.params(), version=run.step
                 )
+                job.sampler.rest()  # the learner's turn
             with timer.phase("score"):
                 groups_N = score_groups(prompts_N, completions_N_G, job.reward)
             with timer.phase("learn"):

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -20,10 +22,12 @@ from typing import Any, ClassVar
 import torch
 from pydantic import ValidationError
 
+from rl_lora import cpu_memory
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION, sample_seed
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
+from rl_lora.vllm_merge import MergedWeights, read_terms
 from rl_lora.vllm_process import (
     check_cpu_heads,
     import_vllm,
@@ -36,6 +40,7 @@ from rl_lora.vllm_settings import (
     check_mixture,
     check_model,
     engine_settings,
+    merges_adapter,
 )
 
 __all__ = ["CPU_MEMORY_SHARE", "CPU_NUM_SEQS", "OnProgress", "VllmSampler"]
@@ -93,15 +98,23 @@ class VllmSampler:
         self._end_token_ids = list(end_token_ids)
         self._adapter: Adapter | None = None
         self._known: dict[str, tuple[int, str]] = {}  # adapter name -> (vLLM's id, fingerprint)
-        settings = engine_settings(
-            model_dir, sampling, lora, dtype=dtype, device=device, max_model_len=max_model_len
-        )
-        self._runs_eager = bool(settings["enforce_eager"])
-        self._on_cpu = device.type == "cpu"
-        self._engine = _make_engine(vllm, settings, self._on_cpu)
         self._vllm = vllm
+        self._on_cpu = device.type == "cpu"
+        self._rests = False
+        merges = merges_adapter(sampling, lora, dtype=dtype, device=device)
+        settings = partial(
+            engine_settings, model_dir, sampling, lora, dtype=dtype, device=device,
+            max_model_len=max_model_len,
+        )  # fmt: skip
+        self._runs_eager = bool(settings(is_merged=merges)["enforce_eager"])
+        self._engine = _make_engine(vllm, settings(is_merged=merges), self._on_cpu)
+        self._merged = self._merged_weights(sampling) if merges else None
+        if merges and self._merged is None:
+            self._shut_down()
+            self._engine = _make_engine(vllm, settings(is_merged=False), self._on_cpu)
         self._tokenizer = self._engine.get_tokenizer()
         VllmSampler._open = weakref.ref(self)
+        self.rest()
 
     def use(self, adapter: Adapter | None) -> None:
         """Samples from this version from now on; None: from the base alone.
@@ -120,6 +133,9 @@ class VllmSampler:
             _check_files(adapter)
         if self._is_full:
             self._load_full(adapter)
+        elif self._merged is not None:
+            self._check_name(adapter)
+            self._merged.want(read_terms(adapter) if adapter else {})
         elif adapter is not None:
             request = self._lora_request(adapter)
             try:
@@ -194,29 +210,76 @@ class VllmSampler:
             logprobs_N.append(list(scored.logprobs))
         return logprobs_N
 
+    def rest(self) -> None:
+        """On a CPU, gives back the memory that sampling alone needs: the KV cache's pages, and the
+        merged weights, which the next call makes anew in half a percent of a step."""
+        if not self._on_cpu or self._live_engine().has_unfinished_requests():
+            return
+        if self._merged is not None:
+            self._merged.drop()
+        self._reset_cache()
+        self._engine.collective_rpc(_forget_cache)
+        cpu_memory.trim()
+        self._rests = True
+
     def close(self) -> None:
         """Frees the engine's weights, cache and process groups; a second call does nothing."""
         if self._engine is None:
             return
+        self._shut_down()
+        VllmSampler._open = None
+
+    def _shut_down(self) -> None:
+        self._merged = None
         with process_kept():
             self._engine.engine_core.shutdown()
             self._engine = None
             gc.collect()
-        VllmSampler._open = None
+
+    def _wake(self) -> None:
+        """The weights wanted, in an engine that has given its memory back or has other ones."""
+        if self._rests:
+            cpu_memory.trim()  # what the learner has left
+            self._rests = False
+        if self._merged is not None and self._merged.ensure():
+            self._reset_cache()
+
+    def _merged_weights(self, sampling: SamplingSection) -> MergedWeights | None:
+        """None where the engine's layers are not known well enough to merge into."""
+        (model,) = self._engine.apply_model(lambda model: model)
+        try:
+            return MergedWeights(model, self._model_dir)
+        except LookupError as error:
+            if sampling.merge_adapter:
+                raise UserError(
+                    f"sampling.merge_adapter=true: {error.args[0]}, of {self._model_dir}; leave "
+                    "it out"
+                ) from error
+            warnings.warn(
+                f"adapters go through vLLM's LoRA layers, which are slower: {error.args[0]}",
+                stacklevel=2,
+            )
+            return None
 
     def _live_engine(self) -> Any:
         if self._engine is None:
             raise RuntimeError("this VllmSampler is closed")
         return self._engine
 
-    def _lora_request(self, adapter: Adapter) -> Any:
+    def _check_name(self, adapter: Adapter | None) -> int:
+        """vLLM's number for the adapter's name. Raises StaleAdapterError as `use` says."""
+        if adapter is None:
+            return 0
         known = self._known.setdefault(adapter.name, (len(self._known) + 1, adapter.fingerprint))
         if known[1] != adapter.fingerprint:
             raise StaleAdapterError(
                 f"adapter name {adapter.name!r} was used before for other weights; vLLM's prefix "
                 "cache goes by the name, so that each version needs its own"
             )
-        return self._vllm.LoRARequest(adapter.name, known[0], str(adapter.path))
+        return known[0]
+
+    def _lora_request(self, adapter: Adapter) -> Any:
+        return self._vllm.LoRARequest(adapter.name, self._check_name(adapter), str(adapter.path))
 
     def _load_full(self, adapter: Adapter | None) -> None:
         """Replaces the engine's weights, and forgets what was computed with the old ones."""
@@ -225,6 +288,9 @@ class VllmSampler:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
             if self._on_cpu:
                 self._engine.apply_model(_repack_head)
+        self._reset_cache()
+
+    def _reset_cache(self) -> None:
         if not self._engine.reset_prefix_cache():
             raise StaleAdapterError("vLLM kept its prefix cache although the weights changed")
 
@@ -262,7 +328,9 @@ class VllmSampler:
     def _run(self, requests: dict[str, _Request], on_progress: OnProgress | None) -> dict[str, Any]:
         """The final output of each request, each checked to come from the adapter in use."""
         engine = self._live_engine()
-        lora = self._lora_request(self._adapter) if self._adapter and not self._is_full else None
+        self._wake()
+        has_own_layers = not self._is_full and self._merged is None
+        lora = self._lora_request(self._adapter) if self._adapter and has_own_layers else None
         outputs: dict[str, Any] = {}
         num_tokens = 0
         try:
@@ -341,12 +409,22 @@ def _make_engine(vllm: SimpleNamespace, settings: dict[str, Any], on_cpu: bool) 
 
             stack.enter_context(vllm_cpu_lora.installed())
         try:
-            return vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**settings))
+            engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**settings))
+            if on_cpu:
+                from rl_lora import vllm_cpu_sampler
+
+                engine.collective_rpc(vllm_cpu_sampler.install)
+            return engine
         except ValueError as error:
             raise UserError(
                 f"vLLM does not serve {settings['model']}: {_one_line(error)}; "
                 "sampling.backend=torch serves any model of transformers"
             ) from error
+
+
+def _forget_cache(worker: Any) -> None:
+    """Gives the pages of a worker's KV cache back; the blocks are zero, as at the start."""
+    cpu_memory.forget(worker.model_runner.kv_caches)
 
 
 def _repack_head(model: torch.nn.Module) -> None:

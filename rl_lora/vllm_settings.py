@@ -29,8 +29,11 @@ def engine_settings(
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,
+    is_merged: bool,
 ) -> dict[str, Any]:
     """Engine arguments of vLLM for the machine (LOG.md has the measurements).
+
+    is_merged: adapters are added to the engine's weights, so that it needs no LoRA layers.
 
     Raises:
         UserError: not even one sequence of max_model_len tokens fits into memory (CPU).
@@ -66,13 +69,32 @@ def engine_settings(
         )
     else:
         settings["gpu_memory_utilization"] = sampling.memory_fraction
-    if lora.mode == "lora":
+    if lora.mode == "lora" and not is_merged:
         rank = served_rank(lora)
         settings["enable_lora"] = True
         settings["max_lora_rank"] = next(slot for slot in RANK_SLOTS if slot >= rank)
         settings["max_loras"] = 1
         settings["lora_dtype"] = dtype
     return settings
+
+
+def merges_adapter(
+    sampling: SamplingSection, lora: LoraSection, *, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether the engine adds adapters to its own copy of the weights (`vllm_merge`).
+
+    Raises:
+        UserError: that is asked for where the sum would round the adapter away, or on a GPU.
+    """
+    if lora.mode != "lora":
+        return False
+    fits = device.type == "cpu" and dtype == torch.float32
+    if sampling.merge_adapter and not fits:
+        raise UserError(
+            f"sampling.merge_adapter=true with {dtype} on {device.type}: it is for float32 on a "
+            "CPU, where it rounds nothing away; leave it out, or set model.dtype='float32'"
+        )
+    return fits if sampling.merge_adapter is None else sampling.merge_adapter
 
 
 def cpu_cache_bytes(

@@ -26,7 +26,12 @@ MAY_IMPORT_REWARDS = {
     "rl_lora.grade",
     "rl_lora.regrade",
 }
-VLLM_ROOMS = {"rl_lora.vllm_sampler", "rl_lora.vllm_process", "rl_lora.vllm_cpu_lora"}
+EAGER_VLLM_ROOMS = {"rl_lora.vllm_cpu_lora", "rl_lora.vllm_cpu_sampler"}  # imported lazily
+VLLM_ROOMS = EAGER_VLLM_ROOMS | {
+    "rl_lora.vllm_sampler",
+    "rl_lora.vllm_process",
+    "rl_lora.vllm_merge",
+}
 STANDARD = sys.stdlib_module_names
 
 
@@ -77,11 +82,10 @@ def test_vllm_is_imported_lazily_and_in_its_rooms_alone() -> None:
     importers = {m for m in MODULES if "vllm" in top(imports_of(m))}
     assert importers
     assert importers <= VLLM_ROOMS
-    assert {m for m in MODULES if "vllm" in top(imports_of(m, lazy=False))} <= {
-        "rl_lora.vllm_cpu_lora"  # itself imported lazily:
-    }
+    eager = {m for m in MODULES if "vllm" in top(imports_of(m, lazy=False))}
+    assert eager <= EAGER_VLLM_ROOMS
     for module in MODULES:
-        assert "rl_lora.vllm_cpu_lora" not in imports_of(module, lazy=False)
+        assert not EAGER_VLLM_ROOMS & imports_of(module, lazy=False)
 
 
 def test_types_imports_only_the_record_of_the_rewards_and_the_layout_of_a_row() -> None:

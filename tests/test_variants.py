@@ -22,6 +22,7 @@ from rl_lora.config import (
     LoraSection,
     OptimSection,
     RunConfig,
+    SamplingSection,
     parse_config,
 )
 from rl_lora.errors import UserError
@@ -44,6 +45,7 @@ from rl_lora.variants import (
     squared_norms,
     top_singular,
 )
+from rl_lora.vllm_settings import engine_settings
 from tests.tiny_models import make_policy, random_llama, shake
 
 VARIANTS = ("lora", "rslora", "pissa", "olora", "dora")
@@ -436,3 +438,20 @@ def test_an_adapter_of_another_variant_does_not_open(tmp_path: Path) -> None:
     settings = lora_settings(adapter.path)
     own = settings["alpha"] / math.sqrt(settings["rank"])
     assert own == scaling_of("rslora", 32.0, 4) == 16.0
+
+
+def test_the_engine_gets_a_slot_for_the_served_rank(tmp_path: Path) -> None:
+    path = random_llama(tmp_path / "model")
+    slots = {}
+    for variant in ("lora", "pissa"):
+        settings = engine_settings(
+            path,
+            SamplingSection(),
+            LoraSection(rank=8, variant=variant),  # type: ignore[arg-type]
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            max_model_len=64,
+            is_merged=False,
+        )
+        slots[variant] = settings["max_lora_rank"]
+    assert slots == {"lora": 8, "pissa": 16}

@@ -23,14 +23,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rl_lora import vllm_settings
-from rl_lora.adapter import save_adapter
+from rl_lora.adapter import fingerprint, save_adapter
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 from rl_lora.vllm_process import import_vllm, process_kept
 from rl_lora.vllm_sampler import VllmSampler, _check_adapter
-from rl_lora.vllm_settings import RANK_SLOTS, cpu_cache_bytes, engine_settings
+from rl_lora.vllm_settings import RANK_SLOTS, cpu_cache_bytes, engine_settings, merges_adapter
 from tests.tiny_models import VOCAB, make_policy, random_llama, shake
 
 CPU = torch.device("cpu")
@@ -60,9 +60,10 @@ def make_model(folder: Path, **options: Any) -> Path:
 
 def make_sampler(model_dir: Path, **options: Any) -> VllmSampler:
     lora = options.pop("lora", LoraSection(rank=1))
+    merges = options.pop("merge_adapter", None)
     return VllmSampler(
         model_dir,
-        SamplingSection(max_num_seqs=16),
+        SamplingSection(max_num_seqs=16, merge_adapter=merges),
         lora,
         dtype=torch.float32,
         device=CPU,
@@ -161,12 +162,6 @@ def test_models_that_vllm_does_not_serve(tmp_path: Path) -> None:
     assert len(str(got.value)) < 400
 
 
-@pytest.fixture(scope="module")
-def process_state(model_dir: Path) -> dict[str, Any]:
-    """What a new engine must leave as it was; taken before the sampler below is made."""
-    return _process_state()
-
-
 def _process_state() -> dict[str, Any]:
     return {
         "environment": dict(os.environ),
@@ -181,31 +176,67 @@ def _process_state() -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
+State = dict[str, Any]  # of the process, before and after an engine was made
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["merged", "lora_layers"])
 def opened(
-    model_dir: Path, process_state: dict[str, Any]
-) -> Iterator[tuple[VllmSampler, dict[str, Any]]]:
+    model_dir: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[VllmSampler, State, State]]:
+    before = _process_state()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm_settings, "CPU_BATCHED_TOKENS", 70)  # less than the tests' prompts take
-        sampler = make_sampler(model_dir)
-    yield sampler, _process_state()
+        sampler = make_sampler(model_dir, merge_adapter=request.param)
+    yield sampler, before, _process_state()
     sampler.close()
 
 
 @pytest.fixture
-def sampler(opened: tuple[VllmSampler, dict[str, Any]]) -> VllmSampler:
+def sampler(opened: tuple[VllmSampler, State, State]) -> VllmSampler:
     opened[0].use(None)
     return opened[0]
 
 
-def test_an_engine_leaves_the_process_as_it_was(
-    process_state: dict[str, Any], opened: tuple[VllmSampler, dict[str, Any]]
+def is_merged(sampler: VllmSampler) -> bool:
+    return sampler._merged is not None
+
+
+def test_memory_given_back_changes_nothing(
+    sampler: VllmSampler, model_dir: Path, tmp_path: Path
 ) -> None:
-    assert opened[1] == process_state
-    before = _process_state()
-    opened[0].sample(PROMPTS, PARAMS)
-    opened[0].token_logprobs([PROMPTS[0].token_ids])
-    assert _process_state() == before
+    """The KV cache's pages and the merged weights, dropped between calls and versions."""
+    adapter = publish(model_dir, tmp_path, 50)
+    results: dict[bool, list[Any]] = {False: [], True: []}
+    for rests in results:
+        for version in (None, adapter, adapter, None):
+            sampler.use(version)
+            for _ in range(2):
+                results[rests].append([_ids(group) for group in sampler.sample(PROMPTS, PARAMS)])
+                results[rests].append(sampler.token_logprobs([PROMPTS[0].token_ids]))
+                if rests:
+                    sampler.rest()
+    assert results[False] == results[True]
+
+
+def test_weights_that_were_dropped_are_not_computed_with(sampler: VllmSampler) -> None:
+    if not is_merged(sampler):
+        pytest.skip("only merged weights are dropped")
+    sampler.rest()
+    (model,) = sampler._engine.apply_model(lambda model: model)
+    with pytest.raises(RuntimeError, match="dropped"):
+        model.lm_head.cpu_linear(torch.zeros(1, 4), None, None)
+    assert sampler.token_logprobs([PROMPTS[0].token_ids])
+
+
+def test_an_engine_leaves_the_process_as_it_was(
+    opened: tuple[VllmSampler, State, State],
+) -> None:
+    sampler, before, after = opened
+    assert after == before
+    now = _process_state()
+    sampler.sample(PROMPTS, PARAMS)
+    sampler.token_logprobs([PROMPTS[0].token_ids])
+    assert _process_state() == now
 
 
 def test_logprobs_are_those_of_transformers_and_peft(
@@ -278,7 +309,7 @@ def test_many_publishes_leave_one_adapter_in_the_engine(
     assert len(seen) == 30  # every version was really in use
     gc.collect()
     held = [o for o in gc.get_objects() if type(o).__name__ == "LoRAModel"]
-    assert len(held) == 1
+    assert len(held) == (0 if is_merged(sampler) else 1)
 
 
 def test_a_version_can_be_taken_up_again(
@@ -301,6 +332,10 @@ def test_a_wrong_adapter_shows_in_the_logprobs(
     swapped = load_file(wrong.path / "adapter_model.safetensors")
     save_file(swapped, right.path / "adapter_model.safetensors")
     stale = replace(right, name="test-stale", path=wrong.path)
+    if is_merged(sampler):  # reads the weights itself
+        with pytest.raises(StaleAdapterError, match="was changed after test-stale was published"):
+            sampler.use(stale)
+        return
     sampler.use(stale)
     ids = PROMPTS[2].token_ids
     found = torch.tensor(sampler.token_logprobs([ids])[0])
@@ -399,7 +434,16 @@ def test_an_adapter_that_does_not_fit(
     right, wrong = publish(model_dir, tmp_path, 41), publish(model_dir, tmp_path, 42, rank=4)
     sampler.use(right)
     before = sampler.token_logprobs([PROMPTS[0].token_ids])
-    with pytest.raises(UserError, match=r"v000042: LoRA rank 4 is greater than max_lora_rank 1"):
+    if is_merged(sampler):  # of any rank, but of this model
+        tensors = load_file(wrong.path / "adapter_model.safetensors")
+        name = next(name for name in tensors if "o_proj.lora_A" in name)
+        tensors[name] = tensors[name][:, 1:].contiguous()
+        save_file(tensors, wrong.path / "adapter_model.safetensors")
+        wrong = replace(wrong, fingerprint=fingerprint(tensors))
+        complaint = r"o_proj' is for \[\d+, \d+\] weights, not \[\d+, \d+\]"
+    else:
+        complaint = r"v000042: LoRA rank 4 is greater than max_lora_rank 1"
+    with pytest.raises(UserError, match=complaint):
         sampler.use(wrong)
     assert sampler.token_logprobs([PROMPTS[0].token_ids]) == before
 
@@ -467,7 +511,36 @@ def settings_of(model_dir: Path, device: str, rank: int, **sampling: Any) -> dic
         dtype=torch.bfloat16,
         device=torch.device(device),
         max_model_len=CONTEXT,
+        is_merged=False,
     )
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "asked", "expected"),
+    [
+        ("cpu", torch.float32, None, True),
+        ("cpu", torch.float32, False, False),
+        ("cpu", torch.bfloat16, None, False),
+        ("cuda", torch.float32, None, False),
+    ],
+)
+def test_where_adapters_are_merged(
+    device: str, dtype: torch.dtype, asked: bool | None, expected: bool
+) -> None:
+    merges = merges_adapter(
+        SamplingSection(merge_adapter=asked),
+        LoraSection(),
+        dtype=dtype,
+        device=torch.device(device),
+    )
+    assert merges is expected
+
+
+def test_a_merge_that_would_round_is_refused() -> None:
+    with pytest.raises(UserError, match=r"merge_adapter=true with torch.bfloat16 on cpu"):
+        merges_adapter(
+            SamplingSection(merge_adapter=True), LoraSection(), dtype=torch.bfloat16, device=CPU
+        )
 
 
 def test_engine_settings(model_dir: Path) -> None:

@@ -1,7 +1,6 @@
 """Token log-probs and entropies from hidden states, without [tokens x vocabulary] in memory.
 
-Both work through lm_head in chunks of tokens, in one buffer that is used again, and differ in what
-the backward pass needs:
+They differ in what the backward pass needs:
 
 - `FrozenHead`: lm_head is a frozen matrix W without bias or adapter. The derivative of a token's
   log-prob by its hidden state, (W[target] - p W) / temperature, does not depend on the loss, so the
@@ -22,7 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 2**23  # logits held at once, 32 MiB in float32
+CHUNK_ELEMENTS = 2**23  # logits of `chunked` held at once, 32 MiB in float32
+CHUNK_TOKENS = 4096  # of `FrozenHead` at once; only [tokens, D] is held
+CPU_BLOCK = 1024  # of the vocabulary: logits stay in the cache, and MKL is fastest (LOG.md)
+BLOCK_ELEMENTS = 2**25  # logits of a block on a GPU, which wants large ones
 
 _buffers = threading.local()
 
@@ -50,7 +52,12 @@ def score_hidden(
 
 
 class FrozenHead(torch.autograd.Function):
-    """Log-probs and entropies under a frozen lm_head; gradient to the hidden states alone."""
+    """Log-probs and entropies under a frozen lm_head; gradient to the hidden states alone.
+
+    The vocabulary is gone through in blocks whose logits stay in the cache, with a running maximum
+    (as flash attention does it), and p W is summed up on the way: V vocabulary, D width, c tokens
+    of a chunk, v of a block.
+    """
 
     @staticmethod
     def forward(
@@ -58,31 +65,18 @@ class FrozenHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """One pass over the chunks: log-probs, entropies and, where asked, the unit gradients."""
         has_grad = ctx.needs_input_grad[0]
-        num_tokens, num_vocab = hidden_CD.shape[0], weight_VD.shape[0]
-        logprobs_C = hidden_CD.new_empty(num_tokens, dtype=torch.float32)
+        logprobs_C = hidden_CD.new_empty(hidden_CD.shape[0], dtype=torch.float32)
         entropy_C = torch.empty_like(logprobs_C)
         unit_grad_CD = torch.empty_like(hidden_CD) if has_grad else None
-        chunk = max(1, CHUNK_ELEMENTS // num_vocab)
-        for start in range(0, num_tokens, chunk):
-            part = slice(start, min(start + chunk, num_tokens))
-            hidden_cD, target_ids_c1 = hidden_CD[part], target_ids_C[part].unsqueeze(-1)
-            logits_cV, buffer = _logits(hidden_cD, weight_VD, temperature)
-            target_c1 = logits_cV.gather(-1, target_ids_c1)
-            shift_c1 = logits_cV.amax(-1, keepdim=True)
-            probs_cV, mean_c1 = _exp_and_mean(logits_cV.sub_(shift_c1))
-            total_c1 = probs_cV.sum(-1, keepdim=True)
-            log_total_c1 = total_c1.log()
-            logprobs_C[part] = (target_c1 - shift_c1 - log_total_c1).squeeze(-1)
-            entropy_C[part] = (log_total_c1 - mean_c1 / total_c1).squeeze(-1)
+        for start in range(0, hidden_CD.shape[0], CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            sums = _RunningSums(hidden_CD[part], target_ids_C[part], has_grad)
+            for first in range(0, weight_VD.shape[0], sums.block):
+                sums.add(first, weight_VD[first : first + sums.block], temperature)
+            logprobs_C[part], entropy_C[part] = sums.logprobs(), sums.entropy()
             if unit_grad_CD is not None:
-                # W[target] - p W as one product: -p plus one at the target.
-                probs_cV.mul_(-1 / total_c1)
-                probs_cV.scatter_add_(-1, target_ids_c1, torch.ones_like(total_c1))
-                scaled_cV = probs_cV if buffer is None else buffer.copy_(probs_cV)
-                torch.mm(scaled_cV, weight_VD, out=unit_grad_CD[part])
+                unit_grad_CD[part] = sums.unit_grad(weight_VD, temperature)
         if unit_grad_CD is not None:
-            if temperature != 1:
-                unit_grad_CD.div_(temperature)
             ctx.save_for_backward(unit_grad_CD)
         ctx.mark_non_differentiable(entropy_C)
         return logprobs_C, entropy_C
@@ -127,33 +121,81 @@ def plain(
     return logprobs_CV.gather(-1, target_ids_C.unsqueeze(-1)).squeeze(-1), entropy_C
 
 
-def _logits(
-    hidden_cD: Tensor, weight_VD: Tensor, temperature: float
-) -> tuple[Tensor, Tensor | None]:
-    """(float32 logits / temperature in a buffer of their own, a buffer in the weight's dtype).
+class _RunningSums:
+    """What one pass over a chunk's logits leaves, shifted by the largest logit so far."""
 
-    The second is None in float32. Buffers are kept for the thread's next chunk: memory fresh from
-    the system costs a page fault every 4 KiB.
-    """
-    shape = (hidden_cD.shape[0], weight_VD.shape[0])
-    logits_cV = _buffer("logits", shape, weight_VD.dtype, weight_VD.device)
-    torch.mm(hidden_cD, weight_VD.T, out=logits_cV)
-    if weight_VD.dtype == torch.float32:
-        return (logits_cV if temperature == 1 else logits_cV.div_(temperature)), None
-    wide_cV = _buffer("wide", shape, torch.float32, weight_VD.device)
-    wide_cV.copy_(logits_cV)
-    return (wide_cV if temperature == 1 else wide_cV.div_(temperature)), logits_cV
+    def __init__(self, hidden_cD: Tensor, target_ids_c: Tensor, has_grad: bool) -> None:
+        self.hidden_cD, self.target_ids_c1 = hidden_cD, target_ids_c.unsqueeze(-1)
+        wide = hidden_cD.new_zeros(hidden_cD.shape[0], 1, dtype=torch.float32)
+        self.shift_c1 = torch.full_like(wide, -torch.inf)
+        self.target_c1 = wide.clone()  # the target's logit
+        self.total_c1 = wide.clone()  # sum of exp(logit - shift)
+        self.mean_c1 = wide.clone()  # sum of exp(logit - shift) * (logit - shift)
+        self.weighted_cD = torch.zeros_like(hidden_cD, dtype=torch.float32) if has_grad else None
+        is_on_cpu = hidden_cD.device.type == "cpu"
+        self.block = CPU_BLOCK if is_on_cpu else max(1, BLOCK_ELEMENTS // hidden_cD.shape[0])
 
+    def add(self, first: int, weight_vD: Tensor, temperature: float) -> None:
+        """The block of the vocabulary that starts with token `first`."""
+        shape = (self.hidden_cD.shape[0], weight_vD.shape[0])
+        logits_cv = _buffer("logits", shape, weight_vD.dtype, weight_vD.device)
+        torch.mm(self.hidden_cD, weight_vD.T, out=logits_cv)
+        if logits_cv.dtype != torch.float32:
+            wide_cv = _buffer("wide", shape, torch.float32, weight_vD.device)
+            logits_cv = wide_cv.copy_(logits_cv)
+        if temperature != 1:
+            logits_cv.div_(temperature)
+        place_c1 = self.target_ids_c1 - first
+        is_here_c1 = (place_c1 >= 0) & (place_c1 < shape[1])
+        found_c1 = logits_cv.gather(-1, place_c1.clamp_(0, shape[1] - 1))
+        self.target_c1 = torch.where(is_here_c1, found_c1, self.target_c1)
+        self._shift_to(torch.maximum(self.shift_c1, logits_cv.amax(-1, keepdim=True)))
+        logits_cv.sub_(self.shift_c1)
+        exp_cv = _buffer("exp", shape, torch.float32, logits_cv.device)
+        torch.exp(logits_cv, out=exp_cv)
+        self.mean_c1 += torch.linalg.vecdot(exp_cv, logits_cv).unsqueeze(-1)
+        self.total_c1 += exp_cv.sum(-1, keepdim=True)
+        if self.weighted_cD is None:
+            return
+        if weight_vD.dtype == torch.float32:
+            torch.addmm(self.weighted_cD, exp_cv, weight_vD, out=self.weighted_cD)
+        else:
+            self.weighted_cD += exp_cv.to(weight_vD.dtype) @ weight_vD
 
-def _exp_and_mean(logits_cV: Tensor) -> tuple[Tensor, Tensor]:
-    """(exp(logits) in a buffer, sum over the vocabulary of exp(logits) * logits)."""
-    exp_cV = _buffer("exp", tuple(logits_cV.shape), torch.float32, logits_cV.device)
-    torch.exp(logits_cV, out=exp_cV)
-    return exp_cV, torch.linalg.vecdot(exp_cV, logits_cV).unsqueeze(-1)
+    def _shift_to(self, shift_c1: Tensor) -> None:
+        """The sums under a new shift."""
+        if self.shift_c1.device.type == "cpu" and torch.equal(shift_c1, self.shift_c1):
+            return
+        lowered_c1 = self.shift_c1 - shift_c1  # at the first block -inf, and the sums are 0
+        factor_c1 = lowered_c1.exp()
+        lowered_c1 = torch.where(self.total_c1 > 0, lowered_c1, 0.0)
+        self.mean_c1 = factor_c1 * (self.mean_c1 + lowered_c1 * self.total_c1)
+        self.total_c1 = factor_c1 * self.total_c1
+        if self.weighted_cD is not None:
+            self.weighted_cD.mul_(factor_c1)
+        self.shift_c1 = shift_c1
+
+    def logprobs(self) -> Tensor:
+        """[c]."""
+        return (self.target_c1 - self.shift_c1 - self.total_c1.log()).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        """[c]."""
+        return (self.total_c1.log() - self.mean_c1 / self.total_c1).squeeze(-1)
+
+    def unit_grad(self, weight_VD: Tensor, temperature: float) -> Tensor:
+        """[c, D]: (W[target] - p W) / temperature."""
+        assert self.weighted_cD is not None
+        expected_cD = self.weighted_cD.div_(self.total_c1)
+        target_cD = weight_VD.index_select(0, self.target_ids_c1.squeeze(-1))
+        return (target_cD - expected_cD).div_(temperature).to(weight_VD.dtype)
 
 
 def _buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """This thread's buffer of that name, grown where it is too small."""
+    """This thread's buffer of that name, grown where it is too small.
+
+    Buffers are kept: memory fresh from the system costs a page fault every 4 KiB.
+    """
     size = shape[0] * shape[1]
     key = (name, dtype, device)
     kept: dict[Any, Tensor] = _buffers.__dict__.setdefault("kept", {})

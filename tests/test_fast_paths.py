@@ -17,11 +17,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("chunk_elements", [1, 5 * 11, 2**20])
+@pytest.mark.parametrize(("tokens", "block"), [(1, 1), (5, 4), (13, 11), (99, 1024)])
 def test_log_probs_without_logits_agree_with_the_definition(
-    temperature: float, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+    temperature: float, tokens: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", tokens * 11)
+    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", tokens)
+    monkeypatch.setattr(logprobs, "CPU_BLOCK", block)
     head = nn.Linear(6, 11, bias=False).requires_grad_(False)
     head.weight.copy_(random(11, 6))
     target_ids_C = torch.arange(13) % 11

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from rl_lora import cpu_memory
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.sampler import BASE_VERSION, sample_seed
+from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, sample_seed
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 from rl_lora.vllm_merge import MergedWeights, read_terms
 from rl_lora.vllm_process import (
@@ -151,12 +151,18 @@ class VllmSampler:
                 )
         self._adapter = adapter
 
-    def sample(self, prompts_N: Sequence[Prompt], params: SampleParams) -> list[list[Completion]]:
+    def sample(
+        self,
+        prompts_N: Sequence[Prompt],
+        params: SampleParams,
+        on_group: OnGroup | None = None,
+    ) -> list[list[Completion]]:
         """[N][G] completions, in the prompts' order, the same ones for the same arguments.
 
         Log-probs are those of the distribution sampled from: at params.temperature (temperature 0:
         at 1) and after top_p, in nats. Each sample has its own seed, so that it does not depend on
         what else is in the batch, up to rounding. The tokens that spell a stop string are kept.
+        `on_group` as the protocol says.
 
         Raises:
             UserError: a prompt and max_tokens together exceed the context, or a temperature that
@@ -173,9 +179,13 @@ class VllmSampler:
                         params, sample_seed(params.seed, prompt.prompt_id, index)
                     ),
                 )
-        outputs = self._run(requests, self.on_progress)
-        completions = iter([self._completion(outputs[key]) for key in requests])
-        return [[next(completions) for _ in range(params.num_samples)] for _ in prompts_N]
+        groups = Groups(len(prompts_N), params.num_samples, on_group)
+
+        def on_output(output: Any) -> None:
+            groups.add(int(output.request_id), self._completion(output))
+
+        self._run(requests, self.on_progress, on_output)
+        return groups.all()
 
     def token_logprobs(self, token_ids_N: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs of given sequences, in nats at temperature 1, under the adapter in use.
@@ -325,7 +335,12 @@ class VllmSampler:
             output_kind=self._vllm.RequestOutputKind.FINAL_ONLY,
         )
 
-    def _run(self, requests: dict[str, _Request], on_progress: OnProgress | None) -> dict[str, Any]:
+    def _run(
+        self,
+        requests: dict[str, _Request],
+        on_progress: OnProgress | None,
+        on_output: Callable[[Any], None] | None = None,
+    ) -> dict[str, Any]:
         """The final output of each request, each checked to come from the adapter in use."""
         engine = self._live_engine()
         self._wake()
@@ -347,6 +362,8 @@ class VllmSampler:
                         num_tokens += len(output.outputs[0].token_ids)
                         if on_progress is not None:
                             on_progress(len(outputs), len(requests), num_tokens)
+                        if on_output is not None:
+                            on_output(output)
         finally:
             if unfinished := [key for key in requests if key not in outputs]:
                 engine.abort_request(unfinished)
@@ -415,11 +432,16 @@ def _make_engine(vllm: SimpleNamespace, settings: dict[str, Any], on_cpu: bool) 
 
                 engine.collective_rpc(vllm_cpu_sampler.install)
             return engine
-        except ValueError as error:
+        except ModuleNotFoundError as error:
             raise UserError(
-                f"vLLM does not serve {settings['model']}: {_one_line(error)}; "
-                "sampling.backend=torch serves any model of transformers"
+                f"vLLM's installation lacks {error.name}: install vLLM with all that it needs "
+                "(rl_lora[gpu] or rl_lora[cpu]), or set sampling.backend=torch"
             ) from error
+        except ValueError as error:
+            reason, fix = _one_line(error), "sampling.backend=torch serves any of transformers"
+            if "Free memory" in reason:  # other processes hold the GPU
+                fix = "end what else runs on the GPU, or lower sampling.memory_fraction"
+            raise UserError(f"vLLM does not serve {settings['model']}: {reason}; {fix}") from error
 
 
 def _forget_cache(worker: Any) -> None:

@@ -136,7 +136,8 @@ def test_activation_checkpoints_change_no_gradient(tmp_path: Path, mode: str) ->
 def test_log_probs_without_logits_on_the_gpu(
     dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 5 * 301)
+    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(logprobs, "BLOCK_ELEMENTS", 5 * 64)
     torch.manual_seed(0)
     head = nn.Linear(64, 301, bias=False).requires_grad_(False).to(DEVICE, dtype)
     target_ids_C = (torch.arange(13) % 301).to(DEVICE)
@@ -184,6 +185,8 @@ def test_a_run_on_the_gpu(tmp_path: Path, dtype: str, mode: str) -> None:
 def test_a_resumed_run_on_the_gpu_ends_where_an_unbroken_one_does(
     tmp_path: Path, dtype: str
 ) -> None:
+    """Up to rounding: a GPU adds gradients up in any order. Adam takes steps of 1e-4 here."""
+
     def run(name: str, num_steps: int, *, resume: bool = False) -> dict[str, Tensor]:
         overrides = [f"run.num_steps={num_steps}", f"run.name={name}", "optim.lr=1e-4"]
         overrides += [
@@ -197,7 +200,8 @@ def test_a_resumed_run_on_the_gpu_ends_where_an_unbroken_one_does(
     whole = run("whole", 4)
     run("broken", 2)
     broken = run("broken", 4, resume=True)
-    assert max(float((whole[name] - broken[name]).abs().max()) for name in whole) == 0
+    limit = 1e-6 if dtype == "float32" else 1e-3
+    assert max(float((whole[name] - broken[name]).abs().max()) for name in whole) < limit
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="of a CUDA device alone")

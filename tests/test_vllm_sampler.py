@@ -29,7 +29,7 @@ from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 from rl_lora.vllm_process import import_vllm, process_kept
-from rl_lora.vllm_sampler import VllmSampler, _check_adapter
+from rl_lora.vllm_sampler import VllmSampler, _check_adapter, _make_engine
 from rl_lora.vllm_settings import RANK_SLOTS, cpu_cache_bytes, engine_settings, merges_adapter
 from tests.tiny_models import VOCAB, make_policy, random_llama, shake
 
@@ -160,6 +160,25 @@ def test_models_that_vllm_does_not_serve(tmp_path: Path) -> None:
     ) as got:
         make_sampler(unknown)
     assert len(str(got.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ModuleNotFoundError("No module", name="flashinfer"), r"lacks flashinfer: install vLLM"),
+        (
+            ValueError("Free memory on device cuda:0 (9/79 GiB) is less than desired. Decrease it"),
+            r"does not serve m: Free memory .*desired; .*lower sampling\.memory_fraction",
+        ),
+    ],
+)
+def test_what_an_engine_lacks_is_told_with_its_fix(error: Exception, told: str) -> None:
+    def refuse(settings: Any) -> None:
+        raise error
+
+    vllm = SimpleNamespace(EngineArgs=dict, LLMEngine=SimpleNamespace(from_engine_args=refuse))
+    with pytest.raises(UserError, match=told):
+        _make_engine(vllm, {"model": "m"}, False)
 
 
 def _process_state() -> dict[str, Any]:

@@ -25,7 +25,7 @@ from rl_lora.results import (
     load_result,
     scores_by_source,
 )
-from rl_lora.rollouts import score_groups
+from rl_lora.rollouts import sample_and_score, scoring_thread
 from rl_lora.sampler import Sampler
 from rl_lora.types import Prompt, RolloutGroup, SampleParams
 
@@ -210,7 +210,10 @@ class _Exam:
 
     def _examine(self, prompts: Sequence[Prompt]) -> list[ProblemRecord]:
         start = time.perf_counter()
-        groups = score_groups(prompts, self._sampler.sample(prompts, self._params), self._reward)
+        with scoring_thread() as thread:
+            groups = sample_and_score(
+                self._sampler, prompts, self._params, self._reward, thread, version=None
+            ).groups()
         self._versions |= {r.completion.adapter_version for g in groups for r in g.rollouts_G}
         if len(self._versions) > 1:
             raise StaleAdapterError(

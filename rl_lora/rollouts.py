@@ -1,30 +1,38 @@
-"""Prompts x sampler x reward -> groups of scored rollouts."""
+"""Prompts x sampler x reward -> groups of scored rollouts; scoring goes on beside sampling."""
 
 from __future__ import annotations
 
 import math
+import time
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 
 from rewards import Reward
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.sampler import Sampler
+from rl_lora.sampler import OnGroup, Sampler
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, SampleParams
 
 
 def sample_groups(
-    sampler: Sampler, prompts_N: Sequence[Prompt], params: SampleParams, *, version: int
+    sampler: Sampler,
+    prompts_N: Sequence[Prompt],
+    params: SampleParams,
+    *,
+    version: int | None,
+    on_group: OnGroup | None = None,
 ) -> list[list[Completion]]:
-    """[N][G] completions, every one of the adapter version asked for.
+    """[N][G] completions, every one of the adapter version asked for; None: of any.
 
     Raises:
         StaleAdapterError: a completion came from another version.
     """
-    completions_N_G = sampler.sample(prompts_N, params)
+    completions_N_G = sampler.sample(prompts_N, params, on_group)
     found = {c.adapter_version for completions_G in completions_N_G for c in completions_G}
-    if found != {version}:
+    if version is not None and found != {version}:
         raise StaleAdapterError(
-            f"the sampler answered with adapter version {sorted(found)}, the learner is at "
-            f"{version}; the run stops, for its importance ratios would be wrong"
+            f"the sampler answered with adapter version {sorted(found)}, and version {version} was "
+            "asked for; the run stops, for its importance ratios would be wrong"
         )
     return completions_N_G
 
@@ -34,7 +42,7 @@ def score_groups(
     completions_N_G: Sequence[Sequence[Completion]],
     reward: Reward,
 ) -> list[RolloutGroup]:
-    """Scores a whole step in one call, so that the verifier's workers are used together.
+    """Scores all groups in one call, so that the verifier's workers are used together.
 
     Raises:
         UserError: the reward gave a number that is not finite.
@@ -57,3 +65,87 @@ def score_groups(
         RolloutGroup(prompt, tuple(Rollout(c, next(scores)) for c in completions_G))
         for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
     ]
+
+
+def scoring_thread() -> ThreadPoolExecutor:
+    """The one thread that calls the reward; a context manager."""
+    return ThreadPoolExecutor(1, "scoring")
+
+
+class Scoring:
+    """The groups of one batch, scored in the order of their arrival while others are sampled.
+
+    `thread` is an executor with one worker: batches that share it are scored one after the other.
+    """
+
+    def __init__(self, prompts_N: Sequence[Prompt], reward: Reward, thread: Executor) -> None:
+        self.seconds = 0.0  # that the thread has worked on this batch
+        self._prompts_N, self._reward, self._thread = prompts_N, reward, thread
+        self._waiting: deque[tuple[int, list[Completion]]] = deque()
+        self._jobs: list[Future[None]] = []
+        self._groups: dict[int, RolloutGroup] = {}
+
+    def add(self, index: int, completions_G: list[Completion]) -> None:
+        """The completions of prompt `index`; a sampler's `on_group`.
+
+        Raises:
+            Exception: what scoring an earlier group has raised, so that sampling ends at once.
+        """
+        for job in self._jobs:
+            if job.done():
+                job.result()
+        self._waiting.append((index, completions_G))
+        self._jobs.append(self._thread.submit(self._score_waiting))
+
+    def groups(self) -> list[RolloutGroup]:
+        """The scored groups in the prompts' order; waits for those that are not done.
+
+        Raises:
+            Exception: what scoring has raised.
+        """
+        for job in self._jobs:
+            job.result()
+        return [self._groups[index] for index in range(len(self._prompts_N))]
+
+    def cancel(self) -> None:
+        """Scores nothing more; returns once the call of the reward that runs now is over."""
+        self._waiting.clear()
+        wait(self._jobs)
+
+    def _score_waiting(self) -> None:
+        """All that has come by now in one call: the verifier's workers then work side by side."""
+        start = time.perf_counter()
+        taken: list[tuple[int, list[Completion]]] = []
+        while self._waiting:
+            taken.append(self._waiting.popleft())
+        if taken:
+            prompts = [self._prompts_N[index] for index, _ in taken]
+            scored = score_groups(
+                prompts, [completions_G for _, completions_G in taken], self._reward
+            )
+            self._groups |= {index: group for (index, _), group in zip(taken, scored, strict=True)}
+        self.seconds += time.perf_counter() - start
+
+
+def sample_and_score(
+    sampler: Sampler,
+    prompts_N: Sequence[Prompt],
+    params: SampleParams,
+    reward: Reward,
+    thread: Executor,
+    *,
+    version: int | None,
+) -> Scoring:
+    """Samples all groups, and has each scored in the thread as soon as it is whole.
+
+    Raises:
+        StaleAdapterError: a completion came from another adapter version than `version`.
+        Exception: what sampling or scoring has raised; the other has ended by then.
+    """
+    scoring = Scoring(prompts_N, reward, thread)
+    try:
+        sample_groups(sampler, prompts_N, params, version=version, on_group=scoring.add)
+    except BaseException:
+        scoring.cancel()
+        raise
+    return scoring

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
 BASE_VERSION = -1  # Completion.adapter_version of the base model without adapter
+OnGroup = Callable[[int, list[Completion]], None]  # index of the prompt, its G completions
 
 
 class Sampler(Protocol):
@@ -17,10 +18,17 @@ class Sampler(Protocol):
     def use(self, adapter: Adapter | None) -> None:
         """Samples from this adapter version from now on; None: from the base alone."""
 
-    def sample(self, prompts_N: Sequence[Prompt], params: SampleParams) -> list[list[Completion]]:
+    def sample(
+        self,
+        prompts_N: Sequence[Prompt],
+        params: SampleParams,
+        on_group: OnGroup | None = None,
+    ) -> list[list[Completion]]:
         """[N][G] completions, in the prompts' order.
 
         Log-probs are those of the distribution sampled from: at params.temperature, in nats.
+        `on_group` is called once for each prompt as soon as its group is whole, in any order, in
+        the thread of this call; what it raises ends the sampling and is raised here.
         """
 
     def token_logprobs(self, token_ids_N: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -32,6 +40,28 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Frees the engine; a second call does nothing."""
+
+
+class Groups:
+    """The completions of one call, which finish in any order, gathered in groups."""
+
+    def __init__(self, num_prompts: int, num_samples: int, on_group: OnGroup | None) -> None:
+        self._found_N: list[dict[int, Completion]] = [{} for _ in range(num_prompts)]
+        self._num_samples, self._on_group = num_samples, on_group
+
+    def add(self, number: int, completion: Completion) -> None:
+        """Completion `number` of 0, 1, ... N * G - 1, counted prompt by prompt."""
+        index, sample = divmod(number, self._num_samples)
+        self._found_N[index][sample] = completion
+        if self._on_group is not None and len(self._found_N[index]) == self._num_samples:
+            self._on_group(index, self._group(index))
+
+    def all(self) -> list[list[Completion]]:
+        """[N][G], once every completion was added."""
+        return [self._group(index) for index in range(len(self._found_N))]
+
+    def _group(self, index: int) -> list[Completion]:
+        return [self._found_N[index][sample] for sample in range(self._num_samples)]
 
 
 def mix_seed(*parts: int | str) -> int:

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rl_lora.adapter import fingerprint
 from rl_lora.batches import to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.kv_cache import KvCache, front
 from rl_lora.policy import Policy
-from rl_lora.sampler import BASE_VERSION, sample_seed
+from rl_lora.sampler import BASE_VERSION, OnGroup, sample_seed
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
 _SEQUENCES_AT_ONCE = 128
@@ -60,8 +61,17 @@ class TorchSampler:
         self._version = BASE_VERSION if adapter is None else adapter.version
 
     @torch.no_grad()
-    def sample(self, prompts_N: Sequence[Prompt], params: SampleParams) -> list[list[Completion]]:
-        """[N][G] completions. Raises UserError where a prompt leaves no room for max_tokens."""
+    def sample(
+        self,
+        prompts_N: Sequence[Prompt],
+        params: SampleParams,
+        on_group: OnGroup | None = None,
+    ) -> list[list[Completion]]:
+        """[N][G] completions; `on_group` as the protocol says.
+
+        Raises:
+            UserError: a prompt leaves no room for max_tokens.
+        """
         for prompt in prompts_N:
             if len(prompt.token_ids) + params.max_tokens > self.context_length:
                 raise UserError(
@@ -72,13 +82,17 @@ class TorchSampler:
         at_once = max(1, self.max_num_seqs // params.num_samples)
         out: list[list[Completion]] = []
         num_tokens = 0
+        cache = KvCache(self.policy.model.config)  # its buffers serve all chunks
         for start in range(0, len(prompts_N), at_once):
             chunk_n = prompts_N[start : start + at_once]
             if self._version == BASE_VERSION and not self.policy.is_full:
                 with self.policy.adapter_off():
-                    done = _decode(self, chunk_n, params)
+                    done = _decode(self, chunk_n, params, cache)
             else:
-                done = _decode(self, chunk_n, params)
+                done = _decode(self, chunk_n, params, cache)
+            for index, completions_G in enumerate(done, len(out)):
+                if on_group is not None:
+                    on_group(index, completions_G)
             out += done
             num_tokens += sum(len(c.token_ids) for group in done for c in group)
             if self.on_progress:
@@ -130,8 +144,10 @@ class _Rows:
             ids_NP[row, self.width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask_NP[row, self.width - len(prompt.token_ids) :] = 1
         self.ids_NP, self.mask_NP = ids_NP.to(device), mask_NP.to(device)
-        self.mask_ST = self.mask_NP.repeat_interleave(group, 0)
-        self.position_S = self.mask_ST.sum(-1)  # position of the next token
+        # Every row's later tokens count, so the mask is written once for the longest row.
+        mask_SP = self.mask_NP.repeat_interleave(group, 0)
+        self.mask_ST = torch.nn.functional.pad(mask_SP, (0, params.max_tokens), value=1)
+        self.position_S = mask_SP.sum(-1)  # position of the next token
         self.index = list(range(num * group))  # row -> its sample's number
         self.token_ids: list[list[int]] = [[] for _ in self.index]
         self.logprobs: list[list[float]] = [[] for _ in self.index]
@@ -146,7 +162,7 @@ class _Rows:
         ).to(device)
 
     def keep(self, rows: list[int]) -> Tensor:
-        """Drops the other rows; returns the kept rows' numbers for the cache."""
+        """Drops the other rows; returns the kept rows' numbers as a tensor."""
         keep_S = torch.tensor(rows, device=self.mask_ST.device)
         self.mask_ST, self.position_S = self.mask_ST[keep_S], self.position_S[keep_S]
         self.uniforms_ST = self.uniforms_ST[keep_S]
@@ -156,12 +172,12 @@ class _Rows:
 
 
 def _decode(
-    sampler: TorchSampler, prompts: Sequence[Prompt], params: SampleParams
+    sampler: TorchSampler, prompts: Sequence[Prompt], params: SampleParams, cache: KvCache
 ) -> list[list[Completion]]:
-    """Prefill each prompt once, repeat its cache for the group, then decode row by row."""
+    """Prefill each prompt once, copy its keys and values to its samples, then decode."""
     model = sampler.policy.model
     rows = _Rows(prompts, params, sampler.policy.device)
-    cache = DynamicCache(config=model.config)
+    cache.begin(longest=rows.width + params.max_tokens)
     positions_NP = (rows.mask_NP.cumsum(-1) - 1).clamp(min=0)
     logits_NV = model(
         input_ids=rows.ids_NP,
@@ -175,17 +191,16 @@ def _decode(
     for step in range(params.max_tokens):
         token_S, logprob_S = _draw(logits_SV, rows.uniforms_ST[:, step], params)
         _record(sampler, rows, token_S.tolist(), logprob_S.tolist(), params)
-        live = [row for row, is_live in enumerate(rows.live) if is_live]
-        if not live or step == params.max_tokens - 1:
+        num_live = sum(rows.live)
+        if not num_live or step == params.max_tokens - 1:
             break
-        if len(live) < _COMPACT_BELOW * len(rows.live):
-            keep_S = rows.keep(live)
-            cache.batch_select_indices(keep_S)
-            token_S = token_S[keep_S]
-        rows.mask_ST = torch.cat([rows.mask_ST, torch.ones_like(rows.mask_ST[:, :1])], -1)
+        if num_live < _COMPACT_BELOW * len(rows.live):
+            live = front(rows.live)
+            cache.keep(live, token_S.device)
+            token_S = token_S[rows.keep(live)]
         logits_SV = model(
             input_ids=token_S.unsqueeze(-1),
-            attention_mask=rows.mask_ST,
+            attention_mask=rows.mask_ST[:, : rows.width + step + 1],
             position_ids=rows.position_S.unsqueeze(-1),
             past_key_values=cache,
         ).logits[:, -1]

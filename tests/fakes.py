@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 from rewards import Score
+from rl_lora.sampler import OnGroup
 from rl_lora.types import Adapter, Completion, Prompt, Rollout, RolloutGroup, SampleParams
 
 Script = Callable[[Prompt, int], str] | Mapping[str, Sequence[str]]
@@ -86,12 +87,21 @@ class FakeSampler:
     def use(self, adapter: Adapter | None) -> None:
         self.adapter_version = -1 if adapter is None else adapter.version
 
-    def sample(self, prompts: Sequence[Prompt], params: SampleParams) -> list[list[Completion]]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        params: SampleParams,
+        on_group: OnGroup | None = None,
+    ) -> list[list[Completion]]:
         self.calls.append((list(prompts), params))
-        return [
+        groups = [
             [self._complete(prompt, index, params) for index in range(params.num_samples)]
             for prompt in prompts
         ]
+        if on_group is not None:
+            for index in reversed(range(len(groups))):  # any order will do
+                on_group(index, groups[index])
+        return groups
 
     def _complete(self, prompt: Prompt, index: int, params: SampleParams) -> Completion:
         if callable(self._script):

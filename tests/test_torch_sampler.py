@@ -169,7 +169,7 @@ def test_completions_of_another_version_stop_the_run(tmp_path: Path) -> None:
     sampler = make(tmp_path)
     params = SampleParams(num_samples=1, max_tokens=2, temperature=1.0)
     assert sample_groups(sampler, PROMPTS, params, version=4)
-    with pytest.raises(StaleAdapterError, match=r"version \[4\], the learner is at 5"):
+    with pytest.raises(StaleAdapterError, match=r"version \[4\], and version 5 was asked for"):
         sample_groups(sampler, PROMPTS, params, version=5)
 
 

@@ -213,17 +213,17 @@ class StaleSampler(TorchSampler):
         if adapter is not None and adapter.version >= 1:
             self._stale = True
 
-    def sample(self, prompts_N, params):  # type: ignore[no-untyped-def]
+    def sample(self, prompts_N, params, on_group=None):  # type: ignore[no-untyped-def]
         if getattr(self, "_stale", False):
             tensors = {n: t.clone() for n, t in self.policy.adapter_tensors().items()}
             for name, tensor in self.policy.adapter_tensors().items():
                 if "lora_B" in name:
                     tensor.zero_()  # version 0
             try:
-                return super().sample(prompts_N, params)
+                return super().sample(prompts_N, params, on_group)
             finally:
                 self.policy.load_tensors(tensors)
-        return super().sample(prompts_N, params)
+        return super().sample(prompts_N, params, on_group)
 
 
 def test_a_stale_adapter_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
 """The article's figures 1 to 8 from a study's results table, and 9 of LoRA's variants: one function
 each, rows in, axes out.
 
-Points are means over seeds with 95 % intervals (Student's t); colours are Okabe and Ito's, and line
-styles and markers differ, too. A figure is drawn from the rows that carry its numbers; where there
-are none, it is not drawn.
+Points are means over seeds with 95 % intervals (Student's t), or with both seeds where there are
+two; colours are Okabe and Ito's, and line styles and markers differ, too. A figure is drawn from
+the rows that carry its numbers; where there are none, it is not drawn.
 """
 
 from __future__ import annotations
@@ -62,6 +62,14 @@ def style_of(number: int) -> dict[str, Any]:
     }
 
 
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high): the mean's 95 % interval, or of two values those, which have none to speak
+    of (Student's t would reach 12.7 standard errors)."""
+    if len(values) == 2:
+        return sum(values) / 2, min(values), max(values)
+    return mean_interval(values)
+
+
 def best_rates(rows: Sequence[Row]) -> dict[Condition, float]:
     """condition -> the rate of the best mean result, where no seed failed."""
     arm = rows[0]["arm"]
@@ -88,7 +96,7 @@ def mean_curve(
     """(steps, mean, low, high) over seeds, on the steps that all of them have."""
     steps = sorted(set.intersection(*(set(steps) for steps, _ in by_seed.values())))
     tables = [dict(zip(steps_s, values, strict=True)) for steps_s, values in by_seed.values()]
-    triples = [mean_interval([table[step] for table in tables]) for step in steps]
+    triples = [spread([table[step] for table in tables]) for step in steps]
     mean, low, high = (
         (list(column) for column in zip(*triples, strict=True)) if triples else ([], [], [])
     )
@@ -126,7 +134,7 @@ def _by_rate(axes: Axes, rows: Sequence[Row]) -> None:
     for number, condition in enumerate(conditions):
         by_rate = results_by_rate(rows)[condition]
         points = [
-            (rate, *mean_interval([v for v in by_seed.values() if math.isfinite(v)]))
+            (rate, *spread([v for v in by_seed.values() if math.isfinite(v)]))
             for rate, by_seed in sorted(by_rate.items())
             if any(math.isfinite(v) for v in by_seed.values())
         ]
@@ -168,7 +176,7 @@ def draw_figure_3(axes: Axes, rows: Sequence[Row]) -> None:
         same = (c for c in rates if c._replace(batch_size=0) == key)
         for condition in sorted(same, key=lambda c: c.batch_size):
             by_seed = results_by_rate(rows)[condition][rates[condition]]
-            points.append((condition.batch_size, *mean_interval(list(by_seed.values()))))
+            points.append((condition.batch_size, *spread(list(by_seed.values()))))
         _plot(axes, tuple(zip(*points, strict=True)), number, condition_text(key))
     axes.set_xscale("log", base=2)
     axes.set_xlabel("batch size (sequences)")
@@ -195,7 +203,7 @@ def _bars(axes: Axes, rows: Sequence[Row], label: Callable[[Condition], str]) ->
     conditions = sorted(rates, key=order)
     for number, condition in enumerate(conditions):
         by_seed = results_by_rate(rows)[condition][rates[condition]]
-        mean, low, high = mean_interval(list(by_seed.values()))
+        mean, low, high = spread(list(by_seed.values()))
         bounds = None if math.isinf(low) else [[mean - low], [high - mean]]
         style = style_of(number)
         axes.errorbar(
@@ -346,6 +354,8 @@ def draw_study(
             figure = Figure(figsize=(6.4, 4.8), layout="constrained")
             axes = figure.add_subplot()
             draw(axes, rows)
+            if _num(rows, "seed") == 2:
+                axes.set_xlabel(f"{axes.get_xlabel()}   (bands: the two seeds)".strip())
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(ncols=2)
             paths.append(folder / f"{name}.{suffix}")

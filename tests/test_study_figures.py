@@ -22,6 +22,7 @@ from rl_lora.study_figures import (
     draw_study,
     envelope,
     mean_curve,
+    spread,
 )
 from rl_lora.study_table import condition_of, condition_text
 
@@ -173,3 +174,9 @@ def test_a_study_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to draw"):
         draw_study([row("sft", 0, None)], tmp_path)
     assert main(["report", "--study", str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_band_of_two_seeds_is_the_seeds() -> None:
+    assert spread([1.0, 3.0]) == (2.0, 1.0, 3.0)
+    mean, low, high = spread([1.0, 2.0, 3.0])  # 2 +- 4.303 / sqrt 3
+    assert (mean, low, high) == pytest.approx((2.0, -0.4841, 4.4841), abs=1e-3)

@@ -71,9 +71,11 @@ def test_means_over_seeds_are_taken_where_all_seeds_have_a_point() -> None:
     steps, mean, low, high = mean_curve({0: ([1, 2, 4], [1.0, 2.0, 3.0]), 1: ([2, 4], [4.0, 3.0])})
     assert steps == [2, 4]
     assert mean == [3.0, 3.0]
-    # Standard deviation sqrt 2, error 1, t for one degree of freedom 12.7062.
-    assert high[0] - mean[0] == pytest.approx(12.7062, abs=1e-3)
-    assert (low[1], high[1]) == (3.0, 3.0)
+    assert (low, high) == ([2.0, 3.0], [4.0, 3.0])
+    three = {seed: ([2], [value]) for seed, value in enumerate((1.0, 2.0, 3.0))}
+    _, mean, low, high = mean_curve(three)
+    # Standard deviation 1, error 1 / sqrt 3, t for two degrees of freedom 4.3027.
+    assert high[0] - mean[0] == pytest.approx(2.4842, abs=1e-3)
 
 
 def test_figure_1_takes_the_best_rate_at_each_step() -> None:

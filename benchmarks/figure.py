@@ -1,11 +1,17 @@
-"""The benchmark's figure: seconds by phase, and the ratios against their baseline."""
+"""The benchmark's figures: seconds by phase and ratios; how a sweep grows."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+from benchmarks.growth import SWEPT, Line, Power
+
+ARMS = {"learner": ("LoRA", "#0072B2", "o"), "full": ("full fine-tuning", "#D55E00", "s")}
 PHASES = {"sample": "#0072B2", "score": "#E69F00", "learn": "#009E73", "publish": "#CC79A7"}
 
 
@@ -57,3 +63,64 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def draw_sweep(
+    kind: str, rows: Sequence[dict[str, Any]], found: Mapping[str, Power | Line], path: Path
+) -> None:
+    """Writes a PNG: time, products and memory against what was swept, with the fits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    products = "mflop_per_token" if kind in ("ranks", "layers") else "gflop"
+    panels = {
+        "s": "learning, seconds",
+        products: "products, GFLOP" if products == "gflop" else "products, MFLOP a token",
+        "memory_mb": "peak memory, MiB",
+    }
+    figure, all_axes = pyplot.subplots(1, 3, figsize=(12, 3.8))
+    for axes, (quantity, title) in zip(all_axes, panels.items(), strict=True):
+        for arm in ARMS:
+            _draw_arm(axes, kind, rows, f"{arm}_{quantity}", found.get(f"{arm}_{quantity}"))
+        _finish(axes, kind, rows)
+        axes.set_title(title, fontsize=10)
+        if kind in ("samples", "tokens"):
+            axes.set_yscale("log")  # a power law is a straight line
+            axes.margins(y=0.3)
+        else:
+            axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _draw_arm(
+    axes: Any, kind: str, rows: Sequence[dict[str, Any]], name: str, fit: Power | Line | None
+) -> None:
+    """One arm's points and its fitted curve."""
+    label, colour, marker = ARMS[name.split("_")[0]]
+    ys = [row[name] for row in rows]
+    if fit is None:
+        axes.plot(range(len(rows)), ys, marker, color=colour, label=label)
+        return
+    xs = [row[SWEPT[kind]] for row in rows]
+    axes.plot(xs, ys, marker, color=colour, label=f"{label}: {fit.text()}")
+    curve = np.geomspace(min(xs), max(xs), 100)
+    axes.plot(curve, [fit.at(float(x)) for x in curve], color=colour, lw=1, alpha=0.6)
+
+
+def _finish(axes: Any, kind: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The axis of what was swept: its own values as ticks."""
+    xs = [row[SWEPT[kind]] for row in rows]
+    if kind == "layers":
+        axes.set_xticks(range(len(xs)), xs)
+        axes.set_xlim(-0.5, len(xs) - 0.5)
+    else:
+        axes.set_xscale("log")
+        axes.set_xticks(xs, [str(x) for x in xs])
+        axes.minorticks_off()
+    axes.set_xlabel(SWEPT[kind])
+    axes.spines[["top", "right"]].set_visible(False)

@@ -19,8 +19,10 @@ from benchmarks.arm import Commands, matmul_peak, peak_mb, peak_reset
 from benchmarks.workload import Size, config
 from rl_lora.batches import make_samples, pack
 from rl_lora.learner import Learner
+from rl_lora.plan import matmul_counts
 from rl_lora.policy import Policy
 from rl_lora.prompts import load_prompts
+from rl_lora.shapes import lay_out
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, Score
 
 Built = Iterator[tuple[Commands, dict[str, Any]]]
@@ -133,7 +135,12 @@ def learner(size: Size, mode: str = "lora") -> Built:
         scored = sum(len(b.target_ids_C) for b in batches[0])
         remade = 2 * scored * vocab * width if policy.is_full else 0  # logits, a second time
         per_token = (products - remade) / batches[0][0].num_tokens
-        return {"products": products - remade, "products_per_token": per_token}
+        share = scored / batches[0][0].num_tokens
+        return {
+            "products": products - remade,
+            "products_per_token": per_token,
+            "formula_per_token": formula_per_token(policy, share),
+        }
 
     yield {"learn": learn, "count": count}, {}
 
@@ -161,6 +168,16 @@ def needed_gflop(policy: Policy, groups_N: list[RolloutGroup]) -> float:
     completions = sum(len(r.completion.token_ids) for g in groups_N for r in g.rollouts_G)
     prompts = sum(len(g.prompt.token_ids) for g in groups_N)
     return 4e-9 * (inner * (prompts + completions) + head * completions)
+
+
+def formula_per_token(policy: Policy, scored_share: float) -> float:
+    """FLOPs a token by the article's count, 2 (2 N^2 + 6 N R) or 2 (3 N^2) a layer, where lm_head
+    sees a share of the tokens. It lets every layer pass a gradient on; the first need not."""
+    counts = matmul_counts(lay_out(policy.model.config), policy.lora)
+    head = policy.model.get_output_embeddings().weight.numel()
+    passes = 3 if policy.is_full else 2
+    total = counts.full if policy.is_full else counts.lora
+    return 2 * (total - passes * head * (1 - scored_share))
 
 
 def made_up_groups(prompts_N: Any, size: Size) -> list[RolloutGroup]:

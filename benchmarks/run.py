@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.growth import PHASES
 from benchmarks.workload import ROOT, Size
 
 LOSS_ALLOWED = 0.15
@@ -157,24 +158,52 @@ def measure_learners(size: Size, rounds: int, logs: Path) -> tuple[Ratios, dict[
     return ratios, {**learned, "flops": flops}
 
 
-def sweep(sizes: list[Size], rounds: int, logs: Path) -> list[dict[str, Any]]:
-    """The learning phase, adapter against full, at several sizes."""
+def sweep(
+    sizes: list[Size], rounds: int, logs: Path, *, has_steps: bool = False
+) -> list[dict[str, Any]]:
+    """The learning phase, adapter against full, at several sizes; has_steps: whole steps too."""
     rows = []
     for size in sizes:
         print(f"sweep: {asdict(size)}", file=sys.stderr, flush=True)
         with arms(["learner", "full"], size, logs) as made:
             learned = in_turn(made, dict.fromkeys(made, "learn"), rounds)
             flops = {name: made[name].ask("count") for name in made}
-        rows.append(
-            {
-                **asdict(size),
-                **{f"{n}_s": median(a["learn"] for a in learned[n]) for n in learned},
-                **{f"{n}_memory_mb": max(a["memory"] for a in learned[n]) for n in learned},
-                **{f"{n}_mflop_per_token": flops[n]["products_per_token"] / 1e6 for n in flops},
-                "tokens": learned["learner"][0]["computed_tokens"],
-            }
-        )
+        row = {**asdict(size), **learning_row(learned, flops)}
+        if has_steps:
+            with arms(["ours"], size, logs) as made:
+                row |= phase_row(in_turn(made, {"ours": "step"}, rounds)["ours"])
+        rows.append(row)
     return rows
+
+
+Answers = list[dict[str, Any]]
+
+
+def learning_row(learned: dict[str, Answers], flops: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Medians of seconds, the greatest peak of memory, and products, by arm.
+
+    A step's products are a token's, counted on one microbatch, times the tokens computed.
+    """
+    row: dict[str, float] = {"tokens": learned["learner"][0]["computed_tokens"]}
+    for name, answers in learned.items():
+        per_token = flops[name]["products_per_token"]
+        row |= {
+            f"{name}_s": median(a["learn"] for a in answers),
+            f"{name}_gflop": per_token * row["tokens"] / 1e9,
+            f"{name}_mflop_per_token": per_token / 1e6,
+            f"{name}_formula_mflop_per_token": flops[name]["formula_per_token"] / 1e6,
+            f"{name}_memory_mb": max(a["memory"] for a in answers),
+        }
+    return row
+
+
+def phase_row(answers: Answers) -> dict[str, float]:
+    """Median seconds and the greatest peak of memory of a whole step's phases."""
+    row: dict[str, float] = {}
+    for phase in PHASES:
+        row[f"step_{phase}_s"] = median(a[phase] for a in answers)
+        row[f"step_{phase}_memory_mb"] = max(a[f"memory_{phase}"] for a in answers)
+    return row
 
 
 def compare(ratios: dict[str, float], baseline: dict[str, float]) -> list[str]:

@@ -2,7 +2,8 @@
 
     python scripts/bench_step.py                       # about 15 minutes on two cores
     python scripts/bench_step.py --check               # fails on a loss of over 15 %
-    python scripts/bench_step.py --sweep ranks         # learning phase at ranks 1, 8, 64, 256
+    python scripts/bench_step.py --sweep ranks         # learning phase at ranks 1, 8, 64, 256,
+                                                       # how it grows, in a table and a figure
 
 TRL is an extra of its own (`make bench` installs it); without it the ratios against it are left
 out.
@@ -15,11 +16,15 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.figure import draw  # noqa: E402
+from benchmarks.figure import draw, draw_sweep  # noqa: E402
+from benchmarks.growth import against_formula, fits, records, sweep_tables  # noqa: E402
 from benchmarks.run import compare, has_trl, measure, sweep  # noqa: E402
 from benchmarks.workload import Size  # noqa: E402
 
@@ -49,6 +54,9 @@ def main() -> int:
     parser.add_argument(
         "--sweep", choices=SWEEPS, help="the learning phase at several sizes instead"
     )
+    parser.add_argument(
+        "--steps", action="store_true", help="with --sweep: whole steps too, by phase"
+    )
     options = parser.parse_args()
     if options.rounds < 1 or options.prompts < 1:
         parser.error("--rounds and --prompts are at least 1")
@@ -58,13 +66,13 @@ def main() -> int:
         parser.error(
             f"--check compares with a baseline of {baseline['size']['num_prompts']} prompts"
         )
+    if options.steps and not options.sweep:
+        parser.error("--steps goes with --sweep")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.sweep:
-        sizes = [replace(size, num_prompts=options.prompts) for size in SWEEPS[options.sweep]]
-        rows = sweep(sizes, options.rounds, options.out)
-        path = options.out / f"sweep_{options.sweep}.json"
-        path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        print(json.dumps(rows, indent=2))
+        sizes = [replace(s, num_prompts=options.prompts) for s in SWEEPS[options.sweep]]
+        rows = sweep(sizes, options.rounds, options.out, has_steps=options.steps)
+        write_sweep(options.sweep, rows, options.out)
         return 0
     if not has_trl():
         print("TRL is not installed (make bench does it): no ratios against it", file=sys.stderr)
@@ -83,6 +91,24 @@ def main() -> int:
         print("\n".join(lost) if lost else "no ratio lost over 15 % against the baseline")
         return 1 if lost else 0
     return 0
+
+
+def write_sweep(kind: str, rows: list[dict[str, Any]], out: Path) -> None:
+    """Prints the sweep with its fits; sweep_KIND.json and sweep_KIND.png have both."""
+    found = fits(kind, rows)
+    result = {
+        "command": "python scripts/bench_step.py " + " ".join(sys.argv[1:]),
+        "rows": rows,
+        "fits": records(found),
+        "against_formula": against_formula(found),
+    }
+    path = out / f"sweep_{kind}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    draw_sweep(kind, rows, found, path.with_suffix(".png"))
+    console = Console(width=110)
+    for table in sweep_tables(kind, rows):
+        console.print(table)
+    print(f"{path} and {path.with_suffix('.png').name}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from rl_lora.errors import UserError
+
 _ROOM = 256  # tokens beyond the prompt that a buffer begins with; it doubles when it is full
 
 
@@ -23,10 +25,19 @@ class KvCache(DynamicCache):
 
     Example: KvCache(model.config), then for each batch begin(longest=132), the prompts' forward
     pass, batch_repeat_interleave(8), and a forward pass a token.
+
+    Raises:
+        UserError: a layer keeps something else than keys and values, as linear attention does.
     """
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config=config)
+        strange = {type(x).__name__ for x in self.layers if not isinstance(x, DynamicLayer)}
+        if strange:
+            raise UserError(
+                f"sampling.backend='torch' has no cache for {', '.join(sorted(strange))}: "
+                "models with other layers than attention are not supported"
+            )
         self.layers = [
             BufferedLayer() if type(layer) is DynamicLayer else layer for layer in self.layers
         ]
@@ -47,7 +58,7 @@ class KvCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, BufferedLayer):
                 layer.keep(len(rows), slots_M, rows_M)
-            else:
+            elif isinstance(layer, DynamicLayer):  # all are: see __init__
                 layer.batch_select_indices(rows_S)
 
 

@@ -8,6 +8,7 @@ from transformers import DynamicCache, LlamaConfig, MistralConfig
 
 from rl_lora import kv_cache
 from rl_lora.attention import attend_last
+from rl_lora.errors import UserError
 from rl_lora.kv_cache import BufferedLayer, KvCache, front
 
 CONFIG = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -97,6 +98,13 @@ def test_sliding_windows_stay_transformers_own() -> None:
     ours.keep([1], CPU)
     theirs.batch_select_indices(torch.tensor([1]))
     check_same(ours, theirs)
+
+
+def test_layers_without_keys_and_values_are_refused() -> None:
+    config = LlamaConfig(num_hidden_layers=2)
+    config.layer_types = ["full_attention", "linear_attention"]  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="no cache for LinearAttentionLayer"):
+        KvCache(config)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ one big batch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,7 +72,7 @@ def pack(
             some = next(_by_budget([_Row(s.prompt_ids, [s]) for s in shortest], microbatch_tokens))
             kept = [sample for row in some for sample in row.samples]
         if share_prompts:
-            parts = _evenly(_families(kept), microbatch_tokens)
+            parts: Iterable[list[_Row]] = _whole_families(_families(kept), microbatch_tokens)
         else:
             rows = sorted((_Row(s.prompt_ids, [s]) for s in kept), key=lambda row: row.width)
             parts = _by_budget(rows, microbatch_tokens)
@@ -131,30 +131,42 @@ def _families(samples: Sequence[TrainSample]) -> list[_Row]:
     return list(families.values())
 
 
-def _evenly(families: Sequence[_Row], budget: int) -> Iterator[list[_Row]]:
-    """Microbatches of about the same size within the budget, an even number of them where there are
-    several, so that two workers end together. A family cut in two has its prompt in both."""
-    total = sum(family.width for family in families)
-    count = -(-total // budget)
-    count += count % 2 if count > 1 else 0
-    target = min(budget, -(-total // count))
-    together: list[_Row] = []
-    size = 0
-    for family in families:
-        row: _Row | None = None
-        for sample in family.samples:
-            added = len(sample.completion_ids) + (0 if row else len(family.prompt_ids))
-            if together and size + added > target:
-                yield together
-                together, size, row = [], 0, None
-                added = len(sample.completion_ids) + len(family.prompt_ids)
-            if row is None:
-                row = _Row(family.prompt_ids, [])
-                together.append(row)
-            row.samples.append(sample)
-            size += added
-    if together:
-        yield together
+def _whole_families(families: Sequence[_Row], budget: int) -> list[list[_Row]]:
+    """Microbatches within the budget that keep families whole, so that each prompt is computed once.
+
+    A family over the budget is cut in pieces, with the prompt in each. Pieces go, largest first,
+    to the first microbatch with room; microbatches come largest first, so that workers that take
+    them in turn end together.
+    """
+    pieces = [piece for family in families for piece in _pieces(family, budget)]
+    bins: list[list[_Row]] = []
+    sizes: list[int] = []
+    for piece in sorted(pieces, key=lambda piece: -piece.width):
+        room = next((i for i, size in enumerate(sizes) if size + piece.width <= budget), None)
+        if room is None:
+            bins.append([piece])
+            sizes.append(piece.width)
+        else:
+            bins[room].append(piece)
+            sizes[room] += piece.width
+    return [bins[i] for i in sorted(range(len(bins)), key=lambda i: -sizes[i])]
+
+
+def _pieces(family: _Row, budget: int) -> Iterator[_Row]:
+    """The family in as few pieces within the budget as it takes, of about the same size."""
+    num_prompt = len(family.prompt_ids)
+    num_completion = family.width - num_prompt
+    count = -(-num_completion // max(1, budget - num_prompt))
+    target = num_prompt + -(-num_completion // count)
+    piece = _Row(family.prompt_ids, [])
+    for sample in family.samples:
+        if piece.samples and (
+            piece.width >= target or piece.width + len(sample.completion_ids) > budget
+        ):
+            yield piece
+            piece = _Row(family.prompt_ids, [])
+        piece.samples.append(sample)
+    yield piece
 
 
 def _split(samples: Sequence[TrainSample], num_updates: int) -> Iterator[list[TrainSample]]:

@@ -125,9 +125,20 @@ def seen_by_token(layout: Layout, num_tokens: int) -> list[set[int]]:
 def test_a_family_too_large_for_one_microbatch_is_cut_with_its_prompt_in_each() -> None:
     samples = [completion_of((10, 11), tuple(range(20, 23)), 1.0) for _ in range(5)]
     batches = pack_one(samples, share_prompts=True, microbatch_tokens=11)
-    assert [b.num_sequences for b in batches] == [2, 2, 1]
-    assert [b.num_tokens for b in batches] == [8, 8, 5]
+    assert [b.num_sequences for b in batches] == [3, 2]
+    assert [b.num_tokens for b in batches] == [11, 8]
     assert sum(float(b.weights_C.sum()) for b in batches) == pytest.approx(1.0)
+
+
+def test_families_stay_whole_and_come_largest_first() -> None:
+    """Widths 6, 7, 3 and 5 in microbatches of 10: 7 with 3, 6 alone, 5 alone; no prompt twice."""
+    samples = [
+        completion_of((prompt, 11), tuple(range(width - 2)), 1.0)
+        for prompt, width in ((1, 6), (2, 7), (3, 3), (4, 5))
+    ]
+    batches = pack_one(samples, share_prompts=True, microbatch_tokens=10)
+    assert [b.num_tokens for b in batches] == [10, 6, 5]
+    assert [b.token_ids_BT[0, 0].item() for b in batches] == [2, 1, 4]
 
 
 def test_buckets_waste_little() -> None:

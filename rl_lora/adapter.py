@@ -38,7 +38,10 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+        # NumPy has no bfloat16; for the rest a view of bytes would cost more than the hash.
+        has_numpy = tensor.dtype in (torch.float32, torch.float16)
+        plain = tensor if has_numpy else tensor.view(-1).view(torch.uint8)
+        digest.update(plain.numpy().data if plain.numel() else b"")
     return digest.hexdigest()
 
 
@@ -124,6 +127,28 @@ def open_adapter(path: Path, policy: Policy, *, name: str | None = None) -> Adap
         fingerprint=found,
         rank=0 if is_full else served_rank(policy.lora),
         is_full=is_full,
+    )
+
+
+def saved_version(path: Path, expected: str) -> Adapter:
+    """The handle of a version that this run has published, the policy left as it is.
+
+    Raises:
+        UserError: it is gone, or its tensors have not the fingerprint expected.
+    """
+    tensors, manifest = load_tensors(path), _manifest(path)
+    if fingerprint(tensors) != expected:
+        raise UserError(
+            f"adapter {path} is not the one that the run has sampled from, and a run with "
+            "sampling.overlap cannot go on without it; start anew under another run.name"
+        )
+    return Adapter(
+        version=int(manifest["version"]),
+        name=str(manifest["name"]),
+        path=path,
+        fingerprint=expected,
+        rank=int(manifest["rank"]),
+        is_full=bool(manifest["is_full"]),
     )
 
 

@@ -127,6 +127,11 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
     return None
 
 
+def checkpoint_steps(run_folder: Path) -> set[int]:
+    """Steps of the checkpoints on disk, whole or not."""
+    return {_order(path)[0] for path in _checkpoints(run_folder / FOLDER)}
+
+
 def prune(run_folder: Path, keep_last: int) -> list[Path]:
     """Deletes all but the newest `keep_last` checkpoints; returns what was deleted.
 

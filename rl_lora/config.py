@@ -130,6 +130,7 @@ class SamplingSection(Section):
     merge_adapter: bool | None = None
     memory_fraction: float = Field(0.45, gt=0, le=0.95)  # of the GPU's memory, for vLLM
     max_kl: float | None = Field(None, gt=0)  # nats; None: 1e-4 in float32, 2e-2 in bfloat16
+    overlap: bool = False  # samples step k + 1 while step k learns, from version k - 1; for GPUs
 
 
 class RewardSection(Section):
@@ -231,7 +232,12 @@ def check_variant(lora: LoraSection, optim: OptimSection) -> None:
 
 
 def check_served(lora: LoraSection, sampling: SamplingSection) -> None:
-    """Raises ValueError for adapters that the sampler does not serve."""
+    """Raises ValueError for adapters that the sampler does not serve, and overlap without vLLM."""
+    if sampling.overlap and sampling.backend != "vllm":
+        raise ValueError(
+            "sampling.overlap=true: the torch sampler computes with the weights that the learner "
+            'changes meanwhile; set sampling.backend="vllm", or leave overlap out'
+        )
     if sampling.backend != "vllm" or lora.mode == "full":
         return
     if lora.variant == "dora":

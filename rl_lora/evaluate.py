@@ -25,7 +25,7 @@ from rl_lora.results import (
     load_result,
     scores_by_source,
 )
-from rl_lora.rollouts import sample_and_score, scoring_thread
+from rl_lora.rollouts import Scoring, sample_and_score, scoring_thread
 from rl_lora.sampler import Sampler
 from rl_lora.types import Prompt, RolloutGroup, SampleParams
 
@@ -211,9 +211,8 @@ class _Exam:
     def _examine(self, prompts: Sequence[Prompt]) -> list[ProblemRecord]:
         start = time.perf_counter()
         with scoring_thread() as thread:
-            groups = sample_and_score(
-                self._sampler, prompts, self._params, self._reward, thread, version=None
-            ).groups()
+            scoring = Scoring(prompts, self._reward, thread)
+            groups = sample_and_score(self._sampler, scoring, self._params, version=None).groups()
         self._versions |= {r.completion.adapter_version for g in groups for r in g.rollouts_G}
         if len(self._versions) > 1:
             raise StaleAdapterError(

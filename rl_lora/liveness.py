@@ -3,7 +3,8 @@
 The commonest failure of such systems is silent: the engine goes on with the base or an old adapter.
 There are two checks. At the start both sides score fixed tokens under a probe adapter that really
 changes the model (a fresh one does not: its B is zero), and under the base with the adapter off. At
-each step the sampler's log-probs of the rollouts are held against the policy's.
+each step the sampler's log-probs of the rollouts are held against the policy's; where sampling
+overlaps learning, those of fixed tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rl_lora.lora import lora_layers
 from rl_lora.moe import expert_adapters, expert_size
 from rl_lora.policy import Policy
 from rl_lora.sampler import Sampler
-from rl_lora.types import Adapter, Prompt
+from rl_lora.types import Adapter, Prompt, RolloutGroup
 
 PROBE_VERSION = 10**6 - 1  # never reached by training steps; its name is never reused either
 _PROBE_TOKENS = 48  # of each fixed prompt
@@ -49,6 +50,55 @@ def check_step(metrics: dict[str, float], dtype: torch.dtype, max_kl: float | No
             f"{kl_limit:.0e}), mean |difference| {absolute:.2e} nats (limit {absolute_limit:.0e}); "
             "the sampler uses a stale or wrong adapter, or rounds more than sampling.max_kl allows"
         )
+
+
+def sample_ages(
+    groups_N: Sequence[RolloutGroup], version: int, *, max_age: int
+) -> dict[str, float]:
+    """rollouts/age_*: by how many versions the policy that learns is ahead of the sampler.
+
+    Args:
+        groups_N: the step's rollouts.
+        version: of the policy that is about to learn from them.
+        max_age: 0, or with sampling.overlap 1.
+
+    Raises:
+        StaleAdapterError: a sample is older than that, or of a version still to come.
+    """
+    ages = [version - r.completion.adapter_version for g in groups_N for r in g.rollouts_G]
+    if not all(0 <= age <= max_age for age in ages):
+        raise StaleAdapterError(
+            f"samples of ages {min(ages)} to {max(ages)} for policy version {version}, and ages 0 "
+            f"to {max_age} are allowed: the sampler uses a stale or wrong adapter"
+        )
+    return {"rollouts/age_mean": sum(ages) / len(ages), "rollouts/age_max": float(max(ages))}
+
+
+def check_version(
+    policy: Policy, sampler: Sampler, prompts: Sequence[Prompt], max_kl: float | None
+) -> dict[str, float]:
+    """Fixed tokens under the version in use, on both sides: `check_step` for overlapped sampling.
+
+    Rollouts of the version before differ from the policy by the policy's own last step, of which no
+    bound is known beforehand; on the same version the sides have to agree as ever.
+
+    Returns:
+        mismatch/live_abs_mean: mean |difference| in nats a token.
+
+    Raises:
+        StaleAdapterError: it is over its tolerance.
+    """
+    token_ids_N = [prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts]
+    _, limit = tolerances(policy.dtype, max_kl)
+    served = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
+    found = _distance(served, _policy_logprobs(policy, token_ids_N))
+    if not found < limit:
+        raise StaleAdapterError(
+            f"sampler and policy disagree on fixed tokens: mean |difference| {found:.2e} nats "
+            f"(limit {limit:.0e}); the sampler uses a stale or wrong adapter, or rounds more than "
+            "sampling.max_kl allows"
+        )
+    return {"mismatch/live_abs_mean": found}
 
 
 def check_at_start(

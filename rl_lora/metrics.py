@@ -143,11 +143,14 @@ class PhaseTimer:
 def speed_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Tokens a second, from counts and seconds that are already among the metrics.
 
-    `speed/sample_tokens_per_s` counts completion tokens; `speed/learn_tokens_per_s` counts
-    `learn/tokens` (prompt and completion tokens that went through the learner) where it is given.
+    `speed/sample_tokens_per_s` counts completion tokens, by the sampler's own seconds where they
+    are given (`system/sampler_s`; nobody waits for it where sampling overlaps learning);
+    `speed/learn_tokens_per_s` counts `learn/tokens` (prompt and completion tokens that went through
+    the learner) where it is given.
     """
+    sampler_s = "system/sampler_s" if "system/sampler_s" in metrics else "time/sample_s"
     pairs = {
-        "speed/sample_tokens_per_s": ("rollouts/completion_tokens", "time/sample_s"),
+        "speed/sample_tokens_per_s": ("rollouts/completion_tokens", sampler_s),
         "speed/learn_tokens_per_s": ("learn/tokens", "time/learn_s"),
     }
     return {

@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
 
 from rewards import Reward
 from rl_lora.errors import StaleAdapterError, UserError
@@ -80,17 +80,21 @@ class Scoring:
 
     def __init__(self, prompts_N: Sequence[Prompt], reward: Reward, thread: Executor) -> None:
         self.seconds = 0.0  # that the thread has worked on this batch
-        self._prompts_N, self._reward, self._thread = prompts_N, reward, thread
+        self.prompts_N, self._reward, self._thread = prompts_N, reward, thread
         self._waiting: deque[tuple[int, list[Completion]]] = deque()
         self._jobs: list[Future[None]] = []
         self._groups: dict[int, RolloutGroup] = {}
+        self._is_stopped = False
 
     def add(self, index: int, completions_G: list[Completion]) -> None:
         """The completions of prompt `index`; a sampler's `on_group`.
 
         Raises:
             Exception: what scoring an earlier group has raised, so that sampling ends at once.
+            CancelledError: after `stop`.
         """
+        if self._is_stopped:
+            raise CancelledError("the batch is no longer wanted")
         for job in self._jobs:
             if job.done():
                 job.result()
@@ -105,7 +109,11 @@ class Scoring:
         """
         for job in self._jobs:
             job.result()
-        return [self._groups[index] for index in range(len(self._prompts_N))]
+        return [self._groups[index] for index in range(len(self.prompts_N))]
+
+    def stop(self) -> None:
+        """Ends the sampling at the next group, from another thread."""
+        self._is_stopped = True
 
     def cancel(self) -> None:
         """Scores nothing more; returns once the call of the reward that runs now is over."""
@@ -119,7 +127,7 @@ class Scoring:
         while self._waiting:
             taken.append(self._waiting.popleft())
         if taken:
-            prompts = [self._prompts_N[index] for index, _ in taken]
+            prompts = [self.prompts_N[index] for index, _ in taken]
             scored = score_groups(
                 prompts, [completions_G for _, completions_G in taken], self._reward
             )
@@ -128,23 +136,16 @@ class Scoring:
 
 
 def sample_and_score(
-    sampler: Sampler,
-    prompts_N: Sequence[Prompt],
-    params: SampleParams,
-    reward: Reward,
-    thread: Executor,
-    *,
-    version: int | None,
+    sampler: Sampler, scoring: Scoring, params: SampleParams, *, version: int | None
 ) -> Scoring:
-    """Samples all groups, and has each scored in the thread as soon as it is whole.
+    """Samples all groups, and has each scored in the other thread as soon as it is whole.
 
     Raises:
         StaleAdapterError: a completion came from another adapter version than `version`.
         Exception: what sampling or scoring has raised; the other has ended by then.
     """
-    scoring = Scoring(prompts_N, reward, thread)
     try:
-        sample_groups(sampler, prompts_N, params, version=version, on_group=scoring.add)
+        sample_groups(sampler, scoring.prompts_N, params, version=version, on_group=scoring.add)
     except BaseException:
         scoring.cancel()
         raise

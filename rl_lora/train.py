@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rl_lora import cpu_memory
-from rl_lora.adapter import remove_old, save_adapter
+from rl_lora.adapter import remove_old, save_adapter, saved_version
 from rl_lora.advantages import ADVANTAGES
+from rl_lora.ahead import Batch, Batches, step_params
 from rl_lora.batches import make_samples, pack
 from rl_lora.best import best_exam, drop_best_after, keep_best, read_choice
-from rl_lora.checkpoint import drop_after, latest_checkpoint
+from rl_lora.checkpoint import checkpoint_steps, drop_after, latest_checkpoint
 from rl_lora.config import RunConfig
 from rl_lora.contamination import contamination_notes
 from rl_lora.display import Display
@@ -21,12 +22,11 @@ from rl_lora.evaluate import evaluate, remove_results_after
 from rl_lora.figures import draw_figures
 from rl_lora.job import Job, check_run_folder, exam_identity, open_job
 from rl_lora.learner import Learner
-from rl_lora.liveness import check_at_start, check_step
+from rl_lora.liveness import check_at_start, check_step, check_version, sample_ages
 from rl_lora.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
 from rl_lora.paired import PairedScores, compare_exams
 from rl_lora.prompts import PromptStream
 from rl_lora.results import EvalResult, load_result
-from rl_lora.rollouts import sample_groups, score_groups
 from rl_lora.run_record import check_same_job, read_record, write_record
 from rl_lora.runlog import RunLog
 from rl_lora.sampler import mix_seed
@@ -34,7 +34,7 @@ from rl_lora.segments import SLACK
 from rl_lora.sft import has_solutions, warm_start
 from rl_lora.snapshot import load_snapshot, resume_step, save_snapshot
 from rl_lora.system import SystemMeter
-from rl_lora.types import Adapter, RolloutGroup, SampleParams
+from rl_lora.types import Adapter, Prompt, RolloutGroup, SampleParams
 
 
 @dataclass(frozen=True)
@@ -63,35 +63,69 @@ class Run:
             num_steps=config.run.num_steps * config.optim.num_updates,
         )
         self.stream = PromptStream(job.prompts.train, config.run.seed)
+        self.position = self.stream.state_dict()  # of the next step's prompts
+        self.batches = Batches(job.sampler, job.reward)
+        self.overlaps = config.sampling.overlap
         self.timer = PhaseTimer()
         self.step = 0  # steps done, which is the adapter's version
-        self.adapter: Adapter | None = None  # in use; None: before the first one is published
+        self.adapter: Adapter | None = None  # published last; None: before the first one is
+        self.previous: Adapter | None = None  # the version before it
 
     def publish(self) -> Adapter:
-        """Writes the policy's present version and hands it to the sampler."""
+        """Writes the policy's present version; the sampler takes it, at once if it is free."""
         adapters = self.folder / "adapters"
         adapter = save_adapter(
             self.job.policy, adapters, version=self.step, run_name=self.job.config.run.name
         )
-        self.job.sampler.use(adapter)
+        if self.adapter is not None:
+            self.previous = self.adapter
         self.adapter = adapter
-        remove_old(adapters, keep={self.step, self.step - 1})
+        if not self.overlaps:
+            self.batches.use(adapter)
+        keep = {self.step, self.step - 1}
+        if self.overlaps:  # what a run that is resumed from a checkpoint samples from first
+            keep |= {step - 1 for step in checkpoint_steps(self.folder)}
+        remove_old(adapters, keep=keep)
         return adapter
 
-    def params(self) -> SampleParams:
-        """How the next step samples; its seed follows from the run's and the step's number."""
-        sampling = self.job.config.sampling
-        return SampleParams(
-            num_samples=sampling.num_samples,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            stop=sampling.stop,
-            seed=mix_seed(self.job.config.run.seed, "step", self.step + 1),
-        )
+    def next_batch(self) -> Batch:
+        """The batch to learn from; with sampling.overlap the one after it is sampled from now on.
+
+        Step k samples from version k - 1, with overlap from version k - 2 (the first from 0).
+        """
+        job, batches, version = self.job, self.batches, self.step
+        if not self.overlaps:
+            batch = batches.sample(*self._request(), version)
+        elif (batch_or_none := batches.take()) is not None:
+            batch = batch_or_none
+        else:  # this process's first: what was under way at a kill is sampled again
+            batches.serve(self.previous or self.adapter)
+            batch = batches.sample_beside(*self._request(), max(0, version - 1))
+        self.position = self.stream.state_dict()
+        if self.overlaps:
+            batches.serve(self.adapter)
+            probes, max_kl = job.prompts.eval[:4], job.config.sampling.max_kl
+            batch = replace(batch, checks=check_version(job.policy, job.sampler, probes, max_kl))
+        if self.overlaps and self.step + 1 < job.config.run.num_steps:
+            batches.start(*self._request(ahead=1), version)
+        else:
+            job.sampler.rest()  # the learner's turn
+        return batch
+
+    def _request(self, ahead: int = 0) -> tuple[list[Prompt], SampleParams]:
+        """Prompts and settings of the next step's batch, or of the one after it."""
+        prompts_N = self.stream.take(self.job.config.sampling.num_prompts)
+        self.display.sampling(0, len(prompts_N) * self.job.config.sampling.num_samples, 0)
+        return prompts_N, self.params(ahead)
+
+    def params(self, ahead: int = 0) -> SampleParams:
+        """How the next step samples, or the one after it."""
+        return step_params(self.job.config, self.step + 1 + ahead)
 
     def save(self) -> None:
         """One atomic checkpoint, and the older ones pruned."""
-        save_snapshot(self.step, self.learner, self.job.config, stream=self.stream.state_dict())
+        more = {"previous": self.previous and self.previous.fingerprint, "stream": self.position}
+        save_snapshot(self.step, self.learner, self.job.config, **more)
 
     def restore(self, path: Path) -> None:
         """Takes a checkpoint's state over.
@@ -101,7 +135,11 @@ class Run:
         """
         state = load_snapshot(path, self.learner, self.job.config)
         self.stream.load_state_dict(state["stream"])
+        self.position = self.stream.state_dict()
         self.step = state["step"]
+        if self.overlaps and self.step:
+            before = self.folder / "adapters" / f"v{self.step - 1:06d}"
+            self.previous = saved_version(before, state["previous"])
 
     def exam(self, name: str, *, adapter_off: bool = False) -> EvalResult:
         """The held-out exam; a result that is already in the run folder is not made again."""
@@ -110,7 +148,10 @@ class Run:
             return load_result(folder / f"{name}.json")
         config = self.job.config
         if adapter_off:
-            self.job.sampler.use(None)
+            self.batches.use(None)
+        else:
+            with self.timer.phase("sample"):
+                self.batches.serve(self.adapter)
         prompts_N = self.job.prompts.eval
         with self.timer.phase("eval"):
             result = evaluate(
@@ -141,6 +182,7 @@ class Run:
     def learn(self, groups_N: list[RolloutGroup]) -> dict[str, float]:
         """Advantages, microbatches, optimizer step, and the check that the sampler was right."""
         config, policy = self.job.config, self.job.policy
+        ages = sample_ages(groups_N, self.step, max_age=int(self.overlaps))
         rewards_N_G = [group.rewards_G for group in groups_N]
         if config.algorithm.kl == "reward":
             rewards_N_G = self.learner.penalised_rewards(groups_N, config.optim.microbatch_tokens)
@@ -157,8 +199,9 @@ class Run:
         )
         metrics = self.learner.update(updates)
         cpu_memory.trim()
-        check_step(metrics, policy.dtype, config.sampling.max_kl)
-        return metrics
+        if not ages["rollouts/age_max"]:  # older ones: `next_batch` has checked the sampler
+            check_step(metrics, policy.dtype, config.sampling.max_kl)
+        return metrics | ages
 
 
 def train(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> Outcome:
@@ -250,27 +293,22 @@ def prepare(run: Run, checkpoint: Path | None) -> None:
 
 
 def loop(run: Run, log: RunLog) -> None:
-    """Step k samples from adapter version k - 1 and publishes version k."""
-    job, timer, config = run.job, run.timer, run.job.config.run
+    """Step k learns from samples of version k - 1, with overlap k - 2, and publishes version k."""
+    timer, config = run.timer, run.job.config.run
     run.display.stage("training", config.num_steps, run.step)
     timer.take()
-    with SystemMeter() as meter:
+    with SystemMeter() as meter, run.batches:
         while run.step < config.num_steps:
-            prompts_N = run.stream.take(job.config.sampling.num_prompts)
-            run.display.sampling(0, len(prompts_N) * job.config.sampling.num_samples, 0)
             with timer.phase("sample"):
-                completions_N_G = sample_groups(
-                    job.sampler, prompts_N, run.params(), version=run.step
-                )
-                job.sampler.rest()  # the learner's turn
-            with timer.phase("score"):
-                groups_N = score_groups(prompts_N, completions_N_G, job.reward)
+                batch = run.next_batch()
+            with timer.phase("score"):  # what is left of it
+                groups_N = batch.scoring.groups()
             with timer.phase("learn"):
                 stats = run.learn(groups_N)
             run.step += 1
             with timer.phase("publish"):
                 run.publish()
-            metrics = rollout_metrics(groups_N) | stats
+            metrics = rollout_metrics(groups_N) | stats | batch.metrics()
             if has_exam := bool(config.eval_every) and run.step % config.eval_every == 0:
                 metrics |= run.exam(_exam_name(run.step)).metrics()
             metrics |= timer.take() | memory_metrics() | meter.take()

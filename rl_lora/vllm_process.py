@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import random
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,7 +120,13 @@ def process_kept() -> Iterator[None]:
 
 
 def torch_random_state_kept() -> contextlib.AbstractContextManager[None]:
-    """Puts PyTorch's random state back, of the CPU and of GPUs in use."""
+    """Puts PyTorch's random state back, of the CPU and of GPUs in use.
+
+    In the main thread alone: the state is the process's, and another thread that put it back would
+    undo what the main thread draws meanwhile. Seeded requests draw from their own generators.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return contextlib.nullcontext()
     is_used = torch.cuda.is_available() and torch.cuda.is_initialized()
     devices = list(range(torch.cuda.device_count())) if is_used else []
     return torch.random.fork_rng(devices=devices)

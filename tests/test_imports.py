@@ -17,9 +17,10 @@ MODULES = {
     for package in ("rl_lora", "rewards")
     for path in (ROOT / package).glob("*.py")
 }
-# rollouts, evaluate score; types passes the record on; job, grade, regrade make the verifier.
+# rollouts, ahead, evaluate score; types passes the record on; job, grade, regrade make a verifier.
 MAY_IMPORT_REWARDS = {
     "rl_lora.rollouts",
+    "rl_lora.ahead",
     "rl_lora.evaluate",
     "rl_lora.types",
     "rl_lora.job",

@@ -44,7 +44,7 @@ def test_scores_are_those_of_scoring_afterwards(num_workers: int) -> None:
         scoring_thread() as thread,
     ):
         later = score_groups(PROMPTS, sample_groups(sampler, PROMPTS, PARAMS, version=-1), reward)
-        scoring = sample_and_score(sampler, PROMPTS, PARAMS, reward, thread, version=-1)
+        scoring = sample_and_score(sampler, Scoring(PROMPTS, reward, thread), PARAMS, version=-1)
         assert scoring.groups() == later
     assert [group.prompt for group in later] == PROMPTS
     assert later[3].rewards_G == [1.1, 1.1, 0.1]
@@ -95,7 +95,7 @@ def test_a_group_is_scored_while_the_sampler_goes_on() -> None:
     reward = TellingReward()
     sampler = SlowSampler(reward.was_scored)
     with scoring_thread() as thread:
-        scoring = sample_and_score(sampler, PROMPTS, PARAMS, reward, thread, version=-1)
+        scoring = sample_and_score(sampler, Scoring(PROMPTS, reward, thread), PARAMS, version=-1)
         assert reward.num_calls == len(PROMPTS)  # each before the next was sampled
         assert [group.prompt for group in scoring.groups()] == PROMPTS
     assert reward.threads == {"scoring_0"}
@@ -106,7 +106,7 @@ def test_an_error_of_the_reward_is_raised(fails_at: int) -> None:
     reward = TellingReward(fails_at)
     sampler = SlowSampler(reward.was_scored)
     with scoring_thread() as thread, pytest.raises(ZeroDivisionError, match="in the reward"):
-        sample_and_score(sampler, PROMPTS, PARAMS, reward, thread, version=-1).groups()
+        sample_and_score(sampler, Scoring(PROMPTS, reward, thread), PARAMS, version=-1).groups()
 
 
 def test_an_error_of_the_reward_ends_the_sampling_at_the_next_group() -> None:
@@ -126,7 +126,9 @@ def test_an_error_at_the_last_group_is_raised_where_the_groups_are_asked_for() -
 
     with scoring_thread() as thread:
         sampler = FakeSampler(text)
-        scoring = sample_and_score(sampler, PROMPTS[:1], PARAMS, Infinite(), thread, version=-1)
+        scoring = sample_and_score(
+            sampler, Scoring(PROMPTS[:1], Infinite(), thread), PARAMS, version=-1
+        )
         with pytest.raises(UserError, match="must give a finite number"):
             scoring.groups()
 
@@ -142,4 +144,4 @@ def test_an_error_of_the_sampler_leaves_nothing_to_score() -> None:
         scoring.cancel()
         assert reward.num_scored == 0
         with pytest.raises(StaleAdapterError, match=r"adapter version \[-1\], and version 3"):
-            sample_and_score(FakeSampler(text), PROMPTS, PARAMS, reward, thread, version=3)
+            sample_and_score(FakeSampler(text), Scoring(PROMPTS, reward, thread), PARAMS, version=3)

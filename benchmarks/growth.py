@@ -54,7 +54,8 @@ class Line(NamedTuple):
 
     def text(self) -> str:
         """For a table."""
-        return f"{self.intercept:.4g} + {self.slope:.3g} n"
+        is_flat = abs(self.slope) < 1e-12 * abs(self.intercept)  # what rounding leaves
+        return f"{self.intercept:.4g} + {0 if is_flat else self.slope:.3g} n"
 
 
 def power_law(xs: Sequence[float], ys: Sequence[float]) -> Power:
@@ -157,5 +158,6 @@ def sweep_tables(kind: str, rows: Sequence[dict[str, Any]]) -> list[Table]:
         fitted.add_row(name, fit.text(), f"{fit.residual:.1%}")
     for arm, ratios_by_part in against_formula(found).items():
         for part, ratio in ratios_by_part.items():
-            fitted.add_row(f"{arm}: {part}, measured / 2 N^2 + 6 N R", f"{ratio:.4f}", "")
+            formula = "3 N^2" if arm == "full" else "2 N^2 + 6 N R"
+            fitted.add_row(f"{arm}: {part}, measured / {formula}", f"{ratio:.4f}", "")
     return [measured, fitted]

@@ -132,7 +132,7 @@ def _families(samples: Sequence[TrainSample]) -> list[_Row]:
 
 
 def _whole_families(families: Sequence[_Row], budget: int) -> list[list[_Row]]:
-    """Microbatches within the budget that keep families whole, so that each prompt is computed once.
+    """Microbatches within the budget that keep families whole: each prompt is computed once.
 
     A family over the budget is cut in pieces, with the prompt in each. Pieces go, largest first,
     to the first microbatch with room; microbatches come largest first, so that workers that take

@@ -101,17 +101,15 @@ class Policy:
             self.model.requires_grad_(True)
         else:
             self.target_names = attach_lora(self.model, lora, seed)
+        # Walks over all modules, once: publishing a version asks for them at each step.
+        self._lora_layers = list(lora_layers(self.model))
+        self.expert_names = adapted_parts(self.model)  # of gate, up and down in files; () without
         self._reference = copy.deepcopy(self.model) if self.is_full and keep_reference else None
         self._has_checkpoints = checkpoint_activations
         if checkpoint_activations:
             self.model.gradient_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": attention.checkpoint_contexts}
             )
-
-    @property
-    def expert_names(self) -> tuple[str, ...]:
-        """What gate, up and down of the adapted experts are called in files; () without any."""
-        return adapted_parts(self.model)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in a fixed order."""
@@ -124,10 +122,10 @@ class Policy:
         """
         tensors = {
             f"base_model.model.{name}.{part}": tensor.detach()
-            for name, layer in lora_layers(self.model)
+            for name, layer in self._lora_layers
             for part, tensor in layer.published().items()
         }
-        return tensors | expert_tensors(self.model)
+        return tensors | (expert_tensors(self.model) if self.expert_names else {})
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What training goes on from, the policy's own tensors: as published, but with PiSSA and
@@ -136,7 +134,7 @@ class Policy:
             return self.published_tensors()
         return {
             f"base_model.model.{name}.{part}": tensor.detach()
-            for name, layer in lora_layers(self.model)
+            for name, layer in self._lora_layers
             for part, tensor in layer.state().items()
         }
 

@@ -124,8 +124,9 @@ def _plot(axes: Axes, curve: Any, number: int, label: str) -> None:
     xs, mean, low, high = curve
     style = style_of(number)
     axes.plot(xs, mean, label=label, markersize=4, linewidth=1.4, **style)
-    if all(math.isfinite(bound) for bound in (*low, *high)):
-        axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    has_band = np.isfinite(low) & np.isfinite(high)  # one seed alone has none
+    bounds = np.where(has_band, low, mean), np.where(has_band, high, mean)
+    axes.fill_between(xs, *bounds, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _by_rate(axes: Axes, rows: Sequence[Row]) -> None:

@@ -348,11 +348,11 @@ QWEN3_30B_A3B = Qwen3MoeConfig(
     num_hidden_layers=48,
     num_attention_heads=32,
     num_key_value_heads=4,
-    head_dim=128,
     num_experts=128,
     num_experts_per_tok=8,
     vocab_size=151936,
     tie_word_embeddings=False,
+    **{"head_dim": 128},  # not among the declared fields
 )
 
 

@@ -44,19 +44,24 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
 
 
 def activation_bytes(
-    config: PretrainedConfig, num_tokens: int, dtype: torch.dtype, *, is_checkpointed: bool
+    config: PretrainedConfig,
+    num_tokens: int,
+    dtype: torch.dtype,
+    *,
+    is_checkpointed: bool,
+    joins_swiglu: bool = False,
 ) -> int:
     """Estimate of what backward needs kept for one microbatch of a decoder-only transformer.
 
     Per token and layer: 6 hidden-sized tensors (residuals and norms, partly in float32), queries
     and attention output, keys and values, and 4 tensors of the gated MLP, of a mixture 4 of each
-    active expert and its input and output. With checkpointing, one hidden-sized tensor a layer and
-    one whole layer at a time.
+    active expert and its input and output; 2 of a dense MLP in place of 4 where `lora_swiglu`
+    computes it. With checkpointing, one hidden-sized tensor a layer and one whole layer at a time.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     query, key = text.num_attention_heads * _head_dim(text), heads * _head_dim(text)
-    layer = 6 * text.hidden_size + 2 * query + 2 * key + _mlp_elements(text)
+    layer = 6 * text.hidden_size + 2 * query + 2 * key + _mlp_elements(text, joins_swiglu)
     layers = text.num_hidden_layers
     elements = text.hidden_size * layers + layer if is_checkpointed else layer * layers
     return num_tokens * elements * dtype.itemsize
@@ -119,7 +124,11 @@ def learner_memory(
         parts.append(MemoryItem("reference weights", num_base * dtype.itemsize, "for the KL"))
     checkpointed = ", checkpointed" if optim.checkpoint_activations else ""
     activations = activation_bytes(
-        model_config, num_tokens, dtype, is_checkpointed=optim.checkpoint_activations
+        model_config,
+        num_tokens,
+        dtype,
+        is_checkpointed=optim.checkpoint_activations,
+        joins_swiglu=not is_full and lora.layers != "attention" and lora.variant != "dora",
     )
     if lora.variant == "dora":
         text = model_config.get_text_config()
@@ -202,11 +211,13 @@ def _adapted_outputs(text: PretrainedConfig, layers: str) -> int:
     return int(attention * (layers != "mlp") + mlp * (layers != "attention"))
 
 
-def _mlp_elements(text: PretrainedConfig) -> int:
-    """What a token keeps of a layer's MLP: 4 tensors of its width, or of the experts it meets."""
+def _mlp_elements(text: PretrainedConfig, joins_swiglu: bool) -> int:
+    """What a token keeps of a layer's MLP: 4 tensors of its width (2 where gate and up alone are
+    kept), or 4 of each expert it meets."""
     num_active = getattr(text, "num_experts_per_tok", None)
     if not num_active:
-        return int(4 * text.intermediate_size)
+        is_swiglu = getattr(text, "hidden_act", "") in ("silu", "swish")
+        return int((2 if joins_swiglu and is_swiglu else 4) * text.intermediate_size)
     width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
     shared = getattr(text, "shared_expert_intermediate_size", None) or 0
     return int(num_active * (4 * width + 2 * text.hidden_size) + 4 * shared)

@@ -10,24 +10,30 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from pydantic import ValidationError
 
 from rl_lora import cpu_memory
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, sample_seed
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
-from rl_lora.vllm_merge import MergedWeights, read_terms
+from rl_lora.vllm_engine import (
+    check_device,
+    check_files,
+    forget_cache,
+    make_engine,
+    merged_weights,
+    one_line,
+    repack_head,
+)
+from rl_lora.vllm_merge import read_terms
 from rl_lora.vllm_process import (
     check_cpu_heads,
     import_vllm,
@@ -84,7 +90,7 @@ class VllmSampler:
                 no such directory; or a context longer than the model's.
         """
         check_model(model_dir, max_model_len)
-        _check_device(device, lora)
+        check_device(device, lora)
         check_mixture(model_dir, device)
         vllm = import_vllm(device)
         if device.type == "cpu":
@@ -107,11 +113,11 @@ class VllmSampler:
             max_model_len=max_model_len,
         )  # fmt: skip
         self._runs_eager = bool(settings(is_merged=merges)["enforce_eager"])
-        self._engine = _make_engine(vllm, settings(is_merged=merges), self._on_cpu)
-        self._merged = self._merged_weights(sampling) if merges else None
+        self._engine = make_engine(vllm, settings(is_merged=merges), self._on_cpu)
+        self._merged = merged_weights(self._engine, model_dir, sampling) if merges else None
         if merges and self._merged is None:
             self._shut_down()
-            self._engine = _make_engine(vllm, settings(is_merged=False), self._on_cpu)
+            self._engine = make_engine(vllm, settings(is_merged=False), self._on_cpu)
         self._tokenizer = self._engine.get_tokenizer()
         VllmSampler._open = weakref.ref(self)
         self.rest()
@@ -130,7 +136,7 @@ class VllmSampler:
                     f"{adapter.name}: is_full={adapter.is_full} in a sampler made for "
                     f"lora.mode={'full' if self._is_full else 'lora'!r}"
                 )
-            _check_files(adapter)
+            check_files(adapter)
         if self._is_full:
             self._load_full(adapter)
         elif self._merged is not None:
@@ -142,7 +148,7 @@ class VllmSampler:
                 engine.add_lora(request)
             except ValueError as error:
                 raise UserError(
-                    f"vLLM does not take adapter {adapter.path}: {_one_line(error)}"
+                    f"vLLM does not take adapter {adapter.path}: {one_line(error)}"
                 ) from error
             if (held := engine.list_loras()) != {request.lora_int_id}:
                 raise StaleAdapterError(
@@ -228,7 +234,7 @@ class VllmSampler:
         if self._merged is not None:
             self._merged.drop()
         self._reset_cache()
-        self._engine.collective_rpc(_forget_cache)
+        self._engine.collective_rpc(forget_cache)
         cpu_memory.trim()
         self._rests = True
 
@@ -253,23 +259,6 @@ class VllmSampler:
             self._rests = False
         if self._merged is not None and self._merged.ensure():
             self._reset_cache()
-
-    def _merged_weights(self, sampling: SamplingSection) -> MergedWeights | None:
-        """None where the engine's layers are not known well enough to merge into."""
-        (model,) = self._engine.apply_model(lambda model: model)
-        try:
-            return MergedWeights(model, self._model_dir)
-        except LookupError as error:
-            if sampling.merge_adapter:
-                raise UserError(
-                    f"sampling.merge_adapter=true: {error.args[0]}, of {self._model_dir}; leave "
-                    "it out"
-                ) from error
-            warnings.warn(
-                f"adapters go through vLLM's LoRA layers, which are slower: {error.args[0]}",
-                stacklevel=2,
-            )
-            return None
 
     def _live_engine(self) -> Any:
         if self._engine is None:
@@ -297,7 +286,7 @@ class VllmSampler:
         with process_kept():
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
             if self._on_cpu:
-                self._engine.apply_model(_repack_head)
+                self._engine.apply_model(repack_head)
         self._reset_cache()
 
     def _reset_cache(self) -> None:
@@ -401,81 +390,6 @@ class VllmSampler:
 class _Request:
     token_ids: Sequence[int]
     params: Any  # vllm.SamplingParams
-
-
-def _check_device(device: torch.device, lora: LoraSection) -> None:
-    if device.index:
-        raise UserError(
-            f"model.device={str(device)!r}: vLLM takes the first visible GPU; set "
-            f"CUDA_VISIBLE_DEVICES={device.index} and model.device='cuda'"
-        )
-    if lora.mode == "lora" and lora.lm_head and device.type != "cpu":
-        raise UserError(
-            "lora.lm_head=true: vLLM on GPUs leaves lm_head's adapter out of the log-probs of "
-            "given tokens (vllm#51594), which the check for a live adapter needs; set "
-            "lora.lm_head=false or sampling.backend=torch"
-        )
-
-
-def _make_engine(vllm: SimpleNamespace, settings: dict[str, Any], on_cpu: bool) -> Any:
-    """A vllm.LLMEngine. Raises UserError where vLLM refuses the model or a setting."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(process_kept())
-        if on_cpu:
-            from rl_lora import vllm_cpu_lora
-
-            stack.enter_context(vllm_cpu_lora.installed())
-        try:
-            engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**settings))
-            if on_cpu:
-                from rl_lora import vllm_cpu_sampler
-
-                engine.collective_rpc(vllm_cpu_sampler.install)
-            return engine
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"vLLM's installation lacks {error.name}: install vLLM with all that it needs "
-                "(rl_lora[gpu] or rl_lora[cpu]), or set sampling.backend=torch"
-            ) from error
-        except ValueError as error:
-            reason, fix = _one_line(error), "sampling.backend=torch serves any of transformers"
-            if "Free memory" in reason:  # other processes hold the GPU
-                fix = "end what else runs on the GPU, or lower sampling.memory_fraction"
-            raise UserError(f"vLLM does not serve {settings['model']}: {reason}; {fix}") from error
-
-
-def _forget_cache(worker: Any) -> None:
-    """Gives the pages of a worker's KV cache back; the blocks are zero, as at the start."""
-    cpu_memory.forget(worker.model_runner.kv_caches)
-
-
-def _repack_head(model: torch.nn.Module) -> None:
-    """Packs a tied lm_head anew.
-
-    On CPU vLLM computes with a packed copy of each weight. `reload_weights` packs those that it
-    finds in the file, and a tied lm_head is not among them: it would go on with its old copy.
-    """
-    for module in model.modules():
-        if type(module).__name__ == "ParallelLMHead":
-            module.quant_method.process_weights_after_loading(module)  # type: ignore[operator,union-attr]
-
-
-def _check_files(adapter: Adapter) -> None:
-    if not adapter.path.is_dir():
-        raise UserError(f"adapter directory {adapter.path} does not exist")
-    if adapter.is_full:
-        if not any(adapter.path.glob("*.safetensors")):
-            raise UserError(f"weights directory {adapter.path} holds no *.safetensors file")
-        return
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter.path / name).is_file():
-            raise UserError(f"adapter directory {adapter.path} has no {name}")
-
-
-def _one_line(error: ValueError) -> str:
-    """The complaint's first sentence; of a validation error the first complaint's."""
-    text = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
-    return " ".join(text.removeprefix("Value error, ").split()).split(". ")[0]
 
 
 def _check_adapter(answered: Any, wanted: Any) -> None:

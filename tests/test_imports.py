@@ -32,6 +32,7 @@ VLLM_ROOMS = EAGER_VLLM_ROOMS | {
     "rl_lora.vllm_sampler",
     "rl_lora.vllm_process",
     "rl_lora.vllm_merge",
+    "rl_lora.vllm_engine",
 }
 STANDARD = sys.stdlib_module_names
 

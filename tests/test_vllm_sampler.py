@@ -28,8 +28,9 @@ from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
+from rl_lora.vllm_engine import make_engine
 from rl_lora.vllm_process import import_vllm, process_kept
-from rl_lora.vllm_sampler import VllmSampler, _check_adapter, _make_engine
+from rl_lora.vllm_sampler import VllmSampler, _check_adapter
 from rl_lora.vllm_settings import RANK_SLOTS, cpu_cache_bytes, engine_settings, merges_adapter
 from tests.tiny_models import VOCAB, make_policy, random_llama, shake
 
@@ -178,7 +179,7 @@ def test_what_an_engine_lacks_is_told_with_its_fix(error: Exception, told: str) 
 
     vllm = SimpleNamespace(EngineArgs=dict, LLMEngine=SimpleNamespace(from_engine_args=refuse))
     with pytest.raises(UserError, match=told):
-        _make_engine(vllm, {"model": "m"}, False)
+        make_engine(vllm, {"model": "m"}, False)
 
 
 def _process_state() -> dict[str, Any]:

@@ -29,6 +29,8 @@ from rl_lora.variants import served_alpha, served_rank
 ADAPTER_FILE = "adapter_model.safetensors"
 FULL_FILE = "model.safetensors"
 MANIFEST_FILE = "rl_lora.json"
+PEFT_PREFIX = "base_model.model."  # of its tensor names
+MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
 _CHANGED_BASES = ("pissa", "olora", "corda", "loftq")  # PEFT's starts that write to the base
 
 
@@ -164,6 +166,38 @@ def remove_old(folder: Path, *, keep: set[int]) -> None:
     for path in folder.glob("v[0-9]*"):
         if int(path.name[1:]) not in keep:
             shutil.rmtree(path)
+
+
+def factor_pairs(tensors: dict[str, Tensor], source: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) by the name of their layer ('model.layers.0.self_attn.q_proj'), out of an adapter's
+    tensors under PEFT's names; DoRA's magnitudes are left out.
+
+    Args:
+        source: the adapter's directory, for the complaints.
+
+    Raises:
+        UserError: A without B or of another rank, or a tensor that is none of these.
+    """
+    pairs = {}
+    for name, lora_A in tensors.items():
+        stem, _, kind = name.rpartition(".lora_")
+        if kind != "A.weight":
+            continue
+        lora_B = tensors.get(f"{stem}.lora_B.weight")
+        if lora_B is None:
+            raise UserError(f"adapter {source} has {name} but no B beside it")
+        if lora_A.shape[0] != lora_B.shape[1]:
+            raise UserError(f"adapter {source}: A and B of {stem} are of different ranks")
+        pairs[layer_name(stem)] = (lora_A, lora_B)
+    num_magnitudes = sum(name.endswith(MAGNITUDE_SUFFIX) for name in tensors)
+    if 2 * len(pairs) + num_magnitudes != len(tensors):
+        raise UserError(f"adapter {source} holds tensors that are no LoRA A and B; not merged")
+    return pairs
+
+
+def layer_name(stem: str) -> str:
+    """The layer that an adapter's tensors of this stem go with."""
+    return stem.removeprefix(PEFT_PREFIX)
 
 
 def lora_settings(path: Path) -> dict[str, Any]:

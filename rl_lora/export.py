@@ -26,7 +26,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from rl_lora.adapter import ADAPTER_FILE, MANIFEST_FILE, load_tensors, lora_settings
+from rl_lora.adapter import (
+    ADAPTER_FILE,
+    MAGNITUDE_SUFFIX,
+    MANIFEST_FILE,
+    factor_pairs,
+    layer_name,
+    load_tensors,
+    lora_settings,
+)
 from rl_lora.card import CARD_FILE, card_text, read_facts, write_card
 from rl_lora.config import ModelSection
 from rl_lora.errors import UserError
@@ -37,9 +45,7 @@ from rl_lora.variants import merged_dora, scaling_of
 
 _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-_PEFT_PREFIX = "base_model.model."
 _LM_HEAD = "lm_head.weight"
-_MAGNITUDE = ".lora_magnitude_vector"
 _NO_LORA: dict[str, Any] = {"alpha": 1.0, "rank": 1, "variant": "lora"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The hub's client and its transport raise from two families.
@@ -250,34 +256,27 @@ def _load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> _P
     return patch
 
 
-def _weight_name(stem: str) -> str:
-    """The weight that an adapter's tensors of this stem go with."""
-    return f"{stem.removeprefix(_PEFT_PREFIX)}.weight"
-
-
 def _magnitudes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """DoRA's, by the name of the weight they go with."""
-    stems = {name.removesuffix(_MAGNITUDE): t for name, t in tensors.items() if _MAGNITUDE in name}
-    return {_weight_name(stem): tensor for stem, tensor in stems.items()}
+    return {
+        f"{layer_name(name.removesuffix(MAGNITUDE_SUFFIX))}.weight": tensor
+        for name, tensor in tensors.items()
+        if name.endswith(MAGNITUDE_SUFFIX)
+    }
 
 
 def _pairs(
     tensors: dict[str, Tensor], adapter_dir: Path, rank: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """(A, B) by the name of the weight they go with, B for the scaling of `rank`: that of a lower
-    rank, as experts have it, is larger. Raises UserError where A or B is missing."""
+    rank, as experts have it, is larger. Raises UserError as `factor_pairs`."""
     pairs = {}
-    for name, lora_A in tensors.items():
-        stem, _, kind = name.rpartition(".lora_")
-        if kind == "A.weight":
-            lora_B = tensors.get(f"{stem}.lora_B.weight")
-            if lora_B is None:
-                raise UserError(f"adapter {adapter_dir} has {name} but no B beside it")
-            own = lora_A.shape[0]
-            wide_B = lora_B if own == rank else lora_B.float() * (rank / own)
-            pairs[_weight_name(stem)] = (lora_A, wide_B)
-    if 2 * len(pairs) + len(_magnitudes(tensors)) != len(tensors):
-        raise UserError(f"adapter {adapter_dir} holds tensors that are no LoRA A and B; not merged")
+    for layer, (lora_A, lora_B) in factor_pairs(tensors, adapter_dir).items():
+        own = lora_A.shape[0]
+        pairs[f"{layer}.weight"] = (
+            lora_A,
+            lora_B if own == rank else lora_B.float() * (rank / own),
+        )
     return pairs
 
 

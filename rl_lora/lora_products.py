@@ -69,10 +69,9 @@ class LoraProducts(torch.autograd.Function):
             grads_TO, low_TR.split(ctx.ranks, 1), hidden_parts, b_parts, ctx.scalings, strict=True
         )  # fmt: skip
         for grad_TO, low_Tr, hidden_Tr, b_Or, scaling in parts:
-            # Thin products in the form that MKL is quick at: ten times, from rank 2 on (LOG.md).
-            b_rO = b_Or.to(grad_TO.dtype).T.contiguous()
-            low_Tr.copy_((grad_TO @ b_rO.T).mul_(scaling))
-            grad_b.append((hidden_Tr.T @ grad_TO).T.float().mul_(scaling))
+            low, grad = low_rank_gradients(grad_TO, hidden_Tr, b_Or, scaling)
+            low_Tr.copy_(low)
+            grad_b.append(grad)
         grad_a = (low_TR.T @ x_TI).float().split(ctx.ranks)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -83,3 +82,15 @@ class LoraProducts(torch.autograd.Function):
             grad_x = grad_TI.view(*grad_outputs[0].shape[:-1], -1)
         flat = [g for a, b in zip(grad_a, grad_b, strict=True) for g in (None, None, a, b)]
         return grad_x, None, *flat
+
+
+def low_rank_gradients(
+    grad_TO: Tensor, hidden_TR: Tensor, b_OR: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of A x, [T, R], and of B, float32 [O, R], where scaling B (A x) is added to y.
+
+    Thin products in the form that MKL is quick at: up to ten times, from rank 2 on (LOG.md).
+    """
+    b_RO = b_OR.to(grad_TO.dtype).T.contiguous()
+    low_TR = (grad_TO @ b_RO.T).mul_(scaling)
+    return low_TR, (hidden_TR.T @ grad_TO).T.float().mul_(scaling)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from rl_lora.lora_products import low_rank_gradients
 from rl_lora.switch import adapters_are_off
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ class SwigluDown(torch.autograd.Function):
         shape = gate.shape
         gate_TF, up_TF = gate.reshape(-1, shape[-1]), up.reshape(-1, shape[-1])
         grad_TD = grad_output.reshape(-1, grad_output.shape[-1])
-        low_TR = (grad_TD @ b_DR.to(grad_TD.dtype).T.contiguous().T).mul_(ctx.scaling)
-        grad_b = (hidden_TR.T @ grad_TD).T.float().mul_(ctx.scaling)
+        low_TR, grad_b = low_rank_gradients(grad_TD, hidden_TR, b_DR, ctx.scaling)
         grad_TF = grad_TD @ weight_DF
         torch.addmm(grad_TF, low_TR, a_RF.to(grad_TD.dtype), out=grad_TF)
         silu_TF = silu(gate_TF)

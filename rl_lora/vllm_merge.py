@@ -4,7 +4,7 @@ vLLM computes with packed copies of the weights there. They are made anew for ea
 from the model's files: W + scaling * B A, so that nothing drifts, neither the files nor the
 learner's weights are touched, and decoding costs what it costs without adapter. In a narrower dtype
 the sum would round the adapter away (an update is often below bfloat16's step); vLLM's own LoRA
-layers serve there, and mixtures of experts too.
+layers serve there.
 
 The packed copies can be dropped while the learner works (`drop`); making them takes half a percent
 of a step (LOG.md).
@@ -12,21 +12,18 @@ of a step (LOG.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rl_lora.adapter import fingerprint, load_tensors, lora_settings
+from rl_lora.adapter import factor_pairs, fingerprint, load_tensors, lora_settings
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.types import Adapter
 from rl_lora.variants import scaling_of
-
-PREFIX = "base_model.model."  # of PEFT's tensor names
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,31 +51,10 @@ def read_terms(adapter: Adapter) -> dict[str, LowRank]:
     tensors = load_tensors(adapter.path)
     if fingerprint(tensors) != adapter.fingerprint:
         raise StaleAdapterError(f"{adapter.path} was changed after {adapter.name} was published")
-    return low_rank_terms(
-        tensors, lambda rank: scaling_of(settings["variant"], settings["alpha"], rank)
-    )
-
-
-def low_rank_terms(
-    tensors: dict[str, Tensor], scaling: Callable[[int], float]
-) -> dict[str, LowRank]:
-    """By layer name ('model.layers.0.self_attn.q_proj'), out of a PEFT adapter's tensors.
-
-    Raises:
-        UserError: a tensor that is no lora_A or lora_B of a linear layer, or one without the other.
-    """
-    sides: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        layer, _, side = name.removeprefix(PREFIX).partition(".lora_")
-        if side not in ("A.weight", "B.weight"):
-            raise UserError(f"the adapter's tensor {name!r} is neither lora_A nor lora_B")
-        sides.setdefault(layer, {})[side[0]] = tensor.float()
-    for layer, found in sides.items():
-        if set(found) != {"A", "B"} or found["A"].shape[0] != found["B"].shape[1]:
-            raise UserError(f"the adapter's lora_A and lora_B of {layer!r} do not fit one another")
+    variant, alpha = settings["variant"], settings["alpha"]
     return {
-        layer: LowRank(found["A"], found["B"], scaling(found["A"].shape[0]))
-        for layer, found in sides.items()
+        layer: LowRank(a_RI.float(), b_OR.float(), scaling_of(variant, alpha, a_RI.shape[0]))
+        for layer, (a_RI, b_OR) in factor_pairs(tensors, adapter.path).items()
     }
 
 
@@ -96,12 +72,13 @@ class MergedWeights:
             LookupError: a layer that this knows no weights for; the engine is as it was.
         """
         self._files = _files_by_tensor(model_dir)
-        self._layers = {
-            name: (module, self._parts(model, name)) for name, module in _linear_layers(model)
-        }
+        self._layers = [
+            (module, [_Part(part, _weight(part, self._files)) for part in _joined(model, name)])
+            for name, module in _linear_layers(model)
+        ]
         if not self._layers:
             raise LookupError("no linear layer")
-        self.names = frozenset(part for _, parts in self._layers.values() for part in parts)
+        self._weight_of = {part.layer: part.weight for _, parts in self._layers for part in parts}
         self._wanted: dict[str, LowRank] = {}
         self._is_loaded = True  # the base, as vLLM loaded it
 
@@ -124,23 +101,22 @@ class MergedWeights:
 
     def _check(self, terms: dict[str, LowRank]) -> None:
         for name, term in terms.items():
-            if name not in self.names:
+            if name not in self._weight_of:
                 raise UserError(f"the adapter is of a layer {name!r} that the model has not")
-            shape = self._files[_weight(name, self._files)][1]
+            shape = self._files[self._weight_of[name]][1]
             found = [term.b_OR.shape[0], term.a_RI.shape[1]]
             if found != shape:
                 raise UserError(f"the adapter of {name!r} is for {found} weights, not {shape}")
 
     def _load(self, terms: dict[str, LowRank]) -> None:
         self._is_loaded = False
-        for module, parts in self._layers.values():
+        for module, parts in self._layers:
             weights_OI = []
             for part in parts:
-                key = _weight(part, self._files)
                 # Opened anew each time: what is read of a file stays resident until it is closed.
-                with safe_open(self._files[key][0], framework="pt") as opened:
-                    weight_OI = opened.get_tensor(key).float()
-                    if (term := terms.get(part)) is not None:
+                with safe_open(self._files[part.weight][0], framework="pt") as opened:
+                    weight_OI = opened.get_tensor(part.weight).float()
+                    if (term := terms.get(part.layer)) is not None:
                         product = term.b_OR, term.a_RI
                         weight_OI = torch.addmm(weight_OI, *product, alpha=term.scaling)
                     weights_OI.append(weight_OI if term is not None else weight_OI.clone())
@@ -150,17 +126,22 @@ class MergedWeights:
     def drop(self) -> None:
         """Frees the packed weights; the engine cannot run before the next `ensure`."""
         self._is_loaded = False
-        for module, _ in self._layers.values():
+        for module, _ in self._layers:
             module.cpu_linear = _refuse
 
-    def _parts(self, model: nn.Module, name: str) -> list[str]:
-        """Names in the files of the layers that the engine's layer joins."""
-        owner, _, last = name.rpartition(".")
-        joined: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-        parts = [f"{owner}.{part}".lstrip(".") for part in joined.get(last, [last])]
-        for part in parts:
-            _weight(part, self._files)
-        return parts
+
+class _Part(NamedTuple):
+    """One of the files' layers in a layer of the engine: its name and its weight's."""
+
+    layer: str
+    weight: str
+
+
+def _joined(model: nn.Module, name: str) -> list[str]:
+    """Names in the files of the layers that the engine's layer joins."""
+    owner, _, last = name.rpartition(".")
+    joined: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    return [f"{owner}.{part}".lstrip(".") for part in joined.get(last, [last])]
 
 
 def _linear_layers(model: nn.Module) -> list[tuple[str, Any]]:

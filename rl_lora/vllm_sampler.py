@@ -140,7 +140,8 @@ class VllmSampler:
         if self._is_full:
             self._load_full(adapter)
         elif self._merged is not None:
-            self._check_name(adapter)
+            if adapter is not None:
+                self._check_name(adapter)
             self._merged.want(read_terms(adapter) if adapter else {})
         elif adapter is not None:
             request = self._lora_request(adapter)
@@ -265,10 +266,8 @@ class VllmSampler:
             raise RuntimeError("this VllmSampler is closed")
         return self._engine
 
-    def _check_name(self, adapter: Adapter | None) -> int:
+    def _check_name(self, adapter: Adapter) -> int:
         """vLLM's number for the adapter's name. Raises StaleAdapterError as `use` says."""
-        if adapter is None:
-            return 0
         known = self._known.setdefault(adapter.name, (len(self._known) + 1, adapter.fingerprint))
         if known[1] != adapter.fingerprint:
             raise StaleAdapterError(

@@ -215,7 +215,7 @@ def lora_settings(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no adapter directory: it has no adapter_config.json") from error
     except ValueError as error:
         raise UserError(f"{path / 'adapter_config.json'} is not valid JSON: {error}") from error
-    variants = [name for name in ("dora", "rslora") if raw.get(f"use_{name}")]
+    variants = peft_variants(raw)
     if raw.get("peft_type") != "LORA" or len(variants) > 1:
         kind = " with ".join(variants) or raw.get("peft_type")
         raise UserError(f"{path}: LoRA, rsLoRA and DoRA adapters are served, not {kind}")
@@ -228,9 +228,22 @@ def lora_settings(path: Path) -> dict[str, Any]:
     if raw.get("alpha_pattern"):
         raise UserError(f"{path}: an alpha_pattern is not served here, one alpha for all layers is")
     variant = variants[0] if variants else "lora"
-    # Of a mixture r is one expert's, and the layers that have the whole rank are in the pattern.
-    rank = _manifest(path).get("rank") or max([raw["r"], *(raw.get("rank_pattern") or {}).values()])
+    rank = peft_rank(raw, _manifest(path))
     return {"rank": rank, "alpha": float(raw["lora_alpha"]), "variant": variant}
+
+
+def peft_variants(raw: dict[str, Any]) -> list[str]:
+    """lora.variant of an adapter_config.json: none for plain LoRA; two are not served here."""
+    return [name for name in ("dora", "rslora") if raw.get(f"use_{name}")]
+
+
+def peft_rank(raw: dict[str, Any], manifest: dict[str, Any]) -> int:
+    """The whole rank of an adapter_config.json and, where there is one, our manifest beside it.
+
+    Of a mixture r is one expert's, and the layers that have the whole rank are in the pattern.
+    """
+    whole = manifest.get("rank") or max([raw["r"], *(raw.get("rank_pattern") or {}).values()])
+    return int(whole)
 
 
 def is_peft_loadable(path: Path) -> bool:

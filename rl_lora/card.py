@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from rl_lora.adapter import MANIFEST_FILE, is_peft_loadable
+from rl_lora.adapter import MANIFEST_FILE, is_peft_loadable, peft_rank, peft_variants
 from rl_lora.config import VARIANT_NAMES, RunConfig, parse_config
 from rl_lora.errors import UserError
 from rl_lora.loaders import LOADERS
@@ -70,7 +70,7 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
         raise UserError(f"{adapter_dir} is no adapter directory: it has no adapter_config.json")
     manifest = _read_json(adapter_dir / MANIFEST_FILE) or {}
     trained = manifest.get("trained_as", {})
-    rank = int(manifest.get("rank") or max([peft["r"], *(peft.get("rank_pattern") or {}).values()]))
+    rank = peft_rank(peft, manifest)
     run_folder = _run_folder(adapter_dir)
     config, exams = None, None
     if run_folder is not None:
@@ -83,7 +83,7 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
         is_peft=is_peft_loadable(adapter_dir),
         alpha=float(peft["lora_alpha"]),
         target_modules=_module_names(peft["target_modules"]),
-        variant=trained.get("variant") or _peft_variant(peft),
+        variant=trained.get("variant") or next(iter(peft_variants(peft)), "lora"),
         trained_rank=trained.get("rank"),
         num_steps=manifest.get("version"),
         config=config,
@@ -167,10 +167,6 @@ def _variant_rows(facts: AdapterFacts) -> dict[str, str]:
     }
     start = f": trained at rank {facts.trained_rank}, its start subtracted; served as plain LoRA"
     return {"variant": VARIANT_NAMES[facts.variant] + served.get(facts.variant, start)}
-
-
-def _peft_variant(peft: dict[str, Any]) -> str:
-    return next((name for name in ("dora", "rslora") if peft.get(f"use_{name}")), "lora")
 
 
 def _exam_lines(exams: dict[str, EvalResult]) -> list[str]:

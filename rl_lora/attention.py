@@ -1,7 +1,8 @@
 """Attention over completions that share their prompt, in one row of tokens without padding.
 
 A microbatch is one long row: prompts, each followed by its completions; `segments` says which token
-sees which. The blocks of its buckets are gathered from the row and go through SDPA.
+sees which. The blocks of its buckets are gathered from the row and go through SDPA, or on a CPU,
+where they are short, through plain products (`block_attention`).
 
 Models call it through transformers' attention interface under `NAME`. Without a layout in force
 (decoding, plain batches) it is transformers' own SDPA attention.
@@ -22,6 +23,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from rl_lora import block_attention
+from rl_lora.block_attention import Blocks
 from rl_lora.segments import Layout
 
 NAME = "rl_lora_shared_prompt"
@@ -87,7 +90,7 @@ def attend_last(
 
 
 class _Attend(torch.autograd.Function):
-    """`attend` that keeps its inputs alone and computes the blocks again in the backward pass.
+    """`attend` that keeps its inputs alone and computes the rest again in the backward pass.
 
     Attention is a few percent of the work, but its gathered blocks, with keys repeated for each
     group of query heads, would be a third of the activations.
@@ -105,16 +108,37 @@ class _Attend(torch.autograd.Function):
         """[T, H, D]."""
         ctx.save_for_backward(query_THD, key_TJD, value_TJD)
         ctx.layout, ctx.scale = layout, scale
+        ctx.blocks = _blocks(query_THD, key_TJD, layout)
+        if ctx.blocks is not None:
+            return block_attention.attend(query_THD, key_TJD, value_TJD, ctx.blocks, scale)
         return attend(query_THD, key_TJD, value_TJD, layout, scale)
 
     @staticmethod
     def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of queries, keys and values."""
+        if ctx.blocks is not None:
+            gradients = block_attention.attend_backward(
+                *ctx.saved_tensors, grad_THD, ctx.blocks, ctx.scale
+            )
+            return (*gradients, None, None)
         query_THD, key_TJD, value_TJD = (x.detach().requires_grad_() for x in ctx.saved_tensors)
         with torch.enable_grad():
             out_THD = attend(query_THD, key_TJD, value_TJD, ctx.layout, ctx.scale)
         inputs = (query_THD, key_TJD, value_TJD)
         return (*torch.autograd.grad(out_THD, inputs, grad_THD), None, None)
+
+
+def _blocks(query_THD: Tensor, key_TJD: Tensor, layout: Layout) -> Blocks | None:
+    """The layout's blocks, made once for all layers; None where SDPA is the faster way."""
+    if query_THD.device.type != "cpu" or query_THD.dtype != torch.float32:
+        return None
+    num_key_heads = key_TJD.shape[1]
+    key = (num_key_heads, query_THD.shape[1] // num_key_heads)
+    kept = getattr(_state, "blocks", None)
+    if kept is None or kept[0] is not layout or kept[1] != key:
+        kept = _state.blocks = layout, key, block_attention.make_blocks(layout, *key)
+    blocks: Blocks | None = kept[2]
+    return blocks
 
 
 def _gather(x_THD: Tensor, index_SQ: Tensor) -> Tensor:

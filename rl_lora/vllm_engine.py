@@ -39,9 +39,11 @@ def make_engine(vllm: SimpleNamespace, settings: dict[str, Any], on_cpu: bool) -
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_kept())
         if on_cpu:
-            from rl_lora import vllm_cpu_lora
+            from rl_lora import vllm_cpu_lora, vllm_cpu_norm
 
             stack.enter_context(vllm_cpu_lora.installed())
+            if settings["enforce_eager"] and (priorities := vllm_cpu_norm.priorities()):
+                settings = settings | {"ir_op_priority": priorities}
         try:
             engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**settings))
             if on_cpu:

@@ -117,8 +117,9 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of queries, keys and values."""
         if ctx.blocks is not None:
+            query_THD, key_TJD, value_TJD = ctx.saved_tensors
             gradients = block_attention.attend_backward(
-                *ctx.saved_tensors, grad_THD, ctx.blocks, ctx.scale
+                query_THD, key_TJD, value_TJD, grad_THD, ctx.blocks, ctx.scale
             )
             return (*gradients, None, None)
         query_THD, key_TJD, value_TJD = (x.detach().requires_grad_() for x in ctx.saved_tensors)

@@ -85,7 +85,7 @@ def exam(
     with ExitStack() as stack:
         display = stack.enter_context(Display(quiet=quiet))
         job = stack.enter_context(
-            open_job(config, on_note=display.note, on_progress=display.sampling)
+            open_job(config, num_steps=0, on_note=display.note, on_progress=display.sampling)
         )
         for policy, file in zip(policies, names, strict=True):
             results[file] = _examine(job, policy, folder, file, display)

@@ -17,6 +17,7 @@ from rl_lora.config import ModelSection, RunConfig, SamplingSection
 from rl_lora.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from rl_lora.policy import Policy
@@ -49,6 +50,7 @@ class Job:
 def open_job(
     config: RunConfig,
     *,
+    num_steps: int | None = None,
     on_note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> Iterator[Job]:
@@ -56,6 +58,7 @@ def open_job(
 
     Args:
         config: the job.
+        num_steps: RL steps that it samples for; None: run.num_steps.
         on_note: takes one line on what was loaded.
         on_progress: takes (completions done, in all, tokens sampled) within a call of the sampler.
 
@@ -96,8 +99,9 @@ def open_job(
         end_ids = end_token_ids(model_dir, tokenizer)
         longest = max(len(p.token_ids) for p in (*prompts.train, *prompts.eval))
         cap = max(config.sampling.max_tokens, config.eval.max_tokens or 0)
+        num_steps = config.run.num_steps if num_steps is None else num_steps
         sampler = make_sampler(
-            config.sampling,
+            _with_compilation(config.sampling, policy.device, num_steps, on_note),
             policy,
             tokenizer,
             end_ids,
@@ -106,6 +110,24 @@ def open_job(
         )
         stack.callback(sampler.close)
         yield Job(config, model_dir, tokenizer, prompts, end_ids, reward, policy, sampler)
+
+
+def _with_compilation(
+    section: SamplingSection,
+    device: torch.device,
+    num_steps: int,
+    on_note: Callable[[str], None],
+) -> SamplingSection:
+    """With sampling.eager=false where the job leaves it open and is long enough on a CPU."""
+    from rl_lora.vllm_settings import is_worth_compiling
+
+    is_open = section.backend == "vllm" and section.eager is None and device.type == "cpu"
+    if not (is_open and is_worth_compiling(section, num_steps)):
+        return section
+    on_note(
+        "a long job: vLLM compiles the model first, a minute or two; sampling.eager=true if not"
+    )
+    return section.model_copy(update={"eager": False})
 
 
 def open_model(

@@ -176,10 +176,15 @@ class Learner:
             "adapter/norm": self.parameter_norm(),
         }
 
-    def fit(self, microbatches: Sequence[Microbatch], lr: float) -> dict[str, float]:
-        """One supervised step by log loss (nats a token), at a learning rate of its own."""
+    def fit(
+        self, microbatches: Sequence[Microbatch], lr: float, *, is_scheduled: bool = True
+    ) -> dict[str, float]:
+        """One supervised step by log loss (nats a token), at a learning rate of its own.
+
+        is_scheduled: the rate follows `optim.schedule`; False: it is constant.
+        """
         total = sum(seen.loss for _, seen in self._passes(microbatches, self._log_loss_objective))
-        norm = self._step(lr)
+        norm = self._step(lr, is_scheduled)
         return {"sft/loss": total, "grad/norm": norm, "optim/lr": lr}
 
     def penalised_rewards(
@@ -295,7 +300,7 @@ class Learner:
             num_sequences=batch.num_sequences,
         )
 
-    def _step(self, lr: float) -> float:
+    def _step(self, lr: float, is_scheduled: bool = True) -> float:
         """Clips, steps, clears the gradients; returns the norm (L2) before clipping.
 
         Raises:
@@ -303,7 +308,7 @@ class Learner:
         """
         self.num_updates_done += 1
         section = self.optim.model_copy(update={"lr": lr})
-        rate = learning_rate(section, self.num_updates_done, self.num_steps)
+        rate = learning_rate(section, self.num_updates_done, self.num_steps) if is_scheduled else lr
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_ratio", 1.0)
         parameters = list(self.policy.trainable().values())

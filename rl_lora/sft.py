@@ -45,6 +45,8 @@ def warm_start(
 ) -> None:
     """`warm_start.num_steps` supervised steps; the learner's optimizer is fresh afterwards.
 
+    At a constant rate: `optim.schedule` is of the RL steps that follow, however many they are.
+
     Args:
         on_step: called with (step, metrics) after each step.
 
@@ -68,5 +70,5 @@ def warm_start(
             max_tokens=config.sampling.max_tokens,
             microbatch_tokens=config.optim.microbatch_tokens,
         )
-        on_step(step, learner.fit(microbatches, lr=section.lr))
+        on_step(step, learner.fit(microbatches, lr=section.lr, is_scheduled=False))
     learner.restart()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 PROVIDER = "rl_lora_cpu"
+WIDTH_UNIT = 64  # the kernels take whole vectors, of 8 to 32 elements by machine and dtype
 
 
 def rms_norm(
@@ -40,7 +41,7 @@ def fused_add_rms_norm(
 def priorities() -> dict[str, list[str]]:
     """vLLM's setting `ir_op_priority`, the kernels registered; empty where this vLLM has none."""
     try:
-        import vllm._custom_ops  # loads the kernels
+        import vllm._custom_ops  # noqa: F401  # loads the kernels
         from vllm.ir import ops
     except ImportError:
         return {}
@@ -76,4 +77,5 @@ def _whole_rows_of_sums(
 
 
 def _fits(x: Tensor, weight: Any) -> bool:
-    return weight is not None and weight.dtype == x.dtype and x.is_contiguous()
+    is_whole = x.is_contiguous() and x.shape[-1] % WIDTH_UNIT == 0
+    return is_whole and weight is not None and weight.dtype == x.dtype

@@ -179,6 +179,26 @@ def test_supervised_steps_lower_the_log_loss(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_a_supervised_stage_before_rl_has_a_constant_rate(tmp_path: Path) -> None:
+    """However many RL steps are to follow; a supervised run's own steps follow the schedule."""
+    moved = {}
+    for num_steps in (2, 100):
+        for is_scheduled in (False, True):
+            policy = make_policy(random_llama(tmp_path / f"{num_steps}{is_scheduled}"))
+            optim = OptimSection(lr=1e-2, schedule="linear")
+            learner = Learner(
+                policy, optim, AlgorithmSection(), temperature=1.0, num_steps=num_steps
+            )
+            ((batch,),) = pack(
+                samples_of(policy), denominator="tokens", max_tokens=8, microbatch_tokens=99
+            )
+            for _ in range(2):
+                learner.fit([batch], lr=1e-2, is_scheduled=is_scheduled)
+            moved[num_steps, is_scheduled] = learner.parameter_norm()
+    assert moved[2, False] == moved[100, False]
+    assert moved[2, True] != moved[100, True]
+
+
 def test_learning_rate_schedules() -> None:
     constant = OptimSection(lr=1.0)
     assert [learning_rate(constant, s, 10) for s in (1, 10)] == [1.0, 1.0]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rl_lora import vllm_settings
+from rl_lora import job, vllm_settings
 from rl_lora.adapter import fingerprint, save_adapter
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
@@ -61,10 +61,10 @@ def make_model(folder: Path, **options: Any) -> Path:
 
 def make_sampler(model_dir: Path, **options: Any) -> VllmSampler:
     lora = options.pop("lora", LoraSection(rank=1))
-    merges = options.pop("merge_adapter", None)
+    sampling = {name: options.pop(name, None) for name in ("merge_adapter", "eager")}
     return VllmSampler(
         model_dir,
-        SamplingSection(max_num_seqs=16, merge_adapter=merges),
+        SamplingSection(max_num_seqs=16, **sampling),
         lora,
         dtype=torch.float32,
         device=CPU,
@@ -199,14 +199,21 @@ def _process_state() -> dict[str, Any]:
 State = dict[str, Any]  # of the process, before and after an engine was made
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["merged", "lora_layers"])
+@pytest.fixture(
+    scope="module",
+    params=["merged", "lora_layers", pytest.param("compiled", marks=pytest.mark.slow)],
+)
 def opened(
     model_dir: Path, request: pytest.FixtureRequest
 ) -> Iterator[tuple[VllmSampler, State, State]]:
     before = _process_state()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm_settings, "CPU_BATCHED_TOKENS", 70)  # less than the tests' prompts take
-        sampler = make_sampler(model_dir, merge_adapter=request.param)
+        sampler = make_sampler(
+            model_dir,
+            merge_adapter=request.param != "lora_layers",
+            eager=request.param != "compiled",
+        )
     yield sampler, before, _process_state()
     sampler.close()
 
@@ -575,6 +582,43 @@ def test_engine_settings(model_dir: Path) -> None:
     assert gpu["gpu_memory_utilization"] == 0.3
     assert "kv_cache_memory_bytes" not in gpu
     assert settings_of(model_dir, "cuda", 1, eager=True, max_num_seqs=7)["max_num_seqs"] == 7
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "options", "expected"),
+    [
+        (20, {"max_tokens": 48}, False),  # the quickstart: 960 decoding steps
+        (199, {"max_tokens": 100}, False),
+        (200, {"max_tokens": 100}, True),
+        (100, {"max_tokens": 100, "num_prompts": 17}, True),  # two batches a step
+        (100, {"max_tokens": 100, "num_prompts": 17, "max_num_seqs": 256}, False),
+    ],
+)
+def test_long_jobs_are_worth_compiling(
+    num_steps: int, options: dict[str, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", sys.executable)  # a program that is there
+    section = SamplingSection(**options)
+    assert vllm_settings.is_worth_compiling(section, num_steps) is expected
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not vllm_settings.is_worth_compiling(section, num_steps)
+
+
+def test_a_job_asks_for_compilation_once_and_only_where_the_config_leaves_it_open() -> None:
+    notes: list[str] = []
+    long = SamplingSection(max_tokens=1000)
+
+    def eager(section: SamplingSection, device: str, num_steps: int = 1000) -> bool | None:
+        return job._with_compilation(section, torch.device(device), num_steps, notes.append).eager
+
+    assert eager(long, "cpu") is False
+    assert len(notes) == 1
+    assert "sampling.eager=true" in notes[0]
+    assert eager(long, "cpu", num_steps=0) is None  # an exam
+    assert eager(long, "cuda") is None
+    assert eager(long.model_copy(update={"eager": True}), "cpu") is True
+    assert eager(long.model_copy(update={"backend": "torch"}), "cpu") is None
+    assert len(notes) == 1
 
 
 def test_rank_slots_are_vllms() -> None:

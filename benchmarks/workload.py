@@ -46,7 +46,11 @@ class Size:
 
 
 def config(size: Size, *, mode: str = "lora", **overrides: object) -> RunConfig:
-    """The quickstart's settings at this size."""
+    """The quickstart's settings at this size.
+
+    Eager: a compiled engine samples 6 % faster, and takes 130 MB more than half of TRL's memory
+    leaves it (LOG.md).
+    """
     settings = {
         "run.name": "bench",
         "run.num_steps": 1000,
@@ -54,6 +58,7 @@ def config(size: Size, *, mode: str = "lora", **overrides: object) -> RunConfig:
         "sampling.num_prompts": size.num_prompts,
         "sampling.num_samples": size.num_samples,
         "sampling.max_tokens": size.max_tokens,
+        "sampling.eager": "true",
         "lora.mode": mode,
         "lora.rank": size.rank,
         "lora.layers": size.layers,

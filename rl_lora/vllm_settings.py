@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,14 @@ def is_worth_compiling(sampling: SamplingSection, num_steps: int) -> bool:
 
     A decoding step, of few or of many sequences, takes 10 ms less then (30 layers), and the start
     75 s more, which 7,500 decoding steps earn back (LOG.md). Both grow with the number of layers,
-    neither with their width. A machine without C++ compiler cannot.
+    neither with their width. A machine without C++ compiler and Python's headers cannot.
     """
     num_sequences = sampling.num_prompts * sampling.num_samples
     num_batches = -(-num_sequences // (sampling.max_num_seqs or CPU_NUM_SEQS))
+    is_long = num_steps * num_batches * sampling.max_tokens >= CPU_COMPILED_STEPS
     has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
-    return has_compiler and num_steps * num_batches * sampling.max_tokens >= CPU_COMPILED_STEPS
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return is_long and has_compiler and has_headers
 
 
 def merges_adapter(

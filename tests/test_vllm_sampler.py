@@ -584,6 +584,15 @@ def test_engine_settings(model_dir: Path) -> None:
     assert settings_of(model_dir, "cuda", 1, eager=True, max_num_seqs=7)["max_num_seqs"] == 7
 
 
+@pytest.fixture
+def able_to_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler, and a folder with Python's headers, whatever this machine has."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CXX", sys.executable)  # a program that is there
+    monkeypatch.setattr(vllm_settings.sysconfig, "get_path", lambda name: str(tmp_path))
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     ("num_steps", "options", "expected"),
     [
@@ -595,15 +604,22 @@ def test_engine_settings(model_dir: Path) -> None:
     ],
 )
 def test_long_jobs_are_worth_compiling(
-    num_steps: int, options: dict[str, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+    num_steps: int,
+    options: dict[str, int],
+    expected: bool,
+    able_to_compile: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("CXX", sys.executable)  # a program that is there
     section = SamplingSection(**options)
     assert vllm_settings.is_worth_compiling(section, num_steps) is expected
+    (able_to_compile / "Python.h").rename(able_to_compile / "other.h")
+    assert not vllm_settings.is_worth_compiling(section, num_steps)
+    (able_to_compile / "other.h").rename(able_to_compile / "Python.h")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not vllm_settings.is_worth_compiling(section, num_steps)
 
 
+@pytest.mark.usefixtures("able_to_compile")
 def test_a_job_asks_for_compilation_once_and_only_where_the_config_leaves_it_open() -> None:
     notes: list[str] = []
     long = SamplingSection(max_tokens=1000)

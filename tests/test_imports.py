@@ -31,6 +31,7 @@ EAGER_VLLM_ROOMS = {"rl_lora.vllm_cpu_lora", "rl_lora.vllm_cpu_sampler"}  # impo
 VLLM_ROOMS = EAGER_VLLM_ROOMS | {
     "rl_lora.vllm_sampler",
     "rl_lora.vllm_process",
+    "rl_lora.vllm_cpu_norm",
     "rl_lora.vllm_merge",
     "rl_lora.vllm_engine",
 }

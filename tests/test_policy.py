@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rl_lora import attention
+from rl_lora import attention, block_attention
 from rl_lora.batches import pack
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
@@ -209,7 +209,12 @@ def test_a_model_that_ignores_the_layout_keeps_one_completion_a_row(
 ) -> None:
     path = random_llama(tmp_path / "model")
     assert make_policy(path).can_share_prompts
-    monkeypatch.setattr(attention, "attend", lambda q, k, v, layout, scale: torch.zeros_like(q))
+
+    def ignore(query: torch.Tensor, *others: object) -> torch.Tensor:
+        return torch.zeros_like(query)
+
+    monkeypatch.setattr(attention, "attend", ignore)
+    monkeypatch.setattr(block_attention, "attend", ignore)
     policy = make_policy(path)
     assert not policy.can_share_prompts
     assert policy.model.config._attn_implementation == "sdpa"

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rl_lora import attention
 from rl_lora.batches import pack, to_device
-from rl_lora.config import LoraSection, ModelSection
+from rl_lora.config import LoraSection, ModelSection, check_full_dtype
 from rl_lora.errors import UserError
 from rl_lora.logprobs import score_hidden
 from rl_lora.lora import adapters_off, attach_lora, lora_layers
@@ -56,6 +56,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     seconds = {dtype: _matmul_seconds(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def check_trainable(model: ModelSection, lora: LoraSection) -> None:
+    """Raises UserError for full fine-tuning where model.dtype="auto" is bfloat16 on the device.
+
+    Before anything is loaded; bfloat16 by name is refused by the settings themselves.
+    """
+    if lora.mode == "full" and model.dtype == "auto":
+        dtype = pick_dtype(model.dtype, pick_device(model.device))
+        check_full_dtype(lora, str(dtype).removeprefix("torch."))
 
 
 def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:

@@ -23,6 +23,7 @@ from rl_lora.job import check_run_folder, open_model
 from rl_lora.learner import Learner
 from rl_lora.metrics import PhaseTimer, memory_metrics, speed_metrics
 from rl_lora.nll import HeldOutLoss, held_out_loss
+from rl_lora.policy import check_trainable
 from rl_lora.run_record import write_record
 from rl_lora.runlog import METRICS_FILE, RunLog
 from rl_lora.sft_config import SftConfig
@@ -69,6 +70,7 @@ def fine_tune(config: SftConfig, *, resume: bool = False, quiet: bool = False) -
         UserError: bad input, or an older run in the way.
         FloatingPointError: the gradient is not finite.
     """
+    check_trainable(config.model, config.lora)
     folder = config.run.folder
     check_run_folder(folder)
     checkpoint = latest_checkpoint(folder) if resume else None

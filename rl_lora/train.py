@@ -25,6 +25,7 @@ from rl_lora.learner import Learner
 from rl_lora.liveness import check_at_start, check_step, check_version, sample_ages
 from rl_lora.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
 from rl_lora.paired import PairedScores, compare_exams
+from rl_lora.policy import check_trainable
 from rl_lora.prompts import PromptStream
 from rl_lora.results import EvalResult, load_result
 from rl_lora.run_record import check_same_job, read_record, write_record
@@ -184,8 +185,11 @@ class Run:
         config, policy = self.job.config, self.job.policy
         ages = sample_ages(groups_N, self.step, max_age=int(self.overlaps))
         rewards_N_G = [group.rewards_G for group in groups_N]
+        penalty: dict[str, float] = {}
         if config.algorithm.kl == "reward":
-            rewards_N_G = self.learner.penalised_rewards(groups_N, config.optim.microbatch_tokens)
+            rewards_N_G, penalty = self.learner.penalised_rewards(
+                groups_N, config.optim.microbatch_tokens
+            )
         advantages_N_G = ADVANTAGES[config.algorithm.advantage](rewards_N_G)
         updates = pack(
             make_samples(groups_N, advantages_N_G),
@@ -201,7 +205,7 @@ class Run:
         cpu_memory.trim()
         if not ages["rollouts/age_max"]:  # older ones: `next_batch` has checked the sampler
             check_step(metrics, policy.dtype, config.sampling.max_kl)
-        return metrics | ages
+        return metrics | penalty | ages
 
 
 def train(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> Outcome:
@@ -216,6 +220,7 @@ def train(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> Ou
         UserError: bad input, or an older run in the way.
         StaleAdapterError: the sampler does not sample from the learner's weights.
     """
+    check_trainable(config.model, config.lora)
     folder = config.run.folder
     check_run_folder(folder)
     checkpoint = latest_checkpoint(folder) if resume else None

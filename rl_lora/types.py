@@ -145,6 +145,8 @@ class Microbatch:
     sequence_C: torch.Tensor  # int64, number of the token's completion: 0, 1, ... in the microbatch
     num_sequences: int  # completions
     num_tokens: int  # real tokens that are computed, without padding
+    # float32, nats, of the policy when the step began; None: it has not moved since
+    old_logprobs_C: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

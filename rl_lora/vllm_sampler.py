@@ -22,7 +22,7 @@ import torch
 from rl_lora import cpu_memory
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, sample_seed
+from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 from rl_lora.vllm_engine import (
     check_device,
@@ -168,7 +168,8 @@ class VllmSampler:
 
         Log-probs are those of the distribution sampled from: at params.temperature (temperature 0:
         at 1) and after top_p, in nats. Each sample has its own seed, so that it does not depend on
-        what else is in the batch, up to rounding. The tokens that spell a stop string are kept.
+        what else is in the batch, up to rounding (but for the same prompt, if it stands there
+        before). The tokens that spell a stop string are kept.
         `on_group` as the protocol says.
 
         Raises:
@@ -178,13 +179,10 @@ class VllmSampler:
         """
         self._check_request(prompts_N, params)
         requests: dict[str, _Request] = {}
-        for prompt in prompts_N:
-            for index in range(params.num_samples):
+        for prompt, seeds_G in zip(prompts_N, sample_seeds(prompts_N, params), strict=True):
+            for seed in seeds_G:
                 requests[str(len(requests))] = _Request(
-                    prompt.token_ids,
-                    self._sampling_params(
-                        params, sample_seed(params.seed, prompt.prompt_id, index)
-                    ),
+                    prompt.token_ids, self._sampling_params(params, seed)
                 )
         groups = Groups(len(prompts_N), params.num_samples, on_group)
 

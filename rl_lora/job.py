@@ -51,6 +51,7 @@ def open_job(
     config: RunConfig,
     *,
     num_steps: int | None = None,
+    on_loaded: Callable[[Policy, PromptSets], None] = lambda policy, prompts: None,
     on_note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> Iterator[Job]:
@@ -59,6 +60,8 @@ def open_job(
     Args:
         config: the job.
         num_steps: RL steps that it samples for; None: run.num_steps.
+        on_loaded: looks at the policy and the problems before the sampler, which takes long, is
+            built; what it raises ends the job.
         on_note: takes one line on what was loaded.
         on_progress: takes (completions done, in all, tokens sampled) within a call of the sampler.
 
@@ -96,6 +99,7 @@ def open_job(
             checkpoint_activations=config.optim.checkpoint_activations,
             keep_reference=config.algorithm.kl != "none",
         )
+        on_loaded(policy, prompts)
         end_ids = end_token_ids(model_dir, tokenizer)
         longest = max(len(p.token_ids) for p in (*prompts.train, *prompts.eval))
         cap = max(config.sampling.max_tokens, config.eval.max_tokens or 0)
@@ -232,7 +236,7 @@ def check_run_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("", encoding="utf-8")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"run folder {folder} cannot be written ({error.strerror}); set run.output_dir to a "

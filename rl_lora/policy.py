@@ -98,6 +98,7 @@ class Policy:
     ) -> None:
         self.model_dir = model_dir
         self.base_name = model.name
+        self.base_revision = model.revision
         self.lora = lora
         self.is_full = lora.mode == "full"
         self.device = pick_device(model.device)

@@ -24,6 +24,11 @@ class Section(BaseModel):
 
 SomeSection = TypeVar("SomeSection", bound=Section)
 _MAX_SERVED_RANK = 512  # vLLM's
+# Arguments of `apply_chat_template` that are ours to set.
+_TEMPLATE_ARGUMENTS = (
+    "conversation messages add_generation_prompt continue_final_message tokenize padding "
+    "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
+).split()
 
 
 class RunSection(Section):
@@ -87,6 +92,16 @@ class SourcesSection(Section):
 
     train: tuple[SourceSection, ...] = ()
     eval: tuple[SourceSection, ...] = ()  # empty: rows are kept from the training rows
+    # For the chat template, e.g. enable_thinking = false; chat_template = another one, as text or
+    # by its name.
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _template_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := [name for name in value if name in _TEMPLATE_ARGUMENTS]:
+            raise ValueError(f"{taken[0]} is not free: it is set by how prompts are made")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -131,6 +146,13 @@ class SamplingSection(Section):
     memory_fraction: float = Field(0.45, gt=0, le=0.95)  # of the GPU's memory, for vLLM
     max_kl: float | None = Field(None, gt=0)  # nats; None: 1e-4 in float32, 2e-2 in bfloat16
     overlap: bool = False  # samples step k + 1 while step k learns, from version k - 1; for GPUs
+
+    @field_validator("stop")
+    @classmethod
+    def _some_text(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("an empty string stands in every text; leave it out")
+        return value
 
 
 class RewardSection(Section):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BASE_VERSION = -1  # Completion.adapter_version of the base model without adapter
 OnGroup = Callable[[int, list[Completion]], None]  # index of the prompt, its G completions
@@ -63,6 +67,32 @@ class Groups:
 
     def _group(self, index: int) -> list[Completion]:
         return [self._found_N[index][sample] for sample in range(self._num_samples)]
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """`SampleParams.stop` as samplers look for them.
+
+    Example: Stops(token_ids=(2,), texts=("\n\n",), in_special=False) of ("<|end|>", "\n\n")
+    """
+
+    token_ids: tuple[int, ...]  # of stops that are one special token
+    texts: tuple[str, ...]  # looked for in the text
+    in_special: bool  # whether that text has the special tokens in it; completions' has not
+
+    @classmethod
+    def of(cls, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Stops:
+        """A special token is no part of a completion's text, so that it is known by its id."""
+        if not stop:
+            return cls((), (), False)
+        special = {
+            token.content: number
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special
+        }
+        texts = tuple(text for text in stop if text not in special)
+        ids = tuple(special[text] for text in stop if text in special)
+        return cls(ids, texts, any(word in text for text in texts for word in special))
 
 
 def mix_seed(*parts: int | str) -> int:

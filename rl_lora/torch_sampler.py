@@ -18,7 +18,7 @@ from rl_lora.batches import to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.kv_cache import KvCache, front
 from rl_lora.policy import Policy
-from rl_lora.sampler import BASE_VERSION, OnGroup, sample_seeds
+from rl_lora.sampler import BASE_VERSION, OnGroup, Stops, sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
 _SEQUENCES_AT_ONCE = 128
@@ -180,6 +180,7 @@ def _decode(
 ) -> list[list[Completion]]:
     """Prefill each prompt once, copy its keys and values to its samples, then decode."""
     model = sampler.policy.model
+    stops = Stops.of(params.stop, sampler.tokenizer)
     cache.begin(longest=rows.width + params.max_tokens)
     positions_NP = (rows.mask_NP.cumsum(-1) - 1).clamp(min=0)
     logits_NV = model(
@@ -193,7 +194,7 @@ def _decode(
     logits_SV = logits_NV.repeat_interleave(params.num_samples, 0)
     for step in range(params.max_tokens):
         token_S, logprob_S = _draw(logits_SV, rows.uniforms_ST[:, step], params)
-        _record(sampler, rows, token_S.tolist(), logprob_S.tolist(), params)
+        _record(sampler, rows, token_S.tolist(), logprob_S.tolist(), stops)
         num_live = sum(rows.live)
         if not num_live or step == params.max_tokens - 1:
             break
@@ -221,7 +222,7 @@ def _record(
     rows: _Rows,
     token_ids: list[int],
     logprobs: list[float],
-    params: SampleParams,
+    stops: Stops,
 ) -> None:
     """Appends a token to each live row and marks the rows that end."""
     for row, (token, logprob) in enumerate(zip(token_ids, logprobs, strict=True)):
@@ -232,9 +233,13 @@ def _record(
         rows.logprobs[sample].append(logprob)
         if token in sampler.end_ids:
             rows.live[row] = False
-        elif params.stop:
-            text = sampler.tokenizer.decode(rows.token_ids[sample], skip_special_tokens=True)
-            if any(stop in text for stop in params.stop):
+        elif token in stops.token_ids:
+            rows.live[row], rows.stopped[sample] = False, True
+        elif stops.texts:
+            text = sampler.tokenizer.decode(
+                rows.token_ids[sample], skip_special_tokens=not stops.in_special
+            )
+            if any(stop in text for stop in stops.texts):
                 rows.live[row], rows.stopped[sample] = False, True
 
 

@@ -5,9 +5,10 @@ prompts -> rollouts (sampler, rewards) -> advantages -> batches -> losses -> lea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rewards import Score
 
@@ -43,6 +44,8 @@ class Prompt:
     reference: str  # the gold answer as the verifier takes it
     token_ids: tuple[int, ...]  # the rendered prompt, special tokens included
     solution: str = ""  # a worked solution ending in the answer, where the data set has one
+    # The row's columns as read, for a reward that asks for them; else empty.
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

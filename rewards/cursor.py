@@ -101,6 +101,14 @@ class Cursor:
         """Does a juxtaposed factor follow?"""
         raise NotImplementedError
 
+    def parse_item(self, closers: tuple[str, ...]) -> Node | None:
+        """One item of a list; None where it only qualifies the others."""
+        raise NotImplementedError
+
+    def parse_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
+        """Items up to a closer, their separators, and whether ';' grouped them into tuples."""
+        raise NotImplementedError
+
     def parse_list(self, opener: str) -> Node:
         """What follows an opening bracket, up to and with its closing one."""
         raise NotImplementedError

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rewards.clean import clean
-from rewards.expressions import ExpressionParser
-from rewards.nodes import LimitExceeded, Node, ParseError, function, has_kind, number_node
-from rewards.tokens import Token, tokenize
+from rewards.nodes import Node, ParseError, has_kind, number_node
+from rewards.structures import StructureParser
+from rewards.tokens import tokenize
 from rewards.vocabulary import (
     FILLER_WORDS,
     NUMBER_WORDS,
@@ -17,21 +17,10 @@ from rewards.vocabulary import (
 )
 from rewards.words import unit_scale
 
-_RELATIONS = frozenset({"=", "<", ">", "<=", ">=", "!=", "~=", "===", "in", "notin", "subset"})
 _ALL_REALS = frozenset({"all real numbers", "all reals", "any real number", "real numbers"})
-MAX_ATTEMPTS = 8
-_HEAD_RELATIONS = frozenset({"=", "~=", "<", "<=", ">", ">="})
 _VERBS = frozenset({"is", "are", "equals", "was", "be"})
 _NEGATIONS = frozenset({"not", "no", "never", "neither", "nor", "if", "unless", "whether"})
 _ALTERNATIVE_WORDS = frozenset({"else", "otherwise", "or", "if", "unless", "not"})
-_CLOSERS: dict[str, tuple[str, ...]] = {
-    "(": (")", "]"),
-    "[": (")", "]"),
-    "{": ("}", "\\}"),
-    "\\{": ("\\}", "}"),
-}
-_CLOSERS |= {"<": (">",), "lfloor": ("rfloor",), "lceil": ("rceil",)}
-_MATRIX_NAMES = frozenset({"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array"})
 
 
 class Parsed(NamedTuple):
@@ -48,12 +37,12 @@ def parse(text: str) -> Parsed:
     return Parsed(node, frozenset(parser.bound))
 
 
-class AnswerParser(ExpressionParser):
+class AnswerParser(StructureParser):
     """Adds what stands around scalar expressions."""
 
     def parse_answer(self) -> Node:
         """The whole token list as one node; a list node where it has several items."""
-        items, separators, has_groups = self._parse_items(())
+        items, separators, has_groups = self.parse_items(())
         if not self.at("end") or not items:
             raise ParseError
         if len(items) == 1:
@@ -69,7 +58,7 @@ class AnswerParser(ExpressionParser):
     def _at_separator(self) -> bool:
         return self.at("op", ",", ";") or self.at("word", *SEPARATOR_WORDS)
 
-    def _parse_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
+    def parse_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
         """Items up to a closer; with both ',' and ';', the groups between ';' are tuples."""
         groups: list[list[Node]] = [[]]
         separators: set[str] = set()
@@ -207,179 +196,10 @@ class AnswerParser(ExpressionParser):
                 raise ParseError  # "AB wins it all" is a sentence, not a quantity
         return Node("unit", (node,), name)
 
-    # --- relations, sets -------------------------------------------------------------------
-
-    def parse_relation(self) -> Node:
-        self._mark_called_head()
-        operands = [self.parse_set_operation()]
-        operators: list[str] = []
-        while self.at("op") and self.token.text in _RELATIONS:
-            operators.append(self.next().text)
-            operands.append(self.parse_set_operation())
-        if not operators:
-            return operands[0]
-        return Node("rel", tuple(operands), " ".join(operators))
-
-    def _mark_called_head(self) -> None:
-        """`T(10) = 2`: a letter with brackets before a relation sign is a function's value."""
-        index = self.index
-        if self.tokens[index].kind != "sym" or self.tokens[index + 1].text != "(":
-            self._called_head = -1
-            return
-        depth = 0
-        for position in range(index + 1, len(self.tokens)):
-            kind = self.tokens[position].kind
-            depth += {"open": 1, "close": -1}.get(kind, 0)
-            if depth == 0:
-                follower = self.tokens[position + 1]
-                content = self.tokens[index + 2 : position]
-                is_plain = all(t.kind in ("sym", "num") or t.text in (",", "-") for t in content)
-                is_own = any(t.text == self.tokens[index].text for t in content)
-                is_relation = follower.kind == "op" and follower.text in _HEAD_RELATIONS
-                is_head = is_relation and is_plain and not is_own
-                self._called_head = index if is_head else -1
-                return
-        self._called_head = -1
-
-    _called_head = -1
-    num_attempts = 0  # at reading braces as a set-builder
-
-    def parse_symbol(self, token: Token) -> Node:
-        if self.index - 1 == self._called_head and self.at("open", "("):
-            self._called_head = -1
-            return self.parse_call(token.text)
-        return super().parse_symbol(token)
-
-    def parse_set_operation(self) -> Node:
-        left = self.parse_ratio()
-        while self.at("op", "cup", "cap", "setminus"):
-            name = {"cup": "union", "cap": "inter", "setminus": "minus"}[self.next().text]
-            right = self.parse_ratio()
-            if left.kind == name and name != "minus":
-                left = Node(name, (*left.args, right))
-            else:
-                left = Node(name, (left, right))
-        return left
-
-    def parse_ratio(self) -> Node:
-        parts = [self.parse_sum()]
-        while self.at("op", ":") and not self.is_bar_separator:
-            self.next()
-            parts.append(self.parse_sum())
-        return parts[0] if len(parts) == 1 else Node("ratio", tuple(parts))
-
-    def parse_list(self, opener: str) -> Node:
-        """What follows an opening bracket, up to and with its closing one."""
-        self.enter()
-        if opener not in _CLOSERS:
-            raise ParseError
-        closers = _CLOSERS[opener]
-        saved = self.num_open_bars, self.is_bar_separator
-        self.num_open_bars, self.is_bar_separator = 0, opener in ("\\{", "{")
-        items, _, _ = self._parse_set_items(closers)
-        self.num_open_bars, self.is_bar_separator = saved
-        if not self.at("close", *closers):
-            raise ParseError
-        closer = self.next().text
-        self.depth -= 1
-        return _bracketed(opener, closer, items)
-
-    def _parse_set_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
-        if not (self.is_bar_separator and self._has_bar()):
-            return self._parse_items(closers)
-        self.num_attempts += 1
-        if self.num_attempts > MAX_ATTEMPTS:
-            raise LimitExceeded  # every nested attempt doubles the work
-        start = self.index
-        try:
-            first = self.parse_relation()
-        except ParseError:
-            self.index = start
-            first = None
-        if first is not None and self.at("op", "|", ":"):
-            self.next()
-            self.is_bar_separator = False
-            conditions, _, _ = self._parse_items(closers)
-            if not conditions:
-                raise ParseError
-            condition = (
-                conditions[0] if len(conditions) == 1 else Node("list", tuple(conditions), "and")
-            )
-            return [Node("builder", (first, condition))], set(), False
-        self.index = start
-        return self._parse_items(closers)
-
-    def _has_bar(self) -> bool:
-        """Does a bar or colon stand in this bracket itself, not in one inside it?"""
-        depth = 0
-        for token in self.tokens[self.index :]:
-            depth += {"open": 1, "close": -1}.get(token.kind, 0)
-            if depth < 0:
-                return False
-            if depth == 0 and token.kind == "op" and token.text in ("|", ":"):
-                return True
-        return False
-
-    # --- environments ----------------------------------------------------------------------
-
-    def parse_environment(self, token_text: str) -> Node:
-        if not token_text.startswith("\\begin"):
-            raise ParseError
-        name = token_text.split("{")[1].split("}")[0].rstrip("*")
-        rows: list[list[Node]] = [[]]
-        while not (self.at("env") and self.token.text.startswith("\\end")):
-            if self.accept("op", "row"):
-                rows.append([])
-            elif self.accept("op", "&"):
-                continue
-            elif self.at("end"):
-                raise ParseError
-            elif name == "cases":
-                item = self.parse_item((",",))
-                self.accept("op", ",")
-                if item is not None:
-                    rows[-1].append(item)
-            else:
-                rows[-1].append(self.parse_relation())
-        self.next()
-        rows = [row for row in rows if row]
-        if not rows:
-            raise ParseError
-        if name == "cases":
-            items = tuple(
-                row[0] if len(row) == 1 else Node("seq", tuple(row), "case") for row in rows
-            )
-            return Node("list", items, "and")
-        if name not in _MATRIX_NAMES and name not in ("vmatrix", "Vmatrix"):
-            raise ParseError
-        if len({len(row) for row in rows}) != 1:
-            raise ParseError
-        matrix = Node("matrix", tuple(Node("seq", tuple(row), "row") for row in rows))
-        return Node("open", (matrix,), "det") if name in ("vmatrix", "Vmatrix") else matrix
-
 
 def _are_equations(items: list[Node]) -> bool:
     """x = 1, y = 2: before an 'or', one solution."""
     return len(items) > 1 and all(item.kind == "rel" and item.name == "=" for item in items)
-
-
-def _bracketed(opener: str, closer: str, items: list[Node]) -> Node:
-    if opener in ("lfloor", "lceil"):
-        if len(items) != 1:
-            raise ParseError
-        return function("floor" if opener == "lfloor" else "ceil", items[0])
-    if opener in ("\\{", "{"):
-        if len(items) == 1 and items[0].kind == "builder":
-            return items[0]
-        if opener == "{" and len(items) == 1:
-            return items[0]
-        return Node("set", tuple(items))
-    if (opener == "(") != (closer == ")") and opener != "<" and len(items) != 2:
-        raise ParseError  # only an interval may open and close differently
-    if len(items) == 1:
-        return items[0]
-    name = "<>" if opener == "<" else opener + closer
-    return Node("seq", tuple(items), name)
 
 
 def _text_or_number(words: list[str]) -> Node:

@@ -17,6 +17,7 @@ from rewards.forms import (
     item_value,
     items_of,
     match_names,
+    names_clash,
     option_letters,
     quantity_of_product,
     same_family,
@@ -77,7 +78,7 @@ class Comparison:
         left, right = reduce_matrices(gold.node), reduce_matrices(answer.node)
         if self.equal(left, right):
             return True
-        if self.policy.accept_labels:
+        if self.policy.accept_labels and not names_clash(left, right):
             left, right = unlabelled(left), unlabelled(right)
         # k is an integer where the answer says so, or where it solves for an unknown.
         is_family = self.policy.rename_bound and (
@@ -129,6 +130,8 @@ class Comparison:
         if "unit" in kinds:
             return self._equal_units(gold, answer)
         if "label" in kinds:
+            if names_clash(gold, answer):
+                return False
             return self.equal(without_label(gold), without_label(answer))
         if kinds == {"rel", "list"}:
             gold, answer = by_coordinates(gold), by_coordinates(answer)
@@ -278,7 +281,8 @@ class Comparison:
         if left is not None and right is not None:
             if left[0].kind == right[0].kind == "call" or self.policy.rename_free:
                 left, right = bind_arguments(*left), bind_arguments(*right)
-            if compatible_names(left[0], right[0]) and self.equal(left[1], right[1]):
+            are_compatible = self.policy.rename_free or compatible_names(left[0], right[0])
+            if are_compatible and self.equal(left[1], right[1]):
                 return True
         if gold.kind == answer.kind == "rel" and len(gold.args) == len(answer.args) == 2:
             return is_equation(gold) and is_equation(answer) and same_equation(gold, answer)
@@ -333,6 +337,8 @@ class Comparison:
         return self._in_order(gold.args, answer.args)
 
     def _equal_collections(self, gold: Node, answer: Node) -> bool:
+        if names_clash(gold, answer) and not self.policy.rename_free:
+            return False
         left, right = items_of(gold), items_of(answer)
         is_set = "set" in (gold.kind, answer.kind)
         for one, other in ((gold, answer), (answer, gold)):

@@ -109,7 +109,7 @@ def is_prose(text: str) -> bool:
 def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
     """A sentence around the answer: what it says 'the answer is', else its last maths."""
     kind = "text" if is_prose(text) and not re.search(r"[\\_^=]", text) else "raw"
-    words = Parsed(Node(kind, name=text.lower()), frozenset())
+    words = Parsed(Node(kind, name=text.lower() if kind == "text" else text), frozenset())
     if depth > 2:
         return Reading((), text, "unparsable")
     if not is_prose(text):

@@ -10,7 +10,9 @@ from typing import Any
 from rewards.exact import Undecided
 from rewards.modular import PRIME, Residues
 from rewards.nodes import Node, has_kind, negative, rename, symbols, walk
-from rewards.numeric import HIGH, IMAGINARY, LOW, points, value_of
+from rewards.numeric import HIGH, IMAGINARY, LOW, corners, is_real, points, value_of
+from rewards.vocabulary import FILLER_WORDS
+from rewards.words import words_of
 
 Equal = Callable[[Node, Node], bool]
 _EQUALITIES = frozenset({"=", "~=", "==="})
@@ -123,18 +125,48 @@ def bind_arguments(name: Node, value: Node) -> tuple[Node, Node]:
 
 
 def compatible_names(left: Node, right: Node) -> bool:
-    """May two names stand for the same unknown? Two different coordinates may not."""
+    """May two names stand for the same thing? AB and BA, y and f(x), f(x) and f(t); not a and b."""
+    left, right = standard_name(left), standard_name(right)
     if left == right:
         return True
     kinds = {left.kind, right.kind}
-    if kinds == {"sym"}:
-        if left.name.partition("_")[0] == right.name.partition("_")[0]:
-            return False  # a_1 and a_3
-        return not (left.name in "xyz" and right.name in "xyz")
-    if kinds == {"call"}:  # f(x) and g(t), but neither f(x) and f(x^2) nor P(0) and P(3)
+    if kinds == {"text"}:
+        ours, theirs = set(left.name.split()), set(right.name.split())
+        return ours <= theirs or theirs <= ours
+    if "text" in kinds:
+        return True  # the area and S
+    if "open" in kinds:
+        return kinds != {"open"}  # a task and the name that it was given
+    if kinds == {"call"}:  # f(x) and f(t), but neither f(x) and f(x^2) nor P(0) and P(3)
         are_free = all(arg.kind == "sym" for arg in (*left.args, *right.args))
-        return len(left.args) == len(right.args) and are_free
-    return kinds != {"seq"} and kinds != {"open"}
+        return left.name == right.name and len(left.args) == len(right.args) and are_free
+    if kinds == {"call", "sym"}:
+        call, letter = (left, right) if left.kind == "call" else (right, left)
+        is_value = letter.name in ("y", call.name) or letter.name.startswith(call.name + "_")
+        return is_value and all(arg.kind == "sym" for arg in call.args)
+    return False
+
+
+def standard_name(node: Node) -> Node:
+    r"""One spelling of a name: |AB|, \overline{AB} and BA as AB; \angle CBA as \angle ABC."""
+    if node.kind == "func" and node.name == "abs" and node.args[0].kind == "mul":
+        node = node.args[0]
+    if node.kind == "mul" and all(item.kind == "sym" for item in node.args):
+        if node.args[0].name == "m" and len(node.args) == 2:
+            return standard_name(node.args[1])  # m\angle A
+        letters = sorted(item.name for item in node.args)
+        return node._replace(args=tuple(Node("sym", name=letter) for letter in letters))
+    if node.kind == "sym" and node.name.startswith("\\overline "):
+        letters = sorted(node.name.removeprefix("\\overline "))
+        if len(letters) == 2 and all(letter.isupper() for letter in letters):  # a segment
+            return Node("mul", tuple(Node("sym", name=letter) for letter in letters))
+    if node.kind == "sym" and node.name.startswith("\\angle "):
+        letters = list(node.name.removeprefix("\\angle "))
+        return node._replace(name="\\angle " + "".join(min(letters, letters[::-1])))
+    if node.kind == "text":
+        words = [word for word in words_of(node.name) if word not in FILLER_WORDS]
+        return node._replace(name=" ".join(sorted(words)))
+    return node
 
 
 def same_equation(left: Node, right: Node) -> bool:
@@ -200,19 +232,28 @@ def _proportional_values(a: Node, b: Node) -> bool:
     names = symbols(a) | symbols(b)
     ratios = []
     # With i about, an unknown is complex: |z - i| and |z + i| agree on the real line.
-    turn = LOW.number(Fraction(1)) + (LOW.i if IMAGINARY in [*walk(a), *walk(b)] else 0)
-    for point in points(names, 5, True):
+    is_complex = IMAGINARY in [*walk(a), *walk(b)]
+    turn = LOW.number(Fraction(1)) + (LOW.i if is_complex else 0)
+    for point in (*points(names, 5, True), *points(names, 6, False), *corners(names)):
         values = {name: turn * LOW.number(value) for name, value in point.items()}
         try:
             x, y = value_of(a, values, LOW), value_of(b, values, LOW)
         except Undecided:
             continue
+        if not is_complex and is_real(x) != is_real(y):
+            if all(value > 0 for value in point.values()):
+                return False
+            continue  # the real and the principal root of a negative number
         if abs(y) < 1e-20 or abs(x) < 1e-20:
+            if max(abs(x), abs(y)) > 1e-10:
+                return False  # one equation holds here
             continue
         ratios.append(x / y)
+        if abs(ratios[-1] - ratios[0]) > LOW.tiny * abs(ratios[0]):
+            return False
     if len(ratios) < 3:
         raise Undecided
-    return all(abs(ratio - ratios[0]) <= LOW.tiny * abs(ratios[0]) for ratio in ratios)
+    return True
 
 
 def ascending(node: Node) -> tuple[list[Node], list[str]] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+from rewards.congruences import equal_congruences
 from rewards.exact import Undecided
 from rewards.forms import (
     are_families,
@@ -133,6 +134,8 @@ class Comparison:
             if names_clash(gold, answer):
                 return False
             return self.equal(without_label(gold), without_label(answer))
+        if "congruence" in kinds:
+            return equal_congruences(gold, answer, self.equal)
         if kinds == {"rel", "list"}:
             gold, answer = by_coordinates(gold), by_coordinates(answer)
             kinds = {gold.kind, answer.kind}
@@ -154,7 +157,7 @@ class Comparison:
             return self._equal_regions(gold, answer)
         if kinds & _REGION_KINDS or has_mixed_brackets(gold, answer):
             return self._equal_regions(gold, answer)
-        if kinds == {"list"} and (is_condition(gold) or is_condition(answer)):
+        if "list" in kinds and any(n.kind == "list" and is_condition(n) for n in (gold, answer)):
             regions = self._try_regions(gold, answer)
             if regions is not None:
                 return regions

@@ -109,6 +109,10 @@ class Cursor:
         """Items up to a closer, their separators, and whether ';' grouped them into tuples."""
         raise NotImplementedError
 
+    def at_modulus(self) -> bool:
+        """Does the bare modulus of a congruence follow?"""
+        raise NotImplementedError
+
     def parse_list(self, opener: str) -> Node:
         """What follows an opening bracket, up to and with its closing one."""
         raise NotImplementedError

@@ -65,7 +65,9 @@ class ExpressionParser(FunctionParser):
                 factors = [Node("open", (left, self.parse_signed()), "mod")]
             elif self.starts_factor(factors[-1]):
                 factor = self.parse_power()
-                if factor.kind == "rel":  # "(k \in \mathbb{Z})" behind a formula
+                if factor.kind == "open" and factor.name == "mod" and len(factor.args) == 1:
+                    factors = [factor._replace(args=(product_of(factors), *factor.args))]
+                elif factor.kind == "rel":  # "(k \in \mathbb{Z})" behind a formula
                     self.bind(factor)
                 else:
                     factors.append(factor)
@@ -91,8 +93,10 @@ class ExpressionParser(FunctionParser):
             raise ParseError  # "1 2" is neither a product nor one number
         if token.kind == "env":
             return token.text.startswith("\\begin")
-        if token.text == "{" and self.following.kind in ("word", "text"):
-            return False  # 800{ml}
+        if token.text in ("{", "(") and self.following.kind in ("word", "text"):
+            return False  # 800{ml}, 5 (five)
+        if token.text == "(" and self.at_modulus():
+            return False
         return token.kind in _STARTS_FACTOR
 
     def parse_signed(self) -> Node:

@@ -7,6 +7,7 @@ from rewards.nodes import HALF, MINUS_ONE, Node, ParseError, divide, function, n
 from rewards.numerals import NumeralParser
 from rewards.vocabulary import OPEN_FUNCTIONS
 
+MARKS = ("overline", "hat", "tilde", "dot", "ddot")
 _INVERSE = {"sin": "asin", "cos": "acos", "tan": "atan", "cot": "acot", "sec": "asec"}
 _INVERSE |= {"csc": "acsc", "sinh": "asinh", "cosh": "acosh", "tanh": "atanh"}
 
@@ -92,9 +93,19 @@ class FunctionParser(NumeralParser):
             if not letters:
                 raise ParseError
             return Node("sym", name="\\angle " + "".join(letters))
-        if name in ("overline", "dot"):
-            return Node("sym", name="\\overline " + self._read_group_text())
+        if name in MARKS:
+            return self._parse_marked(name)
         raise ParseError
+
+    def _parse_marked(self, mark: str) -> Node:
+        r"""\bar{x}, \hat{p}_1: another name than x; \hat{i} is the unit vector i."""
+        letter = self.read_subscript()
+        if mark == "hat" and letter in ("i", "j", "k"):
+            return Node("const", name="i") if letter == "i" else Node("sym", name=letter)
+        name = f"\\{mark} {letter}"
+        if self.accept("op", "_"):
+            name += "_{" + self.read_subscript() + "}"
+        return Node("sym", name=name)
 
     def _parse_fraction(self) -> Node:
         start = self.index

@@ -41,6 +41,7 @@ class Node(NamedTuple):
     | union, inter, minus | "" | operands |
     | builder | "" | (variable or expression, condition) |
     | rel | operators, joined by spaces: "= <" | operands, one more than operators |
+    | congruence | "" | (left, right, modulus) |
     | matrix | "" | rows, each a seq |
     | text | normalised words | () |
     | raw | text outside the grammar, equal to itself alone | () |
@@ -65,6 +66,7 @@ MINUS_ONE = number_node(-1)
 HALF = number_node(Fraction(1, 2))
 INFINITY = Node("const", name="inf")
 PI = Node("const", name="pi")
+UNNAMED = Node("sym", name="\\unnamed")  # what "at least 5" speaks of
 
 
 def negative(node: Node) -> Node:

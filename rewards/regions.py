@@ -13,10 +13,12 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from rewards.exact import Undecided, exact
-from rewards.nodes import INFINITY, Node, divide, negative, number_node, symbols
+from rewards.nodes import INFINITY, UNNAMED, Node, divide, negative, number_node, symbols, walk
 from rewards.numeric import FLOATS, is_real, value_of
 
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
+_MAGNITUDE = Node("sym", name="\\magnitude")
+_INTEGERS = {"\\mathbb{Z}": None, "\\mathbb{N}": 1, "\\mathbb{Z}^+": 1}  # and the least of them
 _WHOLE_LINE = ("\\mathbb{R}", "\\mathbb R", "R")
 MAX_PIECES = 64
 
@@ -119,15 +121,36 @@ def _from_builder(node: Node) -> Region:
     element, condition = node.args
     region = to_region(condition)
     if element.kind == "rel" and element.name == "in":
-        domain = to_region(element.args[1])
+        if element.args[1].name in _INTEGERS:
+            region = _integers_in(region, _INTEGERS[element.args[1].name])
+            domain = LINE
+        else:
+            domain = to_region(element.args[1])
         region, element = _intersect(region, domain), element.args[0]
     if region.variable is not None and region.variable != element:
         raise NotARegion
     return replace(region, variable=None)
 
 
+def _integers_in(region: Region, least: int | None) -> Region:
+    """The integers of a bounded region, each a piece of its own."""
+    found: set[int] = set()
+    for piece in region.pieces:
+        low = piece.low_value if least is None else max(piece.low_value, least)
+        if not piece.high_value - low < MAX_PIECES:
+            raise NotARegion
+        for value in range(math.ceil(low), math.floor(piece.high_value) + 1):
+            is_low_end = value == piece.low_value and not piece.is_low_closed
+            if not is_low_end and not (value == piece.high_value and not piece.is_high_closed):
+                found.add(value)
+    nodes = [number_node(value) for value in sorted(found)]
+    return replace(
+        _normalised([_piece(node, True, node, True) for node in nodes]), variable=region.variable
+    )
+
+
 def _from_list(node: Node) -> Region:
-    """Inequalities: 'or' unites; 'and' or a comma intersects, or unites where that is empty."""
+    """Inequalities: 'or' unites, 'and' intersects; so does a comma, unless that is empty."""
     if not all(item.kind in ("rel", "union", "seq") for item in node.args):
         raise NotARegion
     if all(item.kind == "seq" for item in node.args) and node.name != "or":
@@ -139,12 +162,18 @@ def _from_list(node: Node) -> Region:
     variable = next(iter(variables), None)
     if node.name != "or" and all(region.is_numeric for region in regions):
         both = _fold(regions, _intersect)
-        if both.pieces:
+        if both.pieces or node.name == "and":
             return replace(both, variable=variable)
     return replace(_union(regions), variable=variable)
 
 
 def from_relation(node: Node) -> Region:
+    """The region of a relation in one unknown, which "at least 5" does not name."""
+    region = _solved(node)
+    return replace(region, variable=None) if region.variable == UNNAMED else region
+
+
+def _solved(node: Node) -> Region:
     """`-2 < x \\le 7`, `x \\ne 3`, `x \\in [0, 1]`, `-2x > 6`: the set of x."""
     operators = node.name.split(" ")
     if operators == ["in"]:
@@ -163,6 +192,9 @@ def from_relation(node: Node) -> Region:
 
 
 def _half_line(left: Node, operator: str, right: Node) -> Region:
+    within = _magnitude_of(left, right)
+    if within is not None:
+        return _from_magnitude(left, operator, right, within)
     if not _is_variable(left) and _is_variable(right):
         left, operator, right = right, _FLIPPED[operator], left
     if not _is_variable(left):
@@ -180,9 +212,44 @@ def _half_line(left: Node, operator: str, right: Node) -> Region:
     return Region((_piece(right, is_closed, INFINITY, False),), left)
 
 
+def _magnitude_of(left: Node, right: Node) -> Node | None:
+    """The |x - 1| of |x - 1| < 2, where nothing else holds an unknown."""
+    found = {item for item in (*walk(left), *walk(right)) if _is_magnitude(item)}
+    if len(found) != 1:
+        return None
+    (magnitude,) = found
+    outside = symbols(_replaced(left, magnitude)) | symbols(_replaced(right, magnitude))
+    return magnitude if symbols(magnitude) and outside == {_MAGNITUDE.name} else None
+
+
+def _is_magnitude(node: Node) -> bool:
+    return node.kind == "func" and node.name == "abs"
+
+
+def _replaced(node: Node, magnitude: Node) -> Node:
+    if node == magnitude:
+        return _MAGNITUDE
+    return node._replace(args=tuple(_replaced(item, magnitude) for item in node.args))
+
+
+def _from_magnitude(left: Node, operator: str, right: Node, magnitude: Node) -> Region:
+    """|u| < c as -c < u < c, |u| > c as u < -c or u > c; inside, u is solved again."""
+    left, right = _replaced(left, magnitude), _replaced(right, magnitude)
+    if right == _MAGNITUDE:
+        left, operator, right = right, _FLIPPED[operator], left
+    if left != _MAGNITUDE:
+        left, operator, right = _solve_linear(left, operator, right)
+    if not _order(right) >= 0:
+        raise NotARegion
+    inner = magnitude.args[0]
+    above = _half_line(inner, operator, right)
+    below = _half_line(inner, _FLIPPED[operator], negative(right))
+    if operator in ("<", "<=", "!="):
+        return _intersect(above, below)
+    return _union([above, below])
+
+
 def _is_variable(node: Node) -> bool:
-    if node.kind == "func" and node.name == "abs":
-        return False
     return node.kind in ("sym", "call")
 
 
@@ -194,11 +261,12 @@ def _solve_linear(left: Node, operator: str, right: Node) -> tuple[Node, str, No
     (name,) = names
     difference = Node("add", (left, negative(right)))
     try:
-        at = [exact(difference, {name: place}) for place in (0, 1, 2, 7)]
+        at = [exact(difference, {name: place}) for place in (0, 1, 2, 7, -3, 1000)]
     except Undecided:
         return _solve_scaled(left, operator, right, name)
     slope = at[1] - at[0]
-    if slope == 0 or at[2] != at[0] + 2 * slope or at[3] != at[0] + 7 * slope:
+    steps = zip(at[2:], (2, 7, -3, 1000), strict=True)
+    if slope == 0 or any(value != at[0] + step * slope for value, step in steps):
         raise NotARegion
     bound = number_node(Fraction(-at[0], slope))
     return Node("sym", name=name), operator if slope > 0 else _FLIPPED[operator], bound
@@ -211,11 +279,11 @@ def _solve_scaled(left: Node, operator: str, right: Node, name: str) -> tuple[No
     if name in symbols(right):
         raise NotARegion
     try:
-        at = [exact(left, {name: place}) for place in (0, 1, 2)]
+        at = [exact(left, {name: place}) for place in (0, 1, 2, -3)]
     except Undecided:
         raise NotARegion from None
     slope = at[1] - at[0]
-    if slope == 0 or at[2] != at[0] + 2 * slope:
+    if slope == 0 or (at[2], at[3]) != (at[0] + 2 * slope, at[0] - 3 * slope):
         raise NotARegion
     shifted = Node("add", (right, number_node(-at[0]))) if at[0] else right
     bound = divide(shifted, number_node(slope)) if slope != 1 else shifted

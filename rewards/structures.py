@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rewards.expressions import ExpressionParser
-from rewards.nodes import LimitExceeded, Node, ParseError, function
+from rewards.nodes import UNNAMED, LimitExceeded, Node, ParseError, function
 from rewards.tokens import Token
 
 MAX_ATTEMPTS = 8
@@ -26,14 +26,42 @@ class StructureParser(ExpressionParser):
 
     def parse_relation(self) -> Node:
         self._mark_called_head()
-        operands = [self.parse_set_operation()]
+        # "< 5" says of an unknown that has no name here that it is less than 5.
+        is_bare = self.at("op", "<", ">", "<=", ">=", "!=")
+        operands = [UNNAMED if is_bare else self.parse_set_operation()]
         operators: list[str] = []
         while self.at("op") and self.token.text in _RELATIONS:
             operators.append(self.next().text)
             operands.append(self.parse_set_operation())
         if not operators:
             return operands[0]
+        if operators[-1] == "===":
+            congruence = self._congruence(operands)
+            if congruence is not None:
+                return congruence
         return Node("rel", tuple(operands), " ".join(operators))
+
+    def _congruence(self, operands: list[Node]) -> Node | None:
+        r"""a \equiv b \pmod{m}, or with a bare (m) behind it; None where no modulus is given."""
+        last = operands[-1]
+        if len(operands) == 2 and last.kind == "open" and last.name == "mod":
+            return Node("congruence", (operands[0], *last.args))
+        if len(operands) == 2 and self.at_modulus():
+            self.next()
+            modulus = self.parse_primary()
+            self.next()
+            return Node("congruence", (*operands, modulus))
+        return None
+
+    def at_modulus(self) -> bool:
+        r"""The bare (5) of x \equiv 2 (5)."""
+        group = self.tokens[self.index : self.index + 3]
+        return (
+            [token.text for token in group[::2]] == ["(", ")"]
+            and group[1].kind in ("num", "sym")
+            and self.tokens[self.index - 2].text == "==="
+            and self.tokens[self.index + 3].kind == "end"
+        )
 
     def _mark_called_head(self) -> None:
         """`T(10) = 2`: a letter with brackets before a relation sign is a function's value."""
@@ -114,11 +142,12 @@ class StructureParser(ExpressionParser):
         if first is not None and self.at("op", "|", ":"):
             self.next()
             self.is_bar_separator = False
-            conditions, _, _ = self.parse_items(closers)
+            conditions, separators, _ = self.parse_items(closers)
             if not conditions:
                 raise ParseError
+            joint = "or" if "or" in separators else "and"
             condition = (
-                conditions[0] if len(conditions) == 1 else Node("list", tuple(conditions), "and")
+                conditions[0] if len(conditions) == 1 else Node("list", tuple(conditions), joint)
             )
             return [Node("builder", (first, condition))], set(), False
         self.index = start

@@ -29,8 +29,8 @@ TEXT_COMMANDS = frozenset(
 IGNORED_COMMANDS = frozenset(
     {"quad", "qquad", "hline", "rm", "bf", "it", "cr", "centering", "small", "large", "Large"}
     | {"normalsize", "tiny", "newline", "hfill", "boxed", "fbox", "ensuremath", "overrightarrow"}
-    | {"vec", "hat", "tilde", "widehat", "widetilde", "mathop", "limits", "textstyle", "protect"}
-    | {"therefore", "because", "colon", "relax", "nonumber", "notag", "allowbreak", "bar"}
+    | {"vec", "mathop", "limits", "textstyle", "protect"}
+    | {"therefore", "because", "colon", "relax", "nonumber", "notag", "allowbreak"}
 )
 _GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi"
@@ -70,7 +70,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prod": ("cmd", "product"), "partial": ("sym", "\\partial"), "nabla": ("sym", "\\nabla"),
     "emptyset": ("cmd", "emptyset"), "varnothing": ("cmd", "emptyset"), "bmod": ("op", "mod"),
     "pmod": ("op", "mod"), "mod": ("op", "mod"), "overline": ("cmd", "overline"),
-    "dot": ("cmd", "dot"), "circ": ("op", "circ"), "degree": ("op", "degree"),
+    "dot": ("cmd", "dot"), "bar": ("cmd", "overline"), "hat": ("cmd", "hat"),
+    "widehat": ("cmd", "hat"), "tilde": ("cmd", "tilde"), "widetilde": ("cmd", "tilde"),
+    "ddot": ("cmd", "ddot"), "circ": ("op", "circ"), "degree": ("op", "degree"),
     "prime": ("op", "'"), "choose": ("op", "choose"), "over": ("op", "over"),
     "angle": ("cmd", "angle"), "measuredangle": ("cmd", "angle"), "triangle": ("cmd", "angle"),
     "perp": ("op", "perp"), "parallel": ("op", "parallel"), "subset": ("op", "subset"),

@@ -20,7 +20,6 @@ from rewards.forms import (
     match_names,
     names_clash,
     option_letters,
-    quantity_of_product,
     same_family,
     split_conditions,
     unlabelled,
@@ -41,6 +40,7 @@ from rewards.nodes import (
 )
 from rewards.parser import Parsed
 from rewards.policy import Policy
+from rewards.quantities import equal_quantities
 from rewards.regions import NotARegion, equal_regions, to_region
 from rewards.relations import (
     ascending,
@@ -54,7 +54,7 @@ from rewards.relations import (
     unwrap,
 )
 from rewards.scalars import equal_scalars
-from rewards.words import equal_texts, same_exponent, unit_scale
+from rewards.words import equal_texts
 
 MAX_COMPARISONS = 2000
 MAX_DISTINCT = 32  # items of a set that are compared pair by pair
@@ -129,7 +129,8 @@ class Comparison:
             return True
         kinds = {gold.kind, answer.kind}
         if "unit" in kinds:
-            return self._equal_units(gold, answer)
+            is_strict = self.policy.units == "strict"
+            return equal_quantities(gold, answer, self.equal, is_strict=is_strict)
         if "label" in kinds:
             if names_clash(gold, answer):
                 return False
@@ -198,31 +199,6 @@ class Comparison:
             if self.last_resort is None:
                 raise
             return self.last_resort(gold, answer)
-
-    def _equal_units(self, gold: Node, answer: Node) -> bool:
-        if gold.kind == answer.kind:
-            left, right = unit_scale(gold.name), unit_scale(answer.name)
-            values = gold.args[0], answer.args[0]
-            if left is None or right is None or left == right:
-                return same_exponent(gold.name, answer.name) and self.equal(*values)
-            if left[0] != right[0]:
-                return False
-            ratio = number_node(right[1] / left[1])
-            return self.equal(values[0], Node("mul", (ratio, values[1])))
-        with_unit, other = (gold, answer) if gold.kind == "unit" else (answer, gold)
-        value = with_unit.args[0]
-        if other.kind == "deg" and (unit_scale(with_unit.name) or ("angle1;",))[0] != "angle1;":
-            return False
-        if value.kind == "sym" and len(value.name) == 1 and value.name.isupper():
-            # "(D) Alina" is the option D, or its content.
-            if equal_texts(Node("text", name=with_unit.name), other):
-                return True
-        read = quantity_of_product(other)
-        if read is not None and unit_scale(with_unit.name) == unit_scale(read.name):
-            return self.equal(value, read.args[0])
-        if self.policy.units == "strict" and gold.kind == "unit":
-            return False
-        return self.equal(value, other) if gold.kind == "unit" else self.equal(other, value)
 
     def _equal_ratios(self, gold: Node, answer: Node) -> bool:
         for one, other in ((gold, answer), (answer, gold)):

@@ -95,6 +95,8 @@ class ExpressionParser(FunctionParser):
             return token.text.startswith("\\begin")
         if token.text in ("{", "(") and self.following.kind in ("word", "text"):
             return False  # 800{ml}, 5 (five)
+        if previous.kind == "deg" and token.kind == "sym" and token.text in ("C", "F"):
+            return False  # a temperature
         if token.text == "(" and self.at_modulus():
             return False
         return token.kind in _STARTS_FACTOR

@@ -10,7 +10,6 @@ from rewards.modular import Residues
 from rewards.nodes import PI, LimitExceeded, Node, has_kind, number_node, symbols, walk
 from rewards.numeric import LOW, is_real, value_of
 from rewards.relations import compatible_names, is_equation, is_name, standard_name
-from rewards.vocabulary import UNITS
 
 MAX_EXPANSION = 64
 
@@ -34,19 +33,6 @@ def option_letters(node: Node) -> list[str] | None:
     if len(names) != len(node.args) or len(set(names)) != len(names):
         return None
     return sorted(names) if all(name in tuple("ABCDEFGH") for name in names) else None
-
-
-def quantity_of_product(node: Node) -> Node | None:
-    """5 m or 5 m^2, read as a product with a symbol: the quantity; None for other products."""
-    if node.kind != "mul" or len(node.args) != 2:
-        return None
-    value, unit = node.args
-    exponent = ""
-    if unit.kind == "pow" and unit.args[1].kind == "num":
-        unit, exponent = unit.args[0], f"^{unit.args[1].number}"
-    if value.kind not in ("num", "pow", "mul") or unit.kind != "sym" or unit.name not in UNITS:
-        return None
-    return Node("unit", (value,), unit.name + exponent)
 
 
 def is_coordinates(node: Node) -> bool:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from rewards.extract import extract_boxes, last_formula, last_number, phrase_of
 from rewards.nodes import LimitExceeded, Node, ParseError
 from rewards.parser import Parsed, parse
+from rewards.phrases import states_value
 
 _COMMA_IN_NUMBER = re.compile(r"\d,\d{3}(?!\d)")
 _DECIMAL_COMMA = re.compile(r"\s*\$?\s*-?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))\s*\$?\s*")
@@ -124,6 +125,10 @@ def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
     content = None
     if formula is not None and (number is None or formula[0] >= number[0]):
         content = formula[1]
+        end = formula[0]
+        start = text.rfind(content, 0, end)
+        if not states_value(text[:start], text[end:]):
+            content = None
     elif number is not None:
         before = text[: number[0] - len(number[1])]
         is_only = last_number(before) is None
@@ -131,6 +136,7 @@ def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
             not _NEGATED.search(before)
             and not _CALLED.search(before)
             and (is_only or is_gold or _STATED.search(before))
+            and states_value(before, text[number[0] :])
         ):
             content = number[1]
     if content is None or content.strip() == text.strip():

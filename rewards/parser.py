@@ -5,20 +5,33 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rewards.clean import clean
-from rewards.nodes import Node, ParseError, has_kind, number_node
+from rewards.nodes import UNNAMED, Node, ParseError, has_kind, number_node
+from rewards.phrases import (
+    VERBS,
+    apply,
+    comparison_of,
+    fraction_of,
+    is_loaded,
+    leading_operations,
+    number_of,
+    open_end,
+    trailing_operation,
+)
+from rewards.quantities import compound, temperature
+from rewards.relations import is_name
 from rewards.structures import StructureParser
 from rewards.tokens import tokenize
+from rewards.units import is_unit, read_unit
 from rewards.vocabulary import (
-    FILLER_WORDS,
-    NUMBER_WORDS,
+    CURRENCIES,
     QUALIFIER_WORDS,
     SCALE_WORDS,
     SEPARATOR_WORDS,
 )
-from rewards.words import unit_scale
 
 _ALL_REALS = frozenset({"all real numbers", "all reals", "any real number", "real numbers"})
-_VERBS = frozenset({"is", "are", "equals", "was", "be"})
+_OR_EQUAL = [["or", "equal"], ["or", "greater"], ["or", "less"]]
+_DEGREES_OF = ("C", "F", "Celsius", "celsius", "Fahrenheit", "fahrenheit")
 _NEGATIONS = frozenset({"not", "no", "never", "neither", "nor", "if", "unless", "whether"})
 _ALTERNATIVE_WORDS = frozenset({"else", "otherwise", "or", "if", "unless", "not"})
 
@@ -118,20 +131,29 @@ class AnswerParser(StructureParser):
             if words[0] in QUALIFIER_WORDS:
                 self._skip_qualifier(closers)
                 return None
-            if words[-1] in _VERBS and not _NEGATIONS & set(words):
+            if words[-1] in VERBS and not _NEGATIONS & set(words):
                 return self._labelled(words[:-1] or words, closers)
-            if not all(word in FILLER_WORDS for word in words):
+            operations = leading_operations(words)
+            if operations is None:
                 raise ParseError
-        currency = self.at("op", "currency", "€", "£", "¥")
-        if currency:
-            self.next()
-        elif self.at("op", "-") and self.following.text == "currency":
-            self.tokens[self.index + 1] = self.token  # -$5 is $-5
-            self.index += 1
-            currency = True
+            value = self.parse_item(closers)
+            if value is None:
+                raise ParseError
+            return apply(operations, value)
+        unit = self._accept_currency()
         node = self.parse_relation()
         node = self._parse_suffix(node, closers)
-        return Node("unit", (node,), "dollar") if currency and node.kind != "unit" else node
+        return Node("unit", (node,), unit) if unit and node.kind != "unit" else node
+
+    def _accept_currency(self) -> str:
+        """The unit of a sign of currency in front of a number; empty where there is none."""
+        if self.at("op", "-") and self.following.text in CURRENCIES:
+            following = self.following
+            self.tokens[self.index + 1] = self.token  # -$5 is $-5
+            self.tokens[self.index] = following
+        if self.token.kind == "op" and self.token.text in CURRENCIES:
+            return CURRENCIES[self.next().text]
+        return ""
 
     def _labelled(self, words: list[str], closers: tuple[str, ...]) -> Node:
         value = self.parse_item(closers)
@@ -146,6 +168,8 @@ class AnswerParser(StructureParser):
                 break
             token = self.next()
             words.append(token.text if token.kind == "text" else token.text.lower())
+            if words[-1] in ("than", "to") and [self.token.text, self.following.text] in _OR_EQUAL:
+                words += [self.next().text, self.next().text]
             while self.at("op", "'", "-", '"') and self.following.kind == "word":
                 self.next()
         return words
@@ -161,40 +185,99 @@ class AnswerParser(StructureParser):
 
     def _parse_suffix(self, node: Node, closers: tuple[str, ...]) -> Node:
         """Units, ordinals, qualifiers and end marks behind a value."""
-        if self.accept("op", "currency", "€", "£", "¥"):
-            node = Node("unit", (node,), "dollar")
-        is_braced = self.token.text == "{" and self.following.kind in ("word", "text")
-        if not (self.at("word") or self.at("text") or is_braced) or self._at_separator():
+        if self.token.kind == "op" and self.token.text in CURRENCIES:
+            node = Node("unit", (node,), CURRENCIES[self.next().text])
+        if self.at("word", "or", "and"):
+            return self._parse_open_end(node)
+        if self.token.text in _DEGREES_OF and not self.at("word", "and", "or"):
+            warm = temperature(node, self.token.text[:1].upper())
+            if warm is not None:
+                self.next()
+                node = warm
+        is_bracketed = self.token.text in "{(" and self.following.kind in ("word", "text")
+        if not (self.at("word") or self.at("text") or is_bracketed) or self._at_separator():
             return node
+        if self.at("word", *VERBS) and is_name(node):
+            return self._parse_statement(node, closers)
         if self.token.text.lower() in QUALIFIER_WORDS:
             self._skip_qualifier(closers)
             return node
+        words = self._read_suffix(closers)
+        while words and words[0].lower() in SCALE_WORDS:
+            node = Node("mul", (node, number_node(SCALE_WORDS[words.pop(0).lower()])))
+        while (operation := trailing_operation(words)) is not None:
+            node, words = apply([operation], node), words[1:]
+        if not words:
+            return node
+        if words[0] == "(" and words[-1] == ")":
+            said = number_of([word.lower() for word in words[1:-1]])
+            if said is not None and not said[1]:
+                if node != number_node(said[0]):
+                    raise ParseError
+                return node  # 5 (five)
+        if is_loaded(words):
+            raise ParseError
+        name = " ".join(words).replace(" ^ ", "^").replace(" / ", "/")
+        if node.kind in ("sym", "mul") and not has_kind(node, "num"):
+            if read_unit(name) is None and words[0] not in ("unit", "units"):
+                raise ParseError  # "AB wins it all" is a sentence, not a quantity
+        node = Node("unit", (node,), name)
+        if self.at("num"):
+            rest = self.parse_item(closers)
+            whole = None if rest is None else compound(node, rest)
+            if whole is None:
+                raise ParseError
+            return whole
+        return node
+
+    def _read_suffix(self, closers: tuple[str, ...]) -> list[str]:
+        """The words behind a value, without braces and the marks of ordinals."""
         pieces: list[str] = []
         while not self._at_closer(closers) and not self._at_separator():
             token = self.token
             if token.text.lower() in QUALIFIER_WORDS and token.kind == "word":
                 self._skip_qualifier(closers)
                 break
-            is_exponent = token.kind == "num" and pieces[-1:] == ["^"]
             is_mark = token.kind == "op" and token.text in ("^", "/", "*", "-", "'", "%")
-            is_letter = token.kind == "sym" and pieces[-1:] == ["/"]
+            is_letter = token.kind == "sym" and (
+                pieces[-1:] in (["/"], ["*"]) or is_unit(token.text)
+            )
             is_brace = token.kind in ("open", "close") and token.text in "{}()"
             if not (token.kind in ("word", "text") or is_mark or is_letter or is_brace):
-                if not is_exponent and not (pieces[-2:-1] == ["^"] or pieces[-1:] == ["{"]):
+                is_exponent = "^" in pieces[-3:]
+                if token.kind == "num" and not is_exponent and pieces:
+                    break  # 3 h 20 min
+                if not is_exponent:
                     raise ParseError
             self.next()
             pieces.append(token.text)
-        words = [piece for piece in pieces if piece not in ("th", "st", "nd", "rd", "{", "}")]
-        while words and words[0].lower() in SCALE_WORDS:
-            node = Node("mul", (node, number_node(SCALE_WORDS[words.pop(0).lower()])))
-        if not words:
-            return node
-        name = " ".join(words).replace(" ^ ", "^").replace(" / ", "/")
-        is_option = node.kind == "sym" and len(node.name) == 1 and node.name.isupper()
-        if node.kind in ("sym", "mul") and not is_option and not has_kind(node, "num"):
-            if unit_scale(name) is None and words[0] not in ("unit", "units"):
-                raise ParseError  # "AB wins it all" is a sentence, not a quantity
-        return Node("unit", (node,), name)
+        return [piece for piece in pieces if piece not in ("th", "st", "nd", "rd", "{", "}")]
+
+    def _parse_open_end(self, node: Node) -> Node:
+        """5 or more; 5 and a half. Anything else behind "or" and "and" is another item."""
+        words, kinds = [], []
+        for token in self.tokens[self.index + 1 : self.index + 4]:
+            words.append(token.text.lower())
+            kinds.append(token.kind)
+        if self.at("word", "or") and kinds[0] == "word":
+            operator = open_end(words[:1])
+            if operator is not None and kinds[1:2] != ["word"]:
+                self.index += 2
+                return Node("rel", (UNNAMED, node), operator)
+        for size in (2, 1):
+            fraction = fraction_of(words[:size])
+            if self.at("word", "and") and fraction is not None and node.kind == "num":
+                self.index += size + 1
+                return Node("num", number=node.number + fraction)
+        return node
+
+    def _parse_statement(self, name: Node, closers: tuple[str, ...]) -> Node:
+        """x is 5; n is at least 3."""
+        operator = comparison_of(self._read_words())
+        value = None if operator is None else self.parse_item(closers)
+        if operator is None or value is None or value.kind in ("rel", "text", "label"):
+            raise ParseError
+        return Node("rel", (name, value), operator)
 
 
 def _are_equations(items: list[Node]) -> bool:
@@ -206,11 +289,14 @@ def _text_or_number(words: list[str]) -> Node:
     """A number word is its number; other words are text."""
     if " ".join(words) in _ALL_REALS:
         return Node("sym", name="\\mathbb{R}")
-    values = [NUMBER_WORDS[word] for word in words if word in NUMBER_WORDS]
-    if len(words) == 1 and values and words[0] != "none":
-        return number_node(values[0])
-    if len(words) == 2 and len(values) == 2 and 20 <= values[0] < 100 and 0 < values[1] < 10:
-        return number_node(values[0] + values[1])
-    if len(words) > 1 and words[0] in NUMBER_WORDS and len(values) == 1:
-        return Node("unit", (number_node(values[0]),), " ".join(words[1:]))
+    for start in range(min(len(words), 6)):
+        operations = leading_operations(words[:start])
+        said = number_of(words[start:])
+        if operations is None or said is None:
+            continue
+        value, rest = said
+        if is_loaded(rest):
+            break
+        node = apply(operations, number_node(value))
+        return Node("unit", (node,), " ".join(rest)) if rest else node
     return Node("text", name=" ".join(words))

@@ -6,14 +6,13 @@ import re
 from typing import NamedTuple
 
 from rewards.nodes import MAX_DIGITS, MAX_NESTING, MAX_TOKENS, LimitExceeded, ParseError
+from rewards.units import UNIT_WORDS, is_unit
 from rewards.vocabulary import (
     COMMANDS,
     FUNCTIONS,
     IGNORED_COMMANDS,
     LETTER_COMMANDS,
     TEXT_COMMANDS,
-    UNIT_WORDS,
-    UNITS,
     WORDS,
 )
 
@@ -247,7 +246,7 @@ def _read_text(
         return
     is_roman = command not in ("text", "mbox", "textbf", "textnormal", "textit", "hbox", "textrm")
     unit = _UNIT.fullmatch(stripped) if command in ("mathrm", "rm", "operatorname") else None
-    if unit is not None and unit[1] in UNITS and _follows_operand(tokens):
+    if unit is not None and is_unit(unit[1]) and _follows_operand(tokens):
         for piece in re.findall(r"[A-Za-z]+|\d+|[\^/]", stripped):
             kind = "word" if piece.isalpha() else "num" if piece.isdigit() else "op"
             tokens.append(Token(kind, piece, False, start))

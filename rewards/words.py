@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from rewards.nodes import Node
-from rewards.vocabulary import UNITS
 
 _ARTICLES = frozenset({"the", "a", "an"})
 _NOTHING = frozenset(
@@ -83,37 +81,3 @@ def is_short_form(sentence: str, answer: str) -> bool:
     is_name = name[0].isupper() and name[1:].islower() and name.lower() not in _NO_NAME
     is_only_name = not any(item[0].isupper() for item in words[1:])
     return is_name and is_only_name and len(name) > 2 and word == name.lower()
-
-
-def same_exponent(left: str, right: str) -> bool:
-    """Do two units, known or not, carry the same exponent? One may leave it out."""
-    exponents = [re.search(r"\^\s*\{?(\d+)", name) for name in (left, right)]
-    found = {match[1] for match in exponents if match is not None}
-    return len(found) < 2
-
-
-def unit_scale(name: str) -> tuple[str, Fraction] | None:
-    """(dimension, size) of a unit such as "cm", "square meters", "km/h"; None if unknown."""
-    words = re.sub(r"[{}()]", "", name).strip().rstrip(".").split()
-    power = 1
-    if words and words[0] in ("square", "sq"):
-        power, words = 2, words[1:]
-    elif words and words[0] == "cubic":
-        power, words = 3, words[1:]
-    text = " ".join(words).replace(" per ", "/")
-    match = re.fullmatch(
-        r"([A-Za-z]+)\s*\^?\s*([23])?(?:\s*/\s*([A-Za-z]+)\s*\^?\s*([23])?)?", text
-    )
-    if match is None:
-        return None
-    total, dimension = Fraction(1), ""
-    parts = [(match[1], int(match[2] or power), 1)]
-    if match[3] is not None:
-        parts.append((match[3], int(match[4] or 1), -1))
-    for unit, exponent, sign in parts:
-        known = UNITS.get(unit) or UNITS.get(unit.lower())
-        if known is None:
-            return None
-        total *= Fraction(str(known[1])) ** (exponent * sign)
-        dimension += f"{known[0]}{exponent * sign};"
-    return dimension, total

@@ -25,6 +25,7 @@ _PLAIN = re.compile(
     r"(?P<whole>[-+]?(?:\d{1,3}(?:,\d{3})+|\d+))(?P<decimals>\.\d+)?(?:/(?P<bottom>\d+))?"
     r"|(?P<sign>-?)\\[dt]?frac\{(?P<over>-?\d+)\}\{(?P<under>\d+)\}"
 )
+_DECIMAL_COMMA = re.compile(r"^(\s*\$?\s*-?\d+),(\d+)(?=\s*\$?\s*$)")
 _INTEGER = re.compile(r"-?\d{1,18}")
 MAX_PLAIN_CHARS = 400
 LastResort = Callable[[Node, Node], bool]
@@ -54,6 +55,8 @@ def decide(
     outcome = _plain_outcome(gold, answer, policy) if not joined else None
     if outcome is not None:
         return outcome
+    if policy.decimal_comma:
+        gold, answer = (_DECIMAL_COMMA.sub(r"\1.\2", text) for text in (gold, answer))
     wanted = read_gold(gold)
     has_several = any(
         parsed.node.kind in ("list", "set") and len(parsed.node.args) > 1

@@ -35,7 +35,8 @@ class ExpressionParser(FunctionParser):
         while self.at("op", "+", "-", "+-", "-+"):
             sign = self.next().text
             term = self.parse_product()
-            if sign == "-" and left.kind in _SET_KINDS:
+            is_set = left.kind in _SET_KINDS or (term.kind == "set" and left.kind == "sym")
+            if sign == "-" and is_set:
                 terms[-1] = Node("minus", (terms[-1], term))
             elif sign == "-":
                 terms.append(negative(term))
@@ -63,6 +64,8 @@ class ExpressionParser(FunctionParser):
                 self.next()
                 left = product_of(factors)
                 factors = [Node("open", (left, self.parse_signed()), "mod")]
+            elif factors[-1].kind == "num" and self.at_selection():
+                factors[-1] = self.parse_selection(factors[-1])
             elif self.starts_factor(factors[-1]):
                 factor = self.parse_power()
                 if factor.kind == "open" and factor.name == "mod" and len(factor.args) == 1:
@@ -95,8 +98,14 @@ class ExpressionParser(FunctionParser):
             return token.text.startswith("\\begin")
         if token.text in ("{", "(") and self.following.kind in ("word", "text"):
             return False  # 800{ml}, 5 (five)
-        if previous.kind == "deg" and token.kind == "sym" and token.text in ("C", "F"):
+        if (
+            (previous.kind == "deg" or previous.args[-1:] and previous.args[-1].kind == "deg")
+            and token.kind == "sym"
+            and token.text in ("C", "F")
+        ):
             return False  # a temperature
+        if previous.kind in ("seq", "union") and token.text == "U":
+            return False  # a union
         if token.text == "(" and self.at_modulus():
             return False
         return token.kind in _STARTS_FACTOR
@@ -106,7 +115,11 @@ class ExpressionParser(FunctionParser):
         if self.accept("op", "-"):
             node = negative(self.parse_signed())
         elif self.accept("op", "+"):
-            node = self.parse_signed()
+            if self.at("op", "-") and not self.token.is_spaced:
+                self.next()
+                node = Node("pm", (self.parse_signed(),), "+-")  # +-7
+            else:
+                node = self.parse_signed()
         elif self.at("op", "+-", "-+"):
             sign = self.next().text
             node = Node("pm", (self.parse_signed(),), sign)
@@ -216,6 +229,8 @@ class ExpressionParser(FunctionParser):
             node = self.parse_environment(token.text)
         elif token.kind == "op" and token.text in ("|", "|("):
             node = self._parse_bars()
+        elif token.kind == "op" and token.text in ("^", "_"):
+            node = self.parse_selection(self.parse_argument())  # ^{10}C_3
         else:
             raise ParseError
         self.depth -= 1
@@ -235,6 +250,8 @@ class ExpressionParser(FunctionParser):
         while self.at("op", "'"):
             self.next()
             name += "'"
+        if name == "C" and self.at_pair():
+            return function("binom", *self.parse_list(self.next().text).args)
         if name == "C" and self.at("op", "_"):
             combinations = self._read_combinations()
             if combinations is not None:

@@ -142,6 +142,25 @@ class FunctionParser(NumeralParser):
         limits = tuple(Node("sym", name=f"{mark}{text}") for mark, text in bounds.items())
         return Node("open", (body, *limits), name)
 
+    def at_selection(self) -> bool:
+        """The C3 of 10C3, the P3 of 10P3."""
+        return self.at("sym", "C", "P") and self.following.kind == "num"
+
+    def parse_selection(self, top: Node) -> Node:
+        """Combinations (C) or permutations (P) of a number of things, behind that number."""
+        kind = self.expect("sym", "C", "P").text
+        self.accept("op", "_")
+        bottom = self.parse_argument()
+        if kind == "C":
+            return function("binom", top, bottom)
+        rest = Node("add", (top, negative(bottom)))
+        return divide(function("factorial", top), function("factorial", rest))
+
+    def at_pair(self) -> bool:
+        """The (10, 3) of C(10, 3)."""
+        group = self.tokens[self.index : self.index + 5]
+        return [token.text if token.kind != "num" else "0" for token in group] == list("(0,0)")
+
     def _read_combinations(self) -> Node | None:
         """C_n^3 is a binomial coefficient; C_1 alone is a name."""
         start = self.index

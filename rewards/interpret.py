@@ -12,7 +12,12 @@ from rewards.parser import Parsed, parse
 from rewards.phrases import states_value
 
 _COMMA_IN_NUMBER = re.compile(r"\d,\d{3}(?!\d)")
-_DECIMAL_COMMA = re.compile(r"\s*\$?\s*-?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))\s*\$?\s*")
+# 0,5 and 1000,99 are no lists of numbers that anyone writes; 2,5 may be one.
+_DECIMAL_COMMA = re.compile(r"\s*\$?\s*-?(?:0|\d{4,}),\d+\s*\$?\s*")
+_GROUPS = re.compile(
+    r"\s*-?(?:\d{1,3}(?:\.\d{3}){2,}(?P<comma>,\d+)?|\d{1,3}(?:'\d{3})+(?:\.\d+)?)\s*"
+)
+_INDIAN = re.compile(r"\s*-?\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?\s*")
 _EUROPEAN = re.compile(r"\s*-?\d{1,3}(?:\.\d{3})+,\d+\s*")
 _WORD = re.compile(r"(?:^|(?<=[\s(\"']))[A-Za-z]{2,}(?:'[a-z]+)?(?=$|[\s.,;:!?)\"'])")
 _HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|unless|between)\b", re.IGNORECASE)
@@ -56,6 +61,8 @@ def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
         content = extract_boxes(text, is_gold=is_gold)
         if content is not None:
             return read(content, is_gold=is_gold, depth=depth)
+    if _GROUPS.fullmatch(text):
+        text = text.replace("'", "") if "'" in text else text.replace(".", "").replace(",", ".")
     try:
         candidates = [parse(text)]
     except ParseError:
@@ -96,6 +103,8 @@ def _variants(text: str) -> list[str]:
         variants.append(re.sub(r"(?<=\d),(?=\d)", ", ", text))
     if _EUROPEAN.fullmatch(text):
         variants.append(text.replace(".", "").replace(",", "."))
+    if _INDIAN.fullmatch(text):
+        variants.append(text.replace(",", ""))
     if _DECIMAL_COMMA.fullmatch(text):
         variants.append(text.replace(",", "."))
     return variants

@@ -83,6 +83,20 @@ def divide(numerator: Node, denominator: Node) -> Node:
     return Node("mul", (numerator, Node("pow", (denominator, MINUS_ONE))))
 
 
+def replace(node: Node, old: Node, new: Node) -> Node:
+    """The tree with every `old` in it replaced."""
+    if node == old:
+        return new
+    if not node.args:
+        return node
+    return node._replace(args=tuple(replace(item, old, new) for item in node.args))
+
+
+GOLDEN_RATIO = Node(
+    "mul", (HALF, Node("add", (number_node(1), Node("pow", (number_node(5), HALF)))))
+)
+
+
 def function(name: str, *args: Node) -> Node:
     """A function of known meaning."""
     return Node("func", args, name)

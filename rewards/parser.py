@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from rewards.clean import clean
@@ -30,6 +31,8 @@ from rewards.vocabulary import (
 )
 
 _ALL_REALS = frozenset({"all real numbers", "all reals", "any real number", "real numbers"})
+_TIMES_TEN = re.compile(r"(?<=[\d.])\s*[xX]\s*(?=10\s*(?:\^|\*\*))")  # 1.5 x 10^3
+_EMPTY_BASE = re.compile(r"\{\}\s*(?=[\^_])")  # {}^{10}C_3
 _OR_EQUAL = [["or", "equal"], ["or", "greater"], ["or", "less"]]
 _DEGREES_OF = ("C", "F", "Celsius", "celsius", "Fahrenheit", "fahrenheit")
 _NEGATIONS = frozenset({"not", "no", "never", "neither", "nor", "if", "unless", "whether"})
@@ -45,7 +48,11 @@ class Parsed(NamedTuple):
 
 def parse(text: str) -> Parsed:
     """Parse one answer. Raises ParseError, LimitExceeded."""
-    parser = AnswerParser(tokenize(clean(text)))
+    text = clean(text)
+    if text.endswith("?"):
+        text = text.rstrip("? ")
+    text = _TIMES_TEN.sub(r" \\times ", text.replace("+/-", "\\pm "))
+    parser = AnswerParser(tokenize(_EMPTY_BASE.sub("", text)))
     node = parser.parse_answer()
     return Parsed(node, frozenset(parser.bound))
 
@@ -87,7 +94,7 @@ class AnswerParser(StructureParser):
                 groups[-1].append(item)
             if not (self._at_closer(closers) or self._at_separator()):
                 raise ParseError
-        groups = [self._without_domains(group) for group in groups]
+        groups = [_spread(self._without_domains(group)) for group in groups]
         groups = [group for group in groups if group]
         if len(groups) > 1 and any(len(group) > 1 for group in groups):
             return (
@@ -278,6 +285,20 @@ class AnswerParser(StructureParser):
         if operator is None or value is None or value.kind in ("rel", "text", "label"):
             raise ParseError
         return Node("rel", (name, value), operator)
+
+
+def _spread(items: list[Node]) -> list[Node]:
+    r"""x \ne 1, 2 as x \ne 1, x \ne 2; 3 hours and 20 minutes as one quantity."""
+    first = items[0] if items else None
+    if first is None or len(items) < 2:
+        return items
+    if first.kind == "rel" and first.name == "!=":
+        name = first.args[0]
+        others = [item.kind not in ("rel", "text", "label") for item in items[1:]]
+        if all(others):
+            return [first, *[Node("rel", (name, item), "!=") for item in items[1:]]]
+    whole = compound(first, items[1]) if len(items) == 2 else None
+    return items if whole is None else [whole]
 
 
 def _are_equations(items: list[Node]) -> bool:

@@ -51,27 +51,30 @@ _OR_MORE = dict.fromkeys(("more", "greater", "higher", "above", "larger"), ">=")
 _OR_MORE |= dict.fromkeys(("less", "fewer", "lower", "below", "smaller"), "<=")
 VERBS = frozenset({"is", "are", "equals", "was", "were", "be", "equal"})
 _DENIALS = frozenset(
-    "not no never neither nor none without except excluding but isn doesn don won cannot wrong incorrect false untrue invalid impossible maybe perhaps possibly probably either"
-    " or unless whether if anything nothing everything instead rather than unlikely unknown guess"
-    " contradiction hardly nearly almost wait".split()
+    "not no never neither nor none without except excluding but isn doesn don won cannot"
+    " wrong incorrect false untrue invalid impossible maybe perhaps possibly probably"
+    " either or unless whether if anything nothing everything instead rather than unlikely"
+    " unknown guess contradiction hardly nearly almost wait".split()
 )
 # Beside a value these change it, or make a statement of it.
 _LOADED = (
     _DENIALS
     | frozenset(_PARTS)
     | frozenset(
-        "squared cubed plus minus choose divided multiplied doubled tripled halved factorial mod"
-        " modulo base power powers root multiple multiples divisor divisors factor factors reciprocal"
-        " inverse opposite more less fewer greater least most over under above below between"
-        " exceeding up higher lower larger smaller off pair pairs couple score gross through until"
-        " does do did works work fails fail times digit digits twice double triple thrice to".split()
+        "squared cubed plus minus choose divided multiplied doubled tripled halved"
+        " factorial mod modulo base power powers root multiple multiples divisor divisors"
+        " factor factors reciprocal inverse opposite more less fewer greater least most"
+        " over under above below between exceeding up higher lower larger smaller off pair"
+        " pairs couple score gross through until does do did works work fails fail times"
+        " digit digits twice double triple thrice to".split()
     )
     | VERBS
 )
 _STATING = VERBS | frozenset(
-    "has have had gets get got earned earns earn costs cost needs need takes took makes made make paid"
-    " pays spent weighs receives received gives gave totals sold remain remains contains to find"
-    " finds found obtain obtains conclude yields est es ist lautet sind son vale".split()
+    "has have had gets get got earned earns earn costs cost needs need takes took makes"
+    " made make paid pays spent weighs receives received gives gave totals sold remain"
+    " remains contains to find finds found obtain obtains conclude yields est es ist lautet"
+    " sind son vale".split()
 )
 _ASIDE = re.compile(r"(?<=\d)\s+which\b")
 _AFTERWORDS = re.compile(
@@ -124,7 +127,7 @@ def fraction_of(words: list[str]) -> Fraction | None:
 
 
 def apply(operations: list[str], value: Node) -> Node:
-    """The value under the operations, the last one first. Raises ParseError for what has no sense."""
+    """The value under the operations, the last one first. Raises ParseError."""
     for place, name in enumerate(reversed(operations)):
         if value.kind in ("list", "text", "label") or (value.kind == "rel" and name != "same"):
             raise ParseError

@@ -30,6 +30,8 @@ class Policy:
     tolerance_decimals: int | None = None
     # 28% equals 0.28 in every policy; "either": 28% = 28 as well.
     percent: Literal["value", "either"] = "either"
+    # 2,5 is 2.5; else only what no list of numbers looks like is read so: 0,5 and 1000,99.
+    decimal_comma: bool = False
     # Answer lists compare as multisets ("any") or item by item ("gold").
     list_order: Literal["any", "gold"] = "any"
     # "lenient": a unit that one side leaves out is no error, two units must agree (converted);

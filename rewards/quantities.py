@@ -12,8 +12,8 @@ from rewards.units import Unit, is_unit, read_unit
 Equal = Callable[[Node, Node], bool]
 # Words beside an unknown unit that say nothing of it.
 _IDLE = frozenset(
-    "a an the in total altogether overall all each of together exactly about approximately different"
-    " possible".split()
+    "a an the in total altogether overall all each of together exactly about approximately"
+    " different possible".split()
 )
 _RATES = frozenset({"per", "/"})
 _GENERIC = frozenset({"unit"})

@@ -6,14 +6,25 @@ the same region.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 from rewards.exact import Undecided, exact
-from rewards.nodes import INFINITY, UNNAMED, Node, divide, negative, number_node, symbols, walk
+from rewards.nodes import (
+    INFINITY,
+    UNNAMED,
+    Node,
+    divide,
+    negative,
+    number_node,
+    replace,
+    symbols,
+    walk,
+)
 from rewards.numeric import FLOATS, is_real, value_of
 
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
@@ -129,7 +140,7 @@ def _from_builder(node: Node) -> Region:
         region, element = _intersect(region, domain), element.args[0]
     if region.variable is not None and region.variable != element:
         raise NotARegion
-    return replace(region, variable=None)
+    return dataclasses.replace(region, variable=None)
 
 
 def _integers_in(region: Region, least: int | None) -> Region:
@@ -144,7 +155,7 @@ def _integers_in(region: Region, least: int | None) -> Region:
             if not is_low_end and not (value == piece.high_value and not piece.is_high_closed):
                 found.add(value)
     nodes = [number_node(value) for value in sorted(found)]
-    return replace(
+    return dataclasses.replace(
         _normalised([_piece(node, True, node, True) for node in nodes]), variable=region.variable
     )
 
@@ -163,21 +174,21 @@ def _from_list(node: Node) -> Region:
     if node.name != "or" and all(region.is_numeric for region in regions):
         both = _fold(regions, _intersect)
         if both.pieces or node.name == "and":
-            return replace(both, variable=variable)
-    return replace(_union(regions), variable=variable)
+            return dataclasses.replace(both, variable=variable)
+    return dataclasses.replace(_union(regions), variable=variable)
 
 
 def from_relation(node: Node) -> Region:
     """The region of a relation in one unknown, which "at least 5" does not name."""
     region = _solved(node)
-    return replace(region, variable=None) if region.variable == UNNAMED else region
+    return dataclasses.replace(region, variable=None) if region.variable == UNNAMED else region
 
 
 def _solved(node: Node) -> Region:
     """`-2 < x \\le 7`, `x \\ne 3`, `x \\in [0, 1]`, `-2x > 6`: the set of x."""
     operators = node.name.split(" ")
     if operators == ["in"]:
-        return replace(to_region(node.args[1]), variable=node.args[0])
+        return dataclasses.replace(to_region(node.args[1]), variable=node.args[0])
     if len(operators) == 1 and operators[0] in _FLIPPED:
         return _half_line(node.args[0], operators[0], node.args[1])
     if len(operators) == 2 and all(operator in ("<", "<=", ">", ">=") for operator in operators):
@@ -218,7 +229,9 @@ def _magnitude_of(left: Node, right: Node) -> Node | None:
     if len(found) != 1:
         return None
     (magnitude,) = found
-    outside = symbols(_replaced(left, magnitude)) | symbols(_replaced(right, magnitude))
+    outside = symbols(replace(left, magnitude, _MAGNITUDE)) | symbols(
+        replace(right, magnitude, _MAGNITUDE)
+    )
     return magnitude if symbols(magnitude) and outside == {_MAGNITUDE.name} else None
 
 
@@ -226,15 +239,9 @@ def _is_magnitude(node: Node) -> bool:
     return node.kind == "func" and node.name == "abs"
 
 
-def _replaced(node: Node, magnitude: Node) -> Node:
-    if node == magnitude:
-        return _MAGNITUDE
-    return node._replace(args=tuple(_replaced(item, magnitude) for item in node.args))
-
-
 def _from_magnitude(left: Node, operator: str, right: Node, magnitude: Node) -> Region:
     """|u| < c as -c < u < c, |u| > c as u < -c or u > c; inside, u is solved again."""
-    left, right = _replaced(left, magnitude), _replaced(right, magnitude)
+    left, right = replace(left, magnitude, _MAGNITUDE), replace(right, magnitude, _MAGNITUDE)
     if right == _MAGNITUDE:
         left, operator, right = right, _FLIPPED[operator], left
     if left != _MAGNITUDE:
@@ -318,12 +325,12 @@ def _normalised(pieces: list[Piece]) -> Region:
 def _union(regions: list[Region]) -> Region:
     pieces = [piece for region in regions for piece in region.pieces]
     variables = [region.variable for region in regions if region.variable is not None]
-    return replace(_normalised(pieces), variable=variables[0] if variables else None)
+    return dataclasses.replace(_normalised(pieces), variable=variables[0] if variables else None)
 
 
 def _intersect(left: Region, right: Region) -> Region:
     if left.pieces == LINE.pieces:
-        return right if right.variable else replace(right, variable=left.variable)
+        return right if right.variable else dataclasses.replace(right, variable=left.variable)
     if right.pieces == LINE.pieces:
         return left
     pieces = []
@@ -332,7 +339,7 @@ def _intersect(left: Region, right: Region) -> Region:
             piece = _meet(a, b)
             if piece is not None:
                 pieces.append(piece)
-    return replace(_normalised(pieces), variable=left.variable or right.variable)
+    return dataclasses.replace(_normalised(pieces), variable=left.variable or right.variable)
 
 
 def _meet(a: Piece, b: Piece) -> Piece | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rewards.exact import Undecided
 from rewards.modular import PRIME, Residues
-from rewards.nodes import Node, has_kind, negative, rename, symbols, walk
+from rewards.nodes import MINUS_ONE, Node, has_kind, negative, rename, replace, symbols, walk
 from rewards.numeric import HIGH, IMAGINARY, LOW, corners, is_real, points, value_of
 from rewards.vocabulary import FILLER_WORDS
 from rewards.words import words_of
@@ -45,7 +45,11 @@ def is_name(node: Node) -> bool:
         is_value = len(node.args) == 2 and node.args[1].name in tuple("xyznt")
         if is_value and all(item.kind == "sym" for item in node.args):
             return node.args[0].name in tuple("PQRSTWpqFGH")
-        return all(item.kind == "sym" and item.name[:1].isupper() for item in node.args)
+        if node.args[0].name == "\\Delta" and len(node.args) == 2:
+            return node.args[1].kind == "sym"
+        return all(_is_segment(item) for item in node.args) or is_asked(node)
+    if kind == "add":
+        return is_asked(node)
     if kind in ("seq", "ratio", "set", "union", "inter", "minus"):
         return all(is_name(item) for item in node.args)
     if kind == "deg":
@@ -53,6 +57,29 @@ def is_name(node: Node) -> bool:
     if kind == "open":  # \int ... = 5: the task, then its value
         return node.name in _TASKS and (node.name in _BINDING_TASKS or not symbols(node))
     return kind == "text"
+
+
+def _is_segment(node: Node) -> bool:
+    r"""A letter of AB, or the BO of \frac{NO}{BO}."""
+    if node.kind == "pow" and node.args[1] == MINUS_ONE:
+        inner = node.args[0]
+        return all(map(_is_segment, inner.args if inner.kind == "mul" else (inner,)))
+    return node.kind == "sym" and node.name[:1].isupper()
+
+
+def is_asked(node: Node) -> bool:
+    """m + n, 100a + b, pq: what a question asks for of the parts of an answer, never x + y."""
+    terms = node.args if node.kind == "add" else (node,)
+    letters = []
+    for term in terms:
+        for factor in term.args if term.kind == "mul" else (term,):
+            if factor.kind == "sym" and factor.name in tuple("abcdkmnpqrs"):
+                letters.append(factor.name)
+            elif factor.kind != "num" or factor.number < 1 or node.kind != "add":
+                return False
+        if not symbols(term):
+            return False
+    return len(set(letters)) == len(letters) > 1
 
 
 def unwrap(node: Node, equal: Equal, *, is_trusted: bool) -> tuple[Node, Node] | None:
@@ -84,6 +111,8 @@ def unwrap(node: Node, equal: Equal, *, is_trusted: bool) -> tuple[Node, Node] |
         name, steps = operands[0], operands
     if name.kind == "seq" and steps[-1].kind not in ("seq", "set", "list", "matrix"):
         return None
+    if name.kind in ("add", "mul") and symbols(name) and is_asked(name) and symbols(steps[-1]):
+        return None  # a + b = 2c relates unknowns
     if name.kind in ("sym", "seq") and symbols(name) & symbols(steps[-1]):
         return None
     if not is_trusted:
@@ -137,8 +166,10 @@ def compatible_names(left: Node, right: Node) -> bool:
         return True  # the area and S
     if "open" in kinds:
         return kinds != {"open"}  # a task and the name that it was given
-    if kinds == {"call"}:  # f(x) and f(t), but neither f(x) and f(x^2) nor P(0) and P(3)
-        are_free = all(arg.kind == "sym" for arg in (*left.args, *right.args))
+    if kinds == {"call"}:  # f(x) and f(t), but neither f(x) and f(x^2) nor P(A) and P(B)
+        are_free = all(
+            arg.kind == "sym" and arg.name.islower() for n in (left, right) for arg in n.args
+        )
         return left.name == right.name and len(left.args) == len(right.args) and are_free
     if kinds == {"call", "sym"}:
         call, letter = (left, right) if left.kind == "call" else (right, left)
@@ -204,14 +235,8 @@ def solution_of(equation: Node, solution: Node) -> tuple[Node, Node] | None:
     slope = at[1] - at[0]
     if abs(slope) < LOW.tiny or abs(at[2] - at[1] - slope) > LOW.tiny * abs(slope):
         return None
-    left, right = (_replaced(side, unknown, solution) for side in equation.args)
+    left, right = (replace(side, Node("sym", name=unknown), solution) for side in equation.args)
     return left, right
-
-
-def _replaced(node: Node, name: str, value: Node) -> Node:
-    if node.kind == "sym" and node.name == name:
-        return value
-    return node._replace(args=tuple(_replaced(item, name, value) for item in node.args))
 
 
 def _proportional_residues(a: Node, b: Node) -> bool | None:

@@ -16,6 +16,7 @@ _CLOSERS: dict[str, tuple[str, ...]] = {
     "\\{": ("\\}", "}"),
 }
 _CLOSERS |= {"<": (">",), "lfloor": ("rfloor",), "lceil": ("rceil",)}
+_SET_OPERATIONS = {"cup": "union", "cap": "inter", "setminus": "minus", "U": "union"}
 _MATRIX_NAMES = frozenset({"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array"})
 
 
@@ -95,8 +96,10 @@ class StructureParser(ExpressionParser):
 
     def parse_set_operation(self) -> Node:
         left = self.parse_ratio()
-        while self.at("op", "cup", "cap", "setminus"):
-            name = {"cup": "union", "cap": "inter", "setminus": "minus"}[self.next().text]
+        while self.at("op", *_SET_OPERATIONS) or (
+            self.at("sym", "U") and left.kind in ("seq", "union")
+        ):
+            name = _SET_OPERATIONS[self.next().text]
             right = self.parse_ratio()
             if left.kind == name and name != "minus":
                 left = Node(name, (*left.args, right))

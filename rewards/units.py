@@ -152,8 +152,9 @@ def _table() -> dict[str, Unit]:
 TABLE = _table()
 # Letters and short words that are units behind a number.
 UNIT_WORDS = frozenset(
-    "mm cm dm km cms kms mg kg kgs ml mL lb lbs ft yd mi hr hrs sec secs min mins yr yrs inch mph usd"
-    " USD Hz kHz MHz kPa Pa kN kJ kW MW kWh eV mol rad ms ns nm oz gal rpm th st nd rd".split()
+    "mm cm dm km cms kms mg kg kgs ml mL lb lbs ft yd mi hr hrs sec secs min mins yr yrs"
+    " inch mph usd USD Hz kHz MHz kPa Pa kN kJ kW MW kWh eV mol rad ms ns nm oz gal rpm th"
+    " st nd rd".split()
 )
 
 
@@ -170,7 +171,7 @@ def is_unit(name: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def read_unit(text: str) -> Unit | None:
-    r"""The unit of "cm", "square meters", "km/h", "kg * m^2 / s^2"; None where a word is unknown."""
+    r"""The unit of "cm", "square meters", "km/h", "kg * m^2 / s^2"; None: unknown words."""
     if len(text) > MAX_UNIT_CHARS:
         return None
     text = text.replace("{", " ").replace("}", " ").replace(" per ", " / ").rstrip(" .")

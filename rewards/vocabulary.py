@@ -115,8 +115,9 @@ WORDS = (
 
 # Words in front of a value that say nothing of it.
 FILLER_WORDS = frozenset(
-    "only exactly about approximately roughly around just the a an is are be equals answer answers"
-    " value values solution solutions of set final total numbers number integers integer real both"
-    " there exist exists we get have so thus hence therefore x-values units per each in on to it its"
-    " that which possible different result exact simply precisely by was were will would".split()
+    "only exactly about approximately roughly around just the a an is are be equals answer"
+    " answers value values solution solutions of set final total numbers number integers"
+    " integer real both there exist exists we get have so thus hence therefore x-values"
+    " units per each in on to it its that which possible different result exact simply"
+    " precisely by was were will would".split()
 )

@@ -12,6 +12,10 @@ _NOTHING = frozenset(
     | {"does not exist", "no such numbers exist", "no such number exists", "no integer solutions"}
     | {"there are no solutions", "there is no solution", "there are no such numbers", "dne"}
 )
+_NONE_EXIST = re.compile(
+    r"(?:there (?:is|are|exists?) )?(?:no|0|zero) (?:such |real |integer |possible |valid )?"
+    r"(?:solutions?|values?|numbers?|integers?|answers?|roots?)(?: (?:exists?|found|possible))?"
+)
 _INFINITE = frozenset({"infinitely many", "infinite", "infinity", "infinitely many solutions"})
 _JUDGEMENTS = frozenset(
     "odd even yes no true false prime composite rational irrational convergent divergent"
@@ -41,9 +45,12 @@ def text_of(node: Node) -> str | None:
         if len(words) == 2 and words[0] in ("option", "choice"):
             words = words[1:]
         text = " ".join(words)
-        if text in _NOTHING:
+        if text in _NOTHING or _NONE_EXIST.fullmatch(text):
             return "none"
         return "infinity" if text in _INFINITE else text
+    if node.kind == "unit" and node.name.startswith("solution"):
+        is_none = node.args[0].kind == "num" and node.args[0].number == 0
+        return "none" if is_none else None
     if node.kind in ("sym", "const") and len(node.name) == 1:
         return node.name.lower()
     if node == Node("const", name="inf"):

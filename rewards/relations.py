@@ -60,10 +60,11 @@ def is_name(node: Node) -> bool:
 
 
 def _is_segment(node: Node) -> bool:
-    r"""A letter of AB, or the BO of \frac{NO}{BO}."""
+    r"""A letter of AB, or the NO and the 1 / BO of \frac{NO}{BO}."""
+    if node.kind == "mul":
+        return all(map(_is_segment, node.args))
     if node.kind == "pow" and node.args[1] == MINUS_ONE:
-        inner = node.args[0]
-        return all(map(_is_segment, inner.args if inner.kind == "mul" else (inner,)))
+        return _is_segment(node.args[0])
     return node.kind == "sym" and node.name[:1].isupper()
 
 
@@ -149,7 +150,11 @@ def bind_arguments(name: Node, value: Node) -> tuple[Node, Node]:
     """f(z) = z and f(x) = x alike: the arguments of a named function get standard names."""
     if name.kind != "call":
         return name, value
-    names = {arg.name: f"_{place}" for place, arg in enumerate(name.args) if arg.kind == "sym"}
+    names = {
+        arg.name: f"_{place}"
+        for place, arg in enumerate(name.args)
+        if arg.kind == "sym" and not arg.name.isupper()  # P(A) is not P(B)
+    }
     return rename(name, names), rename(value, names)
 
 

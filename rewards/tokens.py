@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 from rewards.nodes import MAX_DIGITS, MAX_NESTING, MAX_TOKENS, LimitExceeded, ParseError
-from rewards.units import UNIT_WORDS, is_unit
+from rewards.units import UNIT_WORDS, read_unit
 from rewards.vocabulary import (
     COMMANDS,
     FUNCTIONS,
@@ -229,7 +229,7 @@ def _read_braces(text: str, position: int) -> tuple[str, int]:
     return text[position + 1 :], len(text)
 
 
-_UNIT = re.compile(r"([A-Za-z]{1,4})(?:\^\{?\d\}?)?(?:/[A-Za-z]{1,4}(?:\^\{?\d\}?)?)?")
+_UNIT = re.compile(r"[A-Za-z]{1,4}(?:\^\{?\d\}?)?(?:[/ ][A-Za-z]{1,4}(?:\^\{?\d\}?)?){0,3}")
 _FORMULA = re.compile(r"[\d\\$^_=+*/<>{}]")
 
 
@@ -245,8 +245,7 @@ def _read_text(
         tokens.append(Token("sym", f"\\mathbb{{{stripped}}}", is_spaced, start))
         return
     is_roman = command not in ("text", "mbox", "textbf", "textnormal", "textit", "hbox", "textrm")
-    unit = _UNIT.fullmatch(stripped) if command in ("mathrm", "rm", "operatorname") else None
-    if unit is not None and is_unit(unit[1]) and _follows_operand(tokens):
+    if _UNIT.fullmatch(stripped) and read_unit(stripped) and _follows_operand(tokens):
         for piece in re.findall(r"[A-Za-z]+|\d+|[\^/]", stripped):
             kind = "word" if piece.isalpha() else "num" if piece.isdigit() else "op"
             tokens.append(Token(kind, piece, False, start))

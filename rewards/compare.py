@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterator, Sequence
 
 from rewards.congruences import equal_congruences
 from rewards.exact import Undecided
 from rewards.forms import (
+    are_constants,
     are_families,
     by_coordinates,
     expand_all,
@@ -42,6 +42,7 @@ from rewards.nodes import (
     symbols,
 )
 from rewards.parser import Parsed
+from rewards.pieces import is_piecewise, same_pieces
 from rewards.policy import Policy
 from rewards.quantities import equal_quantities
 from rewards.regions import NotARegion, equal_regions, to_region
@@ -62,7 +63,6 @@ from rewards.words import equal_texts
 MAX_COMPARISONS = 2000
 MAX_DISTINCT = 32  # items of a set that are compared pair by pair
 _REGION_KINDS = frozenset({"union", "inter", "minus", "builder"})
-_CONSTANT = re.compile(r"[CKck](?:_\{\d\})?")  # of integration
 _GOLDEN = Node("sym", name="\\phi")
 _PARAMETERS = frozenset("kKnNmltsjCcpq")
 
@@ -118,7 +118,7 @@ class Comparison:
                 or a.lower() == b.lower()
                 or (a in answer_bound and (b in gold_bound or b in _PARAMETERS or is_shared))
                 or (b in gold_bound and a in _PARAMETERS)
-                or (_CONSTANT.fullmatch(a) and _CONSTANT.fullmatch(b) and a + b not in ("ck", "kc"))
+                or are_constants(a, b)
                 or (is_shared and a in _PARAMETERS and b in _PARAMETERS)
                 or (are_tuples and len(pairs) == 1 and a in _PARAMETERS and len(b) == 1)
                 or (are_tuples and len(pairs) == 1 and b in _PARAMETERS and len(a) == 1)
@@ -174,6 +174,8 @@ class Comparison:
             formulas = self._equal_formulas(gold, answer)
             if formulas is not None:
                 return formulas
+        if is_piecewise(gold) or is_piecewise(answer):
+            return self._equal_pieces(gold, answer)
         if kinds & {"list", "set"} or has_kind(gold, "pm") or has_kind(answer, "pm"):
             return self._equal_collections(gold, answer)
         if kinds & {"seq", "matrix"}:
@@ -195,6 +197,14 @@ class Comparison:
         if ours and theirs and not self._same_multiset(ours, theirs):
             return False
         return self.equal(left, right)
+
+    def _equal_pieces(self, gold: Node, answer: Node) -> bool:
+        if gold.kind == answer.kind and self._equal_collections(gold, answer):
+            return True
+        try:
+            return same_pieces(gold, answer)
+        except Undecided:
+            return False
 
     # --- scalars, units, ratios ------------------------------------------------------------
 

@@ -19,6 +19,7 @@ class Cursor:
         self.depth = 0
         self.num_open_bars = 0
         self.is_bar_separator = False  # inside \{x | ...\}, where a bar ends the first part
+        self.domains: dict[str, Node] = {}  # n \in N beside other conditions
         self.bound: set[str] = set()  # symbols that the answer itself quantifies
 
     @property

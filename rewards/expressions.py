@@ -18,6 +18,7 @@ from rewards.nodes import (
     negative,
 )
 from rewards.tokens import Token
+from rewards.units import is_unit
 from rewards.vocabulary import PERCENT_WORDS
 
 _CALLED = frozenset("fghFGH")
@@ -94,6 +95,9 @@ class ExpressionParser(FunctionParser):
             return token.text == "|" and not self.num_open_bars and not self.is_bar_separator
         if token.kind == "num" and previous.kind in ("num", "base"):
             raise ParseError  # "1 2" is neither a product nor one number
+        if token.kind == "num" and token.is_spaced and previous.kind == "sym":
+            if previous.name in ("h", "d", "m") and is_unit(self.following.text):
+                return False  # 3 h 20 min
         if token.kind == "env":
             return token.text.startswith("\\begin")
         if token.text in ("{", "(") and self.following.kind in ("word", "text"):
@@ -140,7 +144,10 @@ class ExpressionParser(FunctionParser):
             elif self.at("end") or self.at("close"):
                 break  # "90^": the mark was lost
             else:
-                base = Node("pow", (base, self.parse_exponent()))
+                exponent = self.parse_exponent()
+                if base.kind == "sym" and "_" not in base.name and self.accept("op", "_"):
+                    base = base._replace(name=base.name + "_{" + self.read_subscript() + "}")
+                base = Node("pow", (base, exponent))  # v^2_0 is v_0^2
             base = self.parse_postfix(base)
         self.depth -= 1
         return base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from fractions import Fraction
 
 from rewards.exact import Undecided
@@ -12,6 +13,7 @@ from rewards.numeric import LOW, is_real, value_of
 from rewards.relations import compatible_names, is_equation, is_name, standard_name
 
 MAX_EXPANSION = 64
+_CONSTANT = re.compile(r"[CKck](?:_\{\d\})?|[AB]")
 
 
 def are_families(*nodes: Node) -> bool:
@@ -20,6 +22,16 @@ def are_families(*nodes: Node) -> bool:
         any(item == PI or item.kind in ("seq", "union", "set") for item in walk(node))
         for node in nodes
     )
+
+
+def are_constants(left: str, right: str) -> bool:
+    """May both name one constant of integration? C and K, A and C_1; not A and B, c and k."""
+    if not _CONSTANT.fullmatch(left) or not _CONSTANT.fullmatch(right):
+        return False
+    names = (left, right)
+    if any(name in "AB" for name in names):
+        return any("_" in name for name in names)
+    return any("_" in name or name.isupper() for name in names)
 
 
 def without_label(node: Node) -> Node:

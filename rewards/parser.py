@@ -18,7 +18,7 @@ from rewards.phrases import (
     open_end,
     trailing_operation,
 )
-from rewards.quantities import compound, temperature
+from rewards.quantities import compound, quantity_of_product, temperature
 from rewards.relations import is_name
 from rewards.structures import StructureParser
 from rewards.tokens import tokenize
@@ -117,6 +117,7 @@ class AnswerParser(StructureParser):
             )
             if is_domain and len(items) > 1:
                 self.bind(item)
+                self.domains[item.args[0].name] = item
             else:
                 kept.append(item)
         return kept
@@ -128,7 +129,9 @@ class AnswerParser(StructureParser):
         if self.at("word") or self.at("text"):
             words = self._read_words()
             if self._at_closer(closers) or self._at_separator():
-                return _text_or_number(words)
+                return self._parse_open_end(_text_or_number(words))
+            if self.token.text == "(" and self.following.kind == "num":
+                return self._parse_said_twice(words)
             if self.accept("op", ":", "="):
                 return self._labelled(words, closers)
             if self.at("num") and self.following.text == ":":
@@ -201,6 +204,8 @@ class AnswerParser(StructureParser):
             if warm is not None:
                 self.next()
                 node = warm
+        if self.at("num"):
+            return self._parse_rest(quantity_of_product(node), closers)
         is_bracketed = self.token.text in "{(" and self.following.kind in ("word", "text")
         if not (self.at("word") or self.at("text") or is_bracketed) or self._at_separator():
             return node
@@ -222,20 +227,25 @@ class AnswerParser(StructureParser):
                 if node != number_node(said[0]):
                     raise ParseError
                 return node  # 5 (five)
-        if is_loaded(words):
-            raise ParseError
         name = " ".join(words).replace(" ^ ", "^").replace(" / ", "/")
+        name = "inch" if name == "in" else name
+        if is_loaded(words) and read_unit(name) is None:
+            raise ParseError
         if node.kind in ("sym", "mul") and not has_kind(node, "num"):
             if read_unit(name) is None and words[0] not in ("unit", "units"):
                 raise ParseError  # "AB wins it all" is a sentence, not a quantity
         node = Node("unit", (node,), name)
-        if self.at("num"):
-            rest = self.parse_item(closers)
-            whole = None if rest is None else compound(node, rest)
-            if whole is None:
-                raise ParseError
-            return whole
-        return node
+        return self._parse_rest(node, closers) if self.at("num") else node
+
+    def _parse_rest(self, first: Node | None, closers: tuple[str, ...]) -> Node:
+        """The 20 min of 3 h 20 min."""
+        rest = self.parse_item(closers)
+        if rest is not None and rest.kind != "unit":
+            rest = quantity_of_product(rest)
+        whole = None if first is None or rest is None else compound(first, rest)
+        if whole is None:
+            raise ParseError
+        return whole
 
     def _read_suffix(self, closers: tuple[str, ...]) -> list[str]:
         """The words behind a value, without braces and the marks of ordinals."""
@@ -277,6 +287,16 @@ class AnswerParser(StructureParser):
                 self.index += size + 1
                 return Node("num", number=node.number + fraction)
         return node
+
+    def _parse_said_twice(self, words: list[str]) -> Node:
+        """five (5)."""
+        said = _text_or_number(words)
+        self.next()
+        value = self.parse_sum()
+        self.expect("close", ")")
+        if said != value:
+            raise ParseError
+        return value
 
     def _parse_statement(self, name: Node, closers: tuple[str, ...]) -> Node:
         """x is 5; n is at least 3."""

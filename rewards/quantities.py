@@ -106,7 +106,7 @@ def quantity_of_product(node: Node) -> Node | None:
         return None
     name = " * ".join(f"{unit}^{power}" for unit, power in units)
     value = numbers[0] if len(numbers) == 1 else Node("mul", tuple(numbers))
-    return Node("unit", (value,), name)
+    return Node("unit", (value,), name.replace("^1 ", " ").removesuffix("^1"))
 
 
 def _unit_powers(node: Node, exponent: int) -> list[tuple[str, int]] | None:

@@ -148,6 +148,8 @@ class StructureParser(ExpressionParser):
             conditions, separators, _ = self.parse_items(closers)
             if not conditions:
                 raise ParseError
+            if first.kind == "sym" and first.name in self.domains:
+                first = self.domains[first.name]  # {n | n \in N, n < 4}
             joint = "or" if "or" in separators else "and"
             condition = (
                 conditions[0] if len(conditions) == 1 else Node("list", tuple(conditions), joint)
@@ -182,6 +184,8 @@ class StructureParser(ExpressionParser):
             elif self.at("end"):
                 raise ParseError
             elif name == "cases":
+                if self.at("word", "if", "for", "when", "where") and rows[-1]:
+                    self.next()
                 item = self.parse_item((",",))
                 self.accept("op", ",")
                 if item is not None:

@@ -238,9 +238,6 @@ def _read_text(
 ) -> None:
     r"""\text{...}: words stay words; \mathrm{e}, \text{sin} and formulas are read as maths."""
     stripped = content.strip()
-    if stripped in FUNCTIONS:
-        tokens.append(Token("func", FUNCTIONS[stripped], is_spaced, start))
-        return
     if command == "mathbb":
         tokens.append(Token("sym", f"\\mathbb{{{stripped}}}", is_spaced, start))
         return
@@ -249,6 +246,9 @@ def _read_text(
         for piece in re.findall(r"[A-Za-z]+|\d+|[\^/]", stripped):
             kind = "word" if piece.isalpha() else "num" if piece.isdigit() else "op"
             tokens.append(Token(kind, piece, False, start))
+        return
+    if stripped in FUNCTIONS:
+        tokens.append(Token("func", FUNCTIONS[stripped], is_spaced, start))
         return
     if _FORMULA.search(stripped) or (is_roman and len(stripped) == 1):
         if len(tokens) > MAX_TOKENS:

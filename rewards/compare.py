@@ -368,10 +368,16 @@ class Comparison:
         if len(left) != len(right):
             return False
         if len(left) == 1:
+            if is_set and gold.kind == answer.kind:
+                return self._same_member(left[0], right[0])
             return self.equal(left[0], right[0])
         if self.policy.list_order == "gold" and gold.kind == answer.kind == "list":
             return self._in_order(left, right)
         return self._same_multiset(left, right)
+
+    def _same_member(self, left: Node, right: Node) -> bool:
+        """Items of a collection: there {1} is not 1."""
+        return (left.kind == "set") == (right.kind == "set") and self.equal(left, right)
 
     def _same_multiset(self, left: list[Node], right: list[Node]) -> bool:
         left, remaining = without_common(left, right)
@@ -379,7 +385,7 @@ class Comparison:
         for item in left:
             for index, other in enumerate(remaining):
                 try:
-                    if self.equal(item, other):
+                    if self._same_member(item, other):
                         del remaining[index]
                         break
                 except Undecided as error:
@@ -396,6 +402,6 @@ class Comparison:
         if len(items) > MAX_DISTINCT:
             return items
         for item in items:
-            if not any(self.equal(item, other) for other in kept):
+            if not any(self._same_member(item, other) for other in kept):
                 kept.append(item)
         return kept

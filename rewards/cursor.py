@@ -20,6 +20,7 @@ class Cursor:
         self.num_open_bars = 0
         self.is_bar_separator = False  # inside \{x | ...\}, where a bar ends the first part
         self.domains: dict[str, Node] = {}  # n \in N beside other conditions
+        self.conditions: list[Node] = []  # of the formula before them
         self.bound: set[str] = set()  # symbols that the answer itself quantifies
 
     @property

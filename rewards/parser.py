@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 from rewards.clean import clean
-from rewards.nodes import UNNAMED, Node, ParseError, has_kind, number_node
+from rewards.nodes import UNNAMED, Node, ParseError, has_kind, number_node, symbols
 from rewards.phrases import (
     VERBS,
     apply,
@@ -19,7 +19,7 @@ from rewards.phrases import (
     trailing_operation,
 )
 from rewards.quantities import compound, quantity_of_product, temperature
-from rewards.relations import is_name
+from rewards.relations import is_equation, is_name
 from rewards.structures import StructureParser
 from rewards.tokens import tokenize
 from rewards.units import is_unit, read_unit
@@ -33,6 +33,20 @@ from rewards.vocabulary import (
 _ALL_REALS = frozenset({"all real numbers", "all reals", "any real number", "real numbers"})
 _TIMES_TEN = re.compile(r"(?<=[\d.])\s*[xX]\s*(?=10\s*(?:\^|\*\*))")  # 1.5 x 10^3
 _EMPTY_BASE = re.compile(r"\{\}\s*(?=[\^_])")  # {}^{10}C_3
+_PLAIN_QUALIFIERS = frozenset({"where", "for", "if", "when", "such", "provided", "given"})
+_CONDITION_WORDS = (
+    *_PLAIN_QUALIFIERS,
+    "all",
+    "any",
+    "every",
+    "each",
+    "real",
+    "that",
+    "values",
+    "of",
+)
+_ORDINALS = ("th", "st", "nd", "rd")
+_NUMBERED = frozenset("day month floor grade century place row year week position person".split())
 _OR_EQUAL = [["or", "equal"], ["or", "greater"], ["or", "less"]]
 _DEGREES_OF = ("C", "F", "Celsius", "celsius", "Fahrenheit", "fahrenheit")
 _NEGATIONS = frozenset({"not", "no", "never", "neither", "nor", "if", "unless", "whether"})
@@ -92,6 +106,9 @@ class AnswerParser(StructureParser):
             item = self.parse_item(closers)
             if item is not None:
                 groups[-1].append(item)
+                names = symbols(item)
+                groups[-1] += [c for c in self.conditions if names & symbols(c) and c != item]
+                self.conditions.clear()
             if not (self._at_closer(closers) or self._at_separator()):
                 raise ParseError
         groups = [_spread(self._without_domains(group)) for group in groups]
@@ -185,13 +202,39 @@ class AnswerParser(StructureParser):
         return words
 
     def _skip_qualifier(self, closers: tuple[str, ...]) -> None:
-        """Pass over "where n is an integer"; the symbols it speaks of count as bound."""
+        """Pass over "where n is an integer"; the symbols it speaks of count as bound.
+
+        A condition that can be read, "for x > 0", is kept beside the formula.
+        """
+        start, is_plain = self.index, self.token.text.lower() in _PLAIN_QUALIFIERS
+        if is_plain and self._read_condition(closers):
+            stop, self.index = self.index, start
+            self.bound |= {token.text for token in self.tokens[start:stop] if token.kind == "sym"}
+            self.index = stop
+            return
         while not self._at_closer(closers):
             token = self.next()
             if token.text.lower() in _ALTERNATIVE_WORDS:
                 raise ParseError  # "42 if n is even, else 43" gives no one value
+            if token.kind == "num" and not is_plain:
+                raise ParseError  # 5 by 7
             if token.kind == "sym":
                 self.bound.add(token.text)
+
+    def _read_condition(self, closers: tuple[str, ...]) -> bool:
+        start = self.index
+        while self.at("word", *_CONDITION_WORDS):
+            self.next()
+        try:
+            condition = self.parse_relation()
+        except ParseError:
+            condition = None
+        is_end = self._at_closer(closers) or self._at_separator()
+        if condition is None or condition.kind != "rel" or is_equation(condition) or not is_end:
+            self.index = start
+            return False
+        self.conditions.append(condition)
+        return True
 
     def _parse_suffix(self, node: Node, closers: tuple[str, ...]) -> Node:
         """Units, ordinals, qualifiers and end marks behind a value."""
@@ -214,7 +257,10 @@ class AnswerParser(StructureParser):
         if self.token.text.lower() in QUALIFIER_WORDS:
             self._skip_qualifier(closers)
             return node
+        is_ordinal = self.token.text in _ORDINALS
         words = self._read_suffix(closers)
+        if is_ordinal and not {word.lower() for word in words} <= _NUMBERED:
+            raise ParseError  # the 5th prime
         while words and words[0].lower() in SCALE_WORDS:
             node = Node("mul", (node, number_node(SCALE_WORDS[words.pop(0).lower()])))
         while (operation := trailing_operation(words)) is not None:
@@ -268,7 +314,7 @@ class AnswerParser(StructureParser):
                     raise ParseError
             self.next()
             pieces.append(token.text)
-        return [piece for piece in pieces if piece not in ("th", "st", "nd", "rd", "{", "}")]
+        return [piece for piece in pieces if piece not in (*_ORDINALS, "{", "}")]
 
     def _parse_open_end(self, node: Node) -> Node:
         """5 or more; 5 and a half. Anything else behind "or" and "and" is another item."""

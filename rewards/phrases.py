@@ -16,6 +16,7 @@ _PARTS = {
     "half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6,
     "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10,
 }  # fmt: skip
+_PARTS |= {"hundredth": 100, "thousandth": 1000}
 _PARTS |= {name + "s": size for name, size in _PARTS.items() if not name.startswith("hal")}
 _COMPARISONS = {
     ">=": "at least|no less than|not less than|no fewer than|not fewer than|no smaller than"
@@ -54,7 +55,7 @@ _DENIALS = frozenset(
     "not no never neither nor none without except excluding but isn doesn don won cannot"
     " wrong incorrect false untrue invalid impossible maybe perhaps possibly probably"
     " either or unless whether if anything nothing everything instead rather than unlikely"
-    " unknown guess contradiction hardly nearly almost wait".split()
+    " unknown guess contradiction doubt unsure uncertain hardly nearly almost wait".split()
 )
 # Beside a value these change it, or make a statement of it.
 _LOADED = (
@@ -75,6 +76,9 @@ _STATING = VERBS | frozenset(
     " made make paid pays spent weighs receives received gives gave totals sold remain"
     " remains contains to find finds found obtain obtains conclude yields est es ist lautet"
     " sind son vale".split()
+)
+_LEADING_TO = frozenset(
+    "equal equals amounts comes sums rounds simplifies reduces evaluates".split()
 )
 _ASIDE = re.compile(r"(?<=\d)\s+which\b")
 _AFTERWORDS = re.compile(
@@ -216,9 +220,11 @@ def states_value(before: str, after: str) -> bool:
         return False
     while ours and ours[-1] in FILLER_WORDS and ours[-1] not in _STATING:
         ours.pop()
+    if ours[-1:] == ["to"] and ours[-2:-1] and ours[-2] not in _LEADING_TO:
+        return False
     return not ours or ours[-1] in _STATING or re.search(r"[=:≈]\W*$", before) is not None
 
 
 def _words_of(text: str) -> list[str]:
     text = re.sub(r"\\(?:text|mathrm|textbf|mbox)\b|\\[a-zA-Z]+", " ", text)
-    return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
+    return re.findall(r"[a-z]+", text.lower())

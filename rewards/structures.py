@@ -183,6 +183,8 @@ class StructureParser(ExpressionParser):
                 continue
             elif self.at("end"):
                 raise ParseError
+            elif self.at("word", "otherwise", "else") and rows[-1]:
+                rows[-1].append(Node("text", name=self.next().text))
             elif name == "cases":
                 if self.at("word", "if", "for", "when", "where") and rows[-1]:
                     self.next()

@@ -121,7 +121,7 @@ def _split_at_commas(piece: str, tokens: list[Token], is_spaced: bool, start: in
 def _split_letters(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
     """A run of letters is a function, a word, a unit, or a product of symbols."""
     lowered = piece.lower()
-    if piece in FUNCTIONS:
+    if piece in FUNCTIONS and not (piece == "min" and is_spaced and _follows_operand(tokens)):
         tokens.append(Token("func", FUNCTIONS[piece], is_spaced, start))
     elif lowered in ("pi", "infinity", "inf", "oo") and len(piece) > 1:
         name = "pi" if lowered == "pi" else "inf"

@@ -22,6 +22,9 @@ _JUDGEMENTS = frozenset(
     " increasing decreasing positive negative".split()
 )
 _NEGATIONS = frozenset({"not", "no", "never", "neither", "nor", "without", "isn", "doesn"})
+_SECOND_THOUGHTS = frozenset(
+    "yes no true false wait actually maybe perhaps but except unless hmm sorry rather or".split()
+)
 _NO_NAME = frozenset(
     "the a an any all there it in to if no yes this that these those for let when we by on at and"
     " every each both either only since because so thus then from with".split()
@@ -75,9 +78,10 @@ def is_short_form(sentence: str, answer: str) -> bool:
     words = re.findall(r"[A-Za-z]+", sentence)
     short = words_of(answer)
     opening = re.match(r"\W*(yes|no|true|false)\s*[,.;:]", sentence, re.IGNORECASE)
-    if opening is not None and len(short) == 1:
-        return short[0] == opening[1].lower()
     lowered = {word.lower() for word in words}
+    if opening is not None and len(short) == 1:
+        rest = {word.lower() for word in re.findall(r"[A-Za-z]+", sentence[opening.end() :])}
+        return short[0] == opening[1].lower() and not rest & _SECOND_THOUGHTS
     if len(words) < 3 or len(short) != 1 or lowered & (_NEGATIONS | {"or", "either"}):
         return False
     word = short[0]

@@ -262,12 +262,8 @@ def check_variant(lora: LoraSection, optim: OptimSection) -> None:
 
 
 def check_full_dtype(lora: LoraSection, dtype: str) -> None:
-    """Raises UserError for full fine-tuning in bfloat16.
-
-    The weights are trained in their own dtype, and at the usual rates nearly all steps are smaller
-    than bfloat16's rounding: at 1e-5 20 steps move 2 % of the weights. An adapter is in float32
-    whatever the base's dtype.
-    """
+    """Raises UserError for full fine-tuning in bfloat16, where 20 steps at a rate of 1e-5 move 2 %
+    of the weights: the rest is rounded away. An adapter is in float32 whatever the base's dtype."""
     if lora.mode == "full" and dtype == "bfloat16":
         raise UserError(
             "lora.mode='full' trains the weights in the model's own dtype, here bfloat16, whose "

@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewards import Reward, load_reward
-from rl_lora.config import ModelSection, RunConfig, SamplingSection
+from rewards import FunctionReward, Reward, load_reward
+from rl_lora.config import DataSection, ModelSection, RunConfig, SamplingSection
 from rl_lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def open_job(
     with contextlib.ExitStack() as stack:
         stack.callback(reward.close)
         from rl_lora.prompts import load_prompts
+        from rl_lora.rollouts import MADE_UP, check_reward
 
         model_dir, tokenizer, context = open_model(config.model, on_note)
         if config.sampling.backend == "vllm":
@@ -86,9 +87,12 @@ def open_job(
             config.sampling.max_tokens,
             config.run.seed,
             max_exam_tokens=config.eval.max_tokens,
+            with_columns=isinstance(reward, FunctionReward) and reward.is_batch,
         )
         for note in prompts.notes:
             on_note(note)
+        made_up = tokenizer.encode(MADE_UP, add_special_tokens=False)
+        check_reward(reward, (*prompts.train, *prompts.eval)[0], made_up)
         from rl_lora.policy import Policy
 
         policy = Policy(
@@ -100,7 +104,7 @@ def open_job(
             keep_reference=config.algorithm.kl != "none",
         )
         on_loaded(policy, prompts)
-        end_ids = end_token_ids(model_dir, tokenizer)
+        end_ids = end_token_ids(model_dir, tokenizer, config.data)
         longest = max(len(p.token_ids) for p in (*prompts.train, *prompts.eval))
         cap = max(config.sampling.max_tokens, config.eval.max_tokens or 0)
         num_steps = config.run.num_steps if num_steps is None else num_steps
@@ -219,11 +223,17 @@ def exam_identity(job: Job, adapter: Adapter | None) -> dict[str, Any]:
     }
 
 
-def end_token_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a completion: the tokenizer's, and those of generation_config.json."""
+def end_token_ids(
+    model_dir: Path, tokenizer: PreTrainedTokenizerBase, data: DataSection
+) -> tuple[int, ...]:
+    """The tokens that end a completion: the tokenizer's, those of generation_config.json, and the
+    one that ends a turn of the chat template, which base models name in neither (Qwen3-8B-Base)."""
     from transformers import GenerationConfig
 
+    from rl_lora.chat_template import end_of_turn
+
     ids = {int(tokenizer.eos_token_id)}
+    ids.add(end_of_turn(tokenizer, data.template, data.chat_template_kwargs))
     if (model_dir / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(model_dir).eos_token_id
         ids |= set(ends if isinstance(ends, list) else [] if ends is None else [ends])

@@ -24,6 +24,7 @@ from rl_lora.job import check_run_folder, open_model
 from rl_lora.learner import Learner
 from rl_lora.metrics import PhaseTimer, memory_metrics, speed_metrics
 from rl_lora.nll import HeldOutLoss, held_out_loss
+from rl_lora.policy import check_trainable
 from rl_lora.run_lock import run_lock
 from rl_lora.run_record import anchored, write_record
 from rl_lora.runlog import METRICS_FILE, RunLog
@@ -92,6 +93,7 @@ def fine_tune(
             full disk.
         FloatingPointError: the gradient is not finite.
     """
+    check_trainable(config.model, config.lora)
     config = anchored(config)
     folder = config.run.folder
     with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:

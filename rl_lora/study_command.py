@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.table:
         _print_results(console, study, read_table(study.folder))
         return 0
+    from rl_lora.policy import check_trainable
     from rl_lora.study import all_cells, pending_cells, run_study, study_lock
     from rl_lora.study_plan import calibrate, estimate
     from rl_lora.study_table import TABLE_FILE
@@ -55,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         rows = [row for row in rows if row["status"] != "crashed"]
     cells = all_cells(study, rows)
     left = pending_cells(cells, {row["cell"] for row in rows})
+    for cell in left:
+        check_trainable(cell.config.model, cell.config.lora)
     timed = {row["cost_class"] for row in rows if row["status"] in ("done", "diverged")}
     console.print(f"{study.study.name}: {len(cells)} cells, {len(left)} to run; in {study.folder}")
     _make_models(console, left)

@@ -25,6 +25,7 @@ from rl_lora.learner import Learner
 from rl_lora.liveness import check_at_start, check_step, check_version, sample_ages
 from rl_lora.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
 from rl_lora.outcome import Outcome, exam_name, finished, result_of, summary
+from rl_lora.policy import check_trainable
 from rl_lora.prompts import PromptSets, PromptStream
 from rl_lora.results import EvalResult, load_result
 from rl_lora.run_lock import run_lock
@@ -180,8 +181,11 @@ class Run:
         config, policy = self.job.config, self.job.policy
         ages = sample_ages(groups_N, self.step, max_age=int(self.overlaps))
         rewards_N_G = [group.rewards_G for group in groups_N]
+        penalty: dict[str, float] = {}
         if config.algorithm.kl == "reward":
-            rewards_N_G = self.learner.penalised_rewards(groups_N, config.optim.microbatch_tokens)
+            rewards_N_G, penalty = self.learner.penalised_rewards(
+                groups_N, config.optim.microbatch_tokens
+            )
         advantages_N_G = ADVANTAGES[config.algorithm.advantage](rewards_N_G)
         updates = pack(
             make_samples(groups_N, advantages_N_G),
@@ -197,7 +201,7 @@ class Run:
         cpu_memory.trim()
         if not ages["rollouts/age_max"]:  # older ones: `next_batch` has checked the sampler
             check_step(metrics, policy.dtype, config.sampling.max_kl)
-        return metrics | ages
+        return metrics | penalty | ages
 
 
 def train(
@@ -220,6 +224,7 @@ def train(
             full disk.
         StaleAdapterError: the sampler does not sample from the learner's weights.
     """
+    check_trainable(config.model, config.lora)
     config = anchored(config)
     folder = config.run.folder
     with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:

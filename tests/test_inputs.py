@@ -14,7 +14,6 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rl_lora.adapter import load_tensors
 from rl_lora.cli import main
 from rl_lora.config import ModelSection, load_config
 from rl_lora.errors import UserError
@@ -264,7 +263,10 @@ def test_a_run_made_with_relative_paths_is_read_from_anywhere(
         with torch.no_grad():
             difference = (by_peft(ids).logits - ours(ids).logits).abs().max()
         assert float(difference) < 1e-4
-        assert load_tensors(adapter)
+        card = (merged / "README.md").read_text()
+        is_sft = adapter.parent.name == "s"
+        assert ("fine-tuned" in card) == is_sft
+        assert ("reinforcement learning" in card) != is_sft
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterable
@@ -27,10 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rl_lora.errors import UserError
+from rl_lora.models import list_models
 from rl_lora.moe import expert_rank, num_active_experts
 from rl_lora.policy import Policy
 from rl_lora.types import Adapter
 from rl_lora.variants import scaling_of, served_alpha, served_rank
+from rl_lora.whole import whole_directory
 
 ADAPTER_FILE = "adapter_model.safetensors"
 OLD_ADAPTER_FILE = "adapter_model.bin"  # as PEFT wrote it before safetensors
@@ -97,14 +98,11 @@ def save_adapter(policy: Policy, folder: Path, *, version: int, run_name: str) -
 
 
 def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) -> None:
-    """The directory of one version; it appears whole or not at all."""
-    scratch = adapter.path.with_name(f".{adapter.path.name}.{os.getpid()}")
-    scratch.mkdir(parents=True, exist_ok=True)
-    if adapter.is_full:
-        save_file(tensors, scratch / FULL_FILE, metadata={"format": "pt"})
-    else:
-        save_file(tensors, scratch / ADAPTER_FILE, metadata={"format": "pt"})
-        _peft_config(policy).save_pretrained(str(scratch))
+    """The directory of one version; it appears whole or not at all.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
     manifest = {
         "version": adapter.version,
         "name": adapter.name,
@@ -114,10 +112,19 @@ def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) 
         "is_full": adapter.is_full,
         "trained_as": {"variant": policy.lora.variant, "rank": policy.lora.rank},
     }
-    (scratch / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    if adapter.path.exists():
-        shutil.rmtree(adapter.path)
-    scratch.rename(adapter.path)
+    try:
+        with whole_directory(adapter.path) as scratch:
+            if adapter.is_full:
+                save_file(tensors, scratch / FULL_FILE, metadata={"format": "pt"})
+            else:
+                save_file(tensors, scratch / ADAPTER_FILE, metadata={"format": "pt"})
+                _peft_config(policy).save_pretrained(str(scratch))
+            (scratch / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"adapter {adapter.path} cannot be written ({error}); make room on the disk, then "
+            "--resume goes on from the last checkpoint"
+        ) from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -199,9 +206,14 @@ def saved_version(path: Path, expected: str) -> Adapter:
 
 def check_base(path: Path, policy: Policy) -> None:
     """Raises UserError where the version's manifest names another base model than the policy's."""
-    base = _manifest(path).get("base_model", policy.base_name)
-    if base != policy.base_name:
+    base = str(_manifest(path).get("base_model", policy.base_name))
+    if base != policy.base_name and not is_directory(base, policy.model_dir):
         raise UserError(f"adapter {path} belongs to base model {base!r}, not {policy.base_name!r}")
+
+
+def is_directory(name: str, model_dir: Path) -> bool:
+    """Whether a base model's name is a path of this directory."""
+    return Path(name).is_dir() and Path(name).samefile(model_dir)
 
 
 def remove_old(folder: Path, *, keep: set[int]) -> None:
@@ -209,6 +221,8 @@ def remove_old(folder: Path, *, keep: set[int]) -> None:
     for path in folder.glob("v[0-9]*"):
         if int(path.name[1:]) not in keep:
             shutil.rmtree(path)
+    for leftover in folder.glob(".v[0-9]*"):  # of a killed process
+        shutil.rmtree(leftover)
 
 
 def factor_pairs(tensors: dict[str, Tensor], source: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -374,6 +388,12 @@ def is_peft_loadable(path: Path) -> bool:
     return not any(parts[-1] in experts for parts in owners if "experts" not in parts)
 
 
+def version_in(path: Path) -> int | None:
+    """The version that a directory holds; None: it is not there, or none of ours."""
+    version = _manifest(path).get("version")
+    return None if version is None else int(version)
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST_FILE
     if not file.is_file():
@@ -420,6 +440,14 @@ def _peft_config(policy: Policy) -> LoraConfig:
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=policy.base_name,
+        base_model_name_or_path=_base_reference(policy),
+        revision=policy.base_revision,
         inference_mode=True,
     )
+
+
+def _base_reference(policy: Policy) -> str:
+    """Where PEFT finds the base: its hub id, else its directory as an absolute path."""
+    name = policy.base_name
+    is_local = Path(name).expanduser().exists() or any(e.name == name for e in list_models())
+    return str(policy.model_dir.absolute()) if is_local else name

@@ -32,6 +32,7 @@ from rl_lora.adapter import (
     MAGNITUDE_SUFFIX,
     MANIFEST_FILE,
     LowRank,
+    is_directory,
     is_extra,
     is_lora_dir,
     layer_name,
@@ -231,7 +232,8 @@ def find_adapter(source: Path) -> Path:
 def _load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> _Patch:
     """Raises UserError where the adapter's layers are not the base's."""
     named = _named_base(adapter_dir)
-    if base_name is not None and named is not None and named != base_name:
+    is_other = base_name is not None and named not in (None, base_name)
+    if is_other and not is_directory(str(named), model_dir):
         raise UserError(f"adapter {adapter_dir} belongs to base model {named!r}, not {base_name!r}")
     config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     model: Any = lay_out(config)

@@ -78,7 +78,7 @@ def check_config(model_dir: Path) -> None:
         ) from error
 
 
-def check_trainable(config: PretrainedConfig, lora: LoraSection, where: Path) -> None:
+def check_architecture(config: PretrainedConfig, lora: LoraSection, where: Path) -> None:
     """By the model's config alone.
 
     Raises:

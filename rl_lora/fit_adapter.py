@@ -13,19 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_lora.adapter import (
-    ADAPTER_FILE,
-    check_base,
-    check_extras,
-    fingerprint,
-    is_lora_dir,
-    layer_name,
-    layer_scalings,
-    load_tensors,
-    lora_settings,
-    write_adapter,
-)
+from rl_lora.adapter import check_base, fingerprint, is_lora_dir, load_tensors, write_adapter
 from rl_lora.errors import UserError
+from rl_lora.peft_files import ADAPTER_FILE, check_extras, layer_name, layer_scalings, lora_settings
 from rl_lora.policy import Policy
 from rl_lora.shapes import HEAD_NAMES
 from rl_lora.types import Adapter

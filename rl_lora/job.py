@@ -153,7 +153,7 @@ def open_model(
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    from rl_lora.architectures import check_trainable
+    from rl_lora.architectures import check_architecture
     from rl_lora.models import context_length, is_at_hand, load_tokenizer, resolve_model
 
     logging.disable_progress_bar()  # of weights that load in a second; it garbles our own
@@ -162,7 +162,7 @@ def open_model(
     model_dir = resolve_model(section)
     config = AutoConfig.from_pretrained(model_dir)
     if lora is not None:
-        check_trainable(config, lora, model_dir)
+        check_architecture(config, lora, model_dir)
     return model_dir, load_tokenizer(model_dir), context_length(config)
 
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from rl_lora import attention
-from rl_lora.architectures import check_trainable
+from rl_lora.architectures import check_architecture
 from rl_lora.batches import pack, to_device
 from rl_lora.config import LoraSection, ModelSection, check_full_dtype
 from rl_lora.errors import UserError
@@ -108,7 +108,7 @@ class Policy:
         self.device = pick_device(model.device)
         self.dtype = pick_dtype(model.dtype, self.device)
         config = AutoConfig.from_pretrained(model_dir)
-        check_trainable(config, lora, model_dir)
+        check_architecture(config, lora, model_dir)
         check_rank(config, lora)
         self.model: PreTrainedModel = _load(model_dir, self.dtype)
         self.model.to(self.device)  # type: ignore[arg-type]  # its stubs know no device

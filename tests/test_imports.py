@@ -34,6 +34,7 @@ VLLM_ROOMS = EAGER_VLLM_ROOMS | {
     "rl_lora.vllm_cpu_norm",
     "rl_lora.vllm_merge",
     "rl_lora.vllm_engine",
+    "rl_lora.vllm_classes",
 }
 STANDARD = sys.stdlib_module_names
 

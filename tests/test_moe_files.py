@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl_lora.adapter import is_peft_loadable, load_tensors, open_adapter, save_adapter
+from rl_lora.adapter import load_tensors, open_adapter, save_adapter
 from rl_lora.card import card_text, read_facts
 from rl_lora.cli import main
 from rl_lora.config import ModelSection, load_config
@@ -20,6 +20,7 @@ from rl_lora.errors import UserError
 from rl_lora.export import export_merged
 from rl_lora.fit_adapter import common_settings, fitted
 from rl_lora.models import resolve_model
+from rl_lora.peft_files import is_peft_loadable
 from rl_lora.sft_config import load_sft_config
 from rl_lora.sft_run import fine_tune
 from rl_lora.train import train

@@ -226,6 +226,6 @@ def _spelling(text: str) -> tuple[tuple[str, str], ...] | str:
     spelling: list[tuple[str, str]] = []
     for token in tokens:
         spelling.append((token.kind, token.text))
-        if len(spelling) > 2 and (spelling[-3][1], spelling[-1][1]) == ("{", "}"):
+        if [piece for _, piece in spelling[-3::2]] == ["{", "}"] and spelling[-2][1] not in "{}":
             spelling[-3:] = [spelling[-2]]
     return tuple(spelling)

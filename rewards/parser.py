@@ -363,6 +363,10 @@ def _spread(items: list[Node]) -> list[Node]:
         others = [item.kind not in ("rel", "text", "label") for item in items[1:]]
         if all(others):
             return [first, *[Node("rel", (name, item), "!=") for item in items[1:]]]
+    last = items[-1]
+    if last.kind == "open" and last.name == "mod" and first.kind == "rel" and first.name == "===":
+        values = [first.args[1], *items[1:-1], last.args[0]]  # n = 1, 3 mod 4
+        return [Node("congruence", (first.args[0], value, last.args[1])) for value in values]
     whole = compound(first, items[1]) if len(items) == 2 else None
     return items if whole is None else [whole]
 

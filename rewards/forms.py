@@ -17,7 +17,7 @@ _CONSTANT = re.compile(r"[CKck](?:_\{\d\})?|[AB]")
 
 
 def are_families(*nodes: Node) -> bool:
-    """Families of solutions: multiples of pi; tuples, sets and unions with one letter throughout."""
+    """Families of solutions: multiples of pi; tuples, sets, unions with one letter throughout."""
     return all(
         any(item == PI for item in walk(node))
         or (has_kind(node, "seq", "union", "set") and _has_repeated_letter(node))

@@ -42,12 +42,15 @@ def change_bracket(text: str, rng: random.Random) -> str | None:
 
 def move_brace(text: str, rng: random.Random) -> str | None:
     """A closing brace over the operand behind it, or the last operand inside it out of it."""
-    moves = []
-    for match in re.finditer(r"\}(\s*[-+]\s*[0-9a-z]+|[a-z])", text):
-        moves.append(text[: match.start()] + match[1] + "}" + text[match.end() :])
-    for match in re.finditer(r"([-+][0-9a-z]+)\}", text):
-        if match.start() and text[match.start() - 1] not in "{^_":
-            moves.append(text[: match.start()] + "}" + match[1] + text[match.end() :])
+    moves = [
+        text[: match.start()] + match[1] + "}" + text[match.end() :]
+        for match in re.finditer(r"\}(\s*[-+]\s*[0-9a-z]+|[a-z])", text)
+    ]
+    moves += [
+        text[: match.start()] + "}" + match[1] + text[match.end() :]
+        for match in re.finditer(r"([-+][0-9a-z]+)\}", text)
+        if match.start() and text[match.start() - 1] not in "{^_"
+    ]
     return rng.choice(moves) if moves else None
 
 

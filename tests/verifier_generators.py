@@ -15,24 +15,28 @@ Pair = tuple[str, str, bool]
 
 def braces(rng: random.Random) -> Pair:
     """An operand moved into or out of an exponent, a root, a denominator, an index."""
-    letter, name = rng.choice("nkmpt"), rng.choice("xyzab")
+    n, name = rng.choice("nkmpt"), rng.choice("xyzab")
     sign, c, d = rng.choice("+-"), rng.randint(1, 9), rng.randint(2, 9)
-    base = rng.choice(["2", "3", "10", "e", name])
+    b = rng.choice(["2", "3", "10", "e", name])
+    e = c + d
+    # An expression, the same with a brace moved, and another spelling of it.
     rows = [
-        (f"{base}^{{{letter}}}{sign}{c}", f"{base}^{{{letter}{sign}{c}}}", f"{base}^{letter} {sign} {c}"),
-        (f"{base}^{{{d}{letter}}}", f"{base}^{{{d}}}{letter}", f"{base}^{{{letter}\\cdot {d}}}"),
-        (f"\\sqrt{{{d}}}{sign}{c}", f"\\sqrt{{{d}{sign}{c}}}", f"\\sqrt {d} {sign} {c}"),
-        (f"\\sqrt{{{name}}}{letter}", f"\\sqrt{{{name}{letter}}}", f"{letter}\\sqrt {name}"),
-        (f"\\frac{{{c}}}{{{d}}}{name}", f"\\frac{{{c}}}{{{d}{name}}}", f"\\frac{{{c}{name}}}{{{d}}}"),
-        (f"\\frac{{{name}}}{{{letter}}}{sign}{c}", f"\\frac{{{name}}}{{{letter}{sign}{c}}}",
-         f"{name}/{letter} {sign} {c}"),
-        (f"{name}_{{{letter}}}{sign}{c}", f"{name}_{{{letter}{sign}{c}}}", f"{name}_{letter}{sign}{c}"),
-        (f"\\ln{{{name}}}{sign}{c}", f"\\ln{{{name}{sign}{c}}}", f"{sign}{c}+\\ln {name}"),
-        (f"{name}^{{{c}/{c + d}}}", f"{name}^{{{c}}}/{c + d}", f"{name}^{{\\frac{{{c}}}{{{c + d}}}}}"),
-        (f"{d}^{{{c}}}{c + 1}", f"{d}^{{{c}{c + 1}}}", f"{c + 1} \\cdot {d}^{c}"),
-        (f"\\sum_{{k=0}}^{{{letter}}}a_k{sign}{c}", f"\\sum_{{k=0}}^{{{letter}}}a_{{k{sign}{c}}}",
-         f"\\sum_{{k=0}}^{letter} a_k {sign} {c}"),
-    ]  # fmt: skip
+        (rf"{b}^{{{n}}}{sign}{c}", rf"{b}^{{{n}{sign}{c}}}", rf"{b}^{n} {sign} {c}"),
+        (rf"{b}^{{{d}{n}}}", rf"{b}^{{{d}}}{n}", rf"{b}^{{{n}\cdot {d}}}"),
+        (rf"\sqrt{{{d}}}{sign}{c}", rf"\sqrt{{{d}{sign}{c}}}", rf"\sqrt {d} {sign} {c}"),
+        (rf"\sqrt{{{name}}}{n}", rf"\sqrt{{{name}{n}}}", rf"{n}\sqrt {name}"),
+        (rf"\frac{{{c}}}{{{d}}}{n}", rf"\frac{{{c}}}{{{d}{n}}}", rf"\frac{{{c}{n}}}{{{d}}}"),
+        (rf"\frac{{{name}}}{{{n}}}+{c}", rf"\frac{{{name}}}{{{n}+{c}}}", rf"{name}/{n} + {c}"),
+        (rf"{name}_{{{n}}}{sign}{c}", rf"{name}_{{{n}{sign}{c}}}", rf"{name}_{n}{sign}{c}"),
+        (rf"\ln{{{name}}}+{c}", rf"\ln{{{name}+{c}}}", rf"{c}+\ln {name}"),
+        (rf"{n}^{{{c}/{e}}}", rf"{n}^{{{c}}}/{e}", rf"{n}^{{\frac{{{c}}}{{{e}}}}}"),
+        (rf"{d}^{{{c}}}{e}", rf"{d}^{{{c}{e}}}", rf"{e} \cdot {d}^{c}"),
+        (
+            rf"\sum_{{k=0}}^{n}a_k+{c}",
+            rf"\sum_{{k=0}}^{n}a_{{k+{c}}}",
+            rf"\sum_{{k=0}}^{{{n}}}a_k + {c}",
+        ),
+    ]
     gold, moved, same = rng.choice(rows)
     return (gold, same, True) if rng.random() < 0.4 else (gold, moved, False)
 
@@ -109,7 +113,8 @@ def signs(rng: random.Random) -> Pair:
 
 
 _FAMILIES: list[list[tuple[str, Fraction]]] = [
-    [("mm", Fraction(1, 1000)), ("cm", Fraction(1, 100)), ("m", Fraction(1)), ("km", Fraction(1000))],
+    [("mm", Fraction(1, 1000)), ("cm", Fraction(1, 100)), ("m", Fraction(1))],
+    [("m", Fraction(1)), ("km", Fraction(1000))],
     [("seconds", Fraction(1)), ("minutes", Fraction(60)), ("hours", Fraction(3600))],
     [("km/h", Fraction(5, 18)), ("m/s", Fraction(1)), ("km/min", Fraction(50, 3))],
     [("g", Fraction(1, 1000)), ("kg", Fraction(1)), ("mg", Fraction(1, 10**6))],
@@ -135,7 +140,7 @@ def units(rng: random.Random) -> Pair:
     gold = f"{n} \\text{{ {one}}}"
     if rng.random() < 0.3:
         strange, _ = rng.choice(rng.choice([item for item in _FAMILIES if item is not family]))
-        return gold, f"{n} \\text{{ {strange}}}", False
+        return gold, f"{n} \\text{{ {strange}}}", strange == one
     if rng.random() < 0.4:
         return gold, f"{n} \\text{{ {other}}}", size == other_size
     value = n * size / other_size

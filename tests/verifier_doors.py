@@ -305,7 +305,7 @@ y=Ae^x | y=Be^x
 V = \frac13 Ah | V = \frac13 Bh
 10C3 | 10P3
 x^2 for x>0 | x^2 for x<0
-\begin{cases} x & x>0 \\ 1 & x<0 \end{cases} | \begin{cases} x & \text{if } x<0 \\ 1 & x>0 \end{cases}
+\begin{cases} x & x>0 \\ 1 & x<0 \end{cases} | \begin{cases} x & x<0 \\ 1 & x>0 \end{cases}
 y = x^2, x>0 | y=x^2, x<0
 """
 

@@ -18,7 +18,7 @@ Method = Literal["boxed", "hashes", "tag", "phrase", "bold", "math", "none"]
 
 MAX_LOOKED_AT = 2000
 MAX_PLACES = 16  # places of a keyword that are looked at, from the last
-MAX_TAIL = 4096  # other languages than English are looked for in so much of the end
+MAX_TAIL = 2048  # other languages than English are looked for in so much of the end
 MAX_BEFORE = 240  # characters before a keyword that are looked at
 
 
@@ -101,7 +101,6 @@ _FINAL_THING = re.compile(
 _HEADER = re.compile(
     r"\d+[.)]\s+\D|(?:step|part|case|problem|solution|example|method|approach)\b", re.IGNORECASE
 )
-_KEYWORDS = ("answer", "ans", "option", "choice", "final ", "correct", "choose", "select")
 _TAGS = ("<answer>", "<final_answer>", "<final answer>", "<ans>", "[answer]")
 _OPTIONS_FOLLOW = re.compile(r"[^\n]*\n\s*\(?B[.:)]")
 
@@ -114,8 +113,11 @@ def lower(text: str) -> str:
 
 def places(lowered: str, words: tuple[str, ...], floor: int) -> Iterator[tuple[int, str]]:
     """(position, word) of the last MAX_PLACES words at or after `floor`, from the right."""
-    last = {word: lowered.rfind(word, floor) for word in words}
-    last = {word: position for word, position in last.items() if position >= 0}
+    last = {}
+    for word in words:
+        position = lowered.rfind(word, floor)
+        if position >= 0:
+            last[word] = position
     num_places = 0
     for _ in range(MAX_LOOKED_AT):
         if not last or num_places == MAX_PLACES:
@@ -132,9 +134,17 @@ def places(lowered: str, words: tuple[str, ...], floor: int) -> Iterator[tuple[i
                     del last[item]
 
 
-def phrases(text: str, lowered: str, floor: int) -> Iterator[Statement]:
+def answers(text: str, lowered: str, floor: int) -> Iterator[Statement]:
     """What the text says the answer is, from the right; what is refused or supposed is left out."""
-    for position, word in places(lowered, _KEYWORDS, floor):
+    for position, _ in places(lowered, ("ans",), floor):
+        statement = _answer(text, position)
+        if statement is not None:
+            yield statement
+
+
+def choices(text: str, lowered: str, floor: int) -> Iterator[Statement]:
+    """'The final result is 5', 'option B is correct', in the last MAX_TAIL characters."""
+    for position, word in places(lowered, tuple(_FORMS), max(floor, len(text) - MAX_TAIL)):
         statement = _FORMS[word](text, position)
         if statement is not None:
             yield statement
@@ -152,6 +162,9 @@ def _statement(text: str, start: int) -> Statement | None:
 
 
 def _answer(text: str, position: int) -> Statement | None:
+    """'The answer is 5', 'Ans: 5', '5 is our answer', and 'Answer' as a heading."""
+    if text[position + 3 : position + 6].lower() != "wer":
+        return _abbreviation(text, position)
     before = text[max(position - MAX_BEFORE, 0) : position]
     end = position + len("answer")
     heading = _HEADING_AFTER.match(text, end)
@@ -209,8 +222,6 @@ def _chosen(text: str, position: int) -> Statement | None:
 
 
 _FORMS: dict[str, Callable[[str, int], Statement | None]] = {
-    "answer": _answer,
-    "ans": _abbreviation,
     "option": _option,
     "choice": _option,
     "final ": _final,

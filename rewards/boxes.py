@@ -92,6 +92,9 @@ def find_boxes(text: str) -> list[tuple[int, int, str]]:
     start = last = _last_name(text, 0, len(text))
     if last < 0:
         return []
+    only = _only_box(text, last)
+    if only is not None:
+        return [only]
     for _ in range(MAX_JOINED_BOXES - 1):
         position = _last_name(text, max(start - MAX_BOX_CHARS, 0), start)
         if position < 0:
@@ -101,6 +104,19 @@ def find_boxes(text: str) -> list[tuple[int, int, str]]:
     if not boxes or boxes[-1][1] < last:
         boxes = _balanced_boxes(text, 0)
     return boxes[-MAX_JOINED_BOXES:]
+
+
+def _only_box(text: str, position: int) -> tuple[int, int, str] | None:
+    """The plain box at `position` where it is the only one: most completions have just that."""
+    start, end = position - 2, text.find("}", position)
+    if end < 0 or not text.startswith("\\boxed{", max(start, 0)):
+        return None
+    content = text[start + 7 : end]
+    if "{" in content or "\\" in content:
+        return None
+    if _last_name(text, max(start - MAX_BOX_CHARS, 0), start) >= 0:
+        return None
+    return start, end + 1, content
 
 
 def _last_name(text: str, low: int, high: int) -> int:
@@ -163,6 +179,8 @@ def box_group(text: str) -> BoxGroup | None:
     if not stated:
         return BoxGroup((), False, is_formatted, end)
     start, last_end, content = stated[-1]
+    if len(stated) == 1 and "or" not in text[max(start - 100, 0) : last_end + 40]:
+        return BoxGroup((content.strip(),), False, is_formatted, last_end)
     beside = _OR_AFTER.match(text, last_end)
     group = [content] if beside is None else [beside["other"], content]
     is_either = beside is not None

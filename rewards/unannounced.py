@@ -20,6 +20,7 @@ _TAIL = 6000  # so much of the end is looked through for a check
 _NUMBER = re.compile(
     r"(?<![\w.])[-−+]?\s?[$€£]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:\s?/\s?\d[\d,]*)?(?:\s?\\?%)?|(?<![\w.])-?\.\d+"
 )
+_NUMBER_CHARS = frozenset("0123456789.,/$€£%\\-−+ \t\n")
 _BOLD = re.compile(r"\*\*([^*\n]{1,400})\*\*")
 _BOLD_LABEL = re.compile(r"^[A-Za-z][A-Za-z ]{0,40}[:=]\s*(?=[-$\d\\(])")
 _HEADER = re.compile(r"(?:step|part|case|problem|solution|example|method)\b", re.IGNORECASE)
@@ -56,6 +57,10 @@ _LEADING_WORDS = re.compile(
     r"|anything but|(?:square|cube|multiples?|factors?|power|root)s? of|up to|± ?|plus or minus)\s+$",
     re.IGNORECASE,
 )
+_LEADING_ENDS = frozenset(
+    "negative minus least most than over under above below half of twice double triple not never"
+    " except but to ±".split()
+)
 _TRAILING_WORDS = re.compile(
     r"\s+(?:squared|cubed|hundred|thousand|million|billion|trillion|dozen|percent|times|choose|or more"
     r"|or less|or so|or fewer|and a (?:half|third|quarter)|factorial|in base|mod)\b",
@@ -70,9 +75,9 @@ _ALTERNATIVE = re.compile(
 )
 _BETWEEN = re.compile(r"\bbetween\s+[$\d.,/-]+\s+and\s+$", re.IGNORECASE)
 _EARNED = re.compile(
-    r"\b(?:earn|pay|paid|cost|spen[dt]|save|make|made|owe|receive|charge|get|got|raise|sold|sell|lose|lost"
-    r"|ha[sd]|donate|collect)\w*\s+(?P<money>\\?[$€£]\s?\d[\d,]*(?:\.\d+)?)\s+(?:in|for|over|after|during"
-    r"|within|per|each|every|on|from|by)\s+[^.\d]{0,30}\d+\s+[^.\d]*$",
+    r"\b(?:earn|pay|paid|cost|spen[dt]|save|make|made|owe|receive|charge|get|got|raise|sold|sell|lose"
+    r"|lost|ha[sd]|donate|collect)\w*\s+(?P<money>\\?[$€£]\s?\d[\d,]*(?:\.\d+)?)\s+(?:in|for|over|after"
+    r"|during|within|per|each|every|on|from|by)\s+[^.\d]{0,30}\d+\s+[^.\d]*[.!]?\s*$",
     re.IGNORECASE,
 )
 _ALIGNED = re.compile(
@@ -107,6 +112,8 @@ def without_remarks(text: str) -> str:
             break
         body = body[:start].rstrip()
     offset = max(len(body) - _TAIL, 0)
+    if not any(body.rfind(hint, offset) >= 0 for hint in ("heck", "erif", "roof")):
+        return body if any(c.isalnum() for c in body) else text
     for check in _CHECK.finditer(body, offset):
         is_last_word = _CONCLUSION.search(body, check.end()) is None
         if is_last_word and any(c.isdigit() for c in body[offset : check.start()]):
@@ -115,19 +122,17 @@ def without_remarks(text: str) -> str:
 
 
 def _last_sentence(text: str) -> int:
-    """Where the last sentence or line begins."""
+    """Where the last sentence or line begins; no further back than MAX_SENTENCE."""
     stop = len(text) - 1
-    return max(
-        text.rfind("\n", 0, stop) + 1,
-        *(text.rfind(end, 0, stop) + len(end) for end in (". ", "! ", "? ", "$$ ") if end in text),
-        0,
-    )
+    low = max(stop - MAX_SENTENCE, 0)
+    begins = [text.rfind(end, low, stop) + len(end) for end in ("\n", ". ", "! ", "? ", "$$ ")]
+    return max(begin if begin > low + 2 else low for begin in begins)
 
 
 def _judgement(text: str) -> str | None:
     """True or False of 'the statement is not true', the sentence of 'No, it diverges'."""
     sentence = text[_last_sentence(text) :][:MAX_SENTENCE]
-    judged = _JUDGED.search(sentence)
+    judged = _JUDGED.search(sentence) if " is " in sentence else None
     if judged is not None and not _NUMBER.search(sentence):
         is_true = judged["word"].lower() in ("true", "correct", "valid")
         return "True" if is_true != bool(judged["not"]) else "False"
@@ -212,7 +217,9 @@ def last_number(text: str) -> tuple[int, str] | None:
     end = max(text.rfind(digit) for digit in "0123456789") + 1
     if end == 0:
         return None
-    start = max(end - MAX_NUMBER_CHARS, 0)
+    start, low = end - 1, max(end - MAX_NUMBER_CHARS, 0)
+    while start > low and text[start - 1] in _NUMBER_CHARS:
+        start -= 1
     matches = list(_NUMBER.finditer(text, start, min(end + 3, len(text))))
     return (matches[-1].end(), matches[-1].group()) if matches else None
 
@@ -243,10 +250,19 @@ def _last_maths(text: str) -> str | None:
 def _widened(text: str, start: int, end: int, content: str) -> str:
     """The value between start and end, with the words beside it that change it."""
     before = text[max(start - 120, 0) : start]
-    money = _EARNED.search(text[max(start - 120, 0) : end + 120])
-    if money is not None:
-        return money["money"]
-    first = _ALTERNATIVE.search(before) or _BETWEEN.search(before) or _LEADING_WORDS.search(before)
+    if any(sign in before for sign in "$€£"):
+        money = _EARNED.search(text[max(start - 120, 0) : end + 120])
+        if money is not None:
+            return money["money"]
+    words = before.rsplit(None, 1)
+    first = None
+    if words and words[-1].lower() in _LEADING_ENDS:
+        before = before[-25:]
+        first = _LEADING_WORDS.search(before)
+    elif "or" in before[-30:] or before.rstrip().endswith(("-", "–")):
+        first = _ALTERNATIVE.search(before)
+    elif "and" in before[-6:]:
+        first = _BETWEEN.search(before)
     after = _TRAILING_WORDS.match(text, end)
     if first is None and after is None:
         return content

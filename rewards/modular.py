@@ -19,6 +19,7 @@ PRIME = 2**61 - 31  # 1 modulo 4, so that -1 has a root
 SQRT_MINUS_ONE = 583529827753931384
 _SALT = random.SystemRandom().getrandbits(60)
 MAX_FACTORIAL = 1000
+_COMMUTATIVE = frozenset({"gcd", "lcm", "max", "min"})
 
 
 class Residues:
@@ -78,6 +79,8 @@ class Residues:
         if node.kind not in ("call", "const") or node.name == "inf":
             self.is_opaque = True
         parts = tuple(self.of(arg) for arg in node.args)
+        if node.name in _COMMUTATIVE:
+            parts = tuple(sorted(parts))
         return self._hash(node.kind, node.name, parts)
 
     def _hash(self, kind: str, name: str, parts: tuple[int, ...]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from rewards.languages import COUNTERS, DIGITS, HAS_DIGITS, PARTICLES, SENTENCE_END
-from rewards.vocabulary import UNITS
+from rewards.units import is_unit
 
 MAX_STATED = 2000
 MAX_VALUE = 300  # a stated value is not longer
@@ -159,14 +159,14 @@ def _without_clauses(sentence: str) -> str:
     if counted is not None and not _TAIL_WITH_MEANING.search(counted["tail"].lower()):
         sentence = counted["head"]
     sums = _SUMS.match(sentence) if len(sentence) <= MAX_VALUE else None
-    if sums is not None and sums["noun"].strip(" .") not in UNITS:
+    if sums is not None and not is_unit(sums["noun"].strip(" .")):
         sentence = sentence[: sums.start("noun")]
     return sentence
 
 
 def _drop_remark(match: re.Match[str]) -> str:
     remark = match["remark"]
-    if remark.strip() in UNITS:
+    if is_unit(remark.strip()):
         return f" {remark.strip()}"
     is_value = _VALUE.search(remark) is not None
     if (

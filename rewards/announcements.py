@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from rewards.languages import ALL_LABELS, ANNOUNCEMENTS, ASCII_LABELS, starts_a_word
+from rewards.languages import ALL_LABELS, ANNOUNCEMENTS, ASCII_LABELS, NEGATION, starts_a_word
 from rewards.wording import MAX_STATED, is_value, stated
 
 Method = Literal["boxed", "hashes", "tag", "phrase", "bold", "math", "none"]
@@ -237,7 +237,9 @@ def foreign_phrases(text: str, lowered: str, floor: int) -> Iterator[Statement]:
     labels = ASCII_LABELS if text.isascii() else ALL_LABELS
     for position, label in places(lowered, labels, floor):
         match = ANNOUNCEMENTS[label].match(text, position)
-        statement = _statement(text, match.start("rest")) if match is not None else None
+        if match is None or NEGATION.search(lowered, position + len(label), match.start("rest")):
+            continue
+        statement = _statement(text, match.start("rest"))
         if statement is not None:
             yield statement
 

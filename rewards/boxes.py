@@ -176,7 +176,7 @@ def box_group(text: str) -> BoxGroup | None:
     start, end, content = found[-1]
     is_formatted = text.startswith("\\boxed{", start) and bool(content.strip())
     stated = [box for box in found if _states(text, box)]
-    if not stated:
+    if not stated or _is_placeholder(content):
         return BoxGroup((), False, is_formatted, end)
     start, last_end, content = stated[-1]
     if len(stated) == 1 and "or" not in text[max(start - 100, 0) : last_end + 40]:
@@ -204,12 +204,16 @@ def box_group(text: str) -> BoxGroup | None:
 def _states(text: str, box: tuple[int, int, str]) -> bool:
     """Does a box state an answer? One that is empty or said to be wrong does not."""
     start, end, content = box
-    if len(content) < 40 and _PLACEHOLDER.fullmatch(content):
+    if _is_placeholder(content):
         return False
     before = text[max(start - 80, 0) : start]
     if any(hint in before for hint in _HINTS) and _ABANDONED_BEFORE.search(before):
         return False
     return _ABANDONED_AFTER.match(text, end) is None
+
+
+def _is_placeholder(content: str) -> bool:
+    return len(content) < 40 and _PLACEHOLDER.fullmatch(content) is not None
 
 
 def _kind_of_joint(between: str) -> str | None:

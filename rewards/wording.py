@@ -17,7 +17,7 @@ MAX_VALUE = 300  # a stated value is not longer
 
 _SENTENCE_END = re.compile(
     r"(?<!\bvs)(?<!\bSt)(?<!\.)\.(?=\s+[A-Z\"'(]|\s*$)|(?<![\d)])[!?](?=\s+[A-Z\"'(])"
-    r"|(?<=[\d)][!?])(?=\s+[A-Z\"'(])|\n"
+    r"|(?<=[\d)][!?])(?=\s+[A-Z\"'(])|\n|</[a-z_]+>"
 )
 _SYMBOLS = re.compile(r"[\u2190-\u21ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\U0001f000-\U0001faff✓✔☑]+")
 _OPENING = {")": "(", "}": "{", "]": "["}
@@ -26,13 +26,14 @@ _DECORATION = " \t\r\n*_`\"'“”‘’«»"
 # Words that open a clause about the answer. After punctuation, or before it where that is safe.
 _CLAUSE = re.compile(
     r"\s*[,;:.–—-]*\s(?:because|since|as (?:required|expected|desired|needed|shown|stated|we|it|there)"
-    r"|which|meaning|representing|corresponding to|obtained|rounded|i\.?e\.|that is|namely|given that"
+    r"|which|meaning|representing|corresponding to|obtained|rounded|that is|namely|given that"
     r"|assuming|where (?:the|we|it|she|he|each|all)|so (?:the|that|we|it|she|he|there|they)\b"
     r"|according to|after (?:rounding|simplif)|when rounded|with equality|attained|achieved)\b"
     r"|\s*[,;]\s*(?:which|that(?:'s| is)|this|these|it|they|there|so|hence|thus|therefore|and so"
     r"|and (?:this|that|it|we|the answer|therefore|thus|hence)|making|giving|leaving|showing|but"
     r"|the|we|she|he|as|note|while|with (?:the|a)|matching|confirming|if you|obtained|rounded"
     r"|reached|occurring|found|verified|checked|done|right|correct)\b"
+    r"|[\s,;(]+i\.?\s?e\.|\s—\s|(?<=[a-z]{3}):\s"
     r"|\s(?:altogether|in total|in all|all together|overall)\b"
     r"|\s[-–—]+\s(?=(?:the|that|this|which|it|an|since|because|so|we|my|her|his|their)\b)"
     r"|\s*[，；](?=[^\dA-Za-z$\\\s-])",
@@ -46,6 +47,7 @@ _KEPT_REMARK = re.compile(
     re.IGNORECASE,
 )
 _MAGNITUDE = re.compile(r"\b(?:hundred|thousand|million|billion|dozen|percent)", re.IGNORECASE)
+_IN_SCALE = re.compile(r"\s*in (hundred|thousand|million|billion|dozen)s\b")
 _LONG_WORD = re.compile(r"[A-Za-z]{3,}")
 _HEDGE = re.compile(
     r"\b(?:or|either|maybe|perhaps|possibly|might|(?-i:may)|could|alternatively|unless|except|if|wrong"
@@ -166,6 +168,9 @@ def _without_clauses(sentence: str) -> str:
 
 def _drop_remark(match: re.Match[str]) -> str:
     remark = match["remark"]
+    scale = _IN_SCALE.match(remark)
+    if scale is not None:
+        return f" {scale[1]}"
     if is_unit(remark.strip()):
         return f" {remark.strip()}"
     is_value = _VALUE.search(remark) is not None

@@ -47,8 +47,8 @@ _COPULA = (
 _EMPTY_BOX = r"[\"'`$]*\\boxed\{\s*\}[\"'`$]*"
 # What may stand between 'the answer' and the answer.
 _FORWARD = re.compile(
-    rf"s?\b(?:\s+(?:to|of|for|from)\s[^.:\n$=]{{0,80}}?)?(?:\s+in\s+{_EMPTY_BOX})?[\s*_\"'`)\]}}]*"
-    rf"(?:\b{_COPULA}|=|:|→|⇒|\\[rR]ightarrow\b|(?<=\s)[–—-](?=\s))(?:[\s*_:\"'`]*)"
+    rf"s?\b(?:\s*\([^()\n]{{1,30}}\))?(?:\s+(?:to|of|for|from)\s[^.:\n$=]{{0,80}}?)?(?:\s+in\s+{_EMPTY_BOX})?[\s*_\"'`)\]}}]*"
+    rf"(?:\b{_COPULA}|=|:|→|⇒|\\[rR]ightarrow\b|(?<=\s)[–—-](?=\s))(?:[\s*_:\"'`}}]*)"
     rf"(?:in\s+)?(?:{_EMPTY_BOX}\s*(?:is\b|:|=)[\s:]*)?",
     re.IGNORECASE,
 )
@@ -81,10 +81,17 @@ _IS_THE = re.compile(
     rf"(?:{_TITLE}\s+){{0,2}}$",
     re.IGNORECASE,
 )
+_DENIED = re.compile(
+    r"\s+(?:can(?:not|'t| not)|could(?:n't| not)|isn't|is unlikely to|won't|will not|must not|should not"
+    r"|shouldn't|would not|wouldn't|does not|doesn't|was not|wasn't)(?:\s+(?:be|equal))?\s",
+    re.IGNORECASE,
+)
 _OF_VALUE = re.compile(rf"s?\s+of\s+(?={_VALUE}(?![\w^]))")
 _LETTER = r"(?:\*\*|\$|\\text(?:bf)?\{|\\mathbf\{|\(){0,3}(?P<letter>[A-J])(?:\}|\*\*|\$|\)){0,3}"
 _LONE_LETTER = re.compile(
-    rf"[\s*_]*(?:(?i:so|thus|hence|therefore|∴)[\s,:]+)?(?:(?i:option|choice)\s+)?{_LETTER}[\s.*_]*"
+    rf"[\s*_]*(?:(?i:so|thus|hence|therefore|∴)[\s,:]+)?"
+    r"(?:(?i:it's|it is|it must be|(?:i|i'd|i would|we|i'll) (?:pick|choose|say|go with|select))\s+)?"
+    rf"(?:(?i:option|choice)\s+)?{_LETTER}(?:,?\s(?:because|since|as)\s.*|[\s.*_]*)"
 )
 _HAS_VALUE = re.compile(r"\d|\$|\\")
 _LETTER_IS = re.compile(
@@ -178,12 +185,21 @@ def _answer(text: str, position: int) -> Statement | None:
             return Statement(start, end, stated(value[1]), "phrase", True)
     if _HYPOTHESIS.search(before[-60:]):
         return None
+    denied = _DENIED.match(text, end)
+    if denied is not None:
+        return _denied(text, position, denied.end())
     forward = _FORWARD.match(text, end) or _OF_VALUE.match(text, end)
     return None if forward is None else _statement(text, forward.end())
 
 
+def _denied(text: str, start: int, end: int) -> Statement:
+    """'The answer cannot be 5' as the answer 'not 5', which is none but must not be cut to 5."""
+    answer = stated(text[end : end + MAX_STATED])
+    return Statement(start, end, f"not {answer}", "phrase", False)
+
+
 def _abbreviation(text: str, position: int) -> Statement | None:
-    match = re.compile(r"\s?[.:=]+\s*").match(text, position + len("ans"))
+    match = re.compile(r"\s?[.:=)]+\s*|\s+(?=[\d$\\-])").match(text, position + len("ans"))
     return None if match is None else _statement(text, match.end())
 
 
@@ -213,6 +229,12 @@ def _correct(text: str, position: int) -> Statement | None:
     return Statement(position, position + len("correct"), match["letter"], "phrase", True)
 
 
+def _right(text: str, position: int) -> Statement | None:
+    """'Option B is right': but angle B is right says nothing."""
+    before = text[max(position - 40, 0) : position].lower()
+    return _correct(text, position) if "option" in before or "choice" in before else None
+
+
 def _chosen(text: str, position: int) -> Statement | None:
     """'We choose (B).'"""
     match = _LETTER_AFTER.match(text, position + len("choose"))
@@ -226,6 +248,7 @@ _FORMS: dict[str, Callable[[str, int], Statement | None]] = {
     "choice": _option,
     "final ": _final,
     "correct": _correct,
+    "right": _right,
     "choose": _chosen,
     "select": _chosen,
 }
@@ -237,7 +260,10 @@ def foreign_phrases(text: str, lowered: str, floor: int) -> Iterator[Statement]:
     labels = ASCII_LABELS if text.isascii() else ALL_LABELS
     for position, label in places(lowered, labels, floor):
         match = ANNOUNCEMENTS[label].match(text, position)
-        if match is None or NEGATION.search(lowered, position + len(label), match.start("rest")):
+        if match is None:
+            continue
+        if NEGATION.search(lowered, position + len(label), match.start("rest")):
+            yield _denied(text, position, match.start("rest"))
             continue
         statement = _statement(text, match.start("rest"))
         if statement is not None:
@@ -293,7 +319,8 @@ def answer_line(text: str, floor: int) -> Iterator[Statement]:
 def lone_letter(text: str, floor: int) -> Iterator[Statement]:
     """A last line that is nothing but an option's letter, or 'Therefore (C).'"""
     end = len(text.rstrip())
-    start = max(text.rfind("\n", floor, end) + 1, end - 80, floor)
-    match = _LONE_LETTER.fullmatch(text, start, end)
-    if match is not None:
+    start = max(text.rfind("\n", floor, end) + 1, floor)
+    match = _LONE_LETTER.fullmatch(text, start, end) if end - start < MAX_BEFORE else None
+    previous = text[:start].rstrip().rpartition("\n")[2] if match is not None else ""
+    if match is not None and not _LONE_LETTER.fullmatch(previous[:MAX_BEFORE]):
         yield Statement(match.start("letter"), end, match["letter"], "phrase", True)

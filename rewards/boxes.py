@@ -25,8 +25,8 @@ _JOINT = re.compile(
     r"(?:\\q?quad)?[\s$\\]*(?:(?:\\text\{)?\s*(?:and|or)\s*\}?)?[\s,;$&()\[\]\\]*(?:\\q?quad)?[\s$]*"
 )
 _CONNECTOR = re.compile(r",|;|\band\b|\bor\b")
-_LIST_CONNECTOR = re.compile(r",|;|&|\n|\band\b|\bor\b|\bwhile\b")
-_OR = re.compile(r"\bor\b")
+_LIST_CONNECTOR = re.compile(r",|;|&|\n|\band\b|\bor\b|\bwhile\b|\balternatively\b")
+_OR = re.compile(r"\bor\b|\balternatively\b")
 # Between two boxes: the second replaces the first, or is computed from it.
 _NEW_ATTEMPT = re.compile(
     r"\b(?:final\w*|then|wait|no|not|instead|actually|correct\w*|better|now|attempts?|try|rather|but"
@@ -35,8 +35,8 @@ _NEW_ATTEMPT = re.compile(
 )
 _NO_LIST = re.compile(r"[.!?]\s|\n\s*\n|[+*/^<>]|(?<![_\d])\d(?!\d*\})", re.IGNORECASE)
 _ABANDONED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|instead of|rather than|wrong(?:ly)?|incorrect(?:ly)?|mistaken(?:ly)?)|n't"
-    r"|\b(?:first|initial|previous|earlier|old|original)\s+(?:attempt|try|guess|answer|result|thought)"
+    r"(?:\b(?:not|never|instead of|rather than|(?:wrong|incorrect|mistaken)ly|mistake was)|n't"
+    r"|\b(?:wrong|incorrect|mistaken|first|initial|previous|earlier|old|original)\s+(?:attempt|try|guess|answer|result|thought)"
     r"|\bat first,?\s+(?:i|we))"
     r"(?:\s+(?:was|is|be|it|i|we|got|had|answer|value|result|gave|said|wrote|the|as|of|equal to)\b)*"
     r"[\s:,$*(\\\[]*$",

@@ -41,6 +41,7 @@ _OFFERED = re.compile(
 _HINTS = ("wait", "actually", "oops", "sorry", "hmm", "correction", "scratch", "mistake", "wrong")
 _HINTS += ("incorrect", "not right", "not correct", "error", "i mean")
 _HEDGE = re.compile(r"\b(?:maybe|perhaps|possibly|might|could|(?-i:may))\b", re.IGNORECASE)
+_CONDITION = re.compile(r"\b(?:if|when|unless|otherwise|else)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
@@ -71,7 +72,7 @@ def revision(text: str, end: int, answer: str) -> Revision:
 
 def hedged_values(answer: str) -> tuple[str, ...]:
     """The numbers of an answer that wavers between several: '5, but it could be 6'."""
-    if not _HEDGE.search(answer):
+    if not _HEDGE.search(answer) and len(_CONDITION.findall(answer)) < 2:
         return ()
     numbers = tuple(dict.fromkeys(_NUMBER.findall(answer)))
     return numbers if len(numbers) > 1 else ()

@@ -21,6 +21,7 @@ _NUMBER = re.compile(
     r"(?<![\w.])[-−+]?\s?[$€£]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:\s?/\s?\d[\d,]*)?(?:\s?\\?%)?|(?<![\w.])-?\.\d+"
 )
 _NUMBER_CHARS = frozenset("0123456789.,/$€£%\\-−+ \t\n")
+_ARROW = re.compile(r"^(?:∴|⇒|=>|→|⟹)\s*")
 _BOLD = re.compile(r"\*\*([^*\n]{1,400})\*\*")
 _BOLD_LABEL = re.compile(r"^[A-Za-z][A-Za-z ]{0,40}[:=]\s*(?=[-$\d\\(])")
 _HEADER = re.compile(r"(?:step|part|case|problem|solution|example|method)\b", re.IGNORECASE)
@@ -38,6 +39,10 @@ _CHECK = re.compile(
     r"(?::|\.|,|\n|the answer|the result|the solution|this|that|our|by|with|it\b|if)",
     re.IGNORECASE,
 )
+_EXPLANATION = re.compile(
+    r"^(?P<value>[^\n]{1,120})\n\s*[*_#\s]*(?:explanation|reasoning|justification|here's why|why)\b",
+    re.IGNORECASE,
+)
 _CONCLUSION = re.compile(
     r"\b(?:so|thus|hence|therefore|in total|altogether|finally)\b", re.IGNORECASE
 )
@@ -47,6 +52,7 @@ _JUDGED = re.compile(
     r"\**(?P<word>true|false|correct|incorrect|valid|invalid)\b",
     re.IGNORECASE,
 )
+_REASON = re.compile(r"\**[,;:]?\s+(?:since|because|as)\b")
 _YES_NO = re.compile(
     r"[\s*_(]*(?:\W*(?:so|thus|hence|therefore)\W+)?(?P<word>yes|no|true|false)\b(?=\**\s*[,.;:!—–-]|\**\s*$)",
     re.IGNORECASE,
@@ -54,12 +60,13 @@ _YES_NO = re.compile(
 _LEADING_WORDS = re.compile(
     r"\b(?:negative|minus|at least|at most|(?:no )?(?:more|less|fewer|greater|larger|smaller) than|over"
     r"|under|above|below|half(?: of)?|twice|double|triple|a (?:third|quarter) of|not|never|except|but"
-    r"|anything but|(?:square|cube|multiples?|factors?|power|root)s? of|up to|± ?|plus or minus)\s+$",
+    r"|anything but|(?:square|cube|multiples?|factors?|power|root)s? of|up to|± ?|plus or minus"
+    r"|(?:not|never|cannot|can't|n't)\s+(?:be|equal))\s+$",
     re.IGNORECASE,
 )
 _LEADING_ENDS = frozenset(
     "negative minus least most than over under above below half of twice double triple not never"
-    " except but to ±".split()
+    " except but to ± be equal".split()
 )
 _TRAILING_WORDS = re.compile(
     r"\s+(?:squared|cubed|hundred|thousand|million|billion|trillion|dozen|percent|times|choose|or more"
@@ -105,7 +112,10 @@ def unannounced(text: str) -> tuple[str, bool] | None:
 
 def without_remarks(text: str) -> str:
     """The text without its closing remarks to the reader and its closing check."""
-    body = text.rstrip()
+    body = text.strip()
+    explained = _EXPLANATION.match(body)
+    if explained is not None and is_value(stated(explained["value"])):
+        return explained["value"]
     for _ in range(MAX_REMARKS):
         start = _last_sentence(body)
         if start == 0 or not _REMARK.match(body[start : start + MAX_SENTENCE]):
@@ -133,13 +143,21 @@ def _judgement(text: str) -> str | None:
     """True or False of 'the statement is not true', the sentence of 'No, it diverges'."""
     sentence = text[_last_sentence(text) :][:MAX_SENTENCE]
     judged = _JUDGED.search(sentence) if " is " in sentence else None
-    if judged is not None and not _NUMBER.search(sentence):
+    if judged is not None and not _NUMBER.search(_without_reason(sentence, judged)):
         is_true = judged["word"].lower() in ("true", "correct", "valid")
         return "True" if is_true != bool(judged["not"]) else "False"
     opening = _YES_NO.match(sentence)
     if opening is None:
         return None
-    return sentence.strip() if _NUMBER.search(sentence) else stated(sentence) or None
+    sentence = sentence[opening.start("word") :].strip()
+    return sentence if _NUMBER.search(sentence) else stated(sentence) or None
+
+
+def _without_reason(sentence: str, judged: re.Match[str]) -> str:
+    """The sentence without the reason that stands behind its judgement."""
+    is_plain = judged["word"].lower() in ("true", "false")
+    has_reason = is_plain and _REASON.match(sentence, judged.end())
+    return sentence[: judged.end()] if has_reason else sentence
 
 
 def _last_bold(text: str) -> str | None:
@@ -178,6 +196,9 @@ def _whole(text: str) -> str | None:
     text = text.strip()
     if not text or len(text) > MAX_WHOLE_CHARS or "\n" in text:
         return None
+    text = _ARROW.sub("", text)
+    if text[0:1] in "*_" and text[-1:] == text[0:1]:
+        text = text.strip("*_")
     if not any(character.isalnum() for character in text):
         return None
     num_words = num_prose_words(text)

@@ -272,7 +272,7 @@ def foreign_phrases(text: str, lowered: str, floor: int) -> Iterator[Statement]:
 
 def hashes(text: str, floor: int) -> Iterator[Statement]:
     """Lines of the form '#### 5', from the right; headings are left out."""
-    end = len(text)
+    end = len(text) if "#" in text else 0
     for _ in range(MAX_PLACES):
         position = text.rfind("####", floor, end)
         if position < 0:

@@ -43,8 +43,8 @@ _ABANDONED_BEFORE = re.compile(
     re.IGNORECASE,
 )
 # One of these stands in whatever that pattern finds: searching for them is faster.
-_HINTS = ("ot", "n't", "ever", "stead", "ather", "rong", "ncorrect", "istake", "irst", "nitial")
-_HINTS += ("revious", "arlier", "old", "riginal", "OT")
+_HINTS = ("not", "n't", "never", "instead", "rather", "wrong", "incorrect", "mistake", "first")
+_HINTS += ("initial", "previous", "earlier", "old ", "original")
 _ABANDONED_AFTER = re.compile(
     r"[\s$*)\\\].]*(?:which\s+)?(?:is|was|would be|turns out to be|looks)\s+"
     r"(?:clearly |obviously |also )?(?:wrong|incorrect|not (?:right|correct|the answer)|a mistake"
@@ -122,10 +122,12 @@ def _only_box(text: str, position: int) -> tuple[int, int, str] | None:
 def _last_name(text: str, low: int, high: int) -> int:
     """Where the last name of a box stands in that stretch; -1 without any."""
     position = text.rfind("oxed", low, high)
-    if text.find("\\", max(low, position), high) >= 0:
-        for name in _NAMES[1:]:
-            position = max(position, text.rfind(name, max(low, position), high))
-    return position
+    if text.rfind("\\", low, high) < 0:
+        return position
+    if text.rfind("box", low, high) > position:  # "box" of "boxed" stands before "oxed"
+        position = max(position, text.rfind("\\fbox", low, high))
+        position = max(position, text.rfind("\\framebox", low, high))
+    return max(position, text.rfind("\\answer{", low, high))
 
 
 def _balanced_boxes(text: str, start: int) -> list[tuple[int, int, str]]:
@@ -175,8 +177,10 @@ def box_group(text: str) -> BoxGroup | None:
         return None
     start, end, content = found[-1]
     is_formatted = text.startswith("\\boxed{", start) and bool(content.strip())
+    if _is_placeholder(content):
+        return BoxGroup((), False, is_formatted, end)
     stated = [box for box in found if _states(text, box)]
-    if not stated or _is_placeholder(content):
+    if not stated:
         return BoxGroup((), False, is_formatted, end)
     start, last_end, content = stated[-1]
     if len(stated) == 1 and "or" not in text[max(start - 100, 0) : last_end + 40]:
@@ -204,16 +208,18 @@ def box_group(text: str) -> BoxGroup | None:
 def _states(text: str, box: tuple[int, int, str]) -> bool:
     """Does a box state an answer? One that is empty or said to be wrong does not."""
     start, end, content = box
-    if _is_placeholder(content):
+    if not content.strip():
         return False
-    before = text[max(start - 80, 0) : start]
+    before = text[max(start - 80, 0) : start].lower()
     if any(hint in before for hint in _HINTS) and _ABANDONED_BEFORE.search(before):
         return False
     return _ABANDONED_AFTER.match(text, end) is None
 
 
 def _is_placeholder(content: str) -> bool:
-    return len(content) < 40 and _PLACEHOLDER.fullmatch(content) is not None
+    return (
+        len(content) < 40 and not content.isdigit() and _PLACEHOLDER.fullmatch(content) is not None
+    )
 
 
 def _kind_of_joint(between: str) -> str | None:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 MAX_AFTERMATH = 600  # characters after a statement that are looked at
+MIN_AFTERMATH = 4  # "or 6"
 
 _VALUE = (
     r"(?P<value>\$[^$\n]{1,200}\$|\*\*[^*\n]{1,100}\*\*"
@@ -56,7 +57,7 @@ class Revision:
 def revision(text: str, end: int, answer: str) -> Revision:
     """What the text after `end` makes of a statement."""
     rest = text[end : end + MAX_AFTERMATH]
-    if not rest.strip(" .$*)}\n\\]"):
+    if len(rest) < MIN_AFTERMATH or not rest.strip(" .$*)}\n\\]"):
         return Revision(answer)
     lowered = rest.lower()
     if any(hint in lowered for hint in _HINTS):

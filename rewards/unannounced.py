@@ -99,12 +99,12 @@ def unannounced(text: str) -> tuple[str, bool] | None:
     judged = _judgement(text)
     if judged is not None:
         return judged, False
-    if "**" in text and (bold := _last_bold(text)) is not None:
+    if "*" in text and (bold := _last_bold(text)) is not None:
         return bold, True
-    if "\\begin{" in text and (rows := _last_rows(text)) is not None:
+    if "\\" in text and (rows := _last_rows(text)) is not None:
         return rows, False
     answer = _whole(text) or _last_maths(text)
-    if answer is None and "**" in text:
+    if answer is None and "*" in text:
         contents = _BOLD.findall(text)
         return (contents[-1].strip(), True) if contents else None
     return None if answer is None else (answer, False)
@@ -124,9 +124,9 @@ def without_remarks(text: str) -> str:
     offset = max(len(body) - _TAIL, 0)
     if not any(body.rfind(hint, offset) >= 0 for hint in ("heck", "erif", "roof")):
         return body if any(c.isalnum() for c in body) else text
+    concluded = max((match.start() for match in _CONCLUSION.finditer(body, offset)), default=-1)
     for check in _CHECK.finditer(body, offset):
-        is_last_word = _CONCLUSION.search(body, check.end()) is None
-        if is_last_word and any(c.isdigit() for c in body[offset : check.start()]):
+        if check.end() > concluded and any(c.isdigit() for c in body[offset : check.start()]):
             return body[: check.start() + 1]
     return body if any(c.isalnum() for c in body) else text
 
@@ -173,6 +173,8 @@ def _last_bold(text: str) -> str | None:
 
 def _last_rows(text: str) -> str | None:
     """The end of an aligned computation that ends the text: the last row, or the last values."""
+    if text.rfind("\\begin{") < 0:
+        return None
     blocks = list(_ALIGNED.finditer(text[-_TAIL:]))
     if not blocks or num_prose_words(text[-_TAIL:][blocks[-1].end() :]):
         return None
@@ -210,6 +212,8 @@ def _whole(text: str) -> str | None:
 def last_formula(text: str) -> tuple[int, str] | None:
     """(end, content) of the last `$..$`, `\\(..\\)` or `\\[..\\]` that reads as a formula."""
     best: tuple[int, str] | None = None
+    if "$" not in text and "\\" not in text:
+        return None
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
         end = text.rfind(closing)
         if end < 0:

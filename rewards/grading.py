@@ -76,6 +76,9 @@ class Grader:
                 continue
             if self.engine == "verify":
                 outcome = decide(gold, extraction.answer, self.policy, extraction.joined)
+                if extraction.listed and not outcome.verdict.correct:
+                    listed = decide(gold, ", ".join(extraction.listed), self.policy)
+                    outcome = listed if listed.verdict.correct else outcome
                 verdicts.append(outcome.verdict)
                 if not outcome.is_open:
                     continue

@@ -54,6 +54,10 @@ class Score:
     has_format: bool
 
 
+class RewardError(ValueError):
+    """A user's reward failed, or gave what is no reward: one line that names it."""
+
+
 class Reward(Protocol):
     """Scores completions against references, one Score each, order kept. A context manager."""
 

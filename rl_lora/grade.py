@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rewards import POLICIES, Score, load_reward
+from rewards import POLICIES, RewardError, Score, load_reward
 from rl_lora.errors import UserError
 from rl_lora.exam_files import find_exam, is_exam, read_exam
 from rl_lora.jsonl import storable
@@ -166,7 +166,12 @@ def _score(
     rows: Sequence[GradeRow], reward: str, policy: str, num_workers: int, timeout_s: float
 ) -> list[Score]:
     with load_reward(reward, policy=policy, num_workers=num_workers, timeout_s=timeout_s) as scorer:
-        return scorer.score_batch([row.completion for row in rows], [row.reference for row in rows])
+        try:
+            return scorer.score_batch(
+                [row.completion for row in rows], [row.reference for row in rows]
+            )
+        except RewardError as error:
+            raise UserError(str(error)) from error
 
 
 def _report(

@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewards import Reward, load_reward
-from rl_lora.config import ModelSection, RunConfig, SamplingSection
+from rewards import FunctionReward, Reward, load_reward
+from rl_lora.config import DataSection, ModelSection, RunConfig, SamplingSection
 from rl_lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def open_job(
     config: RunConfig,
     *,
     num_steps: int | None = None,
+    on_loaded: Callable[[Policy, PromptSets], None] = lambda policy, prompts: None,
     on_note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> Iterator[Job]:
@@ -59,6 +60,8 @@ def open_job(
     Args:
         config: the job.
         num_steps: RL steps that it samples for; None: run.num_steps.
+        on_loaded: looks at the policy and the problems before the sampler, which takes long, is
+            built; what it raises ends the job.
         on_note: takes one line on what was loaded.
         on_progress: takes (completions done, in all, tokens sampled) within a call of the sampler.
 
@@ -69,6 +72,7 @@ def open_job(
     with contextlib.ExitStack() as stack:
         stack.callback(reward.close)
         from rl_lora.prompts import load_prompts
+        from rl_lora.rollouts import MADE_UP, check_reward
 
         model_dir, tokenizer, context = open_model(config.model, on_note)
         if config.sampling.backend == "vllm":
@@ -83,9 +87,12 @@ def open_job(
             config.sampling.max_tokens,
             config.run.seed,
             max_exam_tokens=config.eval.max_tokens,
+            with_columns=isinstance(reward, FunctionReward) and reward.is_batch,
         )
         for note in prompts.notes:
             on_note(note)
+        made_up = tokenizer.encode(MADE_UP, add_special_tokens=False)
+        check_reward(reward, (*prompts.train, *prompts.eval)[0], made_up)
         from rl_lora.policy import Policy
 
         policy = Policy(
@@ -96,7 +103,8 @@ def open_job(
             checkpoint_activations=config.optim.checkpoint_activations,
             keep_reference=config.algorithm.kl != "none",
         )
-        end_ids = end_token_ids(model_dir, tokenizer)
+        on_loaded(policy, prompts)
+        end_ids = end_token_ids(model_dir, tokenizer, config.data)
         longest = max(len(p.token_ids) for p in (*prompts.train, *prompts.eval))
         cap = max(config.sampling.max_tokens, config.eval.max_tokens or 0)
         num_steps = config.run.num_steps if num_steps is None else num_steps
@@ -215,11 +223,17 @@ def exam_identity(job: Job, adapter: Adapter | None) -> dict[str, Any]:
     }
 
 
-def end_token_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a completion: the tokenizer's, and those of generation_config.json."""
+def end_token_ids(
+    model_dir: Path, tokenizer: PreTrainedTokenizerBase, data: DataSection
+) -> tuple[int, ...]:
+    """The tokens that end a completion: the tokenizer's, those of generation_config.json, and the
+    one that ends a turn of the chat template, which base models name in neither (Qwen3-8B-Base)."""
     from transformers import GenerationConfig
 
+    from rl_lora.chat_template import end_of_turn
+
     ids = {int(tokenizer.eos_token_id)}
+    ids.add(end_of_turn(tokenizer, data.template, data.chat_template_kwargs))
     if (model_dir / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(model_dir).eos_token_id
         ids |= set(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -232,7 +246,7 @@ def check_run_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("", encoding="utf-8")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"run folder {folder} cannot be written ({error.strerror}); set run.output_dir to a "

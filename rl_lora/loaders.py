@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ def _clean(source: SourceSection, label: str, rows: list[DataRow]) -> LoadedSet:
     dropped: dict[str, int] = {}
     kept: dict[str, DataRow] = {}
     for row in rows:
-        key = question_key(row.question)
+        key = question_key(row.asked(with_system=True))
         reason = _reason_to_drop(row, kept.get(key))
         if reason is None:
             kept[key] = row
@@ -227,7 +227,7 @@ def _load_files(source: SourceSection, paths: list[Path], label: str) -> LoadedS
         raws = read_file(path)
         if raws:
             rows += parse_rows(raws, str(path), source.question, source.answer)
-    numbered = [DataRow(row.question, row.reference, row.solution, i) for i, row in enumerate(rows)]
+    numbered = [replace(row, row=i) for i, row in enumerate(rows)]
     return _clean(source, label, numbered)
 
 
@@ -266,7 +266,7 @@ def _load_hub(source: SourceSection, hub_set: HubSet, label: str, role: Role) ->
     for config in hub_set.configs:
         raws = list(_hub_rows(source.name, hub_set, config, split))
         rows += parse_rows(raws, f"data set {source.name}", source.question, source.answer)
-    numbered = [DataRow(row.question, row.reference, row.solution, i) for i, row in enumerate(rows)]
+    numbered = [replace(row, row=i) for i, row in enumerate(rows)]
     return _clean(source, label, numbered)
 
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rl_lora import attention
 from rl_lora.batches import pack, to_device
-from rl_lora.config import LoraSection, ModelSection
+from rl_lora.config import LoraSection, ModelSection, check_full_dtype
 from rl_lora.errors import UserError
 from rl_lora.logprobs import score_hidden
 from rl_lora.lora import adapters_off, attach_lora, lora_layers
@@ -58,6 +58,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return min(seconds, key=lambda dtype: seconds[dtype])
 
 
+def check_trainable(model: ModelSection, lora: LoraSection) -> None:
+    """Raises UserError for full fine-tuning where model.dtype="auto" is bfloat16 on the device.
+
+    Before anything is loaded; bfloat16 by name is refused by the settings themselves.
+    """
+    if lora.mode == "full" and model.dtype == "auto":
+        dtype = pick_dtype(model.dtype, pick_device(model.device))
+        check_full_dtype(lora, str(dtype).removeprefix("torch."))
+
+
 def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
     """The fastest of 5 matmuls of 512 x 512 x 512, after 2 to warm up."""
     a, b = (torch.ones(512, 512, dtype=dtype, device=device) for _ in range(2))
@@ -88,6 +98,7 @@ class Policy:
     ) -> None:
         self.model_dir = model_dir
         self.base_name = model.name
+        self.base_revision = model.revision
         self.lora = lora
         self.is_full = lora.mode == "full"
         self.device = pick_device(model.device)
@@ -306,8 +317,18 @@ def _score(model: PreTrainedModel, batch: Microbatch, temperature: float) -> tup
         hidden_BTD = model.base_model(
             input_ids=batch.token_ids_BT, position_ids=batch.position_BT, use_cache=False
         ).last_hidden_state
-    hidden_CD = hidden_BTD[batch.row_C, batch.column_C]
+    hidden_CD = take_positions(hidden_BTD, batch.row_C, batch.column_C)
     return score_hidden(hidden_CD, model.get_output_embeddings(), batch.target_ids_C, temperature)
+
+
+def take_positions(hidden_BTD: Tensor, row_C: Tensor, column_C: Tensor) -> Tensor:
+    """[C, D]: the hidden states at (row, column), with a gradient that has one order of sums.
+
+    A prompt's last position is read once for each of its completions. The gradient of
+    hidden_BTD[row_C, column_C] adds those up on several threads by atomic additions on a CPU, in
+    the order in which they come: two runs of one seed then end in other digits now and then.
+    """
+    return hidden_BTD.flatten(0, 1).index_select(0, row_C * hidden_BTD.shape[1] + column_C)
 
 
 def _checksum(tensor: Tensor) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rewards import Score, load_reward
+from rewards import RewardError, Score, load_reward
 from rl_lora.errors import UserError
 from rl_lora.exam_files import find_exam, read_exam
 from rl_lora.results import ExamScores, ProblemRecord, SampleRecord, exam_scores
@@ -88,7 +88,10 @@ def regrade(
     with load_reward(
         name, policy=rules, format_weight=weight, num_workers=num_workers, timeout_s=timeout_s
     ) as scorer:
-        scores = scorer.score_batch([sample.completion for sample in samples], references)
+        try:
+            scores = scorer.score_batch([sample.completion for sample in samples], references)
+        except RewardError as error:
+            raise UserError(str(error)) from error
     graded_N = _with_scores(problems_N, scores)
     return Regrade(
         exam=str(path),

@@ -308,6 +308,9 @@ def test_samples_follow_from_the_seed_alone(sampler: VllmSampler) -> None:
     assert len(set(_ids(groups[0]))) == PARAMS.num_samples
     other = sampler.sample(PROMPTS, replace(PARAMS, seed=8))
     assert _ids(other[0]) != _ids(groups[0])
+    twice = sampler.sample([PROMPTS[0], PROMPTS[1], PROMPTS[0]], PARAMS)
+    assert [_ids(group) for group in twice[:2]] == [_ids(group) for group in groups[:2]]
+    assert not set(_ids(twice[2])) & set(_ids(twice[0]))  # the same prompt again, other samples
 
 
 def test_prompts_that_exceed_a_steps_tokens(sampler: VllmSampler) -> None:

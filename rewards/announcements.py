@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from rewards.languages import ALL_LABELS, ANNOUNCEMENTS, ASCII_LABELS, starts_a_word
+from rewards.languages import ALL_LABELS, ANNOUNCEMENTS, ASCII_LABELS, NEGATION, starts_a_word
 from rewards.wording import MAX_STATED, is_value, stated
 
 Method = Literal["boxed", "hashes", "tag", "phrase", "bold", "math", "none"]
 
 MAX_LOOKED_AT = 2000
 MAX_PLACES = 16  # places of a keyword that are looked at, from the last
-MAX_TAIL = 4096  # other languages than English are looked for in so much of the end
+MAX_TAIL = 2048  # other languages than English are looked for in so much of the end
 MAX_BEFORE = 240  # characters before a keyword that are looked at
 
 
@@ -47,8 +47,8 @@ _COPULA = (
 _EMPTY_BOX = r"[\"'`$]*\\boxed\{\s*\}[\"'`$]*"
 # What may stand between 'the answer' and the answer.
 _FORWARD = re.compile(
-    rf"s?\b(?:\s+(?:to|of|for|from)\s[^.:\n$=]{{0,80}}?)?(?:\s+in\s+{_EMPTY_BOX})?[\s*_\"'`)\]}}]*"
-    rf"(?:\b{_COPULA}|=|:|→|⇒|\\[rR]ightarrow\b|(?<=\s)[–—-](?=\s))(?:[\s*_:\"'`]*)"
+    rf"s?\b(?:\s*\([^()\n]{{1,30}}\))?(?:\s+(?:to|of|for|from)\s[^.:\n$=]{{0,80}}?)?(?:\s+in\s+{_EMPTY_BOX})?[\s*_\"'`)\]}}]*"
+    rf"(?:\b{_COPULA}|=|:|→|⇒|\\[rR]ightarrow\b|(?<=\s)[–—-](?=\s))(?:[\s*_:\"'`}}]*)"
     rf"(?:in\s+)?(?:{_EMPTY_BOX}\s*(?:is\b|:|=)[\s:]*)?",
     re.IGNORECASE,
 )
@@ -81,10 +81,17 @@ _IS_THE = re.compile(
     rf"(?:{_TITLE}\s+){{0,2}}$",
     re.IGNORECASE,
 )
+_DENIED = re.compile(
+    r"\s+(?:can(?:not|'t| not)|could(?:n't| not)|isn't|is unlikely to|won't|will not|must not|should not"
+    r"|shouldn't|would not|wouldn't|does not|doesn't|was not|wasn't)(?:\s+(?:be|equal))?\s",
+    re.IGNORECASE,
+)
 _OF_VALUE = re.compile(rf"s?\s+of\s+(?={_VALUE}(?![\w^]))")
 _LETTER = r"(?:\*\*|\$|\\text(?:bf)?\{|\\mathbf\{|\(){0,3}(?P<letter>[A-J])(?:\}|\*\*|\$|\)){0,3}"
 _LONE_LETTER = re.compile(
-    rf"[\s*_]*(?:(?i:so|thus|hence|therefore|∴)[\s,:]+)?(?:(?i:option|choice)\s+)?{_LETTER}[\s.*_]*"
+    rf"[\s*_]*(?:(?i:so|thus|hence|therefore|∴)[\s,:]+)?"
+    r"(?:(?i:it's|it is|it must be|(?:i|i'd|i would|we|i'll) (?:pick|choose|say|go with|select))\s+)?"
+    rf"(?:(?i:option|choice)\s+)?{_LETTER}(?:,?\s(?:because|since|as)\s.*|[\s.*_]*)"
 )
 _HAS_VALUE = re.compile(r"\d|\$|\\")
 _LETTER_IS = re.compile(
@@ -101,7 +108,6 @@ _FINAL_THING = re.compile(
 _HEADER = re.compile(
     r"\d+[.)]\s+\D|(?:step|part|case|problem|solution|example|method|approach)\b", re.IGNORECASE
 )
-_KEYWORDS = ("answer", "ans", "option", "choice", "final ", "correct", "choose", "select")
 _TAGS = ("<answer>", "<final_answer>", "<final answer>", "<ans>", "[answer]")
 _OPTIONS_FOLLOW = re.compile(r"[^\n]*\n\s*\(?B[.:)]")
 
@@ -114,8 +120,11 @@ def lower(text: str) -> str:
 
 def places(lowered: str, words: tuple[str, ...], floor: int) -> Iterator[tuple[int, str]]:
     """(position, word) of the last MAX_PLACES words at or after `floor`, from the right."""
-    last = {word: lowered.rfind(word, floor) for word in words}
-    last = {word: position for word, position in last.items() if position >= 0}
+    last = {}
+    for word in words:
+        position = lowered.rfind(word, floor)
+        if position >= 0:
+            last[word] = position
     num_places = 0
     for _ in range(MAX_LOOKED_AT):
         if not last or num_places == MAX_PLACES:
@@ -132,9 +141,17 @@ def places(lowered: str, words: tuple[str, ...], floor: int) -> Iterator[tuple[i
                     del last[item]
 
 
-def phrases(text: str, lowered: str, floor: int) -> Iterator[Statement]:
+def answers(text: str, lowered: str, floor: int) -> Iterator[Statement]:
     """What the text says the answer is, from the right; what is refused or supposed is left out."""
-    for position, word in places(lowered, _KEYWORDS, floor):
+    for position, _ in places(lowered, ("ans",), floor):
+        statement = _answer(text, position)
+        if statement is not None:
+            yield statement
+
+
+def choices(text: str, lowered: str, floor: int) -> Iterator[Statement]:
+    """'The final result is 5', 'option B is correct', in the last MAX_TAIL characters."""
+    for position, word in places(lowered, tuple(_FORMS), max(floor, len(text) - MAX_TAIL)):
         statement = _FORMS[word](text, position)
         if statement is not None:
             yield statement
@@ -152,6 +169,9 @@ def _statement(text: str, start: int) -> Statement | None:
 
 
 def _answer(text: str, position: int) -> Statement | None:
+    """'The answer is 5', 'Ans: 5', '5 is our answer', and 'Answer' as a heading."""
+    if text[position + 3 : position + 6].lower() != "wer":
+        return _abbreviation(text, position)
     before = text[max(position - MAX_BEFORE, 0) : position]
     end = position + len("answer")
     heading = _HEADING_AFTER.match(text, end)
@@ -165,12 +185,21 @@ def _answer(text: str, position: int) -> Statement | None:
             return Statement(start, end, stated(value[1]), "phrase", True)
     if _HYPOTHESIS.search(before[-60:]):
         return None
+    denied = _DENIED.match(text, end)
+    if denied is not None:
+        return _denied(text, position, denied.end())
     forward = _FORWARD.match(text, end) or _OF_VALUE.match(text, end)
     return None if forward is None else _statement(text, forward.end())
 
 
+def _denied(text: str, start: int, end: int) -> Statement:
+    """'The answer cannot be 5' as the answer 'not 5', which is none but must not be cut to 5."""
+    answer = stated(text[end : end + MAX_STATED])
+    return Statement(start, end, f"not {answer}", "phrase", False)
+
+
 def _abbreviation(text: str, position: int) -> Statement | None:
-    match = re.compile(r"\s?[.:=]+\s*").match(text, position + len("ans"))
+    match = re.compile(r"\s?[.:=)]+\s*|\s+(?=[\d$\\-])").match(text, position + len("ans"))
     return None if match is None else _statement(text, match.end())
 
 
@@ -200,6 +229,12 @@ def _correct(text: str, position: int) -> Statement | None:
     return Statement(position, position + len("correct"), match["letter"], "phrase", True)
 
 
+def _right(text: str, position: int) -> Statement | None:
+    """'Option B is right': but angle B is right says nothing."""
+    before = text[max(position - 40, 0) : position].lower()
+    return _correct(text, position) if "option" in before or "choice" in before else None
+
+
 def _chosen(text: str, position: int) -> Statement | None:
     """'We choose (B).'"""
     match = _LETTER_AFTER.match(text, position + len("choose"))
@@ -209,12 +244,11 @@ def _chosen(text: str, position: int) -> Statement | None:
 
 
 _FORMS: dict[str, Callable[[str, int], Statement | None]] = {
-    "answer": _answer,
-    "ans": _abbreviation,
     "option": _option,
     "choice": _option,
     "final ": _final,
     "correct": _correct,
+    "right": _right,
     "choose": _chosen,
     "select": _chosen,
 }
@@ -226,14 +260,19 @@ def foreign_phrases(text: str, lowered: str, floor: int) -> Iterator[Statement]:
     labels = ASCII_LABELS if text.isascii() else ALL_LABELS
     for position, label in places(lowered, labels, floor):
         match = ANNOUNCEMENTS[label].match(text, position)
-        statement = _statement(text, match.start("rest")) if match is not None else None
+        if match is None:
+            continue
+        if NEGATION.search(lowered, position + len(label), match.start("rest")):
+            yield _denied(text, position, match.start("rest"))
+            continue
+        statement = _statement(text, match.start("rest"))
         if statement is not None:
             yield statement
 
 
 def hashes(text: str, floor: int) -> Iterator[Statement]:
     """Lines of the form '#### 5', from the right; headings are left out."""
-    end = len(text)
+    end = len(text) if "#" in text else 0
     for _ in range(MAX_PLACES):
         position = text.rfind("####", floor, end)
         if position < 0:
@@ -280,7 +319,8 @@ def answer_line(text: str, floor: int) -> Iterator[Statement]:
 def lone_letter(text: str, floor: int) -> Iterator[Statement]:
     """A last line that is nothing but an option's letter, or 'Therefore (C).'"""
     end = len(text.rstrip())
-    start = max(text.rfind("\n", floor, end) + 1, end - 80, floor)
-    match = _LONE_LETTER.fullmatch(text, start, end)
-    if match is not None:
+    start = max(text.rfind("\n", floor, end) + 1, floor)
+    match = _LONE_LETTER.fullmatch(text, start, end) if end - start < MAX_BEFORE else None
+    previous = text[:start].rstrip().rpartition("\n")[2] if match is not None else ""
+    if match is not None and not _LONE_LETTER.fullmatch(previous[:MAX_BEFORE]):
         yield Statement(match.start("letter"), end, match["letter"], "phrase", True)

@@ -25,8 +25,8 @@ _JOINT = re.compile(
     r"(?:\\q?quad)?[\s$\\]*(?:(?:\\text\{)?\s*(?:and|or)\s*\}?)?[\s,;$&()\[\]\\]*(?:\\q?quad)?[\s$]*"
 )
 _CONNECTOR = re.compile(r",|;|\band\b|\bor\b")
-_LIST_CONNECTOR = re.compile(r",|;|&|\n|\band\b|\bor\b|\bwhile\b")
-_OR = re.compile(r"\bor\b")
+_LIST_CONNECTOR = re.compile(r",|;|&|\n|\band\b|\bor\b|\bwhile\b|\balternatively\b")
+_OR = re.compile(r"\bor\b|\balternatively\b")
 # Between two boxes: the second replaces the first, or is computed from it.
 _NEW_ATTEMPT = re.compile(
     r"\b(?:final\w*|then|wait|no|not|instead|actually|correct\w*|better|now|attempts?|try|rather|but"
@@ -35,16 +35,16 @@ _NEW_ATTEMPT = re.compile(
 )
 _NO_LIST = re.compile(r"[.!?]\s|\n\s*\n|[+*/^<>]|(?<![_\d])\d(?!\d*\})", re.IGNORECASE)
 _ABANDONED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|instead of|rather than|wrong(?:ly)?|incorrect(?:ly)?|mistaken(?:ly)?)|n't"
-    r"|\b(?:first|initial|previous|earlier|old|original)\s+(?:attempt|try|guess|answer|result|thought)"
+    r"(?:\b(?:not|never|instead of|rather than|(?:wrong|incorrect|mistaken)ly|mistake was)|n't"
+    r"|\b(?:wrong|incorrect|mistaken|first|initial|previous|earlier|old|original)\s+(?:attempt|try|guess|answer|result|thought)"
     r"|\bat first,?\s+(?:i|we))"
     r"(?:\s+(?:was|is|be|it|i|we|got|had|answer|value|result|gave|said|wrote|the|as|of|equal to)\b)*"
     r"[\s:,$*(\\\[]*$",
     re.IGNORECASE,
 )
 # One of these stands in whatever that pattern finds: searching for them is faster.
-_HINTS = ("ot", "n't", "ever", "stead", "ather", "rong", "ncorrect", "istake", "irst", "nitial")
-_HINTS += ("revious", "arlier", "old", "riginal", "OT")
+_HINTS = ("not", "n't", "never", "instead", "rather", "wrong", "incorrect", "mistake", "first")
+_HINTS += ("initial", "previous", "earlier", "old ", "original")
 _ABANDONED_AFTER = re.compile(
     r"[\s$*)\\\].]*(?:which\s+)?(?:is|was|would be|turns out to be|looks)\s+"
     r"(?:clearly |obviously |also )?(?:wrong|incorrect|not (?:right|correct|the answer)|a mistake"
@@ -92,6 +92,9 @@ def find_boxes(text: str) -> list[tuple[int, int, str]]:
     start = last = _last_name(text, 0, len(text))
     if last < 0:
         return []
+    only = _only_box(text, last)
+    if only is not None:
+        return [only]
     for _ in range(MAX_JOINED_BOXES - 1):
         position = _last_name(text, max(start - MAX_BOX_CHARS, 0), start)
         if position < 0:
@@ -103,13 +106,28 @@ def find_boxes(text: str) -> list[tuple[int, int, str]]:
     return boxes[-MAX_JOINED_BOXES:]
 
 
+def _only_box(text: str, position: int) -> tuple[int, int, str] | None:
+    """The plain box at `position` where it is the only one: most completions have just that."""
+    start, end = position - 2, text.find("}", position)
+    if end < 0 or not text.startswith("\\boxed{", max(start, 0)):
+        return None
+    content = text[start + 7 : end]
+    if "{" in content or "\\" in content:
+        return None
+    if _last_name(text, max(start - MAX_BOX_CHARS, 0), start) >= 0:
+        return None
+    return start, end + 1, content
+
+
 def _last_name(text: str, low: int, high: int) -> int:
     """Where the last name of a box stands in that stretch; -1 without any."""
     position = text.rfind("oxed", low, high)
-    if text.find("\\", max(low, position), high) >= 0:
-        for name in _NAMES[1:]:
-            position = max(position, text.rfind(name, max(low, position), high))
-    return position
+    if text.rfind("\\", low, high) < 0:
+        return position
+    if text.rfind("box", low, high) > position:  # "box" of "boxed" stands before "oxed"
+        position = max(position, text.rfind("\\fbox", low, high))
+        position = max(position, text.rfind("\\framebox", low, high))
+    return max(position, text.rfind("\\answer{", low, high))
 
 
 def _balanced_boxes(text: str, start: int) -> list[tuple[int, int, str]]:
@@ -159,10 +177,14 @@ def box_group(text: str) -> BoxGroup | None:
         return None
     start, end, content = found[-1]
     is_formatted = text.startswith("\\boxed{", start) and bool(content.strip())
+    if _is_placeholder(content):
+        return BoxGroup((), False, is_formatted, end)
     stated = [box for box in found if _states(text, box)]
     if not stated:
         return BoxGroup((), False, is_formatted, end)
     start, last_end, content = stated[-1]
+    if len(stated) == 1 and "or" not in text[max(start - 100, 0) : last_end + 40]:
+        return BoxGroup((content.strip(),), False, is_formatted, last_end)
     beside = _OR_AFTER.match(text, last_end)
     group = [content] if beside is None else [beside["other"], content]
     is_either = beside is not None
@@ -186,12 +208,18 @@ def box_group(text: str) -> BoxGroup | None:
 def _states(text: str, box: tuple[int, int, str]) -> bool:
     """Does a box state an answer? One that is empty or said to be wrong does not."""
     start, end, content = box
-    if len(content) < 40 and _PLACEHOLDER.fullmatch(content):
+    if not content.strip():
         return False
-    before = text[max(start - 80, 0) : start]
+    before = text[max(start - 80, 0) : start].lower()
     if any(hint in before for hint in _HINTS) and _ABANDONED_BEFORE.search(before):
         return False
     return _ABANDONED_AFTER.match(text, end) is None
+
+
+def _is_placeholder(content: str) -> bool:
+    return (
+        len(content) < 40 and not content.isdigit() and _PLACEHOLDER.fullmatch(content) is not None
+    )
 
 
 def _kind_of_joint(between: str) -> str | None:

@@ -18,11 +18,12 @@ from rewards.announcements import (
     Method,
     Statement,
     answer_line,
+    answers,
+    choices,
     foreign_phrases,
     hashes,
     lone_letter,
     lower,
-    phrases,
     tags,
 )
 from rewards.boxes import BoxGroup, box_group, find_boxes, opener
@@ -78,19 +79,12 @@ def extract(completion: str, extra_tags: ExtraTags = ()) -> Extraction:
         return NOTHING
     group = box_group(text)
     statement = _last_statement(text, group)
-    if statement is None and group is not None:
-        statement = _boxed(group)
     has_format = group is not None and group.is_formatted and not _is_overruled(text)
     if statement is not None:
-        joined: tuple[str, ...] = ()
-        listed: tuple[str, ...] = ()
-        if statement.method == "boxed" and group is not None and len(group.boxes) > 1:
-            joined, listed = (group.boxes, ()) if group.is_either else ((), group.boxes)
-        answer = _spelled(statement.answer)
-        found = Extraction(answer, statement.method, has_format, joined, listed)
+        found = Extraction(_spelled(statement.answer), statement.method, has_format)
         return _revised(found, text, statement.end)
     if group is not None:
-        return Extraction(None, "boxed", has_format)
+        return _revised(_boxed(group, has_format), text, group.end)
     plain = unannounced(text)
     if plain is None:
         return NOTHING
@@ -104,10 +98,15 @@ def _spelled(answer: str) -> str:
     return answer.translate(DIGITS)
 
 
-def _boxed(group: BoxGroup) -> Statement | None:
+def _boxed(group: BoxGroup, has_format: bool) -> Extraction:
+    """What the last box says, with those beside it."""
     if not group.boxes:
-        return None
-    return Statement(group.end, group.end, asked_value(group.boxes[-1]), "boxed", True)
+        return Extraction(None, "boxed", has_format)
+    answer = _spelled(asked_value(group.boxes[-1]))
+    if len(group.boxes) == 1:
+        return Extraction(answer, "boxed", has_format)
+    joined, listed = (group.boxes, ()) if group.is_either else ((), group.boxes)
+    return Extraction(answer, "boxed", has_format, joined, listed)
 
 
 def _last_statement(text: str, group: BoxGroup | None) -> Statement | None:
@@ -121,7 +120,8 @@ def _last_statement(text: str, group: BoxGroup | None) -> Statement | None:
     values: list[Statement] = []
     sentences: list[Statement] = []
     for finder in (
-        phrases(tail, lowered, floor),
+        answers(tail, lowered, floor),
+        choices(tail, lowered, floor),
         foreign_phrases(tail, lowered, floor),
         hashes(tail, floor),
         tags(tail, lowered, floor),
@@ -201,6 +201,7 @@ def extract_boxes(text: str, *, is_gold: bool) -> str | None:
 def phrase_of(text: str) -> str | None:
     """What the last 'the answer is ...' of a text says."""
     lowered = lower(text)
-    for item in itertools.chain(phrases(text, lowered, 0), foreign_phrases(text, lowered, 0)):
-        return item.answer
-    return None
+    finders = (answers, choices, foreign_phrases)
+    found = [next(finder(text, lowered, 0), None) for finder in finders]
+    last = max((item for item in found if item), key=lambda item: item.start, default=None)
+    return None if last is None else last.answer

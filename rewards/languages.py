@@ -96,6 +96,11 @@ ANNOUNCEMENTS: dict[str, re.Pattern[str]] = {
     for labels, copulas in _TABLE
     for label in labels.split("|")
 }
+# Between a label and what follows: the answer is not that.
+NEGATION = re.compile(
+    r"不|非|没|ない|아니|нет|\b(?:no|not|nicht|kein\w*|pas|не|ні|non|niet|nie|não|inte|ikke|ej|tidak"
+    r"|bukan|değil|không|नहीं|ليس|ليست|نیست|nu|ei|nem|δεν)\b"
+)
 ASCII_LABELS = tuple(label for label in ANNOUNCEMENTS if label.isascii())
 ALL_LABELS = tuple(ANNOUNCEMENTS)
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 MAX_AFTERMATH = 600  # characters after a statement that are looked at
+MIN_AFTERMATH = 4  # "or 6"
 
 _VALUE = (
     r"(?P<value>\$[^$\n]{1,200}\$|\*\*[^*\n]{1,100}\*\*"
@@ -41,6 +42,7 @@ _OFFERED = re.compile(
 _HINTS = ("wait", "actually", "oops", "sorry", "hmm", "correction", "scratch", "mistake", "wrong")
 _HINTS += ("incorrect", "not right", "not correct", "error", "i mean")
 _HEDGE = re.compile(r"\b(?:maybe|perhaps|possibly|might|could|(?-i:may))\b", re.IGNORECASE)
+_CONDITION = re.compile(r"\b(?:if|when|unless|otherwise|else)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
@@ -55,7 +57,7 @@ class Revision:
 def revision(text: str, end: int, answer: str) -> Revision:
     """What the text after `end` makes of a statement."""
     rest = text[end : end + MAX_AFTERMATH]
-    if not rest.strip(" .$*)}\n\\]"):
+    if len(rest) < MIN_AFTERMATH or not rest.strip(" .$*)}\n\\]"):
         return Revision(answer)
     lowered = rest.lower()
     if any(hint in lowered for hint in _HINTS):
@@ -71,7 +73,7 @@ def revision(text: str, end: int, answer: str) -> Revision:
 
 def hedged_values(answer: str) -> tuple[str, ...]:
     """The numbers of an answer that wavers between several: '5, but it could be 6'."""
-    if not _HEDGE.search(answer):
+    if not _HEDGE.search(answer) and len(_CONDITION.findall(answer)) < 2:
         return ()
     numbers = tuple(dict.fromkeys(_NUMBER.findall(answer)))
     return numbers if len(numbers) > 1 else ()

@@ -53,9 +53,12 @@ def after_thinking(completion: str, extra_tags: ExtraTags = ()) -> str | None:
     `extra_tags`: further literal (opening, closing) pairs.
     """
     text: str | None = completion
-    if "<|channel|>" in completion or completion.lstrip()[:8] == "analysis":
+    may_have_tags = "<" in completion
+    if (may_have_tags and "<|channel|>" in completion) or completion.lstrip()[:8] == "analysis":
         text = _final_channel(completion)
-    if text is not None and (extra_tags or "<" in text or "THINK]" in text or "◁" in text):
+    may_have_tags = may_have_tags or "◁" in completion or bool(extra_tags)
+    may_have_tags = may_have_tags or ("[" in completion and "THINK]" in completion.upper())
+    if text is not None and may_have_tags:
         text = _outside(text, extra_tags)
         token = _END_TOKEN.search(text)
         text = text if token is None else text[: token.start()]

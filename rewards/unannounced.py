@@ -20,6 +20,8 @@ _TAIL = 6000  # so much of the end is looked through for a check
 _NUMBER = re.compile(
     r"(?<![\w.])[-−+]?\s?[$€£]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:\s?/\s?\d[\d,]*)?(?:\s?\\?%)?|(?<![\w.])-?\.\d+"
 )
+_NUMBER_CHARS = frozenset("0123456789.,/$€£%\\-−+ \t\n")
+_ARROW = re.compile(r"^(?:∴|⇒|=>|→|⟹)\s*")
 _BOLD = re.compile(r"\*\*([^*\n]{1,400})\*\*")
 _BOLD_LABEL = re.compile(r"^[A-Za-z][A-Za-z ]{0,40}[:=]\s*(?=[-$\d\\(])")
 _HEADER = re.compile(r"(?:step|part|case|problem|solution|example|method)\b", re.IGNORECASE)
@@ -37,6 +39,10 @@ _CHECK = re.compile(
     r"(?::|\.|,|\n|the answer|the result|the solution|this|that|our|by|with|it\b|if)",
     re.IGNORECASE,
 )
+_EXPLANATION = re.compile(
+    r"^(?P<value>[^\n]{1,120})\n\s*[*_#\s]*(?:explanation|reasoning|justification|here's why|why)\b",
+    re.IGNORECASE,
+)
 _CONCLUSION = re.compile(
     r"\b(?:so|thus|hence|therefore|in total|altogether|finally)\b", re.IGNORECASE
 )
@@ -46,6 +52,7 @@ _JUDGED = re.compile(
     r"\**(?P<word>true|false|correct|incorrect|valid|invalid)\b",
     re.IGNORECASE,
 )
+_REASON = re.compile(r"\**[,;:]?\s+(?:since|because|as)\b")
 _YES_NO = re.compile(
     r"[\s*_(]*(?:\W*(?:so|thus|hence|therefore)\W+)?(?P<word>yes|no|true|false)\b(?=\**\s*[,.;:!—–-]|\**\s*$)",
     re.IGNORECASE,
@@ -53,8 +60,13 @@ _YES_NO = re.compile(
 _LEADING_WORDS = re.compile(
     r"\b(?:negative|minus|at least|at most|(?:no )?(?:more|less|fewer|greater|larger|smaller) than|over"
     r"|under|above|below|half(?: of)?|twice|double|triple|a (?:third|quarter) of|not|never|except|but"
-    r"|anything but|(?:square|cube|multiples?|factors?|power|root)s? of|up to|± ?|plus or minus)\s+$",
+    r"|anything but|(?:square|cube|multiples?|factors?|power|root)s? of|up to|± ?|plus or minus"
+    r"|(?:not|never|cannot|can't|n't)\s+(?:be|equal))\s+$",
     re.IGNORECASE,
+)
+_LEADING_ENDS = frozenset(
+    "negative minus least most than over under above below half of twice double triple not never"
+    " except but to ± be equal".split()
 )
 _TRAILING_WORDS = re.compile(
     r"\s+(?:squared|cubed|hundred|thousand|million|billion|trillion|dozen|percent|times|choose|or more"
@@ -70,9 +82,9 @@ _ALTERNATIVE = re.compile(
 )
 _BETWEEN = re.compile(r"\bbetween\s+[$\d.,/-]+\s+and\s+$", re.IGNORECASE)
 _EARNED = re.compile(
-    r"\b(?:earn|pay|paid|cost|spen[dt]|save|make|made|owe|receive|charge|get|got|raise|sold|sell|lose|lost"
-    r"|ha[sd]|donate|collect)\w*\s+(?P<money>\\?[$€£]\s?\d[\d,]*(?:\.\d+)?)\s+(?:in|for|over|after|during"
-    r"|within|per|each|every|on|from|by)\s+[^.\d]{0,30}\d+\s+[^.\d]*$",
+    r"\b(?:earn|pay|paid|cost|spen[dt]|save|make|made|owe|receive|charge|get|got|raise|sold|sell|lose"
+    r"|lost|ha[sd]|donate|collect)\w*\s+(?P<money>\\?[$€£]\s?\d[\d,]*(?:\.\d+)?)\s+(?:in|for|over|after"
+    r"|during|within|per|each|every|on|from|by)\s+[^.\d]{0,30}\d+\s+[^.\d]*[.!]?\s*$",
     re.IGNORECASE,
 )
 _ALIGNED = re.compile(
@@ -87,12 +99,12 @@ def unannounced(text: str) -> tuple[str, bool] | None:
     judged = _judgement(text)
     if judged is not None:
         return judged, False
-    if "**" in text and (bold := _last_bold(text)) is not None:
+    if "*" in text and (bold := _last_bold(text)) is not None:
         return bold, True
-    if "\\begin{" in text and (rows := _last_rows(text)) is not None:
+    if "\\" in text and (rows := _last_rows(text)) is not None:
         return rows, False
     answer = _whole(text) or _last_maths(text)
-    if answer is None and "**" in text:
+    if answer is None and "*" in text:
         contents = _BOLD.findall(text)
         return (contents[-1].strip(), True) if contents else None
     return None if answer is None else (answer, False)
@@ -100,41 +112,52 @@ def unannounced(text: str) -> tuple[str, bool] | None:
 
 def without_remarks(text: str) -> str:
     """The text without its closing remarks to the reader and its closing check."""
-    body = text.rstrip()
+    body = text.strip()
+    explained = _EXPLANATION.match(body)
+    if explained is not None and is_value(stated(explained["value"])):
+        return explained["value"]
     for _ in range(MAX_REMARKS):
         start = _last_sentence(body)
         if start == 0 or not _REMARK.match(body[start : start + MAX_SENTENCE]):
             break
         body = body[:start].rstrip()
     offset = max(len(body) - _TAIL, 0)
+    if not any(body.rfind(hint, offset) >= 0 for hint in ("heck", "erif", "roof")):
+        return body if any(c.isalnum() for c in body) else text
+    concluded = max((match.start() for match in _CONCLUSION.finditer(body, offset)), default=-1)
     for check in _CHECK.finditer(body, offset):
-        is_last_word = _CONCLUSION.search(body, check.end()) is None
-        if is_last_word and any(c.isdigit() for c in body[offset : check.start()]):
+        if check.end() > concluded and any(c.isdigit() for c in body[offset : check.start()]):
             return body[: check.start() + 1]
     return body if any(c.isalnum() for c in body) else text
 
 
 def _last_sentence(text: str) -> int:
-    """Where the last sentence or line begins."""
+    """Where the last sentence or line begins; no further back than MAX_SENTENCE."""
     stop = len(text) - 1
-    return max(
-        text.rfind("\n", 0, stop) + 1,
-        *(text.rfind(end, 0, stop) + len(end) for end in (". ", "! ", "? ", "$$ ") if end in text),
-        0,
-    )
+    low = max(stop - MAX_SENTENCE, 0)
+    begins = [text.rfind(end, low, stop) + len(end) for end in ("\n", ". ", "! ", "? ", "$$ ")]
+    return max(begin if begin > low + 2 else low for begin in begins)
 
 
 def _judgement(text: str) -> str | None:
     """True or False of 'the statement is not true', the sentence of 'No, it diverges'."""
     sentence = text[_last_sentence(text) :][:MAX_SENTENCE]
-    judged = _JUDGED.search(sentence)
-    if judged is not None and not _NUMBER.search(sentence):
+    judged = _JUDGED.search(sentence) if " is " in sentence else None
+    if judged is not None and not _NUMBER.search(_without_reason(sentence, judged)):
         is_true = judged["word"].lower() in ("true", "correct", "valid")
         return "True" if is_true != bool(judged["not"]) else "False"
     opening = _YES_NO.match(sentence)
     if opening is None:
         return None
-    return sentence.strip() if _NUMBER.search(sentence) else stated(sentence) or None
+    sentence = sentence[opening.start("word") :].strip()
+    return sentence if _NUMBER.search(sentence) else stated(sentence) or None
+
+
+def _without_reason(sentence: str, judged: re.Match[str]) -> str:
+    """The sentence without the reason that stands behind its judgement."""
+    is_plain = judged["word"].lower() in ("true", "false")
+    has_reason = is_plain and _REASON.match(sentence, judged.end())
+    return sentence[: judged.end()] if has_reason else sentence
 
 
 def _last_bold(text: str) -> str | None:
@@ -150,6 +173,8 @@ def _last_bold(text: str) -> str | None:
 
 def _last_rows(text: str) -> str | None:
     """The end of an aligned computation that ends the text: the last row, or the last values."""
+    if text.rfind("\\begin{") < 0:
+        return None
     blocks = list(_ALIGNED.finditer(text[-_TAIL:]))
     if not blocks or num_prose_words(text[-_TAIL:][blocks[-1].end() :]):
         return None
@@ -173,6 +198,9 @@ def _whole(text: str) -> str | None:
     text = text.strip()
     if not text or len(text) > MAX_WHOLE_CHARS or "\n" in text:
         return None
+    text = _ARROW.sub("", text)
+    if text[0:1] in "*_" and text[-1:] == text[0:1]:
+        text = text.strip("*_")
     if not any(character.isalnum() for character in text):
         return None
     num_words = num_prose_words(text)
@@ -184,6 +212,8 @@ def _whole(text: str) -> str | None:
 def last_formula(text: str) -> tuple[int, str] | None:
     """(end, content) of the last `$..$`, `\\(..\\)` or `\\[..\\]` that reads as a formula."""
     best: tuple[int, str] | None = None
+    if "$" not in text and "\\" not in text:
+        return None
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
         end = text.rfind(closing)
         if end < 0:
@@ -212,7 +242,9 @@ def last_number(text: str) -> tuple[int, str] | None:
     end = max(text.rfind(digit) for digit in "0123456789") + 1
     if end == 0:
         return None
-    start = max(end - MAX_NUMBER_CHARS, 0)
+    start, low = end - 1, max(end - MAX_NUMBER_CHARS, 0)
+    while start > low and text[start - 1] in _NUMBER_CHARS:
+        start -= 1
     matches = list(_NUMBER.finditer(text, start, min(end + 3, len(text))))
     return (matches[-1].end(), matches[-1].group()) if matches else None
 
@@ -243,10 +275,19 @@ def _last_maths(text: str) -> str | None:
 def _widened(text: str, start: int, end: int, content: str) -> str:
     """The value between start and end, with the words beside it that change it."""
     before = text[max(start - 120, 0) : start]
-    money = _EARNED.search(text[max(start - 120, 0) : end + 120])
-    if money is not None:
-        return money["money"]
-    first = _ALTERNATIVE.search(before) or _BETWEEN.search(before) or _LEADING_WORDS.search(before)
+    if any(sign in before for sign in "$€£"):
+        money = _EARNED.search(text[max(start - 120, 0) : end + 120])
+        if money is not None:
+            return money["money"]
+    words = before.rsplit(None, 1)
+    first = None
+    if words and words[-1].lower() in _LEADING_ENDS:
+        before = before[-25:]
+        first = _LEADING_WORDS.search(before)
+    elif "or" in before[-30:] or before.rstrip().endswith(("-", "–")):
+        first = _ALTERNATIVE.search(before)
+    elif "and" in before[-6:]:
+        first = _BETWEEN.search(before)
     after = _TRAILING_WORDS.match(text, end)
     if first is None and after is None:
         return content

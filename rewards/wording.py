@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 
 from rewards.languages import COUNTERS, DIGITS, HAS_DIGITS, PARTICLES, SENTENCE_END
-from rewards.vocabulary import UNITS
+from rewards.units import is_unit
 
 MAX_STATED = 2000
 MAX_VALUE = 300  # a stated value is not longer
 
 _SENTENCE_END = re.compile(
     r"(?<!\bvs)(?<!\bSt)(?<!\.)\.(?=\s+[A-Z\"'(]|\s*$)|(?<![\d)])[!?](?=\s+[A-Z\"'(])"
-    r"|(?<=[\d)][!?])(?=\s+[A-Z\"'(])|\n"
+    r"|(?<=[\d)][!?])(?=\s+[A-Z\"'(])|\n|</[a-z_]+>"
 )
 _SYMBOLS = re.compile(r"[\u2190-\u21ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\U0001f000-\U0001faff✓✔☑]+")
 _OPENING = {")": "(", "}": "{", "]": "["}
@@ -26,26 +26,31 @@ _DECORATION = " \t\r\n*_`\"'“”‘’«»"
 # Words that open a clause about the answer. After punctuation, or before it where that is safe.
 _CLAUSE = re.compile(
     r"\s*[,;:.–—-]*\s(?:because|since|as (?:required|expected|desired|needed|shown|stated|we|it|there)"
-    r"|which|meaning|representing|corresponding to|obtained|rounded|i\.?e\.|that is|namely|given that"
+    r"|which|meaning|representing|corresponding to|obtained|rounded|that is|namely|given that"
     r"|assuming|where (?:the|we|it|she|he|each|all)|so (?:the|that|we|it|she|he|there|they)\b"
-    r"|according to|after (?:rounding|simplif)|when rounded|with equality|attained|achieved)\b"
+    r"|according to|thanks to|due to|owing to|after (?:rounding|simplif)|when rounded|with equality|attained|achieved"
+    r"|by \w+ing|and (?:it|this|that|we|they|so))\b"
     r"|\s*[,;]\s*(?:which|that(?:'s| is)|this|these|it|they|there|so|hence|thus|therefore|and so"
     r"|and (?:this|that|it|we|the answer|therefore|thus|hence)|making|giving|leaving|showing|but"
     r"|the|we|she|he|as|note|while|with (?:the|a)|matching|confirming|if you|obtained|rounded"
-    r"|reached|occurring|found|verified|checked|done|right|correct)\b"
+    r"|reached|occurring|by|found|verified|checked|done|right|correct)\b"
+    r"|[\s,;(]+i\.?\s?e\.|\s—\s|(?<=[a-z]{3}):\s"
     r"|\s(?:altogether|in total|in all|all together|overall)\b"
     r"|\s[-–—]+\s(?=(?:the|that|this|which|it|an|since|because|so|we|my|her|his|their)\b)"
     r"|\s*[，；](?=[^\dA-Za-z$\\\s-])",
     re.IGNORECASE,
 )
 # A remark in brackets: words, not a modulus, a base, a condition or another answer.
-_REMARK = re.compile(r"(?<=[\w$}).%\]*])\s*[(（](?P<remark>[^()（）]*)[)）]")
+_REMARK = re.compile(
+    r"(?<=[\w$}).%\]*])(?:\s*[(（](?P<remark>[^()（）]*)[)）]|\s\[(?P<note>[^\[\]]*)\])"
+)
 _KEPT_REMARK = re.compile(
     r"\s*(?:or|mod|base|if|unless|except|when|for|only|and|maybe|possibly|perhaps|approx\w*|about"
     r"|to|in base|inclusive|exclusive|at|with|where|per|each|times|squared|cubed|negative)\b",
     re.IGNORECASE,
 )
 _MAGNITUDE = re.compile(r"\b(?:hundred|thousand|million|billion|dozen|percent)", re.IGNORECASE)
+_IN_SCALE = re.compile(r"\s*in (hundred|thousand|million|billion|dozen)s\b")
 _LONG_WORD = re.compile(r"[A-Za-z]{3,}")
 _HEDGE = re.compile(
     r"\b(?:or|either|maybe|perhaps|possibly|might|(?-i:may)|could|alternatively|unless|except|if|wrong"
@@ -56,7 +61,15 @@ _VALUE = re.compile(r"\d|\$|\\[a-z(]")
 _NUMBER = r"[-+−]?\$?\\?\(?[-+−]?\$?\d[\d,./]*(?:\\?%|\$)?\)?|\$[^$]{1,80}\$|\(?[A-J]\)?"
 _INSTEAD = re.compile(
     r"\s*[,;(–—-]?\s*\b(?:and |but )?(?:not|rather than|instead of|as opposed to|and not)\s+"
-    rf"(?:{_NUMBER})(?:\s[a-z]+)?\)?$"
+    rf"(?:{_NUMBER})(?:\s[a-z]+)?\)?$|\s*,\s*not\s[a-z][a-z ]{{2,30}}$"
+)
+_TOMBSTONE = re.compile(
+    r"\$?\\(?:blacksquare|square|qed|Box|checkmark)(?![A-Za-z])\$?|[∎■□]|\bQED\b"
+)
+# 'B (12 cm)', 'B, 12 cm': an option with its content.
+_OPTION = re.compile(
+    r"^\(?(?P<letter>[A-J])\)?(?:,|\s[–—-]+(?=.*[a-z]{2})|(?=\s\())\s+(?!and\b|or\b|not\b)"
+    r"\(?(?P<content>[^()]*(?:\d|\$|[a-z]{3})[^()]*)\)?$"
 )
 _NOT_BUT = re.compile(
     rf"^not\s+(?:{_NUMBER}|[a-z]+)\s*,?\s+but(?:\s+rather)?\s+(?=\S)", re.IGNORECASE
@@ -125,7 +138,10 @@ def stated(text: str) -> str:
 
     Example: ``stated("72 clips (36 in each month), as required. Hope it helps.")`` is "72 clips".
     """
-    sentence = " ".join(first_sentence(text[:MAX_STATED]).split())
+    text = text[:MAX_STATED]
+    if "\\" in text or not text.isascii() or "QED" in text:
+        text = _TOMBSTONE.sub("", text)
+    sentence = " ".join(first_sentence(text).split())
     if not sentence.isascii():
         sentence = COUNTERS.sub("", PARTICLES.sub("", _SYMBOLS.sub("", sentence)))
         if HAS_DIGITS.search(sentence):
@@ -133,7 +149,10 @@ def stated(text: str) -> str:
     elif "'" in sentence:
         sentence = PARTICLES.sub("", sentence)
     sentence = _FILLER.sub("", sentence.strip(_DECORATION))
-    if " " in sentence or "(" in sentence:
+    if any(character in sentence for character in " (（"):
+        option = _OPTION.match(sentence) if len(sentence) <= MAX_VALUE else None
+        if option is not None:
+            return f"({option['letter']}) {_undecorated(option['content'])}"
         sentence = _without_clauses(sentence)
     return asked_value(_undecorated(sentence))
 
@@ -151,7 +170,7 @@ def _without_clauses(sentence: str) -> str:
     if corrections and sentence[corrections[-1].end() :].strip():
         sentence = sentence[corrections[-1].end() :]
     sentence = _NOT_BUT.sub("", sentence)
-    if "(" in sentence or "（" in sentence:
+    if any(bracket in sentence for bracket in "(（["):
         sentence = _REMARK.sub(_drop_remark, sentence)
     sentence = _cut(sentence)
     sentence = _INSTEAD.sub("", sentence)
@@ -159,14 +178,17 @@ def _without_clauses(sentence: str) -> str:
     if counted is not None and not _TAIL_WITH_MEANING.search(counted["tail"].lower()):
         sentence = counted["head"]
     sums = _SUMS.match(sentence) if len(sentence) <= MAX_VALUE else None
-    if sums is not None and sums["noun"].strip(" .") not in UNITS:
+    if sums is not None and not is_unit(sums["noun"].strip(" .")):
         sentence = sentence[: sums.start("noun")]
     return sentence
 
 
 def _drop_remark(match: re.Match[str]) -> str:
-    remark = match["remark"]
-    if remark.strip() in UNITS:
+    remark = match["remark"] if match["remark"] is not None else match["note"]
+    scale = _IN_SCALE.match(remark)
+    if scale is not None:
+        return f" {scale[1]}"
+    if is_unit(remark.strip()):
         return f" {remark.strip()}"
     is_value = _VALUE.search(remark) is not None
     if (
@@ -175,6 +197,9 @@ def _drop_remark(match: re.Match[str]) -> str:
         or (is_value and _HEDGE.search(remark))
     ):
         return match.group()
+    head, _, last = match.string[: match.start()].strip(), *remark.rpartition("=")[1:]
+    if last and last.strip(" .$") == head.strip(" $"):
+        return ""  # 72 (36 + 36 = 72)
     if re.match(r"not\s", remark) or _LONG_WORD.search(remark):
         return ""
     return match.group()

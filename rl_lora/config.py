@@ -76,7 +76,10 @@ class SourceSection(Section):
     name: str  # e.g. gsm8k, math500, aime24, a path, or reasoning_gym:chain_sum
     split: str | None = None
     question: str | None = None  # column of the question, if not one that is known
-    answer: str | None = None  # column of the gold answer
+    answer: str | None = None  # column of the gold answer; `a.b`: field b of column a
+    # What a list of answers means: any of them counts, or all of them together are the answer.
+    # None: see rl_lora.layouts.
+    list_answers: Literal["any", "all"] | None = Field(None, exclude_if=lambda value: value is None)
     num_rows: int | None = Field(None, ge=1)  # first rows only; rows made, for a generator
     seed: int = 0  # of a generator
     options: dict[str, Any] = Field(default_factory=dict)  # of a generator

@@ -14,6 +14,7 @@ from rich.text import Text
 from rewards import Score, load_reward
 from rl_lora.errors import UserError
 from rl_lora.exam_files import find_exam, read_exam
+from rl_lora.references import score_best
 from rl_lora.results import ExamScores, ProblemRecord, SampleRecord, exam_scores
 from rl_lora.tables import accuracy_name, accuracy_text, printable
 
@@ -88,7 +89,7 @@ def regrade(
     with load_reward(
         name, policy=rules, format_weight=weight, num_workers=num_workers, timeout_s=timeout_s
     ) as scorer:
-        scores = scorer.score_batch([sample.completion for sample in samples], references)
+        scores = score_best(scorer, [sample.completion for sample in samples], references)
     graded_N = _with_scores(problems_N, scores)
     return Regrade(
         exam=str(path),

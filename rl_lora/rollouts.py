@@ -10,6 +10,7 @@ from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecu
 
 from rewards import Reward
 from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.references import score_best
 from rl_lora.sampler import OnGroup, Sampler
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, SampleParams
 
@@ -53,7 +54,7 @@ def score_groups(
         for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
         for _ in completions_G
     ]
-    scored = reward.score_batch(texts, references)
+    scored = score_best(reward, texts, references)
     for score, reference in zip(scored, references, strict=True):
         if not math.isfinite(score.reward):
             raise UserError(

@@ -82,7 +82,7 @@ def test_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "line 1: not JSON"),
+        ("{", "line 1 is not JSON"),
         ("[1]", "line 1: not a JSON object"),
         ('{"text": "5", "gold": "5"}', "line 1: no completion; expected a string under one of"),
         ('{"completion": "5"}', "line 1: no reference"),

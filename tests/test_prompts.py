@@ -119,8 +119,8 @@ def test_held_out_rows_follow_the_seed(tmp_path: Path) -> None:
 
 
 def test_training_questions_that_the_exam_has_are_dropped_and_counted(tmp_path: Path) -> None:
-    train = write_rows(tmp_path / "a" / "train.jsonl", [*numbered(4), "Shared  question?"])
-    exam = write_rows(tmp_path / "b" / "test.jsonl", ["shared question", "another"])
+    train = write_rows(tmp_path / "a" / "train.jsonl", [*numbered(4), "A  shared question."])
+    exam = write_rows(tmp_path / "b" / "test.jsonl", ["A shared question", "another"])
     sets = load(train=train, eval=exam)
     assert [prompt.prompt_id for prompt in sets.train] == ["a/0", "a/1", "a/2", "a/3"]
     assert [prompt.prompt_id for prompt in sets.eval] == ["b-eval/0", "b-eval/1"]
@@ -325,5 +325,5 @@ def test_real_math_training_set_loses_the_two_problems_of_the_exam(shared_dir: P
     sets = load(
         5000, train=str(folder / "rllm_train" / "math.json"), eval=str(folder / "test.jsonl")
     )
-    assert (len(sets.train), len(sets.eval)) == (7466, 5000)
+    assert (len(sets.train), len(sets.eval)) == (7467, 5000)
     assert "2 also in the exam" in sets.notes[1]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rl_lora import adapter as adapters
-from rl_lora.config import RunConfig, apply_overrides, check_served, load_config, parse_config
+from rl_lora.config import RunConfig, check_served, load_config, parse_config
 from rl_lora.contamination import contamination_notes
 from rl_lora.display import Display
 from rl_lora.errors import UserError
@@ -19,6 +19,7 @@ from rl_lora.evaluate import evaluate
 from rl_lora.exam_files import SUFFIX
 from rl_lora.fit_adapter import common_settings, fitted
 from rl_lora.job import Job, check_run_folder, exam_identity, open_job
+from rl_lora.overrides import apply_overrides
 from rl_lora.paired import PairedResult, compare_exams
 from rl_lora.prompts import HELD_OUT
 from rl_lora.results import EvalResult
@@ -165,7 +166,7 @@ def _settings(target: Path, overrides: list[str]) -> RunConfig:
     """The job's settings, of a run folder or a config file."""
     if not target.is_dir():
         return load_config(target, overrides)
-    return parse_config(apply_overrides(read_record(target)["config"], overrides))
+    return parse_config(apply_overrides(read_record(target)["config"], overrides, RunConfig))
 
 
 def _choose(target: Path, name: str | None) -> Policy:

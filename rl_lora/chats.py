@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rl_lora.columns import unpack
 from rl_lora.errors import UserError
 from rl_lora.layouts import DataRow, parse_rows
 from rl_lora.prompts import finish_solution
@@ -81,7 +82,7 @@ def parse_chats(
     Raises:
         UserError: no layout fits, or a given column is not there.
     """
-    raws = list(raws)
+    raws = [unpack(raw, f"{where}, row {index}") for index, raw in enumerate(raws)]
     columns = {str(column) for raw in raws for column in raw}
     found = ", ".join(sorted(columns)) or "none"
     for key, column in (("question", prompt), ("answer", completion)):

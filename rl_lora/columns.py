@@ -12,9 +12,17 @@ from rl_lora.jsonl import parse_json
 
 Raw = Mapping[str, Any]
 
-_CHATS = ("messages", "conversations")  # columns
-_PACKED = (*_CHATS, "prompt", "completion", "reward_model", "extra_info")
-_LOOKS_PACKED = re.compile(r"""\s*(\[\s*)?\{\s*['"]\w+['"]\s*:""")
+# Columns that hold chats or objects, and how their text begins where it is one of these.
+_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+_OBJECT = re.compile(r"""\s*\{\s*['"]\w+['"]\s*:""")
+_PACKED = {
+    "messages": re.compile(""),
+    "conversations": re.compile(""),
+    "prompt": _TURNS,
+    "completion": _TURNS,
+    "reward_model": _OBJECT,
+    "extra_info": _OBJECT,
+}
 # Where a question or a gold answer is likely to be within an object, most likely first.
 _LIKELY = {
     "question": ("question", "problem", "prompt", "text", "content", "value"),
@@ -52,9 +60,9 @@ def unpack(raw: Raw, where: str) -> Raw:
         UserError: the text of such a column is no JSON.
     """
     packed = {}
-    for column in _PACKED:
+    for column, beginning in _PACKED.items():
         text = raw.get(column)
-        if isinstance(text, str) and (column in _CHATS or _LOOKS_PACKED.match(text)):
+        if isinstance(text, str) and beginning.match(text):
             packed[column] = parsed(text)
             if not isinstance(packed[column], list | dict):
                 raise UserError(
@@ -79,7 +87,7 @@ def check_text(value: Any, key: str, column: str, where: str) -> None:
         if isinstance(item, Mapping):
             at = f"{column}.{place}" if item is not value else column
             fields = ", ".join(str(field) for field in item)
-            better = _text_field(item, _LIKELY[key])
+            better = _text_field(item, key)
             fix = f"name the field by {key}={at}.{better}" if better else "name a column of text"
             raise UserError(
                 f"{where}: {what} (column {column!r}) is an object with the fields {fields}; {fix} "
@@ -87,16 +95,16 @@ def check_text(value: Any, key: str, column: str, where: str) -> None:
             )
 
 
-def _text_field(value: Mapping[str, Any], likely: tuple[str, ...]) -> str | None:
-    """The dotted name of the likeliest field that holds text or a number; None: there is none."""
-    rank = {name: place for place, name in enumerate(likely)}
-    names = sorted(value, key=lambda name: rank.get(name, len(rank)))
-    for name in names:
+def _text_field(value: Mapping[str, Any], key: str) -> str | None:
+    """The dotted name of the likeliest field that holds a question or gold; None: there is none."""
+    likely = _LIKELY[key]
+    kinds = str if key == "question" else str | int | float | Decimal
+    for name in sorted(value, key=lambda one: likely.index(one) if one in likely else len(likely)):
         field = value[name]
         items = field if isinstance(field, list) and field else [field]
-        if all(isinstance(item, str | int | float | Decimal) for item in items):
+        if all(isinstance(item, kinds) for item in items):
             return name
-        if isinstance(field, Mapping) and (inner := _text_field(field, likely)):
+        if isinstance(field, Mapping) and (inner := _text_field(field, key)):
             return f"{name}.{inner}"
     return None
 

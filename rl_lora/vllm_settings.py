@@ -22,6 +22,7 @@ from rl_lora.variants import served_rank
 RANK_SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM rounds an adapter's rank up to one
 CPU_NUM_SEQS = 128  # sequences decoded at once
 CPU_BATCHED_TOKENS = 2048  # tokens of one step
+GPU_BATCHED_TOKENS = 2048  # vLLM's least for a step, and it refuses more sequences than tokens
 CPU_BLOCK_SIZE = 32  # tokens of a KV cache block, the unit of prefix caching
 CPU_COMPILED_STEPS = 20_000  # decoding steps from which on compiling the model pays on a CPU
 CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the KV cache
@@ -78,6 +79,8 @@ def engine_settings(
     if has_own_head(model_dir, AutoConfig.from_pretrained(model_dir)):
         # vLLM goes by the config and would take the embedding, the learner by the files.
         settings["hf_overrides"] = {"tie_word_embeddings": False}
+        if settings["max_num_seqs"] > GPU_BATCHED_TOKENS:
+            settings["max_num_batched_tokens"] = settings["max_num_seqs"]
     if lora.mode == "lora" and not is_merged:
         rank = served_rank(lora)
         settings["enable_lora"] = True

@@ -585,6 +585,10 @@ def test_engine_settings(model_dir: Path) -> None:
     assert gpu["gpu_memory_utilization"] == 0.3
     assert "kv_cache_memory_bytes" not in gpu
     assert settings_of(model_dir, "cuda", 1, eager=True, max_num_seqs=7)["max_num_seqs"] == 7
+    assert "max_num_batched_tokens" not in gpu
+    # vLLM refuses more sequences than tokens in a step.
+    many = settings_of(model_dir, "cuda", 1, max_num_seqs=5000)
+    assert many["max_num_batched_tokens"] == 5000
 
 
 @pytest.fixture

@@ -73,6 +73,10 @@ def engine_settings(
         )
     else:
         settings["gpu_memory_utilization"] = sampling.memory_fraction
+        # Graphs of their own for batches without adapter, which then skip its kernels.
+        settings["compilation_config"] = {"cudagraph_specialize_lora": True}
+        if sampling.attention_backend is not None:
+            settings["attention_backend"] = sampling.attention_backend
     if lora.mode == "lora" and not is_merged:
         rank = served_rank(lora)
         settings["enable_lora"] = True

@@ -13,8 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -50,6 +48,8 @@ def main() -> int:
         parser.error(str(error))
     if missing := [path for path in options.gguf if not path.is_file()]:
         parser.error(f"--gguf: no file {missing[0]}")
+    import torch
+
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
     context = Context(torch.device(options.device), options.out, options.work, tuple(options.gguf))

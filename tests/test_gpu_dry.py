@@ -76,6 +76,7 @@ def test_the_cuda_path_up_to_the_kernels(tmp_path: Path) -> None:
     assert found == {
         "is_process_kept": True,
         "unknown_calls": [],
+        "kernels": ["flash_attn_varlen_func", "rms_norm", "fwd"],
         "versions": ["0.26.0", "2.11.0+cu130"],
         "llama": EXPECTED | {"model": "LlamaForCausalLM"},
         "qwen3": EXPECTED | {"model": "Qwen3ForCausalLM"},

@@ -44,6 +44,7 @@ def main() -> None:
     with process_kept():
         import vllm as package
 
+        found["kernels"] = kernels()
         found["versions"] = [package.__version__, torch.__version__]
         for name, path in shapes.items():
             found[name] = configured(vllm, path)
@@ -54,6 +55,29 @@ def main() -> None:
         for number, (name, path) in enumerate(shapes.items()):
             found[name] |= hot_loaded(vllm, path, folder / "adapters", number)
     print(json.dumps(found))
+
+
+def kernels() -> list[str]:
+    """What `gpu_check.libraries` calls, of the libraries that load without a GPU, too."""
+    import vllm._custom_ops  # noqa: F401  # loads the kernels
+    import vllm.vllm_flash_attn as flash
+
+    from gpu_check.libraries import flash_attention, heads
+
+    signature, found = inspect.signature(flash.flash_attn_varlen_func), []
+
+    def call(**keywords: Any) -> torch.Tensor:
+        signature.bind(**keywords)
+        found.append("flash_attn_varlen_func")
+        return keywords["q"]
+
+    flash.flash_attn_varlen_func, kept = call, flash.flash_attn_varlen_func
+    try:
+        flash_attention(*heads(CPU, torch.bfloat16))
+    finally:
+        flash.flash_attn_varlen_func = kept
+    operators = {"rms_norm": torch.ops._C, "fwd": torch.ops._vllm_fa3_C}
+    return found + [name for name, library in operators.items() if hasattr(library, name)]
 
 
 def unknown_calls(vllm: SimpleNamespace) -> list[str]:

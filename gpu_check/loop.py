@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def _run(context: Context, name: str, overrides: list[str]) -> dict[str, Any]:
         f"optim.microbatch_tokens={16384 if context.is_gpu else 1024}",
         *overrides,
     ]
+    shutil.rmtree(context.work / "runs" / name, ignore_errors=True)  # of an earlier check
     outcome = train(load_config(config, settings), quiet=True)
     rows = [json.loads(line) for line in _lines(outcome.folder / "metrics.jsonl")]
     return {

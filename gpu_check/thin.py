@@ -4,7 +4,7 @@ Its fat binaries lie in the ELF section .nv_fatbin: each a header (magic, header
 follows) and entries (kind, header size, payload size, architecture at byte 28). Those of other
 architectures are dropped, the rest moved to the front, and the freed bytes set to zero, which
 compress to nothing. No section, symbol or address changes. A fat binary without code for the
-architecture keeps its smallest entry: the driver passes it over, as it did before.
+architecture keeps its smallest code of another: the driver passes it over, as it did before.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def thin(library: bytes, arch: int) -> tuple[bytes, int]:
             entries = list(_entries(data, first, stop))
             own = [piece for kind, found, piece in entries if (kind, found) == (CUBIN, arch)]
             num_kept += len(own)
-            kept = b"".join(own or [min((piece for _, _, piece in entries), key=len)])
+            foreign = [piece for kind, _, piece in entries if kind == CUBIN]
+            kept = b"".join(own or [min(foreign or [entries[0][2]], key=len)])
             data[first:stop] = kept.ljust(size, b"\0")
             struct.pack_into("<Q", data, position + 8, len(kept))
             position = -(-stop // 8) * 8

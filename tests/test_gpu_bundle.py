@@ -46,7 +46,7 @@ def test_code_for_one_architecture_is_kept_where_it_was() -> None:
     old, own, more = entry(2, 80, b"a" * 24), entry(2, 90, b"b" * 16), entry(2, 90, b"c" * 8)
     ptx = entry(1, 90, b"p" * 16)
     smallest = entry(2, 75, b"s" * 8)
-    two = fatbin(old, own, ptx, more) + fatbin(entry(2, 80, b"d" * 40), smallest)
+    two = fatbin(old, own, ptx, more) + fatbin(entry(1, 90, b""), entry(2, 80, b"d" * 40), smallest)
     library = elf(two, b"machine code of the host")
     thinned, num_kept = thin(library, 90)
     assert num_kept == 2
@@ -56,7 +56,7 @@ def test_code_for_one_architecture_is_kept_where_it_was() -> None:
     assert thinned[64:].startswith(first + bytes(freed))
     second = 64 + len(first) + freed
     kept = struct.pack("<IHHQ", FATBIN_MAGIC, 1, 16, len(smallest)) + smallest
-    assert thinned[second:].startswith(kept + bytes(64 + 40))
+    assert thinned[second:].startswith(kept + bytes(64 + 64 + 40))
     unchanged = 64 + len(two)
     assert thinned[unchanged:] == library[unchanged:]
     assert thin(thinned, 90) == (thinned, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from rl_lora.config import LoraSection
 from rl_lora.liveness import check_step
 from rl_lora.sampler import Sampler
 from rl_lora.types import Completion, Prompt, SampleParams
+from rl_lora.vllm_settings import read_config
 
 
 def with_adapter(context: Context) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def with_adapter(context: Context) -> dict[str, Any]:
     with contextlib.closing(sampler):
         for name, version in (("adapter", adapter), ("base", None)):
             sampler.use(version)
-            prompts, groups, speed = measured(sampler, context)
+            prompts, groups, speed = measured(sampler, folder, context)
             found = mismatch(policy, prompts[:8], groups[:8], adapter_off=version is None)
             figures[name] = {"tokens_per_s": speed, "kl": found["mismatch/kl"]}
             check_step(found, torch.bfloat16, None)
@@ -52,16 +54,15 @@ def without_lora(context: Context) -> dict[str, Any]:
     )
     start_s = round(time.monotonic() - started, 1)
     with contextlib.closing(sampler):
-        return {"start_s": start_s, "tokens_per_s": measured(sampler, context)[2]}
+        return {"start_s": start_s, "tokens_per_s": measured(sampler, folder, context)[2]}
 
 
 def measured(
-    sampler: Sampler, context: Context
+    sampler: Sampler, folder: Path, context: Context
 ) -> tuple[list[Prompt], list[list[Completion]], float]:
     """(prompts, completions, sampled tokens a second) of a second round; the first warms up."""
     count, length, cap = (64, 100, 256) if context.is_gpu else (4, 20, 24)
-    vocab_size = 49_152 if context.is_gpu else 512
-    prompts = random_prompts(vocab_size, count, length)
+    prompts = random_prompts(int(read_config(folder)["vocab_size"]), count, length)
     groups: list[list[Completion]] = []
     seconds = 0.0
     for seed in (1, 2):

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from gpu_check.stages import Context
@@ -99,11 +98,9 @@ def make_model(shape: str, context: Context, num_layers: int | None = None) -> P
     if (folder / "tokenizer.json").is_file():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
-    kind = Qwen3ForCausalLM if isinstance(config, Qwen3Config) else LlamaForCausalLM
     with torch.random.fork_rng(), torch.device(context.device):
         torch.manual_seed(0)
-        config.dtype = torch.bfloat16
-        model = kind._from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     write_tokenizer(folder, config.vocab_size)
     return folder

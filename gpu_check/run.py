@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -27,19 +28,28 @@ def run_stages(
     stages: Sequence[Stage],
     context: Context,
     limit_s: Callable[[Stage], float],
+    *,
+    total_s: float = math.inf,
     on_line: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """One row a stage, in order; each is also a line of out/results.jsonl, as soon as it is known.
 
-    A row: stage, status (passed, failed, hung, killed), seconds, device, card, versions, and
+    A stage has limit_s(stage) seconds, or what is left of total_s; without any left it is late.
+    A row: stage, status (passed, failed, hung, killed, late), seconds, device, card, versions, and
     figures or error.
     """
     context.out.mkdir(parents=True, exist_ok=True)
     context.work.mkdir(parents=True, exist_ok=True)
     rows = []
+    end = time.monotonic() + total_s
     for stage in stages:
-        on_line(f"{stage.name}: at most {limit_s(stage):g} s, log in {_log(stage, context)}")
-        row = run_stage(stage, context, limit_s(stage))
+        limit = min(limit_s(stage), end - time.monotonic())
+        if limit > 0:
+            on_line(f"{stage.name}: at most {limit:.4g} s, log in {_log(stage, context)}")
+            row = run_stage(stage, context, limit)
+        else:
+            row = {"stage": stage.name, "status": "late", "seconds": 0.0}
+            row |= {"device": str(context.device), "error": f"{total_s:g} s were over before it"}
         with (context.out / RESULTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         on_line(f"{stage.name}: {row['status']}, {row['seconds']} s {row.get('error', '')}")
@@ -118,7 +128,7 @@ def _verdict(
 ) -> tuple[str, str]:
     """(status, error) from the exit code (None: over its time) and what the stage left."""
     if code is None:
-        return "hung", f"no end after {limit_s:g} s; last line: {last_line}"
+        return "hung", f"no end after {limit_s:.4g} s; last line: {last_line}"
     if code < 0:
         return "killed", f"by {signal.Signals(-code).name}; last line: {last_line}"
     if code > 0:

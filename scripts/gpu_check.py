@@ -9,6 +9,7 @@ With --device cpu the same stages run in tiny sizes. Exit code 0 if every stage 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -40,6 +41,7 @@ def main() -> int:
     parser.add_argument(
         "--gguf", type=Path, nargs="+", default=[], help="the embedded model's file, or its parts"
     )
+    parser.add_argument("--total", type=float, default=math.inf, help="seconds for all of them")
     parser.add_argument("--limit", type=float, help="seconds a stage, in place of its own limit")
     options = parser.parse_args()
     try:
@@ -57,6 +59,7 @@ def main() -> int:
         stages,
         context,
         lambda stage: options.limit or (stage.limit_s if context.is_gpu else CPU_LIMIT_S),
+        total_s=options.total,
     )
     print("\n" + table(rows))
     return 0 if all(row["status"] == "passed" for row in rows) else 1

@@ -87,8 +87,8 @@ def _learn(
             figures[f"{tokens}"] = found
         except torch.OutOfMemoryError as error:
             failed.append(f"{tokens} tokens: {str(error).splitlines()[0]}")
-            gc.collect()
-            torch.cuda.empty_cache()
+        gc.collect()  # out here, where the error no longer holds its frames
+        torch.cuda.empty_cache()
     figures["launches_per_layer"] = launches_per_layer(learner, sizes)
     if failed:
         raise CheckFailedError("; ".join(failed), figures)
@@ -238,7 +238,7 @@ def _launches(learner: Learner, batches: list[Microbatch], *, is_printed: bool) 
         learner.update([batches])
         synchronize(learner.policy.device)
     if is_printed:
-        order = "self_cuda_time_total" if is_gpu else "self_cpu_time_total"
+        order = "self_device_time_total" if is_gpu else "self_cpu_time_total"
         print(found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70))
     if is_gpu:
         kernels = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]

@@ -13,10 +13,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from gpu_check import learn, libraries
 from gpu_check.caches import caches, split
 from gpu_check.cuda_tests import counts
+from gpu_check.models import make_config
 from gpu_check.run import RESULTS, run_stage, run_stages, table
 from gpu_check.stages import STAGES, CheckFailedError, Context, Stage, chosen
 from rl_lora import models
@@ -143,6 +145,24 @@ def test_choices_of_stages() -> None:
     assert [s.name for s in chosen(["grpo", "libraries"])] == ["libraries", "grpo"]
     with pytest.raises(ValueError, match="no stage 'call4'"):
         chosen(["call4"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_layers", "num_weights"),
+    [  # as the models' own files have them
+        ("smollm2-135m", None, 134_515_008),
+        ("qwen3-0.6b", None, 596_049_920),
+        ("qwen3-8b", None, 8_190_735_360),
+        ("qwen3-8b", 8, 8_190_735_360 - 28 * 192_946_432),
+    ],
+)
+def test_the_shapes_are_the_models(
+    shape: str, num_layers: int | None, num_weights: int, tmp_path: Path
+) -> None:
+    config = make_config(shape, context_at(tmp_path, "cuda"), num_layers)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == num_weights
 
 
 def test_the_needed_operations_of_a_microbatch() -> None:

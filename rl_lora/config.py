@@ -148,6 +148,7 @@ class SamplingSection(Section):
     stop: tuple[str, ...] = ()  # strings that end a completion (base models with few-shot prompts)
     max_num_seqs: int | None = Field(None, ge=1)  # sequences decoded at once; None: for the machine
     eager: bool | None = None  # vLLM without compilation; None: so on a CPU, but for long jobs
+    attention_backend: str | None = None  # vLLM's on a GPU (TRITON_ATTN); None: its choice
     # Adapter added to vLLM's own copy of the weights; None: on a CPU in float32.
     merge_adapter: bool | None = None
     memory_fraction: float = Field(0.45, gt=0, le=0.95)  # of the GPU's memory, for vLLM

@@ -76,11 +76,15 @@ def engine_settings(
         )
     else:
         settings["gpu_memory_utilization"] = sampling.memory_fraction
+        if settings["max_num_seqs"] > GPU_BATCHED_TOKENS:
+            settings["max_num_batched_tokens"] = settings["max_num_seqs"]
+        # Graphs of their own for batches without adapter, which then skip its kernels.
+        settings["compilation_config"] = {"cudagraph_specialize_lora": True}
+        if sampling.attention_backend is not None:
+            settings["attention_backend"] = sampling.attention_backend
     if has_own_head(model_dir, AutoConfig.from_pretrained(model_dir)):
         # vLLM goes by the config and would take the embedding, the learner by the files.
         settings["hf_overrides"] = {"tie_word_embeddings": False}
-        if settings["max_num_seqs"] > GPU_BATCHED_TOKENS:
-            settings["max_num_batched_tokens"] = settings["max_num_seqs"]
     if lora.mode == "lora" and not is_merged:
         rank = served_rank(lora)
         settings["enable_lora"] = True

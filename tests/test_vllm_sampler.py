@@ -193,6 +193,7 @@ def _process_state() -> dict[str, Any]:
         "python": random.getstate(),
         "dtype": torch.get_default_dtype(),
         "is_grad_enabled": torch.is_grad_enabled(),
+        "has_cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled(),
     }
 
 
@@ -524,6 +525,7 @@ def test_process_kept_restores_after_an_error() -> None:
     with pytest.raises(KeyError), process_kept():  # noqa: PT012
         os.environ["LD_PRELOAD"] = "libx.so"
         del os.environ["PATH"]
+        torch.backends.cuda.enable_cudnn_sdp(not torch.backends.cuda.cudnn_sdp_enabled())
         torch.set_num_threads(1)
         torch.set_num_threads = lambda _: None  # type: ignore[assignment]
         torch.manual_seed(1)
@@ -584,6 +586,12 @@ def test_engine_settings(model_dir: Path) -> None:
     assert not gpu["enforce_eager"]
     assert gpu["gpu_memory_utilization"] == 0.3
     assert "kv_cache_memory_bytes" not in gpu
+    assert gpu["compilation_config"] == {"cudagraph_specialize_lora": True}
+    assert (gpu["max_loras"], gpu["enable_prefix_caching"]) == (1, True)
+    assert "attention_backend" not in gpu
+    asked = settings_of(model_dir, "cuda", 1, attention_backend="TRITON_ATTN")
+    assert asked["attention_backend"] == "TRITON_ATTN"
+    assert "compilation_config" not in cpu
     assert settings_of(model_dir, "cuda", 1, eager=True, max_num_seqs=7)["max_num_seqs"] == 7
     assert "max_num_batched_tokens" not in gpu
     # vLLM refuses more sequences than tokens in a step.

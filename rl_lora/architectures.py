@@ -26,6 +26,7 @@ _LOGIT_KEYS: dict[str, tuple[Any, ...]] = {
     "logit_scale": (None, 1),  # Cohere
     "lm_head_multiplier": (None, 1),  # Falcon-H1
     "output_multiplier": (None, 1),
+    "attn_logit_softcapping": (None, 0),  # Gemma 2's of attention, which SDPA leaves out
 }
 
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt")

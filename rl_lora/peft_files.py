@@ -28,6 +28,7 @@ MANIFEST_FILE = "rl_lora.json"
 
 PEFT_PREFIX = "base_model.model."  # of its tensor names
 
+COPY_SUFFIX = ".base_layer.weight"  # of a base's weight that PEFT saves beside the adapter on it
 MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
 
 _CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that write to the base

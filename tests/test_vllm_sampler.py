@@ -423,6 +423,24 @@ def test_ends_caps_stops_and_progress(sampler: VllmSampler) -> None:
     assert capped[0].token_ids[: len(stopped.token_ids)] == stopped.token_ids
 
 
+def test_special_tokens_stop_by_their_id(sampler: VllmSampler) -> None:
+    """t0 is special, and so no part of the text that stops are looked for in."""
+    params = SampleParams(num_samples=40, max_tokens=20, temperature=1.5, seed=1)
+    (free_G,) = sampler.sample(PROMPTS[:1], params)
+    index, place = next(
+        (index, one.token_ids.index(0))
+        for index, one in enumerate(free_G)
+        if 0 in one.token_ids[:-2]
+    )
+    token_ids = free_G[index].token_ids
+    following = f"t0 t{token_ids[place + 1]}"
+    for stop, length in (("t0", place + 1), (following, place + 2)):
+        stopped = sampler.sample(PROMPTS[:1], replace(params, stop=(stop,)))[0][index]
+        assert stopped.token_ids == token_ids[:length]
+        assert not stopped.is_truncated
+        assert "t0" not in stopped.text.split()
+
+
 def test_temperature_0_takes_the_likeliest_token(sampler: VllmSampler, model_dir: Path) -> None:
     params = SampleParams(num_samples=1, max_tokens=1, temperature=0.0)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from rewards.grading import Grader
 from rewards.policy import load_policy
 from rewards.types import Reward, Score
-
-UserFunction = Callable[[str, str], float | Score]
+from rewards.user_function import FunctionReward, UserFunction
 
 
 class VerifierReward:
@@ -41,41 +40,6 @@ class VerifierReward:
         self.close()
 
 
-class FunctionReward:
-    """A user's `fn(completion, reference) -> float | Score`, called in this process.
-
-    A plain number counts as correct where it is at least 1. The function is the user's own code:
-    what it raises propagates.
-    """
-
-    def __init__(self, function: UserFunction) -> None:
-        self._function = function
-
-    def score_batch(self, completions: Sequence[str], references: Sequence[str]) -> list[Score]:
-        scores = []
-        for completion, reference in zip(completions, references, strict=True):
-            result = self._function(completion, reference)
-            if not isinstance(result, Score):
-                value = float(result)
-                result = Score(value, value >= 1.0, "ok", answer=None, has_format=False)
-            scores.append(result)
-        return scores
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Nothing is held."""
-
-
 # Name -> the engine that decides what the fast tiers could not.
 REWARDS: dict[str, str] = {"math": "verify", "math_verify": "math_verify"}
 
@@ -90,12 +54,12 @@ def load_reward(
 ) -> Reward:
     """The reward called `name`: a row of REWARDS, or "module:function" of the user's own.
 
-    Raises ValueError for an unknown name, module, function or policy, naming the nearest one, and
-    for "math_verify" where Math-Verify is not installed.
+    Raises ValueError for an unknown name, module, function or policy, naming the nearest one, for a
+    function of other arguments, and for "math_verify" where Math-Verify is not installed.
     """
     rules = load_policy(policy)
     if ":" in name:
-        return FunctionReward(_import_function(name))
+        return FunctionReward(name, _import_function(name))
     if name not in REWARDS:
         near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)
         raise ValueError(

@@ -7,30 +7,21 @@ A layout is known by its columns: `messages` or `conversations` (chats), `prompt
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rl_lora.columns import unpack
 from rl_lora.errors import UserError
+from rl_lora.layouts import LAYOUTS as PROBLEM_LAYOUTS
 from rl_lora.layouts import DataRow, parse_rows
-from rl_lora.prompts import finish_solution
+from rl_lora.messages import Message, as_turns, read_messages, read_tools
+from rl_lora.prompts import finish_solution, with_question
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-_ROLES |= {"system": "system", "model": "assistant", "prompter": "user", "bot": "assistant"}
+__all__ = ["Chat", "Message", "parse_chats", "problem_chat"]
 
 Raw = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn.
-
-    Example: Message(role="user", content="What is 4 + 3?")
-    """
-
-    role: str  # system, user, assistant; others (tool, ...) as the data set has them
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +33,25 @@ class Chat:
 
     messages: tuple[Message, ...]
     row: int  # position in the source, from 0
+    tools: str = ""  # what the assistant may call: a JSON list; "" for none
+    source: str = field(default="", compare=False)  # in words, for errors
+
+    @property
+    def who(self) -> str:
+        """The row in words."""
+        return f"row {self.row} of {self.source}" if self.source else f"row {self.row}"
 
     @property
     def answers(self) -> list[int]:
-        """Places of the assistant's messages that have something before them and are not empty."""
+        """Places of the assistant's messages that are learnt: those that have something before
+        them, are not empty, and have no weight 0."""
         return [
             place
             for place, message in enumerate(self.messages)
-            if place and message.role == "assistant" and message.content
+            if place
+            and message.role == "assistant"
+            and message.is_learnt
+            and (message.content or message.extra)
         ]
 
 
@@ -57,7 +59,9 @@ def problem_chat(row: DataRow, instruction: str) -> Chat:
     """A problem with its worked solution, ending in the format that the instruction asks for."""
     asked = f"{row.question}\n{instruction}" if instruction else row.question
     solution = finish_solution(row.solution, row.reference or "", instruction)
-    return Chat((Message("user", asked), Message("assistant", solution)), row.row)
+    turns = with_question(row.messages, asked)
+    before = [replace(message, is_learnt=False) for message in turns]
+    return Chat((*before, Message("assistant", solution)), row.row)
 
 
 def parse_chats(
@@ -101,15 +105,15 @@ def parse_chats(
     else:
         read = next((reader for names, reader in LAYOUTS if names <= columns), None)
     if read is not None:
-        return [Chat(tuple(read(raw)), row) for row, raw in enumerate(raws)]
-    try:
-        rows = parse_rows(raws, where)
-    except UserError as error:
+        return [_read_row(read, raw, row, where) for row, raw in enumerate(raws)]
+    if not any(layout.columns <= columns for layout in PROBLEM_LAYOUTS):
         raise UserError(
             f"{where}: no chats, no prompts and completions, no problems with solutions among its "
             f"columns ({found}); name them by data.train.question and data.train.answer"
-        ) from error
-    return [problem_chat(row, instruction) for row in rows]
+        )
+    return [
+        replace(problem_chat(row, instruction), source=where) for row in parse_rows(raws, where)
+    ]
 
 
 # --- layouts --------------------------------------------------------------------------------------
@@ -117,46 +121,62 @@ def parse_chats(
 Reader = Callable[[Raw], list[Message]]
 
 
+def _read_row(read: Reader, raw: Raw, row: int, where: str) -> Chat:
+    try:
+        messages = read(raw)
+    except UserError as error:
+        raise UserError(f"{where}, row {row}: {error}") from error
+    system = _text(raw.get("system"))
+    if system and messages and messages[0].role != "system":
+        messages.insert(0, Message("system", system))
+    tools = read_tools(raw.get("tools"))
+    return Chat(tuple(messages), row, json.dumps(tools, ensure_ascii=False) if tools else "", where)
+
+
 def _chat(column: str) -> Reader:
     def read(raw: Raw) -> list[Message]:
-        turns = raw.get(column)
-        if not isinstance(turns, list | tuple):
-            return []
-        return [_message(turn) for turn in turns if isinstance(turn, Mapping)]
+        return read_messages(as_turns(raw.get(column)) or [])
 
     return read
 
 
-def _message(turn: Mapping[str, Any]) -> Message:
-    role = str(turn.get("role") or turn.get("from") or "")
-    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
-        content = "".join(part for part in parts if isinstance(part, str))
-    return Message(_ROLES.get(role, role), content if isinstance(content, str) else "")
-
-
 def _instruction(answer: str) -> Reader:
-    """Alpaca's: the input stands under the instruction."""
+    """Alpaca's: the input stands under the instruction, earlier turns in the column history."""
 
     def read(raw: Raw) -> list[Message]:
         asked = "\n\n".join(
             text for text in (_text(raw["instruction"]), _text(raw.get("input"))) if text
         )
-        return [Message("user", asked), Message("assistant", _text(raw.get(answer)))]
+        turns = [Message("user", asked), Message("assistant", _text(raw.get(answer)))]
+        earlier = raw.get("history")
+        pairs = earlier if isinstance(earlier, list | tuple) else ()
+        return [
+            *(
+                Message(role, _text(text))
+                for pair in pairs
+                for role, text in zip(("user", "assistant"), pair, strict=False)
+            ),
+            *turns,
+        ]
 
     return read
 
 
 def _columns(prompt: str, completion: str) -> Reader:
-    """Either may hold text or messages (TRL's conversational prompts and completions)."""
+    """Either may hold text or messages (TRL's conversational prompts and completions); what the
+    assistant says in the prompt is not learnt."""
 
     def read(raw: Raw) -> list[Message]:
-        asked, answered = _chat(prompt)(raw), _chat(completion)(raw)
-        return [
-            *(asked or [Message("user", _text(raw.get(prompt)))]),
-            *(answered or [Message("assistant", _text(raw.get(completion)))]),
-        ]
+        asked, answered = as_turns(raw.get(prompt)), as_turns(raw.get(completion))
+        before = (
+            [Message("user", _text(raw.get(prompt)))] if asked is None else read_messages(asked)
+        )
+        after = (
+            [Message("assistant", _text(raw.get(completion)))]
+            if answered is None
+            else read_messages(answered)
+        )
+        return [*(replace(message, is_learnt=False) for message in before), *after]
 
     return read
 

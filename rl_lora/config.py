@@ -25,6 +25,11 @@ class Section(BaseModel):
 
 SomeSection = TypeVar("SomeSection", bound=Section)
 _MAX_SERVED_RANK = 512  # vLLM's
+# Arguments of `apply_chat_template` that are ours to set.
+_TEMPLATE_ARGUMENTS = (
+    "conversation messages add_generation_prompt continue_final_message tokenize padding "
+    "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
+).split()
 # The lowest temperature over 0 by back end. vLLM takes its own in place of a lower one, silently
 # (0.32, sampling_params); logits over a far lower one are no float32 numbers any more.
 MIN_TEMPERATURE = {"vllm": 0.01, "torch": 1e-6}
@@ -94,6 +99,16 @@ class SourcesSection(Section):
 
     train: tuple[SourceSection, ...] = ()
     eval: tuple[SourceSection, ...] = ()  # empty: rows are kept from the training rows
+    # For the chat template, e.g. enable_thinking = false; chat_template = another one, as text or
+    # by its name.
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _template_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := [name for name in value if name in _TEMPLATE_ARGUMENTS]:
+            raise ValueError(f"{taken[0]} is not free: it is set by how prompts are made")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -139,6 +154,13 @@ class SamplingSection(Section):
     max_kl: float | None = Field(None, gt=0)  # nats; None: 1e-4 in float32, 2e-2 in bfloat16
     overlap: bool = False  # samples step k + 1 while step k learns, from version k - 1; for GPUs
 
+    @field_validator("stop")
+    @classmethod
+    def _some_text(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("an empty string stands in every text; leave it out")
+        return value
+
 
 class RewardSection(Section):
     """What is rewarded."""
@@ -158,7 +180,9 @@ class AlgorithmSection(Section):
         "importance_sampling", "truncated_importance_sampling", "ppo", "gspo", "cispo"
     ] = "importance_sampling"
     denominator: Literal["tokens", "sequences", "max_tokens"] = "tokens"
-    ratio_cap: float = Field(2.0, gt=0)  # truncated_importance_sampling
+    # Of the weight without gradient: truncated_importance_sampling's, and old / sampler of ppo,
+    # gspo and cispo, whose bounds are on the ratio to the policy itself when the step began.
+    ratio_cap: float = Field(2.0, gt=0)
     clip_low: float | None = Field(None, gt=0, le=1)  # ratio >= 1 - clip_low; None: by the loss
     clip_high: float | None = Field(None, gt=0)  # ratio <= 1 + clip_high; None: by the loss
     kl: Literal["none", "loss", "reward"] = "none"  # to the base, the adapter switched off
@@ -166,8 +190,12 @@ class AlgorithmSection(Section):
 
     @property
     def clip_bounds(self) -> tuple[float, float]:
-        """(low, high) of the loss. Defaults: PPO as DAPO (arXiv 2503.14476), GSPO as its paper
-        (arXiv 2507.18071, section 5.1), CISPO with the upper bound alone (arXiv 2506.13585)."""
+        """(low, high) of the loss.
+
+        Defaults: PPO as DAPO (arXiv 2503.14476), GSPO as its paper (arXiv 2507.18071, section 5.1).
+        CISPO's paper (arXiv 2506.13585, section 3.1) has no lower bound and tunes the upper one
+        without naming it: 0.28 is DAPO's for PPO, and our choice here.
+        """
         low, high = {"gspo": (3e-4, 4e-4), "cispo": (1.0, 0.28)}.get(self.loss, (0.2, 0.28))
         return self.clip_low or low, self.clip_high or high
 
@@ -182,7 +210,9 @@ class OptimSection(Section):
     eps: float = Field(1e-8, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0)
-    num_updates: int = Field(1, ge=1)  # optimizer steps a batch; over 1, clipping has work to do
+    # Optimizer steps a batch. Over 1, clipping has work to do: ppo, gspo and cispo then score the
+    # later updates' tokens once more, before the first step.
+    num_updates: int = Field(1, ge=1)
     microbatch_tokens: int = Field(4096, ge=1)  # padded tokens in one forward and backward pass
     share_prompts: bool = True  # a prompt is computed once for its completions, to the same result
     checkpoint_activations: bool = False
@@ -235,6 +265,16 @@ def check_variant(lora: LoraSection, optim: OptimSection) -> None:
         raise ValueError(
             f"optim.lora_plus_ratio={optim.lora_plus_ratio:g} is a rate of the adapter's B, and "
             "lora.mode='full' has none; leave one of them out"
+        )
+
+
+def check_full_dtype(lora: LoraSection, dtype: str) -> None:
+    """Raises UserError for full fine-tuning in bfloat16, where 20 steps at a rate of 1e-5 move 2 %
+    of the weights: the rest is rounded away. An adapter is in float32 whatever the base's dtype."""
+    if lora.mode == "full" and dtype == "bfloat16":
+        raise UserError(
+            "lora.mode='full' trains the weights in the model's own dtype, here bfloat16, whose "
+            "rounding swallows most steps; set model.dtype='float32'"
         )
 
 
@@ -291,6 +331,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         check_variant(self.lora, self.optim)
+        check_full_dtype(self.lora, self.model.dtype)
         check_served(self.lora, self.sampling)
         check_temperatures(self.sampling, self.eval)
         if self.sampling.num_samples < 2:

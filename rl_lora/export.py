@@ -23,30 +23,33 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
-from rl_lora.adapter import (
-    ADAPTER_FILE,
-    MAGNITUDE_SUFFIX,
-    MANIFEST_FILE,
-    factor_pairs,
-    layer_name,
-    load_tensors,
-    lora_settings,
-)
+from rl_lora.adapter import is_directory, is_lora_dir, load_tensors
 from rl_lora.card import CARD_FILE, card_text, read_facts, write_card
 from rl_lora.config import ModelSection
 from rl_lora.errors import UserError
 from rl_lora.models import check_model_dir, resolve_model
 from rl_lora.moe import split_experts
-from rl_lora.shapes import lay_out
-from rl_lora.variants import merged_dora, scaling_of
+from rl_lora.peft_files import (
+    ADAPTER_FILE,
+    MAGNITUDE_SUFFIX,
+    MANIFEST_FILE,
+    LowRank,
+    is_extra,
+    layer_name,
+    layer_scalings,
+    lora_settings,
+    low_rank_terms,
+    peft_settings,
+)
+from rl_lora.shapes import has_own_head, lay_out
+from rl_lora.variants import merged_dora
 
 _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-_LM_HEAD = "lm_head.weight"
-_NO_LORA: dict[str, Any] = {"alpha": 1.0, "rank": 1, "variant": "lora"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The hub's client and its transport raise from two families.
 _HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__mro__[1:2])
@@ -56,37 +59,37 @@ _HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError
 class _Patch:
     """What an adapter does to the base's tensors, by the names that they have in the base's files.
 
-    Example: _Patch(lora={"model.layers.0.self_attn.q_proj.weight": (A_RI, B_OR)},
-    magnitudes={}, scaling=32.0, replaced={}, embedding="model.embed_tokens.weight", is_tied=True)
+    Example: _Patch(lora={"model.layers.0.self_attn.q_proj.weight": LowRank(...)}, magnitudes={},
+    replaced={}, added={}, embedding="model.embed_tokens.weight", head="lm_head.weight",
+    is_tied=True, unties=False)
     """
 
-    lora: dict[str, tuple[Tensor, Tensor]]  # A [rank, d_in], B [d_out, rank]
+    lora: dict[str, LowRank]
     magnitudes: dict[str, Tensor]  # of DoRA: lengths of the rows, [d_out]
-    scaling: float  # alpha / rank, or what the variant has for it
-    replaced: dict[str, Tensor]  # of full fine-tuning: the new tensor itself
+    replaced: dict[str, Tensor]  # of full fine-tuning, or PEFT's modules_to_save: the new tensor
+    added: dict[str, Tensor]  # of lora_bias: what a bias gains
     embedding: str  # name of the input embedding's weight
+    head: str  # name of lm_head's weight
     is_tied: bool  # lm_head is the input embedding
-
-    @property
-    def unties(self) -> bool:
-        """The merged lm_head is no longer the embedding."""
-        return self.is_tied and _LM_HEAD in self.lora
+    unties: bool  # the merged one is no longer
 
     @property
     def names(self) -> set[str]:
         """Tensors that change."""
-        return set(self.lora) | set(self.replaced)
+        return set(self.lora) | set(self.replaced) | set(self.added)
 
     def merged(self, name: str, base: Tensor) -> Tensor:
         """The new weight in float32, or the new tensor; the base's own where nothing changes."""
-        if name in self.replaced:
-            return self.replaced[name]
+        weight = self.replaced.get(name, base)
+        if name in self.added:
+            weight = weight.float() + self.added[name]
         if name not in self.lora:
-            return base
-        lora_A_RI, lora_B_OR = self.lora[name]
+            return weight
+        term = self.lora[name]
+        factors = term.a_RI.float(), term.b_OR.float()
         if name in self.magnitudes:
-            return merged_dora(base, self.magnitudes[name], lora_A_RI, lora_B_OR, self.scaling)
-        return torch.addmm(base.float(), lora_B_OR.float(), lora_A_RI.float(), alpha=self.scaling)
+            return merged_dora(weight, self.magnitudes[name], *factors, term.scaling)
+        return torch.addmm(weight.float(), factors[1], factors[0], alpha=term.scaling)
 
 
 def export_merged(
@@ -132,7 +135,7 @@ def export_merged(
         if len(files) > 1:
             index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
             _write_json(scratch / _INDEX_FILE, index)
-        _rewrite_config(scratch / "config.json", dtype, unties=patch.unties)
+        _rewrite_config(scratch / "config.json", dtype, unties=patch.unties or not patch.is_tied)
         if patch.lora:
             card = card_text(read_facts(adapter_dir), merged=True)
             (scratch / CARD_FILE).write_text(card, encoding="utf-8")
@@ -157,7 +160,10 @@ def push_adapter(
     api = api or HfApi()
     with tempfile.TemporaryDirectory() as folder:
         staging = Path(folder)
-        shutil.copyfile(adapter_dir / ADAPTER_FILE, staging / ADAPTER_FILE)
+        if (adapter_dir / ADAPTER_FILE).is_file():
+            shutil.copyfile(adapter_dir / ADAPTER_FILE, staging / ADAPTER_FILE)
+        else:
+            save_file(load_tensors(adapter_dir), staging / ADAPTER_FILE, metadata={"format": "pt"})
         peft = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
         # A path of this machine means nothing elsewhere.
         peft["base_model_name_or_path"] = facts.base_hub_id
@@ -212,7 +218,8 @@ def find_adapter(source: Path) -> Path:
     """
     versions = sorted((source / "adapters").glob("v[0-9]*"))
     for folder in (source, source / "adapter", *reversed(versions)):
-        if any(folder.glob("*.safetensors")) and not (folder / "config.json").is_file():
+        has_weights = is_lora_dir(folder) or any(folder.glob("*.safetensors"))
+        if has_weights and not (folder / "config.json").is_file():
             return folder
     raise UserError(f"{source} holds no adapter: give a run folder or an adapter directory")
 
@@ -223,30 +230,48 @@ def find_adapter(source: Path) -> Path:
 def _load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> _Patch:
     """Raises UserError where the adapter's layers are not the base's."""
     named = _named_base(adapter_dir)
-    if base_name is not None and named is not None and named != base_name:
+    is_other = base_name is not None and named not in (None, base_name)
+    if is_other and not is_directory(str(named), model_dir):
         raise UserError(f"adapter {adapter_dir} belongs to base model {named!r}, not {base_name!r}")
     config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     model: Any = lay_out(config)
-    embedding = model.get_input_embeddings()
+    embedding, head = (
+        next(f"{n}.weight" for n, m in model.named_modules() if m is module)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    is_tied = head in model.all_tied_weights_keys and not has_own_head(model_dir, config)
+    tensors = load_tensors(adapter_dir)
+    unties = False
+    lora: dict[str, LowRank] = {}
+    magnitudes: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+    replaced = tensors
+    if is_lora_dir(adapter_dir):
+        low_rank = {name: tensor for name, tensor in tensors.items() if not is_extra(name)}
+        lora = _by_weight(low_rank_terms(low_rank, adapter_dir), model)
+        magnitudes = _magnitudes(low_rank)
+        replaced, added, on_tables = _extras(tensors, adapter_dir)
+        lora |= on_tables
+        is_dora = lora_settings(adapter_dir)["variant"] == "dora"
+        if magnitudes.keys() != (lora.keys() if is_dora else set()):
+            raise UserError(
+                f"adapter {adapter_dir}: DoRA has a magnitude for each layer; not merged"
+            )
+        keeps_tie = bool(peft_settings(adapter_dir).get("ensure_weight_tying"))
+        changed = lora.keys() | replaced.keys()
+        unties = is_tied and (head in changed or embedding in changed)
+        if unties and keeps_tie:
+            raise UserError(
+                f"adapter {adapter_dir}: ensure_weight_tying on lm_head or the embedding is not "
+                "merged here; PEFT's merge_and_unload does it"
+            )
     layout = split_experts(model, model.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in layout.items()}
-    tensors = load_tensors(adapter_dir)
-    is_lora = (adapter_dir / ADAPTER_FILE).is_file()
-    settings = lora_settings(adapter_dir) if is_lora else _NO_LORA
-    patch = _Patch(
-        lora=_pairs(tensors, adapter_dir, settings["rank"]) if is_lora else {},
-        magnitudes=_magnitudes(tensors),
-        scaling=scaling_of(settings["variant"], settings["alpha"], settings["rank"]),
-        replaced={} if is_lora else tensors,
-        embedding=next(f"{n}.weight" for n, m in model.named_modules() if m is embedding),
-        is_tied=bool(config.get_text_config().tie_word_embeddings),
-    )
-    if patch.magnitudes.keys() != (patch.lora.keys() if settings["variant"] == "dora" else set()):
-        raise UserError(f"adapter {adapter_dir}: DoRA has a magnitude for each layer; not merged")
+    patch = _Patch(lora, magnitudes, replaced, added, embedding, head, is_tied, unties)
     found: dict[str, tuple[int, ...]] = {
-        name: (b.shape[0], a.shape[1]) for name, (a, b) in patch.lora.items()
+        name: (term.b_OR.shape[0], term.a_RI.shape[1]) for name, term in lora.items()
     }
-    found |= {name: tuple(tensor.shape) for name, tensor in patch.replaced.items()}
+    found |= {name: tuple(tensor.shape) for name, tensor in (replaced | added).items()}
     for name, shape in found.items():
         if name not in shapes:
             raise UserError(_mismatch(f"the base has no {name}", adapter_dir, model_dir))
@@ -265,19 +290,39 @@ def _magnitudes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _pairs(
-    tensors: dict[str, Tensor], adapter_dir: Path, rank: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, B) by the name of the weight they go with, B for the scaling of `rank`: that of a lower
-    rank, as experts have it, is larger. Raises UserError as `factor_pairs`."""
-    pairs = {}
-    for layer, (lora_A, lora_B) in factor_pairs(tensors, adapter_dir).items():
-        own = lora_A.shape[0]
-        pairs[f"{layer}.weight"] = (
-            lora_A,
-            lora_B if own == rank else lora_B.float() * (rank / own),
-        )
-    return pairs
+def _by_weight(terms: dict[str, LowRank], model: nn.Module) -> dict[str, LowRank]:
+    """Terms by the name of the weight they go with; Conv1D's weights (GPT-2) are [I, O]."""
+    conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    return {
+        f"{layer}.weight": LowRank(term.b_OR.T, term.a_RI.T, term.scaling)
+        if layer in conv1d
+        else term
+        for layer, term in terms.items()
+    }
+
+
+def _extras(
+    tensors: dict[str, Tensor], adapter_dir: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, LowRank]]:
+    """PEFT's (whole tensors, additions to biases, terms on embeddings), by the weights' names."""
+    scaling = layer_scalings(adapter_dir)
+    whole: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+    terms: dict[str, LowRank] = {}
+    for name in filter(is_extra, tensors):
+        stem, mark, kind = name.rpartition(".lora_")
+        layer = layer_name(stem)
+        if not mark:
+            whole[layer_name(name).replace(".base_layer.", ".")] = tensors[name]
+        elif kind == "B.bias":
+            rank = tensors[f"{stem}.lora_A.weight"].shape[0]
+            added[f"{layer}.bias"] = tensors[name].float() * scaling(layer, rank)
+        elif kind == "embedding_A":  # [R, V], beside a B [D, R]: the table [V, D] gains (B A)^T
+            a_RV, b_DR = tensors[name], tensors[f"{stem}.lora_embedding_B"]
+            terms[f"{layer}.weight"] = LowRank(b_DR.T, a_RV.T, scaling(layer, a_RV.shape[0]))
+        elif kind != "embedding_B":
+            raise UserError(f"adapter {adapter_dir}: {name} is of no kind that is merged here")
+    return whole, added, terms
 
 
 def _write_weights(
@@ -289,11 +334,11 @@ def _write_weights(
     for file in files:
         tensors = {}
         for name, base in _tensors_of(file):
-            if name == _LM_HEAD and patch.is_tied:
+            if name == patch.head and patch.is_tied:
                 continue  # a copy of the embedding, which the line below writes where it differs
             tensors[name] = patch.merged(name, base).to(dtype or base.dtype)
             if name == patch.embedding and patch.unties:
-                tensors[_LM_HEAD] = patch.merged(_LM_HEAD, base).to(dtype or base.dtype)
+                tensors[patch.head] = patch.merged(patch.head, base).to(dtype or base.dtype)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, target / file.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file.name)
@@ -312,7 +357,7 @@ def _rewrite_config(path: Path, dtype: str | None, *, unties: bool) -> None:
     if dtype is not None:
         config.pop("torch_dtype", None)  # the key's older name
         config["dtype"] = dtype
-    if unties:
+    if unties and config.get("tie_word_embeddings", True):
         config["tie_word_embeddings"] = False
     _write_json(path, config)
 

@@ -28,8 +28,8 @@ from rl_lora.errors import UserError
 from rl_lora.exam_files import find_exam, is_exam, read_exam
 from rl_lora.jsonl import read_values, storable
 from rl_lora.layouts import gold_text
-from rl_lora.references import score_best
 from rl_lora.regrade import Regrade, own_judge, print_regrade, regrade
+from rl_lora.scoring import score_best
 
 COMPLETION_KEYS = ("completion", "response", "output", "prediction", "answer")
 REFERENCE_KEYS = ("reference", "gold", "ground_truth", "target", "solution")

@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewards import Reward, load_reward
-from rl_lora.config import ModelSection, RunConfig, SamplingSection
+from rewards import FunctionReward, Reward, load_reward
+from rl_lora.config import DataSection, LoraSection, ModelSection, RunConfig, SamplingSection
 from rl_lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def open_job(
     config: RunConfig,
     *,
     num_steps: int | None = None,
+    on_loaded: Callable[[Policy, PromptSets], None] = lambda policy, prompts: None,
     on_note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> Iterator[Job]:
@@ -60,6 +61,8 @@ def open_job(
     Args:
         config: the job.
         num_steps: RL steps that it samples for; None: run.num_steps.
+        on_loaded: looks at the policy and the problems before the sampler, which takes long, is
+            built; what it raises ends the job.
         on_note: takes one line on what was loaded.
         on_progress: takes (completions done, in all, tokens sampled) within a call of the sampler.
 
@@ -69,9 +72,11 @@ def open_job(
     reward = make_reward(config)
     with contextlib.ExitStack() as stack:
         stack.callback(reward.close)
+        from rl_lora.models import check_rows
         from rl_lora.prompts import load_prompts
+        from rl_lora.rollouts import MADE_UP, check_reward
 
-        model_dir, tokenizer, context = open_model(config.model, on_note)
+        model_dir, tokenizer, context = open_model(config.model, on_note, config.lora)
         if config.sampling.backend == "vllm":
             check_vllm(model_dir, config)
         prompts = load_prompts(
@@ -81,9 +86,14 @@ def open_job(
             config.sampling.max_tokens,
             config.run.seed,
             max_exam_tokens=config.eval.max_tokens,
+            with_columns=isinstance(reward, FunctionReward) and reward.is_batch,
         )
         for note in prompts.notes:
             on_note(note)
+        problems = (*prompts.train, *prompts.eval)
+        check_rows((prompt.token_ids for prompt in problems), tokenizer, model_dir)
+        made_up = tokenizer.encode(MADE_UP, add_special_tokens=False)
+        check_reward(reward, problems[0], made_up)
         from rl_lora.policy import Policy
 
         policy = Policy(
@@ -94,7 +104,8 @@ def open_job(
             checkpoint_activations=config.optim.checkpoint_activations,
             keep_reference=config.algorithm.kl != "none",
         )
-        end_ids = end_token_ids(model_dir, tokenizer)
+        on_loaded(policy, prompts)
+        end_ids = end_token_ids(model_dir, tokenizer, config.data)
         longest = max(len(p.token_ids) for p in (*prompts.train, *prompts.eval))
         cap = max(config.sampling.max_tokens, config.eval.max_tokens or 0)
         num_steps = config.run.num_steps if num_steps is None else num_steps
@@ -153,24 +164,28 @@ def _with_compilation(
 
 
 def open_model(
-    section: ModelSection, on_note: Callable[[str], None]
+    section: ModelSection, on_note: Callable[[str], None], lora: LoraSection | None = None
 ) -> tuple[Path, PreTrainedTokenizerBase, int]:
     """(directory, tokenizer, context length) of a model, fetched or made where it is not at hand.
 
     Raises:
-        UserError: there is no such model, or its directory is no model's.
+        UserError: there is no such model, its directory is no model's, or it is one that cannot be
+            trained as `lora` says.
     """
     from transformers import AutoConfig
     from transformers.utils import logging
 
+    from rl_lora.architectures import check_architecture
     from rl_lora.models import context_length, is_at_hand, load_tokenizer, resolve_model
 
     logging.disable_progress_bar()  # of weights that load in a second; it garbles our own
     if not is_at_hand(section.name):
         on_note(f"model {section.name}: fetched or made once, then kept; a minute or so")
     model_dir = resolve_model(section)
-    tokenizer = load_tokenizer(model_dir)
-    return model_dir, tokenizer, context_length(AutoConfig.from_pretrained(model_dir))
+    config = AutoConfig.from_pretrained(model_dir)
+    if lora is not None:
+        check_architecture(config, lora, model_dir)
+    return model_dir, load_tokenizer(model_dir), context_length(config)
 
 
 def make_reward(config: RunConfig) -> Reward:
@@ -237,11 +252,17 @@ def exam_identity(job: Job, adapter: Adapter | None) -> dict[str, Any]:
     }
 
 
-def end_token_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a completion: the tokenizer's, and those of generation_config.json."""
+def end_token_ids(
+    model_dir: Path, tokenizer: PreTrainedTokenizerBase, data: DataSection
+) -> tuple[int, ...]:
+    """The tokens that end a completion: the tokenizer's, those of generation_config.json, and the
+    one that ends a turn of the chat template, which base models name in neither (Qwen3-8B-Base)."""
     from transformers import GenerationConfig
 
+    from rl_lora.chat_template import end_of_turn
+
     ids = {int(tokenizer.eos_token_id)}
+    ids.add(end_of_turn(tokenizer, data.template, data.chat_template_kwargs))
     if (model_dir / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(model_dir).eos_token_id
         ids |= set(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -254,7 +275,7 @@ def check_run_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("", encoding="utf-8")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"run folder {folder} cannot be written ({error.strerror}); set run.output_dir to a "

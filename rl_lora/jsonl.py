@@ -95,11 +95,15 @@ def to_line(record: dict[str, Any]) -> str:
 def write_text_atomically(path: Path, text: str) -> None:
     """Replaces the file's content, or leaves the old one if killed."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk is not to be kept full
+        raise
 
 
 def append_compressed(path: Path, records: Iterable[dict[str, Any]]) -> None:

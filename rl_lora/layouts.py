@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Literal
 
 from rl_lora.columns import Raw, check_text, explain_missing, parsed, reach, unpack
 from rl_lora.errors import UserError
+from rl_lora.messages import Message, as_turns, read_messages
 from rl_lora.references import alternatives, join_alternatives
 
 
@@ -33,6 +34,15 @@ class DataRow:
     reference: str | None  # the final answer (`references`); None: the row has no gold answer
     solution: str = ""  # worked solution, not necessarily ending in the asked format
     row: int = 0  # position in the source, from 0
+    # The whole conversation where there is more than the question: system message, earlier turns;
+    # its last user message is the question.
+    messages: tuple[Message, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as read
+
+    def asked(self, *, with_system: bool) -> str:
+        """All that is asked, earlier turns and question, for telling problems apart."""
+        shown = [one for one in self.messages if with_system or one.role != "system"]
+        return "\n".join(one.content or "" for one in shown) or self.question
 
 
 ListAnswers = Literal["any", "all"]
@@ -129,14 +139,29 @@ _ASKS = (
 )
 
 
+def problem(value: Any, gold: str | None, solution: str = "") -> DataRow:
+    """A row whose prompt column holds text or chat messages.
+
+    Raises:
+        UserError: a message that is not text.
+    """
+    turns = as_turns(value)
+    if turns is None:
+        is_list = isinstance(value, list | tuple)
+        return DataRow("" if is_list else bare_question(value), gold, solution)
+    messages = read_messages(turns)
+    places = [place for place, message in enumerate(messages) if message.role == "user"]
+    if not places:
+        return DataRow("", gold, solution)
+    last = places[-1]
+    messages[last] = replace(messages[last], content=bare_question(messages[last].content))
+    question = messages[last].content or ""
+    is_plain = len(messages) == 1 and not messages[0].extra
+    return DataRow(question, gold, solution, messages=() if is_plain else tuple(messages))
+
+
 def bare_question(value: Any) -> str:
-    """The question of a prompt column (text or chat messages), without its answer instruction."""
-    if isinstance(value, list):
-        messages = [message for message in value if isinstance(message, Mapping)]
-        users = [message for message in messages if message.get("role") == "user"]
-        value = users[-1].get("content") if users else ""
-        if isinstance(value, list):
-            value = " ".join(_text(part.get("text")) for part in value if isinstance(part, Mapping))
+    """The text of a question without its answer instruction."""
     text = "" if value is None else str(value)
     for pattern in _ASKS:
         text = pattern.sub("", text)
@@ -153,7 +178,7 @@ def _text(value: Any) -> str:
 def _chat_prompt(raw: Raw) -> DataRow:
     graded = raw["reward_model"]
     gold = graded.get("ground_truth") if isinstance(graded, Mapping) else None
-    return DataRow(bare_question(raw["prompt"]), final_answer(gold))
+    return problem(raw["prompt"], final_answer(gold))
 
 
 def _svamp(raw: Raw) -> DataRow:
@@ -201,7 +226,7 @@ def _solved(question: str, answer: str, solution: str | None) -> Reader:
         if gold is None and text:
             gold = gold_text(last_boxed(text))
         solved = text or _worked(raw.get(answer))
-        return DataRow(bare_question(raw.get(question)), gold, solved)
+        return problem(raw.get(question), gold, solved)
 
     return read
 
@@ -219,7 +244,7 @@ def _worked(value: Any) -> str:
 
 def _boxed_solution(raw: Raw) -> DataRow:
     solution = _text(raw["solution"])
-    return DataRow(bare_question(raw["problem"]), gold_text(last_boxed(solution)), solution)
+    return problem(raw["problem"], gold_text(last_boxed(solution)), solution)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +281,8 @@ LAYOUTS: tuple[Layout, ...] = (
     _layout("problem", "problem answer", _solved("problem", "answer", None)),
     _layout("gsm8k", "question answer", _solved("question", "answer", None)),
     _layout("prompt", "prompt answer", _solved("prompt", "answer", None)),
-    _layout("mawps", "input target", lambda raw: DataRow(
-        bare_question(raw["input"]), _numeric(raw["target"])
+    _layout("mawps", "input target", lambda raw: problem(
+        raw["input"], _numeric(raw["target"])
     )),
 )  # fmt: skip
 
@@ -295,11 +320,15 @@ def parse_rows(
         for key, column in zip(("question", "answer"), named, strict=True):
             if column:
                 check_text(reach(raw, column), key, column, f"{where}, row {index}")
-        row = read({**dict.fromkeys(columns), **raw})
+        full = {**dict.fromkeys(sorted(columns)), **raw}
+        try:
+            row = read(full)
+        except UserError as error:
+            raise UserError(f"{where}, row {index}: {error}") from error
         is_multiple = str(raw.get("is_multiple_answer")).lower() == "true"
         if row.reference and (list_answers or ("all" if is_multiple else "any")) == "all":
             row = replace(row, reference=as_one(row.reference))
-        rows.append(replace(row, row=index))
+        rows.append(replace(row, row=index, columns=full))
     return rows
 
 
@@ -331,14 +360,12 @@ def _reader(
 
 def _mapped(question: str | None, answer: str | None, layout: Layout | None) -> Reader:
     def read(raw: Raw) -> DataRow:
-        base = layout.read(raw) if layout else DataRow("", None)
-        text, gold, solution = base.question, base.reference, base.solution
+        row = layout.read(raw) if layout else DataRow("", None)
         if question is not None:
-            text = bare_question(reach(raw, question))
+            row = problem(reach(raw, question), row.reference, row.solution)
         if answer is not None:
             value = reach(raw, answer)
-            gold = final_answer(value)
-            solution = _worked(value)
-        return DataRow(text, gold, solution)
+            row = replace(row, reference=final_answer(value), solution=_worked(value))
+        return row
 
     return read

@@ -174,7 +174,7 @@ def _clean(source: SourceSection, label: str, rows: list[DataRow]) -> LoadedSet:
     dropped: dict[str, int] = {}
     kept: dict[str, DataRow] = {}
     for row in rows:
-        key = question_key(row.question)
+        key = question_key(row.asked(with_system=True))
         reason = _reason_to_drop(row, kept.get(key))
         if reason is None:
             kept[key] = row

@@ -9,13 +9,15 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rl_lora.chat_template import ChatTemplate, check_characters, check_plain, encode_prompts
 from rl_lora.config import DataSection, SourceSection
 from rl_lora.errors import UserError
 from rl_lora.layouts import DataRow, last_boxed
 from rl_lora.loaders import LoadedSet, Role, has_eval_part, load_source, question_key
+from rl_lora.messages import Message, read_tools
 from rl_lora.references import alternatives
 from rl_lora.sampler import mix_seed
 from rl_lora.types import Prompt
@@ -45,7 +47,8 @@ class _Item:
     prompt_id: str
     label: str
     row: DataRow
-    key: str  # of the question
+    key: str  # of what is asked, whatever the system message
+    full_key: str  # the system message with it
 
 
 def load_prompts(
@@ -56,6 +59,7 @@ def load_prompts(
     seed: int,
     *,
     max_exam_tokens: int | None = None,
+    with_columns: bool = False,
 ) -> PromptSets:
     """Loads, cleans, splits and renders all data sets of a job.
 
@@ -70,14 +74,16 @@ def load_prompts(
         max_new_tokens: cap of a completion; the prompt must leave room for it.
         seed: of the rows held out.
         max_exam_tokens: cap of a completion in the exam; None: max_new_tokens.
+        with_columns: keep the rows' columns in the prompts, for a reward that takes them.
 
     Raises:
-        UserError: a source that cannot be used, too few rows, no chat template, or a prompt that is
-            too long. Prompts are never cut.
+        UserError: a source that cannot be used, too few rows, a chat template that is not there or
+            does not take a row, half a character, or a prompt that is too long. Prompts are never
+            cut.
     """
     if not data.train and not data.eval:
         raise UserError("data.train and data.eval name no data set; set data.train, e.g. gsm8k")
-    _check_template(data, tokenizer)
+    renderer = _Renderer(data, tokenizer, with_columns=with_columns)
     collected = _Collected()
     named = [source for source in data.eval if source.name != HELD_OUT]
     has_held_out = len(named) < len(data.eval) or not data.eval
@@ -101,8 +107,8 @@ def load_prompts(
     collected.drop_overlap()
     exam_tokens = max_exam_tokens or max_new_tokens
     return PromptSets(
-        train=_render(collected.train, data, tokenizer, context_length - max_new_tokens),
-        eval=_render(collected.eval, data, tokenizer, context_length - exam_tokens),
+        train=renderer.prompts(collected.train, context_length - max_new_tokens),
+        eval=renderer.prompts(collected.eval, context_length - exam_tokens),
         notes=collected.notes(),
     )
 
@@ -135,13 +141,14 @@ class _Collected:
         prefix = base if self._prefixes[base] == 1 else f"{base}.{self._prefixes[base]}"
         items = []
         for row in loaded.rows:
-            item = _Item(f"{prefix}/{row.row}", label, row, question_key(row.question))
-            if role == "train" and item.key in self._seen:
+            key, full_key = (question_key(row.asked(with_system=one)) for one in (False, True))
+            item = _Item(f"{prefix}/{row.row}", label, row, key, full_key)
+            if role == "train" and item.full_key in self._seen:
                 loaded.dropped["in an earlier set"] = loaded.dropped.get("in an earlier set", 0) + 1
             else:
                 items.append(item)
                 if role == "train":
-                    self._seen.add(item.key)
+                    self._seen.add(item.full_key)
         self._accounts.append((role, loaded, items))
         return items
 
@@ -192,58 +199,100 @@ def _held_out(pool: list[_Item], num_rows: int, seed: int) -> list[_Item]:
             "or give data.eval"
         )
     drawn = random.Random(mix_seed("held_out", seed)).sample(range(len(pool)), num_rows)
-    unique = {pool[index].key: pool[index] for index in sorted(drawn)}
+    unique = {pool[index].full_key: pool[index] for index in sorted(drawn)}
     return list(unique.values())
 
 
 # --- rendering ------------------------------------------------------------------------------------
 
 
-def _check_template(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
-    if data.template == "chat" and not tokenizer.chat_template:
-        raise UserError(
-            "the model's tokenizer has no chat template; set data.template='base' for a base model"
+class _Renderer:
+    """Rows -> prompts, by the settings of one job."""
+
+    def __init__(
+        self, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, with_columns: bool = False
+    ) -> None:
+        """Raises UserError for settings of the other template, or no chat template."""
+        is_chat = data.template == "chat"
+        self._data, self._tokenizer, self._with_columns = data, tokenizer, with_columns
+        self._chat = ChatTemplate(tokenizer, data.chat_template_kwargs) if is_chat else None
+        if not is_chat and data.system is not None:
+            raise UserError("data.system needs data.template='chat'; put the text in data.few_shot")
+        if not is_chat and data.chat_template_kwargs:
+            raise UserError("data.chat_template_kwargs needs data.template='chat'; leave it out")
+        if is_chat and data.few_shot:
+            raise UserError("data.few_shot needs data.template='base'; put the text in data.system")
+
+    def text(self, row: DataRow, who: str) -> str:
+        """The prompt as text."""
+        data = self._data
+        asked = f"{row.question}\n{data.instruction}" if data.instruction else row.question
+        messages = with_question(row.messages, asked)
+        if self._chat is None:
+            check_plain(messages, who)
+            return data.few_shot + _plain_text(messages)
+        if data.system is not None and messages[0].role != "system":
+            messages.insert(0, Message("system", data.system))
+        return self._chat.render(
+            messages, who, opens_turn=True, tools=read_tools(row.columns.get("tools"))
         )
-    if data.template == "base" and data.system is not None:
-        raise UserError("data.system needs data.template='chat'; put the text in data.few_shot")
-    if data.template == "chat" and data.few_shot:
-        raise UserError("data.few_shot needs data.template='base'; put the text in data.system")
+
+    def prompts(self, items: Sequence[_Item], limit: int) -> list[Prompt]:
+        """One prompt an item, each of at most `limit` tokens."""
+        if not items:
+            return []
+        texts = [self.text(item.row, f"prompt {item.prompt_id}") for item in items]
+        for item, text in zip(items, texts, strict=True):
+            for part in (text, item.row.reference or "", item.row.solution):
+                check_characters(part, f"prompt {item.prompt_id}")
+        ids = encode_prompts(texts, self._tokenizer, with_start=self._chat is None)
+        _check_lengths(items, [len(one) for one in ids], self._data.max_prompt_tokens, limit)
+        instruction = self._data.instruction
+        prompts = []
+        for item, token_ids in zip(items, ids, strict=True):
+            row = item.row
+            assert row.reference is not None  # `loaders` dropped the others
+            prompts.append(
+                Prompt(
+                    prompt_id=item.prompt_id,
+                    source=item.label,
+                    question=row.question,
+                    reference=row.reference,
+                    token_ids=tuple(token_ids),
+                    solution=finish_solution(row.solution, row.reference, instruction),
+                    columns=row.columns if self._with_columns else {},
+                )
+            )
+        return prompts
 
 
 def render_text(question: str, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
     """The prompt as text: chat markup with the turn opened, or few-shot text and question."""
-    asked = f"{question}\n{data.instruction}" if data.instruction else question
-    if data.template == "base":
-        return f"{data.few_shot}{asked}\n"
-    messages = [{"role": "user", "content": asked}]
-    if data.system is not None:
-        messages.insert(0, {"role": "system", "content": data.system})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return _Renderer(data, tokenizer).text(DataRow(question, None), "the prompt")
 
 
-def _render(
-    items: Sequence[_Item], data: DataSection, tokenizer: PreTrainedTokenizerBase, limit: int
-) -> list[Prompt]:
-    if not items:
-        return []
-    texts = [render_text(item.row.question, data, tokenizer) for item in items]
-    # The chat template writes its special tokens itself.
-    ids = tokenizer(texts, add_special_tokens=data.template == "base")["input_ids"]
-    _check_lengths(items, [len(one) for one in ids], data.max_prompt_tokens, limit)
-    prompts = []
-    for item, token_ids in zip(items, ids, strict=True):
-        assert item.row.reference is not None  # `loaders` dropped the others
-        prompts.append(
-            Prompt(
-                prompt_id=item.prompt_id,
-                source=item.label,
-                question=item.row.question,
-                reference=item.row.reference,
-                token_ids=tuple(token_ids),
-                solution=finish_solution(item.row.solution, item.row.reference, data.instruction),
-            )
-        )
-    return prompts
+def with_question(messages: Sequence[Message], asked: str) -> list[Message]:
+    """The conversation, its last user message being `asked`."""
+    if not messages:
+        return [Message("user", asked)]
+    places = [place for place, message in enumerate(messages) if message.role == "user"]
+    turns = list(messages)
+    turns[places[-1]] = replace(turns[places[-1]], content=asked)
+    return turns
+
+
+def _plain_text(messages: Sequence[Message]) -> str:
+    """A system message's text and the question; with more turns than one, `User: ...` lines."""
+    if all(message.role in ("system", "user") for message in messages):
+        return "\n\n".join(message.content or "" for message in messages) + "\n"
+    return conversation_text(messages)
+
+
+def conversation_text(messages: Sequence[Message]) -> str:
+    """`User: ...` and `Assistant: ...` lines, the assistant's turn open at the end."""
+    lines = [f"{one.role.capitalize()}: {one.content or ''}" for one in messages]
+    is_begun = messages[-1].role == "assistant"
+    return "\n\n".join(lines if is_begun else [*lines, "Assistant:"])
 
 
 def _check_lengths(

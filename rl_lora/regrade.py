@@ -14,8 +14,8 @@ from rich.text import Text
 from rewards import Score, load_reward
 from rl_lora.errors import UserError
 from rl_lora.exam_files import find_exam, read_exam
-from rl_lora.references import score_best
 from rl_lora.results import ExamScores, ProblemRecord, SampleRecord, exam_scores
+from rl_lora.scoring import score_best
 from rl_lora.tables import accuracy_name, accuracy_text, printable
 
 _CELL_CHARS = 40

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
+from typing import Any
 
-from rewards import Reward
+from rewards import FunctionReward, Reward
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.references import score_best
 from rl_lora.sampler import OnGroup, Sampler
+from rl_lora.scoring import score_best
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, SampleParams
+
+MADE_UP = "The answer is \\boxed{0}."
 
 
 def sample_groups(
@@ -46,7 +49,7 @@ def score_groups(
     """Scores all groups in one call, so that the verifier's workers are used together.
 
     Raises:
-        UserError: the reward gave a number that is not finite.
+        UserError: the reward gave a number that is not finite, or failed.
     """
     texts = [c.text for completions_G in completions_N_G for c in completions_G]
     references = [
@@ -54,7 +57,7 @@ def score_groups(
         for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
         for _ in completions_G
     ]
-    scored = score_best(reward, texts, references)
+    scored = score_best(reward, texts, references, _rows(prompts_N, completions_N_G))
     for score, reference in zip(scored, references, strict=True):
         if not math.isfinite(score.reward):
             raise UserError(
@@ -66,6 +69,41 @@ def score_groups(
         RolloutGroup(prompt, tuple(Rollout(c, next(scores)) for c in completions_G))
         for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
     ]
+
+
+def _rows(
+    prompts_N: Sequence[Prompt], completions_N_G: Sequence[Sequence[Completion]]
+) -> list[Mapping[str, Any]]:
+    """The columns that a user's function may ask for, a row a completion; the data set's own come
+    before those that every problem has."""
+    return [
+        {
+            "question": prompt.question,
+            "answer": prompt.reference,
+            "solution": prompt.solution,
+            **prompt.columns,
+            "prompts": prompt.columns.get("prompt", prompt.question),
+            "completion_ids": list(completion.token_ids),
+        }
+        for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
+        for completion in completions_G
+    ]
+
+
+def check_reward(reward: Reward, prompt: Prompt, token_ids: Sequence[int]) -> None:
+    """Has a user's own function score a made-up completion, twice, before any is sampled.
+
+    Args:
+        reward: any; those of this project are known to work.
+        prompt: of the job.
+        token_ids: of MADE_UP.
+
+    Raises:
+        UserError: the function fails, or gives what is no reward.
+    """
+    if isinstance(reward, FunctionReward):
+        completion = Completion(tuple(token_ids), MADE_UP, (0.0,) * len(token_ids), False, 0)
+        score_groups([prompt], [[completion, completion]], reward)
 
 
 def scoring_thread() -> ThreadPoolExecutor:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BASE_VERSION = -1  # Completion.adapter_version of the base model without adapter
 OnGroup = Callable[[int, list[Completion]], None]  # index of the prompt, its G completions
@@ -64,12 +69,61 @@ class Groups:
         return [self._found_N[index][sample] for sample in range(self._num_samples)]
 
 
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """`SampleParams.stop` as samplers look for them.
+
+    Example: Stops(token_ids=(2,), texts=("\n\n",), in_special=False) of ("<|end|>", "\n\n")
+    """
+
+    token_ids: tuple[int, ...]  # of stops that are one special token
+    texts: tuple[str, ...]  # looked for in the text
+    in_special: bool  # whether that text has the special tokens in it; completions' has not
+
+    @classmethod
+    def of(cls, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Stops:
+        """A special token is no part of a completion's text, so that it is known by its id."""
+        if not stop:
+            return cls((), (), False)
+        special = {
+            token.content: number
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special
+        }
+        texts = tuple(text for text in stop if text not in special)
+        ids = tuple(special[text] for text in stop if text in special)
+        return cls(ids, texts, any(word in text for text in texts for word in special))
+
+
 def mix_seed(*parts: int | str) -> int:
     """A 63-bit seed from the parts: the same on every machine, distinct for distinct parts."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def sample_seed(batch_seed: int, prompt_id: str, sample_index: int) -> int:
-    """The seed of one sample: one seed for a whole group would make identical samples."""
-    return mix_seed(batch_seed, prompt_id, sample_index)
+def sample_seed(batch_seed: int, prompt_id: str, sample_index: int, occurrence: int = 0) -> int:
+    """The seed of one sample: one seed for a whole group would make identical samples.
+
+    Args:
+        batch_seed: of the call.
+        prompt_id: of the prompt.
+        sample_index: 0, 1, ... G - 1 within the group.
+        occurrence: how often the prompt stands in the batch before this group.
+    """
+    return mix_seed(batch_seed, prompt_id, sample_index, *([occurrence] if occurrence else []))
+
+
+def sample_seeds(prompts_N: Sequence[Prompt], params: SampleParams) -> list[list[int]]:
+    """[N][G] seeds of a batch, which is to be whole: a prompt that stands in it twice gets other
+    samples the second time. The rest of the batch changes no prompt's seeds."""
+    met: Counter[str] = Counter()
+    seeds_N_G = []
+    for prompt in prompts_N:
+        seeds_N_G.append(
+            [
+                sample_seed(params.seed, prompt.prompt_id, index, met[prompt.prompt_id])
+                for index in range(params.num_samples)
+            ]
+        )
+        met[prompt.prompt_id] += 1
+    return seeds_N_G

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from rl_lora.batches import pack
+from rl_lora.chat_template import end_of_turn
 from rl_lora.config import RunConfig
 from rl_lora.learner import Learner
 from rl_lora.types import Prompt, TrainSample
 
 
 def solution_sample(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, end_id: int) -> TrainSample:
-    """The prompt with its worked solution as completion, closed by the end token."""
+    """The prompt with its worked solution as completion, closed by the token that ends a turn."""
     ids = tokenizer.encode(prompt.solution, add_special_tokens=False)
     completion_ids = (*ids, end_id)
     return TrainSample(
@@ -59,11 +60,12 @@ def warm_start(
         raise ValueError("warm_start needs prompts with worked solutions")
     rng = random.Random(f"warm_start/{section.seed}")
     order: list[Prompt] = []
+    end_id = end_of_turn(tokenizer, config.data.template, config.data.chat_template_kwargs)
     for step in range(1, section.num_steps + 1):
         while len(order) < section.batch_size:
             order += rng.sample(solved, len(solved))
         batch, order = order[: section.batch_size], order[section.batch_size :]
-        samples = [solution_sample(p, tokenizer, int(tokenizer.eos_token_id)) for p in batch]
+        samples = [solution_sample(p, tokenizer, end_id) for p in batch]
         (microbatches,) = pack(
             samples,
             denominator="tokens",

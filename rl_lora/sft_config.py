@@ -14,6 +14,7 @@ from rl_lora.config import (
     RunSection,
     Section,
     SourcesSection,
+    check_full_dtype,
     check_variant,
     parse_as,
     read_settings,
@@ -54,6 +55,7 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> SftConfig:
         check_variant(self.lora, self.optim)
+        check_full_dtype(self.lora, self.model.dtype)
         return self
 
 

@@ -1,11 +1,13 @@
 """Supervised data sets -> tokenised sequences to learn and to test on; and which go into a step.
 
-One sequence an assistant message that is learnt: all before it is its prompt, its own tokens and
-the end token are the completion, and the loss counts the completion alone.
+One sequence an assistant message that is learnt: all before it is its prompt; the completion is
+what the chat template writes for the message, up to the token that ends its turn (a template
+without such a token: the tokenizer's end token follows). The loss counts the completion alone.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from array import array
 from collections import Counter
@@ -15,12 +17,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rl_lora.chats import Chat, Message, parse_chats, problem_chat
+from rl_lora.chat_template import ChatTemplate, check_characters, check_plain, encode_prompts
+from rl_lora.chats import Chat, parse_chats, problem_chat
 from rl_lora.config import SourceSection
 from rl_lora.data_files import Role, file_label, folder_files, folder_label, read_file
 from rl_lora.errors import UserError
 from rl_lora.generated import generated_rows
 from rl_lora.loaders import DEFAULT_ROWS, HubSet, is_hub_id, load_hub, unknown_set
+from rl_lora.messages import Message
+from rl_lora.prompts import conversation_text
 from rl_lora.sampler import mix_seed
 from rl_lora.sft_config import SftDataSection
 from rl_lora.types import TrainSample
@@ -83,7 +88,7 @@ def load_sft(
     """
     if not data.train:
         raise UserError("data.train names no data set; set data.train, e.g. a jsonl of chats")
-    _check_template(data, tokenizer)
+    renderer = _Renderer(data, tokenizer)
     notes: list[str] = []
     max_tokens = min(data.max_tokens, context_length)
     train = [one for s in data.train for one in _load(s, "train", data, notes)]
@@ -98,13 +103,13 @@ def load_sft(
         drawn = set(random.Random(mix_seed("sft", seed)).sample(range(len(train)), data.held_out))
         test = [chat for place, chat in enumerate(train) if place in drawn]
         train = [chat for place, chat in enumerate(train) if place not in drawn]
-    tested = {chat.messages for chat in test}
-    kept = [chat for chat in train if chat.messages not in tested]
+    tested = {(chat.messages, chat.tools) for chat in test}
+    kept = [chat for chat in train if (chat.messages, chat.tools) not in tested]
     if len(kept) < len(train):
         notes.append(f"{len(train) - len(kept)} training rows left out: they are in the test, too")
     sets = SftSets(
-        _tokenise(kept, data, tokenizer, max_tokens, "training", notes),
-        _tokenise(test, data, tokenizer, max_tokens, "test", notes),
+        renderer.tokens(kept, max_tokens, "training", notes),
+        renderer.tokens(test, max_tokens, "test", notes),
         notes,
     )
     for name, sequences in (("training", sets.train), ("test", sets.test)):
@@ -167,8 +172,7 @@ def _read(source: SourceSection, role: Role, data: SftDataSection) -> tuple[str,
             for file in files
             for chat in parse_chats(read_file(file), str(file), data.instruction, *columns)
         ]
-        numbered = [Chat(chat.messages, row) for row, chat in enumerate(chats)]
-        return label, _draw(numbered, source)
+        return label, _draw(chats, source)
     if source.name not in SFT_SETS and not is_hub_id(source.name):
         raise UserError(unknown_set(source.name))
     known = SFT_SETS.get(source.name, HubSet(source.name, "train", "test"))
@@ -189,78 +193,93 @@ def _draw(chats: list[Chat], source: SourceSection) -> list[Chat]:
     if source.num_rows is None or source.num_rows >= len(chats):
         return chats
     rng = random.Random(mix_seed("sft rows", source.seed))
-    return sorted(rng.sample(chats, source.num_rows), key=lambda chat: chat.row)
+    return [chats[place] for place in sorted(rng.sample(range(len(chats)), source.num_rows))]
 
 
 # --- rendering ------------------------------------------------------------------------------------
 
 
-def _check_template(data: SftDataSection, tokenizer: PreTrainedTokenizerBase) -> None:
-    if data.template == "chat" and not tokenizer.chat_template:
-        raise UserError(
-            "the model's tokenizer has no chat template; set data.template='base' for a base model"
-        )
+class _Renderer:
+    """Chats -> token ids, by the settings of one job."""
+
+    def __init__(self, data: SftDataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises UserError without a chat template, or for settings of one that is not used."""
+        is_chat = data.template == "chat"
+        self._data, self._tokenizer = data, tokenizer
+        self._chat = ChatTemplate(tokenizer, data.chat_template_kwargs) if is_chat else None
+        if not is_chat and data.chat_template_kwargs:
+            raise UserError("data.chat_template_kwargs needs data.template='chat'; leave it out")
+        end = self._chat.turn_end if self._chat else None
+        self._end_ids = {int(tokenizer.eos_token_id)} | ({end.token_id} if end else set())
+
+    def tokens(
+        self, chats: Sequence[Chat], max_tokens: int, what: str, notes: list[str]
+    ) -> list[Tokens]:
+        """A sequence an answer, cut at max_tokens; a note tells what was cut or left out."""
+        counts: Counter[str] = Counter()
+        sequences: list[Tokens] = []
+        for start in range(0, len(chats), 1000):  # a batch at once is quick; all at once is large
+            for prompt, answer in self._encode(list(self._pairs(chats[start : start + 1000]))):
+                room = max_tokens - len(prompt)
+                if room < 1:
+                    counts["dropped, prompt too long"] += 1
+                    continue
+                if len(answer) > room:
+                    counts["cut at data.max_tokens"] += 1
+                sequences.append(Tokens(array("i", prompt), array("i", answer[:room])))
+        if counts:
+            told = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+            notes.append(f"{what}: {len(sequences)} sequences of up to {max_tokens} tokens; {told}")
+        return sequences
+
+    def prompt(self, messages: Sequence[Message], who: str = "the row") -> str:
+        """Everything before an answer: chat markup with the turn opened, or `User: ...` lines."""
+        turns = self._with_system(messages)
+        if self._chat is not None:
+            return self._chat.render(turns, who, opens_turn=True)
+        check_plain(turns, who)
+        return conversation_text(turns)
+
+    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
+        system = self._data.system
+        has_own = system is None or messages[0].role == "system"
+        return list(messages) if has_own else [Message("system", system), *messages]
+
+    def _pairs(self, chats: Sequence[Chat]) -> Iterator[tuple[str, str]]:
+        """(prompt, answer) texts of the messages that are learnt."""
+        for chat in chats:
+            places = chat.answers if self._data.learn_on == "all" else chat.answers[-1:]
+            for place in places:
+                pair = self._pair(chat, place)
+                for text in pair:
+                    check_characters(text, chat.who)
+                yield pair
+
+    def _pair(self, chat: Chat, place: int) -> tuple[str, str]:
+        turns = chat.messages[: place + 1]
+        if self._chat is not None:
+            tools = json.loads(chat.tools) if chat.tools else None
+            return self._chat.render_answer(self._with_system(turns), chat.who, tools)
+        check_plain(turns, chat.who)
+        return self.prompt(turns[:-1], chat.who), f" {turns[-1].content or ''}"
+
+    def _encode(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[int]]]:
+        """(prompt ids, answer ids with an end token), as the whole text's ids where these begin
+        with the prompt's: some tokenizers put a blank before a text of its own."""
+        has_start = self._chat is None
+        prompts = encode_prompts([p for p, _ in pairs], self._tokenizer, with_start=has_start)
+        wholes = encode_prompts([p + a for p, a in pairs], self._tokenizer, with_start=has_start)
+        for (_, text), prompt, whole in zip(pairs, prompts, wholes, strict=True):
+            if whole[: len(prompt)] == prompt:
+                answer = whole[len(prompt) :]
+            else:
+                answer = self._tokenizer.encode(text, add_special_tokens=False)
+            is_ended = not has_start and bool(answer) and answer[-1] in self._end_ids
+            yield prompt, answer if is_ended else [*answer, int(self._tokenizer.eos_token_id)]
 
 
 def render_prompt(
     messages: Sequence[Message], data: SftDataSection, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """Everything before the answer: chat markup with the turn opened, or `User: ...` lines."""
-    turns = [{"role": one.role, "content": one.content} for one in messages]
-    if data.system is not None and turns[0]["role"] != "system":
-        turns.insert(0, {"role": "system", "content": data.system})
-    if data.template == "chat":
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    lines = [f"{turn['role'].capitalize()}: {turn['content']}\n\n" for turn in turns]
-    return "".join(lines) + "Assistant:"
-
-
-def _tokenise(
-    chats: Sequence[Chat],
-    data: SftDataSection,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-    what: str,
-    notes: list[str],
-) -> list[Tokens]:
-    counts: Counter[str] = Counter()
-    sequences: list[Tokens] = []
-    for start in range(0, len(chats), 1000):  # a batch at once is quick; all at once is large
-        pairs = list(_pairs(chats[start : start + 1000], data, tokenizer))
-        prompts = _encode([p for p, _ in pairs], tokenizer, with_start=data.template == "base")
-        answers = _encode([a for _, a in pairs], tokenizer, with_start=False)
-        for prompt, answer in zip(prompts, answers, strict=True):
-            completion = array("i", [*answer, int(tokenizer.eos_token_id)])
-            room = max_tokens - len(prompt)
-            if room < 1:
-                counts["dropped, prompt too long"] += 1
-                continue
-            if len(completion) > room:
-                counts["cut at data.max_tokens"] += 1
-            sequences.append(Tokens(array("i", prompt), completion[:room]))
-    if counts:
-        told = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-        notes.append(f"{what}: {len(sequences)} sequences of up to {max_tokens} tokens; {told}")
-    return sequences
-
-
-def _pairs(
-    chats: Sequence[Chat], data: SftDataSection, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[str, str]]:
-    """(prompt, answer) texts of the messages that are learnt."""
-    lead = " " if data.template == "base" else ""
-    for chat in chats:
-        places = chat.answers if data.learn_on == "all" else chat.answers[-1:]
-        for place in places:
-            prompt = render_prompt(chat.messages[:place], data, tokenizer)
-            yield prompt, lead + chat.messages[place].content
-
-
-def _encode(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, with_start: bool
-) -> list[list[int]]:
-    """The chat template writes its special tokens itself."""
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=with_start)["input_ids"]
-    return ids
+    return _Renderer(data, tokenizer).prompt(messages)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,6 +20,8 @@ from rl_lora.config import ModelSection
 from rl_lora.errors import UserError
 from rl_lora.models import list_models
 from rl_lora.tiny import RECIPES
+
+HEAD_NAMES = ("lm_head", "embed_out")  # what models call their lm_head
 
 
 def _shape(
@@ -102,6 +105,34 @@ def load_model_config(
             f"model.name={name!r}: its config.json is not on this machine and cannot be fetched; "
             "give a directory, or get the model with `rl-lora models get`"
         ) from error
+
+
+def has_own_head(model_dir: Path, config: PretrainedConfig) -> bool:
+    """Whether the files have an lm_head of its own although the config ties it to the embedding.
+
+    transformers then unties them; it is decided here as there, without loading the model: both
+    tensors are in the files, and they differ.
+    """
+    if not any(c.tie_word_embeddings for c in (config, config.get_text_config())):
+        return False
+    files: dict[str, Path] = {}
+    for path in model_dir.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as opened:
+            files |= dict.fromkeys(opened.keys(), path)
+    if not any(name.removesuffix(".weight").endswith(HEAD_NAMES) for name in files):
+        return False
+    model: Any = lay_out(config)
+    tied: dict[str, str] = model.all_tied_weights_keys
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(files[name], framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
+
+    return any(
+        head in files and source in files and not torch.equal(read(head), read(source))
+        for head, source in tied.items()
+    )
 
 
 def lay_out(config: PretrainedConfig) -> nn.Module:

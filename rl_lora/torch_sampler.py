@@ -18,7 +18,7 @@ from rl_lora.batches import to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.kv_cache import KvCache, front
 from rl_lora.policy import Policy
-from rl_lora.sampler import BASE_VERSION, OnGroup, sample_seed
+from rl_lora.sampler import BASE_VERSION, OnGroup, Stops, sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
 _SEQUENCES_AT_ONCE = 128
@@ -83,13 +83,15 @@ class TorchSampler:
         out: list[list[Completion]] = []
         num_tokens = 0
         cache = KvCache(self.policy.model.config)  # its buffers serve all chunks
+        seeds_N_G = sample_seeds(prompts_N, params)
         for start in range(0, len(prompts_N), at_once):
-            chunk_n = prompts_N[start : start + at_once]
+            chunk = slice(start, start + at_once)
+            rows = _Rows(prompts_N[chunk], seeds_N_G[chunk], params, self.policy.device)
             if self._version == BASE_VERSION and not self.policy.is_full:
                 with self.policy.adapter_off():
-                    done = _decode(self, chunk_n, params, cache)
+                    done = _decode(self, rows, params, cache)
             else:
-                done = _decode(self, chunk_n, params, cache)
+                done = _decode(self, rows, params, cache)
             for index, completions_G in enumerate(done, len(out)):
                 if on_group is not None:
                     on_group(index, completions_G)
@@ -135,7 +137,13 @@ class TorchSampler:
 class _Rows:
     """The state of the rows still being decoded; S of them, dropped as they finish."""
 
-    def __init__(self, prompts: Sequence[Prompt], params: SampleParams, device: torch.device):
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        seeds_N_G: Sequence[Sequence[int]],
+        params: SampleParams,
+        device: torch.device,
+    ) -> None:
         num, group = len(prompts), params.num_samples
         self.width = max(len(p.token_ids) for p in prompts)
         ids_NP = torch.zeros(num, self.width, dtype=torch.int64)
@@ -154,11 +162,7 @@ class _Rows:
         self.stopped = [False] * len(self.index)
         self.live = [True] * len(self.index)
         self.uniforms_ST = torch.stack(
-            [
-                _uniforms(sample_seed(params.seed, p.prompt_id, g), params.max_tokens)
-                for p in prompts
-                for g in range(group)
-            ]
+            [_uniforms(seed, params.max_tokens) for seeds_G in seeds_N_G for seed in seeds_G]
         ).to(device)
 
     def keep(self, rows: list[int]) -> Tensor:
@@ -172,11 +176,11 @@ class _Rows:
 
 
 def _decode(
-    sampler: TorchSampler, prompts: Sequence[Prompt], params: SampleParams, cache: KvCache
+    sampler: TorchSampler, rows: _Rows, params: SampleParams, cache: KvCache
 ) -> list[list[Completion]]:
     """Prefill each prompt once, copy its keys and values to its samples, then decode."""
     model = sampler.policy.model
-    rows = _Rows(prompts, params, sampler.policy.device)
+    stops = Stops.of(params.stop, sampler.tokenizer)
     cache.begin(longest=rows.width + params.max_tokens)
     positions_NP = (rows.mask_NP.cumsum(-1) - 1).clamp(min=0)
     logits_NV = model(
@@ -190,7 +194,7 @@ def _decode(
     logits_SV = logits_NV.repeat_interleave(params.num_samples, 0)
     for step in range(params.max_tokens):
         token_S, logprob_S = _draw(logits_SV, rows.uniforms_ST[:, step], params)
-        _record(sampler, rows, token_S.tolist(), logprob_S.tolist(), params)
+        _record(sampler, rows, token_S.tolist(), logprob_S.tolist(), stops)
         num_live = sum(rows.live)
         if not num_live or step == params.max_tokens - 1:
             break
@@ -218,7 +222,7 @@ def _record(
     rows: _Rows,
     token_ids: list[int],
     logprobs: list[float],
-    params: SampleParams,
+    stops: Stops,
 ) -> None:
     """Appends a token to each live row and marks the rows that end."""
     for row, (token, logprob) in enumerate(zip(token_ids, logprobs, strict=True)):
@@ -229,9 +233,13 @@ def _record(
         rows.logprobs[sample].append(logprob)
         if token in sampler.end_ids:
             rows.live[row] = False
-        elif params.stop:
-            text = sampler.tokenizer.decode(rows.token_ids[sample], skip_special_tokens=True)
-            if any(stop in text for stop in params.stop):
+        elif token in stops.token_ids:
+            rows.live[row], rows.stopped[sample] = False, True
+        elif stops.texts:
+            text = sampler.tokenizer.decode(
+                rows.token_ids[sample], skip_special_tokens=not stops.in_special
+            )
+            if any(stop in text for stop in stops.texts):
                 rows.live[row], rows.stopped[sample] = False, True
 
 

@@ -5,9 +5,10 @@ prompts -> rollouts (sampler, rewards) -> advantages -> batches -> losses -> lea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rewards import Score
 
@@ -43,6 +44,8 @@ class Prompt:
     reference: str  # the gold answer; alternatives are parted as `references` says
     token_ids: tuple[int, ...]  # the rendered prompt, special tokens included
     solution: str = ""  # a worked solution ending in the answer, where the data set has one
+    # The row's columns as read, for a reward that asks for them; else empty.
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,8 @@ class Microbatch:
     sequence_C: torch.Tensor  # int64, number of the token's completion: 0, 1, ... in the microbatch
     num_sequences: int  # completions
     num_tokens: int  # real tokens that are computed, without padding
+    # float32, nats, of the policy when the step began; None: it has not moved since
+    old_logprobs_C: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ import torch
 from rl_lora import cpu_memory
 from rl_lora.config import MIN_TEMPERATURE, LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, sample_seed
+from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, Stops, sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 from rl_lora.vllm_engine import (
     check_device,
@@ -166,7 +166,8 @@ class VllmSampler:
 
         Log-probs are those of the distribution sampled from: at params.temperature (temperature 0:
         at 1) and after top_p, in nats. Each sample has its own seed, so that it does not depend on
-        what else is in the batch, up to rounding. The tokens that spell a stop string are kept.
+        what else is in the batch, up to rounding (but for the same prompt, if it stands there
+        before). The tokens that spell a stop string are kept.
         `on_group` as the protocol says.
 
         Raises:
@@ -175,15 +176,12 @@ class VllmSampler:
             StaleAdapterError: vLLM answered under another adapter than the one in use.
         """
         self._check_request(prompts_N, params)
+        stops = Stops.of(params.stop, self._tokenizer)
         requests: dict[str, _Request] = {}
-        for prompt in prompts_N:
-            for index in range(params.num_samples):
-                requests[str(len(requests))] = _Request(
-                    prompt.token_ids,
-                    self._sampling_params(
-                        params, sample_seed(params.seed, prompt.prompt_id, index)
-                    ),
-                )
+        for prompt, seeds_G in zip(prompts_N, sample_seeds(prompts_N, params), strict=True):
+            for seed in seeds_G:
+                request = _Request(prompt.token_ids, self._sampling_params(params, stops, seed))
+                requests[str(len(requests))] = request
         groups = Groups(len(prompts_N), params.num_samples, on_group)
 
         def on_output(output: Any) -> None:
@@ -305,19 +303,20 @@ class VllmSampler:
                     f"{self.max_model_len}; lower sampling.max_tokens or data.max_prompt_tokens"
                 )
 
-    def _sampling_params(self, params: SampleParams, seed: int) -> Any:
+    def _sampling_params(self, params: SampleParams, stops: Stops, seed: int) -> Any:
         return self._vllm.SamplingParams(
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=-1,
             max_tokens=params.max_tokens,
-            stop=list(params.stop) or None,
-            stop_token_ids=self._end_token_ids,
+            stop=list(stops.texts) or None,
+            stop_token_ids=[*self._end_token_ids, *stops.token_ids],
+            skip_special_tokens=not stops.in_special,  # of the text that stops are looked for in
             ignore_eos=bool(self._end_token_ids),
             seed=seed,
             logprobs=0,
             flat_logprobs=True,
-            detokenize=bool(params.stop),
+            detokenize=bool(stops.texts),
             output_kind=self._vllm.RequestOutputKind.FINAL_ONLY,
         )
 

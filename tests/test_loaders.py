@@ -17,6 +17,7 @@ from rl_lora.errors import UserError
 from rl_lora.generated import chain_steps, generated_rows, reasoning_gym_rows
 from rl_lora.layouts import DataRow, last_boxed, parse_rows
 from rl_lora.loaders import LOADERS, has_eval_part, load_source, question_key
+from rl_lora.messages import Message
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -118,7 +119,9 @@ def test_chat_prompts_lose_their_own_answer_instruction() -> None:
         ],
         "reward_model": {"ground_truth": "2", "style": "rule"},
     }
-    assert read_one(raw) == DataRow("What is $1+1$?", "2")
+    row = read_one(raw)
+    assert (row.question, row.reference) == ("What is $1+1$?", "2")
+    assert row.messages == (Message("system", "Be brief."), Message("user", "What is $1+1$?"))
 
 
 def test_aime_prompts_lose_their_answer_instruction() -> None:

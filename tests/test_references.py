@@ -12,8 +12,9 @@ from rewards import Score, load_reward
 from rl_lora.config import DataSection
 from rl_lora.grade import grade_file
 from rl_lora.prompts import finish_solution, load_prompts
-from rl_lora.references import alternatives, join_alternatives, score_best
+from rl_lora.references import alternatives, join_alternatives
 from rl_lora.rollouts import score_groups
+from rl_lora.scoring import score_best
 from rl_lora.types import Completion, Prompt
 from tests.fakes import FakeReward
 from tests.test_prompts import word_tokenizer

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from rewards import POLICIES, STATUSES, Score, load_policy, load_reward, score, score_batch, verify
+from rewards import (
+    POLICIES,
+    STATUSES,
+    RewardError,
+    Score,
+    load_policy,
+    load_reward,
+    score,
+    score_batch,
+    verify,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,7 +94,7 @@ def test_a_users_own_function(user_module: str) -> None:
     assert load_reward(f"{user_module}:scored").score_batch(["x"], ["y"]) == [
         Score(0.5, False, "ok", "x", True)
     ]
-    with pytest.raises(KeyError, match="mine"):
+    with pytest.raises(RewardError, match="broken raised KeyError: 'mine'"):
         load_reward(f"{user_module}:broken").score_batch(["x"], ["y"])
 
 

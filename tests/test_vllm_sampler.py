@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from rl_lora import job, vllm_settings
 from rl_lora.adapter import fingerprint, save_adapter
@@ -308,6 +308,9 @@ def test_samples_follow_from_the_seed_alone(sampler: VllmSampler) -> None:
     assert len(set(_ids(groups[0]))) == PARAMS.num_samples
     other = sampler.sample(PROMPTS, replace(PARAMS, seed=8))
     assert _ids(other[0]) != _ids(groups[0])
+    twice = sampler.sample([PROMPTS[0], PROMPTS[1], PROMPTS[0]], PARAMS)
+    assert [_ids(group) for group in twice[:2]] == [_ids(group) for group in groups[:2]]
+    assert not set(_ids(twice[2])) & set(_ids(twice[0]))  # the same prompt again, other samples
 
 
 def test_prompts_that_exceed_a_steps_tokens(sampler: VllmSampler) -> None:
@@ -649,7 +652,7 @@ def test_rank_slots_are_vllms() -> None:
 
 
 def test_cpu_cache_bytes() -> None:
-    config = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
+    config = GPT2Config(n_layer=2, n_head=4, n_embd=64)  # whose names are not the usual ones
     # A token: keys and values x 2 layers x 4 heads x 16 x 4 bytes = 1024. 64 tokens are 2 blocks of
     # 32, and a third is vLLM's own: 96 x 1024 bytes a sequence.
     size: Callable[[int], int] = lambda free: cpu_cache_bytes(  # noqa: E731

@@ -1,0 +1,226 @@
+"""A user's own reward: `fn(completion, reference)`, or TRL's `fn(completions, **columns)`.
+
+What it gives is checked, and what goes wrong is told in one line with the function's name, what it
+got and what it gave. Either form may be `async`: a batch's calls then run side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import numbers
+import traceback
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from decimal import Decimal
+from types import TracebackType
+from typing import Any, Self
+
+from rewards.types import RewardError, Score
+
+UserFunction = Callable[..., Any]
+Row = Mapping[str, Any]  # a problem's columns, by name
+
+_LARGEST = 1e18  # its square is still a float32
+
+
+class FunctionReward:
+    """A user's function, called in this process.
+
+    A plain number counts as correct where it is at least 1.
+    """
+
+    def __init__(self, name: str, function: UserFunction) -> None:
+        """Raises ValueError where the function takes neither form of arguments."""
+        self.name, self._function = name, function
+        try:
+            parameters = inspect.signature(function).parameters
+        except (TypeError, ValueError):  # built in C: nothing is known of its arguments
+            parameters = {}
+        self.is_batch = "completions" in parameters
+        self._runner: asyncio.Runner | None = None
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._named = [p.name for p in parameters.values() if p.kind in _BY_NAME]
+        self._needed = [
+            p.name for p in parameters.values() if p.kind in _BY_NAME and p.default is p.empty
+        ]
+        if not self.is_batch and parameters:
+            try:
+                inspect.signature(function).bind("", "")
+            except TypeError as error:
+                raise ValueError(
+                    f"reward {name!r} takes ({', '.join(parameters)}): write it as "
+                    "fn(completion, reference), or as fn(completions, **columns) for a batch"
+                ) from error
+
+    def score_batch(self, completions: Sequence[str], references: Sequence[str]) -> list[Score]:
+        """One Score each. Raises RewardError for anything but a finite number or a Score."""
+        return self.score_rows(completions, references, [{} for _ in completions])
+
+    def score_rows(
+        self, completions: Sequence[str], references: Sequence[str], rows: Sequence[Row]
+    ) -> list[Score]:
+        """As `score_batch`, with the columns of each completion's problem (TRL's form only).
+
+        The columns are those of the data set, `reference` (the gold answer), `prompts` and
+        `completion_ids`. As in TRL, where `prompts` are lists of messages so are the completions.
+
+        Raises:
+            RewardError: the function raises, asks for a column that is not there, or gives
+                anything but finite numbers or Scores.
+        """
+        if not completions:
+            return []
+        if self.is_batch:
+            return self._score_at_once(completions, references, rows)
+        calls = [
+            self._call(_got(completion, reference), completion, reference)
+            for completion, reference in zip(completions, references, strict=True)
+        ]
+        return [
+            self._score(result, _got(completion, reference))
+            for result, completion, reference in zip(
+                self._awaited(calls, _got(completions[0], references[0])),
+                completions,
+                references,
+                strict=True,
+            )
+        ]
+
+    def _score_at_once(
+        self, completions: Sequence[str], references: Sequence[str], rows: Sequence[Row]
+    ) -> list[Score]:
+        columns = self._columns(references, rows)
+        prompts = columns.get("prompts", [])
+        is_chat = bool(prompts) and all(isinstance(prompt, list) for prompt in prompts)
+        columns["completions"] = (
+            [[{"role": "assistant", "content": text}] for text in completions]
+            if is_chat
+            else list(completions)
+        )
+        names = ", ".join(sorted(columns))
+        got = f"{len(completions)} completions, the first {_shown(completions[0])}, with {names}"
+        arguments = {
+            name: values
+            for name, values in columns.items()
+            if self._takes_all or name in self._named
+        }
+        missing = [name for name in self._needed if name not in columns]
+        if missing:
+            raise RewardError(
+                f"reward {self.name} asks for the column {missing[0]!r}; there are: {names}"
+            )
+        (results,) = self._awaited([self._call(got, **arguments)], got)
+        if hasattr(results, "tolist"):  # an array or a tensor
+            results = results.tolist()
+        if not isinstance(results, list | tuple):
+            raise RewardError(
+                f"reward {self.name} gave {_shown(results)} for {got}; a function of completions "
+                "gives a list, one number each"
+            )
+        if len(results) != len(completions):
+            raise RewardError(f"reward {self.name} gave {len(results)} rewards for {got}")
+        return [
+            self._score(result, _got(completion, reference))
+            for result, completion, reference in zip(results, completions, references, strict=True)
+        ]
+
+    def _columns(self, references: Sequence[str], rows: Sequence[Row]) -> dict[str, list[Any]]:
+        names = {name for row in rows for name in row if name not in ("prompt", "completion")}
+        columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
+        columns["reference"] = list(references)
+        return columns
+
+    def _call(self, got: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._function(*args, **kwargs)
+        except Exception as error:
+            raise self._failed(error, got) from error
+
+    def _awaited(self, results: list[Any], got: str) -> list[Any]:
+        """The results, those of coroutines once they are there."""
+        if not any(inspect.iscoroutine(result) for result in results):
+            return results
+        # One loop for the reward's life: clients that the user's functions keep belong to it.
+        self._runner = self._runner or asyncio.Runner()
+        done = self._runner.run(_gathered(results))
+        for result in done:
+            if isinstance(result, Exception):
+                raise self._failed(result, got) from result
+        return done
+
+    def _failed(self, error: Exception, got: str) -> RewardError:
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = frames[-1] if frames else None
+        where = "" if frame is None else f" ({frame.filename}, line {frame.lineno})"
+        return RewardError(
+            f"reward {self.name} raised {type(error).__name__}: "
+            f"{_shown(str(error))[1:-1]}{where} for {got}"
+        )
+
+    def _score(self, result: Any, got: str) -> Score:
+        score = result if isinstance(result, Score) else None
+        value = _number(result if score is None else score.reward)
+        if value is None:
+            raise RewardError(
+                f"reward {self.name} gave {_shown(result)} (of type {type(result).__name__}) for "
+                f"{got}; it must give a number"
+            )
+        if not (math.isfinite(value) and abs(value) <= _LARGEST):
+            raise RewardError(
+                f"reward {self.name} gave {value:g} for {got}; it must give a finite number of at "
+                f"most {_LARGEST:g}"
+            )
+        return score or Score(value, value >= 1.0, "ok", answer=None, has_format=False)
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+async def _gathered(results: list[Any]) -> list[Any]:
+    """Coroutines run side by side; an exception is a result, so that none is left running."""
+
+    async def plain(value: Any) -> Any:
+        return value
+
+    calls: list[Coroutine[Any, Any, Any]] = [
+        result if inspect.iscoroutine(result) else plain(result) for result in results
+    ]
+    return list(await asyncio.gather(*calls, return_exceptions=True))
+
+
+def _number(value: Any) -> float | None:
+    """A real number, one of numpy's or a tensor of no dimension; None: something else."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, numbers.Real | Decimal):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _got(completion: str, reference: str) -> str:
+    return f"completion {_shown(completion)} and reference {_shown(reference)}"
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,108 @@
+"""The messages of a conversation, as data sets write them -> one record; nothing is left out.
+
+What a message has beside its role and content (reasoning, tool calls, a tool's name) goes on to the
+chat template as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rl_lora.errors import UserError
+
+_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant"}
+_ROLES |= {"bot": "assistant", "developer": "system", "observation": "tool"}
+_OWN_KEYS = ("role", "from", "content", "value", "weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    Example: Message(role="user", content="What is 4 + 3?")
+    """
+
+    role: str  # system, user, assistant; others (tool, ...) as the data set has them
+    content: str | None  # None: a message of tool calls alone
+    extra: str = ""  # the message's other fields, a JSON object; "" for none
+    is_learnt: bool = field(default=True, compare=False)  # False: weight 0, or a prompt's turn
+
+    def as_dict(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        more = json.loads(self.extra) if self.extra else {}
+        return {"role": self.role, "content": self.content, **more}
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the other fields."""
+        return tuple(json.loads(self.extra)) if self.extra else ()
+
+
+def as_turns(value: Any) -> list[Mapping[str, Any]] | None:
+    """The turns of a column that holds a conversation, as a list or as JSON; None: another one."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    if not isinstance(value, list | tuple) or not value:
+        return None
+    turns = [turn for turn in value if isinstance(turn, Mapping)]
+    is_chat = len(turns) == len(value) and all({"role", "from"} & turn.keys() for turn in turns)
+    return turns if is_chat else None
+
+
+def read_messages(turns: list[Mapping[str, Any]], *, is_learnt: bool = True) -> list[Message]:
+    """One record a turn.
+
+    Raises:
+        UserError: a part that is not text (an image), a content of another type, or a weight that
+            is neither 0 nor 1. The message does not name the row.
+    """
+    return [_message(turn, is_learnt) for turn in turns]
+
+
+def read_tools(value: Any) -> list[dict[str, Any]]:
+    """The tool descriptions of a column, a list or JSON; none where it holds something else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return []
+    if not isinstance(value, list | tuple) or not all(isinstance(one, dict) for one in value):
+        return []
+    return list(value)
+
+
+def _message(turn: Mapping[str, Any], is_learnt: bool) -> Message:
+    role = str(turn.get("role") or turn.get("from") or "")
+    role = _ROLES.get(role, role)
+    # Arrow and JSON tables fill what a row does not have with nulls.
+    extra = {k: v for k, v in turn.items() if k not in _OWN_KEYS and v not in (None, [], {}, "")}
+    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+    if isinstance(content, list | tuple):
+        content = "".join(_part(part, role) for part in content)
+    if content is None and not extra:
+        content = ""
+    if content is not None and not isinstance(content, str):
+        raise UserError(
+            f"the {role} message's content is of type {type(content).__name__}, not text"
+        )
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1):
+        raise UserError(
+            f"the {role} message has weight {weight!r}; a message is learnt (1) or not (0)"
+        )
+    text = json.dumps(extra, ensure_ascii=False, default=str) if extra else ""
+    return Message(role, content, text, is_learnt and weight != 0)
+
+
+def _part(part: Any, role: str) -> str:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if isinstance(text, str):
+        return text
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise UserError(f"the {role} message has a part of type {kind!r}; only text is taken")

@@ -71,7 +71,9 @@ def last_boxed(text: str) -> str | None:
 
 def number_text(value: Any) -> str:
     """A number as people write it: 51.0 -> "51", 1e-05 -> "0.00001"; other values as str."""
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, float) and math.isinf(value):
+        return r"\infty" if value > 0 else r"-\infty"
+    if isinstance(value, float) and not math.isnan(value):
         return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
     return format(value, "f") if isinstance(value, Decimal) else str(value)
 

@@ -66,8 +66,13 @@ def parse(text: str) -> Parsed:
     text = clean(text)
     if text.endswith("?"):
         text = text.rstrip("? ")
-    text = _TIMES_TEN.sub(r" \\times ", text.replace("+/-", "\\pm "))
-    parser = AnswerParser(tokenize(_EMPTY_BASE.sub("", text)))
+    if "x" in text or "X" in text:
+        text = _TIMES_TEN.sub(r" \\times ", text)
+    if "+/-" in text:
+        text = text.replace("+/-", "\\pm ")
+    if "{}" in text:
+        text = _EMPTY_BASE.sub("", text)
+    parser = AnswerParser(tokenize(text))
     node = parser.parse_answer()
     return Parsed(node, frozenset(parser.bound))
 
@@ -107,11 +112,14 @@ class AnswerParser(StructureParser):
             item = self.parse_item(closers)
             if item is not None:
                 groups[-1].append(item)
-                names = symbols(item)
-                groups[-1] += [c for c in self.conditions if names & symbols(c) and c != item]
-                self.conditions.clear()
+                if self.conditions:
+                    names = symbols(item)
+                    groups[-1] += [c for c in self.conditions if names & symbols(c) and c != item]
+                    self.conditions.clear()
             if not (self._at_closer(closers) or self._at_separator()):
                 raise ParseError
+        if len(groups[0]) == 1 == len(groups):
+            return groups[0], separators, False
         groups = [_spread(self._without_domains(group)) for group in groups]
         groups = [group for group in groups if group]
         if len(groups) > 1 and any(len(group) > 1 for group in groups):
@@ -241,6 +249,8 @@ class AnswerParser(StructureParser):
 
     def _parse_suffix(self, node: Node, closers: tuple[str, ...]) -> Node:
         """Units, ordinals, qualifiers and end marks behind a value."""
+        if self.token.kind == "end":
+            return node
         if self.token.kind == "op" and self.token.text in CURRENCIES:
             node = Node("unit", (node,), CURRENCIES[self.next().text])
         if self.at("word", "or", "and"):
@@ -253,7 +263,10 @@ class AnswerParser(StructureParser):
         if self.at("num"):
             return self._parse_rest(quantity_of_product(node), closers)
         is_bracketed = self.token.text in "{(" and self.following.kind in ("word", "text")
-        if not (self.at("word") or self.at("text") or is_bracketed) or self._at_separator():
+        is_rate = self.at("op", "/")
+        if not (self.at("word") or self.at("text") or is_bracketed or is_rate):
+            return node
+        if self._at_separator():
             return node
         if self.at("word", *VERBS) and is_name(node):
             return self._parse_statement(node, closers)

@@ -200,7 +200,7 @@ class _Reader:
                 break
             if piece in ("/", "*"):
                 self.position += 1
-                if self._peek() in ("/", "*", ")", "") or not num_factors:
+                if self._peek() in ("/", "*", ")", "") or (piece == "*" and not num_factors):
                     return None
                 sign = -1 if piece == "/" else 1
                 continue

@@ -38,7 +38,8 @@ _ABANDONED_BEFORE = re.compile(
     r"(?:\b(?:not|never|instead of|rather than|(?:wrong|incorrect|mistaken)ly|mistake was)|n't"
     r"|\b(?:wrong|incorrect|mistaken|first|initial|previous|earlier|old|original)\s+(?:attempt|try|guess|answer|result|thought)"
     r"|\bat first,?\s+(?:i|we))"
-    r"(?:\s+(?:was|is|be|it|i|we|got|had|answer|value|result|gave|said|wrote|the|as|of|equal to)\b)*"
+    r"(?:\s+(?:was|is|be|it|i|we|got|had|answer|value|result|gave|said|wrote|the|as|of"
+    r"|equal to)\b)*"
     r"[\s:,$*(\\\[]*$",
     re.IGNORECASE,
 )

@@ -21,8 +21,10 @@ _TAKEN_BACK = re.compile(
     re.IGNORECASE,
 )
 _CORRECTED = re.compile(
-    r"\b(?:wait|actually|oops|sorry|hmm+|correction|scratch that|mistake|wrong|incorrect|not right)\b"
-    r"[^\n]{0,150}?\b(?:should (?:actually |really |instead )?(?:be|have been)|make that|it(?:'s| is)"
+    r"\b(?:wait|actually|oops|sorry|hmm+|correction|scratch that|mistake|wrong|incorrect"
+    r"|not right)\b"
+    r"[^\n]{0,150}?\b(?:should (?:actually |really |instead )?(?:be|have been)|make that|it(?:'s"
+    r"| is)"
     r"|i mean[,:]?|answer is|(?:i|we) get)\s+" + _VALUE + r"(?=[.*\s]*(?:[!\n]|$|\.\s))",
     re.IGNORECASE,
 )

@@ -25,10 +25,12 @@ _DECORATION = " \t\r\n*_`\"'“”‘’«»"
 
 # Words that open a clause about the answer. After punctuation, or before it where that is safe.
 _CLAUSE = re.compile(
-    r"\s*[,;:.–—-]*\s(?:because|since|as (?:required|expected|desired|needed|shown|stated|we|it|there)"
+    r"\s*[,;:.–—-]*\s(?:because|since|as (?:required|expected|desired|needed|shown|stated|we|it"
+    r"|there)"
     r"|which|meaning|representing|corresponding to|obtained|rounded|that is|namely|given that"
     r"|assuming|where (?:the|we|it|she|he|each|all)|so (?:the|that|we|it|she|he|there|they)\b"
-    r"|according to|thanks to|due to|owing to|after (?:rounding|simplif)|when rounded|with equality|attained|achieved"
+    r"|according to|thanks to|due to|owing to|after (?:rounding|simplif)|when rounded"
+    r"|with equality|attained|achieved"
     r"|by \w+ing|and (?:it|this|that|we|they|so))\b"
     r"|\s*[,;]\s*(?:which|that(?:'s| is)|this|these|it|they|there|so|hence|thus|therefore|and so"
     r"|and (?:this|that|it|we|the answer|therefore|thus|hence)|making|giving|leaving|showing|but"

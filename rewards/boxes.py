@@ -55,7 +55,7 @@ _ABANDONED_AFTER = re.compile(
 _PLACEHOLDER = re.compile(
     r"[\s.?…_]*|(?:\\text\s*\{)?\s*(?:your |the |final )*answer(?: here)?\s*\}?|\\[lc]?dots\s*"
 )
-_BESIDE = r"(?P<other>\$[^$\n]{1,80}\$|[-+]?\\?[$€£]?\d[\d.,/]*|\([A-J]\)|\\frac\S{1,40})"
+_BESIDE = r"(?P<other>\$[^$\n]{1,80}\$|[-+]?\\?[$€£]?\d[\d.,/]*|\(?\b[A-J]\b\)?|\\frac\S{1,40})"
 _OR_AFTER = re.compile(
     r"[\s$)\\\].,*]*(?:\\text\s*\{)?[\s(,]*or\s+(?:maybe |perhaps |possibly |else |even )?\}?\s*"
     + _BESIDE

@@ -84,6 +84,11 @@ _REFUSING_WORDS = re.compile(
     r"|\**(?:\s+[a-z]+)?\s+(?:isn't|does not|doesn't|do not|don't|did not|didn't|cannot|can't"
     r"|fails)\b",
 )
+_CONDITIONS = ("if", "If", "uppos", "ssum", "hether", "nless")
+_SUPPOSED = re.compile(
+    r"\b(?:if|suppos(?:e|ing)|assum(?:e|ing)|whether|unless)\b(?!.*\bthen\b)[^.,;:\n]*$",
+    re.IGNORECASE,
+)
 _ALTERNATIVE = re.compile(
     r"(?P<first>(?:between\s+)?(?:\$[^$\n]{1,80}\$|[-−]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?))(?:\s[a-z]+)?"
     r"(?:\s*,?\s*(?:or|and/or)\s+(?:maybe\s|perhaps\s|possibly\s|even\s|else\s|it's\s|it is\s)*"
@@ -275,10 +280,16 @@ def _last_maths(text: str) -> str | None:
             stop = end
         else:
             return None
-        if _REFUSING_WORDS.match(text, stop) is None:
+        if _REFUSING_WORDS.match(text, stop) is None and not _is_supposed(text, opening):
             return _widened(text, opening, stop, content.strip())
         text = text[:opening]
     return None
+
+
+def _is_supposed(text: str, end: int) -> bool:
+    """Does the value at `end` stand in a condition: 'if the answer is 5'?"""
+    before = text[max(end - 80, 0) : end]
+    return any(hint in before for hint in _CONDITIONS) and _SUPPOSED.search(before) is not None
 
 
 def _widened(text: str, start: int, end: int, content: str) -> str:

@@ -29,9 +29,8 @@ _CORRECTED = re.compile(
     re.IGNORECASE,
 )
 _NO_WAIT = re.compile(
-    r"\b(?:no,? wait|wait,? no|scratch that|correction|i mean|i meant|actually)[\s,:;.!…—–-]+"
-    + _VALUE
-    + r"(?=[.*\s]*(?:[!\n]|$|\.\s))",
+    r"\b(?:no,? wait|wait,? no|scratch that|correction|i mean|i meant|actually)"
+    r"(?:[\s,:;.!…—–]|-(?!\d))+" + _VALUE + r"(?=[.*\s]*(?:[!\n]|$|\.\s))",
     re.IGNORECASE,
 )
 _OFFERED = re.compile(

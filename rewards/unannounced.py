@@ -98,7 +98,7 @@ _BETWEEN = re.compile(r"\bbetween\s+[$\d.,/-]+\s+and\s+$", re.IGNORECASE)
 _EARNED = re.compile(
     r"\b(?:earn|pay|paid|cost|spen[dt]|save|make|made|owe|receive|charge|get|got|raise|sold|sell|lose"
     r"|lost|ha[sd]|donate|collect)\w*\s+(?P<money>\\?[$€£]\s?\d[\d,]*(?:\.\d+)?)\s+(?:in|for|over|after"
-    r"|during|within|per|each|every|on|from|by)\s+[^.\d]{0,30}\d+\s+[^.\d]*[.!]?\s*$",
+    r"|during|within|per|each|every|on|from|by)\s+[^.\d]{0,30}\d+(?:\.\d+)?\s+[^.\d]*[.!]?\s*$",
     re.IGNORECASE,
 )
 _ALIGNED = re.compile(

@@ -60,7 +60,10 @@ _HEDGE = re.compile(
     re.IGNORECASE,
 )
 _VALUE = re.compile(r"\d|\$|\\[a-z(]")
-_NUMBER = r"[-+−]?\$?\\?\(?[-+−]?\$?\d[\d,./]*(?:\\?%|\$)?\)?|\$[^$]{1,80}\$|\(?[A-J]\)?"
+_NUMBER = (
+    r"[-+−]?\$?\\?\(?[-+−]?\$?\d[\d,./]*(?:\\?%|\$)?\)?|\$[^$]{1,80}\$|\(?[A-J]\)?"
+    r"|\\[a-z]+\{[^{}]{1,40}\}(?:\{[^{}]{1,40}\})?"
+)
 _INSTEAD = re.compile(
     r"\s*[,;(–—-]?\s*\b(?:and |but )?(?:not|rather than|instead of|as opposed to|and not)\s+"
     rf"(?:{_NUMBER})(?:\s[a-z]+)?\)?$|\s*,\s*not\s[a-z][a-z ]{{2,30}}$"
@@ -78,7 +81,7 @@ _NOT_BUT = re.compile(
 )
 _CORRECTION = re.compile(
     r"[\s,;.–—(-]*\b(?:no,? wait|wait,? no|wait|actually|scratch that|correction|i mean|sorry"
-    r"|hold on|oops|or rather)\b[\s,:;.!–—-]*",
+    r"|hold on|oops|or rather)\b(?:[\s,:;.!–—]|-(?!\d))*",
     re.IGNORECASE,
 )
 _FILLER = re.compile(
@@ -199,8 +202,9 @@ def _drop_remark(match: re.Match[str]) -> str:
         or (is_value and _HEDGE.search(remark))
     ):
         return match.group()
-    head, _, last = match.string[: match.start()].strip(), *remark.rpartition("=")[1:]
-    if last and last.strip(" .$") == head.strip(" $"):
+    _, is_equation, last = remark.rpartition("=")
+    head = match.string[: match.start()]
+    if is_equation and last.strip(" .$") == head.strip(" $"):
         return ""  # 72 (36 + 36 = 72)
     if re.match(r"not\s", remark) or _LONG_WORD.search(remark):
         return ""

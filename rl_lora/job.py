@@ -198,6 +198,7 @@ def make_reward(config: RunConfig) -> Reward:
             num_workers=section.num_workers,
             timeout_s=section.timeout_s,
             policy=section.policy,
+            thinking_tags=section.thinking_tags,
         )
     except ValueError as error:
         raise UserError(f"config: reward: {error}") from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from rl_lora.config import VARIANT_NAMES, RunConfig, parse_as
+from rl_lora.config import VARIANT_NAMES, RunConfig, parse_as, parse_config
 from rl_lora.errors import UserError
 from rl_lora.loaders import LOADERS
 from rl_lora.models import EMBEDDED
@@ -77,7 +77,7 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
     exams = None
     if run_folder is not None:
         raw = (_read_json(run_folder / "run.json") or {}).get("config", {})
-        config = parse_as(SftConfig if "sft" in raw else RunConfig, raw)
+        config = parse_as(SftConfig, raw) if "sft" in raw else parse_config(raw)
         exams = _exams(run_folder / "eval", int(manifest.get("version", -1)))
     return AdapterFacts(
         base_model=manifest.get("base_model") or peft.get("base_model_name_or_path") or "unknown",

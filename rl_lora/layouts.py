@@ -317,9 +317,9 @@ def parse_rows(
     named = (question or (layout and layout.question), answer or (layout and layout.answer))
     rows = []
     for index, raw in enumerate(raws):
-        for key, column in zip(("question", "answer"), named, strict=True):
-            if column:
-                check_text(reach(raw, column), key, column, f"{where}, row {index}")
+        for key, name in zip(("question", "answer"), named, strict=True):
+            if name:
+                check_text(reach(raw, name), key, name, f"{where}, row {index}")
         full = {**dict.fromkeys(sorted(columns)), **raw}
         try:
             row = read(full)

@@ -28,6 +28,7 @@ _PLAIN = re.compile(
 _DECIMAL_COMMA = re.compile(r"^(\s*\$?\s*-?\d+),(\d+)(?=\s*\$?\s*$)")
 _INTEGER = re.compile(r"-?\d{1,18}")
 MAX_PLAIN_CHARS = 400
+MAX_SAID = 4  # spellings of one answer that are offered together
 LastResort = Callable[[Node, Node], bool]
 
 
@@ -65,6 +66,11 @@ def decide(
     if not joined and "oxed" in answer:
         joined = _joined_boxes(answer)
     if len(set(joined)) > 1 and not has_several:
+        outcomes = [
+            _typed_outcome(gold, wanted, item, policy, last_resort) for item in joined[:MAX_SAID]
+        ]
+        if len(joined) <= MAX_SAID and all(outcome.verdict.correct for outcome in outcomes):
+            return outcomes[-1]  # the same value twice: 1/2 or 0.5
         return Outcome(Verdict(False, "contradictory", "typed"))
     outcome = _typed_outcome(gold, wanted, answer, policy, last_resort)
     if joined and has_several and not outcome.verdict.correct:
@@ -226,6 +232,6 @@ def _spelling(text: str) -> tuple[tuple[str, str], ...] | str:
     spelling: list[tuple[str, str]] = []
     for token in tokens:
         spelling.append((token.kind, token.text))
-        if len(spelling) > 2 and (spelling[-3][1], spelling[-1][1]) == ("{", "}"):
+        if [piece for _, piece in spelling[-3::2]] == ["{", "}"] and spelling[-2][1] not in "{}":
             spelling[-3:] = [spelling[-2]]
     return tuple(spelling)

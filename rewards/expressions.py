@@ -85,6 +85,8 @@ class ExpressionParser(FunctionParser):
             self.bound.add(condition.args[0].name)
         elif "=" in condition.name.split(" "):
             raise ParseError  # "2 (x = 1)" is no product
+        else:
+            self.conditions.append(condition)  # 2x (x > 0)
 
     def starts_factor(self, previous: Node) -> bool:
         """Does a juxtaposed factor follow?"""

@@ -8,6 +8,9 @@ from typing import NamedTuple
 from rewards.clean import clean
 from rewards.nodes import UNNAMED, Node, ParseError, has_kind, number_node, symbols
 from rewards.phrases import (
+    ARTICLED,
+    NUMBERED,
+    ORDINALS,
     VERBS,
     apply,
     comparison_of,
@@ -45,8 +48,6 @@ _CONDITION_WORDS = (
     "values",
     "of",
 )
-_ORDINALS = ("th", "st", "nd", "rd")
-_NUMBERED = frozenset("day month floor grade century place row year week position person".split())
 _OR_EQUAL = [["or", "equal"], ["or", "greater"], ["or", "less"]]
 _DEGREES_OF = ("C", "F", "Celsius", "celsius", "Fahrenheit", "fahrenheit")
 _NEGATIONS = frozenset({"not", "no", "never", "neither", "nor", "if", "unless", "whether"})
@@ -143,6 +144,8 @@ class AnswerParser(StructureParser):
 
     def parse_item(self, closers: tuple[str, ...]) -> Node | None:
         """One item of a list; None where it only qualifies the others."""
+        if self.at("sym", "a", "A") and self.following.text in ARTICLED:
+            self.next()  # a third of 5
         if self.at("word") or self.at("text"):
             words = self._read_words()
             if self._at_closer(closers) or self._at_separator():
@@ -257,9 +260,9 @@ class AnswerParser(StructureParser):
         if self.token.text.lower() in QUALIFIER_WORDS:
             self._skip_qualifier(closers)
             return node
-        is_ordinal = self.token.text in _ORDINALS
+        is_ordinal = self.token.text in ORDINALS
         words = self._read_suffix(closers)
-        if is_ordinal and not {word.lower() for word in words} <= _NUMBERED:
+        if is_ordinal and not {word.lower() for word in words} <= NUMBERED:
             raise ParseError  # the 5th prime
         while words and words[0].lower() in SCALE_WORDS:
             node = Node("mul", (node, number_node(SCALE_WORDS[words.pop(0).lower()])))
@@ -314,7 +317,7 @@ class AnswerParser(StructureParser):
                     raise ParseError
             self.next()
             pieces.append(token.text)
-        return [piece for piece in pieces if piece not in (*_ORDINALS, "{", "}")]
+        return [piece for piece in pieces if piece not in (*ORDINALS, "{", "}")]
 
     def _parse_open_end(self, node: Node) -> Node:
         """5 or more; 5 and a half. Anything else behind "or" and "and" is another item."""
@@ -363,6 +366,10 @@ def _spread(items: list[Node]) -> list[Node]:
         others = [item.kind not in ("rel", "text", "label") for item in items[1:]]
         if all(others):
             return [first, *[Node("rel", (name, item), "!=") for item in items[1:]]]
+    last = items[-1]
+    if last.kind == "open" and last.name == "mod" and first.kind == "rel" and first.name == "===":
+        values = [first.args[1], *items[1:-1], last.args[0]]  # n = 1, 3 mod 4
+        return [Node("congruence", (first.args[0], value, last.args[1])) for value in values]
     whole = compound(first, items[1]) if len(items) == 2 else None
     return items if whole is None else [whole]
 

@@ -60,7 +60,7 @@ class StructureParser(ExpressionParser):
         return (
             [token.text for token in group[::2]] == ["(", ")"]
             and group[1].kind in ("num", "sym")
-            and self.tokens[self.index - 2].text == "==="
+            and any(t.text == "===" for t in self.tokens[max(self.index - 3, 0) : self.index])
             and self.tokens[self.index + 3].kind == "end"
         )
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from rl_lora.adapter import MANIFEST_FILE, is_peft_loadable, peft_rank, peft_variants
 from rl_lora.config import VARIANT_NAMES, RunConfig, parse_as, parse_config
 from rl_lora.errors import UserError
 from rl_lora.loaders import LOADERS
 from rl_lora.models import EMBEDDED
+from rl_lora.peft_files import MANIFEST_FILE, is_peft_loadable, peft_rank, peft_variants
 from rl_lora.results import EvalResult, load_result
 from rl_lora.sft_config import SftConfig
 

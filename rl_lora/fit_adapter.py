@@ -13,20 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_lora.adapter import (
-    ADAPTER_FILE,
-    check_base,
-    check_extras,
-    fingerprint,
-    is_lora_dir,
-    layer_name,
-    layer_scalings,
-    load_tensors,
-    lora_settings,
-    write_adapter,
-)
+from rl_lora.adapter import check_base, fingerprint, is_lora_dir, load_tensors, write_adapter
 from rl_lora.errors import UserError
+from rl_lora.peft_files import ADAPTER_FILE, check_extras, layer_name, layer_scalings, lora_settings
 from rl_lora.policy import Policy
+from rl_lora.shapes import HEAD_NAMES
 from rl_lora.types import Adapter
 from rl_lora.variants import scaling_of, served_alpha
 
@@ -52,7 +43,7 @@ def common_settings(adapter_dirs: list[Path]) -> dict[str, Any]:
             "examine them one by one, then `rl-lora compare`"
         )
     kinds = {_layers(names) for names in names_N}
-    has_head = any("lm_head" in name for names in names_N for name in names)
+    has_head = any(_is_of_head(name) for names in names_N for name in names)
     layers = kinds.pop() if len(kinds) == 1 else "all"
     return {**largest, "layers": layers, "lm_head": has_head}
 
@@ -130,9 +121,13 @@ def _widened(
     return out
 
 
+def _is_of_head(name: str) -> bool:
+    return any(part in HEAD_NAMES for part in name.split("."))
+
+
 def _layers(names: Any) -> str:
     """Which lora.layers an adapter's tensor names are of."""
-    inner = [name for name in names if "lm_head" not in name]
+    inner = [name for name in names if not _is_of_head(name)]
     has_attention = any("attn" in name or "attention" in name for name in inner)
     words = ("mlp", "feed_forward", "ffn", "moe", "experts")
     has_mlp = any(word in name for name in inner for word in words)

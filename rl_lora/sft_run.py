@@ -23,6 +23,7 @@ from rl_lora.inputs import base_inputs, sequence_inputs
 from rl_lora.job import check_run_folder, open_model
 from rl_lora.learner import Learner
 from rl_lora.metrics import PhaseTimer, memory_metrics, speed_metrics
+from rl_lora.models import check_rows
 from rl_lora.nll import HeldOutLoss, held_out_loss
 from rl_lora.policy import check_trainable
 from rl_lora.run_lock import run_lock
@@ -154,10 +155,12 @@ def _run(
 def _prepare(config: SftConfig, display: Display) -> tuple[Policy, SftSets]:
     from rl_lora.policy import Policy
 
-    model_dir, tokenizer, context = open_model(config.model, display.note)
+    model_dir, tokenizer, context = open_model(config.model, display.note, config.lora)
     sets = load_sft(config.data, tokenizer, context, config.run.seed)
     for note in sets.notes:
         display.note(note)
+    samples = (row.sample() for row in (*sets.train, *sets.test))
+    check_rows((s.prompt_ids + s.completion_ids for s in samples), tokenizer, model_dir)
     policy = Policy(
         model_dir,
         config.model,

@@ -183,12 +183,7 @@ class Run:
         """Advantages, microbatches, optimizer step, and the check that the sampler was right."""
         config, policy = self.job.config, self.job.policy
         ages = sample_ages(groups_N, self.step, max_age=int(self.overlaps))
-        rewards_N_G = [group.rewards_G for group in groups_N]
-        penalty: dict[str, float] = {}
-        if config.algorithm.kl == "reward":
-            rewards_N_G, penalty = self.learner.penalised_rewards(
-                groups_N, config.optim.microbatch_tokens
-            )
+        rewards_N_G, kl = self.learner.penalised_rewards(groups_N, config.optim.microbatch_tokens)
         advantages_N_G = ADVANTAGES[config.algorithm.advantage](rewards_N_G)
         updates = pack(
             make_samples(groups_N, advantages_N_G),
@@ -204,7 +199,7 @@ class Run:
         cpu_memory.trim()
         if not ages["rollouts/age_max"]:  # older ones: `next_batch` has checked the sampler
             check_step(metrics, policy.dtype, config.sampling.max_kl)
-        return metrics | penalty | ages
+        return metrics | kl | ages
 
 
 def train(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from rl_lora.errors import UserError
-from rl_lora.vllm_settings import head_size, read_config
+from rl_lora.vllm_settings import head_size, text_config
 
 # Read by vLLM at import or when an engine is made; the user's own values win.
 _ENVIRONMENT = {
@@ -73,7 +73,7 @@ def check_cpu_heads(model_dir: Path) -> None:
     with process_kept():
         backend = importlib.import_module("vllm.v1.attention.backends.cpu_attn")
     sizes = backend.CPUAttentionBackend.get_supported_head_sizes()
-    size = head_size(read_config(model_dir))
+    size = head_size(text_config(model_dir))
     if size not in sizes:
         raise UserError(
             f"vLLM's CPU kernels take heads of {', '.join(map(str, sizes))}, and those of "

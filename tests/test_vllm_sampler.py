@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from rl_lora import job, vllm_settings
 from rl_lora.adapter import fingerprint, save_adapter
@@ -585,6 +585,10 @@ def test_engine_settings(model_dir: Path) -> None:
     assert gpu["gpu_memory_utilization"] == 0.3
     assert "kv_cache_memory_bytes" not in gpu
     assert settings_of(model_dir, "cuda", 1, eager=True, max_num_seqs=7)["max_num_seqs"] == 7
+    assert "max_num_batched_tokens" not in gpu
+    # vLLM refuses more sequences than tokens in a step.
+    many = settings_of(model_dir, "cuda", 1, max_num_seqs=5000)
+    assert many["max_num_batched_tokens"] == 5000
 
 
 @pytest.fixture
@@ -648,7 +652,7 @@ def test_rank_slots_are_vllms() -> None:
 
 
 def test_cpu_cache_bytes() -> None:
-    config = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
+    config = GPT2Config(n_layer=2, n_head=4, n_embd=64)  # whose names are not the usual ones
     # A token: keys and values x 2 layers x 4 heads x 16 x 4 bytes = 1024. 64 tokens are 2 blocks of
     # 32, and a third is vLLM's own: 96 x 1024 bytes a sequence.
     size: Callable[[int], int] = lambda free: cpu_cache_bytes(  # noqa: E731

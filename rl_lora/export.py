@@ -331,19 +331,28 @@ def _write_weights(
     """The merged files, under the base's file names: (tensor -> file, bytes in all)."""
     weight_map: dict[str, str] = {}
     num_bytes = 0
+    is_there = any(patch.embedding in _names_of(file) for file in files)
+    stored = patch.embedding if is_there else patch.head  # where the files have a tied pair
     for file in files:
         tensors = {}
         for name, base in _tensors_of(file):
-            if name == patch.head and patch.is_tied:
-                continue  # a copy of the embedding, which the line below writes where it differs
-            tensors[name] = patch.merged(name, base).to(dtype or base.dtype)
-            if name == patch.embedding and patch.unties:
-                tensors[patch.head] = patch.merged(patch.head, base).to(dtype or base.dtype)
+            names = [name]
+            if patch.is_tied and name in (patch.embedding, patch.head):
+                if name != stored:
+                    continue  # a copy of the one that is taken
+                names = [patch.embedding, patch.head] if patch.unties else [patch.embedding]
+            for new in names:
+                tensors[new] = patch.merged(new, base).to(dtype or base.dtype)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, target / file.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file.name)
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
     return weight_map, num_bytes
+
+
+def _names_of(file: Path) -> set[str]:
+    with safe_open(file, framework="pt") as opened:
+        return set(opened.keys())
 
 
 def _tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:

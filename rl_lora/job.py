@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import platform
 import shutil
 import sys
@@ -77,10 +78,7 @@ def open_job(
 
         model_dir, tokenizer, context = open_model(config.model, on_note, config.lora)
         if config.sampling.backend == "vllm":
-            from rl_lora.policy import pick_device
-            from rl_lora.vllm_settings import check_mixture
-
-            check_mixture(model_dir, pick_device(config.model.device))
+            check_vllm(model_dir, config)
         prompts = load_prompts(
             config.data,
             tokenizer,
@@ -121,6 +119,30 @@ def open_job(
         )
         stack.callback(sampler.close)
         yield Job(config, model_dir, tokenizer, prompts, end_ids, reward, policy, sampler)
+
+
+def check_vllm(model_dir: Path, config: RunConfig) -> None:
+    """What vLLM would refuse, told before the data is read and the model is loaded.
+
+    Raises:
+        UserError: the device, the adapter, the model or a setting is none for vLLM, or vLLM is not
+            installed.
+    """
+    import torch
+
+    from rl_lora.policy import pick_device
+    from rl_lora.vllm_engine import check_device
+    from rl_lora.vllm_process import import_vllm
+    from rl_lora.vllm_settings import check_mixture, merges_adapter
+
+    device = pick_device(config.model.device)
+    if importlib.util.find_spec("vllm") is None:
+        import_vllm(device)  # which says how to get it
+    check_device(device, config.lora)
+    check_mixture(model_dir, device)
+    # dtype auto is float32 or bfloat16 by a timing, and asked again once it is known.
+    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+    merges_adapter(config.sampling, config.lora, dtype=dtype, device=device)
 
 
 def _with_compilation(
@@ -176,6 +198,7 @@ def make_reward(config: RunConfig) -> Reward:
             num_workers=section.num_workers,
             timeout_s=section.timeout_s,
             policy=section.policy,
+            thinking_tags=section.thinking_tags,
         )
     except ValueError as error:
         raise UserError(f"config: reward: {error}") from error

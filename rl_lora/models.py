@@ -83,6 +83,16 @@ def resolve_model(section: ModelSection) -> Path:
     return directory
 
 
+def convert_embedded(gguf: Path) -> Path:
+    """The embedded model's directory, made from its GGUF file: for machines without network.
+
+    Raises:
+        UserError: it is another file than the one that would be fetched.
+    """
+    _check_sha256(gguf, _GGUF_SHA256)
+    return _cached(EMBEDDED, partial(_convert_gguf, gguf))
+
+
 def is_at_hand(name: str) -> bool:
     """False for a name of our own that is still to be fetched or made."""
     return name not in _builders() or _is_made(name)
@@ -206,11 +216,11 @@ def _is_made(name: str) -> bool:
     return (_cache_path(name) / "config.json").is_file()
 
 
-def _cached(name: str) -> Path:
+def _cached(name: str, build: Builder | None = None) -> Path:
     target = _cache_path(name)
     if _is_made(name):
         return target
-    _, _, build = _builders()[name]
+    build = build or _builders()[name][2]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.with_suffix(".lock")):

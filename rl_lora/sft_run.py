@@ -126,7 +126,7 @@ def _run(
     ) as log:
         policy, sets = _prepare(config, display)
         data = {"train": sequence_inputs(sets.train), "eval": sequence_inputs(sets.test)}
-        inputs = {"base": base_inputs(policy), "data": data}
+        inputs: dict[str, Any] = {"base": base_inputs(policy), "data": data}
         if not accept_changed_data:
             start.check_inputs(inputs, folder)
         learner = Learner(
@@ -139,7 +139,7 @@ def _run(
         job = _Job(config, learner, sets, inputs, log, display)
         write_record(config, policy, inputs)
         if start.checkpoint is not None:
-            load_snapshot(start.checkpoint, learner)
+            load_snapshot(start.checkpoint, learner, config)
             drop_after(folder, start.state["step"])
             display.note(f"resumed from {start.checkpoint}")
         else:

@@ -22,6 +22,7 @@ from rl_lora.variants import served_rank
 RANK_SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM rounds an adapter's rank up to one
 CPU_NUM_SEQS = 128  # sequences decoded at once
 CPU_BATCHED_TOKENS = 2048  # tokens of one step
+GPU_BATCHED_TOKENS = 2048  # vLLM's least for a step, and it refuses more sequences than tokens
 CPU_BLOCK_SIZE = 32  # tokens of a KV cache block, the unit of prefix caching
 CPU_COMPILED_STEPS = 20_000  # decoding steps from which on compiling the model pays on a CPU
 CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the KV cache
@@ -75,6 +76,12 @@ def engine_settings(
         )
     else:
         settings["gpu_memory_utilization"] = sampling.memory_fraction
+        if settings["max_num_seqs"] > GPU_BATCHED_TOKENS:
+            settings["max_num_batched_tokens"] = settings["max_num_seqs"]
+        # Graphs of their own for batches without adapter, which then skip its kernels.
+        settings["compilation_config"] = {"cudagraph_specialize_lora": True}
+        if sampling.attention_backend is not None:
+            settings["attention_backend"] = sampling.attention_backend
     if has_own_head(model_dir, AutoConfig.from_pretrained(model_dir)):
         # vLLM goes by the config and would take the embedding, the learner by the files.
         settings["hf_overrides"] = {"tie_word_embeddings": False}

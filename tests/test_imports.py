@@ -19,6 +19,7 @@ MODULES = {
 }
 # rollouts, ahead, evaluate score; types passes the record on; job, grade, regrade make a verifier.
 MAY_IMPORT_REWARDS = {
+    "rl_lora.scoring",
     "rl_lora.rollouts",
     "rl_lora.ahead",
     "rl_lora.evaluate",

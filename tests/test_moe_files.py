@@ -179,7 +179,7 @@ def test_rl_runs_and_resumes_to_the_bit(tmp_path: Path) -> None:
             train(config, resume=steps > 1 and len(num_steps) > 1, quiet=True)
         finals.append(load_tensors(tmp_path / name / "adapter"))
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").open()]
-    assert all(row["mismatch/kl"] < 1e-8 for row in rows)
+    assert all(0 <= row["mismatch/kl"] < 1e-10 for row in rows)
     whole, parts = finals
     assert any(bool(t.any()) for name, t in whole.items() if ".w1.lora_B" in name)
     assert whole.keys() == parts.keys()

@@ -19,7 +19,7 @@ from rl_lora.errors import UserError
 from rl_lora.export import export_merged
 from rl_lora.job import open_model
 from rl_lora.models import check_model_dir, check_rows, load_tokenizer, resolve_model
-from rl_lora.shapes import has_own_head
+from rl_lora.shapes import has_own_head, load_model_config
 from rl_lora.tiny import RECIPES, train_tokenizer
 from rl_lora.train import train
 from rl_lora.vllm_settings import engine_settings
@@ -83,8 +83,9 @@ def test_unknown_types_and_other_kinds_of_models_are_refused(model_dir: Path) ->
     assert "no causal language model of type 'qwen99'" in refusal(model_dir)
     T5Config().save_pretrained(model_dir)  # a type that transformers knows
     assert "no causal language model of type 't5'" in refusal(model_dir)
-    edit(model_dir / "config.json", model_type=None)
-    assert "of type None (model_type in config.json)" in refusal(model_dir)
+    for strange in (None, ["llama"], 3):
+        edit(model_dir / "config.json", model_type=strange)
+        assert f"of type {strange!r} (model_type in config.json)" in refusal(model_dir)
 
 
 def test_a_models_own_code_is_neither_run_nor_asked_about(
@@ -104,6 +105,16 @@ def test_a_models_own_code_is_neither_run_nor_asked_about(
     (model_dir / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="no usable tokenizer"):
         load_tokenizer(model_dir)
+
+
+def test_a_dry_run_refuses_and_asks_nothing_either(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asked"))
+    code = {"AutoConfig": "configuration_my.C", "AutoModelForCausalLM": "modeling_my.M"}
+    edit(model_dir / "config.json", auto_map=code, model_type="mine")
+    with pytest.raises(UserError, match=r"own code .* is not run here"):
+        load_model_config(ModelSection(name=str(model_dir)), model_dir)
 
 
 def test_a_config_that_its_own_class_refuses(model_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -102,7 +103,7 @@ def test_an_engine_that_cannot_be_made_leaves_the_classes_as_well(
 ) -> None:
     decoder = make_class()
     before = state_of(decoder)
-    with pytest.raises(ValueError, match="no"), classes_kept():
+    with contextlib.suppress(ValueError), classes_kept():
         decorators._support_torch_compile(decoder)
         raise ValueError("no")
     assert state_of(decoder) == before

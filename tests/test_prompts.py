@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -389,8 +390,9 @@ def test_special_tokens_in_questions_are_told(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_is_too_long_is_told_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     tokenizer = word_tokenizer()
     tokenizer.model_max_length = 8
     path = write_rows(tmp_path / "m.jsonl", [*numbered(3), "word " * 90])

@@ -121,7 +121,7 @@ class Comparison:
                 or a.lower() == b.lower()
                 or (a in answer_bound and (b in gold_bound or b in _PARAMETERS or is_shared))
                 or (b in gold_bound and a in _PARAMETERS)
-                or are_constants(a, b)
+                or (gold.kind in ("rel", "add", "mul") and are_constants(a, b))
                 or (is_shared and a in _PARAMETERS and b in _PARAMETERS)
                 or (are_tuples and len(pairs) == 1 and a in _PARAMETERS and len(b) == 1)
                 or (are_tuples and len(pairs) == 1 and b in _PARAMETERS and len(a) == 1)
@@ -147,7 +147,8 @@ class Comparison:
                 return False
             return self.equal(without_label(gold), without_label(answer))
         are_residues = kinds == {"open"} and gold.name == answer.name == "mod"
-        if "congruence" in kinds or are_residues:
+        is_single = "list" not in kinds and not has_kind(gold, "pm") and not has_kind(answer, "pm")
+        if are_residues or ("congruence" in kinds and is_single):
             return equal_congruences(gold, answer, self.equal)
         if kinds == {"rel", "list"}:
             gold, answer = by_coordinates(gold), by_coordinates(answer)

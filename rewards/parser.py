@@ -9,6 +9,7 @@ from rewards.clean import clean
 from rewards.nodes import UNNAMED, Node, ParseError, has_kind, number_node, symbols
 from rewards.phrases import (
     ARTICLED,
+    DENIALS,
     NUMBERED,
     ORDINALS,
     VERBS,
@@ -48,9 +49,9 @@ _CONDITION_WORDS = (
     "values",
     "of",
 )
+_EXCEPT = frozenset({"except", "excluding", "but"})
 _OR_EQUAL = [["or", "equal"], ["or", "greater"], ["or", "less"]]
 _DEGREES_OF = ("C", "F", "Celsius", "celsius", "Fahrenheit", "fahrenheit")
-_NEGATIONS = frozenset({"not", "no", "never", "neither", "nor", "if", "unless", "whether"})
 _ALTERNATIVE_WORDS = frozenset({"else", "otherwise", "or", "if", "unless", "not"})
 
 
@@ -160,6 +161,11 @@ class AnswerParser(StructureParser):
                 return self._parse_open_end(_text_or_number(words))
             if self.token.text == "(" and self.following.kind == "num":
                 return self._parse_said_twice(words)
+            if words[-1] in _EXCEPT and " ".join(words[:-1]) in _ALL_REALS:
+                items, _, _ = self.parse_items(closers)
+                return Node("minus", (Node("sym", name="\\mathbb{R}"), Node("set", tuple(items))))
+            if DENIALS & set(words):
+                return self._denied(words, closers)
             if self.accept("op", ":", "="):
                 return self._labelled(words, closers)
             if self.at("num") and self.following.text == ":":
@@ -169,7 +175,7 @@ class AnswerParser(StructureParser):
             if words[0] in QUALIFIER_WORDS:
                 self._skip_qualifier(closers)
                 return None
-            if words[-1] in VERBS and not _NEGATIONS & set(words):
+            if words[-1] in VERBS:
                 return self._labelled(words[:-1] or words, closers)
             operations = leading_operations(words)
             if operations is None:
@@ -192,6 +198,17 @@ class AnswerParser(StructureParser):
         if self.token.kind == "op" and self.token.text in CURRENCIES:
             return CURRENCIES[self.next().text]
         return ""
+
+    def _denied(self, words: list[str], closers: tuple[str, ...]) -> Node | None:
+        """Not equal to 5 is read; other denials are no answer. Qualifiers may hold them."""
+        if words[0] in QUALIFIER_WORDS:
+            self._skip_qualifier(closers)
+            return None
+        operations = leading_operations(words)
+        value = self.parse_item(closers) if operations else None
+        if operations is None or value is None:
+            raise ParseError
+        return apply(operations, value)
 
     def _labelled(self, words: list[str], closers: tuple[str, ...]) -> Node:
         value = self.parse_item(closers)

@@ -66,7 +66,8 @@ _HYPOTHESIS = re.compile(
 )
 # 'The answer is correct', 'the answer is found by': nothing is stated.
 _REFUSED = re.compile(
-    r"(?:in)?correct\b|right\b|wrong\b|verified\b|as follows|found\b|given (?:in|by)|obtained\b|in the\b"
+    r"(?:in)?correct\b|right\b|wrong\b|verified\b|as follows|found\b|given (?:in|by)|obtained\b"
+    r"|in the\b"
     r"|reasonable|valid\b|clear\b|unique\b|below\b|above\b|consistent|simply$|(?:an?|the) (?:number"
     r"|integer|value|sum|product|difference|ratio|letter|option|one|same|following)\b",
     re.IGNORECASE,
@@ -82,7 +83,8 @@ _IS_THE = re.compile(
     re.IGNORECASE,
 )
 _DENIED = re.compile(
-    r"\s+(?:can(?:not|'t| not)|could(?:n't| not)|isn't|is unlikely to|won't|will not|must not|should not"
+    r"\s+(?:can(?:not|'t| not)|could(?:n't| not)|isn't|is unlikely to|won't|will not|must not"
+    r"|should not"
     r"|shouldn't|would not|wouldn't|does not|doesn't|was not|wasn't)(?:\s+(?:be|equal))?\s",
     re.IGNORECASE,
 )
@@ -90,7 +92,8 @@ _OF_VALUE = re.compile(rf"s?\s+of\s+(?={_VALUE}(?![\w^]))")
 _LETTER = r"(?:\*\*|\$|\\text(?:bf)?\{|\\mathbf\{|\(){0,3}(?P<letter>[A-J])(?:\}|\*\*|\$|\)){0,3}"
 _LONE_LETTER = re.compile(
     rf"[\s*_]*(?:(?i:so|thus|hence|therefore|∴)[\s,:]+)?"
-    r"(?:(?i:it's|it is|it must be|(?:i|i'd|i would|we|i'll) (?:pick|choose|say|go with|select))\s+)?"
+    r"(?:(?i:it's|it is|it must be|(?:i|i'd|i would|we|i'll) (?:pick|choose|say|go with"
+    r"|select))\s+)?"
     rf"(?:(?i:option|choice)\s+)?{_LETTER}(?:,?\s(?:because|since|as)\s.*|[\s.*_]*)"
 )
 _HAS_VALUE = re.compile(r"\d|\$|\\")
@@ -221,7 +224,7 @@ def _final(text: str, position: int) -> Statement | None:
 
 
 def _correct(text: str, position: int) -> Statement | None:
-    """'Option B is correct.'"""
+    """Of the form 'option B is correct'."""
     before = text[max(position - MAX_BEFORE, 0) : position]
     match = _LETTER_IS.search(before[-120:].rpartition("\n")[2])
     if match is None or match["not"] or text[position - 1] not in " *\n":
@@ -236,7 +239,7 @@ def _right(text: str, position: int) -> Statement | None:
 
 
 def _chosen(text: str, position: int) -> Statement | None:
-    """'We choose (B).'"""
+    """Of the form 'we choose (B)'."""
     match = _LETTER_AFTER.match(text, position + len("choose"))
     if match is None:
         return None
@@ -290,7 +293,7 @@ def hashes(text: str, floor: int) -> Iterator[Statement]:
 
 
 def tags(text: str, lowered: str, floor: int) -> Iterator[Statement]:
-    """<answer>5</answer>, from the right; one that was never closed counts to the end of its line."""
+    """Contents of <answer>5</answer>, from the right; an unclosed one counts to its line's end."""
     names = _TAGS if "<" in text else _TAGS[-1:]
     for position, tag in places(lowered, names, floor):
         start = position + len(tag)
@@ -317,7 +320,7 @@ def answer_line(text: str, floor: int) -> Iterator[Statement]:
 
 
 def lone_letter(text: str, floor: int) -> Iterator[Statement]:
-    """A last line that is nothing but an option's letter, or 'Therefore (C).'"""
+    """A last line that is nothing but an option's letter, or 'so it is (C)'."""
     end = len(text.rstrip())
     start = max(text.rfind("\n", floor, end) + 1, floor)
     match = _LONE_LETTER.fullmatch(text, start, end) if end - start < MAX_BEFORE else None

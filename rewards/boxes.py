@@ -38,7 +38,8 @@ _ABANDONED_BEFORE = re.compile(
     r"(?:\b(?:not|never|instead of|rather than|(?:wrong|incorrect|mistaken)ly|mistake was)|n't"
     r"|\b(?:wrong|incorrect|mistaken|first|initial|previous|earlier|old|original)\s+(?:attempt|try|guess|answer|result|thought)"
     r"|\bat first,?\s+(?:i|we))"
-    r"(?:\s+(?:was|is|be|it|i|we|got|had|answer|value|result|gave|said|wrote|the|as|of|equal to)\b)*"
+    r"(?:\s+(?:was|is|be|it|i|we|got|had|answer|value|result|gave|said|wrote|the|as|of"
+    r"|equal to)\b)*"
     r"[\s:,$*(\\\[]*$",
     re.IGNORECASE,
 )
@@ -54,7 +55,7 @@ _ABANDONED_AFTER = re.compile(
 _PLACEHOLDER = re.compile(
     r"[\s.?…_]*|(?:\\text\s*\{)?\s*(?:your |the |final )*answer(?: here)?\s*\}?|\\[lc]?dots\s*"
 )
-_BESIDE = r"(?P<other>\$[^$\n]{1,80}\$|[-+]?\\?[$€£]?\d[\d.,/]*|\([A-J]\)|\\frac\S{1,40})"
+_BESIDE = r"(?P<other>\$[^$\n]{1,80}\$|[-+]?\\?[$€£]?\d[\d.,/]*|\(?\b[A-J]\b\)?|\\frac\S{1,40})"
 _OR_AFTER = re.compile(
     r"[\s$)\\\].,*]*(?:\\text\s*\{)?[\s(,]*or\s+(?:maybe |perhaps |possibly |else |even )?\}?\s*"
     + _BESIDE

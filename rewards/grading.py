@@ -10,6 +10,7 @@ from rewards.decide import decide
 from rewards.extract import Extraction, extract
 from rewards.policy import POLICIES, Policy, from_wire, load_policy, to_wire
 from rewards.pool import WorkerPool
+from rewards.thinking import ExtraTags
 from rewards.types import Score, Verdict
 
 DEFAULT = POLICIES["default"]
@@ -26,9 +27,11 @@ class Grader:
         num_workers: int = 1,
         timeout_s: float = 5.0,
         memory_mb: int = 1024,
+        thinking_tags: ExtraTags = (),
     ) -> None:
         self.policy = policy
         self.engine = engine
+        self.thinking_tags = thinking_tags
         self.pool = WorkerPool(num_workers, timeout_s, memory_mb, engine=engine)
 
     def score_batch(
@@ -47,7 +50,7 @@ class Grader:
                 f"{len(completions)} completions but {len(references)} references: "
                 "give one reference per completion"
             )
-        extractions = [extract(completion) for completion in completions]
+        extractions = [extract(completion, self.thinking_tags) for completion in completions]
         verdicts = self.verify_batch(references, extractions)
         return [
             Score(

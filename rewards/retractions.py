@@ -21,15 +21,16 @@ _TAKEN_BACK = re.compile(
     re.IGNORECASE,
 )
 _CORRECTED = re.compile(
-    r"\b(?:wait|actually|oops|sorry|hmm+|correction|scratch that|mistake|wrong|incorrect|not right)\b"
-    r"[^\n]{0,150}?\b(?:should (?:actually |really |instead )?(?:be|have been)|make that|it(?:'s| is)"
+    r"\b(?:wait|actually|oops|sorry|hmm+|correction|scratch that|mistake|wrong|incorrect"
+    r"|not right)\b"
+    r"[^\n]{0,150}?\b(?:should (?:actually |really |instead )?(?:be|have been)|make that|it(?:'s"
+    r"| is)"
     r"|i mean[,:]?|answer is|(?:i|we) get)\s+" + _VALUE + r"(?=[.*\s]*(?:[!\n]|$|\.\s))",
     re.IGNORECASE,
 )
 _NO_WAIT = re.compile(
-    r"\b(?:no,? wait|wait,? no|scratch that|correction|i mean|i meant|actually)[\s,:;.!…—–-]+"
-    + _VALUE
-    + r"(?=[.*\s]*(?:[!\n]|$|\.\s))",
+    r"\b(?:no,? wait|wait,? no|scratch that|correction|i mean|i meant|actually)"
+    r"(?:[\s,:;.!…—–]|-(?!\d))+" + _VALUE + r"(?=[.*\s]*(?:[!\n]|$|\.\s))",
     re.IGNORECASE,
 )
 _OFFERED = re.compile(

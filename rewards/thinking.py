@@ -82,6 +82,16 @@ def _final_channel(text: str) -> str | None:
     return text[start : end.start() if end is not None else len(text)]
 
 
+def check_tags(tags: ExtraTags) -> None:
+    """Raises ValueError for a tag that is too short to be told from the answer's own text."""
+    for pair in tags:
+        if len(pair) != 2 or pair[0] == pair[1] or any(len(tag.strip()) < 3 for tag in pair):
+            raise ValueError(
+                f"thinking tags {list(pair)!r}: give an opening and another closing tag of "
+                "at least 3 characters, such as ['<plan>', '</plan>']"
+            )
+
+
 @functools.lru_cache(maxsize=16)
 def _patterns(extra_tags: ExtraTags) -> tuple[re.Pattern[str], dict[str, str]]:
     """One pattern for all tags, and the kind of each literal tag ("+kind" opens, "-kind" closes).

@@ -26,7 +26,8 @@ _BOLD = re.compile(r"\*\*([^*\n]{1,400})\*\*")
 _BOLD_LABEL = re.compile(r"^[A-Za-z][A-Za-z ]{0,40}[:=]\s*(?=[-$\d\\(])")
 _HEADER = re.compile(r"(?:step|part|case|problem|solution|example|method)\b", re.IGNORECASE)
 _REMARK = re.compile(
-    r"\W*(?:would you|do you|did you|want me|shall i|should i|can i|may i|let me know|feel free|i hope"
+    r"\W*(?:would you|do you|did you|want me|shall i|should i|can i|may i|let me know|feel free"
+    r"|i hope"
     r"|hope|please|good luck|thank|you're welcome|happy to|note\b|nb\b|p\.?s\.?\b|remember\b|tip\b"
     r"|fun fact|check\b|check:|double[- ]check|verification|verify|verified|is there anything"
     r"|i can help|i'm here|any (?:more|other|further))"
@@ -34,13 +35,15 @@ _REMARK = re.compile(
     re.IGNORECASE,
 )
 _CHECK = re.compile(
-    r"(?:\n|[.!?]\s|\$\s|\\\]\s)[\s*_#(]*(?:(?:let(?:'s| us| me)|we can|to|now|quick|sanity|i'll)\s+)*"
+    r"(?:\n|[.!?]\s|\$\s|\\\]\s)[\s*_#(]*(?:(?:let(?:'s| us| me)|we can|to|now|quick|sanity"
+    r"|i'll)\s+)*"
     r"(?:check|checking|double[- ]check(?:ing)?|verify|verifying|verification|proof)\b[\s*_]*"
     r"(?::|\.|,|\n|the answer|the result|the solution|this|that|our|by|with|it\b|if)",
     re.IGNORECASE,
 )
 _EXPLANATION = re.compile(
-    r"^(?P<value>[^\n]{1,120})\n\s*[*_#\s]*(?:explanation|reasoning|justification|here's why|why)\b",
+    r"^(?P<value>[^\n]{1,120})\n\s*[*_#\s]*(?:explanation|reasoning|justification|here's why"
+    r"|why)\b",
     re.IGNORECASE,
 )
 _CONCLUSION = re.compile(
@@ -48,7 +51,8 @@ _CONCLUSION = re.compile(
 )
 _JUDGED = re.compile(
     r"\b(?:statement|claim|assertion|proposition|conjecture|it|this|that|hypothesis)\s+is\s+"
-    r"(?:(?:therefore|thus|indeed|always|also|clearly|hence)\s+)*\**(?P<not>not\s+(?:necessarily |always )?)?"
+    r"(?:(?:therefore|thus|indeed|always|also|clearly|hence)\s+)*\**(?P<not>not\s+(?:necessarily "
+    r"|always )?)?"
     r"\**(?P<word>true|false|correct|incorrect|valid|invalid)\b",
     re.IGNORECASE,
 )
@@ -58,8 +62,10 @@ _YES_NO = re.compile(
     re.IGNORECASE,
 )
 _LEADING_WORDS = re.compile(
-    r"\b(?:negative|minus|at least|at most|(?:no )?(?:more|less|fewer|greater|larger|smaller) than|over"
-    r"|under|above|below|half(?: of)?|twice|double|triple|a (?:third|quarter) of|not|never|except|but"
+    r"\b(?:negative|minus|at least|at most|(?:no )?(?:more|less|fewer|greater|larger"
+    r"|smaller) than|over"
+    r"|under|above|below|half(?: of)?|twice|double|triple|a (?:third|quarter) of|not|never|except"
+    r"|but"
     r"|anything but|(?:square|cube|multiples?|factors?|power|root)s? of|up to|± ?|plus or minus"
     r"|(?:not|never|cannot|can't|n't)\s+(?:be|equal))\s+$",
     re.IGNORECASE,
@@ -69,22 +75,30 @@ _LEADING_ENDS = frozenset(
     " except but to ± be equal".split()
 )
 _TRAILING_WORDS = re.compile(
-    r"\s+(?:squared|cubed|hundred|thousand|million|billion|trillion|dozen|percent|times|choose|or more"
+    r"\s+(?:squared|cubed|hundred|thousand|million|billion|trillion|dozen|percent|times|choose"
+    r"|or more"
     r"|or less|or so|or fewer|and a (?:half|third|quarter)|factorial|in base|mod)\b",
 )
 _REFUSING_WORDS = re.compile(
     r"\**(?:\s+[a-z]+)?\s+(?:is|are|was)\s+(?:not|wrong|incorrect|false|too|impossible|invalid)\b"
-    r"|\**(?:\s+[a-z]+)?\s+(?:isn't|does not|doesn't|do not|don't|did not|didn't|cannot|can't|fails)\b",
+    r"|\**(?:\s+[a-z]+)?\s+(?:isn't|does not|doesn't|do not|don't|did not|didn't|cannot|can't"
+    r"|fails)\b",
+)
+_CONDITIONS = ("if", "If", "uppos", "ssum", "hether", "nless")
+_SUPPOSED = re.compile(
+    r"\b(?:if|suppos(?:e|ing)|assum(?:e|ing)|whether|unless)\b(?!.*\bthen\b)[^.,;:\n]*$",
+    re.IGNORECASE,
 )
 _ALTERNATIVE = re.compile(
     r"(?P<first>(?:between\s+)?(?:\$[^$\n]{1,80}\$|[-−]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?))(?:\s[a-z]+)?"
-    r"(?:\s*,?\s*(?:or|and/or)\s+(?:maybe\s|perhaps\s|possibly\s|even\s|else\s|it's\s|it is\s)*|\s?[–-]\s?)$"
+    r"(?:\s*,?\s*(?:or|and/or)\s+(?:maybe\s|perhaps\s|possibly\s|even\s|else\s|it's\s|it is\s)*"
+    r"|\s?[–-]\s?)$"
 )
 _BETWEEN = re.compile(r"\bbetween\s+[$\d.,/-]+\s+and\s+$", re.IGNORECASE)
 _EARNED = re.compile(
     r"\b(?:earn|pay|paid|cost|spen[dt]|save|make|made|owe|receive|charge|get|got|raise|sold|sell|lose"
     r"|lost|ha[sd]|donate|collect)\w*\s+(?P<money>\\?[$€£]\s?\d[\d,]*(?:\.\d+)?)\s+(?:in|for|over|after"
-    r"|during|within|per|each|every|on|from|by)\s+[^.\d]{0,30}\d+\s+[^.\d]*[.!]?\s*$",
+    r"|during|within|per|each|every|on|from|by)\s+[^.\d]{0,30}\d+(?:\.\d+)?\s+[^.\d]*[.!]?\s*$",
     re.IGNORECASE,
 )
 _ALIGNED = re.compile(
@@ -266,10 +280,16 @@ def _last_maths(text: str) -> str | None:
             stop = end
         else:
             return None
-        if _REFUSING_WORDS.match(text, stop) is None:
+        if _REFUSING_WORDS.match(text, stop) is None and not _is_supposed(text, opening):
             return _widened(text, opening, stop, content.strip())
         text = text[:opening]
     return None
+
+
+def _is_supposed(text: str, end: int) -> bool:
+    """Does the value at `end` stand in a condition: 'if the answer is 5'?"""
+    before = text[max(end - 80, 0) : end]
+    return any(hint in before for hint in _CONDITIONS) and _SUPPOSED.search(before) is not None
 
 
 def _widened(text: str, start: int, end: int, content: str) -> str:

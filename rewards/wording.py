@@ -25,10 +25,12 @@ _DECORATION = " \t\r\n*_`\"'“”‘’«»"
 
 # Words that open a clause about the answer. After punctuation, or before it where that is safe.
 _CLAUSE = re.compile(
-    r"\s*[,;:.–—-]*\s(?:because|since|as (?:required|expected|desired|needed|shown|stated|we|it|there)"
+    r"\s*[,;:.–—-]*\s(?:because|since|as (?:required|expected|desired|needed|shown|stated|we|it"
+    r"|there)"
     r"|which|meaning|representing|corresponding to|obtained|rounded|that is|namely|given that"
     r"|assuming|where (?:the|we|it|she|he|each|all)|so (?:the|that|we|it|she|he|there|they)\b"
-    r"|according to|thanks to|due to|owing to|after (?:rounding|simplif)|when rounded|with equality|attained|achieved"
+    r"|according to|thanks to|due to|owing to|after (?:rounding|simplif)|when rounded"
+    r"|with equality|attained|achieved"
     r"|by \w+ing|and (?:it|this|that|we|they|so))\b"
     r"|\s*[,;]\s*(?:which|that(?:'s| is)|this|these|it|they|there|so|hence|thus|therefore|and so"
     r"|and (?:this|that|it|we|the answer|therefore|thus|hence)|making|giving|leaving|showing|but"
@@ -58,7 +60,10 @@ _HEDGE = re.compile(
     re.IGNORECASE,
 )
 _VALUE = re.compile(r"\d|\$|\\[a-z(]")
-_NUMBER = r"[-+−]?\$?\\?\(?[-+−]?\$?\d[\d,./]*(?:\\?%|\$)?\)?|\$[^$]{1,80}\$|\(?[A-J]\)?"
+_NUMBER = (
+    r"[-+−]?\$?\\?\(?[-+−]?\$?\d[\d,./]*(?:\\?%|\$)?\)?|\$[^$]{1,80}\$|\(?[A-J]\)?"
+    r"|\\[a-z]+\{[^{}]{1,40}\}(?:\{[^{}]{1,40}\})?"
+)
 _INSTEAD = re.compile(
     r"\s*[,;(–—-]?\s*\b(?:and |but )?(?:not|rather than|instead of|as opposed to|and not)\s+"
     rf"(?:{_NUMBER})(?:\s[a-z]+)?\)?$|\s*,\s*not\s[a-z][a-z ]{{2,30}}$"
@@ -76,7 +81,7 @@ _NOT_BUT = re.compile(
 )
 _CORRECTION = re.compile(
     r"[\s,;.–—(-]*\b(?:no,? wait|wait,? no|wait|actually|scratch that|correction|i mean|sorry"
-    r"|hold on|oops|or rather)\b[\s,:;.!–—-]*",
+    r"|hold on|oops|or rather)\b(?:[\s,:;.!–—]|-(?!\d))*",
     re.IGNORECASE,
 )
 _FILLER = re.compile(
@@ -197,8 +202,9 @@ def _drop_remark(match: re.Match[str]) -> str:
         or (is_value and _HEDGE.search(remark))
     ):
         return match.group()
-    head, _, last = match.string[: match.start()].strip(), *remark.rpartition("=")[1:]
-    if last and last.strip(" .$") == head.strip(" $"):
+    _, is_equation, last = remark.rpartition("=")
+    head = match.string[: match.start()]
+    if is_equation and last.strip(" .$") == head.strip(" $"):
         return ""  # 72 (36 + 36 = 72)
     if re.match(r"not\s", remark) or _LONG_WORD.search(remark):
         return ""

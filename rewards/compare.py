@@ -21,6 +21,7 @@ from rewards.forms import (
     match_names,
     names_clash,
     option_letters,
+    runs_through,
     same_family,
     split_conditions,
     unlabelled,
@@ -84,7 +85,9 @@ class Comparison:
         left, right = reduce_matrices(gold.node), reduce_matrices(answer.node)
         if self.equal(left, right):
             return True
-        if self.policy.accept_labels and not names_clash(left, right):
+        if names_clash(left, right) and not self.policy.rename_free:
+            return False
+        if self.policy.accept_labels:
             left, right = unlabelled(left), unlabelled(right)
         # k is an integer where the answer says so, or where it solves for an unknown.
         is_family = self.policy.rename_bound and (
@@ -110,7 +113,7 @@ class Comparison:
         if not 0 < len(theirs) == len(ours) <= 3:
             return
         is_shared = are_families(gold, answer)
-        are_tuples = has_kind(gold, "seq") and has_kind(answer, "seq")
+        are_tuples = runs_through(gold, ours) and runs_through(answer, theirs)
         for order in itertools.permutations(ours):
             pairs = list(zip(theirs, order, strict=True))
             if all(
@@ -143,7 +146,8 @@ class Comparison:
             if names_clash(gold, answer):
                 return False
             return self.equal(without_label(gold), without_label(answer))
-        if "congruence" in kinds:
+        are_residues = kinds == {"open"} and gold.name == answer.name == "mod"
+        if "congruence" in kinds or are_residues:
             return equal_congruences(gold, answer, self.equal)
         if kinds == {"rel", "list"}:
             gold, answer = by_coordinates(gold), by_coordinates(answer)

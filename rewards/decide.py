@@ -125,7 +125,10 @@ def _plain_number(text: str) -> tuple[Fraction, bool] | None:
     bottom = int(match["bottom"] or 1)
     if bottom == 0 or (match["decimals"] and match["bottom"]):
         return None
-    return Fraction(digits) / bottom, match["decimals"] is not None
+    if match["decimals"] is None:
+        return Fraction(int(digits), bottom), False
+    num_decimals = len(match["decimals"]) - 1
+    return Fraction(int(digits.replace(".", "")), 10**num_decimals), True
 
 
 def _joined_boxes(answer: str) -> tuple[str, ...]:
@@ -232,6 +235,6 @@ def _spelling(text: str) -> tuple[tuple[str, str], ...] | str:
     spelling: list[tuple[str, str]] = []
     for token in tokens:
         spelling.append((token.kind, token.text))
-        if len(spelling) > 2 and (spelling[-3][1], spelling[-1][1]) == ("{", "}"):
+        if [piece for _, piece in spelling[-3::2]] == ["{", "}"] and spelling[-2][1] not in "{}":
             spelling[-3:] = [spelling[-2]]
     return tuple(spelling)

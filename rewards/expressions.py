@@ -49,11 +49,13 @@ class ExpressionParser(FunctionParser):
     def parse_product(self) -> Node:
         self.enter()
         factors = [self.parse_signed()]
-        while True:
+        while self.token.kind not in ("end", "close"):
             if self.at("op", "*"):
                 self.next()
                 factors.append(self.parse_signed())
             elif self.at("op", "/"):
+                if self.following.kind == "word":
+                    break  # 18/day
                 self.next()
                 divisor = self.parse_signed()
                 if divisor.kind in ("percent", "deg"):  # 1/2% is half a per cent
@@ -85,10 +87,14 @@ class ExpressionParser(FunctionParser):
             self.bound.add(condition.args[0].name)
         elif "=" in condition.name.split(" "):
             raise ParseError  # "2 (x = 1)" is no product
+        else:
+            self.conditions.append(condition)  # 2x (x > 0)
 
     def starts_factor(self, previous: Node) -> bool:
         """Does a juxtaposed factor follow?"""
         token = self.token
+        if token.kind not in _STARTS_FACTOR and token.kind not in ("op", "env"):
+            return False
         if token.kind == "op":
             if token.text == "|(":
                 return True
@@ -102,17 +108,12 @@ class ExpressionParser(FunctionParser):
             return token.text.startswith("\\begin")
         if token.text in ("{", "(") and self.following.kind in ("word", "text"):
             return False  # 800{ml}, 5 (five)
-        if (
-            (previous.kind == "deg" or previous.args[-1:] and previous.args[-1].kind == "deg")
-            and token.kind == "sym"
-            and token.text in ("C", "F")
-        ):
-            return False  # a temperature
-        if previous.kind in ("seq", "union") and token.text == "U":
+        if token.text in ("C", "F") and token.kind == "sym":
+            degrees = previous.args[-1] if previous.kind == "mul" else previous
+            return degrees.kind != "deg"  # a temperature
+        if token.text == "U" and previous.kind in ("seq", "union"):
             return False  # a union
-        if token.text == "(" and self.at_modulus():
-            return False
-        return token.kind in _STARTS_FACTOR
+        return token.text != "(" or not self.at_modulus()
 
     def parse_signed(self) -> Node:
         self.enter()
@@ -196,7 +197,7 @@ class ExpressionParser(FunctionParser):
         return node
 
     def parse_postfix(self, node: Node) -> Node:
-        while True:
+        while self.token.kind in ("op", "word"):
             if self.accept("op", "!"):
                 name = "factorial2" if self.accept("op", "!") else "factorial"
                 node = function(name, node)
@@ -215,7 +216,8 @@ class ExpressionParser(FunctionParser):
                 self.next()
                 node = function("binom", node, self.parse_primary())
             else:
-                return node
+                break
+        return node
 
     def parse_primary(self) -> Node:
         self.enter()

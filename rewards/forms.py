@@ -17,11 +17,26 @@ _CONSTANT = re.compile(r"[CKck](?:_\{\d\})?|[AB]")
 
 
 def are_families(*nodes: Node) -> bool:
-    """Families of solutions: multiples of pi, tuples, sets, unions."""
+    """Families of solutions: multiples of pi; tuples, sets, unions with one letter throughout."""
     return all(
-        any(item == PI or item.kind in ("seq", "union", "set") for item in walk(node))
+        any(item == PI for item in walk(node))
+        or (has_kind(node, "seq", "union", "set") and _has_repeated_letter(node))
         for node in nodes
     )
+
+
+def _has_repeated_letter(node: Node) -> bool:
+    names = [item.name for item in walk(node) if item.kind == "sym"]
+    return len(set(names)) < len(names)
+
+
+def runs_through(node: Node, names: list[str]) -> bool:
+    """Is one symbol the parameter of a tuple: (3 + 2t, 5 - t)?"""
+    if len(names) != 1 or node.kind not in ("seq", "matrix", "list", "set"):
+        return False
+    parts = [item for item in walk(node) if item.kind not in ("seq", "matrix", "list", "set")]
+    components = [part for part in parts if names[0] in symbols(part) and part.kind != "sym"]
+    return has_kind(node, "seq") and len(components) > 1
 
 
 def are_constants(left: str, right: str) -> bool:
@@ -168,9 +183,9 @@ def names_clash(gold: Node, answer: Node) -> bool:
     ours, theirs = (
         [name_of(item) for item in items_of(side)] if side.args else [] for side in (gold, answer)
     )
-    if not ours or not theirs or None in ours or None in theirs:
-        return False
     left, right = ([name for name in names if name is not None] for names in (ours, theirs))
+    if not left or not right:
+        return False
     return not all(
         any(compatible_names(name, other) for other in others)
         for names, others in ((left, right), (right, left))

@@ -126,7 +126,7 @@ class FunctionParser(NumeralParser):
             self.next()
             degree = self.parse_sum()
             self.expect("close", "]")
-        elif self.at("open", "{") and self.following.text == "}":
+        elif [token.text for token in self.tokens[self.index : self.index + 3]] == ["{", "}", "{"]:
             self.index += 2  # \sqrt{}{3}
         radicand = self.parse_argument()
         if degree is None:

@@ -37,11 +37,14 @@ class Grader:
     def score_batch(
         self,
         completions: Sequence[str],
-        references: Sequence[str],
+        references: Sequence[str | None],
         *,
         format_weight: float = 0.0,
     ) -> list[Score]:
-        """One Score per completion, order kept. Raises ValueError on unequal lengths."""
+        """One Score per completion, order kept. Raises ValueError on unequal lengths.
+
+        A reference that is empty, or no text, scores nothing with status "bad_reference".
+        """
         if len(completions) != len(references):
             raise ValueError(
                 f"{len(completions)} completions but {len(references)} references: "
@@ -61,13 +64,16 @@ class Grader:
         ]
 
     def verify_batch(
-        self, references: Sequence[str], extractions: Sequence[Extraction]
+        self, references: Sequence[str | None], extractions: Sequence[Extraction]
     ) -> list[Verdict]:
         """One Verdict per pair; undecided ones go to the workers together."""
         verdicts: list[Verdict] = []
         requests: list[dict[str, Any]] = []
         waiting: list[int] = []
         for gold, extraction in zip(references, extractions, strict=True):
+            if not isinstance(gold, str) or not gold.strip():
+                verdicts.append(Verdict(False, "bad_reference"))
+                continue
             if extraction.answer is None:
                 verdicts.append(Verdict(False, "no_answer"))
                 continue
@@ -151,7 +157,7 @@ def score(completion: str, reference: str, policy: Policy | str = DEFAULT) -> Sc
 
 
 def score_batch(
-    completions: Sequence[str], references: Sequence[str], policy: Policy | str = DEFAULT
+    completions: Sequence[str], references: Sequence[str | None], policy: Policy | str = DEFAULT
 ) -> list[Score]:
     """`score` for a whole step; order kept. Raises ValueError on unequal lengths."""
     return _shared_grader(policy).score_batch(completions, references)

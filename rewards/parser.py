@@ -8,6 +8,9 @@ from typing import NamedTuple
 from rewards.clean import clean
 from rewards.nodes import UNNAMED, Node, ParseError, has_kind, number_node, symbols
 from rewards.phrases import (
+    ARTICLED,
+    NUMBERED,
+    ORDINALS,
     VERBS,
     apply,
     comparison_of,
@@ -45,8 +48,6 @@ _CONDITION_WORDS = (
     "values",
     "of",
 )
-_ORDINALS = ("th", "st", "nd", "rd")
-_NUMBERED = frozenset("day month floor grade century place row year week position person".split())
 _OR_EQUAL = [["or", "equal"], ["or", "greater"], ["or", "less"]]
 _DEGREES_OF = ("C", "F", "Celsius", "celsius", "Fahrenheit", "fahrenheit")
 _NEGATIONS = frozenset({"not", "no", "never", "neither", "nor", "if", "unless", "whether"})
@@ -65,8 +66,13 @@ def parse(text: str) -> Parsed:
     text = clean(text)
     if text.endswith("?"):
         text = text.rstrip("? ")
-    text = _TIMES_TEN.sub(r" \\times ", text.replace("+/-", "\\pm "))
-    parser = AnswerParser(tokenize(_EMPTY_BASE.sub("", text)))
+    if "x" in text or "X" in text:
+        text = _TIMES_TEN.sub(r" \\times ", text)
+    if "+/-" in text:
+        text = text.replace("+/-", "\\pm ")
+    if "{}" in text:
+        text = _EMPTY_BASE.sub("", text)
+    parser = AnswerParser(tokenize(text))
     node = parser.parse_answer()
     return Parsed(node, frozenset(parser.bound))
 
@@ -106,11 +112,14 @@ class AnswerParser(StructureParser):
             item = self.parse_item(closers)
             if item is not None:
                 groups[-1].append(item)
-                names = symbols(item)
-                groups[-1] += [c for c in self.conditions if names & symbols(c) and c != item]
-                self.conditions.clear()
+                if self.conditions:
+                    names = symbols(item)
+                    groups[-1] += [c for c in self.conditions if names & symbols(c) and c != item]
+                    self.conditions.clear()
             if not (self._at_closer(closers) or self._at_separator()):
                 raise ParseError
+        if len(groups[0]) == 1 == len(groups):
+            return groups[0], separators, False
         groups = [_spread(self._without_domains(group)) for group in groups]
         groups = [group for group in groups if group]
         if len(groups) > 1 and any(len(group) > 1 for group in groups):
@@ -143,6 +152,8 @@ class AnswerParser(StructureParser):
 
     def parse_item(self, closers: tuple[str, ...]) -> Node | None:
         """One item of a list; None where it only qualifies the others."""
+        if self.at("sym", "a", "A") and self.following.text in ARTICLED:
+            self.next()  # a third of 5
         if self.at("word") or self.at("text"):
             words = self._read_words()
             if self._at_closer(closers) or self._at_separator():
@@ -238,6 +249,8 @@ class AnswerParser(StructureParser):
 
     def _parse_suffix(self, node: Node, closers: tuple[str, ...]) -> Node:
         """Units, ordinals, qualifiers and end marks behind a value."""
+        if self.token.kind == "end":
+            return node
         if self.token.kind == "op" and self.token.text in CURRENCIES:
             node = Node("unit", (node,), CURRENCIES[self.next().text])
         if self.at("word", "or", "and"):
@@ -250,16 +263,19 @@ class AnswerParser(StructureParser):
         if self.at("num"):
             return self._parse_rest(quantity_of_product(node), closers)
         is_bracketed = self.token.text in "{(" and self.following.kind in ("word", "text")
-        if not (self.at("word") or self.at("text") or is_bracketed) or self._at_separator():
+        is_rate = self.at("op", "/")
+        if not (self.at("word") or self.at("text") or is_bracketed or is_rate):
+            return node
+        if self._at_separator():
             return node
         if self.at("word", *VERBS) and is_name(node):
             return self._parse_statement(node, closers)
         if self.token.text.lower() in QUALIFIER_WORDS:
             self._skip_qualifier(closers)
             return node
-        is_ordinal = self.token.text in _ORDINALS
+        is_ordinal = self.token.text in ORDINALS
         words = self._read_suffix(closers)
-        if is_ordinal and not {word.lower() for word in words} <= _NUMBERED:
+        if is_ordinal and not {word.lower() for word in words} <= NUMBERED:
             raise ParseError  # the 5th prime
         while words and words[0].lower() in SCALE_WORDS:
             node = Node("mul", (node, number_node(SCALE_WORDS[words.pop(0).lower()])))
@@ -314,7 +330,7 @@ class AnswerParser(StructureParser):
                     raise ParseError
             self.next()
             pieces.append(token.text)
-        return [piece for piece in pieces if piece not in (*_ORDINALS, "{", "}")]
+        return [piece for piece in pieces if piece not in (*ORDINALS, "{", "}")]
 
     def _parse_open_end(self, node: Node) -> Node:
         """5 or more; 5 and a half. Anything else behind "or" and "and" is another item."""
@@ -363,6 +379,10 @@ def _spread(items: list[Node]) -> list[Node]:
         others = [item.kind not in ("rel", "text", "label") for item in items[1:]]
         if all(others):
             return [first, *[Node("rel", (name, item), "!=") for item in items[1:]]]
+    last = items[-1]
+    if last.kind == "open" and last.name == "mod" and first.kind == "rel" and first.name == "===":
+        values = [first.args[1], *items[1:-1], last.args[0]]  # n = 1, 3 mod 4
+        return [Node("congruence", (first.args[0], value, last.args[1])) for value in values]
     whole = compound(first, items[1]) if len(items) == 2 else None
     return items if whole is None else [whole]
 

@@ -50,6 +50,9 @@ _LEADING = {
 _TRAILING = {"squared": "square", "cubed": "cube", "factorial": "factorial", "doubled": "double"}
 _OR_MORE = dict.fromkeys(("more", "greater", "higher", "above", "larger"), ">=")
 _OR_MORE |= dict.fromkeys(("less", "fewer", "lower", "below", "smaller"), "<=")
+ORDINALS = ("th", "st", "nd", "rd")
+NUMBERED = frozenset("day month floor grade century place row year week position person".split())
+ARTICLED = frozenset(_PARTS) | {"total", "minimum", "maximum"}  # behind "a", which is no name then
 VERBS = frozenset({"is", "are", "equals", "was", "were", "be", "equal"})
 _DENIALS = frozenset(
     "not no never neither nor none without except excluding but isn doesn don won cannot"
@@ -113,7 +116,10 @@ def _part_of(words: list[str], position: int) -> tuple[str, int] | None:
     """(operation, position behind) of "half of", "a third of", "two thirds of"."""
     for size in (1, 2):
         behind = position + size
-        fraction = fraction_of(words[position:behind])
+        size_words = words[position:behind]
+        if size == 1 and size_words[0] in _PARTS:
+            size_words = ["one", *size_words]
+        fraction = fraction_of(size_words)
         if fraction is not None and words[behind : behind + 1] == ["of"]:
             return str(fraction), behind + 1
     return None
@@ -212,6 +218,8 @@ def states_value(before: str, after: str) -> bool:
     In front: harmless words alone, or a subject, a verb and harmless words. Behind: at most words
     that name what is counted. "Half of 5" and "5 is incorrect" state no value.
     """
+    if after.startswith(ORDINALS) and not set(_words_of(after)[1:]) <= NUMBERED:
+        return False  # the 5th prime
     before = _ASIDE.split(before)[-1]  # "it is not 10 which is 20" speaks of 20
     ours, theirs = _words_of(before), _words_of(after)
     if _DENIALS & {*ours, *theirs}:

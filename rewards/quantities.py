@@ -12,7 +12,7 @@ from rewards.units import Unit, is_unit, read_unit
 Equal = Callable[[Node, Node], bool]
 # Words beside an unknown unit that say nothing of it.
 _IDLE = frozenset(
-    "a an the in total altogether overall all each of together exactly about approximately"
+    "the in total altogether overall all each of together exactly about approximately"
     " different possible".split()
 )
 _RATES = frozenset({"per", "/"})
@@ -32,7 +32,9 @@ def equal_quantities(gold: Node, answer: Node, equal: Equal, *, is_strict: bool)
         return _equal_without_unit(gold, answer, equal, is_strict=is_strict)
     left, right = read_unit(gold.name), read_unit(answer.name)
     if left is None or right is None:
-        return _same_words(gold.name, answer.name) and equal(gold.args[0], answer.args[0])
+        is_known = left is not None or right is not None
+        same = _same_start if is_known else _same_words
+        return same(gold.name, answer.name) and equal(gold.args[0], answer.args[0])
     if left.dimension != right.dimension:
         return False
     if left.scale == right.scale:
@@ -76,7 +78,20 @@ def _same_words(left: str, right: str) -> bool:
         return False
     if not ours or not theirs or set(ours) == set(theirs) or _GENERIC & {*ours, *theirs}:
         return True
+    if _RATES & {*ours, *theirs}:
+        return False
+    if min(len(ours[-1]), len(theirs[-1]), len(ours[0]), len(theirs[0])) < 2:
+        return False
     return ours[-1] == theirs[-1] or ours[0] == theirs[0] and 1 in (len(ours), len(theirs))
+
+
+def _same_start(left: str, right: str) -> bool:
+    """A known unit and a longer text: inches, inches wide; or units of no name."""
+    ours, theirs = _words(left), _words(right)
+    if _GENERIC & {*ours, *theirs}:
+        return _same_words(left, right)
+    size = min(len(ours), len(theirs))
+    return ours[:size] == theirs[:size] and not _RATES & {*ours[size:], *theirs[size:]}
 
 
 _EXPONENT = re.compile(r"\^\s*\{?\s*(\d+)|\b(?:(?P<square>square|sq)|cubic)\b")
@@ -84,7 +99,8 @@ _EXPONENT = re.compile(r"\^\s*\{?\s*(\d+)|\b(?:(?P<square>square|sq)|cubic)\b")
 
 def _words(name: str) -> list[str]:
     """Its words in lower case and singular."""
-    words = [word for word in re.findall(r"[a-z]+|/", name.lower()) if word not in _IDLE]
+    words = re.findall(r"[a-z]+|/", name.lower())
+    words = [word for word in words if word not in _IDLE or len(words) == 1]
     return [re.sub(r"(?<=[a-z]{2})(?:ies|y|es|s)$", "", word) for word in words]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -10,7 +11,17 @@ from typing import Any
 from rewards.exact import Undecided
 from rewards.modular import PRIME, Residues
 from rewards.nodes import MINUS_ONE, Node, has_kind, negative, rename, replace, symbols, walk
-from rewards.numeric import HIGH, IMAGINARY, LOW, corners, is_real, points, value_of
+from rewards.numeric import (
+    FLOATS,
+    HIGH,
+    IMAGINARY,
+    LOW,
+    Arithmetic,
+    corners,
+    is_real,
+    points,
+    value_of,
+)
 from rewards.vocabulary import FILLER_WORDS
 from rewards.words import words_of
 
@@ -18,6 +29,7 @@ Equal = Callable[[Node, Node], bool]
 _EQUALITIES = frozenset({"=", "~=", "==="})
 _TASKS = frozenset("integral sum product lim max min gcd lcm mod derivative".split())
 _BINDING_TASKS = frozenset({"integral", "sum", "product", "lim", "derivative"})
+MAX_TOLD = 6  # points at which 40 digits have to agree
 _UPWARD = {"<": "<", "<=": "<=", ">": "<", ">=": "<="}
 
 
@@ -179,7 +191,7 @@ def compatible_names(left: Node, right: Node) -> bool:
     if kinds == {"call", "sym"}:
         call, letter = (left, right) if left.kind == "call" else (right, left)
         is_value = letter.name in ("y", call.name) or letter.name.startswith(call.name + "_")
-        return is_value and all(arg.kind == "sym" for arg in call.args)
+        return is_value and all(arg.kind == "sym" and arg.name.islower() for arg in call.args)
     return False
 
 
@@ -259,29 +271,47 @@ def _proportional_residues(a: Node, b: Node) -> bool | None:
 
 
 def _proportional_values(a: Node, b: Node) -> bool:
+    """Is a / b the same wherever both are defined? Floats refute it; 40 digits confirm it."""
     names = symbols(a) | symbols(b)
-    ratios = []
     # With i about, an unknown is complex: |z - i| and |z + i| agree on the real line.
     is_complex = IMAGINARY in [*walk(a), *walk(b)]
-    turn = LOW.number(Fraction(1)) + (LOW.i if is_complex else 0)
-    for point in (*points(names, 5, True), *points(names, 6, False), *corners(names)):
-        values = {name: turn * LOW.number(value) for name, value in point.items()}
+    positive, mixed = points(names, 5, True), points(names, 6, False)
+    try:
+        if not _same_ratio(a, b, [*positive, *mixed, *corners(names)], FLOATS, is_complex):
+            return False
+    except Undecided:
+        pass
+    return _same_ratio(a, b, [*positive, *mixed], LOW, is_complex)
+
+
+def _same_ratio(
+    a: Node, b: Node, places: list[dict[str, Fraction]], system: Arithmetic, is_complex: bool
+) -> bool:
+    """Raises Undecided where too few points tell."""
+    turn = system.number(Fraction(1)) + (system.i if is_complex else 0)
+    small, num_told, first = math.sqrt(system.tiny), 0, None
+    for point in places:
+        values = {name: turn * system.number(value) for name, value in point.items()}
         try:
-            x, y = value_of(a, values, LOW), value_of(b, values, LOW)
+            x, y = value_of(a, values, system), value_of(b, values, system)
         except Undecided:
             continue
         if not is_complex and is_real(x) != is_real(y):
             if all(value > 0 for value in point.values()):
                 return False
             continue  # the real and the principal root of a negative number
-        if abs(y) < 1e-20 or abs(x) < 1e-20:
-            if max(abs(x), abs(y)) > 1e-10:
+        if min(abs(x), abs(y)) < small * small:
+            if max(abs(x), abs(y)) > small:
                 return False  # one equation holds here
             continue
-        ratios.append(x / y)
-        if abs(ratios[-1] - ratios[0]) > LOW.tiny * abs(ratios[0]):
+        ratio = x / y
+        first = ratio if first is None else first
+        if abs(ratio - first) > system.tiny * abs(first):
             return False
-    if len(ratios) < 3:
+        num_told += 1
+        if num_told == MAX_TOLD and system is LOW:
+            return True
+    if num_told < 3:
         raise Undecided
     return True
 

@@ -28,7 +28,7 @@ class StructureParser(ExpressionParser):
     def parse_relation(self) -> Node:
         self._mark_called_head()
         # "< 5" says of an unknown that has no name here that it is less than 5.
-        is_bare = self.at("op", "<", ">", "<=", ">=", "!=")
+        is_bare = self.token.kind == "op" and self.at("op", "<", ">", "<=", ">=", "!=")
         operands = [UNNAMED if is_bare else self.parse_set_operation()]
         operators: list[str] = []
         while self.at("op") and self.token.text in _RELATIONS:
@@ -58,9 +58,11 @@ class StructureParser(ExpressionParser):
         r"""The bare (5) of x \equiv 2 (5)."""
         group = self.tokens[self.index : self.index + 3]
         return (
-            [token.text for token in group[::2]] == ["(", ")"]
+            len(group) == 3
+            and group[2].text == ")"
+            and [token.text for token in group[::2]] == ["(", ")"]
             and group[1].kind in ("num", "sym")
-            and self.tokens[self.index - 2].text == "==="
+            and any(t.text == "===" for t in self.tokens[max(self.index - 3, 0) : self.index])
             and self.tokens[self.index + 3].kind == "end"
         )
 

@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 from rewards.nodes import MAX_DIGITS, MAX_NESTING, MAX_TOKENS, LimitExceeded, ParseError
-from rewards.units import UNIT_WORDS, read_unit
+from rewards.units import UNIT_WORDS, is_unit, read_unit
 from rewards.vocabulary import (
     COMMANDS,
     FUNCTIONS,
@@ -151,7 +151,9 @@ def _is_short_word(piece: str, tokens: list[Token], is_spaced: bool) -> bool:
     """`x is 5` holds a word; `e^{-at^2}` and `aE(X) + bE(Y)` hold products of letters."""
     if piece.lower() not in WORDS or not (piece.islower() or piece.istitle()):
         return False
-    return is_spaced or not tokens or _follows_operand(tokens)
+    if is_spaced or not tokens or _follows_operand(tokens):
+        return True
+    return tokens[-1].text == "/" and _follows_operand(tokens[:-1]) and is_unit(piece)  # 18/day
 
 
 def _follows_operand(tokens: list[Token]) -> bool:

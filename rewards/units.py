@@ -200,6 +200,8 @@ class _Reader:
                 break
             if piece in ("/", "*"):
                 self.position += 1
+                if self._peek() in ("/", "*", ")", "") or (piece == "*" and not num_factors):
+                    return None
                 sign = -1 if piece == "/" else 1
                 continue
             factor = self._factor()

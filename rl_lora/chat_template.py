@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 
 Tools = Sequence[Mapping[str, Any]]  # descriptions of what an assistant may call
 
-_FIX = (
-    "another template can be given as data.chat_template_kwargs.chat_template, and "
-    "data.template='base' needs none"
-)
+_OTHER_TEMPLATE = "another template can be given as data.chat_template_kwargs.chat_template"
+_FIX = f"{_OTHER_TEMPLATE}, and data.template='base' needs none"
 _CARRIERS = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
 _PROBE = "where does this turn end"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -133,39 +131,46 @@ class ChatTemplate:
         who: str,
         tools: Tools | None = None,
     ) -> tuple[str, str]:
-        """(prompt, answer): what the template writes before and for the last message, an answer.
+        """(prompt, answer): the prompt that is sampled from, and what the template writes for the
+        last message, the assistant's, up to the token that ends its turn.
 
-        The prompt opens the turn as in sampling where the template's answers begin so; else (QwQ
-        opens a turn with <think>, which an answer may lack) it ends where the answer begins. The
-        answer ends in the token that ends the turn.
+        Some templates open a turn as they write none (QwQ's with <think>, which an answer may
+        lack); the answer is then what differs between answers.
 
         Raises:
             UserError: the template refuses, or leaves out a part of the conversation.
         """
         before, answer = list(messages[:-1]), messages[-1]
-        opened = self.render(before, who, opens_turn=True, tools=tools)
+        prompt = self.render(before, who, opens_turn=True, tools=tools)
         text = self.render(messages, who, opens_turn=False, tools=tools)
-        prompt = opened
-        if not text.startswith(opened):
-            ends = [Message("assistant", "0"), Message("assistant", "1")]
-            prompt = _common_start(
-                text,
-                *(self.render([*before, e], who, opens_turn=False, tools=tools) for e in ends),
+        head = prompt
+        if not text.startswith(prompt):
+            others = [[*before, Message("assistant", word)] for word in ("0", "1")]
+            head = _common_start(
+                *(self.render(one, who, opens_turn=False, tools=tools) for one in others)
             )
-            for message in before:
-                if message.role != "assistant":
-                    _check_written(message, prompt, who)
-        _check_written(answer, text[len(_common_start(opened, text)) :], who)
+            if not text.startswith(head):
+                raise UserError(
+                    f"the model's chat template opens the answer of {who} with "
+                    f"{text[len(_common_start(head, text)) :][:40]!r} and a prompt with "
+                    f"{prompt[len(_common_start(prompt, text)) :][:40]!r}; set "
+                    "data.chat_template_kwargs (enable_thinking?) so that they agree"
+                )
+        if not _is_written(answer, text[len(head) :]):
+            # It may begin with what opens the turn, <think> say.
+            history = self.render(before, who, opens_turn=False, tools=tools)
+            _check_written(answer, text[len(_common_start(history, text)) :], who)
         for name in answer.fields:
             if name in _CARRIERS:
                 plain = [*before, _without(answer, name)]
                 if self.render(plain, who, opens_turn=False, tools=tools) == text:
                     raise UserError(
                         f"the model's chat template leaves out {name!r} of an assistant's message "
-                        f"in {who}; put it into the content, or take it out of the data ({_FIX})"
+                        f"in {who}; put it into the content, or take it out of the data; or: "
+                        f"{_OTHER_TEMPLATE}"
                     )
         rest = self.turn_end.rest if self.turn_end else ""
-        return prompt, text[len(prompt) :].removesuffix(rest)
+        return prompt, text[len(head) :].removesuffix(rest)
 
     @cached_property
     def turn_end(self) -> TurnEnd | None:
@@ -201,19 +206,29 @@ def _refusal(messages: Sequence[Message], who: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     roles = [message.role for message in messages]
     shown = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "")
-    fix = "leave data.system and system messages out" if "system" in roles else "mend the template"
-    return f"the model's chat template does not take {who} ({shown}): {reason}; {fix}; or: {_FIX}"
+    carried = sorted({name for one in messages for name in one.fields if name in _CARRIERS})
+    if carried:
+        fix = f"the template must know {', '.join(carried)}; {_OTHER_TEMPLATE}"
+    elif "system" in roles:
+        fix = f"leave data.system and system messages out; or: {_FIX}"
+    else:
+        fix = f"mend the template; or: {_FIX}"
+    return f"the model's chat template does not take {who} ({shown}): {reason}; {fix}"
+
+
+def _is_written(message: Message, text: str) -> bool:
+    """Whether the text has the message's content, blanks apart (templates trim it)."""
+    content = (message.content or "").strip()
+    return content in text or "".join(content.split()) in "".join(text.split())
 
 
 def _check_written(message: Message, text: str, who: str) -> None:
     """Raises UserError where a template has left a message out, or a part of it."""
-    content = (message.content or "").strip()
-    if content in text or "".join(content.split()) in "".join(text.split()):
-        return
-    raise UserError(
-        f"the model's chat template leaves out a part of the {message.role} message in {who}; "
-        f"take it out of the data; or: {_FIX}"
-    )
+    if not _is_written(message, text):
+        raise UserError(
+            f"the model's chat template leaves out a part of the {message.role} message in {who}; "
+            f"take it out of the data; or: {_FIX}"
+        )
 
 
 def check_plain(messages: Sequence[Message], who: str) -> None:
@@ -234,7 +249,7 @@ def _check_tools(tools: Tools, text: str, who: str) -> None:
         if str(name) not in text:
             raise UserError(
                 f"the model's chat template leaves out the tool {name!r} of {who}; take the column "
-                f"'tools' out of the data; or: {_FIX}"
+                f"'tools' out of the data; or: {_OTHER_TEMPLATE}"
             )
 
 

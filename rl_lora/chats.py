@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rl_lora.columns import unpack
 from rl_lora.errors import UserError
 from rl_lora.layouts import LAYOUTS as PROBLEM_LAYOUTS
 from rl_lora.layouts import DataRow, parse_rows
@@ -85,7 +86,7 @@ def parse_chats(
     Raises:
         UserError: no layout fits, or a given column is not there.
     """
-    raws = list(raws)
+    raws = [unpack(raw, f"{where}, row {index}") for index, raw in enumerate(raws)]
     columns = {str(column) for raw in raws for column in raw}
     found = ", ".join(sorted(columns)) or "none"
     for key, column in (("question", prompt), ("answer", completion)):

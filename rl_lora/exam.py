@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rl_lora import adapter as adapters
-from rl_lora.config import RunConfig, apply_overrides, check_served, load_config, parse_config
+from rl_lora.config import RunConfig, check_served, load_config, parse_config
 from rl_lora.contamination import contamination_notes
 from rl_lora.display import Display
 from rl_lora.errors import UserError
@@ -21,6 +21,7 @@ from rl_lora.exam_files import SUFFIX
 from rl_lora.fit_adapter import common_settings, fitted
 from rl_lora.inputs import base_inputs, check_base, check_data, prompt_inputs
 from rl_lora.job import Job, check_run_folder, exam_identity, open_job
+from rl_lora.overrides import apply_overrides
 from rl_lora.paired import PairedResult, compare_exams
 from rl_lora.prompts import HELD_OUT, PromptSets
 from rl_lora.results import EvalResult
@@ -196,7 +197,7 @@ def _settings(target: Path, overrides: list[str]) -> RunConfig:
             f"sampling, and --adapter {target / 'adapter'}"
         )
     own = parse_config(record["config"])
-    config = parse_config(apply_overrides(record["config"], overrides))
+    config = parse_config(apply_overrides(record["config"], overrides, RunConfig))
     if config.model.name == own.model.name:
         return with_dtype(config, str(record["dtype"]).removeprefix("torch."))
     return config

@@ -27,26 +27,24 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from rl_lora.adapter import (
-    ADAPTER_FILE,
-    MAGNITUDE_SUFFIX,
-    MANIFEST_FILE,
-    LowRank,
-    is_directory,
-    is_extra,
-    is_lora_dir,
-    layer_name,
-    layer_scalings,
-    load_tensors,
-    lora_settings,
-    low_rank_terms,
-    peft_settings,
-)
+from rl_lora.adapter import is_directory, is_lora_dir, load_tensors
 from rl_lora.card import CARD_FILE, card_text, read_facts, write_card
 from rl_lora.config import ModelSection
 from rl_lora.errors import UserError
 from rl_lora.models import check_model_dir, resolve_model
 from rl_lora.moe import split_experts
+from rl_lora.peft_files import (
+    ADAPTER_FILE,
+    MAGNITUDE_SUFFIX,
+    MANIFEST_FILE,
+    LowRank,
+    is_extra,
+    layer_name,
+    layer_scalings,
+    lora_settings,
+    low_rank_terms,
+    peft_settings,
+)
 from rl_lora.shapes import has_own_head, lay_out
 from rl_lora.variants import merged_dora
 

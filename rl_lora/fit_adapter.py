@@ -13,20 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_lora.adapter import (
+from rl_lora.adapter import check_base, fingerprint, is_lora_dir, load_tensors, write_adapter
+from rl_lora.errors import UserError
+from rl_lora.peft_files import (
     ADAPTER_FILE,
-    check_base,
+    COPY_SUFFIX,
     check_extras,
-    fingerprint,
-    is_lora_dir,
     layer_name,
     layer_scalings,
-    load_tensors,
     lora_settings,
-    write_adapter,
 )
-from rl_lora.errors import UserError
-from rl_lora.policy import Policy
+from rl_lora.policy import BASE_PREFIX, Policy
+from rl_lora.shapes import HEAD_NAMES
 from rl_lora.types import Adapter
 from rl_lora.variants import scaling_of, served_alpha
 
@@ -44,7 +42,7 @@ def common_settings(adapter_dirs: list[Path]) -> dict[str, Any]:
     # A, B of every adapter name the layers that it is on.
     names_N = [load_tensors(path).keys() for path in found]
     for path, names in zip(found, names_N, strict=True):
-        check_extras(names, path)
+        check_extras((name for name in names if not name.endswith(COPY_SUFFIX)), path)
     largest = max(settings, key=lambda one: one["rank"])
     if len(found) > 1 and any(one["variant"] == "dora" for one in settings):
         raise UserError(
@@ -52,7 +50,7 @@ def common_settings(adapter_dirs: list[Path]) -> dict[str, Any]:
             "examine them one by one, then `rl-lora compare`"
         )
     kinds = {_layers(names) for names in names_N}
-    has_head = any("lm_head" in name for names in names_N for name in names)
+    has_head = any(_is_of_head(name) for names in names_N for name in names)
     layers = kinds.pop() if len(kinds) == 1 else "all"
     return {**largest, "layers": layers, "lm_head": has_head}
 
@@ -69,11 +67,14 @@ def fitted(path: Path, policy: Policy, scratch: Path) -> Path:
     if policy.is_full or not is_lora_dir(path):
         return path
     check_base(path, policy)  # the copy's manifest would name the policy's
+    is_whole = (path / ADAPTER_FILE).is_file() and len(tensors) == len(own)
+    tensors = _without_copies(tensors, policy)
+    check_extras(tensors, path)
     settings = lora_settings(path)
     scales = _scales(path, tensors, policy, own)
     fits = {name: tensor.shape for name, tensor in tensors.items()} == own
     fits = fits and all(getattr(policy.lora, key) == value for key, value in settings.items())
-    if fits and (path / ADAPTER_FILE).is_file() and all(s == 1 for s in scales.values()):
+    if fits and is_whole and all(s == 1 for s in scales.values()):
         return path
     if strange := sorted(tensors.keys() - own.keys()):
         raise UserError(f"adapter {path} is of another base model: it has {strange[0]}")
@@ -94,6 +95,22 @@ def fitted(path: Path, policy: Policy, scratch: Path) -> Path:
     scratch.parent.mkdir(parents=True, exist_ok=True)
     write_adapter(adapter, wide, policy)
     return scratch
+
+
+def _without_copies(tensors: dict[str, Tensor], policy: Policy) -> dict[str, Tensor]:
+    """Less the base's own weights, which PEFT saves with an adapter on lm_head or the embedding."""
+    parameters = policy.model.named_parameters(remove_duplicate=False)
+    base = {name.replace(BASE_PREFIX, "."): parameter for name, parameter in parameters}
+
+    def is_copy(name: str, tensor: Tensor) -> bool:
+        own = base.get(f"{layer_name(name).removesuffix(COPY_SUFFIX)}.weight")
+        return own is not None and torch.equal(own.cpu(), tensor.to(own.dtype))
+
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (name.endswith(COPY_SUFFIX) and is_copy(name, tensor))
+    }
 
 
 def _scales(
@@ -130,9 +147,13 @@ def _widened(
     return out
 
 
+def _is_of_head(name: str) -> bool:
+    return any(part in HEAD_NAMES for part in name.split("."))
+
+
 def _layers(names: Any) -> str:
     """Which lora.layers an adapter's tensor names are of."""
-    inner = [name for name in names if "lm_head" not in name]
+    inner = [name for name in names if not _is_of_head(name)]
     has_attention = any("attn" in name or "attention" in name for name in inner)
     words = ("mlp", "feed_forward", "ffn", "moe", "experts")
     has_mlp = any(word in name for name in inner for word in words)

@@ -215,8 +215,9 @@ class Learner:
     def penalised_rewards(
         self, groups_N: Sequence[RolloutGroup], microbatch_tokens: int
     ) -> tuple[list[list[float]], dict[str, float]]:
-        """rewards_N_G less kl_weight times each sequence's KL to the base, sum over its tokens of
-        log p_sampler - log p_reference (InstructGPT, arXiv 2203.02155, equation 2).
+        """rewards_N_G, with kl = "reward" less kl_weight times each sequence's KL to the base, the
+        sum over its tokens of log p_sampler - log p_reference (InstructGPT, arXiv 2203.02155,
+        equation 2).
 
         The groups' own rewards stay as they are.
 
@@ -224,6 +225,8 @@ class Learner:
             The rewards, and as metrics reward/kl, the k3 estimate of KL(sampler || base) in nats a
             token, and reward/kl_penalty, what a completion's reward has lost on average.
         """
+        if self.algorithm.kl != "reward":
+            return [group.rewards_G for group in groups_N], {}
         numbers_N_G, position = [], 0
         for group in groups_N:
             numbers_N_G.append([float(position + i) for i in range(len(group.rollouts_G))])

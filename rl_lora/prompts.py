@@ -18,6 +18,7 @@ from rl_lora.errors import UserError
 from rl_lora.layouts import DataRow, last_boxed
 from rl_lora.loaders import LoadedSet, Role, has_eval_part, load_source, question_key
 from rl_lora.messages import Message, read_tools
+from rl_lora.references import alternatives
 from rl_lora.sampler import mix_seed
 from rl_lora.types import Prompt
 
@@ -182,9 +183,11 @@ class _Collected:
             if role == "eval" and num_kept < len(items):
                 reasons["not drawn (data.held_out)"] = len(items) - num_kept
             why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+            num_lists = sum(len(alternatives(item.row.reference or "")) > 1 for item in items)
             lines.append(
                 f"{loaded.label} ({role}): {num_kept} of {loaded.num_read} rows"
                 + (f"; dropped: {why}" if why else "")
+                + (f"; {num_lists} with several answers, any of which counts" if num_lists else "")
             )
         return lines
 
@@ -319,6 +322,7 @@ def finish_solution(solution: str, reference: str, instruction: str) -> str:
     """The worked solution, ending in the format that the instruction asks for."""
     if not solution:
         return ""
+    reference = alternatives(reference)[0]
     if "####" in instruction and "boxed" not in instruction:
         return f"{solution}\n#### {reference}"
     return solution if last_boxed(solution) is not None else f"{solution}\n\\boxed{{{reference}}}"

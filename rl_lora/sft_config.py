@@ -65,4 +65,4 @@ def load_sft_config(path: Path | None, overrides: list[str] | None = None) -> Sf
     Raises:
         UserError: one line that names the file or key and the fix.
     """
-    return parse_as(SftConfig, read_settings(path, overrides))
+    return parse_as(SftConfig, read_settings(path, overrides, SftConfig))

@@ -23,6 +23,7 @@ from rl_lora.inputs import base_inputs, sequence_inputs
 from rl_lora.job import check_run_folder, open_model
 from rl_lora.learner import Learner
 from rl_lora.metrics import PhaseTimer, memory_metrics, speed_metrics
+from rl_lora.models import check_rows
 from rl_lora.nll import HeldOutLoss, held_out_loss
 from rl_lora.policy import check_trainable
 from rl_lora.run_lock import run_lock
@@ -125,7 +126,7 @@ def _run(
     ) as log:
         policy, sets = _prepare(config, display)
         data = {"train": sequence_inputs(sets.train), "eval": sequence_inputs(sets.test)}
-        inputs = {"base": base_inputs(policy), "data": data}
+        inputs: dict[str, Any] = {"base": base_inputs(policy), "data": data}
         if not accept_changed_data:
             start.check_inputs(inputs, folder)
         learner = Learner(
@@ -138,7 +139,7 @@ def _run(
         job = _Job(config, learner, sets, inputs, log, display)
         write_record(config, policy, inputs)
         if start.checkpoint is not None:
-            load_snapshot(start.checkpoint, learner)
+            load_snapshot(start.checkpoint, learner, config)
             drop_after(folder, start.state["step"])
             display.note(f"resumed from {start.checkpoint}")
         else:
@@ -154,10 +155,12 @@ def _run(
 def _prepare(config: SftConfig, display: Display) -> tuple[Policy, SftSets]:
     from rl_lora.policy import Policy
 
-    model_dir, tokenizer, context = open_model(config.model, display.note)
+    model_dir, tokenizer, context = open_model(config.model, display.note, config.lora)
     sets = load_sft(config.data, tokenizer, context, config.run.seed)
     for note in sets.notes:
         display.note(note)
+    samples = (row.sample() for row in (*sets.train, *sets.test))
+    check_rows((s.prompt_ids + s.completion_ids for s in samples), tokenizer, model_dir)
     policy = Policy(
         model_dir,
         config.model,

@@ -21,6 +21,8 @@ from rl_lora.errors import UserError
 from rl_lora.models import list_models
 from rl_lora.tiny import RECIPES
 
+HEAD_NAMES = ("lm_head", "embed_out")  # what models call their lm_head
+
 
 def _shape(
     hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
@@ -111,12 +113,16 @@ def has_own_head(model_dir: Path, config: PretrainedConfig) -> bool:
     transformers then unties them; it is decided here as there, without loading the model: both
     tensors are in the files, and they differ.
     """
-    model: Any = lay_out(config)
-    tied: dict[str, str] = model.all_tied_weights_keys
+    if not any(c.tie_word_embeddings for c in (config, config.get_text_config())):
+        return False
     files: dict[str, Path] = {}
     for path in model_dir.glob("*.safetensors"):
         with safe_open(path, framework="pt") as opened:
             files |= dict.fromkeys(opened.keys(), path)
+    if not any(name.removesuffix(".weight").endswith(HEAD_NAMES) for name in files):
+        return False
+    model: Any = lay_out(config)
+    tied: dict[str, str] = model.all_tied_weights_keys
 
     def read(name: str) -> torch.Tensor:
         with safe_open(files[name], framework="pt") as opened:

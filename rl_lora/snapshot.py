@@ -47,13 +47,14 @@ def save_snapshot(step: int, learner: Learner, config: RunConfig | SftConfig, **
     prune(config.run.folder, config.run.keep_last)
 
 
-def load_snapshot(path: Path, learner: Learner) -> dict[str, Any]:
+def load_snapshot(path: Path, learner: Learner, config: RunConfig | SftConfig) -> dict[str, Any]:
     """Gives learner and RNGs a checkpoint's state; returns the whole state (`step` and the rest).
 
     Raises:
-        UserError: it is broken.
+        UserError: it is broken, or of a job that differs in more than its length.
     """
     tensors, state = load_checkpoint(path)
+    check_same_job(state["config"], config, path, recorded_dtype(state))
     policy = {n.removeprefix("policy/"): t for n, t in tensors.items() if n[:7] == "policy/"}
     learner.policy.load_tensors(policy)
     restore_optimizer(learner.optimizer, tensors, state["optimizer"])
@@ -78,7 +79,7 @@ class Start:
 
         On a CPU it is decided by a timing, which may come out otherwise now.
         """
-        dtype = self.state.get("inputs", {}).get("base", {}).get("dtype")
+        dtype = recorded_dtype(self.state)
         return config if dtype is None else with_dtype(config, dtype)
 
     def check_inputs(self, inputs: Mapping[str, Any], run: Path) -> None:
@@ -91,6 +92,12 @@ class Start:
         """Whether the data of "train" or "eval" are others than the checkpoint's run began with."""
         old = self.state.get("inputs", {}).get("data", {}).get(part)
         return old is not None and data_difference(old, inputs["data"][part]) is not None
+
+
+def recorded_dtype(state: Mapping[str, Any]) -> str | None:
+    """What model.dtype came to in a checkpoint's run; None: an older one does not say."""
+    dtype: str | None = state.get("inputs", {}).get("base", {}).get("dtype")
+    return dtype
 
 
 def find_start(config: RunConfig | SftConfig, *, resume: bool) -> Start:
@@ -111,8 +118,7 @@ def find_start(config: RunConfig | SftConfig, *, resume: bool) -> Start:
     if path is None:
         return Start(None, -1, {})
     state = read_state(path)
-    dtype = state.get("inputs", {}).get("base", {}).get("dtype")
-    check_same_job(state["config"], config, path, dtype)
+    check_same_job(state["config"], config, path, recorded_dtype(state))
     step = int(state["step"])
     if step > run.num_steps:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_lora import cpu_memory
@@ -46,10 +47,12 @@ if TYPE_CHECKING:
 class Run:
     """The state of one run between steps: what a checkpoint holds, and where it is written."""
 
-    def __init__(self, job: Job, display: Display, inputs: dict[str, Any]) -> None:
+    def __init__(
+        self, job: Job, display: Display, folder: Path, inputs: dict[str, Any] | None = None
+    ) -> None:
         config = job.config
-        self.job, self.display, self.folder = job, display, config.run.folder
-        self.inputs = inputs  # hashes of base and data, for record and checkpoints
+        self.job, self.display, self.folder = job, display, folder
+        self.inputs = inputs or {}  # hashes of base and data, for record and checkpoints
         self.learner = Learner(
             job.policy,
             config.optim,
@@ -125,7 +128,7 @@ class Run:
     def restore(self, start: Start) -> None:
         """Takes a checkpoint's state over. Raises UserError where it is broken."""
         assert start.checkpoint is not None
-        state = load_snapshot(start.checkpoint, self.learner)
+        state = load_snapshot(start.checkpoint, self.learner, self.job.config)
         stream, num_prompts = state["stream"], len(self.job.prompts.train)
         if start.has_other_data("train", self.inputs) and stream["num_prompts"] != num_prompts:
             # Other rows, which the user has accepted: a new epoch of them.
@@ -180,12 +183,7 @@ class Run:
         """Advantages, microbatches, optimizer step, and the check that the sampler was right."""
         config, policy = self.job.config, self.job.policy
         ages = sample_ages(groups_N, self.step, max_age=int(self.overlaps))
-        rewards_N_G = [group.rewards_G for group in groups_N]
-        penalty: dict[str, float] = {}
-        if config.algorithm.kl == "reward":
-            rewards_N_G, penalty = self.learner.penalised_rewards(
-                groups_N, config.optim.microbatch_tokens
-            )
+        rewards_N_G, kl = self.learner.penalised_rewards(groups_N, config.optim.microbatch_tokens)
         advantages_N_G = ADVANTAGES[config.algorithm.advantage](rewards_N_G)
         updates = pack(
             make_samples(groups_N, advantages_N_G),
@@ -201,7 +199,7 @@ class Run:
         cpu_memory.trim()
         if not ages["rollouts/age_max"]:  # older ones: `next_batch` has checked the sampler
             check_step(metrics, policy.dtype, config.sampling.max_kl)
-        return metrics | penalty | ages
+        return metrics | kl | ages
 
 
 def train(
@@ -257,7 +255,7 @@ def train(
                 config, on_loaded=on_loaded, on_note=display.note, on_progress=display.sampling
             ) as job,
         ):
-            run = Run(job, display, found)
+            run = Run(job, display, folder, found)
             prepare(run, start)
             before = _first_exam(run, log)
             loop(run, log)

@@ -19,8 +19,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rl_lora.adapter import LowRank, fingerprint, load_tensors, lora_settings, low_rank_terms
+from rl_lora.adapter import fingerprint, load_tensors
 from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.peft_files import LowRank, lora_settings, low_rank_terms
 from rl_lora.types import Adapter
 
 

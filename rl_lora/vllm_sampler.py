@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 
 from rl_lora import cpu_memory
-from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.config import MIN_TEMPERATURE, LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, Stops, sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
@@ -52,8 +52,6 @@ from rl_lora.vllm_settings import (
 __all__ = ["CPU_MEMORY_SHARE", "CPU_NUM_SEQS", "OnProgress", "VllmSampler"]
 
 OnProgress = Callable[[int, int, int], None]  # samples done, samples in all, tokens in those done
-
-MIN_TEMPERATURE = 0.01  # vLLM takes this one in place of a lower one, silently
 
 
 class VllmSampler:
@@ -291,10 +289,10 @@ class VllmSampler:
             raise StaleAdapterError("vLLM kept its prefix cache although the weights changed")
 
     def _check_request(self, prompts_N: Sequence[Prompt], params: SampleParams) -> None:
-        if 0 < params.temperature < MIN_TEMPERATURE:
+        if 0 < params.temperature < (lowest := MIN_TEMPERATURE["vllm"]):
             raise UserError(
-                f"temperature {params.temperature} is below {MIN_TEMPERATURE}, which vLLM would "
-                "take instead; take 0 (greedy) or a higher one"
+                f"temperature {params.temperature} is below {lowest}, which vLLM would take "
+                "instead; take 0 (greedy) or a higher one"
             )
         for prompt in prompts_N:
             num_tokens = len(prompt.token_ids) + params.max_tokens

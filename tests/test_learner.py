@@ -325,11 +325,17 @@ def noisy(samples: list[TrainSample], size: float) -> list[TrainSample]:
     ]
 
 
-@pytest.mark.parametrize("num_updates", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "num_updates"), [("float32", 1), ("float32", 2), ("bfloat16", 4)]
+)
 @pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo"])
-def test_a_samplers_rounding_drops_no_token(tmp_path: Path, loss: str, num_updates: int) -> None:
+def test_a_samplers_rounding_drops_no_token(
+    tmp_path: Path, loss: str, dtype: str, num_updates: int
+) -> None:
     """With noise like bfloat16's, far over GSPO's bounds, and a policy that stands still."""
-    policy = make_policy(random_llama(tmp_path / "model"))
+    path = random_llama(tmp_path / "model")
+    model = ModelSection(name=str(path), device="cpu", dtype=dtype)  # type: ignore[arg-type]
+    policy = Policy(path, model, LoraSection(), seed=0)
     shake(policy)
     denominator = "sequences" if loss == "gspo" else "tokens"
     learner = make_learner(
@@ -369,7 +375,7 @@ def test_later_updates_are_bounded_against_the_policy_before_the_first_step(
     """Twice the same samples: the second time the better half of the tokens is out of bounds."""
     path = random_llama(tmp_path / "model")
     logprobs, fractions = [], []
-    bound = 0.5
+    bound, share = 0.5, 0.0
     for num_updates in (1, 2):
         policy = make_policy(path)
         shake(policy)

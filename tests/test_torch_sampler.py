@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +12,20 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from rl_lora.adapter import save_adapter
+from rl_lora.config import DataSection, ModelSection
 from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.job import end_token_ids
 from rl_lora.liveness import check_at_start, check_step, tolerances
+from rl_lora.models import load_tokenizer, resolve_model
 from rl_lora.policy import Policy
+from rl_lora.prompts import render_text
 from rl_lora.rollouts import sample_groups
 from rl_lora.sampler import BASE_VERSION, mix_seed, sample_seed, sample_seeds
 from rl_lora.torch_sampler import TorchSampler, _draw
-from rl_lora.types import Prompt, SampleParams
+from rl_lora.types import Completion, Prompt, SampleParams
 from tests.tiny_models import make_policy, random_llama, shake
 
 
@@ -139,6 +147,57 @@ def test_ends_and_truncation(tmp_path: Path) -> None:
     stopped = make(tmp_path / "c", end_ids=()).sample(PROMPTS, params)[0][0]
     assert stopped.token_ids == never.token_ids[:2]
     assert not stopped.is_truncated
+
+
+def test_special_tokens_stop_by_their_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SampleParams(1, 8, 1.0)
+    free = make(tmp_path / "a", end_ids=()).sample(PROMPTS, params)[0][0]
+    token, next_token = free.token_ids[2:4]
+    # Special tokens are no part of the text, as in a tokenizer that skips them.
+    special = {token: AddedToken("<end>", special=True)}
+    monkeypatch.setattr(IdTokenizer, "added_tokens_decoder", special)
+
+    def decode(self: IdTokenizer, ids: list[int], skip_special_tokens: bool = True) -> str:
+        words = ["<end>" if i == token else str(i) for i in ids]
+        return " ".join(w for w in words if w != "<end>" or not skip_special_tokens)
+
+    monkeypatch.setattr(IdTokenizer, "decode", decode)
+    for name, stop, length in (("b", "<end>", 3), ("c", f"<end> {next_token}", 4)):
+        sampler = make(tmp_path / name, end_ids=())
+        stopped = sampler.sample(PROMPTS, replace(params, stop=(stop,)))[0][0]
+        assert stopped.token_ids == free.token_ids[:length]
+        assert not stopped.is_truncated
+        assert "<end>" not in stopped.text
+
+
+def test_a_models_turns_end_where_its_template_ends_them(tmp_path: Path) -> None:
+    """As Qwen's base models: the tokenizer's end token is another one."""
+    model_dir = tmp_path / "model"
+    shutil.copytree(resolve_model(ModelSection(name="tiny-fast")), model_dir)
+    for name, key, value in (
+        ("tokenizer_config.json", "eos_token", "<|pad|>"),
+        ("generation_config.json", "eos_token_id", 0),
+    ):
+        settings = json.loads((model_dir / name).read_text())
+        (model_dir / name).write_text(json.dumps(settings | {key: value}))
+    tokenizer = load_tokenizer(model_dir)
+    policy = make_policy(model_dir)
+    text = render_text("What is 4 + 3?", DataSection(), tokenizer)
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    prompt = Prompt("p/0", "s", "q", "7", ids)
+
+    def sample(data: DataSection, stop: tuple[str, ...] = ()) -> Completion:
+        ends = end_token_ids(model_dir, tokenizer, data)
+        sampler = TorchSampler(policy, tokenizer, ends, context_length=96)
+        return sampler.sample([prompt], SampleParams(1, 40, 0.0, stop=stop))[0][0]
+
+    answer = sample(DataSection())
+    assert re.fullmatch(r"4 \+ \d = (\d+)\n\\boxed\{\1\}", answer.text)
+    assert not answer.is_truncated
+    assert tokenizer.convert_ids_to_tokens(answer.token_ids[-1]) == "<|end|>"
+    base = DataSection(template="base")
+    assert sample(base).is_truncated
+    assert sample(base, ("<|end|>",)) == answer
 
 
 def test_base_is_sampled_with_the_adapter_off(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from rl_lora.columns import check_text, reach, unpack
 from rl_lora.errors import UserError
 from rl_lora.layouts import LAYOUTS as PROBLEM_LAYOUTS
 from rl_lora.layouts import DataRow, number_text, parse_rows
-from rl_lora.messages import Message, as_turns, read_messages, read_tools
-from rl_lora.prompts import finish_solution, with_question
+from rl_lora.messages import Message, as_turns, read_messages, read_tools, with_question
+from rl_lora.prompts import finish_solution
 
 __all__ = ["Chat", "Message", "parse_chats", "problem_chat"]
 

@@ -46,9 +46,12 @@ _COPULA = (
 )
 _EMPTY_BOX = r"[\"'`$]*\\boxed\{\s*\}[\"'`$]*"
 # What may stand between 'the answer' and the answer.
+_FORMULA = r"\\\((?:[^\\\n]|\\(?!\))){1,150}\\\)|\$[^$\n]{1,150}\$"
 _FORWARD = re.compile(
-    rf"s?\b(?:\s*\([^()\n]{{1,30}}\))?(?:\s+(?:to|of|for|from)\s[^.:\n$=]{{0,80}}?)?(?:\s+in\s+{_EMPTY_BOX})?[\s*_\"'`)\]}}]*"
-    rf"(?:\b{_COPULA}|=|:|→|⇒|\\[rR]ightarrow\b|(?<=\s)[–—-](?=\s))(?:[\s*_:\"'`}}]*)"
+    rf"s?\b(?:\s*\([^()\n]{{1,30}}\))?(?:(?:\s+in\s+{_EMPTY_BOX})?[\s*_\"'`)\]}}]*"
+    rf"(?:\b{_COPULA}|=|:|→|⇒|\\[rR]ightarrow\b|(?<=\s)[–—-](?=\s))"
+    rf"|\s+(?:to|of|for|from)\s(?:{_FORMULA}|\\(?!\()|[^.:\n$=\\]){{0,80}}?"
+    rf"(?:\s+in\s+{_EMPTY_BOX})?[\s*_\"'`)\]}}]*(?:\b{_COPULA}|:))[\s*_:\"'`}}]*"
     rf"(?:in\s+)?(?:{_EMPTY_BOX}\s*(?:is\b|:|=)[\s:]*)?",
     re.IGNORECASE,
 )
@@ -66,7 +69,8 @@ _HYPOTHESIS = re.compile(
 )
 # 'The answer is correct', 'the answer is found by': nothing is stated.
 _REFUSED = re.compile(
-    r"(?:in)?correct\b|right\b|wrong\b|verified\b|as follows|found\b|given (?:in|by)|obtained\b"
+    r"(?:in)?correct\b|right\b|wrong\b|verified\b|as follows|formatted|expressed|written|rounded"
+    r"|found\b|given (?:in|by)|obtained\b"
     r"|in the\b"
     r"|reasonable|valid\b|clear\b|unique\b|below\b|above\b|consistent|simply$|(?:an?|the) (?:number"
     r"|integer|value|sum|product|difference|ratio|letter|option|one|same|following)\b",
@@ -197,8 +201,8 @@ def _answer(text: str, position: int) -> Statement | None:
 
 def _denied(text: str, start: int, end: int) -> Statement:
     """'The answer cannot be 5' as the answer 'not 5', which is none but must not be cut to 5."""
-    answer = stated(text[end : end + MAX_STATED])
-    return Statement(start, end, f"not {answer}", "phrase", False)
+    answer = stated("not " + text[end : end + MAX_STATED].lstrip())
+    return Statement(start, end, answer, "phrase", is_value(answer))
 
 
 def _abbreviation(text: str, position: int) -> Statement | None:

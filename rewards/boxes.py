@@ -227,6 +227,8 @@ def _kind_of_joint(between: str) -> str | None:
     """Are two boxes joined by what stands between them: "either", "list" or not at all?"""
     if len(between) > MAX_BETWEEN or _NEW_ATTEMPT.search(between):
         return None
+    if between.strip(" $") in ("/", "|"):
+        return "either"
     if len(between) <= 40 and _JOINT.fullmatch(between) and _CONNECTOR.search(between):
         return "either"
     if _NO_LIST.search(between) or not _LIST_CONNECTOR.search(between):

@@ -28,7 +28,8 @@ _HEADER = re.compile(r"(?:step|part|case|problem|solution|example|method)\b", re
 _REMARK = re.compile(
     r"\W*(?:would you|do you|did you|want me|shall i|should i|can i|may i|let me know|feel free"
     r"|i hope"
-    r"|hope|please|good luck|thank|you're welcome|happy to|note\b|nb\b|p\.?s\.?\b|remember\b|tip\b"
+    r"|hope|please|good luck|thank|you're welcome|happy to|note\b(?!.*=)|nb\b|p\.?s\.?\b"
+    r"|remember\b|tip\b"
     r"|fun fact|check\b|check:|double[- ]check|verification|verify|verified|is there anything"
     r"|i can help|i'm here|any (?:more|other|further))"
     r"|.*\b(?:more|other|further|any) questions\b",
@@ -62,12 +63,11 @@ _YES_NO = re.compile(
     re.IGNORECASE,
 )
 _LEADING_WORDS = re.compile(
-    r"\b(?:negative|minus|at least|at most|(?:no )?(?:more|less|fewer|greater|larger"
-    r"|smaller) than|over"
-    r"|under|above|below|half(?: of)?|twice|double|triple|a (?:third|quarter) of|not|never|except"
-    r"|but"
-    r"|anything but|(?:square|cube|multiples?|factors?|power|root)s? of|up to|± ?|plus or minus"
-    r"|(?:not|never|cannot|can't|n't)\s+(?:be|equal))\s+$",
+    r"\b(?:negative|minus|at least|at most|over|under|above|below|half(?: of)?|twice|double|triple"
+    r"|(?:no )?(?:more|less|fewer|greater|larger|smaller) than|a (?:third|quarter) of|not|never"
+    r"|except|but|anything but|(?:square|cube|multiples?|factors?|power|root)s? of|plus or minus"
+    r"|± ?"
+    r"|(?<!add )(?<!adds )(?<!comes )up to|(?:not|never|cannot|can't|n't)\s+(?:be|equal))\s+$",
     re.IGNORECASE,
 )
 _LEADING_ENDS = frozenset(
@@ -75,31 +75,46 @@ _LEADING_ENDS = frozenset(
     " except but to ± be equal".split()
 )
 _TRAILING_WORDS = re.compile(
-    r"\s+(?:squared|cubed|hundred|thousand|million|billion|trillion|dozen|percent|times|choose"
-    r"|or more"
-    r"|or less|or so|or fewer|and a (?:half|third|quarter)|factorial|in base|mod)\b",
+    r"\s+(?:(?:squared|cubed|hundred|thousand|million|billion|trillion|dozen|percent|choose|or more"
+    r"|or less|or so|or fewer|and a (?:half|third|quarter)|factorial|in base|mod)\b"
+    r"|times\s+(?=[\d$\\]))"
 )
 _REFUSING_WORDS = re.compile(
-    r"\**(?:\s+[a-z]+)?\s+(?:is|are|was)\s+(?:not|wrong|incorrect|false|too|impossible|invalid)\b"
-    r"|\**(?:\s+[a-z]+)?\s+(?:isn't|does not|doesn't|do not|don't|did not|didn't|cannot|can't"
-    r"|fails)\b",
+    r"\**(?:\s+[a-z]+)?\s+(?:(?:is|are|was)\s+(?:wrong|incorrect|false|too|impossible|invalid"
+    r"|extraneous|rejected|not\s+(?:valid|right|correct|possible|allowed|an?|the))"
+    r"|(?:isn't|does not|doesn't|do not|don't|did not|didn't|cannot|can't)\s+(?:work|satisfy|fit"
+    r"|hold|count|be|right|correct)|fails)\b",
 )
-_CONDITIONS = ("if", "If", "uppos", "ssum", "hether", "nless")
+_CONDITIONS = ("if", "If", "uppos", "ssum", "nless")
 _SUPPOSED = re.compile(
-    r"\b(?:if|suppos(?:e|ing)|assum(?:e|ing)|whether|unless)\b(?!.*\bthen\b)[^.,;:\n]*$",
+    r"(?:^|[.!?,\n]\s*)(?:if|suppos(?:e|ing)|assum(?:e|ing)|unless)\b(?!.*\bthen\b)[^.,;:\n]*$",
     re.IGNORECASE,
 )
 _ALTERNATIVE = re.compile(
-    r"(?P<first>(?:between\s+)?(?:\$[^$\n]{1,80}\$|[-−]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?))(?:\s[a-z]+)?"
-    r"(?:\s*,?\s*(?:or|and/or)\s+(?:maybe\s|perhaps\s|possibly\s|even\s|else\s|it's\s|it is\s)*"
-    r"|\s?[–-]\s?)$"
+    r"(?:between\s+)?(?:\$-?\d[\d.,]*\$|[-−]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?)(?:\s[a-z]+)?"
+    r"(?:\s*,?\s*(?:or|and/or)\s+(?:(?:maybe|perhaps|possibly|even|else|it's|it is"
+    r"|it (?:could|might|may) (?:also )?be)\s)*|\s?[–-]\s?)$"
 )
 _BETWEEN = re.compile(r"\bbetween\s+[$\d.,/-]+\s+and\s+$", re.IGNORECASE)
 _EARNED = re.compile(
-    r"\b(?:earn|pay|paid|cost|spen[dt]|save|make|made|owe|receive|charge|get|got|raise|sold|sell|lose"
-    r"|lost|ha[sd]|donate|collect)\w*\s+(?P<money>\\?[$€£]\s?\d[\d,]*(?:\.\d+)?)\s+(?:in|for|over|after"
-    r"|during|within|per|each|every|on|from|by)\s+[^.\d]{0,30}\d+(?:\.\d+)?\s+[^.\d]*[.!]?\s*$",
+    r"\b(?:earn|pay|paid|cost|spen[dt]|save|make|made|owe|receive|charge|get|got|raise|sold|sell"
+    r"|lose|lost|ha[sd]|donate|collect)\w*\s+(?P<money>\\?[$€£]\s?\d[\d,]*(?:\.\d+)?)\s+"
+    r"(?:in|for|over|after|during|within|per|each|every|on|from|by)\s+[^.\d]{0,30}\d+(?:\.\d+)?\s+"
+    r"[^.\d]*[.!]?\s*$",
     re.IGNORECASE,
+)
+_SOLUTIONS = re.compile(
+    r"\b(?:solutions|roots|zeros|zeroes)(?: of [^.]{1,60}?| for [^.]{1,60}?)?\s+are:?\s+"
+    r"(?P<values>(?!.*\b(?:so|sum|product|thus|hence|which|of these)\b).+)$",
+    re.IGNORECASE | re.DOTALL,
+)
+_EXPLAINING = re.compile(
+    r",\swhich (?:is|was|are) \S{1,20} (?:more|less|fewer|greater|higher|lower|times|percent)\b"
+    r"|,?\s(?:since|because|(?:from|by|after|when|while) \w+ing|including|excluding)\b"
+)
+_CONCLUDING = re.compile(
+    r"=|\b(?:so|thus|leaving|leaves|is|are|was|has|have|had|gives|makes|total|remain\w*|get|gets"
+    r"|which)\b"
 )
 _ALIGNED = re.compile(
     r"\\begin\{(align\*?|aligned|gather\*?|split|eqnarray\*?)\}(.*?)\\end\{\1\}", re.DOTALL
@@ -117,7 +132,7 @@ def unannounced(text: str) -> tuple[str, bool] | None:
         return bold, True
     if "\\" in text and (rows := _last_rows(text)) is not None:
         return rows, False
-    answer = _whole(text) or _last_maths(text)
+    answer = _whole(text) or _solutions(text) or _last_maths(_without_clause(text))
     if answer is None and "*" in text:
         contents = _BOLD.findall(text)
         return (contents[-1].strip(), True) if contents else None
@@ -149,7 +164,10 @@ def _last_sentence(text: str) -> int:
     """Where the last sentence or line begins; no further back than MAX_SENTENCE."""
     stop = len(text) - 1
     low = max(stop - MAX_SENTENCE, 0)
-    begins = [text.rfind(end, low, stop) + len(end) for end in ("\n", ". ", "! ", "? ", "$$ ")]
+    begins = [
+        text.rfind(end, low, stop) + len(end)
+        for end in ("\n", ". ", ".) ", ".$ ", "! ", "? ", "$$ ")
+    ]
     return max(begin if begin > low + 2 else low for begin in begins)
 
 
@@ -174,6 +192,24 @@ def _without_reason(sentence: str, judged: re.Match[str]) -> str:
     return sentence[: judged.end()] if has_reason else sentence
 
 
+def _solutions(text: str) -> str | None:
+    """What a last sentence of the form 'the solutions are x = 1 and x = 2' says."""
+    sentence = text[_last_sentence(text) :]
+    match = _SOLUTIONS.search(sentence) if len(sentence) <= MAX_SENTENCE else None
+    answer = stated(match["values"]) if match is not None else ""
+    return answer if is_value(answer) else None
+
+
+def _without_clause(text: str) -> str:
+    """Without the clause that ends the last sentence and explains the value before it."""
+    start = _last_sentence(text)
+    for clause in _EXPLAINING.finditer(text, start):
+        is_last_word = _CONCLUDING.search(text, clause.end()) is None
+        if is_last_word and any(c.isdigit() for c in text[start : clause.start()]):
+            return text[: clause.start()]
+    return text
+
+
 def _last_bold(text: str) -> str | None:
     """The last value in bold type, without its label."""
     for content in reversed(_BOLD.findall(text)[-40:]):
@@ -195,16 +231,19 @@ def _last_rows(text: str) -> str | None:
     rows = [row.strip() for row in blocks[-1][2].split("\\\\") if row.strip(" \n&")]
     if not rows:
         return None
-    last = rows[-1].replace("&", " ").strip()
-    if last.startswith(("=", "\\approx", "\\implies", "\\Rightarrow")):
-        return last.lstrip("= ").strip()
+    last = rows[-1].replace("&", " ").strip(" .,")
+    is_continued = last.startswith(("=", "\\approx", "\\implies", "\\Rightarrow"))
     values: dict[str, str] = {}
-    for row in reversed(rows):
+    for row in () if is_continued else reversed(rows):
         match = _LABELLED.match(row.replace("&", ""))
         if match is None or match[1] in values:
             break
         values[match[1]] = f"{match[1]} = {match[2].strip(' .,')}"
-    return ", ".join(reversed(values.values())) if values else last
+    if values:
+        return ", ".join(reversed(values.values()))
+    sides = [side.strip() for side in last.split("=")]
+    is_turned = len(sides) > 1 and len(sides[-1]) == 1 and sides[-1].isalpha()  # 18 = x
+    return sides[-2] if is_turned else sides[-1]
 
 
 def _whole(text: str) -> str | None:
@@ -288,7 +327,7 @@ def _last_maths(text: str) -> str | None:
 
 def _is_supposed(text: str, end: int) -> bool:
     """Does the value at `end` stand in a condition: 'if the answer is 5'?"""
-    before = text[max(end - 80, 0) : end]
+    before = text[max(end - 120, 0) : end]
     return any(hint in before for hint in _CONDITIONS) and _SUPPOSED.search(before) is not None
 
 

@@ -44,16 +44,17 @@ _CLAUSE = re.compile(
 )
 # A remark in brackets: words, not a modulus, a base, a condition or another answer.
 _REMARK = re.compile(
-    r"(?<=[\w$}).%\]*])(?:\s*[(（](?P<remark>[^()（）]*)[)）]|\s\[(?P<note>[^\[\]]*)\])"
+    r"(?:(?<=[\w}).%\]*])\s*|(?<=\$)\s)(?:[(（](?P<remark>[^()（）]*)[)）]|(?<=\s)\[(?P<note>[^\[\]]*)\])"
 )
 _KEPT_REMARK = re.compile(
     r"\s*(?:or|mod|base|if|unless|except|when|for|only|and|maybe|possibly|perhaps|approx\w*|about"
-    r"|to|in base|inclusive|exclusive|at|with|where|per|each|times|squared|cubed|negative)\b",
+    r"|wrong|incorrect|rejected|invalid|extraneous|false|to|in base"
+    r"|inclusive|exclusive|at|with|where|per|each|times|squared|cubed|negative)\b",
     re.IGNORECASE,
 )
 _MAGNITUDE = re.compile(r"\b(?:hundred|thousand|million|billion|dozen|percent)", re.IGNORECASE)
 _IN_SCALE = re.compile(r"\s*in (hundred|thousand|million|billion|dozen)s\b")
-_LONG_WORD = re.compile(r"[A-Za-z]{3,}")
+_LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _HEDGE = re.compile(
     r"\b(?:or|either|maybe|perhaps|possibly|might|(?-i:may)|could|alternatively|unless|except|if|wrong"
     r"|incorrect|mistake)\b|\bnot (?:right|correct|the|sure|certain)\b",
@@ -190,6 +191,8 @@ def _without_clauses(sentence: str) -> str:
 
 def _drop_remark(match: re.Match[str]) -> str:
     remark = match["remark"] if match["remark"] is not None else match["note"]
+    if match.string.count("$", 0, match.start()) % 2:
+        return match.group()  # within a formula
     scale = _IN_SCALE.match(remark)
     if scale is not None:
         return f" {scale[1]}"

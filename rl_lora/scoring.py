@@ -32,21 +32,19 @@ def score_best(
         UserError: a user's own function failed.
     """
     golds_N = [alternatives(reference) for reference in references]
-    rows = [{}] * len(golds_N) if rows is None else rows
-    pairs = [
-        (text, gold, row)
-        for text, golds, row in zip(completions, golds_N, rows, strict=True)
-        for gold in golds
-    ]
-    texts, golds, rows = ([pair[place] for pair in pairs] for place in range(3))
+    all_rows: Sequence[Row] = [{}] * len(golds_N) if rows is None else rows
+    counts = [len(golds) for golds in golds_N]
+    texts = [text for text, n in zip(completions, counts, strict=True) for _ in range(n)]
+    pair_rows = [row for row, n in zip(all_rows, counts, strict=True) for _ in range(n)]
+    golds = [gold for golds in golds_N for gold in golds]
     try:
         if isinstance(reward, FunctionReward):
-            scores = iter(reward.score_rows(texts, golds, rows))
+            scores = iter(reward.score_rows(texts, golds, pair_rows))
         else:
             scores = iter(reward.score_batch(texts, golds))
     except RewardError as error:
         raise UserError(str(error)) from error
     return [
-        max((next(scores) for _ in golds), key=lambda score: (score.correct, score.reward))
-        for golds in golds_N
+        max((next(scores) for _ in range(n)), key=lambda score: (score.correct, score.reward))
+        for n in counts
     ]

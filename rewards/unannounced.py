@@ -125,14 +125,15 @@ _LABELLED = re.compile(r"\s*([A-Za-z](?:_\{?\w\}?)?)\s*&?\s*=\s*&?\s*([^=]+)$")
 def unannounced(text: str) -> tuple[str, bool] | None:
     """(answer, is it bold) of a text without an announcement; None where nothing can be taken."""
     text = without_remarks(text)
-    judged = _judgement(text)
+    start = _last_sentence(text)
+    judged = _judgement(text[start : start + MAX_SENTENCE])
     if judged is not None:
         return judged, False
     if "*" in text and (bold := _last_bold(text)) is not None:
         return bold, True
     if "\\" in text and (rows := _last_rows(text)) is not None:
         return rows, False
-    answer = _whole(text) or _solutions(text) or _last_maths(_without_clause(text))
+    answer = _whole(text) or _solutions(text[start:]) or _last_maths(_without_clause(text, start))
     if answer is None and "*" in text:
         contents = _BOLD.findall(text)
         return (contents[-1].strip(), True) if contents else None
@@ -171,9 +172,8 @@ def _last_sentence(text: str) -> int:
     return max(begin if begin > low + 2 else low for begin in begins)
 
 
-def _judgement(text: str) -> str | None:
+def _judgement(sentence: str) -> str | None:
     """True or False of 'the statement is not true', the sentence of 'No, it diverges'."""
-    sentence = text[_last_sentence(text) :][:MAX_SENTENCE]
     judged = _JUDGED.search(sentence) if " is " in sentence else None
     if judged is not None and not _NUMBER.search(_without_reason(sentence, judged)):
         is_true = judged["word"].lower() in ("true", "correct", "valid")
@@ -192,17 +192,17 @@ def _without_reason(sentence: str, judged: re.Match[str]) -> str:
     return sentence[: judged.end()] if has_reason else sentence
 
 
-def _solutions(text: str) -> str | None:
+def _solutions(sentence: str) -> str | None:
     """What a last sentence of the form 'the solutions are x = 1 and x = 2' says."""
-    sentence = text[_last_sentence(text) :]
-    match = _SOLUTIONS.search(sentence) if len(sentence) <= MAX_SENTENCE else None
+    if " are" not in sentence or len(sentence) > MAX_SENTENCE:
+        return None
+    match = _SOLUTIONS.search(sentence)
     answer = stated(match["values"]) if match is not None else ""
     return answer if is_value(answer) else None
 
 
-def _without_clause(text: str) -> str:
+def _without_clause(text: str, start: int) -> str:
     """Without the clause that ends the last sentence and explains the value before it."""
-    start = _last_sentence(text)
     for clause in _EXPLAINING.finditer(text, start):
         is_last_word = _CONCLUDING.search(text, clause.end()) is None
         if is_last_word and any(c.isdigit() for c in text[start : clause.start()]):

@@ -309,18 +309,24 @@ def _widened(text: str, start: int, end: int, content: str) -> str:
             return money["money"]
     if f" {before}".rstrip().endswith(_FOREIGN_NOT):
         return f"not {content}"
-    words = before.rsplit(None, 1)
-    first = None
-    if words and words[-1].lower() in _LEADING_ENDS:
-        first = _LEADING_WORDS.search(before, max(len(before) - 25, 0))
-    if first is not None:
-        pass
-    elif any(word in before[-30:] for word in _OR) or before.rstrip().endswith(("-", "–")):
-        first = _ALTERNATIVE.search(before)
-    elif "and" in before[-6:]:
-        first = _BETWEEN.search(before)
+    first = _words_before(before)
     after = _TRAILING_WORDS.match(text, end)
     if first is None and after is None:
         return content
     opening = start if first is None else start - (len(before) - first.start())
     return text[opening : end if after is None else after.end()].strip()
+
+
+def _words_before(before: str) -> re.Match[str] | None:
+    """The words at the end of `before` that change a value behind them."""
+    words = before.rsplit(None, 1)
+    found = None
+    if words and words[-1].lower() in _LEADING_ENDS:
+        found = _LEADING_WORDS.search(before, max(len(before) - 25, 0))
+    if found is None and (
+        any(word in before[-30:] for word in _OR) or before.rstrip().endswith(("-", "–"))
+    ):
+        found = _ALTERNATIVE.search(before)
+    if found is None and "and" in before[-6:]:
+        found = _BETWEEN.search(before)
+    return found

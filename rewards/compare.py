@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from rewards.congruences import equal_congruences
 from rewards.exact import Undecided
 from rewards.forms import (
-    are_constants,
-    are_families,
     by_coordinates,
     expand_all,
     form_of,
@@ -21,7 +18,6 @@ from rewards.forms import (
     match_names,
     names_clash,
     option_letters,
-    runs_through,
     same_family,
     split_conditions,
     unlabelled,
@@ -58,6 +54,7 @@ from rewards.relations import (
     solution_of,
     unwrap,
 )
+from rewards.renaming import renamings
 from rewards.scalars import equal_scalars
 from rewards.words import equal_texts
 
@@ -65,7 +62,6 @@ MAX_COMPARISONS = 2000
 MAX_DISTINCT = 32  # items of a set that are compared pair by pair
 _REGION_KINDS = frozenset({"union", "inter", "minus", "builder"})
 _GOLDEN = Node("sym", name="\\phi")
-_PARAMETERS = frozenset("kKnNmltsjCcpq")
 
 
 class Comparison:
@@ -93,41 +89,13 @@ class Comparison:
         is_family = self.policy.rename_bound and (
             bool(gold.bound | answer.bound) or "rel" in (gold.node.kind, answer.node.kind)
         )
-        for names in self._renamings(left, right, gold.bound, answer.bound):
+        for names in renamings(left, right, gold.bound, answer.bound, self.policy):
             renamed = rename(right, names)
             if self.equal(left, renamed):
                 return True
             if is_family and same_family(left, renamed):
                 return True
         return is_family and same_family(left, right)
-
-    def _renamings(
-        self, gold: Node, answer: Node, gold_bound: frozenset[str], answer_bound: frozenset[str]
-    ) -> Iterator[dict[str, str]]:
-        """Ways to rename the answer's bound symbols and parameters to the gold's."""
-        is_option = gold.kind == "sym" and gold.name.upper() in tuple("ABCDE")
-        if not self.policy.rename_bound or (gold.kind == "sym" and not is_option):
-            return
-        ours = sorted(symbols(gold) - symbols(answer))
-        theirs = sorted(symbols(answer) - symbols(gold))
-        if not 0 < len(theirs) == len(ours) <= 3:
-            return
-        is_shared = are_families(gold, answer)
-        are_tuples = runs_through(gold, ours) and runs_through(answer, theirs)
-        for order in itertools.permutations(ours):
-            pairs = list(zip(theirs, order, strict=True))
-            if all(
-                self.policy.rename_free
-                or a.lower() == b.lower()
-                or (a in answer_bound and (b in gold_bound or b in _PARAMETERS or is_shared))
-                or (b in gold_bound and a in _PARAMETERS)
-                or are_constants(a, b)
-                or (is_shared and a in _PARAMETERS and b in _PARAMETERS)
-                or (are_tuples and len(pairs) == 1 and a in _PARAMETERS and len(b) == 1)
-                or (are_tuples and len(pairs) == 1 and b in _PARAMETERS and len(a) == 1)
-                for a, b in pairs
-            ):
-                yield dict(pairs)
 
     def equal(self, gold: Node, answer: Node) -> bool:
         """Is the answer the gold? Symmetric but for rounding and open tasks."""
@@ -147,7 +115,8 @@ class Comparison:
                 return False
             return self.equal(without_label(gold), without_label(answer))
         are_residues = kinds == {"open"} and gold.name == answer.name == "mod"
-        if "congruence" in kinds or are_residues:
+        is_single = "list" not in kinds and not has_kind(gold, "pm") and not has_kind(answer, "pm")
+        if are_residues or ("congruence" in kinds and is_single):
             return equal_congruences(gold, answer, self.equal)
         if kinds == {"rel", "list"}:
             gold, answer = by_coordinates(gold), by_coordinates(answer)
@@ -158,14 +127,8 @@ class Comparison:
             return False
         if "text" in kinds:
             return equal_texts(gold, answer)
-        if kinds == {"mul", "seq"}:  # the point P(2, 3)
-            left, right = item_value(gold), item_value(answer)
-            if left.kind == right.kind:
-                return self.equal(left, right)
-        if kinds == {"mul", "list"}:
-            letters = [option_letters(item) for item in (gold, answer)]
-            if letters[0] is not None and letters[0] == letters[1]:
-                return True
+        if "mul" in kinds and kinds & {"seq", "list"} and self._equal_points(gold, answer):
+            return True
         if Node("sym", name="\\mathbb{R}") in (gold, answer):
             return self._equal_regions(gold, answer)
         if kinds & _REGION_KINDS or has_mixed_brackets(gold, answer):
@@ -191,6 +154,14 @@ class Comparison:
         if "ratio" in kinds:
             return self._equal_ratios(gold, answer)
         return self._equal_scalars(gold, answer)
+
+    def _equal_points(self, gold: Node, answer: Node) -> bool:
+        """The point P(2, 3) and (2, 3); the options ABD and A, B, D."""
+        left, right = item_value(gold), item_value(answer)
+        if left.kind == right.kind:
+            return self.equal(left, right)
+        letters = [option_letters(item) for item in (gold, answer)]
+        return letters[0] is not None and letters[0] == letters[1]
 
     def _equal_formulas(self, gold: Node, answer: Node) -> bool | None:
         """Formulas with a domain: one side may leave it out. None where neither has one."""

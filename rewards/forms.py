@@ -40,12 +40,12 @@ def runs_through(node: Node, names: list[str]) -> bool:
 
 
 def are_constants(left: str, right: str) -> bool:
-    """May both name one constant of integration? C and K, A and C_1; not A and B, c and k."""
+    """May both name one constant of integration? C and K, A and C; not A and B, c and k."""
     if not _CONSTANT.fullmatch(left) or not _CONSTANT.fullmatch(right):
         return False
     names = (left, right)
     if any(name in "AB" for name in names):
-        return any("_" in name for name in names)
+        return any("_" in name or name == "C" for name in names)
     return any("_" in name or name.isupper() for name in names)
 
 
@@ -224,7 +224,7 @@ def expand_signs(node: Node) -> list[Node]:
     """All values of a node with plus-minus signs; within one scalar the signs go together."""
     if not has_kind(node, "pm"):
         return [node]
-    if node.kind in ("seq", "set", "matrix", "rel"):
+    if node.kind in ("seq", "set", "matrix", "rel", "congruence"):
         choices = [expand_signs(item) for item in node.args]
         total = 1
         for choice in choices:

@@ -33,6 +33,9 @@ _CHOICE = re.compile(
     r"(?:\\?[\s:.,~]|\\quad)*(?P<content>[^\s\\].*|\\[a-z{].*)"
 )
 _OPTION = re.compile(r"(?<![A-Za-z])\(?[A-J][).:]|^[\s(]*[A-J][\s).]*$|\bor\b")
+_RETHOUGHT = re.compile(
+    r"\b(?:answer|option|choice|wrong|incorrect|not correct|wait)\b", re.IGNORECASE
+)
 MAX_PROSE = 4096
 
 
@@ -85,7 +88,7 @@ def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
 def _choice_readings(text: str) -> list[Parsed]:
     """`(D) 12`, `D. 12`: the option's letter, or its content; nothing where options are listed."""
     match = _CHOICE.fullmatch(text.strip().strip("$"))
-    if match is None or _OPTION.search(match["content"]):
+    if match is None or _OPTION.search(match["content"]) or _RETHOUGHT.search(match["content"]):
         return []
     readings = []
     for part in (match["letter"] or match["plain"], match["content"]):

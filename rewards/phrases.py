@@ -35,7 +35,7 @@ _OPERATIONS = {
     "cube": "cube of",
     "root": "square root of",
     "cube root": "cube root of",
-    "inverse": "reciprocal of|multiplicative inverse of|inverse of",
+    "inverse": "reciprocal of|multiplicative inverse of|inverse of|one over",
     "abs": "absolute value of",
     "factorial": "factorial of",
     "double": "twice|double|two times",
@@ -52,9 +52,14 @@ _OR_MORE = dict.fromkeys(("more", "greater", "higher", "above", "larger"), ">=")
 _OR_MORE |= dict.fromkeys(("less", "fewer", "lower", "below", "smaller"), "<=")
 ORDINALS = ("th", "st", "nd", "rd")
 NUMBERED = frozenset("day month floor grade century place row year week position person".split())
-ARTICLED = frozenset(_PARTS) | {"total", "minimum", "maximum"}  # behind "a", which is no name then
-VERBS = frozenset({"is", "are", "equals", "was", "were", "be", "equal"})
-_DENIALS = frozenset(
+ARTICLED = frozenset(_PARTS) | {
+    "total",
+    "minimum",
+    "maximum",
+    "dozen",
+}  # behind "a", which is no name then
+VERBS = frozenset({"is", "are", "equals", "was", "were", "be", "equal", "must"})
+DENIALS = frozenset(
     "not no never neither nor none without except excluding but isn doesn don won cannot"
     " wrong incorrect false untrue invalid impossible maybe perhaps possibly probably"
     " either or unless whether if anything nothing everything instead rather than unlikely"
@@ -62,7 +67,7 @@ _DENIALS = frozenset(
 )
 # Beside a value these change it, or make a statement of it.
 _LOADED = (
-    _DENIALS
+    DENIALS
     | frozenset(_PARTS)
     | frozenset(
         "squared cubed plus minus choose divided multiplied doubled tripled halved"
@@ -202,6 +207,8 @@ def number_of(words: list[str]) -> tuple[Fraction, list[str]] | None:
         fraction = fraction_of(words[:size])
         if fraction is not None:
             return fraction, words[size:]
+    if words and words[0] == "dozen":
+        words = ["one", *words]
     if not words or words[0] not in NUMBER_WORDS or words[0] == "none":
         return None
     value, rest = Fraction(NUMBER_WORDS[words[0]]), words[1:]
@@ -222,15 +229,17 @@ def states_value(before: str, after: str) -> bool:
         return False  # the 5th prime
     before = _ASIDE.split(before)[-1]  # "it is not 10 which is 20" speaks of 20
     ours, theirs = _words_of(before), _words_of(after)
-    if _DENIALS & {*ours, *theirs}:
+    if DENIALS & {*ours, *theirs}:
         return False
     if theirs and not _AFTERWORDS.match(" ".join(theirs)) and is_loaded(theirs):
         return False
     while ours and ours[-1] in FILLER_WORDS and ours[-1] not in _STATING:
         ours.pop()
-    if ours[-1:] == ["to"] and ours[-2:-1] and ours[-2] not in _LEADING_TO:
-        return False
-    return not ours or ours[-1] in _STATING or re.search(r"[=:≈]\W*$", before) is not None
+    if ours[-1:] == ["to"]:
+        return len(ours) > 1 and ours[-2] in _LEADING_TO
+    if not ours:
+        return re.search(r"\d", before) is None  # 4 to 5
+    return ours[-1] in _STATING or re.search(r"[=:≈]\W*$", before) is not None
 
 
 def _words_of(text: str) -> list[str]:

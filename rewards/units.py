@@ -64,11 +64,13 @@ cup = 1/16 gal
 hectare = 10000 m^2
 acre = 43560 ft^2
 mph = mi / h
+km = 1000 m
 knot = 1852/3600 m / s
 cent = 1/100 dollar
 byte = 8 bit
 rad = 1
 rpm = 1/60 Hz
+kph = km / h
 """
 # Spellings. Symbols keep their case, long names do not; s is added to long names.
 _SYMBOLS = "m g s A K mol N J W Pa Hz C V F Wb T H L l eV cal bar"
@@ -89,7 +91,8 @@ _OTHER = {
     "mph": "mph", "knot": "knot", "dollar": "dollar", "usd": "dollar", "buck": "dollar",
     "cent": "cent", "euro": "euro", "sterling": "sterling", "celsius": "celsius",
     "fahrenheit": "fahrenheit", "degree": "degree", "deg": "degree", "radian": "rad",
-    "rad": "rad", "rpm": "rpm", "atm": "atm", "century": "century", "centuries": "century",
+    "rad": "rad", "rpm": "rpm", "kph": "kph", "kmh": "kph",
+    "\\Omega": "ohm", "atm": "atm", "century": "century", "centuries": "century",
 }  # fmt: skip
 _PREFIXES = {
     "T": 12, "G": 9, "M": 6, "k": 3, "d": -1, "c": -2, "m": -3, "u": -6, "\\mu": -6, "n": -9,
@@ -153,7 +156,7 @@ TABLE = _table()
 # Letters and short words that are units behind a number.
 UNIT_WORDS = frozenset(
     "mm cm dm km cms kms mg kg kgs ml mL lb lbs ft yd mi hr hrs sec secs min mins yr yrs"
-    " inch mph usd USD Hz kHz MHz kPa Pa kN kJ kW MW kWh eV mol rad ms ns nm oz gal rpm th"
+    " inch mph usd USD Hz kHz MHz kPa Pa kN kJ kW MW kWh eV mol rad ms ns nm oz gal rpm kph kmh th"
     " st nd rd".split()
 )
 

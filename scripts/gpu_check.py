@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -55,6 +56,7 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
     context = Context(torch.device(options.device), options.out, options.work, tuple(options.gguf))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage ends, too
     rows = run_stages(
         stages,
         context,

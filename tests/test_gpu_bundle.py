@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from gpu_check.thin import FATBIN_MAGIC, thin
-from scripts.gpu_bundle import DEPS, pinned
+from scripts.gpu_bundle import BUILT, DEPS, pinned
 
 NAMES = b"\0.nv_fatbin\0.text\0"
 
@@ -76,4 +76,5 @@ def test_what_cannot_be_thinned(library: bytes, told: str) -> None:
 
 
 def test_the_bundles_packages_are_those_of_the_lock() -> None:
-    assert [pin.split("==")[0] for pin in pinned(DEPS)] == DEPS
+    names = [*DEPS, *BUILT]
+    assert [pin.split("==")[0] for pin in pinned(names)] == names

@@ -40,6 +40,7 @@ def stage(name: str, limit_s: float = 120) -> Stage:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_whatever_becomes_of_a_stage_is_told_and_the_others_run(tmp_path: Path) -> None:
     stages = [
         stage("fails"),
@@ -94,6 +95,7 @@ def test_a_call_ends_in_its_time_whatever_hangs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_what_a_stage_started_ends_with_it(tmp_path: Path) -> None:
     row = run_stage(stage("leaves_a_process"), context_at(tmp_path), 120)
     assert row["status"] == "passed"
@@ -112,6 +114,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_choice_of_stages_on_a_cpu(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     places = ["--device", "cpu", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]

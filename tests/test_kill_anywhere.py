@@ -21,7 +21,7 @@ import torch
 from tests.test_resume import result, run
 
 # Start-up, first test or exam, checkpoints, publishes, lines, the best and the last adapter.
-NUM_KILLS = int(os.environ.get("RL_LORA_NUM_KILLS", "5"))
+NUM_KILLS = int(os.environ.get("RL_LORA_NUM_KILLS", "3"))
 
 
 def in_a_child(work: Callable[[], Any], die_at: int | None = None) -> tuple[int | None, int]:

@@ -12,6 +12,7 @@ of a step (LOG.md).
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,8 +60,11 @@ class MergedWeights:
         """
         self._files = _files_by_tensor(model_dir)
         self._layers = [
-            (module, [_Part(part, _weight(part, self._files)) for part in _joined(model, name)])
-            for name, module in _linear_layers(model)
+            (module, [_Part(part, _weight(part, self._files)) for part in parts])
+            for module, parts in (
+                (module, _joined(model, name, self._files))
+                for name, module in _linear_layers(model)
+            )
         ]
         if not self._layers:
             raise LookupError("no linear layer")
@@ -123,8 +127,13 @@ class _Part(NamedTuple):
     weight: str
 
 
-def _joined(model: nn.Module, name: str) -> list[str]:
-    """Names in the files of the layers that the engine's layer joins."""
+def _joined(model: nn.Module, name: str, files: Container[str]) -> list[str]:
+    """Names in the files of the layers that the engine's layer joins.
+
+    The files may have them joined already (GLM 4), whatever the engine's mapping says.
+    """
+    if f"{name}.weight" in files:
+        return [name]
     owner, _, last = name.rpartition(".")
     joined: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     return [f"{owner}.{part}".lstrip(".") for part in joined.get(last, [last])]

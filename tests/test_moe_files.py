@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl_lora.adapter import load_tensors, open_adapter, save_adapter
@@ -202,7 +202,7 @@ def test_vllm_on_a_cpu_is_refused_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = runnable(tmp_path / "model")
-    (model / "model.safetensors").write_bytes(b"junk")  # the weights are not read
+    save_file({}, model / "model.safetensors")  # the weights are not read
     overrides = [*RL, f"model.name={model}", f"run.output_dir={tmp_path}", "sampling.backend=vllm"]
     code = main(["train", str(ROOT / "configs" / "smoke.toml"), *overrides])
     assert code == 2

@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(LOCK))
 
 .DEFAULT_GOAL := env
-.PHONY: env quickstart test test-fast lint format check bench lock clean
+.PHONY: env quickstart test test-fast lint format check bench lock gpu-dry clean
 
 env: $(INSTALLED)
 
@@ -61,5 +61,18 @@ lock: $(INSTALLED)
 	$(PIP) install -q uv==0.13.9
 	$(BIN)/python scripts/lock.py
 
+# vLLM 0.26 for CUDA on a machine without a GPU, up to its kernels: an environment of 7 GB, then the
+# test that runs in it. Needs Python 3.12 and gcc.
+DRY := .venv-gpu-dry
+PYTHON_DRY ?= python3.12
+gpu-dry: $(INSTALLED) $(DRY)/.installed
+	$(BIN)/python -m pytest tests/test_gpu_dry.py $(ARGS)
+
+$(DRY)/.installed: requirements/gpu-dry.lock tests/gpu_dry/libcuda_stub.c
+	@test -x $(DRY)/bin/python || $(PYTHON_DRY) -m venv $(DRY)
+	$(DRY)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r $<
+	mkdir -p $(DRY)/stub && gcc -shared -o $(DRY)/stub/libcuda.so.1 tests/gpu_dry/libcuda_stub.c
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(DRY) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

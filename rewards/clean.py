@@ -89,6 +89,8 @@ _LEADING = re.compile(
 _OUTWARD = re.compile(r"(?:^|\\cup\s*)\]|\[\s*(?:$|\\cup)")
 _PIECE = re.compile(r"^([\[\](])([^\[\]]+,[^\[\]]+)([\[\])])$")
 _GLUED = re.compile(r"(?<=[\d)}])(or|and)(?=[A-Z(\d\\-])")
+# 1, 2, 3, ... goes on; a number with dots behind it (0.333...) does not.
+_DOTS = re.compile(r"(?<=,)\s*\.\.\.")
 _MATH_DELIMITER = re.compile(r"\\[()\[\]]")
 
 
@@ -108,6 +110,8 @@ def clean(text: str) -> str:
     if "rac" in text or "ext" in text or "imes" in text:
         for pattern, replacement in _LOST:
             text = pattern.sub(replacement, text)
+    if "..." in text:
+        text = _DOTS.sub(r"\\ldots ", text)
     if "\x00" in text:
         raise ParseError
     if "{" in text or "\\" in text:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
+from rewards.congruences import equal_congruences
 from rewards.exact import Undecided
 from rewards.forms import (
-    are_families,
     by_coordinates,
     expand_all,
     form_of,
@@ -17,8 +16,8 @@ from rewards.forms import (
     item_value,
     items_of,
     match_names,
+    names_clash,
     option_letters,
-    quantity_of_product,
     same_family,
     split_conditions,
     unlabelled,
@@ -28,6 +27,7 @@ from rewards.forms import (
 )
 from rewards.matrices import reduce_matrices
 from rewards.nodes import (
+    GOLDEN_RATIO,
     SCALAR_KINDS,
     LimitExceeded,
     Node,
@@ -35,10 +35,13 @@ from rewards.nodes import (
     has_kind,
     number_node,
     rename,
+    replace,
     symbols,
 )
 from rewards.parser import Parsed
+from rewards.pieces import is_piecewise, same_pieces
 from rewards.policy import Policy
+from rewards.quantities import equal_quantities
 from rewards.regions import NotARegion, equal_regions, to_region
 from rewards.relations import (
     ascending,
@@ -51,13 +54,14 @@ from rewards.relations import (
     solution_of,
     unwrap,
 )
+from rewards.renaming import renamings
 from rewards.scalars import equal_scalars
-from rewards.words import equal_texts, same_exponent, unit_scale
+from rewards.words import equal_texts
 
 MAX_COMPARISONS = 2000
 MAX_DISTINCT = 32  # items of a set that are compared pair by pair
 _REGION_KINDS = frozenset({"union", "inter", "minus", "builder"})
-_PARAMETERS = frozenset("kKnNmltsjCcpq")
+_GOLDEN = Node("sym", name="\\phi")
 
 
 class Comparison:
@@ -77,46 +81,21 @@ class Comparison:
         left, right = reduce_matrices(gold.node), reduce_matrices(answer.node)
         if self.equal(left, right):
             return True
+        if names_clash(left, right) and not self.policy.rename_free:
+            return False
         if self.policy.accept_labels:
             left, right = unlabelled(left), unlabelled(right)
         # k is an integer where the answer says so, or where it solves for an unknown.
         is_family = self.policy.rename_bound and (
             bool(gold.bound | answer.bound) or "rel" in (gold.node.kind, answer.node.kind)
         )
-        for names in self._renamings(left, right, gold.bound, answer.bound):
+        for names in renamings(left, right, gold.bound, answer.bound, self.policy):
             renamed = rename(right, names)
             if self.equal(left, renamed):
                 return True
             if is_family and same_family(left, renamed):
                 return True
         return is_family and same_family(left, right)
-
-    def _renamings(
-        self, gold: Node, answer: Node, gold_bound: frozenset[str], answer_bound: frozenset[str]
-    ) -> Iterator[dict[str, str]]:
-        """Ways to rename the answer's bound symbols and parameters to the gold's."""
-        is_option = gold.kind == "sym" and gold.name.upper() in tuple("ABCDE")
-        if not self.policy.rename_bound or (gold.kind == "sym" and not is_option):
-            return
-        ours = sorted(symbols(gold) - symbols(answer))
-        theirs = sorted(symbols(answer) - symbols(gold))
-        if not 0 < len(theirs) == len(ours) <= 3:
-            return
-        is_shared = are_families(gold, answer)
-        are_tuples = has_kind(gold, "seq") and has_kind(answer, "seq")
-        for order in itertools.permutations(ours):
-            pairs = list(zip(theirs, order, strict=True))
-            if all(
-                self.policy.rename_free
-                or a.lower() == b.lower()
-                or (a in answer_bound and (b in gold_bound or b in _PARAMETERS or is_shared))
-                or (b in gold_bound and a in _PARAMETERS)
-                or (is_shared and a in _PARAMETERS and b in _PARAMETERS)
-                or (are_tuples and len(pairs) == 1 and a in _PARAMETERS and len(b) == 1)
-                or (are_tuples and len(pairs) == 1 and b in _PARAMETERS and len(a) == 1)
-                for a, b in pairs
-            ):
-                yield dict(pairs)
 
     def equal(self, gold: Node, answer: Node) -> bool:
         """Is the answer the gold? Symmetric but for rounding and open tasks."""
@@ -127,9 +106,18 @@ class Comparison:
             return True
         kinds = {gold.kind, answer.kind}
         if "unit" in kinds:
-            return self._equal_units(gold, answer)
+            if "text" in kinds:
+                return equal_texts(gold, answer)
+            is_strict = self.policy.units == "strict"
+            return equal_quantities(gold, answer, self.equal, is_strict=is_strict)
         if "label" in kinds:
+            if names_clash(gold, answer):
+                return False
             return self.equal(without_label(gold), without_label(answer))
+        are_residues = kinds == {"open"} and gold.name == answer.name == "mod"
+        is_single = "list" not in kinds and not has_kind(gold, "pm") and not has_kind(answer, "pm")
+        if are_residues or ("congruence" in kinds and is_single):
+            return equal_congruences(gold, answer, self.equal)
         if kinds == {"rel", "list"}:
             gold, answer = by_coordinates(gold), by_coordinates(answer)
             kinds = {gold.kind, answer.kind}
@@ -139,19 +127,13 @@ class Comparison:
             return False
         if "text" in kinds:
             return equal_texts(gold, answer)
-        if kinds == {"mul", "seq"}:  # the point P(2, 3)
-            left, right = item_value(gold), item_value(answer)
-            if left.kind == right.kind:
-                return self.equal(left, right)
-        if kinds == {"mul", "list"}:
-            letters = [option_letters(item) for item in (gold, answer)]
-            if letters[0] is not None and letters[0] == letters[1]:
-                return True
+        if "mul" in kinds and kinds & {"seq", "list"} and self._equal_points(gold, answer):
+            return True
         if Node("sym", name="\\mathbb{R}") in (gold, answer):
             return self._equal_regions(gold, answer)
         if kinds & _REGION_KINDS or has_mixed_brackets(gold, answer):
             return self._equal_regions(gold, answer)
-        if kinds == {"list"} and (is_condition(gold) or is_condition(answer)):
+        if "list" in kinds and any(n.kind == "list" and is_condition(n) for n in (gold, answer)):
             regions = self._try_regions(gold, answer)
             if regions is not None:
                 return regions
@@ -159,6 +141,8 @@ class Comparison:
             formulas = self._equal_formulas(gold, answer)
             if formulas is not None:
                 return formulas
+        if is_piecewise(gold) or is_piecewise(answer):
+            return self._equal_pieces(gold, answer)
         if kinds & {"list", "set"} or has_kind(gold, "pm") or has_kind(answer, "pm"):
             return self._equal_collections(gold, answer)
         if kinds & {"seq", "matrix"}:
@@ -171,6 +155,14 @@ class Comparison:
             return self._equal_ratios(gold, answer)
         return self._equal_scalars(gold, answer)
 
+    def _equal_points(self, gold: Node, answer: Node) -> bool:
+        """The point P(2, 3) and (2, 3); the options ABD and A, B, D."""
+        left, right = item_value(gold), item_value(answer)
+        if left.kind == right.kind:
+            return self.equal(left, right)
+        letters = [option_letters(item) for item in (gold, answer)]
+        return letters[0] is not None and letters[0] == letters[1]
+
     def _equal_formulas(self, gold: Node, answer: Node) -> bool | None:
         """Formulas with a domain: one side may leave it out. None where neither has one."""
         left, ours = split_conditions(gold)
@@ -181,42 +173,30 @@ class Comparison:
             return False
         return self.equal(left, right)
 
+    def _equal_pieces(self, gold: Node, answer: Node) -> bool:
+        if gold.kind == answer.kind and self._equal_collections(gold, answer):
+            return True
+        try:
+            return same_pieces(gold, answer)
+        except Undecided:
+            return False
+
     # --- scalars, units, ratios ------------------------------------------------------------
 
     def _equal_scalars(self, gold: Node, answer: Node) -> bool:
         if equal_texts(gold, answer) and gold.kind != answer.kind:
             return False
         try:
+            if equal_scalars(gold, answer, self.policy):
+                return True
+            if symbols(gold) ^ symbols(answer) != {_GOLDEN.name}:
+                return False
+            gold, answer = (replace(side, _GOLDEN, GOLDEN_RATIO) for side in (gold, answer))
             return equal_scalars(gold, answer, self.policy)
         except Undecided:
             if self.last_resort is None:
                 raise
             return self.last_resort(gold, answer)
-
-    def _equal_units(self, gold: Node, answer: Node) -> bool:
-        if gold.kind == answer.kind:
-            left, right = unit_scale(gold.name), unit_scale(answer.name)
-            values = gold.args[0], answer.args[0]
-            if left is None or right is None or left == right:
-                return same_exponent(gold.name, answer.name) and self.equal(*values)
-            if left[0] != right[0]:
-                return False
-            ratio = number_node(right[1] / left[1])
-            return self.equal(values[0], Node("mul", (ratio, values[1])))
-        with_unit, other = (gold, answer) if gold.kind == "unit" else (answer, gold)
-        value = with_unit.args[0]
-        if other.kind == "deg" and (unit_scale(with_unit.name) or ("angle1;",))[0] != "angle1;":
-            return False
-        if value.kind == "sym" and len(value.name) == 1 and value.name.isupper():
-            # "(D) Alina" is the option D, or its content.
-            if equal_texts(Node("text", name=with_unit.name), other):
-                return True
-        read = quantity_of_product(other)
-        if read is not None and unit_scale(with_unit.name) == unit_scale(read.name):
-            return self.equal(value, read.args[0])
-        if self.policy.units == "strict" and gold.kind == "unit":
-            return False
-        return self.equal(value, other) if gold.kind == "unit" else self.equal(other, value)
 
     def _equal_ratios(self, gold: Node, answer: Node) -> bool:
         for one, other in ((gold, answer), (answer, gold)):
@@ -278,7 +258,8 @@ class Comparison:
         if left is not None and right is not None:
             if left[0].kind == right[0].kind == "call" or self.policy.rename_free:
                 left, right = bind_arguments(*left), bind_arguments(*right)
-            if compatible_names(left[0], right[0]) and self.equal(left[1], right[1]):
+            are_compatible = self.policy.rename_free or compatible_names(left[0], right[0])
+            if are_compatible and self.equal(left[1], right[1]):
                 return True
         if gold.kind == answer.kind == "rel" and len(gold.args) == len(answer.args) == 2:
             return is_equation(gold) and is_equation(answer) and same_equation(gold, answer)
@@ -320,6 +301,9 @@ class Comparison:
     def _equal_sequences(self, gold: Node, answer: Node) -> bool:
         for one, other in ((gold, answer), (answer, gold)):
             if one.kind == "matrix" and other.kind == "seq":
+                if other.name == "[]" and all(row.name == "[]" for row in other.args):
+                    rows = [[row.args for row in side.args] for side in (gold, answer)]
+                    return len(rows[0]) == len(rows[1]) and all(map(self._in_order, *rows))
                 cells = [cell for row in one.args for cell in row.args]
                 is_vector = len(one.args) == 1 or len(one.args[0].args) == 1
                 if not is_vector or len(cells) != len(other.args):
@@ -333,6 +317,13 @@ class Comparison:
         return self._in_order(gold.args, answer.args)
 
     def _equal_collections(self, gold: Node, answer: Node) -> bool:
+        if names_clash(gold, answer) and not self.policy.rename_free:
+            return False
+        if gold.kind == answer.kind == "list" and "or" in (gold.name, answer.name):
+            if gold.name != answer.name and all(
+                item.kind in ("text", "sym") for item in (*gold.args, *answer.args)
+            ):
+                return False  # Alice and Bob, Alice or Bob
         left, right = items_of(gold), items_of(answer)
         is_set = "set" in (gold.kind, answer.kind)
         for one, other in ((gold, answer), (answer, gold)):
@@ -352,10 +343,16 @@ class Comparison:
         if len(left) != len(right):
             return False
         if len(left) == 1:
+            if is_set and gold.kind == answer.kind:
+                return self._same_member(left[0], right[0])
             return self.equal(left[0], right[0])
         if self.policy.list_order == "gold" and gold.kind == answer.kind == "list":
             return self._in_order(left, right)
         return self._same_multiset(left, right)
+
+    def _same_member(self, left: Node, right: Node) -> bool:
+        """Items of a collection: there {1} is not 1."""
+        return (left.kind == "set") == (right.kind == "set") and self.equal(left, right)
 
     def _same_multiset(self, left: list[Node], right: list[Node]) -> bool:
         left, remaining = without_common(left, right)
@@ -363,7 +360,7 @@ class Comparison:
         for item in left:
             for index, other in enumerate(remaining):
                 try:
-                    if self.equal(item, other):
+                    if self._same_member(item, other):
                         del remaining[index]
                         break
                 except Undecided as error:
@@ -380,6 +377,6 @@ class Comparison:
         if len(items) > MAX_DISTINCT:
             return items
         for item in items:
-            if not any(self.equal(item, other) for other in kept):
+            if not any(self._same_member(item, other) for other in kept):
                 kept.append(item)
         return kept

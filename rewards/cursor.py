@@ -19,6 +19,8 @@ class Cursor:
         self.depth = 0
         self.num_open_bars = 0
         self.is_bar_separator = False  # inside \{x | ...\}, where a bar ends the first part
+        self.domains: dict[str, Node] = {}  # n \in N beside other conditions
+        self.conditions: list[Node] = []  # of the formula before them
         self.bound: set[str] = set()  # symbols that the answer itself quantifies
 
     @property
@@ -99,6 +101,18 @@ class Cursor:
 
     def starts_factor(self, previous: Node) -> bool:
         """Does a juxtaposed factor follow?"""
+        raise NotImplementedError
+
+    def parse_item(self, closers: tuple[str, ...]) -> Node | None:
+        """One item of a list; None where it only qualifies the others."""
+        raise NotImplementedError
+
+    def parse_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
+        """Items up to a closer, their separators, and whether ';' grouped them into tuples."""
+        raise NotImplementedError
+
+    def at_modulus(self) -> bool:
+        """Does the bare modulus of a congruence follow?"""
         raise NotImplementedError
 
     def parse_list(self, opener: str) -> Node:

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from rewards.clean import clean
 from rewards.compare import Comparison
 from rewards.exact import Undecided
-from rewards.interpret import Reading, is_prose, read, read_gold
+from rewards.interpret import Reading, read, read_gold
 from rewards.magnitudes import TooLarge
 from rewards.nodes import LimitExceeded, Node, ParseError, has_kind
 from rewards.parser import Parsed
 from rewards.policy import Policy
 from rewards.relations import Contradiction
+from rewards.tokens import tokenize
 from rewards.types import Status, Tier, Verdict
 from rewards.words import is_short_form, text_of
 from rewards.worked_out import has_sum_to_do, is_literal
@@ -23,8 +25,10 @@ _PLAIN = re.compile(
     r"(?P<whole>[-+]?(?:\d{1,3}(?:,\d{3})+|\d+))(?P<decimals>\.\d+)?(?:/(?P<bottom>\d+))?"
     r"|(?P<sign>-?)\\[dt]?frac\{(?P<over>-?\d+)\}\{(?P<under>\d+)\}"
 )
+_DECIMAL_COMMA = re.compile(r"^(\s*\$?\s*-?\d+),(\d+)(?=\s*\$?\s*$)")
 _INTEGER = re.compile(r"-?\d{1,18}")
 MAX_PLAIN_CHARS = 400
+MAX_SAID = 4  # spellings of one answer that are offered together
 LastResort = Callable[[Node, Node], bool]
 
 
@@ -52,6 +56,8 @@ def decide(
     outcome = _plain_outcome(gold, answer, policy) if not joined else None
     if outcome is not None:
         return outcome
+    if policy.decimal_comma:
+        gold, answer = (_DECIMAL_COMMA.sub(r"\1.\2", text) for text in (gold, answer))
     wanted = read_gold(gold)
     has_several = any(
         parsed.node.kind in ("list", "set") and len(parsed.node.args) > 1
@@ -60,6 +66,11 @@ def decide(
     if not joined and "oxed" in answer:
         joined = _joined_boxes(answer)
     if len(set(joined)) > 1 and not has_several:
+        outcomes = [
+            _typed_outcome(gold, wanted, item, policy, last_resort) for item in joined[:MAX_SAID]
+        ]
+        if len(joined) <= MAX_SAID and all(outcome.verdict.correct for outcome in outcomes):
+            return outcomes[-1]  # the same value twice: 1/2 or 0.5
         return Outcome(Verdict(False, "contradictory", "typed"))
     outcome = _typed_outcome(gold, wanted, answer, policy, last_resort)
     if joined and has_several and not outcome.verdict.correct:
@@ -114,7 +125,10 @@ def _plain_number(text: str) -> tuple[Fraction, bool] | None:
     bottom = int(match["bottom"] or 1)
     if bottom == 0 or (match["decimals"] and match["bottom"]):
         return None
-    return Fraction(digits) / bottom, match["decimals"] is not None
+    if match["decimals"] is None:
+        return Fraction(int(digits), bottom), False
+    num_decimals = len(match["decimals"]) - 1
+    return Fraction(int(digits.replace(".", "")), 10**num_decimals), True
 
 
 def _joined_boxes(answer: str) -> tuple[str, ...]:
@@ -128,7 +142,7 @@ def _typed_outcome(
 ) -> Outcome:
     given = read(answer)
     if not wanted.candidates or not given.candidates:
-        if _squeezed(gold) == _squeezed(answer):
+        if _same_spelling(gold, answer):
             return RIGHT_STRING
         status: Status = "limit" if given.status == "limit" else "unparsable"
         return Outcome(Verdict(False, status if not given.candidates else "ok"))
@@ -152,7 +166,7 @@ def _typed_outcome(
             status = "limit"
     if policy.accept_short_text and (_short_text(gold, given) or _short_text(answer, wanted)):
         return Outcome(Verdict(True, "ok", "typed"))
-    if _squeezed(gold) == _squeezed(answer):
+    if _same_spelling(gold, answer):
         return RIGHT_STRING
     if status == "ok":
         status = _status_of(wanted, given)
@@ -205,8 +219,22 @@ def _status_of(wanted: Reading, given: Reading) -> Status:
     return "ok"
 
 
-def _squeezed(text: str) -> str:
-    text = re.sub(r"\\(?:text|mathrm|left|right)\b|\\[,;!: ]|~|\\q?quad\b", " ", text)
-    text = re.sub(r"(?<=\w)\s+(?=\w)", "_", text.strip())
-    text = re.sub(r"[\s${}]", "", text.lower() if is_prose(text) else text)
-    return text.rstrip(".")
+def _same_spelling(gold: str, answer: str) -> bool:
+    """The same token by token; spacing and braces around one token are no part of a spelling.
+
+    Braces carry meaning everywhere else: 2^{n}-1 is not 2^{n-1}.
+    """
+    return gold.strip() == answer.strip() or _spelling(gold) == _spelling(answer)
+
+
+def _spelling(text: str) -> tuple[tuple[str, str], ...] | str:
+    try:
+        tokens = tokenize(clean(text))
+    except (ParseError, LimitExceeded):
+        return text.strip()
+    spelling: list[tuple[str, str]] = []
+    for token in tokens:
+        spelling.append((token.kind, token.text))
+        if [piece for _, piece in spelling[-3::2]] == ["{", "}"] and spelling[-2][1] not in "{}":
+            spelling[-3:] = [spelling[-2]]
+    return tuple(spelling)

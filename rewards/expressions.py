@@ -18,6 +18,7 @@ from rewards.nodes import (
     negative,
 )
 from rewards.tokens import Token
+from rewards.units import is_unit
 from rewards.vocabulary import PERCENT_WORDS
 
 _CALLED = frozenset("fghFGH")
@@ -35,7 +36,8 @@ class ExpressionParser(FunctionParser):
         while self.at("op", "+", "-", "+-", "-+"):
             sign = self.next().text
             term = self.parse_product()
-            if sign == "-" and left.kind in _SET_KINDS:
+            is_set = left.kind in _SET_KINDS or (term.kind == "set" and left.kind == "sym")
+            if sign == "-" and is_set:
                 terms[-1] = Node("minus", (terms[-1], term))
             elif sign == "-":
                 terms.append(negative(term))
@@ -47,11 +49,13 @@ class ExpressionParser(FunctionParser):
     def parse_product(self) -> Node:
         self.enter()
         factors = [self.parse_signed()]
-        while True:
+        while self.token.kind not in ("end", "close"):
             if self.at("op", "*"):
                 self.next()
                 factors.append(self.parse_signed())
             elif self.at("op", "/"):
+                if self.following.kind == "word":
+                    break  # 18/day
                 self.next()
                 divisor = self.parse_signed()
                 if divisor.kind in ("percent", "deg"):  # 1/2% is half a per cent
@@ -63,9 +67,13 @@ class ExpressionParser(FunctionParser):
                 self.next()
                 left = product_of(factors)
                 factors = [Node("open", (left, self.parse_signed()), "mod")]
+            elif factors[-1].kind == "num" and self.at_selection():
+                factors[-1] = self.parse_selection(factors[-1])
             elif self.starts_factor(factors[-1]):
                 factor = self.parse_power()
-                if factor.kind == "rel":  # "(k \in \mathbb{Z})" behind a formula
+                if factor.kind == "open" and factor.name == "mod" and len(factor.args) == 1:
+                    factors = [factor._replace(args=(product_of(factors), *factor.args))]
+                elif factor.kind == "rel":  # "(k \in \mathbb{Z})" behind a formula
                     self.bind(factor)
                 else:
                     factors.append(factor)
@@ -79,28 +87,44 @@ class ExpressionParser(FunctionParser):
             self.bound.add(condition.args[0].name)
         elif "=" in condition.name.split(" "):
             raise ParseError  # "2 (x = 1)" is no product
+        else:
+            self.conditions.append(condition)  # 2x (x > 0)
 
     def starts_factor(self, previous: Node) -> bool:
         """Does a juxtaposed factor follow?"""
         token = self.token
+        if token.kind not in _STARTS_FACTOR and token.kind not in ("op", "env"):
+            return False
         if token.kind == "op":
             if token.text == "|(":
                 return True
             return token.text == "|" and not self.num_open_bars and not self.is_bar_separator
         if token.kind == "num" and previous.kind in ("num", "base"):
             raise ParseError  # "1 2" is neither a product nor one number
+        if token.kind == "num" and token.is_spaced and previous.kind == "sym":
+            if previous.name in ("h", "d", "m") and is_unit(self.following.text):
+                return False  # 3 h 20 min
         if token.kind == "env":
             return token.text.startswith("\\begin")
-        if token.text == "{" and self.following.kind in ("word", "text"):
-            return False  # 800{ml}
-        return token.kind in _STARTS_FACTOR
+        if token.text in ("{", "(") and self.following.kind in ("word", "text"):
+            return False  # 800{ml}, 5 (five)
+        if token.text in ("C", "F") and token.kind == "sym":
+            degrees = previous.args[-1] if previous.kind == "mul" else previous
+            return degrees.kind != "deg"  # a temperature
+        if token.text == "U" and previous.kind in ("seq", "union"):
+            return False  # a union
+        return token.text != "(" or not self.at_modulus()
 
     def parse_signed(self) -> Node:
         self.enter()
         if self.accept("op", "-"):
             node = negative(self.parse_signed())
         elif self.accept("op", "+"):
-            node = self.parse_signed()
+            if self.at("op", "-") and not self.token.is_spaced:
+                self.next()
+                node = Node("pm", (self.parse_signed(),), "+-")  # +-7
+            else:
+                node = self.parse_signed()
         elif self.at("op", "+-", "-+"):
             sign = self.next().text
             node = Node("pm", (self.parse_signed(),), sign)
@@ -121,7 +145,10 @@ class ExpressionParser(FunctionParser):
             elif self.at("end") or self.at("close"):
                 break  # "90^": the mark was lost
             else:
-                base = Node("pow", (base, self.parse_exponent()))
+                exponent = self.parse_exponent()
+                if base.kind == "sym" and "_" not in base.name and self.accept("op", "_"):
+                    base = base._replace(name=base.name + "_{" + self.read_subscript() + "}")
+                base = Node("pow", (base, exponent))  # v^2_0 is v_0^2
             base = self.parse_postfix(base)
         self.depth -= 1
         return base
@@ -170,7 +197,7 @@ class ExpressionParser(FunctionParser):
         return node
 
     def parse_postfix(self, node: Node) -> Node:
-        while True:
+        while self.token.kind in ("op", "word"):
             if self.accept("op", "!"):
                 name = "factorial2" if self.accept("op", "!") else "factorial"
                 node = function(name, node)
@@ -189,7 +216,8 @@ class ExpressionParser(FunctionParser):
                 self.next()
                 node = function("binom", node, self.parse_primary())
             else:
-                return node
+                break
+        return node
 
     def parse_primary(self) -> Node:
         self.enter()
@@ -210,6 +238,8 @@ class ExpressionParser(FunctionParser):
             node = self.parse_environment(token.text)
         elif token.kind == "op" and token.text in ("|", "|("):
             node = self._parse_bars()
+        elif token.kind == "op" and token.text in ("^", "_"):
+            node = self.parse_selection(self.parse_argument())  # ^{10}C_3
         else:
             raise ParseError
         self.depth -= 1
@@ -229,6 +259,8 @@ class ExpressionParser(FunctionParser):
         while self.at("op", "'"):
             self.next()
             name += "'"
+        if name == "C" and self.at_pair():
+            return function("binom", *self.parse_list(self.next().text).args)
         if name == "C" and self.at("op", "_"):
             combinations = self._read_combinations()
             if combinations is not None:

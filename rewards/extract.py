@@ -1,31 +1,58 @@
 """Find the final answer in a completion, from the right, in time linear in its length.
 
-Order: after the thinking part, the last balanced ``\\boxed{}``, `#### x`, `<answer>x</answer>`,
-'the answer is x', `**x**`, the last formula or number. Boxes are never merged here: those that
-stand beside the last one, joined by a comma, 'and' or 'or', are only reported.
+After the thinking part, the last explicit statement counts: a balanced box, '#### 5',
+'<answer>5</answer>', 'the answer is 5' (also in other languages), an option's letter on a line of
+its own. What is announced after a box overrules it only where it is a value on its own; remarks
+and checks overrule nothing. A completion that states nothing is read by `unannounced`. Boxes are
+never merged here: those that stand beside the last one are only reported.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
-Method = Literal["boxed", "hashes", "tag", "phrase", "bold", "math", "none"]
+from rewards.announcements import (
+    MAX_BEFORE,
+    Method,
+    Statement,
+    answer_line,
+    answers,
+    choices,
+    foreign_phrases,
+    hashes,
+    lone_letter,
+    lower,
+    tags,
+)
+from rewards.boxes import BoxGroup, box_group, find_boxes, opener
+from rewards.languages import DIGITS, HAS_DIGITS
+from rewards.retractions import hedged_values, revision
+from rewards.thinking import ExtraTags, after_thinking
+from rewards.unannounced import last_formula, last_number, unannounced
+from rewards.wording import asked_value, num_prose_words, opens_a_value
 
-# Further boxes than this, counted from the last, are not looked at.
-MAX_JOINED_BOXES = 64
-MAX_OPENERS = 4096  # boxes looked at, counted from the last
-MAX_BOX_CHARS = 4096  # of a box that may be joined to the next
-_BOX_PREFIXES = ("\\beginb", "\\b", "\x08", "b", "")  # before "oxed"
-BOX_PREFIX_CHARS = 7
-MAX_NUMBER_CHARS = 400
+__all__ = ["Extraction", "extract", "extract_boxes", "last_formula", "last_number", "phrase_of"]
+
+MAX_SHORT_WORDS = 3  # of an answer in words, such as 'no real solution'
+# Other answers, or a condition: what says this must not be cut down to one value.
+_SEVERAL = re.compile(
+    r"\b(?:or|either|if|unless|otherwise|not|never|maybe|perhaps)\b", re.IGNORECASE
+)
+
+
+# Behind a box: a value that could overrule it.
+_MAY_STATE = re.compile(
+    r"\d|\$[^\s.,)]|\\[a-zA-Z]|[A-J]|[Yy]es|[Nn]o|[Tt]rue|[Ff]alse|[^\x00-\x7f]"
+)
+_ALPHANUMERIC = re.compile(r"[^\W_]")
 
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """What was found. `joined` holds two or more boxes joined by ',', 'and', 'or', in text order.
+    """What was found. `joined` holds two or more answers that are offered together, in text order;
+    `listed` the boxes of one sentence, which answer a gold with as many values.
 
     Example for "so \\boxed{1} and \\boxed{2}."::
 
@@ -36,120 +63,122 @@ class Extraction:
     method: Method
     has_format: bool = False
     joined: tuple[str, ...] = ()
+    listed: tuple[str, ...] = ()
 
 
 NOTHING = Extraction(answer=None, method="none")
 
-_THINK_END = re.compile(r"</think(?:ing)?>|<\|end_of_thought\|>", re.IGNORECASE)
-_THINK_START = re.compile(r"<think(?:ing)?>|<\|begin_of_thought\|>", re.IGNORECASE)
-_END_TOKEN = re.compile(
-    r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|end)\|>|</s>|<eos>|<end_of_turn>"
-)
-# The lost backslash: "\b" read as an escape leaves a backspace character and "oxed{".
-_BOX = re.compile(
-    r"(?:\\(?:boxed|fbox|beginboxed)|\x08oxed|(?<![A-Za-z\\])b?oxed)"
-    r"(?:\s*\{|\s+(?=[-+\d])(?P<bare>[-+]?\d[\d,.]*)|(?P<digit>\d))"
-)
-_BRACE = re.compile(r"\\[{}\\]|[{}]")
-_JOINT = re.compile(
-    r"[\s,;.$&()\[\]:\\]*(?:\\text\{)?\s*(?:[a-z]+\s+)?(?:(?:and|or)\b)?[\s,;$&()\[\]\\}]*"
-    r"(?:\\q?quad)?[\s$\\]*(?:(?:\\text\{)?\s*(?:and|or)\s*\}?)?[\s,;$&()\[\]\\]*(?:\\q?quad)?[\s$]*"
-)
-_HAS_CONNECTOR = re.compile(r",|;|\band\b|\bor\b")
-_PHRASE = re.compile(
-    r"(?:answers?|option|choice)\b(?:\s+(?:to|of|for)\s[^.:\n$]{0,80}?)?[\s*_:\"']*"
-    r"(?:(?:\bis\b|\bare\b|\bequals\b|\bwould be\b|\bwill be\b|=|:)[\s*_:\"']*)(?P<rest>.{1,2000})",
-    re.IGNORECASE | re.DOTALL,
-)
-_PHRASE_WORDS = ("answer", "option is", "choice is")
-_NOT_AN_ANSWER = re.compile(
-    r"(?:in)?correct\b|right\b|wrong\b|verified\b|as follows", re.IGNORECASE
-)
-_SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\bSt)\.(?=\s+[A-Z\"'(]|\s*$|\s*\n)|\n\s*\n|\n")
-_BOLD = re.compile(r"\*\*([^*\n]{1,400})\*\*")
-_NUMBER = re.compile(
-    r"(?<![\w.])[-−+]?\s?[$€£]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:\s?/\s?\d[\d,]*)?(?:\s?\\?%)?|(?<![\w.])-?\.\d+"
-)
-MAX_WHOLE_CHARS = 200
-_WORD = re.compile(r"[A-Za-z]{2,}")
-_COMMAND = re.compile(r"\\[A-Za-z]+(?:\{[A-Za-z]+\})?")
-_FORMULA_WORDS = frozenset("and or where pi sqrt sin cos tan ln log percent pct".split())
-_MATH_DELIMITER = re.compile(r"\$|\\[(\[]")
 
+def extract(completion: str, extra_tags: ExtraTags = ()) -> Extraction:
+    """The final answer of a completion; `answer` is None where there is none.
 
-def extract(completion: str) -> Extraction:
-    """The final answer of a completion; `answer` is None where there is none."""
-    text = after_thinking(completion)
+    `extra_tags`: (opening, closing) tags of thinking beyond those of `thinking.TAGS`.
+    """
+    text = after_thinking(completion, extra_tags)
     if text is None:
         return NOTHING
-    return (
-        _from_final_phrase(text)
-        or _from_box(text)
-        or _from_hashes(text)
-        or _from_tag(text)
-        or _from_answer_line(text)
-        or _from_phrase(text)
-        or _from_bold(text)
-        or _from_whole(text)
-        or _from_last_maths(text)
-        or NOTHING
-    )
+    group = box_group(text)
+    statement = _last_statement(text, group)
+    has_format = group is not None and group.is_formatted and not _is_overruled(text)
+    if statement is not None:
+        found = Extraction(_spelled(statement.answer), statement.method, has_format)
+        return _revised(found, text, statement.end)
+    if group is not None:
+        return _revised(_boxed(group, has_format), text, group.end)
+    plain = unannounced(text)
+    if plain is None:
+        return NOTHING
+    return Extraction(_spelled(plain[0]), "bold" if plain[1] else "math")
 
 
-def after_thinking(completion: str) -> str | None:
-    """The part after the thinking delimiter; None where thinking never ended.
-
-    What follows a new, unclosed thinking delimiter or an end-of-text token does not count.
-    """
-    text = completion
-    if "<" in text:
-        ends = [match.end() for match in _THINK_END.finditer(text)]
-        if ends:
-            text = text[ends[-1] :]
-        start = _THINK_START.search(text)
-        if start is not None:
-            text = text[: start.start()]
-        token = _END_TOKEN.search(text)
-        if token is not None:
-            text = text[: token.start()]
-        if not text.strip():
-            return None
-    return text
+def _spelled(answer: str) -> str:
+    """With ASCII digits."""
+    if answer.isascii() or not HAS_DIGITS.search(answer):
+        return answer
+    return answer.translate(DIGITS)
 
 
-def _from_box(text: str) -> Extraction | None:
-    if "oxed" not in text and "\\fbox" not in text:
+def _boxed(group: BoxGroup, has_format: bool) -> Extraction:
+    """What the last box says, with those beside it."""
+    if not group.boxes:
+        return Extraction(None, "boxed", has_format)
+    answer = _spelled(asked_value(group.boxes[-1]))
+    if len(group.boxes) == 1:
+        return Extraction(answer, "boxed", has_format)
+    joined, listed = (group.boxes, ()) if group.is_either else ((), group.boxes)
+    return Extraction(answer, "boxed", has_format, joined, listed)
+
+
+def _last_statement(text: str, group: BoxGroup | None) -> Statement | None:
+    """The last statement, behind the last box that states one."""
+    floor = group.end if group is not None and group.boxes else 0
+    offset = max(floor - MAX_BEFORE, 0)
+    tail, floor = text[offset:], floor - offset
+    if not (_MAY_STATE if floor else _ALPHANUMERIC).search(tail, floor):
         return None
-    boxes = find_boxes(text)
-    if not boxes:
+    lowered = lower(tail)
+    values: list[Statement] = []
+    sentences: list[Statement] = []
+    for finder in (
+        answers(tail, lowered, floor),
+        choices(tail, lowered, floor),
+        foreign_phrases(tail, lowered, floor),
+        hashes(tail, floor),
+        tags(tail, lowered, floor),
+        answer_line(tail, floor),
+        lone_letter(tail, floor),
+    ):
+        for number, item in enumerate(finder):
+            if item.is_value:
+                values.append(item)
+                break
+            if number == 0:
+                sentences.append(item)
+    chosen = max(values, key=lambda item: item.start, default=None)
+    if sentences and floor + offset == 0:
+        last = max(sentences, key=lambda item: item.start)
+        chosen = _value_or_sentence(tail, chosen, last)
+    if chosen is None:
         return None
-    start, _, content = boxes[-1]
-    has_format = text.startswith("\\boxed{", start) and bool(content.strip())
-    joined = [content]
-    for earlier in reversed(boxes[:-1]):
-        between = text[earlier[1] : start]
-        if len(between) > 40 or not _JOINT.fullmatch(between):
-            break
-        if not _HAS_CONNECTOR.search(between):
-            break
-        joined.append(earlier[2])
-        start = earlier[0]
-    joined.reverse()
-    return Extraction(
-        answer=content.strip() or None,
-        method="boxed",
-        has_format=has_format,
-        joined=tuple(joined) if len(joined) > 1 else (),
-    )
+    return replace(chosen, start=chosen.start + offset, end=chosen.end + offset)
 
 
-def _gold_boxes(text: str) -> str | None:
-    """Boxes of a gold that follow each other with nothing between them are its values."""
-    boxes = find_boxes(text)
-    if len(boxes) < 2:
-        return None
-    gaps = [text[a[1] : b[0]].strip(" $") for a, b in itertools.pairwise(boxes)]
-    return None if any(gaps) else ", ".join(box[2] for box in boxes)
+def _value_or_sentence(text: str, value: Statement | None, sentence: Statement) -> Statement:
+    """Which counts where no box does: the last value announced, or the last sentence?"""
+    num_words = num_prose_words(sentence.answer)
+    if value is not None:
+        is_later = sentence.start > value.start and value.method == "phrase"
+        is_short = num_words <= MAX_SHORT_WORDS and not _SEVERAL.search(sentence.answer)
+        return sentence if is_later and is_short else value
+    if num_words > MAX_SHORT_WORDS and not opens_a_value(sentence.answer):
+        plain = None if _SEVERAL.search(sentence.answer) else unannounced(text[sentence.start :])
+        if plain is not None:
+            return replace(sentence, answer=plain[0])
+    return sentence
+
+
+def _revised(found: Extraction, text: str, end: int) -> Extraction:
+    """The same after what is said of it behind: taken back, corrected, or one of two."""
+    if found.answer is None:
+        return found
+    after = revision(text, end, found.answer)
+    if after.answer != found.answer:
+        return Extraction(after.answer, "phrase", found.has_format)
+    if after.other is not None:
+        return replace(found, joined=(*(found.joined or (found.answer,)), after.other))
+    values = hedged_values(found.answer) if found.method == "phrase" else ()
+    return replace(found, joined=values) if values else found
+
+
+def _is_overruled(text: str) -> bool:
+    """Is the last box followed by 'the final answer is' and a value? Then its format is lost."""
+    position = max(text.rfind("final answer is"), text.rfind("Final answer is"))
+    if position < 0 or text.find("oxed", position) >= 0:
+        return False
+    return _FINAL_VALUE.match(text, position + len("final answer is")) is not None
+
+
+_FINAL_VALUE = re.compile(r"[\s*_:\"']*\\?[\"']?[\d$\\-]")
 
 
 def extract_boxes(text: str, *, is_gold: bool) -> str | None:
@@ -157,209 +186,22 @@ def extract_boxes(text: str, *, is_gold: bool) -> str | None:
 
     A gold's box that was never closed is read to its end; an answer's is no answer.
     """
-    if is_gold and (several := _gold_boxes(text)) is not None:
-        return several
-    found = _from_box(text)
-    if found is not None and found.answer is not None:
-        return ", ".join(found.joined) if is_gold and found.joined else found.answer
-    opener = _BOX.search(text) if is_gold else None
-    return text[opener.end() :] if opener is not None else None
+    boxes = find_boxes(text)
+    if is_gold and len(boxes) > 1:
+        gaps = [text[a[1] : b[0]].strip(" $") for a, b in itertools.pairwise(boxes)]
+        if not any(gaps):
+            return ", ".join(box[2] for box in boxes)
+    group = box_group(text)
+    if group is not None and group.boxes:
+        return ", ".join(group.boxes) if is_gold else group.boxes[-1]
+    unclosed = opener(text) if is_gold else None
+    return text[unclosed.end() :] if unclosed is not None else None
 
 
 def phrase_of(text: str) -> str | None:
     """What the last 'the answer is ...' of a text says."""
-    found = _from_phrase(text)
-    return None if found is None else found.answer
-
-
-def find_boxes(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of the last balanced boxes, in text order.
-
-    Only the stretch that can hold boxes joined to the last one is looked at, unless the last one
-    was never closed.
-    """
-    start, last = len(text), -1
-    for _ in range(MAX_JOINED_BOXES):
-        position = max(text.rfind("oxed", 0, start), text.rfind("\\fbox", 0, start))
-        if position < 0 or (last >= 0 and start - position > MAX_BOX_CHARS):
-            break
-        start, last = position, max(last, position)
-    boxes = _balanced_boxes(text, max(start - BOX_PREFIX_CHARS, 0))
-    if not boxes or boxes[-1][1] < last:
-        boxes = _balanced_boxes(text, 0)
-    return boxes[-MAX_JOINED_BOXES:]
-
-
-def _balanced_boxes(text: str, start: int) -> list[tuple[int, int, str]]:
-    """Balanced boxes from `start` on, by one pass over the braces."""
-    openers: dict[int, int] = {}
-    found: list[tuple[int, int, str]] = []
-    for position in _box_positions(text, start)[-MAX_OPENERS:]:
-        prefix = next(item for item in _BOX_PREFIXES if text.endswith(item, 0, position))
-        match = _BOX.match(text, position - len(prefix))
-        if match is None:
-            continue
-        bare = match["bare"] or match["digit"]
-        if bare is not None:
-            found.append((match.start(), match.end(), bare.rstrip(".,")))
-        else:
-            openers[match.end() - 1] = match.start()
-    if openers:
-        stack: list[int] = []
-        for match in _BRACE.finditer(text, min(openers)):
-            token = match.group()
-            if token == "{":
-                stack.append(match.start())
-            elif token == "}" and stack:
-                opener = stack.pop()
-                if opener in openers:
-                    found.append((openers[opener], match.end(), text[opener + 1 : match.start()]))
-    return sorted(set(found))
-
-
-def _box_positions(text: str, start: int) -> list[int]:
-    """Where "oxed" or "\\fbox" stands, in text order."""
-    positions = []
-    for name in ("oxed", "\\fbox"):
-        position = text.find(name, start)
-        while position >= 0:
-            positions.append(position)
-            position = text.find(name, position + 4)
-    return sorted(positions)
-
-
-def _from_hashes(text: str) -> Extraction | None:
-    position = text.rfind("####")
-    if position < 0:
-        return None
-    line = text[position + 4 :].lstrip("#").lstrip(" :").split("\n", 1)[0].strip()
-    return Extraction(line, "hashes") if line else None
-
-
-def _from_tag(text: str) -> Extraction | None:
-    end = text.lower().rfind("</answer>")
-    if end < 0:
-        return None
-    start = text.lower().rfind("<answer>", 0, end)
-    if start < 0:
-        return None
-    content = text[start + len("<answer>") : end].strip()
-    return Extraction(content, "tag") if content else None
-
-
-def _from_answer_line(text: str) -> Extraction | None:
-    """A last line of the form 'A: 18'."""
-    position = text.rfind("\nA:") if not text.startswith("A:") or "\nA:" in text else -1
-    start = position + 3 if position >= 0 else 2
-    if position < 0 and not text.startswith("A:"):
-        return None
-    line = text[start:].strip().split("\n", 1)[0].strip()
-    return Extraction(line, "phrase") if line else None
-
-
-def _from_final_phrase(text: str) -> Extraction | None:
-    """'The final answer is 7' behind the last box overrules the box: it was said later."""
-    if "final answer is" not in text and "Final answer is" not in text:
-        return None
-    position = max(text.rfind("final answer is"), text.rfind("Final answer is"))
-    if text.find("oxed", position) >= 0 or text.rfind("oxed", 0, position) < 0:
-        return None
-    match = _PHRASE.match(text, position + len("final "))
-    if match is None or not re.match(r"[\s\"']*\\?[\"']?[\d$\\-]", match["rest"]):
-        return None
-    content = first_sentence(match["rest"])
-    return Extraction(content, "phrase") if content else None
-
-
-def _from_phrase(text: str) -> Extraction | None:
-    lowered = text.lower()
-    position = len(text)
-    for _ in range(8):  # 'I hope my answer is correct' after the answer is passed over
-        position = max(lowered.rfind(word, 0, position) for word in _PHRASE_WORDS)
-        if position < 0:
-            return None
-        match = _PHRASE.match(text, position)
-        if match is not None and not _NOT_AN_ANSWER.match(match["rest"]):
-            content = first_sentence(match["rest"])
-            if content:
-                return Extraction(content, "phrase")
-    return None
-
-
-def first_sentence(text: str) -> str:
-    """Up to the end of the first sentence or line; a formula that opens it is kept whole."""
-    text = text.strip()
-    for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-        if text.startswith(opening):
-            end = text.find(closing, len(opening))
-            if end > 0:
-                tail = _SENTENCE_END.split(text[end + len(closing) :], maxsplit=1)[0]
-                return (text[: end + len(closing)] + tail).strip(" *_\"'")
-    return _SENTENCE_END.split(text, maxsplit=1)[0].strip(" *_\"'").rstrip(".")
-
-
-def _from_whole(text: str) -> Extraction | None:
-    """A completion that is nothing but a formula, or a few words."""
-    text = text.strip()
-    if not text or len(text) > MAX_WHOLE_CHARS or "\n" in text:
-        return None
-    if not any(character.isalnum() for character in text):
-        return None
-    words = _WORD.findall(_COMMAND.sub(" ", text))
-    num_prose_words = sum(word.lower() not in _FORMULA_WORDS for word in words)
-    if num_prose_words > 3 or (num_prose_words and _MATH_DELIMITER.search(text)):
-        return None
-    return Extraction(text, "math")
-
-
-def _from_bold(text: str) -> Extraction | None:
-    if "**" not in text:
-        return None
-    contents = [match for match in _BOLD.findall(text) if re.search(r"[\d$\\]", match)]
-    return Extraction(contents[-1].strip(), "bold") if contents else None
-
-
-def last_formula(text: str) -> tuple[int, str] | None:
-    """(end, content) of the last `$..$`, `\\(..\\)` or `\\[..\\]` that reads as a formula."""
-    best: tuple[int, str] | None = None
-    for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
-        end = text.rfind(closing)
-        if end < 0:
-            continue
-        double = opening == "$" and end > 0 and text[end - 1] == "$"
-        stop = end - 1 if double else end
-        start = text.rfind("$$" if double else opening, 0, stop)
-        if start < 0:
-            continue
-        content = text[start + (2 if double else len(opening)) : stop]
-        if len(content) > MAX_BOX_CHARS:
-            continue
-        # Two currency signs with prose between them are no formula.
-        if not content.strip() or (
-            opening == "$"
-            and re.search(r"[A-Za-z]{3,} +[A-Za-z]{2,}", re.sub(r"\\[a-z]+\{[^}]*\}", "", content))
-        ):
-            continue
-        if best is None or end > best[0]:
-            best = (end, content)
-    return best
-
-
-def last_number(text: str) -> tuple[int, str] | None:
-    """(end, content) of the last number, with its sign, percent sign or denominator."""
-    end = max(text.rfind(digit) for digit in "0123456789") + 1
-    if end == 0:
-        return None
-    start = max(end - MAX_NUMBER_CHARS, 0)
-    matches = list(_NUMBER.finditer(text, start, min(end + 3, len(text))))
-    return (matches[-1].end(), matches[-1].group()) if matches else None
-
-
-def _from_last_maths(text: str) -> Extraction | None:
-    formula = last_formula(text)
-    number = last_number(text)
-    if formula is not None and (number is None or formula[0] >= number[0]):
-        return Extraction(formula[1].strip(), "math")
-    if number is not None:
-        return Extraction(number[1].strip(), "math")
-    return None
+    lowered = lower(text)
+    finders = (answers, choices, foreign_phrases)
+    found = [next(finder(text, lowered, 0), None) for finder in finders]
+    last = max((item for item in found if item), key=lambda item: item.start, default=None)
+    return None if last is None else last.answer

@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import itertools
+import re
 from fractions import Fraction
 
 from rewards.exact import Undecided
 from rewards.modular import Residues
 from rewards.nodes import PI, LimitExceeded, Node, has_kind, number_node, symbols, walk
 from rewards.numeric import LOW, is_real, value_of
-from rewards.relations import is_equation, is_name
-from rewards.vocabulary import UNITS
+from rewards.relations import compatible_names, is_equation, is_name, standard_name
 
 MAX_EXPANSION = 64
+_CONSTANT = re.compile(r"[CKck](?:_\{\d\})?|[AB]")
 
 
 def are_families(*nodes: Node) -> bool:
-    """Families of solutions: multiples of pi, tuples, sets, unions."""
+    """Families of solutions: multiples of pi; tuples, sets, unions with one letter throughout."""
     return all(
-        any(item == PI or item.kind in ("seq", "union", "set") for item in walk(node))
+        any(item == PI for item in walk(node))
+        or (has_kind(node, "seq", "union", "set") and _has_repeated_letter(node))
         for node in nodes
     )
+
+
+def _has_repeated_letter(node: Node) -> bool:
+    names = [item.name for item in walk(node) if item.kind == "sym"]
+    return len(set(names)) < len(names)
+
+
+def runs_through(node: Node, names: list[str]) -> bool:
+    """Is one symbol the parameter of a tuple: (3 + 2t, 5 - t)?"""
+    if len(names) != 1 or node.kind not in ("seq", "matrix", "list", "set"):
+        return False
+    parts = [item for item in walk(node) if item.kind not in ("seq", "matrix", "list", "set")]
+    components = [part for part in parts if names[0] in symbols(part) and part.kind != "sym"]
+    return has_kind(node, "seq") and len(components) > 1
+
+
+def are_constants(left: str, right: str) -> bool:
+    """May both name one constant of integration? C and K, A and C; not A and B, c and k."""
+    if not _CONSTANT.fullmatch(left) or not _CONSTANT.fullmatch(right):
+        return False
+    names = (left, right)
+    if any(name in "AB" for name in names):
+        return any("_" in name or name == "C" for name in names)
+    return any("_" in name or name.isupper() for name in names)
 
 
 def without_label(node: Node) -> Node:
@@ -34,19 +60,6 @@ def option_letters(node: Node) -> list[str] | None:
     if len(names) != len(node.args) or len(set(names)) != len(names):
         return None
     return sorted(names) if all(name in tuple("ABCDEFGH") for name in names) else None
-
-
-def quantity_of_product(node: Node) -> Node | None:
-    """5 m or 5 m^2, read as a product with a symbol: the quantity; None for other products."""
-    if node.kind != "mul" or len(node.args) != 2:
-        return None
-    value, unit = node.args
-    exponent = ""
-    if unit.kind == "pow" and unit.args[1].kind == "num":
-        unit, exponent = unit.args[0], f"^{unit.args[1].number}"
-    if value.kind not in ("num", "pow", "mul") or unit.kind != "sym" or unit.name not in UNITS:
-        return None
-    return Node("unit", (value,), unit.name + exponent)
 
 
 def is_coordinates(node: Node) -> bool:
@@ -154,18 +167,41 @@ def same_family(gold: Node, answer: Node) -> bool:
     return is_real(shift) and bool(abs(shift - round(float(shift.real))) < tiny)
 
 
+def name_of(item: Node) -> Node | None:
+    """The name that an item gives to its value, in its standard spelling; None where none."""
+    if item.kind == "label":
+        return standard_name(Node("text", name=item.name))
+    if is_equation(item) and len(item.args) == 2 and is_name(item.args[0]):
+        return standard_name(item.args[0])
+    if item.kind == "mul" and item_value(item) is not item:
+        return item.args[0]  # the point A(1, 2)
+    return None
+
+
+def names_clash(gold: Node, answer: Node) -> bool:
+    """Do both sides name all their values, and one of them something that the other does not?"""
+    ours, theirs = (
+        [name_of(item) for item in items_of(side)] if side.args else [] for side in (gold, answer)
+    )
+    left, right = ([name for name in names if name is not None] for names in (ours, theirs))
+    if not left or not right:
+        return False
+    return not all(
+        any(compatible_names(name, other) for other in others)
+        for names, others in ((left, right), (right, left))
+        for name in names
+    )
+
+
 def match_names(left: list[Node], right: list[Node]) -> list[tuple[Node, Node]] | None:
     """Pairs by label, where both sides label every item with the same distinct names."""
     tables = []
     for items in (left, right):
         table = {}
         for item in items:
-            if item.kind == "label":
-                table[Node("text", name=item.name)] = item
-            elif is_equation(item) and len(item.args) == 2 and is_name(item.args[0]):
-                table[item.args[0]] = item
-            elif item.kind == "mul" and item_value(item) is not item:
-                table[item.args[0]] = item  # the point A(1, 2)
+            name = name_of(item)
+            if name is not None:
+                table[name] = item
         if len(table) != len(items) or len(items) < 2:
             return None
         tables.append(table)
@@ -188,7 +224,7 @@ def expand_signs(node: Node) -> list[Node]:
     """All values of a node with plus-minus signs; within one scalar the signs go together."""
     if not has_kind(node, "pm"):
         return [node]
-    if node.kind in ("seq", "set", "matrix", "rel"):
+    if node.kind in ("seq", "set", "matrix", "rel", "congruence"):
         choices = [expand_signs(item) for item in node.args]
         total = 1
         for choice in choices:

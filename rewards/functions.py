@@ -7,6 +7,7 @@ from rewards.nodes import HALF, MINUS_ONE, Node, ParseError, divide, function, n
 from rewards.numerals import NumeralParser
 from rewards.vocabulary import OPEN_FUNCTIONS
 
+MARKS = ("overline", "hat", "tilde", "dot", "ddot")
 _INVERSE = {"sin": "asin", "cos": "acos", "tan": "atan", "cot": "acot", "sec": "asec"}
 _INVERSE |= {"csc": "acsc", "sinh": "asinh", "cosh": "acosh", "tanh": "atanh"}
 
@@ -92,9 +93,19 @@ class FunctionParser(NumeralParser):
             if not letters:
                 raise ParseError
             return Node("sym", name="\\angle " + "".join(letters))
-        if name in ("overline", "dot"):
-            return Node("sym", name="\\overline " + self._read_group_text())
+        if name in MARKS:
+            return self._parse_marked(name)
         raise ParseError
+
+    def _parse_marked(self, mark: str) -> Node:
+        r"""\bar{x}, \hat{p}_1: another name than x; \hat{i} is the unit vector i."""
+        letter = self.read_subscript()
+        if mark == "hat" and letter in ("i", "j", "k"):
+            return Node("const", name="i") if letter == "i" else Node("sym", name=letter)
+        name = f"\\{mark} {letter}"
+        if self.accept("op", "_"):
+            name += "_{" + self.read_subscript() + "}"
+        return Node("sym", name=name)
 
     def _parse_fraction(self) -> Node:
         start = self.index
@@ -115,7 +126,7 @@ class FunctionParser(NumeralParser):
             self.next()
             degree = self.parse_sum()
             self.expect("close", "]")
-        elif self.at("open", "{") and self.following.text == "}":
+        elif [token.text for token in self.tokens[self.index : self.index + 3]] == ["{", "}", "{"]:
             self.index += 2  # \sqrt{}{3}
         radicand = self.parse_argument()
         if degree is None:
@@ -130,6 +141,25 @@ class FunctionParser(NumeralParser):
         body = self.parse_product()
         limits = tuple(Node("sym", name=f"{mark}{text}") for mark, text in bounds.items())
         return Node("open", (body, *limits), name)
+
+    def at_selection(self) -> bool:
+        """The C3 of 10C3, the P3 of 10P3."""
+        return self.at("sym", "C", "P") and self.following.kind == "num"
+
+    def parse_selection(self, top: Node) -> Node:
+        """Combinations (C) or permutations (P) of a number of things, behind that number."""
+        kind = self.expect("sym", "C", "P").text
+        self.accept("op", "_")
+        bottom = self.parse_argument()
+        if kind == "C":
+            return function("binom", top, bottom)
+        rest = Node("add", (top, negative(bottom)))
+        return divide(function("factorial", top), function("factorial", rest))
+
+    def at_pair(self) -> bool:
+        """The (10, 3) of C(10, 3)."""
+        group = self.tokens[self.index : self.index + 5]
+        return [token.text if token.kind != "num" else "0" for token in group] == list("(0,0)")
 
     def _read_combinations(self) -> Node | None:
         """C_n^3 is a binomial coefficient; C_1 alone is a name."""

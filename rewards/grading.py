@@ -10,6 +10,7 @@ from rewards.decide import decide
 from rewards.extract import Extraction, extract
 from rewards.policy import POLICIES, Policy, from_wire, load_policy, to_wire
 from rewards.pool import WorkerPool
+from rewards.thinking import ExtraTags
 from rewards.types import Score, Verdict
 
 DEFAULT = POLICIES["default"]
@@ -26,25 +27,30 @@ class Grader:
         num_workers: int = 1,
         timeout_s: float = 5.0,
         memory_mb: int = 1024,
+        thinking_tags: ExtraTags = (),
     ) -> None:
         self.policy = policy
         self.engine = engine
+        self.thinking_tags = thinking_tags
         self.pool = WorkerPool(num_workers, timeout_s, memory_mb, engine=engine)
 
     def score_batch(
         self,
         completions: Sequence[str],
-        references: Sequence[str],
+        references: Sequence[str | None],
         *,
         format_weight: float = 0.0,
     ) -> list[Score]:
-        """One Score per completion, order kept. Raises ValueError on unequal lengths."""
+        """One Score per completion, order kept. Raises ValueError on unequal lengths.
+
+        A reference that is empty, or no text, scores nothing with status "bad_reference".
+        """
         if len(completions) != len(references):
             raise ValueError(
                 f"{len(completions)} completions but {len(references)} references: "
                 "give one reference per completion"
             )
-        extractions = [extract(completion) for completion in completions]
+        extractions = [extract(completion, self.thinking_tags) for completion in completions]
         verdicts = self.verify_batch(references, extractions)
         return [
             Score(
@@ -58,18 +64,24 @@ class Grader:
         ]
 
     def verify_batch(
-        self, references: Sequence[str], extractions: Sequence[Extraction]
+        self, references: Sequence[str | None], extractions: Sequence[Extraction]
     ) -> list[Verdict]:
         """One Verdict per pair; undecided ones go to the workers together."""
         verdicts: list[Verdict] = []
         requests: list[dict[str, Any]] = []
         waiting: list[int] = []
         for gold, extraction in zip(references, extractions, strict=True):
+            if not isinstance(gold, str) or not gold.strip():
+                verdicts.append(Verdict(False, "bad_reference"))
+                continue
             if extraction.answer is None:
                 verdicts.append(Verdict(False, "no_answer"))
                 continue
             if self.engine == "verify":
                 outcome = decide(gold, extraction.answer, self.policy, extraction.joined)
+                if extraction.listed and not outcome.verdict.correct:
+                    listed = decide(gold, ", ".join(extraction.listed), self.policy)
+                    outcome = listed if listed.verdict.correct else outcome
                 verdicts.append(outcome.verdict)
                 if not outcome.is_open:
                     continue
@@ -145,7 +157,7 @@ def score(completion: str, reference: str, policy: Policy | str = DEFAULT) -> Sc
 
 
 def score_batch(
-    completions: Sequence[str], references: Sequence[str], policy: Policy | str = DEFAULT
+    completions: Sequence[str], references: Sequence[str | None], policy: Policy | str = DEFAULT
 ) -> list[Score]:
     """`score` for a whole step; order kept. Raises ValueError on unequal lengths."""
     return _shared_grader(policy).score_batch(completions, references)

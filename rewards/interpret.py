@@ -9,9 +9,15 @@ from typing import NamedTuple
 from rewards.extract import extract_boxes, last_formula, last_number, phrase_of
 from rewards.nodes import LimitExceeded, Node, ParseError
 from rewards.parser import Parsed, parse
+from rewards.phrases import states_value
 
 _COMMA_IN_NUMBER = re.compile(r"\d,\d{3}(?!\d)")
-_DECIMAL_COMMA = re.compile(r"\s*\$?\s*-?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))\s*\$?\s*")
+# 0,5 and 1000,99 are no lists of numbers that anyone writes; 2,5 may be one.
+_DECIMAL_COMMA = re.compile(r"\s*\$?\s*-?(?:0|\d{4,}),\d+\s*\$?\s*")
+_GROUPS = re.compile(
+    r"\s*-?(?:\d{1,3}(?:\.\d{3}){2,}(?P<comma>,\d+)?|\d{1,3}(?:'\d{3})+(?:\.\d+)?)\s*"
+)
+_INDIAN = re.compile(r"\s*-?\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?\s*")
 _EUROPEAN = re.compile(r"\s*-?\d{1,3}(?:\.\d{3})+,\d+\s*")
 _WORD = re.compile(r"(?:^|(?<=[\s(\"']))[A-Za-z]{2,}(?:'[a-z]+)?(?=$|[\s.,;:!?)\"'])")
 _HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|unless|between)\b", re.IGNORECASE)
@@ -27,6 +33,9 @@ _CHOICE = re.compile(
     r"(?:\\?[\s:.,~]|\\quad)*(?P<content>[^\s\\].*|\\[a-z{].*)"
 )
 _OPTION = re.compile(r"(?<![A-Za-z])\(?[A-J][).:]|^[\s(]*[A-J][\s).]*$|\bor\b")
+_RETHOUGHT = re.compile(
+    r"\b(?:answer|option|choice|wrong|incorrect|not correct|wait)\b", re.IGNORECASE
+)
 MAX_PROSE = 4096
 
 
@@ -55,6 +64,8 @@ def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
         content = extract_boxes(text, is_gold=is_gold)
         if content is not None:
             return read(content, is_gold=is_gold, depth=depth)
+    if _GROUPS.fullmatch(text):
+        text = text.replace("'", "") if "'" in text else text.replace(".", "").replace(",", ".")
     try:
         candidates = [parse(text)]
     except ParseError:
@@ -77,7 +88,7 @@ def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
 def _choice_readings(text: str) -> list[Parsed]:
     """`(D) 12`, `D. 12`: the option's letter, or its content; nothing where options are listed."""
     match = _CHOICE.fullmatch(text.strip().strip("$"))
-    if match is None or _OPTION.search(match["content"]):
+    if match is None or _OPTION.search(match["content"]) or _RETHOUGHT.search(match["content"]):
         return []
     readings = []
     for part in (match["letter"] or match["plain"], match["content"]):
@@ -95,6 +106,8 @@ def _variants(text: str) -> list[str]:
         variants.append(re.sub(r"(?<=\d),(?=\d)", ", ", text))
     if _EUROPEAN.fullmatch(text):
         variants.append(text.replace(".", "").replace(",", "."))
+    if _INDIAN.fullmatch(text):
+        variants.append(text.replace(",", ""))
     if _DECIMAL_COMMA.fullmatch(text):
         variants.append(text.replace(",", "."))
     return variants
@@ -109,7 +122,7 @@ def is_prose(text: str) -> bool:
 def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
     """A sentence around the answer: what it says 'the answer is', else its last maths."""
     kind = "text" if is_prose(text) and not re.search(r"[\\_^=]", text) else "raw"
-    words = Parsed(Node(kind, name=text.lower()), frozenset())
+    words = Parsed(Node(kind, name=text.lower() if kind == "text" else text), frozenset())
     if depth > 2:
         return Reading((), text, "unparsable")
     if not is_prose(text):
@@ -124,6 +137,10 @@ def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
     content = None
     if formula is not None and (number is None or formula[0] >= number[0]):
         content = formula[1]
+        end = formula[0]
+        start = text.rfind(content, 0, end)
+        if not states_value(text[:start], text[end:]):
+            content = None
     elif number is not None:
         before = text[: number[0] - len(number[1])]
         is_only = last_number(before) is None
@@ -131,6 +148,7 @@ def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
             not _NEGATED.search(before)
             and not _CALLED.search(before)
             and (is_only or is_gold or _STATED.search(before))
+            and states_value(before, text[number[0] :])
         ):
             content = number[1]
     if content is None or content.strip() == text.strip():

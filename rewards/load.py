@@ -11,6 +11,7 @@ from typing import Self
 
 from rewards.grading import Grader
 from rewards.policy import load_policy
+from rewards.thinking import ExtraTags, check_tags
 from rewards.types import Reward, Score
 from rewards.user_function import FunctionReward, UserFunction
 
@@ -51,13 +52,19 @@ def load_reward(
     num_workers: int = 1,
     timeout_s: float = 5.0,
     policy: str = "default",
+    thinking_tags: ExtraTags = (),
 ) -> Reward:
     """The reward called `name`: a row of REWARDS, or "module:function" of the user's own.
 
+    `thinking_tags`: (opening, closing) pairs around what is no answer, beyond `thinking.TAGS`; a
+    user's function sees the whole completion.
+
     Raises ValueError for an unknown name, module, function or policy, naming the nearest one, for a
-    function of other arguments, and for "math_verify" where Math-Verify is not installed.
+    function of other arguments, for tags that are none, and for "math_verify" where Math-Verify is
+    not installed.
     """
     rules = load_policy(policy)
+    check_tags(thinking_tags)
     if ":" in name:
         return FunctionReward(name, _import_function(name))
     if name not in REWARDS:
@@ -68,7 +75,13 @@ def load_reward(
         )
     if name == "math_verify":
         _require_math_verify()
-    grader = Grader(rules, engine=REWARDS[name], num_workers=num_workers, timeout_s=timeout_s)
+    grader = Grader(
+        rules,
+        engine=REWARDS[name],
+        num_workers=num_workers,
+        timeout_s=timeout_s,
+        thinking_tags=thinking_tags,
+    )
     grader.pool.start()
     return VerifierReward(grader, format_weight)
 

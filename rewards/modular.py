@@ -19,6 +19,8 @@ PRIME = 2**61 - 31  # 1 modulo 4, so that -1 has a root
 SQRT_MINUS_ONE = 583529827753931384
 _SALT = random.SystemRandom().getrandbits(60)
 MAX_FACTORIAL = 1000
+MAX_POINTS = 12  # (-1)^k and (-1)^n agree at every other point
+_COMMUTATIVE = frozenset({"gcd", "lcm", "max", "min"})
 
 
 class Residues:
@@ -78,6 +80,8 @@ class Residues:
         if node.kind not in ("call", "const") or node.name == "inf":
             self.is_opaque = True
         parts = tuple(self.of(arg) for arg in node.args)
+        if node.name in _COMMUTATIVE:
+            parts = tuple(sorted(parts))
         return self._hash(node.kind, node.name, parts)
 
     def _hash(self, kind: str, name: str, parts: tuple[int, ...]) -> int:
@@ -157,7 +161,7 @@ def identical(left: Node, right: Node) -> bool | None:
     where letters commute.
     """
     num_agreed = 0
-    for salt in range(5):
+    for salt in range(MAX_POINTS + 1):
         residues = Residues(salt)
         try:
             a, b = residues.of(left), residues.of(right)
@@ -168,6 +172,6 @@ def identical(left: Node, right: Node) -> bool | None:
         if a == 0 and residues.has_symbols and left != right:
             return None if residues.is_opaque else False
         num_agreed += 1
-        if num_agreed == 4 or not residues.has_symbolic_power:
+        if num_agreed == MAX_POINTS or not residues.has_symbolic_power:
             return True
     return True if num_agreed else None

@@ -41,6 +41,7 @@ class Node(NamedTuple):
     | union, inter, minus | "" | operands |
     | builder | "" | (variable or expression, condition) |
     | rel | operators, joined by spaces: "= <" | operands, one more than operators |
+    | congruence | "" | (left, right, modulus) |
     | matrix | "" | rows, each a seq |
     | text | normalised words | () |
     | raw | text outside the grammar, equal to itself alone | () |
@@ -65,6 +66,7 @@ MINUS_ONE = number_node(-1)
 HALF = number_node(Fraction(1, 2))
 INFINITY = Node("const", name="inf")
 PI = Node("const", name="pi")
+UNNAMED = Node("sym", name="\\unnamed")  # what "at least 5" speaks of
 
 
 def negative(node: Node) -> Node:
@@ -79,6 +81,20 @@ def negative(node: Node) -> Node:
 def divide(numerator: Node, denominator: Node) -> Node:
     """Numerator / denominator as a product."""
     return Node("mul", (numerator, Node("pow", (denominator, MINUS_ONE))))
+
+
+def replace(node: Node, old: Node, new: Node) -> Node:
+    """The tree with every `old` in it replaced."""
+    if node == old:
+        return new
+    if not node.args:
+        return node
+    return node._replace(args=tuple(replace(item, old, new) for item in node.args))
+
+
+GOLDEN_RATIO = Node(
+    "mul", (HALF, Node("add", (number_node(1), Node("pow", (number_node(5), HALF)))))
+)
 
 
 def function(name: str, *args: Node) -> Node:

@@ -8,6 +8,7 @@ from fractions import Fraction
 from rewards.cursor import Cursor
 from rewards.nodes import LimitExceeded, Node, ParseError, divide, number_node
 from rewards.tokens import Token
+from rewards.vocabulary import NUMBER_WORDS
 
 MAX_PRINTED_EXPONENT = 3000  # with MAX_DIGITS, below the 4,300 digits that int and str convert
 
@@ -29,6 +30,9 @@ class NumeralParser(Cursor):
 
     def _read_base(self, digits: Node) -> Node:
         name = self.read_subscript()
+        name = str(NUMBER_WORDS.get(name, name))
+        if name == "10" and digits.name != "decimal":
+            return digits
         if not name.isdigit() or not 2 <= int(name) <= 36:
             raise ParseError
         return Node("base", (number_node(int(name)),), str(digits.number))

@@ -217,7 +217,7 @@ def _call(name: str, args: list[Any], system: Arithmetic) -> Any:
     if name == "cis":
         return functions["cos"](first) + system.i * functions["sin"](first)
     if name == "sgn":
-        return first / abs(first)
+        return first / abs(first) if first else first
     if name in functions and len(args) == 1:
         return functions[name](first)
     raise Undecided
@@ -245,7 +245,8 @@ def differ(left: Any, right: Any, tolerance: float) -> bool:
 def points(names: frozenset[str], num: int, is_positive: bool) -> list[dict[str, Fraction]]:
     """Random rational points off the integers: half of them below 1, the rest up to 3.
 
-    Seeded, so that a verdict never changes.
+    Seeded, so that a verdict never changes. Of those of either sign the first is negative in
+    every symbol.
     """
     generator = random.Random(num * 2 + is_positive)
     drawn = []
@@ -254,9 +255,19 @@ def points(names: frozenset[str], num: int, is_positive: bool) -> list[dict[str,
         point = {}
         for name in sorted(names):
             value = Fraction(generator.randrange(low, high), 997)
-            point[name] = -value if not is_positive and generator.random() < 0.6 else value
+            is_negative = not is_positive and (generator.random() < 0.6 or place == 0)
+            point[name] = -value if is_negative else value
         drawn.append(point)
     return drawn
+
+
+def corners(names: frozenset[str]) -> list[dict[str, Fraction]]:
+    """Where functions of pieces change: zero, small integers of both signs, far out."""
+    ordered = sorted(names)
+    return [
+        {name: Fraction(start + step * place) for place, name in enumerate(ordered)}
+        for start, step in ((0, 0), (1, 1), (-3, 1), (1013, 7), (-2017, 11))
+    ]
 
 
 def same_value(left: Node, right: Node) -> bool:
@@ -281,7 +292,7 @@ def same_value(left: Node, right: Node) -> bool:
                 break
         num_real += agreements
     if num_real >= 2:
-        return True
+        return _agree_where_defined(left, right, corners(names))
     # Hardly ever real: the principal values have to agree instead.
     num_complex = 0
     for point in positive:
@@ -293,6 +304,19 @@ def same_value(left: Node, right: Node) -> bool:
             continue
     if num_complex < 2:
         raise Undecided
+    return True
+
+
+def _agree_where_defined(left: Node, right: Node, places: list[dict[str, Fraction]]) -> bool:
+    """Do floats refute it nowhere?"""
+    for point in places:
+        floats = {name: _float_number(value) for name, value in point.items()}
+        try:
+            a, b = value_of(left, floats, FLOATS), value_of(right, floats, FLOATS)
+        except Undecided:
+            continue
+        if is_real(a) and is_real(b) and abs(a - b) > 1e-5 * max(abs(a), abs(b), 1e-3):
+            return False
     return True
 
 

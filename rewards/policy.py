@@ -24,12 +24,15 @@ class Policy:
     # A printed decimal may stand for an exact value that rounds to it: where it is the gold
     # ("gold"), on either side ("either"), or never ("none").
     rounding: Literal["none", "gold", "either"] = "either"
-    # Digits a rounded decimal must show: 0.667 = 2/3, but 0.67 does not.
+    # Digits a rounded decimal must show: 6.67 = 20/3, but 6.7 does not. Under "either" one more for
+    # a fraction that everyone writes as one (0.3333 = 1/3) and for an irrational number.
     min_significant_digits: int = 3
     # Values that agree to this many decimals are equal (absolute); None: only rounding decides.
     tolerance_decimals: int | None = None
     # 28% equals 0.28 in every policy; "either": 28% = 28 as well.
     percent: Literal["value", "either"] = "either"
+    # 2,5 is 2.5; else only what no list of numbers looks like is read so: 0,5 and 1000,99.
+    decimal_comma: bool = False
     # Answer lists compare as multisets ("any") or item by item ("gold").
     list_order: Literal["any", "gold"] = "any"
     # "lenient": a unit that one side leaves out is no error, two units must agree (converted);

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 from rewards.exact import Undecided
 from rewards.modular import PRIME, Residues
-from rewards.nodes import Node, has_kind, negative, rename, symbols, walk
-from rewards.numeric import HIGH, IMAGINARY, LOW, points, value_of
+from rewards.nodes import MINUS_ONE, Node, has_kind, negative, rename, replace, symbols, walk
+from rewards.numeric import (
+    FLOATS,
+    HIGH,
+    IMAGINARY,
+    LOW,
+    Arithmetic,
+    corners,
+    is_real,
+    points,
+    value_of,
+)
+from rewards.vocabulary import FILLER_WORDS
+from rewards.words import words_of
 
 Equal = Callable[[Node, Node], bool]
 _EQUALITIES = frozenset({"=", "~=", "==="})
 _TASKS = frozenset("integral sum product lim max min gcd lcm mod derivative".split())
 _BINDING_TASKS = frozenset({"integral", "sum", "product", "lim", "derivative"})
+MAX_TOLD = 6  # points at which 40 digits have to agree
 _UPWARD = {"<": "<", "<=": "<=", ">": "<", ">=": "<="}
 
 
@@ -43,7 +57,11 @@ def is_name(node: Node) -> bool:
         is_value = len(node.args) == 2 and node.args[1].name in tuple("xyznt")
         if is_value and all(item.kind == "sym" for item in node.args):
             return node.args[0].name in tuple("PQRSTWpqFGH")
-        return all(item.kind == "sym" and item.name[:1].isupper() for item in node.args)
+        if node.args[0].name == "\\Delta" and len(node.args) == 2:
+            return node.args[1].kind == "sym"
+        return all(_is_segment(item) for item in node.args) or is_asked(node)
+    if kind == "add":
+        return is_asked(node)
     if kind in ("seq", "ratio", "set", "union", "inter", "minus"):
         return all(is_name(item) for item in node.args)
     if kind == "deg":
@@ -51,6 +69,30 @@ def is_name(node: Node) -> bool:
     if kind == "open":  # \int ... = 5: the task, then its value
         return node.name in _TASKS and (node.name in _BINDING_TASKS or not symbols(node))
     return kind == "text"
+
+
+def _is_segment(node: Node) -> bool:
+    r"""A letter of AB, or the NO and the 1 / BO of \frac{NO}{BO}."""
+    if node.kind == "mul":
+        return all(map(_is_segment, node.args))
+    if node.kind == "pow" and node.args[1] == MINUS_ONE:
+        return _is_segment(node.args[0])
+    return node.kind == "sym" and node.name[:1].isupper()
+
+
+def is_asked(node: Node) -> bool:
+    """m + n, 100a + b, pq: what a question asks for of the parts of an answer, never x + y."""
+    terms = node.args if node.kind == "add" else (node,)
+    letters = []
+    for term in terms:
+        for factor in term.args if term.kind == "mul" else (term,):
+            if factor.kind == "sym" and factor.name in tuple("abcdkmnpqrs"):
+                letters.append(factor.name)
+            elif factor.kind != "num" or factor.number < 1 or node.kind != "add":
+                return False
+        if not symbols(term):
+            return False
+    return len(set(letters)) == len(letters) > 1
 
 
 def unwrap(node: Node, equal: Equal, *, is_trusted: bool) -> tuple[Node, Node] | None:
@@ -82,6 +124,8 @@ def unwrap(node: Node, equal: Equal, *, is_trusted: bool) -> tuple[Node, Node] |
         name, steps = operands[0], operands
     if name.kind == "seq" and steps[-1].kind not in ("seq", "set", "list", "matrix"):
         return None
+    if name.kind in ("add", "mul") and symbols(name) and is_asked(name) and symbols(steps[-1]):
+        return None  # a + b = 2c relates unknowns
     if name.kind in ("sym", "seq") and symbols(name) & symbols(steps[-1]):
         return None
     if not is_trusted:
@@ -118,23 +162,59 @@ def bind_arguments(name: Node, value: Node) -> tuple[Node, Node]:
     """f(z) = z and f(x) = x alike: the arguments of a named function get standard names."""
     if name.kind != "call":
         return name, value
-    names = {arg.name: f"_{place}" for place, arg in enumerate(name.args) if arg.kind == "sym"}
+    names = {
+        arg.name: f"_{place}"
+        for place, arg in enumerate(name.args)
+        if arg.kind == "sym" and not arg.name.isupper()  # P(A) is not P(B)
+    }
     return rename(name, names), rename(value, names)
 
 
 def compatible_names(left: Node, right: Node) -> bool:
-    """May two names stand for the same unknown? Two different coordinates may not."""
+    """May two names stand for the same thing? AB and BA, y and f(x), f(x) and f(t); not a and b."""
+    left, right = standard_name(left), standard_name(right)
     if left == right:
         return True
     kinds = {left.kind, right.kind}
-    if kinds == {"sym"}:
-        if left.name.partition("_")[0] == right.name.partition("_")[0]:
-            return False  # a_1 and a_3
-        return not (left.name in "xyz" and right.name in "xyz")
-    if kinds == {"call"}:  # f(x) and g(t), but neither f(x) and f(x^2) nor P(0) and P(3)
-        are_free = all(arg.kind == "sym" for arg in (*left.args, *right.args))
-        return len(left.args) == len(right.args) and are_free
-    return kinds != {"seq"} and kinds != {"open"}
+    if kinds == {"text"}:
+        ours, theirs = set(left.name.split()), set(right.name.split())
+        return ours <= theirs or theirs <= ours
+    if "text" in kinds:
+        return True  # the area and S
+    if "open" in kinds:
+        return kinds != {"open"}  # a task and the name that it was given
+    if kinds == {"call"}:  # f(x) and f(t), but neither f(x) and f(x^2) nor P(A) and P(B)
+        are_free = all(
+            arg.kind == "sym" and arg.name.islower() for n in (left, right) for arg in n.args
+        )
+        return left.name == right.name and len(left.args) == len(right.args) and are_free
+    if kinds == {"call", "sym"}:
+        call, letter = (left, right) if left.kind == "call" else (right, left)
+        is_value = letter.name in ("y", call.name) or letter.name.startswith(call.name + "_")
+        return is_value and all(arg.kind == "sym" and arg.name.islower() for arg in call.args)
+    return False
+
+
+def standard_name(node: Node) -> Node:
+    r"""One spelling of a name: |AB|, \overline{AB} and BA as AB; \angle CBA as \angle ABC."""
+    if node.kind == "func" and node.name == "abs" and node.args[0].kind == "mul":
+        node = node.args[0]
+    if node.kind == "mul" and all(item.kind == "sym" for item in node.args):
+        if node.args[0].name == "m" and len(node.args) == 2:
+            return standard_name(node.args[1])  # m\angle A
+        letters = sorted(item.name for item in node.args)
+        return node._replace(args=tuple(Node("sym", name=letter) for letter in letters))
+    if node.kind == "sym" and node.name.startswith("\\overline "):
+        letters = sorted(node.name.removeprefix("\\overline "))
+        if len(letters) == 2 and all(letter.isupper() for letter in letters):  # a segment
+            return Node("mul", tuple(Node("sym", name=letter) for letter in letters))
+    if node.kind == "sym" and node.name.startswith("\\angle "):
+        letters = list(node.name.removeprefix("\\angle "))
+        return node._replace(name="\\angle " + "".join(min(letters, letters[::-1])))
+    if node.kind == "text":
+        words = [word for word in words_of(node.name) if word not in FILLER_WORDS]
+        return node._replace(name=" ".join(sorted(words)))
+    return node
 
 
 def same_equation(left: Node, right: Node) -> bool:
@@ -172,14 +252,8 @@ def solution_of(equation: Node, solution: Node) -> tuple[Node, Node] | None:
     slope = at[1] - at[0]
     if abs(slope) < LOW.tiny or abs(at[2] - at[1] - slope) > LOW.tiny * abs(slope):
         return None
-    left, right = (_replaced(side, unknown, solution) for side in equation.args)
+    left, right = (replace(side, Node("sym", name=unknown), solution) for side in equation.args)
     return left, right
-
-
-def _replaced(node: Node, name: str, value: Node) -> Node:
-    if node.kind == "sym" and node.name == name:
-        return value
-    return node._replace(args=tuple(_replaced(item, name, value) for item in node.args))
 
 
 def _proportional_residues(a: Node, b: Node) -> bool | None:
@@ -197,22 +271,49 @@ def _proportional_residues(a: Node, b: Node) -> bool | None:
 
 
 def _proportional_values(a: Node, b: Node) -> bool:
+    """Is a / b the same wherever both are defined? Floats refute it; 40 digits confirm it."""
     names = symbols(a) | symbols(b)
-    ratios = []
     # With i about, an unknown is complex: |z - i| and |z + i| agree on the real line.
-    turn = LOW.number(Fraction(1)) + (LOW.i if IMAGINARY in [*walk(a), *walk(b)] else 0)
-    for point in points(names, 5, True):
-        values = {name: turn * LOW.number(value) for name, value in point.items()}
+    is_complex = IMAGINARY in [*walk(a), *walk(b)]
+    positive, mixed = points(names, 5, True), points(names, 6, False)
+    try:
+        if not _same_ratio(a, b, [*positive, *mixed, *corners(names)], FLOATS, is_complex):
+            return False
+    except Undecided:
+        pass
+    return _same_ratio(a, b, [*positive, *mixed], LOW, is_complex)
+
+
+def _same_ratio(
+    a: Node, b: Node, places: list[dict[str, Fraction]], system: Arithmetic, is_complex: bool
+) -> bool:
+    """Raises Undecided where too few points tell."""
+    turn = system.number(Fraction(1)) + (system.i if is_complex else 0)
+    small, num_told, first = math.sqrt(system.tiny), 0, None
+    for point in places:
+        values = {name: turn * system.number(value) for name, value in point.items()}
         try:
-            x, y = value_of(a, values, LOW), value_of(b, values, LOW)
+            x, y = value_of(a, values, system), value_of(b, values, system)
         except Undecided:
             continue
-        if abs(y) < 1e-20 or abs(x) < 1e-20:
+        if not is_complex and is_real(x) != is_real(y):
+            if all(value > 0 for value in point.values()):
+                return False
+            continue  # the real and the principal root of a negative number
+        if min(abs(x), abs(y)) < small * small:
+            if max(abs(x), abs(y)) > small:
+                return False  # one equation holds here
             continue
-        ratios.append(x / y)
-    if len(ratios) < 3:
+        ratio = x / y
+        first = ratio if first is None else first
+        if abs(ratio - first) > system.tiny * abs(first):
+            return False
+        num_told += 1
+        if num_told == MAX_TOLD and system is LOW:
+            return True
+    if num_told < 3:
         raise Undecided
-    return all(abs(ratio - ratios[0]) <= LOW.tiny * abs(ratios[0]) for ratio in ratios)
+    return True
 
 
 def ascending(node: Node) -> tuple[list[Node], list[str]] | None:

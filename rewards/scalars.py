@@ -21,6 +21,8 @@ from rewards.numeric import FLOATS, LOW, is_real, same_value, value_of
 from rewards.policy import Policy
 
 FLOAT_DIGITS = 12
+MAX_COMMON_DENOMINATOR = 12  # 1/3 is written so: 0.333 is not
+NO_FRACTION = Fraction(1)
 NUMERIC_KINDS = SCALAR_KINDS | {"ratio"}
 EVALUATED_TASKS = frozenset({"max", "min"})
 
@@ -179,9 +181,11 @@ def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, policy: P
         is_finer = answer_printed.decimals > gold_printed.decimals
         return is_finer and _allowed(gold_printed, policy, True) and rounds_to(right, gold_printed)
     if gold_printed and right.denominator != 1:
-        return _allowed(gold_printed, policy, True) and rounds_to(right, gold_printed)
+        allowed = _allowed(gold_printed, policy, True, right)
+        return allowed and rounds_to(right, gold_printed)
     if answer_printed and left.denominator != 1:
-        return _allowed(answer_printed, policy, False) and rounds_to(left, answer_printed)
+        allowed = _allowed(answer_printed, policy, False, left)
+        return allowed and rounds_to(left, answer_printed)
     return False
 
 
@@ -192,10 +196,13 @@ def _is_float_noise(target: Printed | None, value: Fraction) -> bool:
     return abs(value - target.value) * 10**FLOAT_DIGITS <= abs(value)
 
 
-def _allowed(target: Printed, policy: Policy, is_gold: bool) -> bool:
+def _allowed(target: Printed, policy: Policy, is_gold: bool, value: Fraction = NO_FRACTION) -> bool:
+    """May a printed decimal stand for a value that it rounds?"""
     if policy.rounding == "none" or (policy.rounding == "gold" and not is_gold):
         return False
-    return target.num_significant >= policy.min_significant_digits
+    is_common = abs(value) < 1 and value.denominator <= MAX_COMMON_DENOMINATOR
+    num_required = policy.min_significant_digits + (is_common and policy.rounding == "either")
+    return target.num_significant >= num_required
 
 
 def _rounds(gold: Node, answer: Node, policy: Policy) -> bool:
@@ -213,7 +220,7 @@ def _rounds(gold: Node, answer: Node, policy: Policy) -> bool:
     target = gold_printed or answer_printed
     assert target is not None
     other = answer if gold_printed else gold
-    # One digit more than for a fraction: 3.14 is not pi, 3.142 may stand for it. A data set
+    # One digit more than for most fractions: 3.14 is not pi, 3.142 may stand for it. A data set
     # whose decimals are its golds' own needs no such caution.
     stricter = target._replace(
         num_significant=target.num_significant - (policy.rounding == "either")

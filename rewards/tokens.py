@@ -6,14 +6,13 @@ import re
 from typing import NamedTuple
 
 from rewards.nodes import MAX_DIGITS, MAX_NESTING, MAX_TOKENS, LimitExceeded, ParseError
+from rewards.units import UNIT_WORDS, is_unit, read_unit
 from rewards.vocabulary import (
     COMMANDS,
     FUNCTIONS,
     IGNORED_COMMANDS,
     LETTER_COMMANDS,
     TEXT_COMMANDS,
-    UNIT_WORDS,
-    UNITS,
     WORDS,
 )
 
@@ -122,7 +121,7 @@ def _split_at_commas(piece: str, tokens: list[Token], is_spaced: bool, start: in
 def _split_letters(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
     """A run of letters is a function, a word, a unit, or a product of symbols."""
     lowered = piece.lower()
-    if piece in FUNCTIONS:
+    if piece in FUNCTIONS and not (piece == "min" and is_spaced and _follows_operand(tokens)):
         tokens.append(Token("func", FUNCTIONS[piece], is_spaced, start))
     elif lowered in ("pi", "infinity", "inf", "oo") and len(piece) > 1:
         name = "pi" if lowered == "pi" else "inf"
@@ -152,7 +151,9 @@ def _is_short_word(piece: str, tokens: list[Token], is_spaced: bool) -> bool:
     """`x is 5` holds a word; `e^{-at^2}` and `aE(X) + bE(Y)` hold products of letters."""
     if piece.lower() not in WORDS or not (piece.islower() or piece.istitle()):
         return False
-    return is_spaced or not tokens or _follows_operand(tokens)
+    if is_spaced or not tokens or _follows_operand(tokens):
+        return True
+    return tokens[-1].text == "/" and _follows_operand(tokens[:-1]) and is_unit(piece)  # 18/day
 
 
 def _follows_operand(tokens: list[Token]) -> bool:
@@ -230,7 +231,7 @@ def _read_braces(text: str, position: int) -> tuple[str, int]:
     return text[position + 1 :], len(text)
 
 
-_UNIT = re.compile(r"([A-Za-z]{1,4})(?:\^\{?\d\}?)?(?:/[A-Za-z]{1,4}(?:\^\{?\d\}?)?)?")
+_UNIT = re.compile(r"[A-Za-z]{1,4}(?:\^\{?\d\}?)?(?:[/ ][A-Za-z]{1,4}(?:\^\{?\d\}?)?){0,3}")
 _FORMULA = re.compile(r"[\d\\$^_=+*/<>{}]")
 
 
@@ -239,18 +240,17 @@ def _read_text(
 ) -> None:
     r"""\text{...}: words stay words; \mathrm{e}, \text{sin} and formulas are read as maths."""
     stripped = content.strip()
-    if stripped in FUNCTIONS:
-        tokens.append(Token("func", FUNCTIONS[stripped], is_spaced, start))
-        return
     if command == "mathbb":
         tokens.append(Token("sym", f"\\mathbb{{{stripped}}}", is_spaced, start))
         return
     is_roman = command not in ("text", "mbox", "textbf", "textnormal", "textit", "hbox", "textrm")
-    unit = _UNIT.fullmatch(stripped) if command in ("mathrm", "rm", "operatorname") else None
-    if unit is not None and unit[1] in UNITS and _follows_operand(tokens):
+    if _UNIT.fullmatch(stripped) and read_unit(stripped) and _follows_operand(tokens):
         for piece in re.findall(r"[A-Za-z]+|\d+|[\^/]", stripped):
             kind = "word" if piece.isalpha() else "num" if piece.isdigit() else "op"
             tokens.append(Token(kind, piece, False, start))
+        return
+    if stripped in FUNCTIONS:
+        tokens.append(Token("func", FUNCTIONS[stripped], is_spaced, start))
         return
     if _FORMULA.search(stripped) or (is_roman and len(stripped) == 1):
         if len(tokens) > MAX_TOKENS:

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, Self, get_args
 
 Status = Literal[
     "ok",  # graded: right or wrong, see `correct`
+    "bad_reference",  # the reference is empty or no text: nothing to compare with
     "no_answer",  # nothing to grade was found in the completion
     "unparsable",  # an answer was found that is neither maths nor comparable text
     "unevaluated",  # the answer is an open task (integral, sum, gcd, ...), not its value

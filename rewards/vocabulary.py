@@ -29,8 +29,8 @@ TEXT_COMMANDS = frozenset(
 IGNORED_COMMANDS = frozenset(
     {"quad", "qquad", "hline", "rm", "bf", "it", "cr", "centering", "small", "large", "Large"}
     | {"normalsize", "tiny", "newline", "hfill", "boxed", "fbox", "ensuremath", "overrightarrow"}
-    | {"vec", "hat", "tilde", "widehat", "widetilde", "mathop", "limits", "textstyle", "protect"}
-    | {"therefore", "because", "colon", "relax", "nonumber", "notag", "allowbreak", "bar"}
+    | {"vec", "mathop", "limits", "textstyle", "protect"}
+    | {"therefore", "because", "colon", "relax", "nonumber", "notag", "allowbreak"}
 )
 _GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi"
@@ -58,7 +58,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "setminus": ("op", "setminus"), "backslash": ("op", "setminus"), "mid": ("op", "|"),
     "vert": ("op", "|"), "lvert": ("op", "|("), "rvert": ("op", "|)"), "Vert": ("op", "|"),
     "to": ("op", "to"), "rightarrow": ("op", "to"), "Rightarrow": ("op", "to"),
-    "implies": ("op", "to"), "iff": ("op", "to"), "Leftrightarrow": ("op", "to"),
+    "implies": ("op", "to"), "iff": ("op", "iff"), "Leftrightarrow": ("op", "iff"),
+    "leftrightarrow": ("op", "iff"),
     "longrightarrow": ("op", "to"), "land": ("word", "and"), "lor": ("word", "or"),
     "wedge": ("word", "and"), "vee": ("word", "or"), "lbrace": ("open", "\\{"),
     "rbrace": ("close", "\\}"), "lbrack": ("open", "["), "rbrack": ("close", "]"),
@@ -69,16 +70,19 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prod": ("cmd", "product"), "partial": ("sym", "\\partial"), "nabla": ("sym", "\\nabla"),
     "emptyset": ("cmd", "emptyset"), "varnothing": ("cmd", "emptyset"), "bmod": ("op", "mod"),
     "pmod": ("op", "mod"), "mod": ("op", "mod"), "overline": ("cmd", "overline"),
-    "dot": ("cmd", "dot"), "circ": ("op", "circ"), "degree": ("op", "degree"),
+    "dot": ("cmd", "dot"), "bar": ("cmd", "overline"), "hat": ("cmd", "hat"),
+    "widehat": ("cmd", "hat"), "tilde": ("cmd", "tilde"), "widetilde": ("cmd", "tilde"),
+    "ddot": ("cmd", "ddot"), "circ": ("op", "circ"), "degree": ("op", "degree"),
     "prime": ("op", "'"), "choose": ("op", "choose"), "over": ("op", "over"),
     "angle": ("cmd", "angle"), "measuredangle": ("cmd", "angle"), "triangle": ("cmd", "angle"),
-    "perp": ("op", "perp"), "parallel": ("op", "perp"), "subset": ("op", "subset"),
+    "perp": ("op", "perp"), "parallel": ("op", "parallel"), "subset": ("op", "subset"),
     "subseteq": ("op", "subset"), "forall": ("word", "forall"), "exists": ("word", "exists"),
-    "cosec": ("func", "csc"), "arccot": ("func", "acot"), "pounds": ("op", "currency"),
-    "euro": ("op", "currency"), "textdollar": ("op", "currency"), "percent": ("op", "%"),
+    "cosec": ("func", "csc"), "arccot": ("func", "acot"), "pounds": ("op", "£"),
+    "euro": ("op", "€"), "textdollar": ("op", "currency"), "percent": ("op", "%"),
     "stackrel": ("cmd", "stackrel"), "overset": ("cmd", "stackrel"),
 }  # fmt: skip
 
+CURRENCIES = {"currency": "dollar", "€": "euro", "£": "sterling", "¥": "yen"}
 SEPARATOR_WORDS = frozenset({"and", "or"})
 PERCENT_WORDS = frozenset({"percent", "percentage", "pct", "percents"})
 QUALIFIER_WORDS = frozenset(
@@ -100,7 +104,8 @@ WORDS = (
         "and or for if is are the of to in on at by as it no yes not odd even all any none only"
         " one two six ten day days year years inch inches feet foot hour hours min sec mins secs"
         " mph pct unit units cents cent men man boy boys girl girls mod th st nd rd am pm"
-        " some true false from then than with when where such that let so be has have".split()
+        " some true false from then than with when where such that let so be has have up was were"
+        " more less over half".split()
     )
     | SEPARATOR_WORDS
     | PERCENT_WORDS
@@ -108,44 +113,11 @@ WORDS = (
     | frozenset(NUMBER_WORDS)
 )
 
-# Unit -> (dimension, size in the dimension's base unit). Same dimension converts.
-UNITS: dict[str, tuple[str, float]] = {}
-_UNIT_ROWS: list[tuple[str, float, str]] = [
-    ("length", 1e-3, "mm millimeter millimeters millimetre millimetres"),
-    ("length", 1e-2, "cm centimeter centimeters centimetre centimetres cms"),
-    ("length", 1e-1, "dm decimeter decimeters decimetre decimetres"),
-    ("length", 1.0, "m meter meters metre metres"),
-    ("length", 1e3, "km kilometer kilometers kilometre kilometres kms"),
-    ("length", 0.0254, "inch inches"),
-    ("length", 0.3048, "ft foot feet"),
-    ("length", 0.9144, "yd yard yards"),
-    ("length", 1609.344, "mi mile miles"),
-    ("mass", 1e-3, "g gram grams"),
-    ("mass", 1.0, "kg kilogram kilograms kgs"),
-    ("mass", 1e-6, "mg milligram milligrams"),
-    ("mass", 0.45359237, "lb lbs pound-mass"),
-    ("mass", 1000.0, "ton tons tonne tonnes"),
-    ("time", 1.0, "s sec secs second seconds"),
-    ("time", 60.0, "min mins minute minutes"),
-    ("time", 3600.0, "h hr hrs hour hours"),
-    ("time", 86400.0, "day days"),
-    ("time", 604800.0, "week weeks"),
-    ("year", 1.0, "yr yrs year years"),
-    ("volume", 1e-3, "ml milliliter milliliters millilitre millilitres mL"),
-    ("volume", 1.0, "l L liter liters litre litres"),
-    ("dollar", 0.01, "cent cents"),
-    ("dollar", 1.0, "dollar dollars usd USD bucks"),
-    ("speed", 1.0, "mph"),
-    ("angle", 1.0, "degree degrees"),
-]
-for _dimension, _size, _names in _UNIT_ROWS:
-    for _name in _names.split():
-        UNITS[_name] = (_dimension, _size)
-UNIT_WORDS = frozenset(name for name in UNITS if len(name) > 1) | {"th", "st", "nd", "rd"}
-# Prefixes of a final value that carry no meaning of their own.
+# Words in front of a value that say nothing of it.
 FILLER_WORDS = frozenset(
-    "only exactly about approximately roughly around just the a an is are be equals answer value"
-    " values solution solutions of set final total at most least any all every numbers number"
-    " integers integer real either both there exist exists we get have so thus hence therefore"
-    " x-values units square cubic per each in on to".split()
+    "only exactly about approximately roughly around just the a an is are be equals answer"
+    " answers value values solution solutions of set final total numbers number integers"
+    " integer real both there exist exists we get have so thus hence therefore x-values"
+    " units per each in on to it its that which possible different result exact simply"
+    " precisely by was were will would".split()
 )

@@ -9,29 +9,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import pickle
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rl_lora.errors import UserError
+from rl_lora.models import list_models
 from rl_lora.moe import expert_rank, num_active_experts
+from rl_lora.peft_files import (
+    ADAPTER_FILE,
+    MANIFEST_FILE,
+    layer_scalings,
+    lora_settings,
+    read_manifest,
+)
 from rl_lora.policy import Policy
 from rl_lora.types import Adapter
-from rl_lora.variants import served_alpha, served_rank
+from rl_lora.variants import scaling_of, served_alpha, served_rank
+from rl_lora.whole import whole_directory
 
-ADAPTER_FILE = "adapter_model.safetensors"
+OLD_ADAPTER_FILE = "adapter_model.bin"  # as PEFT wrote it before safetensors
 FULL_FILE = "model.safetensors"
-MANIFEST_FILE = "rl_lora.json"
-PEFT_PREFIX = "base_model.model."  # of its tensor names
-MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
-_CHANGED_BASES = ("pissa", "olora", "corda", "loftq")  # PEFT's starts that write to the base
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
@@ -63,14 +67,11 @@ def save_adapter(policy: Policy, folder: Path, *, version: int, run_name: str) -
 
 
 def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) -> None:
-    """The directory of one version; it appears whole or not at all."""
-    scratch = adapter.path.with_name(f".{adapter.path.name}.{os.getpid()}")
-    scratch.mkdir(parents=True, exist_ok=True)
-    if adapter.is_full:
-        save_file(tensors, scratch / FULL_FILE, metadata={"format": "pt"})
-    else:
-        save_file(tensors, scratch / ADAPTER_FILE, metadata={"format": "pt"})
-        _peft_config(policy).save_pretrained(str(scratch))
+    """The directory of one version; it appears whole or not at all.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
     manifest = {
         "version": adapter.version,
         "name": adapter.name,
@@ -80,10 +81,19 @@ def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) 
         "is_full": adapter.is_full,
         "trained_as": {"variant": policy.lora.variant, "rank": policy.lora.rank},
     }
-    (scratch / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    if adapter.path.exists():
-        shutil.rmtree(adapter.path)
-    scratch.rename(adapter.path)
+    try:
+        with whole_directory(adapter.path) as scratch:
+            if adapter.is_full:
+                save_file(tensors, scratch / FULL_FILE, metadata={"format": "pt"})
+            else:
+                save_file(tensors, scratch / ADAPTER_FILE, metadata={"format": "pt"})
+                _peft_config(policy).save_pretrained(str(scratch))
+            (scratch / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"adapter {adapter.path} cannot be written ({error}); make room on the disk, then "
+            "--resume goes on from the last checkpoint"
+        ) from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -92,13 +102,22 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: no such directory, no weights in it, or weights that cannot be read.
     """
-    for name in (ADAPTER_FILE, FULL_FILE):
+    for name in (ADAPTER_FILE, OLD_ADAPTER_FILE, FULL_FILE):
         if (path / name).is_file():
             try:
+                if name == OLD_ADAPTER_FILE:  # tensors alone; no code of a pickle's is run
+                    old = torch.load(path / name, map_location="cpu", weights_only=True)
+                    return {key: tensor.contiguous() for key, tensor in old.items()}
                 return load_file(path / name)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"adapter {path / name} cannot be read: {error}") from error
+            except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"adapter {path / name} cannot be read: {reason}") from error
     raise UserError(f"adapter directory {path} holds neither {ADAPTER_FILE} nor {FULL_FILE}")
+
+
+def is_lora_dir(path: Path) -> bool:
+    """Whether a directory holds an adapter's weights, and not a full version's."""
+    return any((path / name).is_file() for name in (ADAPTER_FILE, OLD_ADAPTER_FILE))
 
 
 def open_adapter(path: Path, policy: Policy, *, name: str | None = None) -> Adapter:
@@ -110,12 +129,12 @@ def open_adapter(path: Path, policy: Policy, *, name: str | None = None) -> Adap
         UserError: it is of another base model, rank or alpha, or does not match its fingerprint.
     """
     tensors = load_tensors(path)
-    is_full = not (path / ADAPTER_FILE).is_file()
+    is_full = not is_lora_dir(path)
     if is_full != policy.is_full:
         raise UserError(f"{path} is {'a full' if is_full else 'an adapter'} version; set lora.mode")
     if not is_full:
         _check_peft_config(path, policy)
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     found = fingerprint(tensors)
     if manifest.get("fingerprint", found) != found:
         raise UserError(f"adapter {path} was changed after it was written: its fingerprint differs")
@@ -138,7 +157,7 @@ def saved_version(path: Path, expected: str) -> Adapter:
     Raises:
         UserError: it is gone, or its tensors have not the fingerprint expected.
     """
-    tensors, manifest = load_tensors(path), _manifest(path)
+    tensors, manifest = load_tensors(path), read_manifest(path)
     if fingerprint(tensors) != expected:
         raise UserError(
             f"adapter {path} is not the one that the run has sampled from, and a run with "
@@ -156,9 +175,14 @@ def saved_version(path: Path, expected: str) -> Adapter:
 
 def check_base(path: Path, policy: Policy) -> None:
     """Raises UserError where the version's manifest names another base model than the policy's."""
-    base = _manifest(path).get("base_model", policy.base_name)
-    if base != policy.base_name:
+    base = str(read_manifest(path).get("base_model", policy.base_name))
+    if base != policy.base_name and not is_directory(base, policy.model_dir):
         raise UserError(f"adapter {path} belongs to base model {base!r}, not {policy.base_name!r}")
+
+
+def is_directory(name: str, model_dir: Path) -> bool:
+    """Whether a base model's name is a path of this directory."""
+    return Path(name).is_dir() and Path(name).samefile(model_dir)
 
 
 def remove_old(folder: Path, *, keep: set[int]) -> None:
@@ -166,106 +190,14 @@ def remove_old(folder: Path, *, keep: set[int]) -> None:
     for path in folder.glob("v[0-9]*"):
         if int(path.name[1:]) not in keep:
             shutil.rmtree(path)
+    for leftover in folder.glob(".v[0-9]*"):  # of a killed process
+        shutil.rmtree(leftover)
 
 
-def factor_pairs(tensors: dict[str, Tensor], source: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, B) by the name of their layer ('model.layers.0.self_attn.q_proj'), out of an adapter's
-    tensors under PEFT's names; DoRA's magnitudes are left out.
-
-    Args:
-        source: the adapter's directory, for the complaints.
-
-    Raises:
-        UserError: A without B or of another rank, or a tensor that is none of these.
-    """
-    pairs = {}
-    for name, lora_A in tensors.items():
-        stem, _, kind = name.rpartition(".lora_")
-        if kind != "A.weight":
-            continue
-        lora_B = tensors.get(f"{stem}.lora_B.weight")
-        if lora_B is None:
-            raise UserError(f"adapter {source} has {name} but no B beside it")
-        if lora_A.shape[0] != lora_B.shape[1]:
-            raise UserError(f"adapter {source}: A and B of {stem} are of different ranks")
-        pairs[layer_name(stem)] = (lora_A, lora_B)
-    num_magnitudes = sum(name.endswith(MAGNITUDE_SUFFIX) for name in tensors)
-    if 2 * len(pairs) + num_magnitudes != len(tensors):
-        raise UserError(f"adapter {source} holds tensors that are no LoRA A and B; not merged")
-    return pairs
-
-
-def layer_name(stem: str) -> str:
-    """The layer that an adapter's tensors of this stem go with."""
-    return stem.removeprefix(PEFT_PREFIX)
-
-
-def lora_settings(path: Path) -> dict[str, Any]:
-    """rank, alpha and variant of a PEFT directory, as lora.* keys.
-
-    Ours of PiSSA and OLoRA are plain LoRA on disk. Those of PEFT that name such a start belong to a
-    base that PEFT has changed, and are refused.
-
-    Raises:
-        UserError: adapter_config.json is missing, is no LoRA, or uses a variant not served here.
-    """
-    try:
-        raw = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is no adapter directory: it has no adapter_config.json") from error
-    except ValueError as error:
-        raise UserError(f"{path / 'adapter_config.json'} is not valid JSON: {error}") from error
-    variants = peft_variants(raw)
-    if raw.get("peft_type") != "LORA" or len(variants) > 1:
-        kind = " with ".join(variants) or raw.get("peft_type")
-        raise UserError(f"{path}: LoRA, rsLoRA and DoRA adapters are served, not {kind}")
-    start = str(raw.get("init_lora_weights"))
-    if start.startswith(_CHANGED_BASES):
-        raise UserError(
-            f"{path}: init_lora_weights={start!r} is of a base that PEFT has changed; save it with "
-            "path_initial_model_for_weight_conversion, which makes a plain adapter of it"
-        )
-    if raw.get("alpha_pattern"):
-        raise UserError(f"{path}: an alpha_pattern is not served here, one alpha for all layers is")
-    variant = variants[0] if variants else "lora"
-    rank = peft_rank(raw, _manifest(path))
-    return {"rank": rank, "alpha": float(raw["lora_alpha"]), "variant": variant}
-
-
-def peft_variants(raw: dict[str, Any]) -> list[str]:
-    """lora.variant of an adapter_config.json: none for plain LoRA; two are not served here."""
-    return [name for name in ("dora", "rslora") if raw.get(f"use_{name}")]
-
-
-def peft_rank(raw: dict[str, Any], manifest: dict[str, Any]) -> int:
-    """The whole rank of an adapter_config.json and, where there is one, our manifest beside it.
-
-    Of a mixture r is one expert's, and the layers that have the whole rank are in the pattern.
-    """
-    whole = manifest.get("rank") or max([raw["r"], *(raw.get("rank_pattern") or {}).values()])
-    return int(whole)
-
-
-def is_peft_loadable(path: Path) -> bool:
-    """Whether PEFT (0.21) loads a directory right.
-
-    It takes target names that experts have (gate_proj, ...) for experts alone, so that dense layers
-    of those names beside them get no adapter, with a warning at most.
-    """
-    if not (path / ADAPTER_FILE).is_file():
-        return True  # of another tool, in PEFT's older format
-    with safe_open(path / ADAPTER_FILE, framework="pt") as opened:
-        owners = [name.partition(".lora_")[0].split(".") for name in opened.keys()]  # noqa: SIM118
-    experts = {parts[-1] for parts in owners if "experts" in parts}
-    return not any(parts[-1] in experts for parts in owners if "experts" not in parts)
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST_FILE
-    if not file.is_file():
-        return {}
-    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return manifest
+def version_in(path: Path) -> int | None:
+    """The version that a directory holds; None: it is not there, or none of ours."""
+    version = read_manifest(path).get("version")
+    return None if version is None else int(version)
 
 
 def _check_peft_config(path: Path, policy: Policy) -> None:
@@ -274,6 +206,14 @@ def _check_peft_config(path: Path, policy: Policy) -> None:
         value, wanted = settings[key], getattr(policy.lora, key)
         if value != wanted:
             raise UserError(f"adapter {path} has {key} {value}; set lora.{key}={value}")
+    scaling = layer_scalings(path)
+    own = scaling_of(settings["variant"], settings["alpha"], settings["rank"])
+    for layer in policy.target_names:
+        if scaling(layer, settings["rank"]) != own:
+            raise UserError(
+                f"adapter {path} has layers of several alphas (alpha_pattern), {layer} first; "
+                "`rl-lora eval` and `rl-lora export` take it"
+            )
 
 
 def _peft_config(policy: Policy) -> LoraConfig:
@@ -298,6 +238,14 @@ def _peft_config(policy: Policy) -> LoraConfig:
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=policy.base_name,
+        base_model_name_or_path=_base_reference(policy),
+        revision=policy.base_revision,
         inference_mode=True,
     )
+
+
+def _base_reference(policy: Policy) -> str:
+    """Where PEFT finds the base: its hub id, else its directory as an absolute path."""
+    name = policy.base_name
+    is_local = Path(name).expanduser().exists() or any(e.name == name for e in list_models())
+    return str(policy.model_dir.absolute()) if is_local else name

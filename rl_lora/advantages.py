@@ -1,8 +1,8 @@
 """Rewards to advantages: one pure function each, over the N groups of G rewards of a step.
 
 Every function takes rewards_N_G (a list of groups; groups may differ in size) and returns
-advantages_N_G of the same shape. A group whose rewards are all equal gets zeros from each of them
-(reinforce_pp aside, where the step's mean may shift it): it carries no signal.
+advantages_N_G of the same shape. A group whose rewards are all equal gets exact zeros from each of
+them: it carries no signal, and what rounding leaves of it must not reach the optimizer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ _STD_EPS = 1e-6  # keeps a division finite; far below any std of 0/1 rewards
 
 def group_mean(rewards_N_G: Groups) -> list[list[float]]:
     """reward - group mean, no std: the article's choice ('LoRA Without Regret', RL set-up)."""
-    return [[reward - statistics.fmean(group) for reward in group] for group in rewards_N_G]
+    return _by_group(
+        rewards_N_G, lambda group: [reward - statistics.fmean(group) for reward in group]
+    )
 
 
 def dr_grpo(rewards_N_G: Groups) -> list[list[float]]:
@@ -28,13 +30,14 @@ def dr_grpo(rewards_N_G: Groups) -> list[list[float]]:
 def grpo(rewards_N_G: Groups) -> list[list[float]]:
     """(reward - mean) / std within the group (GRPO, arXiv 2402.03300, section 4.1.2).
 
-    The std is the sample std (n - 1); a tie gives zeros.
+    The std is the sample std (n - 1).
     """
-    advantages_N_G = []
-    for group in rewards_N_G:
-        mean, std = statistics.fmean(group), statistics.stdev(group) if len(group) > 1 else 0.0
-        advantages_N_G.append([(reward - mean) / (std + _STD_EPS) for reward in group])
-    return advantages_N_G
+
+    def of_group(group: Sequence[float]) -> list[float]:
+        mean, std = statistics.fmean(group), statistics.stdev(group)
+        return [(reward - mean) / (std + _STD_EPS) for reward in group]
+
+    return _by_group(rewards_N_G, of_group)
 
 
 def rloo(rewards_N_G: Groups) -> list[list[float]]:
@@ -42,22 +45,32 @@ def rloo(rewards_N_G: Groups) -> list[list[float]]:
 
     Equals G/(G-1) times `group_mean`.
     """
-    advantages_N_G = []
-    for group in rewards_N_G:
-        if len(group) < 2:
-            raise ValueError("rloo needs at least 2 samples a prompt; got 1")
+
+    def of_group(group: Sequence[float]) -> list[float]:
         total = sum(group)
-        advantages_N_G.append([r - (total - r) / (len(group) - 1) for r in group])
-    return advantages_N_G
+        return [r - (total - r) / (len(group) - 1) for r in group]
+
+    if any(len(group) < 2 for group in rewards_N_G):
+        raise ValueError("rloo needs at least 2 samples a prompt; got 1")
+    return _by_group(rewards_N_G, of_group)
 
 
 def reinforce_pp(rewards_N_G: Groups) -> list[list[float]]:
-    """REINFORCE++-baseline (arXiv 2501.03262): group mean taken off, then scaled by the mean and
-    the population std of the whole step's advantages."""
+    """REINFORCE++-baseline (arXiv 2501.03262): group mean taken off, then divided by the
+    population std of the whole step's advantages (whose mean is zero, each group's being so)."""
     centred_N_G = group_mean(rewards_N_G)
-    flat = [advantage for group in centred_N_G for advantage in group]
-    mean, std = statistics.fmean(flat), statistics.pstdev(flat)
-    return [[(advantage - mean) / (std + _STD_EPS) for advantage in group] for group in centred_N_G]
+    std = statistics.pstdev(advantage for group in centred_N_G for advantage in group)
+    return [[advantage / (std + _STD_EPS) for advantage in group] for group in centred_N_G]
+
+
+def _by_group(
+    rewards_N_G: Groups, formula: Callable[[Sequence[float]], list[float]]
+) -> list[list[float]]:
+    """The formula's advantages of each group, and zeros for a tied one: 0.1 less the mean of eight
+    times 0.1 need not be 0 in floating point."""
+    return [
+        [0.0] * len(group) if min(group) == max(group) else formula(group) for group in rewards_N_G
+    ]
 
 
 ADVANTAGES: dict[str, Callable[[Groups], list[list[float]]]] = {

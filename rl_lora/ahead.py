@@ -1,9 +1,11 @@
 """Batches of samples with their scores under way; the next one in a thread while others learn.
 
 One-step off-policy (`sampling.overlap`): while the learner works on step k, the batch of step k + 1
-is sampled from version k - 1, the newest that there is. The losses need no change: their ratio is
-the policy's to the sampler's own log-probs, whatever version the sampler had. (The KL to the base,
-`algorithm.kl`, stays an average over the sampler's tokens, as with several updates a batch.)
+is sampled from version k - 1, the newest that there is. The losses need no change: importance
+sampling takes the policy's ratio to the sampler's own log-probs, whatever version the sampler had;
+PPO, GSPO and CISPO bound the policy's way within the step, and the version between is in their
+truncated weight. (The KL to the base, `algorithm.kl`, stays an average over the sampler's tokens,
+as with several updates a batch.)
 
 The sampler belongs to one thread at a time: whoever calls it otherwise (`use`, an exam, `rest`)
 waits for the batch under way with `settle`. The thread has its own gradient mode, switches and, on

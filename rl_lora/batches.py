@@ -108,6 +108,7 @@ def to_device(batch: Microbatch, device: torch.device) -> Microbatch:
         sequence_C=move(batch.sequence_C),
         num_sequences=batch.num_sequences,
         num_tokens=batch.num_tokens,
+        old_logprobs_C=None if batch.old_logprobs_C is None else move(batch.old_logprobs_C),
     )
 
 

@@ -103,12 +103,15 @@ def keep_best(run_folder: Path, adapter_dir: Path, step: int) -> Choice | None:
     partial = run_folder / _PARTIAL
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
-    shutil.copytree(adapter_dir, partial)
-    choice = partial / CHOICE_FILE
-    with choice.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(best), indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        shutil.copytree(adapter_dir, partial)
+        with (partial / CHOICE_FILE).open("w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(best), indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk is not to be kept full
+        raise
     if final.exists():
         final.rename(replaced)
     partial.rename(final)

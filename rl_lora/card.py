@@ -10,12 +10,13 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from rl_lora.adapter import MANIFEST_FILE, is_peft_loadable, peft_rank, peft_variants
-from rl_lora.config import VARIANT_NAMES, RunConfig, parse_config
+from rl_lora.config import VARIANT_NAMES, RunConfig, parse_as, parse_config
 from rl_lora.errors import UserError
 from rl_lora.loaders import LOADERS
 from rl_lora.models import EMBEDDED
+from rl_lora.peft_files import MANIFEST_FILE, is_peft_loadable, peft_rank, peft_variants
 from rl_lora.results import EvalResult, load_result
+from rl_lora.sft_config import SftConfig
 
 CARD_FILE = "README.md"
 _NOT_PEFT = (
@@ -44,7 +45,7 @@ class AdapterFacts:
     expert_rank: int | None = None  # of a mixture: one expert's, `rank` over the active experts
     is_peft: bool = True  # whether PEFT loads it
     num_steps: int | None = None  # optimizer steps that made it
-    config: RunConfig | None = None  # None: an adapter outside a run folder
+    config: RunConfig | SftConfig | None = None  # None: an adapter outside a run folder
     exams: dict[str, EvalResult] | None = None  # by the policy examined
 
     @property
@@ -72,9 +73,11 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
     trained = manifest.get("trained_as", {})
     rank = peft_rank(peft, manifest)
     run_folder = _run_folder(adapter_dir)
-    config, exams = None, None
+    config: RunConfig | SftConfig | None = None
+    exams = None
     if run_folder is not None:
-        config = parse_config((_read_json(run_folder / "run.json") or {}).get("config", {}))
+        raw = (_read_json(run_folder / "run.json") or {}).get("config", {})
+        config = parse_as(SftConfig, raw) if "sft" in raw else parse_config(raw)
         exams = _exams(run_folder / "eval", int(manifest.get("version", -1)))
     return AdapterFacts(
         base_model=manifest.get("base_model") or peft.get("base_model_name_or_path") or "unknown",
@@ -93,17 +96,18 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
 
 def card_text(facts: AdapterFacts, *, merged: bool = False) -> str:
     """The card in Markdown with the hub's metadata block. It names no path of this machine."""
+    is_sft = isinstance(facts.config, SftConfig)
     data = ModelCardData(
         base_model=facts.base_hub_id,
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
-        tags=["lora", "reinforcement-learning", "rl-lora"],
+        tags=["lora", *([] if is_sft else ["reinforcement-learning"]), "rl-lora"],
         datasets=_hub_sets(facts.config) or None,
     )
     base = facts.base_hub_id or Path(facts.base_model).name
     kind = "merged into its base model" if merged else "LoRA adapter"
     lines = [
-        f"# {base}, trained by reinforcement learning ({kind})",
+        f"# {base}, {'fine-tuned' if is_sft else 'trained by reinforcement learning'} ({kind})",
         "",
         "| | |",
         "|---|---|",
@@ -139,15 +143,26 @@ def _table(facts: AdapterFacts, base: str) -> dict[str, str]:
     config = facts.config
     if config is None:
         return rows
-    sampling, optim, algorithm = config.sampling, config.optim, config.algorithm
-    ratio = optim.lora_plus_ratio
+    ratio = config.optim.lora_plus_ratio
     plus = f" (B {ratio:g} times that, LoRA+)" if ratio != 1 else ""
+    sets = ", ".join(_set_name(source.name) for source in config.data.train)
+    adam = f"Adam, learning rate {config.optim.lr:g}{plus}, {config.optim.schedule}"
+    if isinstance(config, SftConfig):
+        return rows | {
+            "training data": sets,
+            "steps": f"{facts.num_steps} of {config.sft.batch_size} sequences, up to "
+            f"{config.data.max_tokens} tokens",
+            "loss": "log loss of the answers",
+            "optimizer": adam,
+            "seed": str(config.run.seed),
+        }
+    sampling, algorithm = config.sampling, config.algorithm
     rows |= {
-        "training problems": ", ".join(_set_name(source.name) for source in config.data.train),
+        "training problems": sets,
         "steps": f"{facts.num_steps} of {sampling.num_prompts} prompts x "
         f"{sampling.num_samples} samples, up to {sampling.max_tokens} tokens",
         "advantage, loss": f"{algorithm.advantage}, {algorithm.loss}",
-        "optimizer": f"Adam, learning rate {optim.lr:g}{plus}, {optim.schedule}",
+        "optimizer": adam,
         "reward": f"{config.reward.name}, policy {config.reward.policy}, "
         f"format weight {config.reward.format_weight:g}",
         "seed": str(config.run.seed),
@@ -215,7 +230,7 @@ def _run_folder(adapter_dir: Path) -> Path | None:
     return next((folder for folder in parents[:2] if (folder / "run.json").is_file()), None)
 
 
-def _hub_sets(config: RunConfig | None) -> list[str]:
+def _hub_sets(config: RunConfig | SftConfig | None) -> list[str]:
     names = [source.name for source in config.data.train] if config else []
     known = [LOADERS[name].hub_id if name in LOADERS else name for name in names]
     return [name for name in known if _HUB_ID.fullmatch(name) and not Path(name).exists()]

@@ -101,6 +101,15 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
         raise UserError(f"checkpoint {path}: {error}; {_way_out(path)}") from error
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's state alone, its tensors not read. Raises UserError as `load_checkpoint`."""
+    try:
+        state: dict[str, Any] = _read_document(path)["state"]
+    except (_BrokenError, OSError) as error:
+        raise UserError(f"checkpoint {path}: {error}; {_way_out(path)}") from error
+    return state
+
+
 def latest_checkpoint(run_folder: Path) -> Path | None:
     """The newest checkpoint that is whole by its state file and file sizes; None: there is none.
 
@@ -129,7 +138,12 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
 
 def checkpoint_steps(run_folder: Path) -> set[int]:
     """Steps of the checkpoints on disk, whole or not."""
-    return {_order(path)[0] for path in _checkpoints(run_folder / FOLDER)}
+    return {step_of(path) for path in _checkpoints(run_folder / FOLDER)}
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name, of one that was being replaced as well."""
+    return _order(path)[0]
 
 
 def prune(run_folder: Path, keep_last: int) -> list[Path]:
@@ -155,7 +169,7 @@ def drop_after(run_folder: Path, step: int) -> list[Path]:
     A run that goes on from `step` calls this first: the steps that it runs again are another
     history, and `prune` and `latest_checkpoint` go by the step's number.
     """
-    removed = [path for path in _checkpoints(run_folder / FOLDER) if _order(path)[0] > step]
+    removed = [path for path in _checkpoints(run_folder / FOLDER) if step_of(path) > step]
     for path in removed:
         _remove(path)
     return removed
@@ -240,6 +254,7 @@ def _put_in_place(partial: Path, final: Path) -> None:
 
 def _remove(path: Path) -> None:
     hidden = path.with_name(_HIDDEN + "deleted_" + path.name)
+    shutil.rmtree(hidden, ignore_errors=True)  # left half-deleted by a kill
     path.rename(hidden)
     shutil.rmtree(hidden)
 

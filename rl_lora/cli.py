@@ -91,8 +91,17 @@ def _add_job(parser: argparse.ArgumentParser, example: str, plan: str) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint, if there is one"
     )
+    _add_acceptance(parser)
     parser.add_argument("--dry-run", action="store_true", help=f"print {plan}; stop")
     parser.add_argument("--quiet", action="store_true", help="only warnings and the summary")
+
+
+def _add_acceptance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="go on although base model or data are others than when the run began",
+    )
 
 
 def _add_exams(commands: Any) -> None:
@@ -102,7 +111,8 @@ def _add_exams(commands: Any) -> None:
     evaluate.add_argument("target", type=Path, help="a run folder or a TOML file")
     _add_overrides(evaluate)
     evaluate.add_argument(
-        "--adapter", help="adapter directory, 'best', 'last' or 'base' (default: the run's last)"
+        "--adapter",
+        help="adapter directory or hub id, 'best', 'last' or 'base' (default: the run's last)",
     )
     evaluate.add_argument(
         "--against", help="a second policy, examined in the same engine with the same seeds"
@@ -111,6 +121,7 @@ def _add_exams(commands: Any) -> None:
     evaluate.add_argument(
         "--overwrite", action="store_true", help="start over instead of going on or refusing"
     )
+    _add_acceptance(evaluate)
     evaluate.set_defaults(command=_eval)
 
     comparing = commands.add_parser("compare", help="compare two exams on disk, problem by problem")
@@ -149,7 +160,7 @@ def _add_reading(commands: Any) -> None:
 
 def _add_models(commands: Any) -> None:
     export = commands.add_parser("export", help="merge into a model directory, or push to the hub")
-    export.add_argument("source", type=Path, help="a run folder or an adapter directory")
+    export.add_argument("source", type=Path, help="a run folder, an adapter directory or a hub id")
     export.add_argument("--base", help="base model (default: the one the adapter names)")
     export.add_argument("--merged", type=Path, help="write a standalone model here, merged in fp32")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -180,7 +191,12 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     from rl_lora.train import train
 
-    train(config, resume=arguments.resume, quiet=arguments.quiet)
+    train(
+        config,
+        resume=arguments.resume,
+        quiet=arguments.quiet,
+        accept_changed_data=arguments.accept_changed_data,
+    )
     return 0
 
 
@@ -195,7 +211,12 @@ def _sft(arguments: argparse.Namespace) -> int:
         return 0
     from rl_lora.sft_run import fine_tune
 
-    fine_tune(config, resume=arguments.resume, quiet=arguments.quiet)
+    fine_tune(
+        config,
+        resume=arguments.resume,
+        quiet=arguments.quiet,
+        accept_changed_data=arguments.accept_changed_data,
+    )
     return 0
 
 
@@ -209,6 +230,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         arguments.name,
         against=arguments.against,
         overwrite=arguments.overwrite,
+        accept_changed_data=arguments.accept_changed_data,
     )
     return 0
 

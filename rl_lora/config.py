@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rl_lora.errors import UserError, nearest
+from rl_lora.overrides import apply_overrides
 
 
 class Section(BaseModel):
@@ -29,6 +30,9 @@ _TEMPLATE_ARGUMENTS = (
     "conversation messages add_generation_prompt continue_final_message tokenize padding "
     "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
 ).split()
+# The lowest temperature over 0 by back end. vLLM takes its own in place of a lower one, silently
+# (0.32, sampling_params); logits over a far lower one are no float32 numbers any more.
+MIN_TEMPERATURE = {"vllm": 0.01, "torch": 1e-6}
 
 
 class RunSection(Section):
@@ -69,7 +73,7 @@ class LoraSection(Section):
 
     mode: Literal["lora", "full"] = "lora"  # full: all weights train, through the same loop
     rank: int = Field(1, ge=1, le=512)
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(32.0, gt=0, le=1e6)
     layers: Literal["all", "attention", "mlp"] = "all"
     lm_head: bool = False
     variant: Literal["lora", "rslora", "pissa", "olora", "dora"] = "lora"  # see rl_lora.variants
@@ -81,7 +85,10 @@ class SourceSection(Section):
     name: str  # e.g. gsm8k, math500, aime24, a path, or reasoning_gym:chain_sum
     split: str | None = None
     question: str | None = None  # column of the question, if not one that is known
-    answer: str | None = None  # column of the gold answer
+    answer: str | None = None  # column of the gold answer; `a.b`: field b of column a
+    # What a list of answers means: any of them counts, or all of them together are the answer.
+    # None: see rl_lora.layouts.
+    list_answers: Literal["any", "all"] | None = Field(None, exclude_if=lambda value: value is None)
     num_rows: int | None = Field(None, ge=1)  # first rows only; rows made, for a generator
     seed: int = 0  # of a generator
     options: dict[str, Any] = Field(default_factory=dict)  # of a generator
@@ -137,10 +144,11 @@ class SamplingSection(Section):
     num_prompts: int = Field(16, ge=1)  # prompts a step
     num_samples: int = Field(8, ge=1)  # G, completions a prompt
     max_tokens: int = Field(256, ge=1)  # cap of a completion
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0)  # MIN_TEMPERATURE at least
     stop: tuple[str, ...] = ()  # strings that end a completion (base models with few-shot prompts)
     max_num_seqs: int | None = Field(None, ge=1)  # sequences decoded at once; None: for the machine
     eager: bool | None = None  # vLLM without compilation; None: so on a CPU, but for long jobs
+    attention_backend: str | None = None  # vLLM's on a GPU (TRITON_ATTN); None: its choice
     # Adapter added to vLLM's own copy of the weights; None: on a CPU in float32.
     merge_adapter: bool | None = None
     memory_fraction: float = Field(0.45, gt=0, le=0.95)  # of the GPU's memory, for vLLM
@@ -161,6 +169,9 @@ class RewardSection(Section):
     name: str = "math"  # a name of rewards' table or module:function
     policy: str = "default"  # the verifier's policy for the data set
     format_weight: float = Field(0.0, ge=0, le=1)  # added when the answer stands in a \boxed{}
+    thinking_tags: tuple[
+        tuple[str, str], ...
+    ] = ()  # [opening, closing], beyond rewards/thinking.py's
     num_workers: int = Field(1, ge=1)  # processes for the symbolic tier
     timeout_s: float = Field(5.0, gt=0)
 
@@ -173,7 +184,9 @@ class AlgorithmSection(Section):
         "importance_sampling", "truncated_importance_sampling", "ppo", "gspo", "cispo"
     ] = "importance_sampling"
     denominator: Literal["tokens", "sequences", "max_tokens"] = "tokens"
-    ratio_cap: float = Field(2.0, gt=0)  # truncated_importance_sampling
+    # Of the weight without gradient: truncated_importance_sampling's, and old / sampler of ppo,
+    # gspo and cispo, whose bounds are on the ratio to the policy itself when the step began.
+    ratio_cap: float = Field(2.0, gt=0)
     clip_low: float | None = Field(None, gt=0, le=1)  # ratio >= 1 - clip_low; None: by the loss
     clip_high: float | None = Field(None, gt=0)  # ratio <= 1 + clip_high; None: by the loss
     kl: Literal["none", "loss", "reward"] = "none"  # to the base, the adapter switched off
@@ -181,8 +194,12 @@ class AlgorithmSection(Section):
 
     @property
     def clip_bounds(self) -> tuple[float, float]:
-        """(low, high) of the loss. Defaults: PPO as DAPO (arXiv 2503.14476), GSPO as its paper
-        (arXiv 2507.18071, section 5.1), CISPO with the upper bound alone (arXiv 2506.13585)."""
+        """(low, high) of the loss.
+
+        Defaults: PPO as DAPO (arXiv 2503.14476), GSPO as its paper (arXiv 2507.18071, section 5.1).
+        CISPO's paper (arXiv 2506.13585, section 3.1) has no lower bound and tunes the upper one
+        without naming it: 0.28 is DAPO's for PPO, and our choice here.
+        """
         low, high = {"gspo": (3e-4, 4e-4), "cispo": (1.0, 0.28)}.get(self.loss, (0.2, 0.28))
         return self.clip_low or low, self.clip_high or high
 
@@ -190,14 +207,16 @@ class AlgorithmSection(Section):
 class OptimSection(Section):
     """Adam and the batch."""
 
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, le=1e6)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0)
-    num_updates: int = Field(1, ge=1)  # optimizer steps a batch; over 1, clipping has work to do
+    # Optimizer steps a batch. Over 1, clipping has work to do: ppo, gspo and cispo then score the
+    # later updates' tokens once more, before the first step.
+    num_updates: int = Field(1, ge=1)
     microbatch_tokens: int = Field(4096, ge=1)  # padded tokens in one forward and backward pass
     share_prompts: bool = True  # a prompt is computed once for its completions, to the same result
     checkpoint_activations: bool = False
@@ -253,6 +272,16 @@ def check_variant(lora: LoraSection, optim: OptimSection) -> None:
         )
 
 
+def check_full_dtype(lora: LoraSection, dtype: str) -> None:
+    """Raises UserError for full fine-tuning in bfloat16, where 20 steps at a rate of 1e-5 move 2 %
+    of the weights: the rest is rounded away. An adapter is in float32 whatever the base's dtype."""
+    if lora.mode == "full" and dtype == "bfloat16":
+        raise UserError(
+            "lora.mode='full' trains the weights in the model's own dtype, here bfloat16, whose "
+            "rounding swallows most steps; set model.dtype='float32'"
+        )
+
+
 def check_served(lora: LoraSection, sampling: SamplingSection) -> None:
     """Raises ValueError for adapters that the sampler does not serve, and overlap without vLLM."""
     if sampling.overlap and sampling.backend != "vllm":
@@ -274,6 +303,21 @@ def check_served(lora: LoraSection, sampling: SamplingSection) -> None:
         )
 
 
+def check_temperatures(sampling: SamplingSection, evaluation: EvalSection) -> None:
+    """Raises ValueError for a temperature that the back end cannot sample at."""
+    lowest = MIN_TEMPERATURE[sampling.backend]
+    other = ', or set sampling.backend="torch"' if sampling.backend == "vllm" else ""
+    for section, value, greedy in (
+        ("sampling", sampling.temperature, ""),
+        ("eval", evaluation.temperature, "0 (greedy) or "),
+    ):
+        if 0 < value < lowest:
+            raise ValueError(
+                f"{section}.temperature={value:g} is lower than the {sampling.backend} sampler "
+                f"takes: set {greedy}{lowest:g} or more{other}"
+            )
+
+
 class RunConfig(Section):
     """A whole job."""
 
@@ -291,7 +335,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         check_variant(self.lora, self.optim)
+        check_full_dtype(self.lora, self.model.dtype)
         check_served(self.lora, self.sampling)
+        check_temperatures(self.sampling, self.eval)
         if self.sampling.num_samples < 2:
             raise ValueError(
                 f"sampling.num_samples=1 gives every group one sample, and algorithm.advantage="
@@ -320,11 +366,13 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> RunCon
     Raises:
         UserError: one line that names the file or key and the fix.
     """
-    return parse_config(read_settings(path, overrides))
+    return parse_config(read_settings(path, overrides, RunConfig))
 
 
-def read_settings(path: Path | None, overrides: list[str] | None = None) -> dict[str, Any]:
-    """A TOML file's settings with the overrides put in, not checked yet.
+def read_settings(
+    path: Path | None, overrides: list[str] | None, root: type[Section]
+) -> dict[str, Any]:
+    """A TOML file's settings, to be those of `root`, with the overrides put in; not checked yet.
 
     Raises:
         UserError: no such file, no TOML, or an override that is none.
@@ -335,9 +383,9 @@ def read_settings(path: Path | None, overrides: list[str] | None = None) -> dict
             raise UserError(f"config file {path} does not exist; see configs/ for the shipped ones")
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:  # no TOML, no UTF-8, or a number of too many digits
             raise UserError(f"{path} is not valid TOML: {error}") from error
-    return apply_overrides(raw, overrides or [])
+    return apply_overrides(raw, overrides or [], root)
 
 
 def parse_config(raw: dict[str, Any]) -> RunConfig:
@@ -351,44 +399,6 @@ def parse_as(root: type[SomeSection], raw: dict[str, Any]) -> SomeSection:
         return root.model_validate(raw)
     except ValidationError as error:
         raise UserError(_explain(error, root)) from error
-
-
-def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """The raw settings with each `section.key=value` put in; raw itself is changed.
-
-    Raises:
-        UserError: an override is not of that form.
-    """
-    for override in overrides:
-        _apply_override(raw, override)
-    return raw
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override {override!r} is not of the form section.key=value")
-    *parents, last = key.strip().split(".")
-    node = raw
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {parent!r} is a value, not a section")
-        node = child
-    value = _parse_value(text)
-    if isinstance(value, str) and isinstance(node.get(last), dict):
-        # `data=PATH` replaces the sources and keeps the section's other settings.
-        node[last] = {**node[last], "train": value, "eval": ()} if last == "data" else value
-    else:
-        node[last] = value
-
-
-def _parse_value(text: str) -> Any:
-    """A TOML value; text that is none is a plain string (so paths need no quotes)."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return {"none": None, "None": None}.get(text, text)
 
 
 def _explain(error: ValidationError, root: type[BaseModel]) -> str:

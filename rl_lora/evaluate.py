@@ -7,6 +7,7 @@ records and the scores are `results`', the file is `exam_files`'.
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -168,15 +169,24 @@ def remove_results_after(folder: Path, step: int) -> list[Path]:
     """Deletes step_N.json of later steps; returns what was deleted.
 
     For a run that goes on from `step`: the exams of steps that it runs again may be of another
-    policy. Their completions stay, and are taken over if the policy turns out to be the same.
+    policy. Their completions stay, and are taken over if the policy turns out to be the same. A run
+    that begins (step -1) may have another base than one that was killed early: base.json goes, too.
     """
     removed = []
-    for path in sorted(folder.glob("step_*.json")):
+    for path in sorted(folder.glob("*.json")):
         match = re.fullmatch(r"step_(\d+)\.json", path.name)
-        if match is not None and int(match[1]) > step:
+        if (match is not None and int(match[1]) > step) or (step < 0 and path.name == "base.json"):
             path.unlink()
             removed.append(path)
     return removed
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Renames RUN/eval to RUN/eval_until_STEP: exams of other problems, not to be compared."""
+    aside = folder.with_name(f"{folder.name}_until_{step:06d}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.is_dir():
+        folder.rename(aside)
 
 
 class _Exam:

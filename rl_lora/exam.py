@@ -6,24 +6,33 @@ With `--against` two policies are examined in one engine, on the same problems a
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rl_lora import adapter as adapters
-from rl_lora.config import RunConfig, apply_overrides, check_served, load_config, parse_config
+from rl_lora.config import RunConfig, check_served, load_config, parse_config
 from rl_lora.contamination import contamination_notes
 from rl_lora.display import Display
 from rl_lora.errors import UserError
 from rl_lora.evaluate import evaluate
 from rl_lora.exam_files import SUFFIX
 from rl_lora.fit_adapter import common_settings, fitted
+from rl_lora.hub import adapter_path
+from rl_lora.inputs import base_inputs, check_base, check_data, prompt_inputs
 from rl_lora.job import Job, check_run_folder, exam_identity, open_job
+from rl_lora.overrides import apply_overrides
 from rl_lora.paired import PairedResult, compare_exams
-from rl_lora.prompts import HELD_OUT
+from rl_lora.prompts import HELD_OUT, PromptSets
 from rl_lora.results import EvalResult
-from rl_lora.run_record import read_record
+from rl_lora.run_lock import run_lock
+from rl_lora.run_record import anchored, read_record, with_dtype
 from rl_lora.sampler import mix_seed
+from rl_lora.whole import disk_errors
+
+if TYPE_CHECKING:
+    from rl_lora.policy import Policy as Model
 
 PAIRED_FOLDER = "paired"
 _BASE_NAMES = ("base", "none")
@@ -48,6 +57,7 @@ def exam(
     *,
     against: str | None = None,
     overwrite: bool = False,
+    accept_changed_data: bool = False,
     quiet: bool = False,
 ) -> EvalResult:
     """Evaluates and writes RUN/eval/NAME.jsonl.gz (a line a problem) and NAME.json.
@@ -63,29 +73,45 @@ def exam(
         name: of the files.
         against: a second policy to compare with, named as `adapter`.
         overwrite: start over, whatever exam of that name there is.
+        accept_changed_data: go on although the run's base or problems are others than when it
+            began; settings that the overrides change are not compared.
         quiet: print the tables alone.
 
     Raises:
-        UserError: no such run, config or adapter, an adapter of another base model, or an exam of
-            that name with other settings.
+        UserError: no such run, config or adapter, an adapter of another base model, an exam of that
+            name with other settings or under way in another process, or a full disk.
     """
-    config = _settings(target, overrides)
+    config = anchored(_settings(target, overrides))
     policies = [_choose(target, adapter)]
     if against is not None:
         policies.insert(0, _choose(target, against))
     config = _exam_config(config, [p.adapter for p in policies if p.adapter is not None])
     folder = target if target.is_dir() else config.run.folder
-    check_run_folder(folder)
     names = [name] if against is None else [f"{name}-against", name]
-    if overwrite:
-        for file in names:
-            for suffix in (SUFFIX, ".json"):
-                (folder / "eval" / f"{file}{suffix}").unlink(missing_ok=True)
     results: dict[str, EvalResult] = {}
     with ExitStack() as stack:
+        stack.enter_context(disk_errors(folder))
+        notes = [stack.enter_context(_lock(folder, file)) for file in names]
+        check_run_folder(folder)
+        if overwrite:
+            for path in [folder / "eval" / f"{n}{end}" for n in names for end in (SUFFIX, ".json")]:
+                path.unlink(missing_ok=True)
         display = stack.enter_context(Display(quiet=quiet))
+        for note in filter(None, notes):
+            display.note(note)
+
+        def on_loaded(policy: Model, prompts: PromptSets) -> None:
+            if target.is_dir() and not accept_changed_data:
+                _check_inputs(target, config, policy, prompts)
+
         job = stack.enter_context(
-            open_job(config, num_steps=0, on_note=display.note, on_progress=display.sampling)
+            open_job(
+                config,
+                num_steps=0,
+                on_loaded=on_loaded,
+                on_note=display.note,
+                on_progress=display.sampling,
+            )
         )
         for policy, file in zip(policies, names, strict=True):
             results[file] = _examine(job, policy, folder, file, display)
@@ -162,10 +188,42 @@ def _report(
 
 
 def _settings(target: Path, overrides: list[str]) -> RunConfig:
-    """The job's settings, of a run folder or a config file."""
+    """The job's settings, of a run folder or a config file; of a run in the run's own dtype."""
     if not target.is_dir():
         return load_config(target, overrides)
-    return parse_config(apply_overrides(read_record(target)["config"], overrides))
+    record = read_record(target)
+    if "sft" in record["config"]:
+        raise UserError(
+            f"{target} is a supervised run, and an exam samples: give a config with data.eval and "
+            f"sampling, and --adapter {target / 'adapter'}"
+        )
+    own = parse_config(record["config"])
+    config = parse_config(apply_overrides(record["config"], overrides, RunConfig))
+    if config.model.name == own.model.name:
+        return with_dtype(config, str(record["dtype"]).removeprefix("torch."))
+    return config
+
+
+def _lock(folder: Path, name: str) -> AbstractContextManager[str | None]:
+    """Of one exam's files: a run under way may be examined, but one exam by one process."""
+    file = f".exam_{name.replace('/', '_')}.lock"
+    return run_lock(folder, file, what=f"the exam {name!r} in {folder}")
+
+
+def _check_inputs(run: Path, config: RunConfig, policy: Model, prompts: PromptSets) -> None:
+    """Raises UserError where base or problems are others than when the run began.
+
+    Not compared is what the caller has changed: the base by model.name, the problems by data, seed
+    or model.
+    """
+    record = read_record(run)
+    own = anchored(parse_config(record["config"]))
+    if config.model.name != own.model.name or config.model.revision != own.model.revision:
+        return
+    check_base(record["base_model"], base_inputs(policy), run)
+    is_own_data = config.data.model_copy(update={"train": own.data.train}) == own.data
+    if is_own_data and config.run.seed == own.run.seed and "data" in record:
+        check_data(record["data"], {"eval": prompt_inputs(prompts.eval)}, run)
 
 
 def _choose(target: Path, name: str | None) -> Policy:
@@ -174,7 +232,7 @@ def _choose(target: Path, name: str | None) -> Policy:
         return Policy("base", None)
     if name not in (None, "last", "best"):
         assert name is not None
-        return Policy(name, Path(name))
+        return Policy(name, adapter_path(name))
     if not target.is_dir():
         raise UserError(f"{target} is no run folder, and has no {name} adapter; give its directory")
     if name == "best":

@@ -11,7 +11,6 @@ the chunk under way at most. Any gzip reader (`zcat`) reads the file.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +124,7 @@ def is_exam(path: Path) -> bool:
         return True
     try:
         with path.open(encoding="utf-8") as file:
-            first = json.loads(file.readline())
+            first = jsonl.parse_json(file.readline())
     except (OSError, ValueError):
         return False
     return isinstance(first, dict) and isinstance(first.get("samples"), list)

@@ -23,11 +23,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rewards import POLICIES, RewardError, Score, load_reward
+from rewards import POLICIES, Score, load_reward
 from rl_lora.errors import UserError
 from rl_lora.exam_files import find_exam, is_exam, read_exam
-from rl_lora.jsonl import storable
+from rl_lora.jsonl import read_values, storable
+from rl_lora.layouts import gold_text
 from rl_lora.regrade import Regrade, own_judge, print_regrade, regrade
+from rl_lora.scoring import score_best
 
 COMPLETION_KEYS = ("completion", "response", "output", "prediction", "answer")
 REFERENCE_KEYS = ("reference", "gold", "ground_truth", "target", "solution")
@@ -87,13 +89,7 @@ def read_rows(path: Path) -> list[GradeRow]:
     if is_exam(path):
         return _exam_rows(path)
     rows = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not text.strip():
-            continue
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from None
+    for number, fields in read_values(path):
         if not isinstance(fields, dict):
             raise UserError(f"{path}, line {number}: not a JSON object")
         rows.append(_row(fields, f"{path}, line {number}", number))
@@ -114,19 +110,26 @@ def _exam_rows(path: Path) -> list[GradeRow]:
 
 def _row(fields: dict[str, Any], where: str, number: int) -> GradeRow:
     completion = _field(fields, COMPLETION_KEYS, "completion", where)
-    reference = _field(fields, REFERENCE_KEYS, "reference", where)
+    reference = gold_text(_field(fields, REFERENCE_KEYS, "reference", where))
     label = next((fields[key] for key in LABEL_KEYS if key in fields), None)
     if label is not None and not isinstance(label, bool):
         raise UserError(f"{where}: the label is {label!r}; it must be true or false")
-    if not str(reference).strip():
+    if reference is None:
         raise UserError(f"{where}: the reference is empty")
-    return GradeRow(number, str(completion), str(reference), label)
+    return GradeRow(number, str(completion), reference, label)
 
 
 def _field(fields: dict[str, Any], keys: Sequence[str], name: str, where: str) -> Any:
+    """The first of the keys that holds text or a number; a reference may be a list of these."""
     for key in keys:
-        if isinstance(fields.get(key), (str, int, float)):
-            return fields[key]
+        value = fields.get(key)
+        items = value if isinstance(value, list) and name == "reference" else [value]
+        if all(isinstance(item, str | int | float) for item in items):
+            return value
+    found = next((key for key in keys if key in fields), None)
+    if found is not None:
+        kind = {type(None): "null", dict: "an object", list: "a list"}[type(fields[found])]
+        raise UserError(f"{where}: {found!r}, the {name}, is {kind}; it must be text or a number")
     raise UserError(
         f"{where}: no {name}; expected a string under one of {', '.join(keys)}, "
         f"found the fields {', '.join(fields) or 'none'}"
@@ -166,12 +169,7 @@ def _score(
     rows: Sequence[GradeRow], reward: str, policy: str, num_workers: int, timeout_s: float
 ) -> list[Score]:
     with load_reward(reward, policy=policy, num_workers=num_workers, timeout_s=timeout_s) as scorer:
-        try:
-            return scorer.score_batch(
-                [row.completion for row in rows], [row.reference for row in rows]
-            )
-        except RewardError as error:
-            raise UserError(str(error)) from error
+        return score_best(scorer, [row.completion for row in rows], [row.reference for row in rows])
 
 
 def _report(

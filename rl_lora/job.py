@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import platform
 import shutil
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import FunctionReward, Reward, load_reward
-from rl_lora.config import DataSection, ModelSection, RunConfig, SamplingSection
+from rl_lora.config import DataSection, LoraSection, ModelSection, RunConfig, SamplingSection
 from rl_lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def open_job(
     config: RunConfig,
     *,
     num_steps: int | None = None,
+    on_loaded: Callable[[Policy, PromptSets], None] = lambda policy, prompts: None,
     on_note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> Iterator[Job]:
@@ -59,6 +61,8 @@ def open_job(
     Args:
         config: the job.
         num_steps: RL steps that it samples for; None: run.num_steps.
+        on_loaded: looks at the policy and the problems before the sampler, which takes long, is
+            built; what it raises ends the job.
         on_note: takes one line on what was loaded.
         on_progress: takes (completions done, in all, tokens sampled) within a call of the sampler.
 
@@ -68,15 +72,13 @@ def open_job(
     reward = make_reward(config)
     with contextlib.ExitStack() as stack:
         stack.callback(reward.close)
+        from rl_lora.models import check_rows
         from rl_lora.prompts import load_prompts
         from rl_lora.rollouts import MADE_UP, check_reward
 
-        model_dir, tokenizer, context = open_model(config.model, on_note)
+        model_dir, tokenizer, context = open_model(config.model, on_note, config.lora)
         if config.sampling.backend == "vllm":
-            from rl_lora.policy import pick_device
-            from rl_lora.vllm_settings import check_mixture
-
-            check_mixture(model_dir, pick_device(config.model.device))
+            check_vllm(model_dir, config)
         prompts = load_prompts(
             config.data,
             tokenizer,
@@ -88,8 +90,10 @@ def open_job(
         )
         for note in prompts.notes:
             on_note(note)
+        problems = (*prompts.train, *prompts.eval)
+        check_rows((prompt.token_ids for prompt in problems), tokenizer, model_dir)
         made_up = tokenizer.encode(MADE_UP, add_special_tokens=False)
-        check_reward(reward, (*prompts.train, *prompts.eval)[0], made_up)
+        check_reward(reward, problems[0], made_up)
         from rl_lora.policy import Policy
 
         policy = Policy(
@@ -100,6 +104,7 @@ def open_job(
             checkpoint_activations=config.optim.checkpoint_activations,
             keep_reference=config.algorithm.kl != "none",
         )
+        on_loaded(policy, prompts)
         end_ids = end_token_ids(model_dir, tokenizer, config.data)
         longest = max(len(p.token_ids) for p in (*prompts.train, *prompts.eval))
         cap = max(config.sampling.max_tokens, config.eval.max_tokens or 0)
@@ -114,6 +119,30 @@ def open_job(
         )
         stack.callback(sampler.close)
         yield Job(config, model_dir, tokenizer, prompts, end_ids, reward, policy, sampler)
+
+
+def check_vllm(model_dir: Path, config: RunConfig) -> None:
+    """What vLLM would refuse, told before the data is read and the model is loaded.
+
+    Raises:
+        UserError: the device, the adapter, the model or a setting is none for vLLM, or vLLM is not
+            installed.
+    """
+    import torch
+
+    from rl_lora.policy import pick_device
+    from rl_lora.vllm_engine import check_device
+    from rl_lora.vllm_process import import_vllm
+    from rl_lora.vllm_settings import check_mixture, merges_adapter
+
+    device = pick_device(config.model.device)
+    if importlib.util.find_spec("vllm") is None:
+        import_vllm(device)  # which says how to get it
+    check_device(device, config.lora)
+    check_mixture(model_dir, device)
+    # dtype auto is float32 or bfloat16 by a timing, and asked again once it is known.
+    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+    merges_adapter(config.sampling, config.lora, dtype=dtype, device=device)
 
 
 def _with_compilation(
@@ -135,24 +164,28 @@ def _with_compilation(
 
 
 def open_model(
-    section: ModelSection, on_note: Callable[[str], None]
+    section: ModelSection, on_note: Callable[[str], None], lora: LoraSection | None = None
 ) -> tuple[Path, PreTrainedTokenizerBase, int]:
     """(directory, tokenizer, context length) of a model, fetched or made where it is not at hand.
 
     Raises:
-        UserError: there is no such model, or its directory is no model's.
+        UserError: there is no such model, its directory is no model's, or it is one that cannot be
+            trained as `lora` says.
     """
     from transformers import AutoConfig
     from transformers.utils import logging
 
+    from rl_lora.architectures import check_architecture
     from rl_lora.models import context_length, is_at_hand, load_tokenizer, resolve_model
 
     logging.disable_progress_bar()  # of weights that load in a second; it garbles our own
     if not is_at_hand(section.name):
         on_note(f"model {section.name}: fetched or made once, then kept; a minute or so")
     model_dir = resolve_model(section)
-    tokenizer = load_tokenizer(model_dir)
-    return model_dir, tokenizer, context_length(AutoConfig.from_pretrained(model_dir))
+    config = AutoConfig.from_pretrained(model_dir)
+    if lora is not None:
+        check_architecture(config, lora, model_dir)
+    return model_dir, load_tokenizer(model_dir), context_length(config)
 
 
 def make_reward(config: RunConfig) -> Reward:
@@ -165,6 +198,7 @@ def make_reward(config: RunConfig) -> Reward:
             num_workers=section.num_workers,
             timeout_s=section.timeout_s,
             policy=section.policy,
+            thinking_tags=section.thinking_tags,
         )
     except ValueError as error:
         raise UserError(f"config: reward: {error}") from error
@@ -242,7 +276,7 @@ def check_run_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("", encoding="utf-8")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"run folder {folder} cannot be written ({error.strerror}); set run.output_dir to a "

@@ -6,10 +6,12 @@ members (RFC 1952, section 2.2), which any gzip reader joins; a kill can tear th
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import math
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -35,6 +37,56 @@ def storable(value: Any) -> Any:
     return value
 
 
+def parse_json(text: str) -> Any:
+    """The JSON value; an integer of more digits than Python turns into an int stays text.
+
+    Raises:
+        ValueError: it is no JSON, in one short line.
+    """
+    try:
+        return json.loads(text, parse_int=_integer)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column" if "\n" in text.rstrip("\n") else "column"
+        raise ValueError(f"{error.msg} at {place} {error.colno}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _integer(text: str) -> int | str:
+    return int(text) if len(text) <= (sys.get_int_max_str_digits() or len(text)) else text
+
+
+def read_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of every line of a user's file that is not blank.
+
+    Lines end at line feeds alone: U+2028, U+0085 and form feeds may stand inside a string. Byte
+    order marks are skipped.
+
+    Raises:
+        UserError: a line is not UTF-8 or no JSON, naming file and line.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            text = decode_text(line, f"{path}: line {number}").strip()
+            if text:
+                try:
+                    yield number, parse_json(text)
+                except ValueError as error:
+                    raise UserError(f"{path}: line {number} is not JSON: {error}") from None
+
+
+def decode_text(content: bytes, where: str) -> str:
+    """A user's text without its byte order mark. Raises UserError where it is not UTF-8."""
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        raise UserError(
+            f"{where} is not UTF-8 text (byte 0x{content[error.start]:02x}); convert the file, "
+            f"e.g. by `iconv -f {'utf-16' if is_wide else 'latin1'} -t utf-8`"
+        ) from None
+
+
 def to_line(record: dict[str, Any]) -> str:
     """One ASCII line with its line feed: no control, escape or line-separator character in it."""
     return json.dumps(storable(record), allow_nan=False) + "\n"
@@ -43,11 +95,15 @@ def to_line(record: dict[str, Any]) -> str:
 def write_text_atomically(path: Path, text: str) -> None:
     """Replaces the file's content, or leaves the old one if killed."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk is not to be kept full
+        raise
 
 
 def append_compressed(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -148,7 +204,7 @@ def _members(path: Path) -> Iterator[tuple[bytes, int]]:
 
 def _object(line: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
+        record = parse_json(line)
+    except ValueError:
         return None
     return record if isinstance(record, dict) else None

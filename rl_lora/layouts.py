@@ -2,6 +2,10 @@ r"""Data-set rows as they come -> question, gold answer, worked solution.
 
 A layout is known by its columns. The gold answer is the final answer alone: what follows '####',
 the content of the last balanced \boxed{}, or the answer column; None where a row has none.
+
+A list of answers is one of alternatives, any of which counts ("any"), or one answer of several
+values, all of which are needed ("all"). A source's `list_answers` says which. Where it does not:
+"all" in rows whose column is_multiple_answer is true (OlympiadBench, arXiv 2402.14008), else "any".
 """
 
 from __future__ import annotations
@@ -11,10 +15,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
+from rl_lora.columns import Raw, check_text, explain_missing, parsed, reach, unpack
 from rl_lora.errors import UserError
 from rl_lora.messages import Message, as_turns, read_messages
+from rl_lora.references import alternatives, join_alternatives
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +31,7 @@ class DataRow:
     """
 
     question: str  # "" where the row has none
-    reference: str | None  # the final answer; None: the row has no gold answer
+    reference: str | None  # the final answer (`references`); None: the row has no gold answer
     solution: str = ""  # worked solution, not necessarily ending in the asked format
     row: int = 0  # position in the source, from 0
     # The whole conversation where there is more than the question: system message, earlier turns;
@@ -39,7 +45,7 @@ class DataRow:
         return "\n".join(one.content or "" for one in shown) or self.question
 
 
-Raw = Mapping[str, Any]
+ListAnswers = Literal["any", "all"]
 Reader = Callable[[Raw], DataRow]
 
 
@@ -65,25 +71,48 @@ def last_boxed(text: str) -> str | None:
 
 def number_text(value: Any) -> str:
     """A number as people write it: 51.0 -> "51", 1e-05 -> "0.00001"; other values as str."""
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, float) and math.isinf(value):
+        return r"\infty" if value > 0 else r"-\infty"
+    if isinstance(value, float) and not math.isnan(value):
         return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
-    return str(value)
+    return format(value, "f") if isinstance(value, Decimal) else str(value)
 
 
 def gold_text(value: Any) -> str | None:
-    """An answer column's value as text; None for null, NaN and blank."""
-    if isinstance(value, list | tuple):
-        parts = [gold_text(item) for item in value]
-        return ", ".join(part for part in parts if part) or None
+    """An answer column's value as text, a list's items as alternatives; None for null, NaN, blank.
+
+    A list within a list is one answer of several values.
+    """
+    if (items := _list_items(value)) is not None:
+        parts = [gold_text(item) for item in items]
+        return join_alternatives([as_one(part) for part in parts if part]) or None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     text = number_text(value).strip()
-    # AIME answers come as "025" in some files; the gold answer is the integer.
-    return str(int(text)) if re.fullmatch(r"0+\d+", text) else text or None
+    # AIME answers, 0 to 999, come as "025" in some files; the gold answer is the integer.
+    return str(int(text)) if re.fullmatch(r"0\d{1,2}", text) else text or None
+
+
+def as_one(reference: str) -> str:
+    """The alternatives as one answer of several values. Example: "3 ||| -3" -> "3, -3"."""
+    return ", ".join(alternatives(reference))
+
+
+def _list_items(value: Any) -> list[Any] | None:
+    """The items of a list, or of a JSON text of a list of texts (Skywork-OR1's '["4"]')."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, str) and re.match(r'\s*\[\s*"', value):
+        items = parsed(value)
+        if isinstance(items, list) and all(isinstance(item, str) for item in items):
+            return items
+    return None
 
 
 def final_answer(value: Any) -> str | None:
     """`gold_text` of what an answer text ends in: after '####', else in its last box."""
+    if (items := _list_items(value)) is not None:
+        return gold_text([final_answer(item) if isinstance(item, str) else item for item in items])
     text = gold_text(value)
     if text is None:
         return None
@@ -223,22 +252,31 @@ class Layout:
     """Rows with these columns are read so. Example: see LAYOUTS."""
 
     name: str
-    columns: frozenset[str]
+    question: str  # column
+    answer: str  # column; `a.b` is field b of the object in column a
     read: Reader
+    others: frozenset[str]  # columns that have to be there as well
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """All columns by which the layout is known."""
+        return self.others | {self.question.split(".")[0], self.answer.split(".")[0]}
 
 
 def _layout(name: str, columns: str, read: Reader) -> Layout:
-    return Layout(name, frozenset(columns.split()), read)
+    """Columns: of the question, of the gold answer, others."""
+    question, answer, *others = columns.split()
+    return Layout(name, question, answer, read, frozenset(others))
 
 
 # The first whose columns are all there is taken, so the narrower stand before the wider.
 LAYOUTS: tuple[Layout, ...] = (
-    _layout("chat prompt", "prompt reward_model", _chat_prompt),
-    _layout("masked svamp", "Question Numbers Answer Equation", _masked),
-    _layout("svamp", "Body Question Answer", _svamp),
+    _layout("chat prompt", "prompt reward_model.ground_truth", _chat_prompt),
+    _layout("masked svamp", "Question Answer Numbers Equation", _masked),
+    _layout("svamp", "Question Answer Body", _svamp),
     _layout("aime", "Question Answer", _solved("Question", "Answer", None)),
     _layout("deepmath", "question final_answer", _solved("question", "final_answer", None)),
-    _layout("math", "problem solution answer", _solved("problem", "answer", "solution")),
+    _layout("math", "problem answer solution", _solved("problem", "answer", "solution")),
     _layout("math", "problem solution", _boxed_solution),
     _layout("problem", "problem answer", _solved("problem", "answer", None)),
     _layout("gsm8k", "question answer", _solved("question", "answer", None)),
@@ -250,34 +288,53 @@ LAYOUTS: tuple[Layout, ...] = (
 
 
 def parse_rows(
-    raws: Iterable[Raw], where: str, question: str | None = None, answer: str | None = None
+    raws: Iterable[Raw],
+    where: str,
+    question: str | None = None,
+    answer: str | None = None,
+    list_answers: ListAnswers | None = None,
 ) -> list[DataRow]:
     """Rows read by the given columns, or by the layout that their columns tell.
 
     Args:
         raws: rows as the file has them.
         where: the source in words, for errors.
-        question: column of the question (`a.b` reaches into an object); None: by layout.
+        question: column of the question (`a.b` reaches into an object, `a.0` into a list); None:
+            by layout.
         answer: column of the gold answer; None: by layout.
+        list_answers: what a list of answers means; None: as this module's head says.
 
     Raises:
-        UserError: no layout fits, or a given column is not there.
+        UserError: no layout fits, a given column is not there, or a question or gold answer is an
+            object or bytes.
     """
-    raws = list(raws)
+    raws = [unpack(raw, f"{where}, row {index}") for index, raw in enumerate(raws)]
     columns = {str(column) for raw in raws for column in raw}
-    read = _reader(columns, where, question, answer)
+    read, layout = _reader(columns, where, question, answer)
+    for key, column in (("question", question), ("answer", answer)):
+        if column is not None and all(reach(raw, column) is None for raw in raws):
+            explain_missing(raws, column, key, where)
+    named = (question or (layout and layout.question), answer or (layout and layout.answer))
     rows = []
     for index, raw in enumerate(raws):
         full = {**dict.fromkeys(sorted(columns)), **raw}
         try:
+            for key, name in zip(("question", "answer"), named, strict=True):
+                if name:
+                    check_text(reach(raw, name), key, name)
             row = read(full)
         except UserError as error:
             raise UserError(f"{where}, row {index}: {error}") from error
+        is_multiple = str(raw.get("is_multiple_answer")).lower() == "true"
+        if row.reference and (list_answers or ("all" if is_multiple else "any")) == "all":
+            row = replace(row, reference=as_one(row.reference))
         rows.append(replace(row, row=index, columns=full))
     return rows
 
 
-def _reader(columns: set[str], where: str, question: str | None, answer: str | None) -> Reader:
+def _reader(
+    columns: set[str], where: str, question: str | None, answer: str | None
+) -> tuple[Reader, Layout | None]:
     found = ", ".join(sorted(columns)) or "none"
     for key, column in (("question", question), ("answer", answer)):
         if column is not None and not {column, column.split(".")[0]} & columns:
@@ -292,32 +349,23 @@ def _reader(columns: set[str], where: str, question: str | None, answer: str | N
                 f"{where}: set both keys, question and answer, of the data source; "
                 f"its columns: {found}"
             )
-        return _mapped(question, answer, layout)
+        return _mapped(question, answer, layout), layout
     if layout is None:
         raise UserError(
             f"{where}: no question and gold answer among its columns ({found}); name them by "
             "data.train.question and data.train.answer (data.eval.… for an exam)"
         )
-    return layout.read
+    return layout.read, layout
 
 
 def _mapped(question: str | None, answer: str | None, layout: Layout | None) -> Reader:
     def read(raw: Raw) -> DataRow:
         row = layout.read(raw) if layout else DataRow("", None)
         if question is not None:
-            row = problem(_reach(raw, question), row.reference, row.solution)
+            row = problem(reach(raw, question), row.reference, row.solution)
         if answer is not None:
-            value = _reach(raw, answer)
+            value = reach(raw, answer)
             row = replace(row, reference=final_answer(value), solution=_worked(value))
         return row
 
     return read
-
-
-def _reach(raw: Raw, column: str) -> Any:
-    if column in raw:
-        return raw[column]
-    value: Any = raw
-    for part in column.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value

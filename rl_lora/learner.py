@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rl_lora.batches import make_samples, pack, to_device
-from rl_lora.config import AlgorithmSection, OptimSection
+from rl_lora.config import AlgorithmSection, OptimSection, check_full_dtype
 from rl_lora.cpu_workers import map_on_cores
-from rl_lora.losses import LOSSES, LossInputs, kl_penalty, log_loss
+from rl_lora.losses import LOSSES, RATIO_TO_OLD, LossInputs, k3, kl_penalty, log_loss
 from rl_lora.policy import Policy
 from rl_lora.types import Microbatch, RolloutGroup
 
@@ -59,6 +60,19 @@ def parameter_groups(
     ]
 
 
+def quantiles(values: Tensor, levels: Sequence[float]) -> list[float]:
+    """Quantiles of a float tensor on the CPU, linearly interpolated in float64.
+
+    As `torch.quantile`, which takes no more than 2^24 elements.
+    """
+    ranks = [level * (values.numel() - 1) for level in levels]
+    places = sorted({place for rank in ranks for place in (math.floor(rank), math.ceil(rank))})
+    ordered = torch.from_numpy(np.partition(values.numpy().ravel(), places)).double()
+    below, above = (ordered[[int(f(rank)) for rank in ranks]] for f in (math.floor, math.ceil))
+    fractions = [rank - math.floor(rank) for rank in ranks]
+    return below.lerp(above, below.new_tensor(fractions)).tolist()
+
+
 class TokenRecord:
     """What the forward passes of a step saw, kept on the CPU for the metrics."""
 
@@ -78,20 +92,16 @@ class TokenRecord:
     def metrics(self) -> dict[str, float]:
         """Ratios and the sampler-policy mismatch over all the step's completion tokens.
 
-        mismatch/kl is the k3 estimate of KL(sampler || policy) in nats a token.
+        ratio/* are of policy to sampler, whatever ratio the loss bounds; mismatch/kl is the k3
+        estimate of KL(sampler || policy) in nats a token, computed in float64.
         """
         policy_C, sampler_C, entropy_C = (torch.cat(t) for t in zip(*self._rows, strict=True))
         difference_C = policy_C - sampler_C
         ratio_C = difference_C.exp()
-        quantiles = ratio_C.double().quantile(torch.tensor(_RATIO_QUANTILES, dtype=torch.float64))
         out = {
-            f"ratio/p{int(q * 100):02d}": v
-            for q, v in zip(_RATIO_QUANTILES, quantiles, strict=True)
-        }
-        out |= {
             "ratio/mean": ratio_C.mean(),
             "ratio/max": ratio_C.max(),
-            "mismatch/kl": (ratio_C - 1 - difference_C).double().mean(),
+            "mismatch/kl": k3(policy_C.double() - sampler_C.double()).mean(),
             "mismatch/abs_mean": difference_C.abs().mean(),
             "mismatch/abs_max": difference_C.abs().max(),
             "entropy/mean": entropy_C.mean(),
@@ -100,7 +110,10 @@ class TokenRecord:
             "learn/tokens": torch.tensor(self.num_tokens),
             "learn/padding_fraction": torch.tensor(1 - self.num_tokens / self.num_padded),
         }
-        return {name: float(value) for name, value in out.items()}
+        found = zip(_RATIO_QUANTILES, quantiles(ratio_C, _RATIO_QUANTILES), strict=True)
+        return {f"ratio/p{int(level * 100):02d}": value for level, value in found} | {
+            name: float(value) for name, value in out.items()
+        }
 
 
 @dataclass
@@ -119,7 +132,11 @@ Objective = Callable[[Microbatch], tuple[Tensor, Seen]]
 
 
 class Learner:
-    """The optimizer and its policy."""
+    """The optimizer and its policy.
+
+    Raises:
+        UserError: the policy is in full fine-tuning in bfloat16.
+    """
 
     def __init__(
         self,
@@ -130,12 +147,13 @@ class Learner:
         temperature: float,
         num_steps: int,
     ) -> None:
+        check_full_dtype(policy.lora, str(policy.dtype).removeprefix("torch."))
         self.policy = policy
         self.optim = optim
         self.algorithm = algorithm
         self.temperature = temperature
         self.num_steps = num_steps  # of optimizer steps, for the schedule
-        self.num_updates_done = 0
+        self.num_updates_done = 0  # the schedule's place: updates without a step count as well
         self.optimizer = self._make_optimizer()
 
     def restart(self) -> None:
@@ -147,13 +165,18 @@ class Learner:
         """Policy-gradient steps, one an element of `updates`; returns the step's metrics.
 
         An update whose advantages are all zero takes no optimizer step (Adam's momentum would move
-        the weights without a signal); it is counted in learn/skipped_updates.
+        the weights without a signal), but for the one to the KL where that is in the loss. It is
+        counted in learn/skipped_updates; the schedule goes on.
         """
         record, clean = TokenRecord(), TokenRecord()
         loss_total = kl_total = 0.0
         norms: list[float] = []
-        for index, microbatches in enumerate(updates):
-            has_signal = any(bool(b.advantages_C.any()) for b in microbatches)
+        num_updates_after = self.num_updates_done + max(len(updates), self.optim.num_updates)
+        for index, microbatches in enumerate(self._with_old_logprobs(updates)):
+            self._next_rate(self.optim.lr)
+            has_signal = self.algorithm.kl == "loss" or any(
+                bool(b.advantages_C.any()) for b in microbatches
+            )
             objective = self._policy_objective if has_signal else self._without_gradient
             for batch, seen in self._passes(microbatches, objective):
                 loss_total, kl_total = loss_total + seen.loss, kl_total + seen.kl
@@ -163,6 +186,7 @@ class Learner:
                     clean.add(batch, seen.logprobs_C, seen.entropy_C)
             if has_signal:
                 norms.append(self._step(self.optim.lr))
+        self.num_updates_done = num_updates_after  # a step of few samples has fewer updates
         metrics = record.metrics() | {
             k: v for k, v in clean.metrics().items() if k.startswith("mismatch/")
         }
@@ -184,22 +208,31 @@ class Learner:
         is_scheduled: the rate follows `optim.schedule`; False: it is constant.
         """
         total = sum(seen.loss for _, seen in self._passes(microbatches, self._log_loss_objective))
-        norm = self._step(lr, is_scheduled)
+        self._next_rate(lr, is_scheduled)
+        norm = self._step(lr)
         return {"sft/loss": total, "grad/norm": norm, "optim/lr": lr}
 
     def penalised_rewards(
         self, groups_N: Sequence[RolloutGroup], microbatch_tokens: int
-    ) -> list[list[float]]:
-        """rewards_N_G less kl_weight times each sequence's KL to the base, sum over its tokens of
-        log p_sampler - log p_reference (InstructGPT, arXiv 2203.02155, equation 2).
+    ) -> tuple[list[list[float]], dict[str, float]]:
+        """rewards_N_G, with kl = "reward" less kl_weight times each sequence's KL to the base, the
+        sum over its tokens of log p_sampler - log p_reference (InstructGPT, arXiv 2203.02155,
+        equation 2).
 
         The groups' own rewards stay as they are.
+
+        Returns:
+            The rewards, and as metrics reward/kl, the k3 estimate of KL(sampler || base) in nats a
+            token, and reward/kl_penalty, what a completion's reward has lost on average.
         """
+        if self.algorithm.kl != "reward":
+            return [group.rewards_G for group in groups_N], {}
         numbers_N_G, position = [], 0
         for group in groups_N:
             numbers_N_G.append([float(position + i) for i in range(len(group.rollouts_G))])
             position += len(group.rollouts_G)
-        penalty = [0.0] * position  # the advantage field carries the sequence's number through pack
+        kl = [0.0] * position  # the advantage field carries the sequence's number through pack
+        kl_total, num_tokens = 0.0, 0
         (batches,) = pack(
             make_samples(groups_N, numbers_N_G),
             denominator="tokens",
@@ -210,16 +243,27 @@ class Learner:
         for batch in batches:
             batch = to_device(batch, self.policy.device)
             reference_C = self.policy.reference_logprobs(batch, self.temperature)
-            kl_C = (batch.sampler_logprobs_C - reference_C).cpu()
-            for number, kl in zip(batch.advantages_C.tolist(), kl_C.tolist(), strict=True):
-                penalty[int(number)] += kl
-        return [
+            log_ratio_C = batch.sampler_logprobs_C.double() - reference_C.double()
+            kl_total, num_tokens = (
+                kl_total + float(k3(-log_ratio_C).sum()),
+                num_tokens + len(log_ratio_C),
+            )
+            for number, value in zip(
+                batch.advantages_C.tolist(), log_ratio_C.tolist(), strict=True
+            ):
+                kl[int(number)] += value
+        weight = self.algorithm.kl_weight
+        penalised_N_G = [
             [
-                reward - self.algorithm.kl_weight * penalty[int(number)]
+                reward - weight * kl[int(number)]
                 for reward, number in zip(group.rewards_G, numbers_G, strict=True)
             ]
             for group, numbers_G in zip(groups_N, numbers_N_G, strict=True)
         ]
+        return penalised_N_G, {
+            "reward/kl": kl_total / num_tokens,
+            "reward/kl_penalty": weight * sum(kl) / len(kl),
+        }
 
     def parameter_norm(self) -> float:
         """L2 norm of all trainable parameters."""
@@ -268,6 +312,26 @@ class Learner:
                 seen.gradients = ()
                 yield batch, seen
 
+    def _with_old_logprobs(
+        self, updates: Sequence[Sequence[Microbatch]]
+    ) -> Sequence[Sequence[Microbatch]]:
+        """The updates with the log-probs of the policy as it is now, for losses that bound its way.
+
+        The first update has them from its own pass; one update a step thus costs no pass more.
+        """
+        if self.algorithm.loss not in RATIO_TO_OLD:
+            return updates
+        return [
+            *updates[:1],
+            *(
+                [
+                    replace(batch, old_logprobs_C=seen.logprobs_C.to(batch.token_ids_BT.device))
+                    for batch, seen in self._passes(microbatches, self._scores)
+                ]
+                for microbatches in updates[1:]
+            ),
+        ]
+
     def _policy_objective(self, batch: Microbatch) -> tuple[Tensor, Seen]:
         logprobs_C, entropy_C = self.policy.token_logprobs(batch, self.temperature)
         loss, num_clipped = LOSSES[self.algorithm.loss](
@@ -279,6 +343,11 @@ class Learner:
             kl = kl_penalty(logprobs_C, reference_C, batch.weights_C)
         seen = Seen(loss.item(), kl.item(), logprobs_C.detach(), entropy_C, int(num_clipped))
         return loss + self.algorithm.kl_weight * kl, seen
+
+    @torch.no_grad()
+    def _scores(self, batch: Microbatch) -> tuple[Tensor, Seen]:
+        logprobs_C, entropy_C = self.policy.token_logprobs(batch, self.temperature)
+        return logprobs_C.sum(), Seen(0.0, 0.0, logprobs_C, entropy_C, 0)
 
     @torch.no_grad()
     def _without_gradient(self, batch: Microbatch) -> tuple[Tensor, Seen]:
@@ -298,19 +367,23 @@ class Learner:
             weights_C=batch.weights_C,
             sequence_C=batch.sequence_C,
             num_sequences=batch.num_sequences,
+            old_logprobs_C=batch.old_logprobs_C,
         )
 
-    def _step(self, lr: float, is_scheduled: bool = True) -> float:
-        """Clips, steps, clears the gradients; returns the norm (L2) before clipping.
-
-        Raises:
-            FloatingPointError: the gradient is not finite; the parameters are left as they were.
-        """
+    def _next_rate(self, lr: float, is_scheduled: bool = True) -> None:
+        """The next update's learning rate, whether or not a step is taken in it."""
         self.num_updates_done += 1
         section = self.optim.model_copy(update={"lr": lr})
         rate = learning_rate(section, self.num_updates_done, self.num_steps) if is_scheduled else lr
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_ratio", 1.0)
+
+    def _step(self, lr: float) -> float:
+        """Clips, steps, clears the gradients; returns the norm (L2) before clipping.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the parameters are left as they were.
+        """
         parameters = list(self.policy.trainable().values())
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.optim.grad_clip))
         if not math.isfinite(norm):

@@ -142,9 +142,24 @@ def has_eval_part(source: SourceSection) -> bool:
 
 
 def question_key(question: str) -> str:
-    """Questions with the same key are the same problem: case, blanks and the last mark apart."""
-    text = unicodedata.normalize("NFKC", question).casefold()
-    return re.sub(r"\s+", "", text).rstrip(".?!:,")
+    """Questions with the same key are the same problem.
+
+    Left out is only what cannot change a problem: blanks that part nothing (those of `x + 1`), a
+    last full stop, and characters without width. Case, other marks, superscripts and blanks that
+    part numbers, words or signs stay: 5! is not 5?, 5² not 52, 1 1/2 not 11/2, 2 -3 not 2-3.
+    """
+    text = unicodedata.normalize("NFC", question).translate(_WITHOUT_WIDTH)
+    text = _PARTING_BLANK.sub("\t", " ".join(text.split()))
+    return re.sub(r"(?<!\.)\.$", "", text.replace(" ", "").replace("\t", " "))
+
+
+_WITHOUT_WIDTH = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"))
+_PARTING_BLANK = re.compile(
+    r"(?<=[^\W_]) (?=[^\W_])|(?<=[)\]!%']) (?=[^\W_])"  # 1 1/2, a b, 5! 3
+    r"|(?<=[\d)\]!%']) (?=[(\[])"  # 5 (3), (1) (2)
+    r"|(?<=[^\W_]) (?=[-+.\u2212][^ ])|(?<=[)\]}!%']) (?=[-+.\u2212][^ ])"  # 2 -3, 3 .5
+    r"|(?<=\d[.,]) (?=\d)|(?<=\d) (?=[.,] ?\d)"  # 1, 234
+)
 
 
 # --- cleaning -------------------------------------------------------------------------------------
@@ -190,8 +205,10 @@ def _reason_to_drop(row: DataRow, earlier: DataRow | None) -> str | None:
 def _load_generated(
     source: SourceSection, kind: str, name: str, exclude: Collection[str]
 ) -> LoadedSet:
-    if source.question or source.answer or source.split:
-        raise UserError(f"{source.name} is generated: question, answer and split do not apply")
+    if source.question or source.answer or source.split or source.list_answers:
+        raise UserError(
+            f"{source.name} is generated: question, answer, list_answers and split do not apply"
+        )
     make = generated_rows if kind == "generated" else reasoning_gym_rows
     wanted = source.num_rows or DEFAULT_ROWS
     kept: dict[str, DataRow] = {}
@@ -226,7 +243,7 @@ def _load_files(source: SourceSection, paths: list[Path], label: str) -> LoadedS
     for path in paths:
         raws = read_file(path)
         if raws:
-            rows += parse_rows(raws, str(path), source.question, source.answer)
+            rows += parse_rows(raws, str(path), source.question, source.answer, source.list_answers)
     numbered = [replace(row, row=i) for i, row in enumerate(rows)]
     return _clean(source, label, numbered)
 
@@ -265,7 +282,9 @@ def _load_hub(source: SourceSection, hub_set: HubSet, label: str, role: Role) ->
     rows: list[DataRow] = []
     for config in hub_set.configs:
         raws = list(_hub_rows(source.name, hub_set, config, split))
-        rows += parse_rows(raws, f"data set {source.name}", source.question, source.answer)
+        rows += parse_rows(
+            raws, f"data set {source.name}", source.question, source.answer, source.list_answers
+        )
     numbered = [replace(row, row=i) for i, row in enumerate(rows)]
     return _clean(source, label, numbered)
 

@@ -130,22 +130,30 @@ def target_names(model: nn.Module, section: LoraSection) -> list[str]:
                 "plain LoRA alone; set lora.variant='lora' or lora.layers='attention'"
             )
     names = []
+    has_layers = False
     for name, module in model.named_modules():
         last = name.rsplit(".", 1)[-1]
         if not isinstance(module, nn.Linear) or (is_mixture and last in ROUTERS):
             continue
-        if last == "lm_head":
+        if module is head_of(model):
             if section.lm_head:
                 names.append(name)
         elif section.layers == "all" or section.layers == _kind(name):
+            has_layers = True
             names.append(name)
-    has_layers = any(not name.endswith("lm_head") for name in names)
     if not has_layers and not (is_mixture and section.layers != "attention"):
         raise UserError(
             f"lora.layers={section.layers!r}: {type(model).__name__} has no linear layer of that "
             "kind; use lora.layers='all'"
         )
     return names
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """lm_head, whatever the model calls it (GPT-NeoX: embed_out)."""
+    find = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = find() if find is not None else getattr(model, "lm_head", None)
+    return head
 
 
 def attach_lora(model: nn.Module, section: LoraSection, seed: int) -> list[str]:

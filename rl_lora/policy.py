@@ -11,17 +11,21 @@ import contextlib
 import copy
 import hashlib
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from rl_lora import attention
+from rl_lora.architectures import check_architecture
 from rl_lora.batches import pack, to_device
-from rl_lora.config import LoraSection, ModelSection
+from rl_lora.config import LoraSection, ModelSection, check_full_dtype
 from rl_lora.errors import UserError
 from rl_lora.logprobs import score_hidden
 from rl_lora.lora import adapters_off, attach_lora, lora_layers
@@ -58,6 +62,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return min(seconds, key=lambda dtype: seconds[dtype])
 
 
+def check_trainable(model: ModelSection, lora: LoraSection) -> None:
+    """Raises UserError for full fine-tuning where model.dtype="auto" is bfloat16 on the device.
+
+    Before anything is loaded; bfloat16 by name is refused by the settings themselves.
+    """
+    if lora.mode == "full" and model.dtype == "auto":
+        dtype = pick_dtype(model.dtype, pick_device(model.device))
+        check_full_dtype(lora, str(dtype).removeprefix("torch."))
+
+
 def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
     """The fastest of 5 matmuls of 512 x 512 x 512, after 2 to warm up."""
     a, b = (torch.ones(512, 512, dtype=dtype, device=device) for _ in range(2))
@@ -88,11 +102,14 @@ class Policy:
     ) -> None:
         self.model_dir = model_dir
         self.base_name = model.name
+        self.base_revision = model.revision
         self.lora = lora
         self.is_full = lora.mode == "full"
         self.device = pick_device(model.device)
         self.dtype = pick_dtype(model.dtype, self.device)
-        check_rank(AutoConfig.from_pretrained(model_dir), lora)
+        config = AutoConfig.from_pretrained(model_dir)
+        check_architecture(config, lora, model_dir)
+        check_rank(config, lora)
         self.model: PreTrainedModel = _load(model_dir, self.dtype)
         self.model.to(self.device)  # type: ignore[arg-type]  # its stubs know no device
         self.can_share_prompts = _can_share_prompts(self.model)
@@ -217,26 +234,63 @@ class Policy:
 
 def _load(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(model_dir)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of missing tensors, of which `_check_complete` tells
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_dir, config=config, dtype=dtype, attn_implementation="sdpa"
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are named below
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"model {model_dir}: not a loadable causal language model: {reason}"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    model: PreTrainedModel = loaded[0]
+    _check_complete(loaded[1], model_dir)
     model.eval()
     _align(model)
     for module in model.modules():  # a policy gradient needs the sampler's very distribution
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
+        if isinstance(getattr(module, "attention_dropout", None), float):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 (an attribute nn.Module lacks)
         if hasattr(module, "jitter_noise"):  # of a mixture's router, in training mode
             setattr(module, "jitter_noise", 0.0)  # noqa: B010
     _check_lm_head(model, model_dir)
     return model
+
+
+def _check_complete(loading_info: dict[str, Any], model_dir: Path) -> None:
+    """Raises UserError where weights were drawn at random: the files lack them, or have others."""
+    mismatched = sorted(loading_info["mismatched_keys"])
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        raise UserError(
+            f"model {model_dir}: {name} is {list(found)} in its files and {list(wanted)} by its "
+            f"config.json ({len(mismatched)} such tensors); fetch the model again"
+        )
+    if missing := sorted(loading_info["missing_keys"]):
+        fix = "fetch the model again"
+        if "lm_head" in missing[0]:
+            fix += (
+                ", or set tie_word_embeddings=true in config.json if its lm_head is the embedding"
+            )
+        raise UserError(
+            f"model {model_dir}: its files have no {missing[0]} ({len(missing)} missing); {fix}"
+        )
+    if unused := sorted(loading_info["unexpected_keys"]):
+        warnings.warn(
+            f"model {model_dir}: {len(unused)} tensors of its files belong to no layer of the "
+            f"model and are not used, {unused[0]} first",
+            stacklevel=2,
+        )
 
 
 @torch.no_grad()
@@ -306,8 +360,18 @@ def _score(model: PreTrainedModel, batch: Microbatch, temperature: float) -> tup
         hidden_BTD = model.base_model(
             input_ids=batch.token_ids_BT, position_ids=batch.position_BT, use_cache=False
         ).last_hidden_state
-    hidden_CD = hidden_BTD[batch.row_C, batch.column_C]
+    hidden_CD = take_positions(hidden_BTD, batch.row_C, batch.column_C)
     return score_hidden(hidden_CD, model.get_output_embeddings(), batch.target_ids_C, temperature)
+
+
+def take_positions(hidden_BTD: Tensor, row_C: Tensor, column_C: Tensor) -> Tensor:
+    """[C, D]: the hidden states at (row, column), with a gradient that has one order of sums.
+
+    A prompt's last position is read once for each of its completions. The gradient of
+    hidden_BTD[row_C, column_C] adds those up on several threads by atomic additions on a CPU, in
+    the order in which they come: two runs of one seed then end in other digits now and then.
+    """
+    return hidden_BTD.flatten(0, 1).index_select(0, row_C * hidden_BTD.shape[1] + column_C)
 
 
 def _checksum(tensor: Tensor) -> tuple[int, int]:

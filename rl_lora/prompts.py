@@ -12,12 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.chat_template import ChatTemplate, check_characters, check_plain, encode_prompts
+from rl_lora.chat_template import (
+    ChatTemplate,
+    check_characters,
+    check_plain,
+    encode_prompts,
+    markup_note,
+)
 from rl_lora.config import DataSection, SourceSection
 from rl_lora.errors import UserError
 from rl_lora.layouts import DataRow, last_boxed
 from rl_lora.loaders import LoadedSet, Role, has_eval_part, load_source, question_key
 from rl_lora.messages import Message, plain_text, read_tools, with_question
+from rl_lora.references import alternatives
 from rl_lora.sampler import mix_seed
 from rl_lora.types import Prompt
 
@@ -105,10 +112,12 @@ def load_prompts(
         collected.eval = [*(i for i in drawn if i.key not in eval_keys), *collected.eval]
     collected.drop_overlap()
     exam_tokens = max_exam_tokens or max_new_tokens
+    asked = [item.row.asked(with_system=True) for item in (*collected.train, *collected.eval)]
+    markup = markup_note(asked, tokenizer) if data.template == "chat" else None
     return PromptSets(
         train=renderer.prompts(collected.train, context_length - max_new_tokens),
         eval=renderer.prompts(collected.eval, context_length - exam_tokens),
-        notes=collected.notes(),
+        notes=[*collected.notes(), *([markup] if markup else [])],
     )
 
 
@@ -182,9 +191,11 @@ class _Collected:
             if role == "eval" and num_kept < len(items):
                 reasons["not drawn (data.held_out)"] = len(items) - num_kept
             why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+            num_lists = sum(len(alternatives(item.row.reference or "")) > 1 for item in items)
             lines.append(
                 f"{loaded.label} ({role}): {num_kept} of {loaded.num_read} rows"
                 + (f"; dropped: {why}" if why else "")
+                + (f"; {num_lists} with several answers, any of which counts" if num_lists else "")
             )
         return lines
 
@@ -295,6 +306,7 @@ def finish_solution(solution: str, reference: str, instruction: str) -> str:
     """The worked solution, ending in the format that the instruction asks for."""
     if not solution:
         return ""
+    reference = alternatives(reference)[0]
     if "####" in instruction and "boxed" not in instruction:
         return f"{solution}\n#### {reference}"
     return solution if last_boxed(solution) is not None else f"{solution}\n\\boxed{{{reference}}}"

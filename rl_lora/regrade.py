@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rewards import RewardError, Score, load_reward
+from rewards import Score, load_reward
 from rl_lora.errors import UserError
 from rl_lora.exam_files import find_exam, read_exam
 from rl_lora.results import ExamScores, ProblemRecord, SampleRecord, exam_scores
+from rl_lora.scoring import score_best
 from rl_lora.tables import accuracy_name, accuracy_text, printable
 
 _CELL_CHARS = 40
@@ -88,10 +89,7 @@ def regrade(
     with load_reward(
         name, policy=rules, format_weight=weight, num_workers=num_workers, timeout_s=timeout_s
     ) as scorer:
-        try:
-            scores = scorer.score_batch([sample.completion for sample in samples], references)
-        except RewardError as error:
-            raise UserError(str(error)) from error
+        scores = score_best(scorer, [sample.completion for sample in samples], references)
     graded_N = _with_scores(problems_N, scores)
     return Regrade(
         exam=str(path),

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from rewards import FunctionReward, Reward, RewardError, Score
+from rewards import FunctionReward, Reward
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import OnGroup, Sampler
+from rl_lora.scoring import score_best
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, SampleParams
 
 MADE_UP = "The answer is \\boxed{0}."
@@ -56,7 +57,7 @@ def score_groups(
         for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
         for _ in completions_G
     ]
-    scored = _scores(reward, texts, references, _rows(prompts_N, completions_N_G))
+    scored = score_best(reward, texts, references, _rows(prompts_N, completions_N_G))
     for score, reference in zip(scored, references, strict=True):
         if not math.isfinite(score.reward):
             raise UserError(
@@ -68,20 +69,6 @@ def score_groups(
         RolloutGroup(prompt, tuple(Rollout(c, next(scores)) for c in completions_G))
         for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
     ]
-
-
-def _scores(
-    reward: Reward,
-    texts: Sequence[str],
-    references: Sequence[str],
-    rows: Sequence[Mapping[str, Any]],
-) -> list[Score]:
-    try:
-        if isinstance(reward, FunctionReward):
-            return reward.score_rows(texts, references, rows)
-        return reward.score_batch(texts, references)
-    except RewardError as error:
-        raise UserError(str(error)) from error
 
 
 def _rows(

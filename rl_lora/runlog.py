@@ -6,6 +6,7 @@ of steps that are going to be run again are cut.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import secrets
@@ -147,11 +148,12 @@ class RunLog:
     def close(self) -> None:
         """Closes files and trackers; a second call does nothing."""
         trackers, self._trackers = self._trackers, []
-        self._metrics.close()
-        if self._transcripts is not None:
-            self._transcripts.close()
-        for tracker in trackers:
-            tracker.close()
+        with contextlib.ExitStack() as stack:  # all of them, also where a full disk stops one
+            for tracker in reversed(trackers):
+                stack.callback(tracker.close)
+            if self._transcripts is not None:
+                stack.callback(self._transcripts.close)
+            stack.callback(self._metrics.close)
 
     def __enter__(self) -> RunLog:
         return self

@@ -14,6 +14,7 @@ from rl_lora.config import (
     RunSection,
     Section,
     SourcesSection,
+    check_full_dtype,
     check_variant,
     parse_as,
     read_settings,
@@ -54,6 +55,7 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> SftConfig:
         check_variant(self.lora, self.optim)
+        check_full_dtype(self.lora, self.model.dtype)
         return self
 
 
@@ -63,4 +65,4 @@ def load_sft_config(path: Path | None, overrides: list[str] | None = None) -> Sf
     Raises:
         UserError: one line that names the file or key and the fix.
     """
-    return parse_as(SftConfig, read_settings(path, overrides))
+    return parse_as(SftConfig, read_settings(path, overrides, SftConfig))

@@ -10,24 +10,29 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rl_lora import jsonl
-from rl_lora.adapter import save_adapter
+from rl_lora.adapter import save_adapter, version_in
 from rl_lora.batches import pack
-from rl_lora.checkpoint import drop_after, latest_checkpoint
+from rl_lora.checkpoint import drop_after
 from rl_lora.config import AlgorithmSection
 from rl_lora.display import Display
 from rl_lora.errors import StaleAdapterError
+from rl_lora.inputs import base_inputs, sequence_inputs
 from rl_lora.job import check_run_folder, open_model
 from rl_lora.learner import Learner
 from rl_lora.metrics import PhaseTimer, memory_metrics, speed_metrics
+from rl_lora.models import check_rows
 from rl_lora.nll import HeldOutLoss, held_out_loss
-from rl_lora.run_record import write_record
+from rl_lora.policy import check_trainable
+from rl_lora.run_lock import run_lock
+from rl_lora.run_record import anchored, write_record
 from rl_lora.runlog import METRICS_FILE, RunLog
 from rl_lora.sft_config import SftConfig
 from rl_lora.sft_data import SftSets, load_sft, step_indices
-from rl_lora.snapshot import load_snapshot, resume_step, save_snapshot
+from rl_lora.snapshot import Start, find_start, load_snapshot, save_snapshot
+from rl_lora.whole import disk_errors, whole_directory
 
 if TYPE_CHECKING:
     from rl_lora.policy import Policy
@@ -45,6 +50,18 @@ class SftOutcome:
     after: float
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What the loop works with."""
+
+    config: SftConfig
+    learner: Learner
+    sets: SftSets
+    inputs: dict[str, Any]  # hashes of base and data, for the checkpoints
+    log: RunLog
+    display: Display
+
+
 def curve_steps(num_steps: int, num_tests: int, every: int = 0) -> list[int]:
     """Steps after which the test is held: num_tests of them at equal ratios, the last one with
     them, and every `every`-th (0: none)."""
@@ -57,50 +74,39 @@ def curve_steps(num_steps: int, num_tests: int, every: int = 0) -> list[int]:
     return sorted(steps)
 
 
-def fine_tune(config: SftConfig, *, resume: bool = False, quiet: bool = False) -> SftOutcome:
+def fine_tune(
+    config: SftConfig,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    accept_changed_data: bool = False,
+) -> SftOutcome:
     """Runs a supervised job to its end and leaves everything in its run folder.
 
     Args:
         config: the job.
         resume: go on from the newest checkpoint, if there is one; a complete run is only reported.
         quiet: print only warnings and the summary.
+        accept_changed_data: go on although base or data are others than when the run began.
 
     Raises:
-        UserError: bad input, or an older run in the way.
+        UserError: bad input, an older run in the way, another process at work in the folder, or a
+            full disk.
         FloatingPointError: the gradient is not finite.
     """
+    check_trainable(config.model, config.lora)
+    config = anchored(config)
     folder = config.run.folder
-    check_run_folder(folder)
-    checkpoint = latest_checkpoint(folder) if resume else None
-    with (
-        Display(quiet=quiet) as display,
-        RunLog(
-            folder,
-            config.run.loggers,
-            resume_step=resume_step(checkpoint, resume),
-            config=config.model_dump(mode="json"),
-        ) as log,
-    ):
-        policy, sets = _prepare(config, display)
-        learner = Learner(
-            policy,
-            config.optim,
-            AlgorithmSection(),
-            temperature=1.0,
-            num_steps=config.run.num_steps,
-        )
-        base_hash = policy.base_fingerprint()
-        write_record(config, policy, base_hash)
-        step = 0
-        if checkpoint is not None:
-            step = int(load_snapshot(checkpoint, learner, config)["step"])
-            drop_after(folder, step)
-            display.note(f"resumed from {checkpoint}")
-        _loop(config, learner, sets, log, display, step)
-        if not policy.is_full and policy.base_fingerprint() != base_hash:
-            raise StaleAdapterError("the base model's weights changed during the run")
-        _publish(policy, folder, config)
-        outcome = _outcome(folder)
+    with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
+        check_run_folder(folder)
+        if taken_over is not None:
+            display.note(taken_over)
+        start = find_start(config, resume=resume)
+        if start.log_step == config.run.num_steps == version_in(folder / "adapter"):
+            outcome = _outcome(folder)
+            display.note(f"{folder} is complete: {config.run.num_steps} steps done")
+        else:
+            outcome = _run(start.restarted(config), start, display, accept_changed_data)
         display.note(
             f"test loss {outcome.before:.4f} before, {outcome.after:.4f} after (nats a token); "
             f"everything is in {folder}"
@@ -108,13 +114,53 @@ def fine_tune(config: SftConfig, *, resume: bool = False, quiet: bool = False) -
     return outcome
 
 
+def _run(
+    config: SftConfig, start: Start, display: Display, accept_changed_data: bool
+) -> SftOutcome:
+    folder = config.run.folder
+    with RunLog(
+        folder,
+        config.run.loggers,
+        resume_step=start.log_step,
+        config=config.model_dump(mode="json"),
+    ) as log:
+        policy, sets = _prepare(config, display)
+        data = {"train": sequence_inputs(sets.train), "eval": sequence_inputs(sets.test)}
+        inputs: dict[str, Any] = {"base": base_inputs(policy), "data": data}
+        if not accept_changed_data:
+            start.check_inputs(inputs, folder)
+        learner = Learner(
+            policy,
+            config.optim,
+            AlgorithmSection(),
+            temperature=1.0,
+            num_steps=config.run.num_steps,
+        )
+        job = _Job(config, learner, sets, inputs, log, display)
+        write_record(config, policy, inputs)
+        if start.checkpoint is not None:
+            load_snapshot(start.checkpoint, learner, config)
+            drop_after(folder, start.state["step"])
+            display.note(f"resumed from {start.checkpoint}")
+        else:
+            log.write(0, _test(job).metrics())
+            save_snapshot(0, learner, config, inputs=inputs)
+        _loop(job, start.state.get("step", 0))
+        if not policy.is_full and policy.base_fingerprint() != inputs["base"]["fingerprint"]:
+            raise StaleAdapterError("the base model's weights changed during the run")
+        _publish(policy, folder, config)
+    return _outcome(folder)
+
+
 def _prepare(config: SftConfig, display: Display) -> tuple[Policy, SftSets]:
     from rl_lora.policy import Policy
 
-    model_dir, tokenizer, context = open_model(config.model, display.note)
+    model_dir, tokenizer, context = open_model(config.model, display.note, config.lora)
     sets = load_sft(config.data, tokenizer, context, config.run.seed)
     for note in sets.notes:
         display.note(note)
+    samples = (row.sample() for row in (*sets.train, *sets.test))
+    check_rows((s.prompt_ids + s.completion_ids for s in samples), tokenizer, model_dir)
     policy = Policy(
         model_dir,
         config.model,
@@ -125,40 +171,29 @@ def _prepare(config: SftConfig, display: Display) -> tuple[Policy, SftSets]:
     return policy, sets
 
 
-def _loop(
-    config: SftConfig,
-    learner: Learner,
-    sets: SftSets,
-    log: RunLog,
-    display: Display,
-    step: int,
-) -> None:
-    run, timer = config.run, PhaseTimer()
+def _loop(job: _Job, step: int) -> None:
+    config, run, timer = job.config, job.config.run, PhaseTimer()
     tests = set(curve_steps(run.num_steps, config.sft.num_tests, run.eval_every))
-    display.stage("fine-tuning", run.num_steps, step)
-    if step == 0:
-        log.write(0, _test(learner, sets, config).metrics())
-        save_snapshot(0, learner, config)
+    job.display.stage("fine-tuning", run.num_steps, step)
     timer.take()
     while step < run.num_steps:
-        indices = step_indices(step + 1, config.sft.batch_size, len(sets.train), run.seed)
+        indices = step_indices(step + 1, config.sft.batch_size, len(job.sets.train), run.seed)
         with timer.phase("learn"):
-            metrics = _step(learner, sets, indices, config)
+            metrics = _step(job, indices)
         step += 1
         if step in tests:
             with timer.phase("eval"):
-                metrics |= _test(learner, sets, config).metrics()
+                metrics |= _test(job).metrics()
         metrics |= timer.take() | memory_metrics()
-        log.write(step, metrics | speed_metrics(metrics))
-        display.step(step, metrics)
+        job.log.write(step, metrics | speed_metrics(metrics))
+        job.display.step(step, metrics)
         if step % run.checkpoint_every == 0 or step == run.num_steps:
-            save_snapshot(step, learner, config)
+            save_snapshot(step, job.learner, config, inputs=job.inputs)
 
 
-def _step(
-    learner: Learner, sets: SftSets, indices: list[int], config: SftConfig
-) -> dict[str, float]:
-    samples = [sets.train[index].sample() for index in indices]
+def _step(job: _Job, indices: list[int]) -> dict[str, float]:
+    config = job.config
+    samples = [job.sets.train[index].sample() for index in indices]
     (microbatches,) = pack(
         samples,
         denominator="tokens",
@@ -172,12 +207,12 @@ def _step(
         "learn/completion_tokens": float(sum(len(s.completion_ids) for s in samples)),
         "learn/padding_fraction": 1 - num_tokens / num_padded,
     }
-    return learner.fit(microbatches, lr=config.optim.lr) | counts
+    return job.learner.fit(microbatches, lr=config.optim.lr) | counts
 
 
-def _test(learner: Learner, sets: SftSets, config: SftConfig) -> HeldOutLoss:
-    samples = [sequence.sample() for sequence in sets.test]
-    return held_out_loss(learner.policy, samples, config.optim.microbatch_tokens)
+def _test(job: _Job) -> HeldOutLoss:
+    samples = [sequence.sample() for sequence in job.sets.test]
+    return held_out_loss(job.learner.policy, samples, job.config.optim.microbatch_tokens)
 
 
 def _publish(policy: Policy, folder: Path, config: SftConfig) -> None:
@@ -185,9 +220,8 @@ def _publish(policy: Policy, folder: Path, config: SftConfig) -> None:
     adapter = save_adapter(
         policy, folder / "adapters", version=config.run.num_steps, run_name=config.run.name
     )
-    final = folder / "adapter"
-    shutil.rmtree(final, ignore_errors=True)
-    adapter.path.rename(final)
+    with whole_directory(folder / "adapter") as scratch:
+        shutil.copytree(adapter.path, scratch, dirs_exist_ok=True)
     shutil.rmtree(folder / "adapters", ignore_errors=True)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -15,10 +16,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from rl_lora.architectures import check_config
 from rl_lora.config import ModelSection
 from rl_lora.errors import UserError
 from rl_lora.models import list_models
 from rl_lora.tiny import RECIPES
+
+HEAD_NAMES = ("lm_head", "embed_out")  # what models call their lm_head
 
 
 def _shape(
@@ -81,27 +85,53 @@ def load_model_config(
         UserError: it is in none of them.
     """
     if model_dir is not None:
-        try:
-            return AutoConfig.from_pretrained(model_dir, local_files_only=True), str(model_dir)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"model {model_dir}: its config.json cannot be used: {error}"
-            ) from error
+        return check_config(model_dir), str(model_dir)
     name, revision = section.name, section.revision
     try:
-        local = AutoConfig.from_pretrained(name, revision=revision, local_files_only=True)
+        local = AutoConfig.from_pretrained(
+            name, revision=revision, local_files_only=True, trust_remote_code=False
+        )
         return local, "the hub's cache"
     except (OSError, ValueError, KeyError):
         known = known_config(name)
     if known is not None:
         return known, "the built-in table (its config.json is not on this machine)"
     try:
-        return AutoConfig.from_pretrained(name, revision=revision), "the hub"
+        hub = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return hub, "the hub"
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"model.name={name!r}: its config.json is not on this machine and cannot be fetched; "
             "give a directory, or get the model with `rl-lora models get`"
         ) from error
+
+
+def has_own_head(model_dir: Path, config: PretrainedConfig) -> bool:
+    """Whether the files have an lm_head of its own although the config ties it to the embedding.
+
+    transformers then unties them; it is decided here as there, without loading the model: both
+    tensors are in the files, and they differ.
+    """
+    if not any(c.tie_word_embeddings for c in (config, config.get_text_config())):
+        return False
+    files: dict[str, Path] = {}
+    for path in model_dir.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as opened:
+            files |= dict.fromkeys(opened.keys(), path)
+    if not any(name.removesuffix(".weight").endswith(HEAD_NAMES) for name in files):
+        return False
+    model: Any = lay_out(config)
+    tied: dict[str, str] = model.all_tied_weights_keys
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(files[name], framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
+
+    return any(
+        head in files and source in files and not torch.equal(read(head), read(source))
+        for head, source in tied.items()
+    )
 
 
 def lay_out(config: PretrainedConfig) -> nn.Module:

@@ -17,13 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from rl_lora import jsonl
 from rl_lora.best import Choice, best_exam
 from rl_lora.errors import UserError
 from rl_lora.exam_files import SUFFIX, read_exam
 from rl_lora.results import EvalResult, load_result
+from rl_lora.run_lock import is_alive
 from rl_lora.runlog import METRICS_FILE
 from rl_lora.tables import accuracy_name, accuracy_text, printable, seconds_text, share_text
 
@@ -33,7 +32,6 @@ _SPARKS, _ASCII_SPARKS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 _RECENT_STEPS = 10  # that the ETA is made of
 _STALLED_S = 600.0  # without a word in the files; more where steps take long
 _RECORD_FILE = "run.json"
-_CLOCK_SLACK_S = 2.0  # between the process's start and what it wrote of itself
 
 # Rows of (key of a step's metrics, form).
 _ROWS: tuple[tuple[tuple[str, str], ...], ...] = (
@@ -207,23 +205,11 @@ def _state(
         if silent_s <= patience_s:
             return "running", f"by its files; its process {pid} is on {name}"
         return "unknown", f"silent, and its process {pid} is on {name}"
-    if not _is_alive(pid, float(process["started"])):
+    if not is_alive(pid, float(process["started"])):
         return "killed", f"process {pid} is gone; --resume goes on"
     if silent_s > patience_s:
         return "stalled", f"process {pid} lives, but is silent"
     return "running", f"process {pid}"
-
-
-def _is_alive(pid: int, started: float) -> bool:
-    """Whether the process that wrote the record lives; a later one may have got its number."""
-    try:
-        process = psutil.Process(pid)
-        is_gone = process.status() == psutil.STATUS_ZOMBIE
-        return not is_gone and process.create_time() <= started + _CLOCK_SLACK_S
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
 
 
 def _patience(steps: Sequence[Mapping[str, Any]]) -> float:

@@ -10,7 +10,6 @@ from the table, unfinished ones from their checkpoints.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -19,7 +18,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
 
 from rl_lora import jsonl
 from rl_lora.config import parse_as
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.rate_sweep import refined_rates, sweep
+from rl_lora.run_lock import run_lock
 from rl_lora.study_config import ROOTS, Cell, StudyConfig, cells_of
 from rl_lora.study_table import (
     GOALS,
@@ -42,7 +42,9 @@ from rl_lora.study_table import (
     make_row,
     read_table,
     results_by_rate,
+    write_table,
 )
+from rl_lora.whole import disk_errors
 
 _HEAVY = ("checkpoints", "adapters", "adapter", "probe", "best", "tensorboard", "figures")
 _MEMORY_SHARE = 0.8  # of what is free, for all processes together
@@ -265,14 +267,17 @@ def run_study(
         peak_mb: memory of one cell, if known.
 
     Raises:
-        UserError: another process runs this study.
+        UserError: another process runs this study, or the disk is full.
     """
-    with _lock(study.folder):
+    with disk_errors(study.folder), study_lock(study):
         rows = _rows(study)
         for row in rows:  # a kill may have come between a cell's row and this
             _drop_heavy(study.folder / "cells" / str(row["cell"]))
-        if retry:
+        if (
+            retry and rows
+        ):  # gone from the table as well: one that is killed again goes on where it was
             rows = [row for row in rows if row["status"] != "crashed"]
+            write_table(study.folder, rows)
         slots, has_gpus = num_slots(study, peak_mb)
         for _ in range(1 + study.study.refine_rounds):
             cells = all_cells(study, rows)
@@ -318,18 +323,9 @@ def _drop_heavy(run_folder: Path) -> None:
         shutil.rmtree(run_folder / name, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=2)
-    except Timeout as error:
-        raise UserError(f"another process runs the study in {folder}; wait for it") from error
-    try:
-        yield
-    finally:
-        lock.release()
+def study_lock(study: StudyConfig) -> AbstractContextManager[str | None]:
+    """`run_lock` of the study's folder."""
+    return run_lock(study.folder, what=f"the study in {study.folder}")
 
 
 def condition_counts(rows: Sequence[Any]) -> dict[Any, dict[str, int]]:

@@ -42,15 +42,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.table:
         _print_results(console, study, read_table(study.folder))
         return 0
-    from rl_lora.study import all_cells, pending_cells, run_study
+    from rl_lora.policy import check_trainable
+    from rl_lora.study import all_cells, pending_cells, run_study, study_lock
     from rl_lora.study_plan import calibrate, estimate
     from rl_lora.study_table import TABLE_FILE
 
+    if not arguments.dry_run:
+        with study_lock(study) as taken_over:  # before the timings, which take a while
+            if taken_over is not None:
+                console.print(Text(taken_over))
     rows = read_table(study.folder) if (study.folder / TABLE_FILE).is_file() else []
     if arguments.retry:
         rows = [row for row in rows if row["status"] != "crashed"]
     cells = all_cells(study, rows)
     left = pending_cells(cells, {row["cell"] for row in rows})
+    for cell in left:
+        check_trainable(cell.config.model, cell.config.lora)
     timed = {row["cost_class"] for row in rows if row["status"] in ("done", "diverged")}
     console.print(f"{study.study.name}: {len(cells)} cells, {len(left)} to run; in {study.folder}")
     _make_models(console, left)

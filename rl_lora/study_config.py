@@ -23,6 +23,7 @@ from pydantic import Field
 
 from rl_lora.config import RunConfig, Section, parse_as, read_settings
 from rl_lora.errors import UserError
+from rl_lora.overrides import apply_overrides
 from rl_lora.sft_config import SftConfig
 
 JobConfig = RunConfig | SftConfig
@@ -153,7 +154,11 @@ def load_study(path: Path, overrides: list[str] | None = None) -> StudyConfig:
     Raises:
         UserError: the file, a key, or a cell's settings are wrong, naming the first.
     """
-    study = parse_as(StudyConfig, read_settings(path, overrides))
+    of_job = [one.removeprefix("job.") for one in overrides or [] if one.startswith("job.")]
+    of_study = [one for one in overrides or [] if not one.startswith("job.")]
+    raw = read_settings(path, of_study, StudyConfig)
+    study = parse_as(StudyConfig, raw)
+    apply_overrides(study.job, of_job, ROOTS[study.study.arm])
     if not study.study.seeds:
         raise UserError("config: study.seeds is empty; give at least one seed")
     cells_of(study)

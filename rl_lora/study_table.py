@@ -130,8 +130,13 @@ def append_row(folder: Path, row: Mapping[str, Any]) -> None:
     """Adds a row; a line that a kill cut short before is dropped first."""
     file = folder / TABLE_FILE
     rows = jsonl.read_lines(file) if file.is_file() else []
-    kept = [old for old in rows if old["cell"] != row["cell"]]
-    jsonl.write_text_atomically(file, "".join(jsonl.to_line(one) for one in (*kept, dict(row))))
+    write_table(folder, [*(old for old in rows if old["cell"] != row["cell"]), row])
+
+
+def write_table(folder: Path, rows: Sequence[Row]) -> None:
+    """Replaces the table."""
+    lines = "".join(jsonl.to_line(dict(row)) for row in rows)
+    jsonl.write_text_atomically(folder / TABLE_FILE, lines)
 
 
 def condition_of(row: Row) -> Condition:

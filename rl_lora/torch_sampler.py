@@ -18,7 +18,7 @@ from rl_lora.batches import to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.kv_cache import KvCache, front
 from rl_lora.policy import Policy
-from rl_lora.sampler import BASE_VERSION, OnGroup, Stops, sample_seed
+from rl_lora.sampler import BASE_VERSION, OnGroup, Stops, sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
 _SEQUENCES_AT_ONCE = 128
@@ -83,13 +83,15 @@ class TorchSampler:
         out: list[list[Completion]] = []
         num_tokens = 0
         cache = KvCache(self.policy.model.config)  # its buffers serve all chunks
+        seeds_N_G = sample_seeds(prompts_N, params)
         for start in range(0, len(prompts_N), at_once):
-            chunk_n = prompts_N[start : start + at_once]
+            chunk = slice(start, start + at_once)
+            rows = _Rows(prompts_N[chunk], seeds_N_G[chunk], params, self.policy.device)
             if self._version == BASE_VERSION and not self.policy.is_full:
                 with self.policy.adapter_off():
-                    done = _decode(self, chunk_n, params, cache)
+                    done = _decode(self, rows, params, cache)
             else:
-                done = _decode(self, chunk_n, params, cache)
+                done = _decode(self, rows, params, cache)
             for index, completions_G in enumerate(done, len(out)):
                 if on_group is not None:
                     on_group(index, completions_G)
@@ -135,7 +137,13 @@ class TorchSampler:
 class _Rows:
     """The state of the rows still being decoded; S of them, dropped as they finish."""
 
-    def __init__(self, prompts: Sequence[Prompt], params: SampleParams, device: torch.device):
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        seeds_N_G: Sequence[Sequence[int]],
+        params: SampleParams,
+        device: torch.device,
+    ) -> None:
         num, group = len(prompts), params.num_samples
         self.width = max(len(p.token_ids) for p in prompts)
         ids_NP = torch.zeros(num, self.width, dtype=torch.int64)
@@ -154,11 +162,7 @@ class _Rows:
         self.stopped = [False] * len(self.index)
         self.live = [True] * len(self.index)
         self.uniforms_ST = torch.stack(
-            [
-                _uniforms(sample_seed(params.seed, p.prompt_id, g), params.max_tokens)
-                for p in prompts
-                for g in range(group)
-            ]
+            [_uniforms(seed, params.max_tokens) for seeds_G in seeds_N_G for seed in seeds_G]
         ).to(device)
 
     def keep(self, rows: list[int]) -> Tensor:
@@ -172,12 +176,11 @@ class _Rows:
 
 
 def _decode(
-    sampler: TorchSampler, prompts: Sequence[Prompt], params: SampleParams, cache: KvCache
+    sampler: TorchSampler, rows: _Rows, params: SampleParams, cache: KvCache
 ) -> list[list[Completion]]:
     """Prefill each prompt once, copy its keys and values to its samples, then decode."""
     model = sampler.policy.model
     stops = Stops.of(params.stop, sampler.tokenizer)
-    rows = _Rows(prompts, params, sampler.policy.device)
     cache.begin(longest=rows.width + params.max_tokens)
     positions_NP = (rows.mask_NP.cumsum(-1) - 1).clamp(min=0)
     logits_NV = model(

@@ -2,59 +2,57 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rl_lora import cpu_memory
 from rl_lora.adapter import remove_old, save_adapter, saved_version
 from rl_lora.advantages import ADVANTAGES
 from rl_lora.ahead import Batch, Batches, step_params
 from rl_lora.batches import make_samples, pack
-from rl_lora.best import best_exam, drop_best_after, keep_best, read_choice
-from rl_lora.checkpoint import checkpoint_steps, drop_after, latest_checkpoint
+from rl_lora.best import best_exam, drop_best_after, keep_best
+from rl_lora.checkpoint import checkpoint_steps, drop_after
 from rl_lora.config import RunConfig
 from rl_lora.contamination import contamination_notes
 from rl_lora.display import Display
 from rl_lora.errors import StaleAdapterError
-from rl_lora.evaluate import evaluate, remove_results_after
+from rl_lora.evaluate import evaluate, remove_results_after, set_aside
 from rl_lora.figures import draw_figures
+from rl_lora.inputs import base_inputs, prompt_inputs
 from rl_lora.job import Job, check_run_folder, exam_identity, open_job
 from rl_lora.learner import Learner
 from rl_lora.liveness import check_at_start, check_step, check_version, sample_ages
 from rl_lora.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
-from rl_lora.paired import PairedScores, compare_exams
-from rl_lora.prompts import PromptStream
+from rl_lora.outcome import Outcome, exam_name, finished, result_of, summary
+from rl_lora.policy import check_trainable
+from rl_lora.prompts import PromptSets, PromptStream
 from rl_lora.results import EvalResult, load_result
-from rl_lora.run_record import check_same_job, read_record, write_record
+from rl_lora.run_lock import run_lock
+from rl_lora.run_record import anchored, write_record
 from rl_lora.runlog import RunLog
 from rl_lora.sampler import mix_seed
 from rl_lora.segments import SLACK
 from rl_lora.sft import has_solutions, warm_start
-from rl_lora.snapshot import load_snapshot, resume_step, save_snapshot
+from rl_lora.snapshot import Start, find_start, load_snapshot, save_snapshot
 from rl_lora.system import SystemMeter
 from rl_lora.types import Adapter, Prompt, RolloutGroup, SampleParams
+from rl_lora.whole import disk_errors, whole_directory
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run ends with.
-
-    Example: Outcome(folder=Path("runs/quickstart"), before=EvalResult(...), after=EvalResult(...))
-    """
-
-    folder: Path
-    before: EvalResult | None  # the policy that RL started from
-    after: EvalResult | None
+if TYPE_CHECKING:
+    from rl_lora.policy import Policy
 
 
 class Run:
     """The state of one run between steps: what a checkpoint holds, and where it is written."""
 
-    def __init__(self, job: Job, display: Display, folder: Path) -> None:
+    def __init__(
+        self, job: Job, display: Display, folder: Path, inputs: dict[str, Any] | None = None
+    ) -> None:
         config = job.config
         self.job, self.display, self.folder = job, display, folder
+        self.inputs = inputs or {}  # hashes of base and data, for record and checkpoints
         self.learner = Learner(
             job.policy,
             config.optim,
@@ -125,16 +123,18 @@ class Run:
     def save(self) -> None:
         """One atomic checkpoint, and the older ones pruned."""
         more = {"previous": self.previous and self.previous.fingerprint, "stream": self.position}
-        save_snapshot(self.step, self.learner, self.job.config, **more)
+        save_snapshot(self.step, self.learner, self.job.config, inputs=self.inputs, **more)
 
-    def restore(self, path: Path) -> None:
-        """Takes a checkpoint's state over.
-
-        Raises:
-            UserError: it is broken, or of a job that differs in more than its length.
-        """
-        state = load_snapshot(path, self.learner, self.job.config)
-        self.stream.load_state_dict(state["stream"])
+    def restore(self, start: Start) -> None:
+        """Takes a checkpoint's state over. Raises UserError where it is broken."""
+        assert start.checkpoint is not None
+        state = load_snapshot(start.checkpoint, self.learner, self.job.config)
+        stream, num_prompts = state["stream"], len(self.job.prompts.train)
+        if start.has_other_data("train", self.inputs) and stream["num_prompts"] != num_prompts:
+            # Other rows, which the user has accepted: a new epoch of them.
+            stream |= {"epoch": stream["epoch"] + 1, "position": 0, "owed": []}
+            stream |= {"num_prompts": num_prompts}
+        self.stream.load_state_dict(stream)
         self.position = self.stream.state_dict()
         self.step = state["step"]
         if self.overlaps and self.step:
@@ -183,9 +183,7 @@ class Run:
         """Advantages, microbatches, optimizer step, and the check that the sampler was right."""
         config, policy = self.job.config, self.job.policy
         ages = sample_ages(groups_N, self.step, max_age=int(self.overlaps))
-        rewards_N_G = [group.rewards_G for group in groups_N]
-        if config.algorithm.kl == "reward":
-            rewards_N_G = self.learner.penalised_rewards(groups_N, config.optim.microbatch_tokens)
+        rewards_N_G, kl = self.learner.penalised_rewards(groups_N, config.optim.microbatch_tokens)
         advantages_N_G = ADVANTAGES[config.algorithm.advantage](rewards_N_G)
         updates = pack(
             make_samples(groups_N, advantages_N_G),
@@ -201,57 +199,79 @@ class Run:
         cpu_memory.trim()
         if not ages["rollouts/age_max"]:  # older ones: `next_batch` has checked the sampler
             check_step(metrics, policy.dtype, config.sampling.max_kl)
-        return metrics | ages
+        return metrics | kl | ages
 
 
-def train(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> Outcome:
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    accept_changed_data: bool = False,
+) -> Outcome:
     """Runs a job to its end and leaves everything in its run folder.
 
     Args:
         config: the job.
         resume: go on from the newest checkpoint, if there is one; a complete run is only reported.
         quiet: print only warnings and the summary.
+        accept_changed_data: go on although base or data are others than when the run began.
 
     Raises:
-        UserError: bad input, or an older run in the way.
+        UserError: bad input, an older run in the way, another process at work in the folder, or a
+            full disk.
         StaleAdapterError: the sampler does not sample from the learner's weights.
     """
+    check_trainable(config.model, config.lora)
+    config = anchored(config)
     folder = config.run.folder
-    check_run_folder(folder)
-    checkpoint = latest_checkpoint(folder) if resume else None
-    with Display(quiet=quiet) as display:
-        if checkpoint is not None and (outcome := finished(config, checkpoint, folder)):
+    with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
+        check_run_folder(folder)
+        if taken_over is not None:
+            display.note(taken_over)
+        start = find_start(config, resume=resume)
+        if outcome := finished(config, start):
             display.note(f"{folder} is complete: {config.run.num_steps} steps done")
-            _summary(display, outcome, {})
+            summary(display, outcome, {})
             return outcome
+        config = start.restarted(config)
+        found: dict[str, Any] = {}
+
+        def on_loaded(policy: Policy, prompts: PromptSets) -> None:
+            data = {"train": prompt_inputs(prompts.train), "eval": prompt_inputs(prompts.eval)}
+            found.update(base=base_inputs(policy), data=data)
+            if not accept_changed_data:
+                start.check_inputs(found, folder)
+
         with (
             RunLog(
                 folder,
                 config.run.loggers,
                 config.run.transcripts_per_step,
-                resume_step=resume_step(checkpoint, resume),
+                resume_step=start.log_step,
                 config=config.model_dump(mode="json"),
             ) as log,
-            open_job(config, on_note=display.note, on_progress=display.sampling) as job,
+            open_job(
+                config, on_loaded=on_loaded, on_note=display.note, on_progress=display.sampling
+            ) as job,
         ):
-            run = Run(job, display, folder)
-            prepare(run, checkpoint)
+            run = Run(job, display, folder, found)
+            prepare(run, start)
             before = _first_exam(run, log)
             loop(run, log)
             after = _last_exam(run, log)
             _finish(run)
         draw_figures(folder)
         outcome = Outcome(folder, before, after)
-        _summary(display, outcome, run.timer.total_s)
+        summary(display, outcome, run.timer.total_s)
         display.note(f"everything is in {folder}")
     return outcome
 
 
-def prepare(run: Run, checkpoint: Path | None) -> None:
+def prepare(run: Run, start: Start) -> None:
     """The sampler's proof, then the checkpoint's state or the warm start; publishes a version."""
     job, config = run.job, run.job.config
-    base_hash = job.policy.base_fingerprint()
-    write_record(config, job.policy, base_hash)
+    write_record(config, job.policy, run.inputs)
     probe = check_at_start(
         job.policy, job.sampler, job.prompts.eval[:4], run.folder / "probe", config.sampling.max_kl
     )
@@ -260,36 +280,48 @@ def prepare(run: Run, checkpoint: Path | None) -> None:
         + ", ".join(f"{name} {value:.1e}" for name, value in probe.items())
         + " nats"
     )
-    if checkpoint is not None:
-        run.restore(checkpoint)
-        drop_after(run.folder, run.step)  # steps that are run again are another history
-        remove_results_after(run.folder / "eval", run.step)
-        drop_best_after(run.folder, run.step)
-        run.display.note(f"resumed from {checkpoint}")
-    elif config.warm_start.num_steps and not has_solutions(job.prompts.train):
+    if start.checkpoint is not None:
+        if start.has_other_data("eval", run.inputs):
+            set_aside(run.folder / "eval", start.state["step"])
+        run.restore(start)
+        run.display.note(f"resumed from {start.checkpoint}")
+    kept = -1 if start.checkpoint is None else run.step
+    drop_after(run.folder, kept)  # steps that are run again are another history
+    remove_results_after(run.folder / "eval", kept)
+    drop_best_after(run.folder, kept)
+    if start.checkpoint is None:
+        _warm_up(run)
+    run.publish()
+    if start.checkpoint is None:
+        run.save()
+    else:
+        run.keep_best()  # a kill may have come between an exam and this
+
+
+def _warm_up(run: Run) -> None:
+    """The supervised steps before the first one of RL, if the job has them."""
+    job, config = run.job, run.job.config
+    if not config.warm_start.num_steps:
+        return
+    if not has_solutions(job.prompts.train):
         run.display.warn(
             "no row of data.train has a worked solution: the warm start is left out, and RL starts "
             "from the base model"
         )
-    elif config.warm_start.num_steps:
-        if not job.policy.is_full:
-            run.exam("base", adapter_off=True)
-        with (
-            RunLog(run.folder, resume_step=-1, metrics_file="warm_start.jsonl") as log,
-            run.timer.phase("warm_start"),
-        ):
-            run.display.stage("warm start", config.warm_start.num_steps)
+        return
+    if not job.policy.is_full:
+        run.exam("base", adapter_off=True)
+    with (
+        RunLog(run.folder, resume_step=-1, metrics_file="warm_start.jsonl") as log,
+        run.timer.phase("warm_start"),
+    ):
+        run.display.stage("warm start", config.warm_start.num_steps)
 
-            def on_step(step: int, metrics: dict[str, float]) -> None:
-                log.write(step, metrics)
-                run.display.step(step, metrics)
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            log.write(step, metrics)
+            run.display.step(step, metrics)
 
-            warm_start(run.learner, job.prompts.train, job.tokenizer, config, on_step)
-    run.publish()
-    if checkpoint is None:
-        run.save()
-    else:
-        run.keep_best()  # a kill may have come between an exam and this
+        warm_start(run.learner, job.prompts.train, job.tokenizer, config, on_step)
 
 
 def loop(run: Run, log: RunLog) -> None:
@@ -310,7 +342,7 @@ def loop(run: Run, log: RunLog) -> None:
                 run.publish()
             metrics = rollout_metrics(groups_N) | stats | batch.metrics()
             if has_exam := bool(config.eval_every) and run.step % config.eval_every == 0:
-                metrics |= run.exam(_exam_name(run.step)).metrics()
+                metrics |= run.exam(exam_name(run.step)).metrics()
             metrics |= timer.take() | memory_metrics() | meter.take()
             metrics |= speed_metrics(metrics)
             log.transcripts(run.step, groups_N)
@@ -324,28 +356,6 @@ def loop(run: Run, log: RunLog) -> None:
                 run.keep_best()
 
 
-def finished(config: RunConfig, checkpoint: Path, folder: Path) -> Outcome | None:
-    """The outcome of a run whose last step and exam are done, else None."""
-    exam = folder / "eval" / f"{_exam_name(config.run.num_steps)}.json"
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"]
-    if state["step"] != config.run.num_steps or not exam.is_file():
-        return None
-    if not (folder / "adapter").is_dir():
-        return None
-    check_same_job(state["config"], config, checkpoint)
-    return Outcome(folder, _result(folder, _exam_name(0)), load_result(exam))
-
-
-def _result(folder: Path, name: str) -> EvalResult | None:
-    """An exam's result in a run folder, if it was held."""
-    path = folder / "eval" / f"{name}.json"
-    return load_result(path) if path.is_file() else None
-
-
-def _exam_name(step: int) -> str:
-    return f"step_{step:06d}"
-
-
 def _is_best(run: Run) -> bool:
     best = best_exam(run.folder, run.step)
     return best is not None and best.step == run.step
@@ -354,8 +364,8 @@ def _is_best(run: Run) -> bool:
 def _first_exam(run: Run, log: RunLog) -> EvalResult | None:
     """The policy before RL; for the trackers it is the curve's point at step 0."""
     if run.step > 0:
-        return _result(run.folder, _exam_name(0))
-    result = run.exam(_exam_name(0))
+        return result_of(run.folder, exam_name(0))
+    result = run.exam(exam_name(0))
     log.track(0, result.metrics())
     run.keep_best()
     return result
@@ -363,38 +373,19 @@ def _first_exam(run: Run, log: RunLog) -> EvalResult | None:
 
 def _last_exam(run: Run, log: RunLog) -> EvalResult:
     """The policy at the end, if the loop has not examined it."""
-    is_new = _result(run.folder, _exam_name(run.step)) is None
-    result = run.exam(_exam_name(run.step))
+    is_new = result_of(run.folder, exam_name(run.step)) is None
+    result = run.exam(exam_name(run.step))
     if is_new:
         log.track(run.step, result.metrics())
         run.keep_best()
     return result
 
 
-def _summary(display: Display, outcome: Outcome, seconds_by_phase: dict[str, float]) -> None:
-    """The closing tables: exams, paired differences, contamination, seconds."""
-    folder, last = outcome.folder, outcome.after
-    files = {"base model": "base", "before": _exam_name(0)}
-    if last is not None and last.step:
-        files["after"] = _exam_name(last.step)
-    exams = {name: found for name, file in files.items() if (found := _result(folder, file))}
-    comparisons: dict[str, PairedScores] = {}
-    for first, second in (("base model", "after"), ("before", "after")):
-        if first in exams and second in exams:
-            before, after = (folder / "eval" / f"{files[name]}.json" for name in (first, second))
-            comparisons[f"{first} to {second}"] = compare_exams(before, after).total
-    display.summary(exams, comparisons, seconds_by_phase)
-    for note in last.notes if last is not None else ():
-        display.note(note)
-    if (choice := read_choice(folder)) is not None:
-        display.note(f"best by the exam: step {choice.step}, in {folder / 'best'}")
-
-
 def _finish(run: Run) -> None:
     """The proof that the base was not written to, and the adapter where users look for it."""
-    expected = read_record(run.folder)["base_model"]["fingerprint"]
+    expected = run.inputs["base"]["fingerprint"]
     if not run.job.policy.is_full and run.job.policy.base_fingerprint() != expected:
         raise StaleAdapterError("the base model's weights changed during the run")
-    final = run.folder / "adapter"
-    shutil.rmtree(final, ignore_errors=True)
-    shutil.copytree(run.folder / "adapters" / f"v{run.step:06d}", final)
+    with whole_directory(run.folder / "adapter") as scratch:
+        last = run.folder / "adapters" / f"v{run.step:06d}"
+        shutil.copytree(last, scratch, dirs_exist_ok=True)

@@ -41,7 +41,7 @@ class Prompt:
     prompt_id: str  # unique within a data set; groups are formed by it, never by text
     source: str  # the data set's name, for metrics by source
     question: str  # the bare question, without template or instruction
-    reference: str  # the gold answer as the verifier takes it
+    reference: str  # the gold answer; alternatives are parted as `references` says
     token_ids: tuple[int, ...]  # the rendered prompt, special tokens included
     solution: str = ""  # a worked solution ending in the answer, where the data set has one
     # The row's columns as read, for a reward that asks for them; else empty.
@@ -148,6 +148,8 @@ class Microbatch:
     sequence_C: torch.Tensor  # int64, number of the token's completion: 0, 1, ... in the microbatch
     num_sequences: int  # completions
     num_tokens: int  # real tokens that are computed, without padding
+    # float32, nats, of the policy when the step began; None: it has not moved since
+    old_logprobs_C: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from rl_lora import cpu_memory
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import UserError
 from rl_lora.types import Adapter
+from rl_lora.vllm_classes import classes_kept
 from rl_lora.vllm_merge import MergedWeights
-from rl_lora.vllm_process import process_kept
+from rl_lora.vllm_process import keep_float32_exact, process_kept
 
 
 def check_device(device: torch.device, lora: LoraSection) -> None:
@@ -38,14 +39,18 @@ def make_engine(vllm: SimpleNamespace, settings: dict[str, Any], on_cpu: bool) -
     """A vllm.LLMEngine. Raises UserError where vLLM refuses the model or a setting."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_kept())
+        settle_classes = stack.enter_context(classes_kept())
         if on_cpu:
             from rl_lora import vllm_cpu_lora, vllm_cpu_norm
 
             stack.enter_context(vllm_cpu_lora.installed())
             if settings["enforce_eager"] and (priorities := vllm_cpu_norm.priorities()):
                 settings = settings | {"ir_op_priority": priorities}
+        elif settings.get("dtype") == "float32":
+            keep_float32_exact()
         try:
             engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**settings))
+            settle_classes(engine)
             if on_cpu:
                 from rl_lora import vllm_cpu_sampler
 

@@ -12,7 +12,6 @@ of a step (LOG.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,22 +19,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rl_lora.adapter import factor_pairs, fingerprint, load_tensors, lora_settings
+from rl_lora.adapter import fingerprint, load_tensors
 from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.peft_files import LowRank, lora_settings, low_rank_terms
 from rl_lora.types import Adapter
-from rl_lora.variants import scaling_of
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """One layer's term: y += scaling * B (A x); a_RI is [R, I] and b_OR [O, R].
-
-    Example: LowRank(a_RI=..., b_OR=..., scaling=32.0).
-    """
-
-    a_RI: Tensor
-    b_OR: Tensor
-    scaling: float
 
 
 def read_terms(adapter: Adapter) -> dict[str, LowRank]:
@@ -51,10 +38,9 @@ def read_terms(adapter: Adapter) -> dict[str, LowRank]:
     tensors = load_tensors(adapter.path)
     if fingerprint(tensors) != adapter.fingerprint:
         raise StaleAdapterError(f"{adapter.path} was changed after {adapter.name} was published")
-    variant, alpha = settings["variant"], settings["alpha"]
     return {
-        layer: LowRank(a_RI.float(), b_OR.float(), scaling_of(variant, alpha, a_RI.shape[0]))
-        for layer, (a_RI, b_OR) in factor_pairs(tensors, adapter.path).items()
+        layer: LowRank(term.a_RI.float(), term.b_OR.float(), term.scaling)
+        for layer, term in low_rank_terms(tensors, adapter.path).items()
     }
 
 

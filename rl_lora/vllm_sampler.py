@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 import torch
 
 from rl_lora import cpu_memory
-from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.config import MIN_TEMPERATURE, LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, Stops, sample_seed
+from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, Stops, sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 from rl_lora.vllm_engine import (
     check_device,
@@ -52,8 +52,6 @@ from rl_lora.vllm_settings import (
 __all__ = ["CPU_MEMORY_SHARE", "CPU_NUM_SEQS", "OnProgress", "VllmSampler"]
 
 OnProgress = Callable[[int, int, int], None]  # samples done, samples in all, tokens in those done
-
-MIN_TEMPERATURE = 0.01  # vLLM takes this one in place of a lower one, silently
 
 
 class VllmSampler:
@@ -168,7 +166,8 @@ class VllmSampler:
 
         Log-probs are those of the distribution sampled from: at params.temperature (temperature 0:
         at 1) and after top_p, in nats. Each sample has its own seed, so that it does not depend on
-        what else is in the batch, up to rounding. The tokens that spell a stop string are kept.
+        what else is in the batch, up to rounding (but for the same prompt, if it stands there
+        before). The tokens that spell a stop string are kept.
         `on_group` as the protocol says.
 
         Raises:
@@ -179,9 +178,8 @@ class VllmSampler:
         self._check_request(prompts_N, params)
         stops = Stops.of(params.stop, self._tokenizer)
         requests: dict[str, _Request] = {}
-        for prompt in prompts_N:
-            for index in range(params.num_samples):
-                seed = sample_seed(params.seed, prompt.prompt_id, index)
+        for prompt, seeds_G in zip(prompts_N, sample_seeds(prompts_N, params), strict=True):
+            for seed in seeds_G:
                 request = _Request(prompt.token_ids, self._sampling_params(params, stops, seed))
                 requests[str(len(requests))] = request
         groups = Groups(len(prompts_N), params.num_samples, on_group)
@@ -291,10 +289,10 @@ class VllmSampler:
             raise StaleAdapterError("vLLM kept its prefix cache although the weights changed")
 
     def _check_request(self, prompts_N: Sequence[Prompt], params: SampleParams) -> None:
-        if 0 < params.temperature < MIN_TEMPERATURE:
+        if 0 < params.temperature < (lowest := MIN_TEMPERATURE["vllm"]):
             raise UserError(
-                f"temperature {params.temperature} is below {MIN_TEMPERATURE}, which vLLM would "
-                "take instead; take 0 (greedy) or a higher one"
+                f"temperature {params.temperature} is below {lowest}, which vLLM would take "
+                "instead; take 0 (greedy) or a higher one"
             )
         for prompt in prompts_N:
             num_tokens = len(prompt.token_ids) + params.max_tokens

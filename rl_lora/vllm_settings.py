@@ -11,15 +11,18 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import AutoConfig, PretrainedConfig
 
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import UserError
 from rl_lora.moe import NUM_EXPERTS_KEYS
+from rl_lora.shapes import has_own_head
 from rl_lora.variants import served_rank
 
 RANK_SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM rounds an adapter's rank up to one
 CPU_NUM_SEQS = 128  # sequences decoded at once
 CPU_BATCHED_TOKENS = 2048  # tokens of one step
+GPU_BATCHED_TOKENS = 2048  # vLLM's least for a step, and it refuses more sequences than tokens
 CPU_BLOCK_SIZE = 32  # tokens of a KV cache block, the unit of prefix caching
 CPU_COMPILED_STEPS = 20_000  # decoding steps from which on compiling the model pays on a CPU
 CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the KV cache
@@ -65,7 +68,7 @@ def engine_settings(
             CPU_BATCHED_TOKENS, settings["max_num_seqs"], settings["max_model_len"]
         )
         settings["kv_cache_memory_bytes"] = cpu_cache_bytes(
-            read_config(model_dir),
+            text_config(model_dir),
             dtype=dtype,
             max_model_len=max_model_len,
             num_seqs=settings["max_num_seqs"],
@@ -73,6 +76,15 @@ def engine_settings(
         )
     else:
         settings["gpu_memory_utilization"] = sampling.memory_fraction
+        if settings["max_num_seqs"] > GPU_BATCHED_TOKENS:
+            settings["max_num_batched_tokens"] = settings["max_num_seqs"]
+        # Graphs of their own for batches without adapter, which then skip its kernels.
+        settings["compilation_config"] = {"cudagraph_specialize_lora": True}
+        if sampling.attention_backend is not None:
+            settings["attention_backend"] = sampling.attention_backend
+    if has_own_head(model_dir, AutoConfig.from_pretrained(model_dir)):
+        # vLLM goes by the config and would take the embedding, the learner by the files.
+        settings["hf_overrides"] = {"tie_word_embeddings": False}
     if lora.mode == "lora" and not is_merged:
         rank = served_rank(lora)
         settings["enable_lora"] = True
@@ -117,7 +129,7 @@ def merges_adapter(
 
 
 def cpu_cache_bytes(
-    model_config: dict[str, Any],
+    config: PretrainedConfig,
     *,
     dtype: torch.dtype,
     max_model_len: int,
@@ -129,9 +141,8 @@ def cpu_cache_bytes(
     Raises:
         UserError: one sequence of max_model_len tokens does not fit.
     """
-    num_heads = model_config.get("num_key_value_heads") or model_config["num_attention_heads"]
-    head_dim = head_size(model_config)
-    token_bytes = 2 * model_config["num_hidden_layers"] * num_heads * head_dim * dtype.itemsize
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    token_bytes = 2 * config.num_hidden_layers * num_heads * head_size(config) * dtype.itemsize
     num_blocks = -(-max_model_len // CPU_BLOCK_SIZE) + 1  # vLLM keeps one block for itself
     sequence_bytes = num_blocks * CPU_BLOCK_SIZE * token_bytes
     limit = int(CPU_MEMORY_SHARE * free_bytes)
@@ -150,12 +161,17 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     return config
 
 
-def head_size(model_config: dict[str, Any]) -> int:
+def text_config(model_dir: Path) -> PretrainedConfig:
+    """The language model's part of a directory's config, under transformers' names: its files may
+    have others (GPT-2's n_embd is hidden_size)."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(model_dir).get_text_config()
+    return config
+
+
+def head_size(config: PretrainedConfig) -> int:
     """Width of an attention head."""
-    return int(
-        model_config.get("head_dim")
-        or model_config["hidden_size"] // model_config["num_attention_heads"]
-    )
+    own = getattr(config, "head_dim", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
 
 
 def check_mixture(model_dir: Path, device: torch.device) -> None:
@@ -177,8 +193,7 @@ def check_model(model_dir: Path, max_model_len: int) -> None:
     """Looks at config.json. Raises UserError where it is missing or its context too short."""
     if not (model_dir / "config.json").is_file():
         raise UserError(f"model directory {model_dir} has no config.json")
-    config = read_config(model_dir)
-    limit = config.get("max_position_embeddings")
+    limit = getattr(text_config(model_dir), "max_position_embeddings", None)
     if limit is not None and max_model_len > limit:
         raise UserError(
             f"prompts and completions of {max_model_len} tokens exceed the model's context of "

@@ -101,7 +101,9 @@ def math_verify_judge() -> Judge | None:
 
 def read_cases(path: Path) -> list[Case]:
     """Cases of a JSONL file; also the published GSM8K model solutions in their own format."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = [
+        json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()
+    ]
     cases: list[Case] = []
     for row in rows:
         if "gold" in row:
@@ -177,7 +179,11 @@ def speed_cases(math_golds: Path | None) -> dict[str, list[Case]]:
         ],
     }
     if math_golds is not None:
-        rows = [json.loads(line) for line in math_golds.read_text().splitlines() if line.strip()]
+        rows = [
+            json.loads(line)
+            for line in math_golds.read_text(encoding="utf-8").split("\n")
+            if line.strip()
+        ]
         found = [row.get("answer") or extract(row["solution"]).answer for row in rows]
         golds = [str(gold) for gold in found if gold]
         kinds["MATH golds"] = [{"gold": gold, "answer": gold} for gold in golds]

@@ -10,15 +10,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from rl_lora.adapter import (
-    fingerprint,
-    load_tensors,
-    lora_settings,
-    open_adapter,
-    remove_old,
-    save_adapter,
-)
+from rl_lora.adapter import fingerprint, load_tensors, open_adapter, remove_old, save_adapter
 from rl_lora.errors import UserError
+from rl_lora.peft_files import lora_settings
 from rl_lora.policy import Policy
 from tests.tiny_models import make_policy, random_llama, shake
 

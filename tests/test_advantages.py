@@ -1,6 +1,8 @@
 """Advantages against hand-computed numbers."""
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from rl_lora.advantages import ADVANTAGES, dr_grpo, group_mean, grpo, reinforce_pp, rloo
 
@@ -37,6 +39,30 @@ def test_reinforce_pp_scales_by_the_step() -> None:
     std = 0.21875**0.5
     expected = [0.5, -0.5, -0.5, 0.5, -0.25, -0.25, -0.25, 0.75]
     assert flat == pytest.approx([e / std for e in expected], rel=1e-4)
+
+
+REWARDS = st.floats(-1e6, 1e6)
+GROUPS = st.lists(REWARDS, min_size=2, max_size=9)
+TIES = st.tuples(REWARDS, st.integers(2, 64)).map(lambda pair: [pair[0]] * pair[1])
+
+
+@given(TIES, st.lists(GROUPS, max_size=4))
+@example([0.1] * 8, [])
+@example([0.1] * 3, [[0.0, 1.0]])
+@example([1 / 3] * 7, [[0.1, 0.3, 0.2]])
+def test_ties_are_exactly_zero_whatever_stands_beside_them(
+    tie: list[float], others: list[list[float]]
+) -> None:
+    rewards_N_G = [*others, tie]
+    for name, advantages in ADVANTAGES.items():
+        found_N_G = advantages(rewards_N_G)
+        for group, found_G in zip(rewards_N_G, found_N_G, strict=True):
+            spread = max(group) - min(group)
+            if spread == 0:
+                assert found_G == [0.0] * len(group), name
+            elif spread > 1e-3:
+                assert len(found_G) == len(group)
+                assert min(found_G) < 0 < max(found_G), name
 
 
 @pytest.mark.parametrize("name", sorted(ADVANTAGES))

@@ -129,7 +129,7 @@ def test_a_batch_is_sampled_while_the_one_before_is_learned_from(
     assert [version for version, _ in sampler.calls] == [0, 0, 1, 2]  # four batches, none wasted
     assert len({seed for _, seed in sampler.calls}) == 4
     assert sampler.num_rests == 1
-    assert rows[0]["mismatch/kl"] < 1e-8
+    assert 0 <= rows[0]["mismatch/kl"] < 1e-10
     assert max(row["mismatch/kl"] for row in rows[1:]) > 1e-6  # the policy has gone on
     assert all(row["mismatch/live_abs_mean"] < 1e-5 for row in rows)
     assert [thread.name for thread in threading.enumerate() if "sampler" in thread.name] == []

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from rewards import load_reward
-from rl_lora.config import RunConfig, SourceSection, load_config, parse_config
+from rl_lora.config import MIN_TEMPERATURE, RunConfig, SourceSection, load_config, parse_config
 from rl_lora.errors import UserError
 from rl_lora.generated import generated_rows
 from rl_lora.loaders import LOADERS
@@ -255,6 +255,40 @@ def test_one_sample_a_prompt_gives_no_advantage() -> None:
 def test_kl_without_weight_has_no_effect() -> None:
     with pytest.raises(UserError, match=r"set algorithm\.kl_weight"):
         parse_config({"algorithm": {"kl": "loss"}})
+
+
+@pytest.mark.parametrize(
+    ("backend", "section", "value", "fix"),
+    [
+        ("vllm", "sampling", 0.005, 'set 0.01 or more, or set sampling.backend="torch"'),
+        ("vllm", "eval", 0.009, 'set 0 (greedy) or 0.01 or more, or set sampling.backend="torch"'),
+        ("torch", "sampling", 1e-40, "set 1e-06 or more"),
+        ("torch", "eval", 1e-7, "set 0 (greedy) or 1e-06 or more"),
+    ],
+)
+def test_temperatures_that_a_back_end_refuses_are_refused_here_with_a_fix_that_works(
+    backend: str, section: str, value: float, fix: str
+) -> None:
+    raw: dict[str, Any] = {"sampling": {"backend": backend}, "eval": {}}
+    raw[section]["temperature"] = value
+    with pytest.raises(UserError) as caught:
+        parse_config(raw)
+    assert f"{section}.temperature={value:g} is lower than the {backend} sampler takes" in str(
+        caught.value
+    )
+    assert str(caught.value).endswith(fix)
+    raw[section]["temperature"] = MIN_TEMPERATURE[backend]
+    assert getattr(parse_config(raw), section).temperature == MIN_TEMPERATURE[backend]
+    if backend == "vllm":
+        raw["sampling"]["backend"] = "torch"
+        raw[section]["temperature"] = value
+        assert getattr(parse_config(raw), section).temperature == value
+
+
+@pytest.mark.parametrize("key", ["lora.alpha", "optim.lr"])
+def test_numbers_beyond_float32_are_refused(key: str) -> None:
+    with pytest.raises(UserError, match="less than or equal to 1000000"):
+        load_config(None, [f"{key}=1e300"])
 
 
 def test_missing_file_says_where_configs_are(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from rl_lora.adapter import MANIFEST_FILE, fingerprint, load_tensors, open_adapter, save_adapter
+from rl_lora.adapter import fingerprint, load_tensors, open_adapter, save_adapter
 from rl_lora.errors import UserError
 from rl_lora.fit_adapter import common_settings, fitted
+from rl_lora.peft_files import MANIFEST_FILE
 from rl_lora.policy import Policy
 from tests.tiny_models import make_policy, random_llama, shake
 

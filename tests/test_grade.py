@@ -82,7 +82,12 @@ def test_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "line 1: not JSON"),
+        ("{", "line 1 is not JSON"),
+        ('{"completion": "5", "gold": "5"}\n[' + "[" * 100_000, "line 2 is not JSON: nested too"),
+        ('{"completion": null, "gold": "5"}', "line 1: 'completion', the completion, is null"),
+        ('{"completion": ["5"], "gold": "5"}', "'completion', the completion, is a list"),
+        ('{"completion": "5", "gold": {"a": 5}}', "'gold', the reference, is an object"),
+        ('{"completion": "5", "gold": []}', "line 1: the reference is empty"),
         ("[1]", "line 1: not a JSON object"),
         ('{"text": "5", "gold": "5"}', "line 1: no completion; expected a string under one of"),
         ('{"completion": "5"}', "line 1: no reference"),
@@ -99,6 +104,30 @@ def test_bad_files_name_the_line(tmp_path: Path, text: str, message: str) -> Non
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         run(arguments(str(path)))
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0c", "\x1c", "\r"])
+def test_only_line_feeds_end_a_line(tmp_path: Path, mark: str) -> None:
+    row = {"completion": f"so{mark}\\boxed{{42}}", "reference": "42"}
+    text = json.dumps(row, ensure_ascii=mark < " ")
+    (tmp_path / "a.jsonl").write_bytes(f"\ufeff{text}\r\n\n{text}\n".encode())
+    report = grade_file(tmp_path / "a.jsonl")
+    assert (report.num, report.num_correct) == (2, 2)
+
+
+def test_another_encoding_names_the_file(tmp_path: Path) -> None:
+    text = '{"completion": "5", "gold": "5"}\n{"completion": "caf\u00e9", "gold": "5"}\n'
+    (tmp_path / "a.jsonl").write_bytes(text.encode("latin1"))
+    with pytest.raises(UserError, match=r"a\.jsonl: line 2 is not UTF-8 text \(byte 0xe9\)"):
+        grade_file(tmp_path / "a.jsonl")
+
+
+def test_numbers_and_their_lengths(tmp_path: Path) -> None:
+    digits = "7" * 5000
+    rows = f'{{"completion": "\\\\boxed{{{digits}}}", "gold": {digits}}}\n'
+    rows += '{"completion": "\\\\boxed{51}", "gold": 51.0}\n{"completion": 5, "gold": [4, 5]}\n'
+    (tmp_path / "a.jsonl").write_text(rows)
+    assert grade_file(tmp_path / "a.jsonl").num_correct == 3
 
 
 def test_unknown_names_are_user_errors(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ MODULES = {
 }
 # rollouts, ahead, evaluate score; types passes the record on; job, grade, regrade make a verifier.
 MAY_IMPORT_REWARDS = {
+    "rl_lora.scoring",
     "rl_lora.rollouts",
     "rl_lora.ahead",
     "rl_lora.evaluate",
@@ -34,6 +35,7 @@ VLLM_ROOMS = EAGER_VLLM_ROOMS | {
     "rl_lora.vllm_cpu_norm",
     "rl_lora.vllm_merge",
     "rl_lora.vllm_engine",
+    "rl_lora.vllm_classes",
 }
 STANDARD = sys.stdlib_module_names
 

@@ -1,5 +1,7 @@
 """Gradient accumulation, optimizer steps and KL, on a real tiny model."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,21 @@ import torch
 from rewards import Score
 from rl_lora.advantages import group_mean
 from rl_lora.batches import make_samples, pack
-from rl_lora.config import AlgorithmSection, OptimSection
-from rl_lora.learner import Learner, learning_rate
+from rl_lora.checkpoint import latest_checkpoint
+from rl_lora.config import (
+    AlgorithmSection,
+    LoraSection,
+    ModelSection,
+    OptimSection,
+    RunConfig,
+    RunSection,
+)
+from rl_lora.errors import UserError
+from rl_lora.learner import Learner, TokenRecord, learning_rate, quantiles
 from rl_lora.losses import LOSSES
 from rl_lora.policy import Policy
-from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, TrainSample
+from rl_lora.snapshot import load_snapshot, save_snapshot
+from rl_lora.types import Completion, Microbatch, Prompt, Rollout, RolloutGroup, TrainSample
 from tests.tiny_models import make_policy, random_llama, shake
 
 
@@ -33,10 +45,12 @@ def samples_of(
     return out
 
 
-def make_learner(policy: Policy, *, lr: float = 1e-2, **algorithm: object) -> Learner:
+def make_learner(
+    policy: Policy, *, lr: float = 1e-2, num_updates: int = 1, **algorithm: object
+) -> Learner:
     return Learner(
         policy,
-        OptimSection(lr=lr, grad_clip=1e9),
+        OptimSection(lr=lr, grad_clip=1e9, num_updates=num_updates),
         AlgorithmSection(**algorithm),  # type: ignore[arg-type]
         temperature=1.0,
         num_steps=10,
@@ -125,17 +139,41 @@ def test_kl_loss_pulls_back_to_the_base(tmp_path: Path) -> None:
     learner = make_learner(policy, lr=5e-3, kl="loss", kl_weight=1.0)
     kls = []
     for _ in range(8):
-        samples = samples_of(policy, (1e-9, 1e-9, 1e-9))
         updates = pack(
-            samples,
+            samples_of(policy, (0.0, 0.0, 0.0)),  # a step without any other signal
             denominator="tokens",
             max_tokens=8,
             microbatch_tokens=99,
             keep_zero_advantage=True,
         )
-        kls.append(learner.update(updates)["loss/kl"])
+        metrics = learner.update(updates)
+        assert (metrics["learn/updates"], metrics["learn/skipped_updates"]) == (1, 0)
+        assert metrics["grad/norm"] > 0
+        kls.append(metrics["loss/kl"])
     assert kls[0] > 0
     assert kls[-1] < 0.5 * kls[0]
+
+
+def test_a_tied_steps_gradient_is_the_kls_own(tmp_path: Path) -> None:
+    """0.5 nats of log-ratio and more: the numbers by hand, from log-probs of both sides."""
+    policy = make_policy(random_llama(tmp_path / "model"))
+    shake(policy, size=0.05)
+    (batches,) = pack(
+        samples_of(policy, (0.0, 0.0, 0.0)),
+        denominator="tokens",
+        max_tokens=8,
+        microbatch_tokens=999,
+        keep_zero_advantage=True,
+    )
+    (batch,) = batches
+    logprobs_C, _ = policy.token_logprobs(batch, 1.0)
+    d_C = policy.reference_logprobs(batch, 1.0).double() - logprobs_C.double()
+    expected = (batch.weights_C * (d_C.exp() - d_C - 1)).sum()
+    gradients = torch.autograd.grad(0.3 * expected, list(policy.trainable().values()))
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    metrics = make_learner(policy, kl="loss", kl_weight=0.3).update([batches])
+    assert metrics["loss/kl"] == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert metrics["grad/norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
 def test_reward_penalty_is_the_sequence_kl(tmp_path: Path) -> None:
@@ -151,9 +189,20 @@ def test_reward_penalty_is_the_sequence_kl(tmp_path: Path) -> None:
         for i, s in enumerate(samples)
     ]
     learner = make_learner(policy, kl="reward", kl_weight=0.1)
-    penalised_N_G = learner.penalised_rewards(groups, microbatch_tokens=9)
+    penalised_N_G, metrics = learner.penalised_rewards(groups, microbatch_tokens=9)
     with policy.adapter_off():
         base = samples_of(policy)
+    log_ratios = [
+        reference - sampled
+        for sample, base_sample in zip(samples, base, strict=True)
+        for sampled, reference in zip(
+            sample.sampler_logprobs_T, base_sample.sampler_logprobs_T, strict=True
+        )
+    ]
+    k3s = [math.exp(d) - d - 1 for d in log_ratios]
+    assert metrics["reward/kl"] == pytest.approx(sum(k3s) / len(k3s), rel=1e-4)
+    assert metrics["reward/kl_penalty"] == pytest.approx(-0.1 * sum(log_ratios) / 3, abs=1e-5)
+    assert metrics["reward/kl"] > 1e-3
     for sample, base_sample, (reward,) in zip(samples, base, penalised_N_G, strict=True):
         kl = sum(sample.sampler_logprobs_T) - sum(base_sample.sampler_logprobs_T)
         assert reward == pytest.approx(1.0 - 0.1 * kl, abs=1e-5)
@@ -199,6 +248,57 @@ def test_a_supervised_stage_before_rl_has_a_constant_rate(tmp_path: Path) -> Non
     assert moved[2, True] != moved[100, True]
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_goes_by_the_step_whether_or_not_it_is_tied(
+    tmp_path: Path, schedule: str
+) -> None:
+    optim = OptimSection(lr=1e-3, schedule=schedule, num_updates=2)  # type: ignore[arg-type]
+    rates: dict[str, list[float]] = {}
+    for name, tied in {"none": (), "some": (1, 2, 4), "all": range(6)}.items():
+        policy = make_policy(random_llama(tmp_path / name))
+        learner = Learner(policy, optim, AlgorithmSection(), temperature=1.0, num_steps=12)
+        rates[name] = []
+        for step in range(6):
+            # Step 3 has one sample, and so one update where the others have two.
+            advantages = ((1.0,) if step == 3 else (1.0, -1.0, 0.5)) if step not in tied else (0.0,)
+            updates = pack(
+                samples_of(policy, advantages),
+                denominator="tokens",
+                max_tokens=8,
+                microbatch_tokens=99,
+                num_updates=2,
+            )
+            metrics = learner.update(updates)
+            assert metrics["learn/updates"] == (0 if step in tied else len(updates))
+            assert learner.num_updates_done == 2 * (step + 1)
+            rates[name].append(learning_rate(optim, learner.num_updates_done, 12))
+    assert rates["some"] == rates["all"] == rates["none"]
+    assert rates["none"][-1] < 0.1 * rates["none"][0]
+
+
+def test_tied_steps_report_their_own_rates_across_a_resume(tmp_path: Path) -> None:
+    config = RunConfig(
+        run=RunSection(output_dir=str(tmp_path)), optim=OptimSection(lr=1.0, schedule="linear")
+    )
+
+    def make() -> Learner:
+        policy = make_policy(path)
+        return Learner(policy, config.optim, config.algorithm, temperature=1.0, num_steps=4)
+
+    path = random_llama(tmp_path / "model")
+    learner = make()
+    tied = pack(
+        samples_of(learner.policy, (0.0,)), denominator="tokens", max_tokens=8, microbatch_tokens=99
+    )
+    assert [learner.update(tied)["optim/lr"] for _ in range(2)] == [1.0, 0.75]
+    save_snapshot(2, learner, config)
+    resumed = make()
+    checkpoint = latest_checkpoint(config.run.folder)
+    assert checkpoint is not None
+    load_snapshot(checkpoint, resumed, config)
+    assert [resumed.update(tied)["optim/lr"] for _ in range(2)] == [0.5, 0.25]
+
+
 def test_learning_rate_schedules() -> None:
     constant = OptimSection(lr=1.0)
     assert [learning_rate(constant, s, 10) for s in (1, 10)] == [1.0, 1.0]
@@ -208,6 +308,148 @@ def test_learning_rate_schedules() -> None:
     )
     cosine = OptimSection(lr=1.0, schedule="cosine")
     assert learning_rate(cosine, 6, 10) == pytest.approx(0.5)
+
+
+def noisy(samples: list[TrainSample], size: float) -> list[TrainSample]:
+    """The samples with a sampler that rounds: normal noise of `size` nats on its log-probs."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        replace(
+            sample,
+            sampler_logprobs_T=tuple(
+                value + size * float(torch.randn((), generator=generator))
+                for value in sample.sampler_logprobs_T
+            ),
+        )
+        for sample in samples
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_updates"), [("float32", 1), ("float32", 2), ("bfloat16", 4)]
+)
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo"])
+def test_a_samplers_rounding_drops_no_token(
+    tmp_path: Path, loss: str, dtype: str, num_updates: int
+) -> None:
+    """With noise like bfloat16's, far over GSPO's bounds, and a policy that stands still."""
+    path = random_llama(tmp_path / "model")
+    model = ModelSection(name=str(path), device="cpu", dtype=dtype)  # type: ignore[arg-type]
+    policy = Policy(path, model, LoraSection(), seed=0)
+    shake(policy)
+    denominator = "sequences" if loss == "gspo" else "tokens"
+    learner = make_learner(
+        policy, lr=1e-12, num_updates=num_updates, loss=loss, denominator=denominator
+    )
+    updates = pack(
+        noisy(samples_of(policy, (1.0, -1.0, 0.5, -0.5)), 0.02),
+        denominator=denominator,
+        max_tokens=8,
+        microbatch_tokens=8,
+        num_updates=num_updates,
+    )
+    metrics = learner.update(updates)
+    assert metrics["learn/updates"] == num_updates
+    assert metrics["ratio/max"] > 1.01  # to the sampler
+    assert metrics["clip/fraction"] == 0
+
+
+def test_with_one_update_the_bounds_have_no_say(tmp_path: Path) -> None:
+    """Whatever the sampler's noise and the version it had: old is the policy itself."""
+    path = random_llama(tmp_path / "model")
+    norms = []
+    for bound in (1e-6, 0.5):
+        policy = make_policy(path)
+        learner = make_learner(policy, loss="ppo", clip_low=bound, clip_high=bound)
+        samples = noisy(samples_of(policy), 0.3)
+        updates = pack(samples, denominator="tokens", max_tokens=8, microbatch_tokens=99)
+        metrics = learner.update(updates)
+        assert metrics["clip/fraction"] == 0
+        norms.append(metrics["grad/norm"])
+    assert norms[0] == norms[1] > 0
+
+
+def test_later_updates_are_bounded_against_the_policy_before_the_first_step(
+    tmp_path: Path,
+) -> None:
+    """Twice the same samples: the second time the better half of the tokens is out of bounds."""
+    path = random_llama(tmp_path / "model")
+    logprobs, fractions = [], []
+    bound, share = 0.5, 0.0
+    for num_updates in (1, 2):
+        policy = make_policy(path)
+        shake(policy)
+        samples = noisy(samples_of(policy, (1.0, 1.0, 1.0)), 0.02)
+        (update,) = pack(samples, denominator="tokens", max_tokens=8, microbatch_tokens=8)
+        assert len(update) == 3
+        logprobs.append(torch.cat([policy.token_logprobs(b, 1.0)[0].detach() for b in update]))
+        learner = make_learner(policy, lr=1e-3, loss="ppo", clip_high=bound)
+        fractions.append(learner.update([update] * num_updates)["clip/fraction"])
+        if num_updates == 1:  # how far the first step goes, whatever the bounds
+            after_C = torch.cat([policy.token_logprobs(b, 1.0)[0].detach() for b in update])
+            moves_C = (after_C - logprobs[0]).exp() - 1
+            bound = float(moves_C.quantile(0.5)) + 1e-4
+            share = float((moves_C > bound).float().mean())
+    assert 0.3 < share < 0.6
+    assert fractions == [0, pytest.approx(share / 2)]
+
+
+def test_quantiles_are_torchs_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = (0.0, 0.01, 0.25, 0.5, 0.99, 1.0)
+    for count in (1, 2, 3, 10, 101, 4999):
+        values = torch.randn(count, generator=generator)
+        expected = values.double().quantile(torch.tensor(levels, dtype=torch.float64))
+        assert quantiles(values, levels) == expected.tolist()
+
+
+@pytest.mark.slow
+def test_a_step_of_more_than_2_to_the_24_tokens_has_its_metrics() -> None:
+    """128 prompts x 16 samples x 8192 tokens are 2^24, torch.quantile's limit."""
+    count = 2**24 + 1
+    row = torch.zeros(1)
+    batch = Microbatch(
+        token_ids_BT=torch.zeros(1, 2, dtype=torch.int64),
+        position_BT=None,
+        layout=None,
+        row_C=row,
+        column_C=row,
+        target_ids_C=row,
+        sampler_logprobs_C=torch.zeros(()).expand(count),
+        advantages_C=row,
+        weights_C=row,
+        sequence_C=row,
+        num_sequences=1,
+        num_tokens=count,
+    )
+    policy_C = torch.linspace(0, 1, count).log1p()  # ratios from 1 to 2
+    record = TokenRecord()
+    record.add(batch, policy_C, torch.zeros(()).expand(count))
+    metrics = record.metrics()
+    expected = {"ratio/p01": 1.01, "ratio/p50": 1.5, "ratio/p99": 1.99}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_mismatch_is_exact_below_float32s_rounding(tmp_path: Path) -> None:
+    """A spread of s nats is a KL of s^2 / 2: 1e-10 where float32 says 4e-9 or less than nothing."""
+    policy = make_policy(random_llama(tmp_path / "model"))
+    samples = noisy(samples_of(policy, (1.0, -1.0, 0.5, 0.5)), 1.4e-5)
+    (batches,) = pack(samples, denominator="tokens", max_tokens=8, microbatch_tokens=99)
+    sampled_C = torch.cat([batch.sampler_logprobs_C for batch in batches]).double()
+    own_C = torch.cat([policy.token_logprobs(b, 1.0)[0].detach() for b in batches]).double()
+    expected = float((own_C - sampled_C).square().mean()) / 2
+    assert 3e-11 < expected < 3e-10
+    found = make_learner(policy).update([batches])["mismatch/kl"]
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_full_fine_tuning_in_bfloat16_is_refused(tmp_path: Path) -> None:
+    path = random_llama(tmp_path / "model")
+    model = ModelSection(name=str(path), device="cpu", dtype="bfloat16")
+    policy = Policy(path, model, LoraSection(mode="full"), seed=0)
+    with pytest.raises(UserError, match=r"set model\.dtype='float32'"):
+        make_learner(policy)
+    make_learner(Policy(path, model, LoraSection(), seed=0))  # an adapter is float32 itself
 
 
 @pytest.mark.parametrize("loss", ["importance_sampling", "gspo"])

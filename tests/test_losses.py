@@ -6,18 +6,25 @@ import pytest
 import torch
 
 from rl_lora.config import AlgorithmSection
-from rl_lora.losses import LOSSES, LossInputs, kl_penalty, log_loss
+from rl_lora.losses import LOSSES, MAX_LOG_RATIO, RATIO_TO_OLD, LossInputs, k3, kl_penalty, log_loss
 
 HALF = math.log(0.5)
 
 
 def inputs(
-    ratios: list[float], advantages: list[float], weights: list[float], sequences: list[int]
+    ratios: list[float],
+    advantages: list[float],
+    weights: list[float],
+    sequences: list[int],
+    of_old: list[float] | None = None,
 ) -> LossInputs:
-    """Tokens of sampler probability 1/2 and policy probability ratio/2."""
+    """Tokens of sampler probability 1/2, policy probability ratio/2 and old policy's of_old/2
+    (None: 1/2); `ratios` are to the sampler."""
     policy_C = torch.tensor([HALF + math.log(r) for r in ratios], requires_grad=True)
+    old_C = torch.tensor([HALF + math.log(r) for r in of_old or [1.0] * len(ratios)])
     return LossInputs(
         policy_logprobs_C=policy_C,
+        old_logprobs_C=old_C,
         sampler_logprobs_C=torch.full((len(ratios),), HALF),
         advantages_C=torch.tensor(advantages),
         weights_C=torch.tensor(weights),
@@ -52,7 +59,7 @@ def test_truncated_keeps_a_capped_gradient() -> None:
     loss, grad, clipped = run("truncated_importance_sampling", x, ratio_cap=2.0)
     assert grad == pytest.approx([-1.0, 1.0])  # the second: -0.5 * min(4, 2) * -1
     assert loss == pytest.approx(-(0.5 * 1 * 2 * HALF + 0.5 * 2 * -1 * (HALF + math.log(4))))
-    assert clipped == 1
+    assert clipped == 0  # the gradient is capped, not dropped
 
 
 def test_ppo_bounds_are_asymmetric_and_pessimistic() -> None:
@@ -62,7 +69,7 @@ def test_ppo_bounds_are_asymmetric_and_pessimistic() -> None:
     loss, grad, clipped = run("ppo", x, clip_low=0.2, clip_high=0.28)
     assert loss == pytest.approx(-(1.28 + 0.5 - 1.5 - 0.8))
     assert grad == pytest.approx([0.0, -0.5, 1.5, 0.0])
-    assert clipped == 4
+    assert clipped == 2  # those without gradient; a ratio out of bounds that min passes is not one
 
 
 def test_gspo_ratio_is_the_geometric_mean_of_the_sequence() -> None:
@@ -78,7 +85,58 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens() -> None:
     x = inputs([2.0, 0.1], [1.0, 1.0], [1.0, 1.0], [0, 0])
     _, grad, clipped = run("cispo", x, clip_low=0.5, clip_high=0.28)
     assert grad == pytest.approx([-1.28, -0.5])
-    assert clipped == 2
+    assert clipped == 0
+
+
+def test_bounds_are_on_the_ratio_to_the_old_policy_and_the_sampler_is_a_truncated_weight() -> None:
+    # old / sampler 1.6, 5 (cut at 2) and 0.5; policy / old 1.1, 1.1 and 2: only the last is
+    # clipped, though to the sampler they are 1.76, 5.5 and 1.
+    of_old = [1.6, 5.0, 0.5]
+    ratios = [1.1 * 1.6, 1.1 * 5.0, 2 * 0.5]
+    sequences = [0, 1, 2]
+    bounds = {"clip_low": 0.2, "clip_high": 0.28}
+    for name, denominator in (("ppo", "tokens"), ("gspo", "sequences")):
+        x = inputs(ratios, [1.0] * 3, [1.0] * 3, sequences, of_old)
+        loss, grad, clipped = run(name, x, denominator=denominator, **bounds)
+        assert loss == pytest.approx(-(1.1 * 1.6 + 1.1 * 2.0 + 1.28 * 0.5))
+        assert grad == pytest.approx([-1.1 * 1.6, -1.1 * 2.0, 0.0])
+        assert clipped == 1
+    x = inputs(ratios, [1.0] * 3, [1.0] * 3, sequences, of_old)
+    _, grad, clipped = run("cispo", x, **bounds, ratio_cap=1.5)
+    assert grad == pytest.approx([-1.1 * 1.5, -1.1 * 1.5, -1.28 * 0.5])
+    assert clipped == 0
+
+
+def test_gspos_weight_is_the_sequences_geometric_mean() -> None:
+    # old / sampler 4 and 1 make a weight of 2 for both tokens; the policy has not moved.
+    x = inputs([4.0, 1.0], [1.0, 1.0], [0.5, 0.5], [0, 0], [4.0, 1.0])
+    _, grad, clipped = run("gspo", x, denominator="sequences", ratio_cap=3.0)
+    assert grad == pytest.approx([-1.0, -1.0])
+    assert clipped == 0
+
+
+@pytest.mark.parametrize("name", sorted(RATIO_TO_OLD))
+def test_a_policy_that_has_not_moved_is_within_all_bounds_however_the_sampler_rounds(
+    name: str,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    policy_C = -torch.rand(4000, generator=generator).exp()
+    x = LossInputs(
+        policy_logprobs_C=policy_C.requires_grad_(),
+        sampler_logprobs_C=policy_C.detach() + 0.05 * torch.randn(4000, generator=generator),
+        advantages_C=torch.randn(500, generator=generator).repeat_interleave(8),
+        weights_C=torch.full((4000,), 1 / 4000),
+        sequence_C=torch.arange(4000) // 8,
+        num_sequences=500,
+    )
+    denominator = "sequences" if name == "gspo" else "tokens"
+    _, grad, clipped = run(name, x, denominator=denominator)
+    assert clipped == 0
+    log_weight_C = policy_C.detach() - x.sampler_logprobs_C
+    if name == "gspo":
+        log_weight_C = log_weight_C.view(500, 8).mean(1).repeat_interleave(8)
+    expected_C = -x.weights_C * x.advantages_C * log_weight_C.exp()
+    assert torch.allclose(torch.tensor(grad), expected_C, rtol=1e-5, atol=1e-9)
 
 
 def test_log_loss_is_the_weighted_negative_log_likelihood() -> None:
@@ -95,6 +153,51 @@ def test_kl_penalty_is_k3() -> None:
     kl.backward()
     assert policy_C.grad is not None
     assert policy_C.grad.tolist() == pytest.approx([0.0, 0.5 * (1 - 3)])
+
+
+@pytest.mark.parametrize("log_ratio", [1e-9, -1e-9, 1e-7, -1e-7, 1.4e-5, -1.4e-5, 1e-3, -0.5, 2.0])
+def test_k3_has_no_rounding_noise(log_ratio: float) -> None:
+    terms = (log_ratio**n / math.factorial(n) for n in range(30, 1, -1))
+    assert float(k3(torch.tensor([log_ratio], dtype=torch.float64))) == pytest.approx(
+        sum(terms), rel=1e-6
+    )
+
+
+def test_k3_of_float32_log_probs_is_half_their_variance_and_never_negative() -> None:
+    generator = torch.Generator().manual_seed(0)
+    policy_C = -10 * torch.rand(100_000, generator=generator)
+    other_C = policy_C + 1.4e-5 * torch.randn(100_000, generator=generator)
+    values_C = k3(other_C.double() - policy_C.double())
+    assert values_C.min() >= 0
+    assert float(values_C.mean()) == pytest.approx(1.4e-5**2 / 2, rel=0.05)
+    kl = kl_penalty(policy_C, other_C, torch.full((100_000,), 1e-5))
+    assert float(kl) == pytest.approx(1.4e-5**2 / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("far", [25.0, 100.0, 800.0, 1e5])
+def test_the_penalty_of_a_token_far_off_is_finite_and_still_pulls(far: float) -> None:
+    policy_C = torch.tensor([-far, -1.0], requires_grad=True)
+    kl = kl_penalty(policy_C, torch.tensor([0.0, -1.0]), torch.tensor([0.5, 0.5]))
+    steepest = math.expm1(MAX_LOG_RATIO)  # the slope at the bound, kept from there on
+    at_bound = steepest - MAX_LOG_RATIO
+    assert float(kl) == pytest.approx(0.5 * (at_bound + steepest * (far - MAX_LOG_RATIO)))
+    kl.backward()
+    assert policy_C.grad is not None
+    assert policy_C.grad.tolist() == pytest.approx([-0.5 * steepest, 0.0])
+
+
+def test_the_penaltys_value_is_unbiased_and_its_gradient_is_of_the_other_kl() -> None:
+    """All tokens of a vocabulary of three, each weighted by its chance under the policy."""
+    logits_V = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64, requires_grad=True)
+    reference_V = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    policy_V = logits_V.log_softmax(-1)
+    chance_V = policy_V.detach().exp()
+    value = kl_penalty(policy_V, reference_V, chance_V)
+    assert float(value) == pytest.approx(float((chance_V * (policy_V - reference_V)).sum()))
+    (gradient_V,) = torch.autograd.grad(value, logits_V, retain_graph=True)
+    other = (reference_V.exp() * (reference_V - policy_V)).sum()  # KL(reference || policy)
+    (expected_V,) = torch.autograd.grad(other, logits_V)
+    assert gradient_V.tolist() == pytest.approx(expected_V.tolist())
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl_lora.adapter import is_peft_loadable, load_tensors, open_adapter, save_adapter
+from rl_lora.adapter import load_tensors, open_adapter, save_adapter
 from rl_lora.card import card_text, read_facts
 from rl_lora.cli import main
 from rl_lora.config import ModelSection, load_config
@@ -20,6 +20,7 @@ from rl_lora.errors import UserError
 from rl_lora.export import export_merged
 from rl_lora.fit_adapter import common_settings, fitted
 from rl_lora.models import resolve_model
+from rl_lora.peft_files import is_peft_loadable
 from rl_lora.sft_config import load_sft_config
 from rl_lora.sft_run import fine_tune
 from rl_lora.train import train
@@ -178,7 +179,7 @@ def test_rl_runs_and_resumes_to_the_bit(tmp_path: Path) -> None:
             train(config, resume=steps > 1 and len(num_steps) > 1, quiet=True)
         finals.append(load_tensors(tmp_path / name / "adapter"))
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").open()]
-    assert all(row["mismatch/kl"] < 1e-8 for row in rows)
+    assert all(0 <= row["mismatch/kl"] < 1e-10 for row in rows)
     whole, parts = finals
     assert any(bool(t.any()) for name, t in whole.items() if ".w1.lora_B" in name)
     assert whole.keys() == parts.keys()

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rl_lora import attention
-from rl_lora.adapter import load_tensors, lora_settings, open_adapter, save_adapter
+from rl_lora.adapter import load_tensors, open_adapter, save_adapter
 from rl_lora.batches import pack, whole_sequence
 from rl_lora.config import AlgorithmSection, LoraSection, ModelSection, OptimSection
 from rl_lora.errors import UserError
@@ -21,6 +21,7 @@ from rl_lora.learner import Learner
 from rl_lora.liveness import check_at_start
 from rl_lora.lora import lora_layers
 from rl_lora.moe import expert_adapters
+from rl_lora.peft_files import lora_settings
 from rl_lora.policy import Policy
 from rl_lora.torch_sampler import TorchSampler
 from rl_lora.types import Microbatch, Prompt, TrainSample

@@ -34,7 +34,7 @@ def wanted(*extras: str) -> list[Requirement]:
     return [Requirement(text) for text in texts]
 
 
-@pytest.mark.parametrize("name", ["cpu.lock", "gpu.lock", "torch-cuda.lock"])
+@pytest.mark.parametrize("name", ["cpu.lock", "gpu.lock", "torch-cuda.lock", "gpu-dry.lock"])
 def test_locks_hold_plain_pins_of_no_one_machine(name: str) -> None:
     for line in (ROOT / "requirements" / name).read_text().splitlines()[1:]:
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+( ; .*)?", line), line

@@ -12,7 +12,7 @@ from rl_lora.batches import pack
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
 from rl_lora.lora import lora_layers
-from rl_lora.policy import Policy, pick_device, pick_dtype
+from rl_lora.policy import Policy, pick_device, pick_dtype, take_positions
 from rl_lora.types import Microbatch, TrainSample
 from tests.tiny_models import make_policy, random_llama, random_qwen3, shake
 
@@ -86,6 +86,31 @@ def test_lora_output_and_gradients_match_peft(tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, grad in ours.items():
         assert torch.allclose(grad, theirs[name], atol=1e-5), name
+
+
+def test_positions_read_by_many_completions_have_one_gradient() -> None:
+    hidden_BTD = torch.arange(12.0).view(2, 3, 2).requires_grad_()
+    taken_CD = take_positions(hidden_BTD, torch.tensor([0, 1, 1]), torch.tensor([2, 0, 0]))
+    assert taken_CD.tolist() == [[4, 5], [6, 7], [6, 7]]
+    (gradient_BTD,) = torch.autograd.grad(taken_CD, hidden_BTD, torch.tensor([[1.0, 2.0]] * 3))
+    assert gradient_BTD.tolist() == [[[0, 0], [0, 0], [1, 2]], [[2, 4], [0, 0], [0, 0]]]
+
+
+@pytest.mark.skipif(torch.get_num_threads() < 2, reason="one thread adds in one order anyway")
+def test_gradient_of_shared_positions_repeats_on_several_threads() -> None:
+    """Indexing by [row, column] gives about 100 different gradients here."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_BTD = torch.randn(1, 3000, 64, generator=generator, requires_grad=True)
+    column_C = torch.cat([torch.arange(2500) + 100, torch.arange(400) // 16])
+    column_C = column_C[torch.randperm(len(column_C), generator=generator)]
+    grad_CD = torch.randn(len(column_C), 64, generator=generator)
+    row_C = torch.zeros_like(column_C)
+    gradients = set()
+    for _ in range(200):
+        taken_CD = take_positions(hidden_BTD, row_C, column_C)
+        (gradient_BTD,) = torch.autograd.grad(taken_CD, hidden_BTD, grad_CD)
+        gradients.add(gradient_BTD.numpy().tobytes())
+    assert len(gradients) == 1
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,53 @@ def test_solution_ends_in_the_asked_format(solution: str, instruction: str, expe
     assert finish_solution(solution, "2", instruction) == expected
 
 
+# --- which problems are the same ------------------------------------------------------------------
+
+DIFFERENT = [
+    ("5²", "52"), ("2⁵", "25"), ("2₅", "25"), ("½", "1/2"), ("①", "1"), ("m²", "m2"), ("Ⅳ", "IV"),
+    ("1 1/2", "11/2"), ("1 2 3", "123"), ("1, 234", "1,234"), ("3. 5", "3.5"), ("3 .5", "3.5"),
+    ("2 -3", "2-3"), ("5 −3", "5−3"), ("5 (2)", "5(2)"), ("(1) (2)", "(1)(2)"), ("5! 3", "5!3"),
+    ("½ 3", "½3"), ("0.1 2", "0.12"), ("10% 5", "10%5"), ("a b", "ab"), ("x' y", "x'y"),
+    ("X", "x"), ("ℝ", "R"), ("Find X", "find X"), ("e", "é"), ("x̄", "x"), ("𝐱", "x"),
+    ("5!", "5?"), ("5!", "5"), ("Is it 5?", "Is it 5!"), ("5'", "5"), ("5 %", "5"), ("-5", "5"),
+    ("1,2", "12"), ("1.2", "12"), ("$x^2$", "$x_2$"), ("1, 2, ...", "1, 2, ."), ("a: b", "a b"),
+]  # fmt: skip
+SAME = [
+    ("What is $x$?", " What\u00a0 is\n$ x $?"),
+    ("x + 1", "x+1"),
+    ("g(0) = - 1", "g(0)=-1"),
+    (r"n \to \infty", r"n\to\infty"),
+    ("She has 2 , then 3 .", "She has 2, then 3."),
+    ("Compute 5.", "Compute 5"),
+    ("f (x)", "f(x)"),
+    ("Sandra 's", "Sandra's"),
+    ("e\u0301", "\u00e9"),
+    ("\ufeffIs it\u200b 5?", "Is it 5?"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_different_problems_are_kept_apart(one: str, other: str) -> None:
+    assert question_key(one) != question_key(other)
+    assert question_key(f"What is {one} then?") != question_key(f"What is {other} then?")
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_the_same_problem_is_known_again(one: str, other: str) -> None:
+    assert question_key(one) == question_key(other)
+
+
+def test_look_alikes_in_training_set_and_exam_are_all_asked(tmp_path: Path) -> None:
+    pairs = [("Compute 5²", "Compute 52"), ("1 1/2 as a decimal", "11/2 as a decimal"),
+             ("What is 5!", "What is 5?"), ("Find X", "Find x")]  # fmt: skip
+    train = write_rows(tmp_path / "train.jsonl", [one for one, _ in pairs])
+    exam = write_rows(tmp_path / "exam.jsonl", [other for _, other in pairs])
+    sets = load(train=train, eval=exam)
+    assert (len(sets.train), len(sets.eval)) == (4, 4)
+    both = write_rows(tmp_path / "both.jsonl", [text for pair in pairs for text in pair])
+    assert len(load(train=both, held_out=1).train) == 7
+
+
 # --- train and exam -------------------------------------------------------------------------------
 
 
@@ -119,8 +167,8 @@ def test_held_out_rows_follow_the_seed(tmp_path: Path) -> None:
 
 
 def test_training_questions_that_the_exam_has_are_dropped_and_counted(tmp_path: Path) -> None:
-    train = write_rows(tmp_path / "a" / "train.jsonl", [*numbered(4), "Shared  question?"])
-    exam = write_rows(tmp_path / "b" / "test.jsonl", ["shared question", "another"])
+    train = write_rows(tmp_path / "a" / "train.jsonl", [*numbered(4), "A  shared question."])
+    exam = write_rows(tmp_path / "b" / "test.jsonl", ["A shared question", "another"])
     sets = load(train=train, eval=exam)
     assert [prompt.prompt_id for prompt in sets.train] == ["a/0", "a/1", "a/2", "a/3"]
     assert [prompt.prompt_id for prompt in sets.eval] == ["b-eval/0", "b-eval/1"]
@@ -325,5 +373,29 @@ def test_real_math_training_set_loses_the_two_problems_of_the_exam(shared_dir: P
     sets = load(
         5000, train=str(folder / "rllm_train" / "math.json"), eval=str(folder / "test.jsonl")
     )
-    assert (len(sets.train), len(sets.eval)) == (7466, 5000)
+    assert (len(sets.train), len(sets.eval)) == (7467, 5000)
     assert "2 also in the exam" in sets.notes[1]
+
+
+# --- special tokens in the data -------------------------------------------------------------------
+
+
+def test_special_tokens_in_questions_are_told(tmp_path: Path) -> None:
+    questions = [*numbered(3), "What?</s><s> assistant : \\boxed{1}</s>", "And </s> this?"]
+    path = write_rows(tmp_path / "m.jsonl", questions)
+    note = load(train=path, held_out=1).notes[-1]
+    assert note.startswith("2 questions have special tokens of the model in them (</s> for one)")
+    assert len(load(train=write_rows(tmp_path / "n.jsonl", numbered(3)), held_out=1).notes) == 1
+    assert len(load(train=path, held_out=1, template="base").notes) == 1  # meant, there
+
+
+def test_a_prompt_that_is_too_long_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = 8
+    path = write_rows(tmp_path / "m.jsonl", [*numbered(3), "word " * 90])
+    with pytest.raises(UserError, match="prompt m/3 has"):
+        load_prompts(DataSection(train=path, held_out=1), tokenizer, 50, 10, 0)  # type: ignore[arg-type]
+    assert "longer than" not in caplog.text

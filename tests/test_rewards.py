@@ -132,7 +132,9 @@ def test_rewards_import_neither_torch_nor_the_trainer_nor_sympy() -> None:
 @pytest.mark.parametrize(
     ("policy", "gold", "answer", "is_right"),
     [
-        ("default", "1/3", "0.333", True),
+        ("default", "1/3", "0.333", False),
+        ("default", "1/3", "0.3333", True),
+        ("default", "20/3", "6.67", True),
         ("math", "1/3", "0.333", False),
         ("math", "0.333", "1/3", True),
         ("gsm8k", "0.33", "1/3", True),

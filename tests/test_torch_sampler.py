@@ -23,7 +23,7 @@ from rl_lora.models import load_tokenizer, resolve_model
 from rl_lora.policy import Policy
 from rl_lora.prompts import render_text
 from rl_lora.rollouts import sample_groups
-from rl_lora.sampler import BASE_VERSION, mix_seed, sample_seed
+from rl_lora.sampler import BASE_VERSION, mix_seed, sample_seed, sample_seeds
 from rl_lora.torch_sampler import TorchSampler, _draw
 from rl_lora.types import Completion, Prompt, SampleParams
 from tests.tiny_models import make_policy, random_llama, shake
@@ -90,6 +90,18 @@ def test_samples_do_not_depend_on_the_batch_they_are_in(tmp_path: Path) -> None:
     ids = [[c.token_ids for c in group] for group in together]
     assert [[c.token_ids for c in group] for group in alone] == ids
     assert [[c.token_ids for c in group] for group in small] == ids
+
+
+def test_a_prompt_that_stands_in_a_batch_again_is_sampled_anew(tmp_path: Path) -> None:
+    sampler = make(tmp_path)
+    params = SampleParams(num_samples=2, max_tokens=10, temperature=1.0, seed=3)
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
+    groups = sampler.sample(prompts, params)
+    ids = [tuple(c.token_ids for c in group) for group in groups]
+    assert len({ids[0], ids[2], ids[3]}) == 3
+    assert list(ids[0]) == [c.token_ids for c in sampler.sample(PROMPTS[:1], params)[0]]
+    small = make(tmp_path / "again", max_num_seqs=2).sample(prompts, params)  # a prompt at a time
+    assert [tuple(c.token_ids for c in group) for group in small] == ids
 
 
 def test_greedy_takes_the_most_probable_token(tmp_path: Path) -> None:
@@ -212,6 +224,14 @@ def test_a_prompt_without_room_is_refused(tmp_path: Path) -> None:
 def test_seeds_are_distinct_and_fixed() -> None:
     seeds = {sample_seed(7, prompt, i) for prompt in ("a", "b") for i in range(50)}
     assert len(seeds) == 100
+    batch = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0], PROMPTS[2]]
+    seeds_N_G = sample_seeds(
+        batch, SampleParams(num_samples=50, max_tokens=1, temperature=1, seed=7)
+    )
+    assert len({seed for seeds_G in seeds_N_G for seed in seeds_G}) == 250
+    for index in (0, 1, 4):  # those of a prompt's first place are those that it has alone
+        assert seeds_N_G[index] == [sample_seed(7, batch[index].prompt_id, i) for i in range(50)]
+    assert sample_seed(7, "p/0", 3) == mix_seed(7, "p/0", 3) == 6261876295977938468
     assert mix_seed("a", "b") != mix_seed("ab")
     assert mix_seed(1, "x") == mix_seed(1, "x") < 2**63
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from rl_lora.adapter import lora_settings, open_adapter, save_adapter
+from rl_lora.adapter import open_adapter, save_adapter
 from rl_lora.batches import pack
 from rl_lora.capacity import Capacity, rank_that_holds
 from rl_lora.config import (
@@ -29,6 +29,7 @@ from rl_lora.errors import UserError
 from rl_lora.exam import exam
 from rl_lora.learner import Learner, parameter_groups
 from rl_lora.lora import LoraLinear, target_names
+from rl_lora.peft_files import lora_settings
 from rl_lora.plan import matmul_counts, parameter_counts
 from rl_lora.policy import Policy
 from rl_lora.shapes import lay_out

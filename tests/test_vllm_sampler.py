@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from rl_lora import job, vllm_settings
 from rl_lora.adapter import fingerprint, save_adapter
@@ -193,6 +193,7 @@ def _process_state() -> dict[str, Any]:
         "python": random.getstate(),
         "dtype": torch.get_default_dtype(),
         "is_grad_enabled": torch.is_grad_enabled(),
+        "has_cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled(),
     }
 
 
@@ -308,6 +309,9 @@ def test_samples_follow_from_the_seed_alone(sampler: VllmSampler) -> None:
     assert len(set(_ids(groups[0]))) == PARAMS.num_samples
     other = sampler.sample(PROMPTS, replace(PARAMS, seed=8))
     assert _ids(other[0]) != _ids(groups[0])
+    twice = sampler.sample([PROMPTS[0], PROMPTS[1], PROMPTS[0]], PARAMS)
+    assert [_ids(group) for group in twice[:2]] == [_ids(group) for group in groups[:2]]
+    assert not set(_ids(twice[2])) & set(_ids(twice[0]))  # the same prompt again, other samples
 
 
 def test_prompts_that_exceed_a_steps_tokens(sampler: VllmSampler) -> None:
@@ -539,6 +543,7 @@ def test_process_kept_restores_after_an_error() -> None:
     with pytest.raises(KeyError), process_kept():  # noqa: PT012
         os.environ["LD_PRELOAD"] = "libx.so"
         del os.environ["PATH"]
+        torch.backends.cuda.enable_cudnn_sdp(not torch.backends.cuda.cudnn_sdp_enabled())
         torch.set_num_threads(1)
         torch.set_num_threads = lambda _: None  # type: ignore[assignment]
         torch.manual_seed(1)
@@ -599,7 +604,17 @@ def test_engine_settings(model_dir: Path) -> None:
     assert not gpu["enforce_eager"]
     assert gpu["gpu_memory_utilization"] == 0.3
     assert "kv_cache_memory_bytes" not in gpu
+    assert gpu["compilation_config"] == {"cudagraph_specialize_lora": True}
+    assert (gpu["max_loras"], gpu["enable_prefix_caching"]) == (1, True)
+    assert "attention_backend" not in gpu
+    asked = settings_of(model_dir, "cuda", 1, attention_backend="TRITON_ATTN")
+    assert asked["attention_backend"] == "TRITON_ATTN"
+    assert "compilation_config" not in cpu
     assert settings_of(model_dir, "cuda", 1, eager=True, max_num_seqs=7)["max_num_seqs"] == 7
+    assert "max_num_batched_tokens" not in gpu
+    # vLLM refuses more sequences than tokens in a step.
+    many = settings_of(model_dir, "cuda", 1, max_num_seqs=5000)
+    assert many["max_num_batched_tokens"] == 5000
 
 
 @pytest.fixture
@@ -663,7 +678,7 @@ def test_rank_slots_are_vllms() -> None:
 
 
 def test_cpu_cache_bytes() -> None:
-    config = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
+    config = GPT2Config(n_layer=2, n_head=4, n_embd=64)  # whose names are not the usual ones
     # A token: keys and values x 2 layers x 4 heads x 16 x 4 bytes = 1024. 64 tokens are 2 blocks of
     # 32, and a third is vLLM's own: 96 x 1024 bytes a sequence.
     size: Callable[[int], int] = lambda free: cpu_cache_bytes(  # noqa: E731

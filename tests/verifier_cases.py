@@ -191,7 +191,7 @@ x \le -1 \text{ or } x \ge 1 | (-\infty,-1]\cup[1,\infty)
 |x|\ge 1 | |x| \geq 1
 x^2+y^2=4 | x^2+y^2-4=0
 p=2, q=3 | p = 2 \text{ and } q = 3
-1/3 | 0.333
+1/3 | 0.3333
 \frac{\pi}{2}+2k\pi | 2k\pi + \frac{\pi}{2}, k \in \mathbb{Z}
 \frac{\pi}{2}+2k\pi | \frac{\pi}{2}+2\pi n \text{ for integer } n
 2k\pi + \frac{\pi}{3} (k\in Z) | 2k\pi+\frac{\pi}{3}

@@ -146,6 +146,7 @@ def _mismatch(runs: Sequence[RunRecord]) -> list[Figure | None]:
     kl = [
         Series("mismatch/kl", "sampler to policy", "c0", form=".2e", unit=" nats"),
         Series("loss/kl", "policy to base", "c1", "dash", form=".2e", unit=" nats"),
+        Series("reward/kl", "sampler to base", "c2", "dash", form=".2e", unit=" nats"),
     ]
     values = [v for run in runs for item in kl for v in series(run.steps, item.key)[1]]
     form = layout("KL (nats a token)")

@@ -1,0 +1,66 @@
+"""What a run of reinforcement learning ends with: its exams, and the closing tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rl_lora.adapter import version_in
+from rl_lora.best import read_choice
+from rl_lora.config import RunConfig
+from rl_lora.display import Display
+from rl_lora.paired import PairedScores, compare_exams
+from rl_lora.results import EvalResult, load_result
+from rl_lora.snapshot import Start
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ends with.
+
+    Example: Outcome(folder=Path("runs/quickstart"), before=EvalResult(...), after=EvalResult(...))
+    """
+
+    folder: Path
+    before: EvalResult | None  # the policy that RL started from
+    after: EvalResult | None
+
+
+def finished(config: RunConfig, start: Start) -> Outcome | None:
+    """The outcome of a run whose last step and exam are done, else None."""
+    folder, num_steps = config.run.folder, config.run.num_steps
+    exam = folder / "eval" / f"{exam_name(num_steps)}.json"
+    is_done = start.checkpoint is not None and start.log_step == num_steps
+    if not is_done or not exam.is_file() or version_in(folder / "adapter") != num_steps:
+        return None  # an adapter of another version is of the run when it was to be shorter
+    return Outcome(folder, result_of(folder, exam_name(0)), load_result(exam))
+
+
+def result_of(folder: Path, name: str) -> EvalResult | None:
+    """An exam's result in a run folder, if it was held."""
+    path = folder / "eval" / f"{name}.json"
+    return load_result(path) if path.is_file() else None
+
+
+def exam_name(step: int) -> str:
+    """Name of the exam that is held after so many steps."""
+    return f"step_{step:06d}"
+
+
+def summary(display: Display, outcome: Outcome, seconds_by_phase: dict[str, float]) -> None:
+    """The closing tables: exams, paired differences, contamination, seconds."""
+    folder, last = outcome.folder, outcome.after
+    files = {"base model": "base", "before": exam_name(0)}
+    if last is not None and last.step:
+        files["after"] = exam_name(last.step)
+    exams = {name: found for name, file in files.items() if (found := result_of(folder, file))}
+    comparisons: dict[str, PairedScores] = {}
+    for first, second in (("base model", "after"), ("before", "after")):
+        if first in exams and second in exams:
+            before, after = (folder / "eval" / f"{files[name]}.json" for name in (first, second))
+            comparisons[f"{first} to {second}"] = compare_exams(before, after).total
+    display.summary(exams, comparisons, seconds_by_phase)
+    for note in last.notes if last is not None else ():
+        display.note(note)
+    if (choice := read_choice(folder)) is not None:
+        display.note(f"best by the exam: step {choice.step}, in {folder / 'best'}")

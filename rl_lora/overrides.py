@@ -1,0 +1,146 @@
+"""Settings on the command line: `section.key=value` into a nested dict, by the field's type.
+
+A value is TOML (`8`, `[0.9, 0.95]`, `"text"`), except that a field for text takes what stands there
+as it is, whatever TOML would make of it: 2026-11-26, 71e2, true. A list of texts takes one text, or
+`[a, "b"]`. `none` is no value where the field has one that is none.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+import types
+from collections.abc import Iterable
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from rl_lora.errors import UserError
+
+_ELEMENT = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'[^']*'|[^,]*?)\s*(?:,|$)""")
+
+
+def apply_overrides(
+    raw: dict[str, Any], overrides: Iterable[str], root: type[BaseModel]
+) -> dict[str, Any]:
+    """The raw settings with each `section.key=value` put in; raw itself is changed.
+
+    Shorter keys go first, so that `data.train.answer=gold data=my.jsonl` is about that file.
+
+    Args:
+        raw: the settings so far, as TOML has them.
+        overrides: a later one of the same key has the last word.
+        root: the settings' class, for the types of its fields.
+
+    Raises:
+        UserError: an override is not of that form, or goes into a value.
+    """
+    for override in sorted(overrides, key=lambda one: one.partition("=")[0].count(".")):
+        _apply(raw, override, root)
+    return raw
+
+
+def _apply(raw: dict[str, Any], override: str, root: type[BaseModel]) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    *parents, last = key.strip().split(".")
+    node: dict[str, Any] = raw
+    field: Any = root
+    for parent in parents:
+        field = _field(field, parent)
+        child = _table(node.get(parent, {}), field)
+        if not isinstance(child, dict):
+            what = "a list of several" if isinstance(child, list) else "a value, not a section"
+            raise UserError(f"override {override!r}: {parent!r} is {what}; set it in a TOML file")
+        node[parent] = child
+        node = child
+    value = parse_value(text, _field(field, last))
+    if last == "data" and isinstance(value, str) and isinstance(node.get(last), dict):
+        # `data=PATH` replaces the sources and keeps the section's other settings.
+        node[last] = {**node[last], "train": value, "eval": ()}
+    else:
+        node[last] = value
+
+
+def _table(value: Any, field: Any) -> Any:
+    """The table that a section's value stands for: itself, that of a short form, or a list's one.
+
+    `data = "my.jsonl"` is short for {train = "my.jsonl"}, a source "my.jsonl" for {name = ...}.
+    """
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, str):
+        if _item(field) is not None:
+            return {"name": value}
+        if isinstance(field, type) and "train" in getattr(field, "model_fields", {}):
+            return {"train": value}
+    return value
+
+
+def _field(field: Any, key: str) -> Any:
+    """The annotation of a section's key; Any where the settings have no such key."""
+    section = next((one for one in (field, _item(field)) if _is_section(one)), None)
+    known = section.model_fields.get(key) if section is not None else None
+    return Any if known is None else known.annotation
+
+
+def _is_section(field: Any) -> bool:
+    return isinstance(field, type) and issubclass(field, BaseModel)
+
+
+def _item(field: Any) -> Any:
+    """What a field that takes a list has in it: X of tuple[X, ...]; None for another field."""
+    is_list = get_origin(field) in (tuple, list) and get_args(field)[1:] in ((), (...,))
+    return get_args(field)[0] if is_list else None
+
+
+def _takes(field: Any) -> tuple[bool, bool]:
+    """(whether a field takes text, whether it takes none)."""
+    is_union = get_origin(field) in (Union, types.UnionType)
+    choices = get_args(field) if is_union else (field,)
+    is_text = any(
+        one is str
+        or _is_section(one)  # the short form of a section
+        or (get_origin(one) is Literal and all(isinstance(word, str) for word in get_args(one)))
+        for one in choices
+    )
+    return is_text, type(None) in choices
+
+
+def parse_value(text: str, field: Any) -> Any:
+    """What an override's text is for a field of this annotation.
+
+    Example: parse_value("71e2", str) == "71e2", parse_value("71e2", float) == 7100.0.
+    """
+    plain = _toml(text)
+    item = _item(field)
+    if item is not None and any(_takes(item)):
+        return _texts(text, plain, item)
+    if isinstance(plain, str):
+        return plain
+    takes_text, takes_none = _takes(field)
+    if text in ("none", "None") and (takes_none or not takes_text):
+        return None
+    if plain is None or (takes_text and not (isinstance(plain, dict) and _is_section(field))):
+        return text
+    return plain
+
+
+def _texts(text: str, plain: Any, item: Any) -> Any:
+    is_of_texts = isinstance(plain, list) and all(isinstance(one, str) for one in plain)
+    if is_of_texts or (_is_section(item) and "{" in text):
+        return plain if plain is not None else text
+    if not (text.startswith("[") and text.endswith("]")):
+        return [plain if isinstance(plain, str) else text] if text else []
+    words = [match.group(1) for match in _ELEMENT.finditer(text[1:-1])]
+    return [_toml(word) if word[:1] in ("'", '"') else word for word in words if word]
+
+
+def _toml(text: str) -> Any:
+    """The value of a TOML text; None where it is none."""
+    try:
+        loaded = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return None
+    return loaded["value"] if len(loaded) == 1 else None

@@ -1,0 +1,21 @@
+"""Gold answers with alternatives: several texts in one reference, any of which counts.
+
+A list of answers in a data set is read by `layouts`; what comes of it travels as one text,
+``1/2 ||| 0.5``, through prompts, records and files, and is taken apart where it is graded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+SEPARATOR = " ||| "
+
+
+def join_alternatives(golds: Sequence[str]) -> str:
+    """One reference. Example: ["1/2", "0.5"] -> "1/2 ||| 0.5"."""
+    return SEPARATOR.join(golds)
+
+
+def alternatives(reference: str) -> list[str]:
+    """The texts of a reference, at least one. Example: "1/2 ||| 0.5" -> ["1/2", "0.5"]."""
+    return reference.split(SEPARATOR)

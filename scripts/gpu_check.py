@@ -1,0 +1,69 @@
+"""What a GPU is asked, in stages.
+
+    python scripts/gpu_check.py STAGE… --device cuda --out FOLDER
+
+STAGE is a name of the table, call1, call2, call3, or all; docs/gpu-check.md says which on the day.
+With --device cpu the same stages run in tiny sizes. Exit code 0 if every stage asked for passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from gpu_check.run import run_stages, table  # noqa: E402
+from gpu_check.stages import CPU_LIMIT_S, STAGES, Context, chosen  # noqa: E402
+
+
+def main() -> int:
+    """Runs the stages and prints their table."""
+    listed = "\n".join(f"  call{s.call}  {s.name:20} {s.limit_s:3g} s" for s in STAGES)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"stages, with their limits on a GPU:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stages", nargs="+", metavar="STAGE")
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="results.jsonl and the logs")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "gpu-check",
+        help="models, runs and compile caches (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gguf", type=Path, nargs="+", default=[], help="the embedded model's file, or its parts"
+    )
+    parser.add_argument("--total", type=float, default=math.inf, help="seconds for all of them")
+    parser.add_argument("--limit", type=float, help="seconds a stage, in place of its own limit")
+    options = parser.parse_args()
+    try:
+        stages = chosen(options.stages)
+    except ValueError as error:
+        parser.error(str(error))
+    if missing := [path for path in options.gguf if not path.is_file()]:
+        parser.error(f"--gguf: no file {missing[0]}")
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here")
+    context = Context(torch.device(options.device), options.out, options.work, tuple(options.gguf))
+    rows = run_stages(
+        stages,
+        context,
+        lambda stage: options.limit or (stage.limit_s if context.is_gpu else CPU_LIMIT_S),
+        total_s=options.total,
+    )
+    print("\n" + table(rows))
+    return 0 if all(row["status"] == "passed" for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -78,7 +78,7 @@ def run(size: Size, out: TextIO) -> None:
     """Trains until the parent says `end`."""
     prompts, tokenizer, model_dir = bench_prompts(size)
     lengths = size.lengths()
-    reward = load_reward("math", policy="gsm8k")
+    reward = load_reward("math", rules="gsm8k")
     texts = [tokenizer.decode(p.token_ids) for p in prompts]
     references = {text: p.reference for text, p in zip(texts, prompts, strict=True)}
 

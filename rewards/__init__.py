@@ -2,24 +2,24 @@
 
 from rewards.grading import Grader, score, score_batch, verify
 from rewards.load import REWARDS, load_reward
-from rewards.policy import POLICIES, Policy, load_policy
+from rewards.rules import RULES, GradingRules, load_rules
 from rewards.types import STATUSES, Reward, RewardError, Score, Status, Verdict
 from rewards.user_function import FunctionReward
 
 __all__ = [
-    "POLICIES",
     "REWARDS",
+    "RULES",
     "STATUSES",
     "FunctionReward",
     "Grader",
-    "Policy",
+    "GradingRules",
     "Reward",
     "RewardError",
     "Score",
     "Status",
     "Verdict",
-    "load_policy",
     "load_reward",
+    "load_rules",
     "score",
     "score_batch",
     "verify",

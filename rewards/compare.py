@@ -40,7 +40,6 @@ from rewards.nodes import (
 )
 from rewards.parser import Parsed
 from rewards.pieces import is_piecewise, same_pieces
-from rewards.policy import Policy
 from rewards.quantities import equal_quantities
 from rewards.regions import NotARegion, equal_regions, to_region
 from rewards.relations import (
@@ -55,6 +54,7 @@ from rewards.relations import (
     unwrap,
 )
 from rewards.renaming import renamings
+from rewards.rules import GradingRules
 from rewards.scalars import equal_scalars
 from rewards.words import equal_texts
 
@@ -69,10 +69,10 @@ class Comparison:
 
     def __init__(
         self,
-        policy: Policy,
+        rules: GradingRules,
         last_resort: Callable[[Node, Node], bool] | None = None,
     ) -> None:
-        self.policy = policy
+        self.rules = rules
         self.last_resort = last_resort
         self.num_comparisons = 0
 
@@ -81,15 +81,15 @@ class Comparison:
         left, right = reduce_matrices(gold.node), reduce_matrices(answer.node)
         if self.equal(left, right):
             return True
-        if names_clash(left, right) and not self.policy.rename_free:
+        if names_clash(left, right) and not self.rules.rename_free:
             return False
-        if self.policy.accept_labels:
+        if self.rules.accept_labels:
             left, right = unlabelled(left), unlabelled(right)
         # k is an integer where the answer says so, or where it solves for an unknown.
-        is_family = self.policy.rename_bound and (
+        is_family = self.rules.rename_bound and (
             bool(gold.bound | answer.bound) or "rel" in (gold.node.kind, answer.node.kind)
         )
-        for names in renamings(left, right, gold.bound, answer.bound, self.policy):
+        for names in renamings(left, right, gold.bound, answer.bound, self.rules):
             renamed = rename(right, names)
             if self.equal(left, renamed):
                 return True
@@ -108,7 +108,7 @@ class Comparison:
         if "unit" in kinds:
             if "text" in kinds:
                 return equal_texts(gold, answer)
-            is_strict = self.policy.units == "strict"
+            is_strict = self.rules.units == "strict"
             return equal_quantities(gold, answer, self.equal, is_strict=is_strict)
         if "label" in kinds:
             if names_clash(gold, answer):
@@ -187,12 +187,12 @@ class Comparison:
         if equal_texts(gold, answer) and gold.kind != answer.kind:
             return False
         try:
-            if equal_scalars(gold, answer, self.policy):
+            if equal_scalars(gold, answer, self.rules):
                 return True
             if symbols(gold) ^ symbols(answer) != {_GOLDEN.name}:
                 return False
             gold, answer = (replace(side, _GOLDEN, GOLDEN_RATIO) for side in (gold, answer))
-            return equal_scalars(gold, answer, self.policy)
+            return equal_scalars(gold, answer, self.rules)
         except Undecided:
             if self.last_resort is None:
                 raise
@@ -233,7 +233,7 @@ class Comparison:
             same = same_inequality(gold, answer)
             if same:
                 return True
-        if not self.policy.relations_as_sets and form_of(gold) != form_of(answer):
+        if not self.rules.relations_as_sets and form_of(gold) != form_of(answer):
             return False
         if gold.kind == "rel" and gold.name == "in" and answer.kind != "rel":
             return self.equal(gold.args[1], answer)
@@ -256,14 +256,14 @@ class Comparison:
         left = unwrap(gold, self.equal, is_trusted=True) if is_equation(gold) else None
         right = unwrap(answer, self.equal, is_trusted=False) if is_equation(answer) else None
         if left is not None and right is not None:
-            if left[0].kind == right[0].kind == "call" or self.policy.rename_free:
+            if left[0].kind == right[0].kind == "call" or self.rules.rename_free:
                 left, right = bind_arguments(*left), bind_arguments(*right)
-            are_compatible = self.policy.rename_free or compatible_names(left[0], right[0])
+            are_compatible = self.rules.rename_free or compatible_names(left[0], right[0])
             if are_compatible and self.equal(left[1], right[1]):
                 return True
         if gold.kind == answer.kind == "rel" and len(gold.args) == len(answer.args) == 2:
             return is_equation(gold) and is_equation(answer) and same_equation(gold, answer)
-        if not self.policy.accept_labels:
+        if not self.rules.accept_labels:
             return False
         if left is not None and answer.kind != "rel":
             return self.equal(left[1], answer)
@@ -317,7 +317,7 @@ class Comparison:
         return self._in_order(gold.args, answer.args)
 
     def _equal_collections(self, gold: Node, answer: Node) -> bool:
-        if names_clash(gold, answer) and not self.policy.rename_free:
+        if names_clash(gold, answer) and not self.rules.rename_free:
             return False
         if gold.kind == answer.kind == "list" and "or" in (gold.name, answer.name):
             if gold.name != answer.name and all(
@@ -346,7 +346,7 @@ class Comparison:
             if is_set and gold.kind == answer.kind:
                 return self._same_member(left[0], right[0])
             return self.equal(left[0], right[0])
-        if self.policy.list_order == "gold" and gold.kind == answer.kind == "list":
+        if self.rules.list_order == "gold" and gold.kind == answer.kind == "list":
             return self._in_order(left, right)
         return self._same_multiset(left, right)
 

@@ -14,8 +14,8 @@ from rewards.interpret import Reading, read, read_gold
 from rewards.magnitudes import TooLarge
 from rewards.nodes import LimitExceeded, Node, ParseError, has_kind
 from rewards.parser import Parsed
-from rewards.policy import Policy
 from rewards.relations import Contradiction
+from rewards.rules import GradingRules
 from rewards.tokens import tokenize
 from rewards.types import Status, Tier, Verdict
 from rewards.words import is_short_form, text_of
@@ -48,15 +48,15 @@ WRONG_EXACT = Outcome(Verdict(False, "ok", "exact"))
 def decide(
     gold: str,
     answer: str,
-    policy: Policy,
+    rules: GradingRules,
     joined: tuple[str, ...] = (),
     last_resort: LastResort | None = None,
 ) -> Outcome:
     """Is `answer` the gold? `joined`: boxes that stood beside the answer, it included."""
-    outcome = _plain_outcome(gold, answer, policy) if not joined else None
+    outcome = _plain_outcome(gold, answer, rules) if not joined else None
     if outcome is not None:
         return outcome
-    if policy.decimal_comma:
+    if rules.decimal_comma:
         gold, answer = (_DECIMAL_COMMA.sub(r"\1.\2", text) for text in (gold, answer))
     wanted = read_gold(gold)
     has_several = any(
@@ -67,18 +67,18 @@ def decide(
         joined = _joined_boxes(answer)
     if len(set(joined)) > 1 and not has_several:
         outcomes = [
-            _typed_outcome(gold, wanted, item, policy, last_resort) for item in joined[:MAX_SAID]
+            _typed_outcome(gold, wanted, item, rules, last_resort) for item in joined[:MAX_SAID]
         ]
         if len(joined) <= MAX_SAID and all(outcome.verdict.correct for outcome in outcomes):
             return outcomes[-1]  # the same value twice: 1/2 or 0.5
         return Outcome(Verdict(False, "contradictory", "typed"))
-    outcome = _typed_outcome(gold, wanted, answer, policy, last_resort)
+    outcome = _typed_outcome(gold, wanted, answer, rules, last_resort)
     if joined and has_several and not outcome.verdict.correct:
-        return _typed_outcome(gold, wanted, ", ".join(joined), policy, last_resort)
+        return _typed_outcome(gold, wanted, ", ".join(joined), rules, last_resort)
     return outcome
 
 
-def _plain_outcome(gold: str, answer: str, policy: Policy) -> Outcome | None:
+def _plain_outcome(gold: str, answer: str, rules: GradingRules) -> Outcome | None:
     """Strings and plain numbers, which are most answers; None where more is needed."""
     gold, answer = gold.strip(), answer.strip()
     if not gold:
@@ -86,29 +86,29 @@ def _plain_outcome(gold: str, answer: str, policy: Policy) -> Outcome | None:
     is_plain_gold = _INTEGER.fullmatch(gold) is not None
     if is_plain_gold and _INTEGER.fullmatch(answer):
         number = int(answer)
-        is_right = number == int(gold) and _in_range(number, policy)
+        is_right = number == int(gold) and _in_range(number, rules)
         return RIGHT_EXACT if is_right else WRONG_EXACT
-    if gold == answer and policy.answer_range is None:
+    if gold == answer and rules.answer_range is None:
         return RIGHT_STRING
     if max(len(gold), len(answer)) > MAX_PLAIN_CHARS:
         return None
     left = _plain_number(gold)
     right = None if left is None else _plain_number(answer)
-    if left is None or right is None or policy.tolerance_decimals is not None:
+    if left is None or right is None or rules.tolerance_decimals is not None:
         return None
     if left[0] == right[0]:
         is_integer = right[0].denominator == 1
-        is_settled = policy.accept_unreduced or is_integer
-        if is_settled and (policy.answer_range is None or is_integer):
-            return RIGHT_EXACT if _in_range(int(right[0]), policy) else WRONG_EXACT
+        is_settled = rules.accept_unreduced or is_integer
+        if is_settled and (rules.answer_range is None or is_integer):
+            return RIGHT_EXACT if _in_range(int(right[0]), rules) else WRONG_EXACT
         return None
     may_round = left[1] or right[1]  # a printed decimal may round
     may_be_list = "," in gold or "," in answer
     return None if may_round or may_be_list else WRONG_EXACT
 
 
-def _in_range(number: int, policy: Policy) -> bool:
-    low_high = policy.answer_range
+def _in_range(number: int, rules: GradingRules) -> bool:
+    low_high = rules.answer_range
     return low_high is None or low_high[0] <= number <= low_high[1]
 
 
@@ -138,7 +138,7 @@ def _joined_boxes(answer: str) -> tuple[str, ...]:
 
 
 def _typed_outcome(
-    gold: str, wanted: Reading, answer: str, policy: Policy, last_resort: LastResort | None
+    gold: str, wanted: Reading, answer: str, rules: GradingRules, last_resort: LastResort | None
 ) -> Outcome:
     given = read(answer)
     if not wanted.candidates or not given.candidates:
@@ -149,11 +149,11 @@ def _typed_outcome(
     is_open, status = False, "ok"
     tier: Tier = "typed"
     for left, right in _pairs(wanted, given):
-        comparison = Comparison(policy, last_resort)
+        comparison = Comparison(rules, last_resort)
         try:
-            if comparison.compare(left, right) and _respects(right, policy):
+            if comparison.compare(left, right) and _respects(right, rules):
                 is_left_to_do = is_literal(left.node) and has_sum_to_do(answer, right.node)
-                if policy.accept_sums or not is_left_to_do:
+                if rules.accept_sums or not is_left_to_do:
                     return Outcome(Verdict(True, "ok", tier))
                 status = "unevaluated"
         except TooLarge:
@@ -164,7 +164,7 @@ def _typed_outcome(
             status = "contradictory"
         except (LimitExceeded, ParseError, RecursionError):
             status = "limit"
-    if policy.accept_short_text and (_short_text(gold, given) or _short_text(answer, wanted)):
+    if rules.accept_short_text and (_short_text(gold, given) or _short_text(answer, wanted)):
         return Outcome(Verdict(True, "ok", "typed"))
     if _same_spelling(gold, answer):
         return RIGHT_STRING
@@ -189,11 +189,11 @@ def _may_pair(reading: Parsed, likeliest: Parsed, opposite: Parsed) -> bool:
     return facing.name == "decimal" and facing.decimals == node.decimals
 
 
-def _respects(answer: Parsed, policy: Policy) -> bool:
+def _respects(answer: Parsed, rules: GradingRules) -> bool:
     node = answer.node
-    if policy.answer_range is not None and node.kind == "num":
-        return node.number.denominator == 1 and _in_range(int(node.number), policy)
-    if not policy.accept_unreduced and node.kind == "mul" and len(node.args) == 2:
+    if rules.answer_range is not None and node.kind == "num":
+        return node.number.denominator == 1 and _in_range(int(node.number), rules)
+    if not rules.accept_unreduced and node.kind == "mul" and len(node.args) == 2:
         top, bottom = node.args
         if top.kind == "num" and bottom.kind == "pow" and bottom.args[0].kind == "num":
             return Fraction(top.number, bottom.args[0].number).denominator == abs(

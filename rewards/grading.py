@@ -8,20 +8,20 @@ from typing import Any
 
 from rewards.decide import decide
 from rewards.extract import Extraction, extract
-from rewards.policy import POLICIES, Policy, from_wire, load_policy, to_wire
 from rewards.pool import WorkerPool
+from rewards.rules import RULES, GradingRules, from_wire, load_rules, to_wire
 from rewards.thinking import ExtraTags
 from rewards.types import Score, Verdict
 
-DEFAULT = POLICIES["default"]
+DEFAULT = RULES["default"]
 
 
 class Grader:
-    """A policy, an engine and its worker pool. Safe to call from any thread. A context manager."""
+    """Rules, an engine and its worker pool. Safe to call from any thread. A context manager."""
 
     def __init__(
         self,
-        policy: Policy = DEFAULT,
+        rules: GradingRules = DEFAULT,
         *,
         engine: str = "verify",
         num_workers: int = 1,
@@ -29,7 +29,7 @@ class Grader:
         memory_mb: int = 1024,
         thinking_tags: ExtraTags = (),
     ) -> None:
-        self.policy = policy
+        self.rules = rules
         self.engine = engine
         self.thinking_tags = thinking_tags
         self.pool = WorkerPool(num_workers, timeout_s, memory_mb, engine=engine)
@@ -78,9 +78,9 @@ class Grader:
                 verdicts.append(Verdict(False, "no_answer"))
                 continue
             if self.engine == "verify":
-                outcome = decide(gold, extraction.answer, self.policy, extraction.joined)
+                outcome = decide(gold, extraction.answer, self.rules, extraction.joined)
                 if extraction.listed and not outcome.verdict.correct:
-                    listed = decide(gold, ", ".join(extraction.listed), self.policy)
+                    listed = decide(gold, ", ".join(extraction.listed), self.rules)
                     outcome = listed if listed.verdict.correct else outcome
                 verdicts.append(outcome.verdict)
                 if not outcome.is_open:
@@ -96,7 +96,7 @@ class Grader:
 
     def verify(self, gold: str, answer: str) -> Verdict:
         """Compare one answer, already extracted, with one gold."""
-        outcome = decide(gold, answer, self.policy)
+        outcome = decide(gold, answer, self.rules)
         if outcome.is_open:
             return _read_verdict(self.pool.request(self._request(gold, answer)))
         return outcome.verdict
@@ -106,7 +106,7 @@ class Grader:
             "op": self.engine,
             "gold": gold,
             "answer": answer,
-            "policy": to_wire(self.policy),
+            "rules": to_wire(self.rules),
         }
 
     def close(self) -> None:
@@ -125,39 +125,41 @@ def _read_verdict(response: dict[str, Any]) -> Verdict:
     return Verdict(response["correct"], response["status"], response["tier"])
 
 
-def verify_symbolic(gold: str, answer: str, policy: dict[str, Any]) -> Verdict:
+def verify_symbolic(gold: str, answer: str, rules: dict[str, Any]) -> Verdict:
     """Runs in a worker: every tier, sympy included."""
     from rewards.symbolic import decide_symbolically
 
-    return decide_symbolically(gold, answer, from_wire(policy))
+    return decide_symbolically(gold, answer, from_wire(rules))
 
 
-_SHARED: dict[Policy, Grader] = {}
+_SHARED: dict[GradingRules, Grader] = {}
 _SHARED_LOCK = threading.Lock()
 
 
-def _shared_grader(policy: Policy | str) -> Grader:
-    """One grader per policy for the module-level functions; its worker starts on first need."""
-    rules = load_policy(policy) if isinstance(policy, str) else policy
-    grader = _SHARED.get(rules)
+def _shared_grader(rules: GradingRules | str) -> Grader:
+    """One grader for each set of rules; its worker starts on first need."""
+    known = load_rules(rules) if isinstance(rules, str) else rules
+    grader = _SHARED.get(known)
     if grader is None:
         with _SHARED_LOCK:
-            grader = _SHARED.setdefault(rules, Grader(rules))
+            grader = _SHARED.setdefault(known, Grader(known))
     return grader
 
 
-def verify(gold: str, answer: str, policy: Policy | str = DEFAULT) -> Verdict:
+def verify(gold: str, answer: str, rules: GradingRules | str = DEFAULT) -> Verdict:
     """Is `answer` (already extracted) equal to `gold`? Example: verify("1/2", "0.5").correct."""
-    return _shared_grader(policy).verify(gold, answer)
+    return _shared_grader(rules).verify(gold, answer)
 
 
-def score(completion: str, reference: str, policy: Policy | str = DEFAULT) -> Score:
+def score(completion: str, reference: str, rules: GradingRules | str = DEFAULT) -> Score:
     """Extract the final answer of a completion and grade it."""
-    return score_batch([completion], [reference], policy)[0]
+    return score_batch([completion], [reference], rules)[0]
 
 
 def score_batch(
-    completions: Sequence[str], references: Sequence[str | None], policy: Policy | str = DEFAULT
+    completions: Sequence[str],
+    references: Sequence[str | None],
+    rules: GradingRules | str = DEFAULT,
 ) -> list[Score]:
     """`score` for a whole step; order kept. Raises ValueError on unequal lengths."""
-    return _shared_grader(policy).score_batch(completions, references)
+    return _shared_grader(rules).score_batch(completions, references)

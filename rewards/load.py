@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from rewards.grading import Grader
-from rewards.policy import load_policy
+from rewards.rules import load_rules
 from rewards.thinking import ExtraTags, check_tags
 from rewards.types import Reward, Score
 from rewards.user_function import FunctionReward, UserFunction
@@ -51,7 +51,7 @@ def load_reward(
     format_weight: float = 0.0,
     num_workers: int = 1,
     timeout_s: float = 5.0,
-    policy: str = "default",
+    rules: str = "default",
     thinking_tags: ExtraTags = (),
 ) -> Reward:
     """The reward called `name`: a row of REWARDS, or "module:function" of the user's own.
@@ -59,11 +59,11 @@ def load_reward(
     `thinking_tags`: (opening, closing) pairs around what is no answer, beyond `thinking.TAGS`; a
     user's function sees the whole completion.
 
-    Raises ValueError for an unknown name, module, function or policy, naming the nearest one, for a
+    Raises ValueError for an unknown name, module, function or rules, naming the nearest one, for a
     function of other arguments, for tags that are none, and for "math_verify" where Math-Verify is
     not installed.
     """
-    rules = load_policy(policy)
+    known = load_rules(rules)
     check_tags(thinking_tags)
     if ":" in name:
         return FunctionReward(name, _import_function(name))
@@ -76,7 +76,7 @@ def load_reward(
     if name == "math_verify":
         _require_math_verify()
     grader = Grader(
-        rules,
+        known,
         engine=REWARDS[name],
         num_workers=num_workers,
         timeout_s=timeout_s,

@@ -67,10 +67,10 @@ def same_pieces(gold: Node, answer: Node) -> bool:
 def _value(node: Node, values: dict[str, float]) -> float | complex | None:
     """The value of the piece that holds at a point; None where none does."""
     if not is_piecewise(node):
-        return value_of(node, values, FLOATS)  # type: ignore[no-any-return]
+        return value_of(node, values, FLOATS)
     for row in node.args:
         if _holds(row.args[1], values):
-            return value_of(row.args[0], values, FLOATS)  # type: ignore[no-any-return]
+            return value_of(row.args[0], values, FLOATS)
     return None
 
 

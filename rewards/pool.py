@@ -157,7 +157,7 @@ class WorkerPool:
         self.timeout_s = timeout_s
         self.memory_mb = memory_mb
         self.num_spare = num_spare
-        self.warm_up = {"op": engine, "gold": "\\sum_{k=1}^{n} k", "answer": "n", "policy": {}}
+        self.warm_up = {"op": engine, "gold": "\\sum_{k=1}^{n} k", "answer": "n", "rules": {}}
         self._available = threading.Condition()
         self._idle: list[Worker] = []
         self._workers: set[Worker] = set()

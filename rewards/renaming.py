@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rewards.forms import are_constants, are_families, runs_through
 from rewards.nodes import Node, symbols
-from rewards.policy import Policy
+from rewards.rules import GradingRules
 
 _PARAMETERS = frozenset("kKnNmltsjCcpq")
 
@@ -17,11 +17,11 @@ def renamings(
     answer: Node,
     gold_bound: frozenset[str],
     answer_bound: frozenset[str],
-    policy: Policy,
+    rules: GradingRules,
 ) -> Iterator[dict[str, str]]:
     """Ways to rename the answer's bound symbols and parameters to the gold's."""
     is_option = gold.kind == "sym" and gold.name.upper() in tuple("ABCDE")
-    if not policy.rename_bound or (gold.kind == "sym" and not is_option):
+    if not rules.rename_bound or (gold.kind == "sym" and not is_option):
         return
     ours = sorted(symbols(gold) - symbols(answer))
     theirs = sorted(symbols(answer) - symbols(gold))
@@ -32,7 +32,7 @@ def renamings(
     for order in itertools.permutations(ours):
         pairs = list(zip(theirs, order, strict=True))
         if all(
-            policy.rename_free
+            rules.rename_free
             or a.lower() == b.lower()
             or (a in answer_bound and (b in gold_bound or b in _PARAMETERS or is_shared))
             or (b in gold_bound and a in _PARAMETERS)

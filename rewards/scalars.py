@@ -18,7 +18,7 @@ from rewards.nodes import (
     walk_to_tasks,
 )
 from rewards.numeric import FLOATS, LOW, is_real, same_value, value_of
-from rewards.policy import Policy
+from rewards.rules import GradingRules
 
 FLOAT_DIGITS = 12
 MAX_COMMON_DENOMINATOR = 12  # 1/3 is written so: 0.333 is not
@@ -82,17 +82,17 @@ def rounds_to(value: Fraction, target: Printed) -> bool:
     return error * 2 * Fraction(10) ** target.decimals <= 1
 
 
-def equal_scalars(gold: Node, answer: Node, policy: Policy) -> bool:
-    """Are two scalars equal under the policy? Raises Undecided."""
+def equal_scalars(gold: Node, answer: Node, rules: GradingRules) -> bool:
+    """Are two scalars equal under the rules? Raises Undecided."""
     if has_kind(answer, "open") and not has_kind(gold, "open"):
         return False  # a task is not its value
     if gold == answer:
         return True
-    pairs = [(gold, answer), *_converted(gold, answer, policy)]
+    pairs = [(gold, answer), *_converted(gold, answer, rules)]
     undecided: Undecided | None = None
     for left, right in pairs:
         try:
-            if _equal_pair(left, right, policy):
+            if _equal_pair(left, right, rules):
                 return True
         except Undecided as error:
             undecided = error
@@ -101,10 +101,10 @@ def equal_scalars(gold: Node, answer: Node, policy: Policy) -> bool:
     return False
 
 
-def _converted(gold: Node, answer: Node, policy: Policy) -> list[tuple[Node, Node]]:
+def _converted(gold: Node, answer: Node, rules: GradingRules) -> list[tuple[Node, Node]]:
     """Further readings: 28% as 28, 30 degrees as 30 or as pi/6."""
     pairs = []
-    if policy.percent == "either" and (gold.kind == "percent") != (answer.kind == "percent"):
+    if rules.percent == "either" and (gold.kind == "percent") != (answer.kind == "percent"):
         pairs.append((gold.args[0], answer) if gold.kind == "percent" else (gold, answer.args[0]))
     if (gold.kind == "deg") != (answer.kind == "deg"):
         # The bare number is degrees; _equal_pair itself reads a degree as radians.
@@ -112,10 +112,10 @@ def _converted(gold: Node, answer: Node, policy: Policy) -> list[tuple[Node, Nod
     return pairs
 
 
-def _equal_pair(gold: Node, answer: Node, policy: Policy) -> bool:
+def _equal_pair(gold: Node, answer: Node, rules: GradingRules) -> bool:
     if gold.kind == answer.kind == "deg":
-        return _equal_pair(gold.args[0], answer.args[0], policy)
-    if "deg" in (gold.kind, answer.kind) and not policy.degrees_as_radians:
+        return _equal_pair(gold.args[0], answer.args[0], rules)
+    if "deg" in (gold.kind, answer.kind) and not rules.degrees_as_radians:
         return False
     left = right = None
     try:
@@ -124,9 +124,9 @@ def _equal_pair(gold: Node, answer: Node, policy: Policy) -> bool:
     except Undecided:
         pass
     if left is not None and right is not None:
-        return left == right or _within(gold, answer, left, right, policy)
+        return left == right or _within(gold, answer, left, right, rules)
     is_numeric = not symbols(gold) and not symbols(answer)
-    if is_numeric and _rounds(gold, answer, policy):
+    if is_numeric and _rounds(gold, answer, rules):
         return True
     if has_kind(gold, "pm") or has_kind(answer, "pm"):
         return False
@@ -168,23 +168,23 @@ def _is_for_sympy(task: Node) -> bool:
     return task.name in ("sum", "product", "integral")
 
 
-def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, policy: Policy) -> bool:
+def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, rules: GradingRules) -> bool:
     """Two unequal exact values: is one the printed rounding of the other?"""
-    if policy.tolerance_decimals is not None:
-        if abs(left - right) * 2 * 10**policy.tolerance_decimals <= 1:
+    if rules.tolerance_decimals is not None:
+        if abs(left - right) * 2 * 10**rules.tolerance_decimals <= 1:
             return True
     gold_printed, answer_printed = printed(gold), printed(answer)
     if _is_float_noise(gold_printed, right) or _is_float_noise(answer_printed, left):
-        return policy.rounding != "none"
+        return rules.rounding != "none"
     if gold_printed and answer_printed:
         # Two printed decimals: the answer has to be at least as precise as the gold.
         is_finer = answer_printed.decimals > gold_printed.decimals
-        return is_finer and _allowed(gold_printed, policy, True) and rounds_to(right, gold_printed)
+        return is_finer and _allowed(gold_printed, rules, True) and rounds_to(right, gold_printed)
     if gold_printed and right.denominator != 1:
-        allowed = _allowed(gold_printed, policy, True, right)
+        allowed = _allowed(gold_printed, rules, True, right)
         return allowed and rounds_to(right, gold_printed)
     if answer_printed and left.denominator != 1:
-        allowed = _allowed(answer_printed, policy, False, left)
+        allowed = _allowed(answer_printed, rules, False, left)
         return allowed and rounds_to(left, answer_printed)
     return False
 
@@ -196,23 +196,25 @@ def _is_float_noise(target: Printed | None, value: Fraction) -> bool:
     return abs(value - target.value) * 10**FLOAT_DIGITS <= abs(value)
 
 
-def _allowed(target: Printed, policy: Policy, is_gold: bool, value: Fraction = NO_FRACTION) -> bool:
+def _allowed(
+    target: Printed, rules: GradingRules, is_gold: bool, value: Fraction = NO_FRACTION
+) -> bool:
     """May a printed decimal stand for a value that it rounds?"""
-    if policy.rounding == "none" or (policy.rounding == "gold" and not is_gold):
+    if rules.rounding == "none" or (rules.rounding == "gold" and not is_gold):
         return False
     is_common = abs(value) < 1 and value.denominator <= MAX_COMMON_DENOMINATOR
-    num_required = policy.min_significant_digits + (is_common and policy.rounding == "either")
+    num_required = rules.min_significant_digits + (is_common and rules.rounding == "either")
     return target.num_significant >= num_required
 
 
-def _rounds(gold: Node, answer: Node, policy: Policy) -> bool:
+def _rounds(gold: Node, answer: Node, rules: GradingRules) -> bool:
     """An irrational value against a printed decimal."""
-    if policy.tolerance_decimals is not None:
+    if rules.tolerance_decimals is not None:
         try:
             difference = value_of(gold, {}, FLOATS) - value_of(answer, {}, FLOATS)
         except Undecided:
             return False
-        if abs(difference) * 2 * 10**policy.tolerance_decimals <= 1:
+        if abs(difference) * 2 * 10**rules.tolerance_decimals <= 1:
             return True
     gold_printed, answer_printed = printed(gold), printed(answer)
     if (gold_printed is None) == (answer_printed is None):
@@ -223,9 +225,9 @@ def _rounds(gold: Node, answer: Node, policy: Policy) -> bool:
     # One digit more than for most fractions: 3.14 is not pi, 3.142 may stand for it. A data set
     # whose decimals are its golds' own needs no such caution.
     stricter = target._replace(
-        num_significant=target.num_significant - (policy.rounding == "either")
+        num_significant=target.num_significant - (rules.rounding == "either")
     )
-    if not _allowed(stricter, policy, gold_printed is not None):
+    if not _allowed(stricter, rules, gold_printed is not None):
         return False
     try:
         value = value_of(other, {}, LOW)

@@ -15,7 +15,7 @@ from rewards.decide import decide
 from rewards.exact import Undecided
 from rewards.nodes import LimitExceeded, Node, ParseError
 from rewards.parser import parse
-from rewards.policy import Policy
+from rewards.rules import GradingRules
 from rewards.types import Verdict
 
 MAX_EVALUATED = 5000
@@ -33,9 +33,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 _CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "inf": sympy.oo}
 
 
-def decide_symbolically(gold: str, answer: str, policy: Policy) -> Verdict:
+def decide_symbolically(gold: str, answer: str, rules: GradingRules) -> Verdict:
     """All tiers, sympy where the others stay undecided. An answer it cannot settle is wrong."""
-    verdict = decide(gold, answer, policy, last_resort=equal_symbolically).verdict
+    verdict = decide(gold, answer, rules, last_resort=equal_symbolically).verdict
     return Verdict(verdict.correct, verdict.status, "symbolic")
 
 

@@ -137,14 +137,14 @@ def _table() -> dict[str, Unit]:
     found: dict[str, Unit] = {}
     for symbol in _SYMBOLS.split():
         unit = known["L" if symbol == "l" else symbol]
-        for prefix, power in _PREFIXES.items():
-            found[prefix + symbol] = unit._replace(scale=unit.scale * Fraction(10) ** power)
+        for prefix, shift in _PREFIXES.items():
+            found[prefix + symbol] = unit._replace(scale=unit.scale * Fraction(10) ** shift)
         found[symbol] = unit
     found["kWh"] = Unit(known["J"].dimension, Fraction(3_600_000))
     for name, symbol in _LONG.items():
-        for prefix, power in {"": 0, **_LONG_PREFIXES}.items():
+        for prefix, shift in {"": 0, **_LONG_PREFIXES}.items():
             unit = known[symbol]
-            found[prefix + name] = unit._replace(scale=unit.scale * Fraction(10) ** power)
+            found[prefix + name] = unit._replace(scale=unit.scale * Fraction(10) ** shift)
     found |= {name: known[symbol] for name, symbol in _OTHER.items()}
     long = {name: unit for name, unit in found.items() if len(name) > 2 and name.islower()}
     plurals = {name + ("es" if name == "inch" else "s"): unit for name, unit in long.items()}

@@ -44,7 +44,7 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
         if request["op"] == "verify":
             from rewards.grading import verify_symbolic
 
-            verdict = verify_symbolic(request["gold"], request["answer"], request["policy"])
+            verdict = verify_symbolic(request["gold"], request["answer"], request["rules"])
         elif request["op"] == "math_verify":
             from rewards.math_verify import verify_with_math_verify
 

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rewards import POLICIES, Score, load_reward
+from rewards import RULES, Score, load_reward
 from rl_lora.errors import UserError
 from rl_lora.exam_files import find_exam, is_exam, read_exam
 from rl_lora.jsonl import read_values, storable
@@ -168,7 +168,7 @@ def grade_file(
 def _score(
     rows: Sequence[GradeRow], reward: str, policy: str, num_workers: int, timeout_s: float
 ) -> list[Score]:
-    with load_reward(reward, policy=policy, num_workers=num_workers, timeout_s=timeout_s) as scorer:
+    with load_reward(reward, rules=policy, num_workers=num_workers, timeout_s=timeout_s) as scorer:
         return score_best(scorer, [row.completion for row in rows], [row.reference for row in rows])
 
 
@@ -219,7 +219,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reward", help="a reward's name, or 'module:function' (default: the exam's, or math)"
     )
     parser.add_argument(
-        "--policy", help=f"one of {', '.join(POLICIES)} (default: the exam's, or default)"
+        "--policy", help=f"one of {', '.join(RULES)} (default: the exam's, or default)"
     )
     parser.add_argument(
         "--against", help="compare with this reward (math_verify) instead of the labels"

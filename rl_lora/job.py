@@ -197,7 +197,7 @@ def make_reward(config: RunConfig) -> Reward:
             format_weight=section.format_weight,
             num_workers=section.num_workers,
             timeout_s=section.timeout_s,
-            policy=section.policy,
+            rules=section.policy,
             thinking_tags=section.thinking_tags,
         )
     except ValueError as error:

@@ -87,7 +87,7 @@ def regrade(
     samples = [sample for problem in problems_N for sample in problem.samples_G]
     references = [problem.reference for problem in problems_N for _ in problem.samples_G]
     with load_reward(
-        name, policy=rules, format_weight=weight, num_workers=num_workers, timeout_s=timeout_s
+        name, rules=rules, format_weight=weight, num_workers=num_workers, timeout_s=timeout_s
     ) as scorer:
         scores = score_best(scorer, [sample.completion for sample in samples], references)
     graded_N = _with_scores(problems_N, scores)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from hostile import hostile_inputs
 
-from rewards import POLICIES, Policy, score, verify
+from rewards import RULES, GradingRules, score, verify
 from rewards.extract import extract
 
 Case = dict[str, Any]
@@ -61,22 +61,22 @@ MIXED_PAIRS = [
 
 
 def our_judge(case: Case) -> bool:
-    policy = case_policy(case)
+    rules = case_rules(case)
     if case.get("form") == "completion":
-        return score(case["answer"], case["gold"], policy).correct
-    return verify(case["gold"], case["answer"], policy).correct
+        return score(case["answer"], case["gold"], rules).correct
+    return verify(case["gold"], case["answer"], rules).correct
 
 
-def case_policy(case: Case) -> Policy:
-    """The suite's own arguments of a case, as a policy."""
-    policy = POLICIES["default"]
+def case_rules(case: Case) -> GradingRules:
+    """The suite's own arguments of a case, as rules."""
+    rules = RULES["default"]
     if "precision" in case:
-        policy = replace(policy, tolerance_decimals=int(case["precision"]))
+        rules = replace(rules, tolerance_decimals=int(case["precision"]))
     if str(case.get("strict")) == "False":
-        policy = replace(policy, rename_free=True)
+        rules = replace(rules, rename_free=True)
     if str(case.get("allow_set_relation_comp")) == "False":
-        policy = replace(policy, relations_as_sets=False)
-    return policy
+        rules = replace(rules, relations_as_sets=False)
+    return rules
 
 
 def math_verify_judge() -> Judge | None:

@@ -72,7 +72,7 @@ def check(text: str, other: str, grader: Grader, counts: Counter[str]) -> list[s
     """What is wrong with the verdicts on one text, against a fixed gold and another answer."""
     problems = []
     start, start_cpu = time.perf_counter(), time.thread_time()
-    outcome = decide(GOLD, text, grader.policy)
+    outcome = decide(GOLD, text, grader.rules)
     # CPU time of this thread: other processes may hold the machine for longer than the bound.
     decide_s = time.thread_time() - start_cpu
     counts["slow in process"] += decide_s > 0.1
@@ -91,11 +91,11 @@ def check(text: str, other: str, grader: Grader, counts: Counter[str]) -> list[s
     if score.status not in STATUSES:
         problems.append(f"status {score.status}")
     if text.strip():
-        if not decide(text, text, grader.policy).verdict.correct:
+        if not decide(text, text, grader.rules).verdict.correct:
             problems.append("not equal to itself")
         start_cpu = time.thread_time()
-        decide(other, text, grader.policy)
-        decide(text, other, grader.policy)
+        decide(other, text, grader.rules)
+        decide(text, other, grader.rules)
         decide_s = time.thread_time() - start_cpu
         counts["slow in process"] += decide_s > 0.2
         if decide_s > 2 * SLACK_S:

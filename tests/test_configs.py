@@ -102,7 +102,7 @@ def check_source(source: SourceSection) -> None:
 @each_config
 def test_reward_of_a_config_exists(path: Path) -> None:
     section = load_config(path).reward
-    reward = load_reward(section.name, policy=section.policy, num_workers=1, timeout_s=1.0)
+    reward = load_reward(section.name, rules=section.policy, num_workers=1, timeout_s=1.0)
     reward.close()
 
 

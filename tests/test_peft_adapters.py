@@ -141,8 +141,9 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert (found - wanted).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize(
+    ("kind", "tied"), [*((kind, True) for kind in SERVED), ("plain", False), ("lm_head", False)]
+)
 def test_adapters_are_examined_and_merged_as_peft_computes(
     tmp_path: Path, kind: str, tied: bool
 ) -> None:

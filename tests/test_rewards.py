@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from rewards import (
-    POLICIES,
+    RULES,
     STATUSES,
     RewardError,
     Score,
-    load_policy,
     load_reward,
+    load_rules,
     score,
     score_batch,
     verify,
@@ -57,7 +57,7 @@ def test_unknown_reward_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="unknown reward 'mth': did you mean 'math'"):
         load_reward("mth")
     with pytest.raises(ValueError, match="unknown policy 'gsm': did you mean 'gsm8k'"):
-        load_reward("math", policy="gsm")
+        load_reward("math", rules="gsm")
     with pytest.raises(ValueError, match="num_workers must be at least 1"):
         load_reward("math", num_workers=0)
     with pytest.raises(ValueError, match="timeout_s must be positive"):
@@ -160,7 +160,7 @@ def test_policies(policy: str, gold: str, answer: str, is_right: bool) -> None:
 def test_policy_fields_change_the_rule_they_name() -> None:
     from dataclasses import replace
 
-    base = load_policy("default")
+    base = load_rules("default")
     assert not verify("2/3", "4/6", replace(base, accept_unreduced=False)).correct
     assert verify("2/3", "2/3", replace(base, accept_unreduced=False)).correct
     assert not verify("1, 2", "2, 1", replace(base, list_order="gold")).correct
@@ -178,4 +178,4 @@ def test_policy_fields_change_the_rule_they_name() -> None:
 
 
 def test_policies_know_their_names() -> None:
-    assert all(name == policy.name for name, policy in POLICIES.items())
+    assert all(name == policy.name for name, policy in RULES.items())

@@ -18,7 +18,7 @@ from verifier_cases import pairs
 from verifier_doors import GOLDS, OPEN, SHUT
 from verifier_generators import GENERATORS
 
-from rewards import Policy, score_batch, verify
+from rewards import GradingRules, score_batch, verify
 from rewards.extract import extract
 from rewards.units import read_unit
 
@@ -116,9 +116,9 @@ def test_a_bad_reference_ends_no_batch(reference: str | None) -> None:
 
 def test_decimal_commas_by_rule() -> None:
     assert not verify("2.5", "2,5").correct
-    assert verify("2.5", "2,5", Policy(decimal_comma=True)).correct
-    assert verify("2,5", "2.5", Policy(decimal_comma=True)).correct
-    assert not verify("2.5", "2,6", Policy(decimal_comma=True)).correct
+    assert verify("2.5", "2,5", GradingRules(decimal_comma=True)).correct
+    assert verify("2,5", "2.5", GradingRules(decimal_comma=True)).correct
+    assert not verify("2.5", "2,6", GradingRules(decimal_comma=True)).correct
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from rewards.exact import Undecided
 from rewards.parser import parse
-from rewards.policy import POLICIES
+from rewards.rules import RULES
 from rewards.symbolic import decide_symbolically, equal_symbolically, to_sympy
 
 
@@ -28,7 +28,7 @@ from rewards.symbolic import decide_symbolically, equal_symbolically, to_sympy
     ],
 )
 def test_a_gold_that_is_a_task_knows_its_value(gold: str, answer: str, is_right: bool) -> None:
-    assert decide_symbolically(gold, answer, POLICIES["default"]).correct == is_right
+    assert decide_symbolically(gold, answer, RULES["default"]).correct == is_right
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from verifier_cases import EQUAL, TRICKS, UNEQUAL, pairs
 
-from rewards import Policy, score, verify
+from rewards import GradingRules, score, verify
 
 
 @pytest.mark.parametrize(("gold", "answer"), pairs(EQUAL))
@@ -106,7 +106,7 @@ def test_a_sum_left_to_do_is_no_answer_to_a_number(gold: str, answer: str) -> No
     """What a policy in training found: copying the question into the box."""
     assert verify(gold, answer).status == "unevaluated"
     assert not score(f"\\boxed{{{answer}}}", gold).correct
-    assert verify(gold, answer, policy=Policy(accept_sums=True)).correct
+    assert verify(gold, answer, rules=GradingRules(accept_sums=True)).correct
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ SLACK_S = 0.5
 
 
 def request(gold: str = OPEN_GOLD, answer: str = OPEN_ANSWER) -> dict[str, object]:
-    return {"op": "verify", "gold": gold, "answer": answer, "policy": {}}
+    return {"op": "verify", "gold": gold, "answer": answer, "rules": {}}
 
 
 def wait_until(condition, timeout_s: float = 20.0) -> bool:  # type: ignore[no-untyped-def]
@@ -162,7 +162,7 @@ ORPHAN_SCRIPT = """
 import os, signal, sys
 from rewards.pool import WorkerPool
 pool = WorkerPool(timeout_s=60)
-pool.request({"op": "verify", "gold": "\\\\sum_{k=1}^{n} k", "answer": "n", "policy": {}})
+pool.request({"op": "verify", "gold": "\\\\sum_{k=1}^{n} k", "answer": "n", "rules": {}})
 print(*pool.worker_pids, flush=True)
 if sys.argv[1] == "fork" and os.fork() == 0:
     import time

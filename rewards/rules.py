@@ -1,7 +1,7 @@
-"""What counts as the same answer: one frozen Policy per data set.
+"""What counts as the same answer: one frozen GradingRules per data set.
 
 The default is symmetric (swapping gold and answer never changes the verdict, but for the
-precision of two printed decimals). A data set's policy states only what its golds mean.
+precision of two printed decimals). A data set's rules state only what its golds mean.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class GradingRules:
     """Rules of equality beyond exact mathematical equality.
 
     Example::
 
-        Policy(name="aime", rounding="none", answer_range=(0, 999))
+        GradingRules(name="aime", rounding="none", answer_range=(0, 999))
     """
 
     name: str = "default"
@@ -29,7 +29,7 @@ class Policy:
     min_significant_digits: int = 3
     # Values that agree to this many decimals are equal (absolute); None: only rounding decides.
     tolerance_decimals: int | None = None
-    # 28% equals 0.28 in every policy; "either": 28% = 28 as well.
+    # 28% equals 0.28 whatever the rules; "either": 28% = 28 as well.
     percent: Literal["value", "either"] = "either"
     # 2,5 is 2.5; else only what no list of numbers looks like is read so: 0,5 and 1000,99.
     decimal_comma: bool = False
@@ -58,38 +58,40 @@ class Policy:
     answer_range: tuple[int, int] | None = None
 
 
-POLICIES: dict[str, Policy] = {
-    "default": Policy(),
+RULES: dict[str, GradingRules] = {
+    "default": GradingRules(),
     # Word problems: a rounded amount is right where the gold is one; no symbols to rename.
-    "gsm8k": Policy(name="gsm8k", rounding="gold", min_significant_digits=2, rename_bound=False),
+    "gsm8k": GradingRules(
+        name="gsm8k", rounding="gold", min_significant_digits=2, rename_bound=False
+    ),
     # Competition golds are exact: a rounded decimal for \frac{1}{3} or \pi is wrong.
-    "math": Policy(name="math", rounding="gold"),
+    "math": GradingRules(name="math", rounding="gold"),
     # Adds Yes/No, True/False and multiple choice to MATH; those need no rule of their own.
-    "deepmath": Policy(name="deepmath", rounding="gold"),
+    "deepmath": GradingRules(name="deepmath", rounding="gold"),
     # Integers 0-999; leading zeros are part of the answer sheet, not of the value.
-    "aime": Policy(name="aime", rounding="none", percent="value", answer_range=(0, 999)),
+    "aime": GradingRules(name="aime", rounding="none", percent="value", answer_range=(0, 999)),
 }
 
 
-def load_policy(name: str) -> Policy:
-    """The policy of that name. Raises ValueError naming the nearest one."""
-    if name not in POLICIES:
-        near = difflib.get_close_matches(name, POLICIES, n=1, cutoff=0.0)
+def load_rules(name: str) -> GradingRules:
+    """The rules of that name. Raises ValueError naming the nearest one."""
+    if name not in RULES:
+        near = difflib.get_close_matches(name, RULES, n=1, cutoff=0.0)
         raise ValueError(
-            f"unknown policy {name!r}: did you mean {near[0]!r}? Known: {', '.join(POLICIES)}"
+            f"unknown policy {name!r}: did you mean {near[0]!r}? Known: {', '.join(RULES)}"
         )
-    return POLICIES[name]
+    return RULES[name]
 
 
-def to_wire(policy: Policy) -> dict[str, Any]:
+def to_wire(rules: GradingRules) -> dict[str, Any]:
     """The departures from the default, as JSON values."""
-    default = asdict(Policy())
-    return {key: value for key, value in asdict(policy).items() if value != default[key]}
+    default = asdict(GradingRules())
+    return {key: value for key, value in asdict(rules).items() if value != default[key]}
 
 
-def from_wire(fields: dict[str, Any]) -> Policy:
-    """The policy of what `to_wire` wrote."""
+def from_wire(fields: dict[str, Any]) -> GradingRules:
+    """The rules of what `to_wire` wrote."""
     if fields.get("answer_range") is not None:
         low, high = fields["answer_range"]
         fields = {**fields, "answer_range": (low, high)}
-    return replace(Policy(), **fields)
+    return replace(GradingRules(), **fields)

@@ -35,6 +35,7 @@ class FunctionReward:
     def __init__(self, name: str, function: UserFunction) -> None:
         """Raises ValueError where the function takes neither form of arguments."""
         self.name, self._function = name, function
+        parameters: Mapping[str, inspect.Parameter]
         try:
             parameters = inspect.signature(function).parameters
         except (TypeError, ValueError):  # built in C: nothing is known of its arguments

@@ -61,7 +61,7 @@ lock: $(INSTALLED)
 	$(PIP) install -q uv==0.13.9
 	$(BIN)/python scripts/lock.py
 
-# vLLM 0.26 for CUDA on a machine without a GPU, up to its kernels: an environment of 8 GB, then the
+# vLLM 0.26 for CUDA on a machine without a GPU, up to its kernels: an environment of 7 GB, then the
 # test that runs in it. Needs Python 3.12 and gcc.
 DRY := .venv-gpu-dry
 PYTHON_DRY ?= python3.12

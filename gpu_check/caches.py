@@ -34,7 +34,7 @@ def split(whole: Path, out: Path, part_bytes: int) -> list[Path]:
     """The file's parts in a folder, NAME.00, NAME.01, ...; older ones there are removed."""
     for old in out.glob(f"{whole.name}.[0-9][0-9]"):
         old.unlink()
-    parts = []
+    parts: list[Path] = []
     with whole.open("rb") as file:
         while data := file.read(part_bytes):
             parts.append(out / f"{whole.name}.{len(parts):02d}")

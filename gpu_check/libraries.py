@@ -71,14 +71,12 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's own kernel, where vLLM has none for the device that goes without its caches."""
-    return torch.cat(
-        [
-            torch.nn.functional.scaled_dot_product_attention(
-                *(t.transpose(0, 1) for t in three), is_causal=True
-            ).transpose(0, 1)
-            for three in sequences(q, k, v)
-        ]
-    )
+    attend = torch.nn.functional.scaled_dot_product_attention
+    out = []
+    for three in sequences(q, k, v):
+        q_HTW, k_HTW, v_HTW = (t.transpose(0, 1) for t in three)
+        out.append(attend(q_HTW, k_HTW, v_HTW, is_causal=True).transpose(0, 1))
+    return torch.cat(out)
 
 
 def sequences(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -39,7 +39,6 @@ def run_stages(
     figures or error.
     """
     context.out.mkdir(parents=True, exist_ok=True)
-    context.work.mkdir(parents=True, exist_ok=True)
     rows = []
     end = time.monotonic() + total_s
     for stage in stages:
@@ -59,6 +58,8 @@ def run_stages(
 
 def run_stage(stage: Stage, context: Context, limit_s: float) -> dict[str, Any]:
     """The stage's row, whatever becomes of its process."""
+    for folder in (context.out, context.work):
+        folder.mkdir(parents=True, exist_ok=True)
     result = context.work / f"{stage.name}.result.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "gpu_check.child", stage.function, str(result)]

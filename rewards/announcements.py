@@ -168,6 +168,8 @@ def _statement(text: str, start: int) -> Statement | None:
     """What the text states from `start` on."""
     rest = text[start : start + MAX_STATED]
     answer = stated(rest)
+    if answer.lower().startswith(("wrong", "incorrect", "not right", "not correct")):
+        return Statement(start, start, answer, "phrase", False)
     if not answer or _REFUSED.match(answer):
         return None
     position = rest.find(answer)

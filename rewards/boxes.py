@@ -44,7 +44,17 @@ _ABANDONED_BEFORE = re.compile(
     re.IGNORECASE,
 )
 # One of these stands in whatever that pattern finds: searching for them is faster.
-_HINTS = ("not", "n't", "never", "instead", "rather", "wrong", "incorrect", "mistake", "first")
+_HINTS: tuple[str, ...] = (
+    "not",
+    "n't",
+    "never",
+    "instead",
+    "rather",
+    "wrong",
+    "incorrect",
+    "mistake",
+    "first",
+)
 _HINTS += ("initial", "previous", "earlier", "old ", "original")
 _ABANDONED_AFTER = re.compile(
     r"[\s$*)\\\].]*(?:which\s+)?(?:is|was|would be|turns out to be|looks)\s+"

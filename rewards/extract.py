@@ -150,7 +150,8 @@ def _value_or_sentence(text: str, value: Statement | None, sentence: Statement) 
         is_later = sentence.start > value.start and value.method == "phrase"
         is_short = num_words <= MAX_SHORT_WORDS and not _SEVERAL.search(sentence.answer)
         return sentence if is_later and is_short else value
-    if num_words > MAX_SHORT_WORDS and not opens_a_value(sentence.answer):
+    is_prose = num_words > MAX_SHORT_WORDS or not sentence.answer.isascii()
+    if is_prose and not opens_a_value(sentence.answer):
         plain = None if _SEVERAL.search(sentence.answer) else unannounced(text[sentence.start :])
         if plain is not None:
             return replace(sentence, answer=plain[0])

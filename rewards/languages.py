@@ -14,7 +14,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
         "答案|正确选项|正確選項|正确的选项",
         "应该是|应该为|应该选|应为|应是|应选|就是|等于|是|为|選|选",
     ),
-    ("故选|应选|因此选|所以选|故選|應選|因此選|所以選|选择|選擇", "择"),
+    ("故选|本题选|题选|则选|我选|应选|因此选|所以选|故選|應選|因此選|所以選|选择|選擇", "择"),
     ("最终结果|最终结果", "是|为|等于"),
     ("答え|解答|正解", "は|が"),
     ("答", ""),
@@ -67,6 +67,13 @@ COUNTERS = re.compile(
     r"|円|枚|回|匹|台|点|개|명|원|마리|권|번)$"
 )
 SENTENCE_END = re.compile(r"[。！？।॥؟]")
+# Words behind a number: its unit, say; but not 'or more', thousands and the like.
+FOREIGN_TAIL = re.compile(
+    r"(?<=\d)(?!.*(?:以上|以下|以内|或|万|千|百|亿|億|倍|多|余|未満|이상|이하|만|억|천|或))"
+    r"(?!.*\b(?:или|больше|меньше|тысяч\w*|млн|миллион\w*|más|menos|mil|millones|ou|oder|mehr"
+    r"|weniger|plus|moins|mille)\b)"
+    r"(?=.*[^\W\d_\x00-\x7f])\s?(?:[^\W\d_]+\.?\s?){1,3}$"
+)
 _UNSPACED = 0x2E80  # from here on scripts write no space between words
 
 

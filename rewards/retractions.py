@@ -40,7 +40,17 @@ _OFFERED = re.compile(
     re.IGNORECASE,
 )
 # One of these stands in whatever those patterns find: searching for them is faster.
-_HINTS = ("wait", "actually", "oops", "sorry", "hmm", "correction", "scratch", "mistake", "wrong")
+_HINTS: tuple[str, ...] = (
+    "wait",
+    "actually",
+    "oops",
+    "sorry",
+    "hmm",
+    "correction",
+    "scratch",
+    "mistake",
+    "wrong",
+)
 _HINTS += ("incorrect", "not right", "not correct", "error", "i mean")
 _HEDGE = re.compile(r"\b(?:maybe|perhaps|possibly|might|could|(?-i:may))\b", re.IGNORECASE)
 _CONDITION = re.compile(r"\b(?:if|when|unless|otherwise|else)\b", re.IGNORECASE)

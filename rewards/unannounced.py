@@ -9,47 +9,42 @@ from __future__ import annotations
 import re
 
 from rewards.boxes import MAX_BOX_CHARS
+from rewards.languages import DIGITS, HAS_DIGITS
+from rewards.remarks import MAX_SENTENCE, TAIL, last_sentence, without_remarks
 from rewards.wording import is_value, num_prose_words, stated
 
 MAX_WHOLE_CHARS = 200
 MAX_NUMBER_CHARS = 400
-MAX_REMARKS = 12  # closing sentences that are passed over
-MAX_SENTENCE = 1000
-_TAIL = 6000  # so much of the end is looked through for a check
+
 
 _NUMBER = re.compile(
-    r"(?<![\w.])[-−+]?\s?[$€£]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:\s?/\s?\d[\d,]*)?(?:\s?\\?%)?|(?<![\w.])-?\.\d+"
+    r"(?<![A-Za-z0-9_.])[-−+]?\s?[$€£]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:\s?/\s?\d[\d,]*)?(?:\s?\\?%)?|(?<![A-Za-z0-9_.])-?\.\d+"
 )
 _NUMBER_CHARS = frozenset("0123456789.,/$€£%\\-−+ \t\n")
-_ARROW = re.compile(r"^(?:∴|⇒|=>|→|⟹)\s*")
+_LEAD_IN = re.compile(
+    r"^(?:(?:∴|⇒|=>|→|⟹)\s*|(?:(?:so|thus|hence|therefore),?|it's|it is|it equals|that's|that makes"
+    r"|(?:we|i) get|this gives)\s+(?!that\b|is\b|are\b))+",
+    re.IGNORECASE,
+)
+_FOREIGN_LETTER = r"[^\W\d_\x00-\x7fͰ-Ͽ∀-⋿]"
+_FOREIGN_WORD = re.compile(
+    rf"{_FOREIGN_LETTER}(?:{_FOREIGN_LETTER}|[A-Za-z])|[A-Za-z]{_FOREIGN_LETTER}|[\u0400-\u2fff\u3040-\uffff]\d"
+)
+_FOREIGN_NOT = (
+    "不是",
+    "不等于",
+    "不",
+    "ではなく",
+    "아니라",
+    " не",
+    " no es",
+    " nicht",
+    " pas",
+    " non",
+)
 _BOLD = re.compile(r"\*\*([^*\n]{1,400})\*\*")
 _BOLD_LABEL = re.compile(r"^[A-Za-z][A-Za-z ]{0,40}[:=]\s*(?=[-$\d\\(])")
 _HEADER = re.compile(r"(?:step|part|case|problem|solution|example|method)\b", re.IGNORECASE)
-_REMARK = re.compile(
-    r"\W*(?:would you|do you|did you|want me|shall i|should i|can i|may i|let me know|feel free"
-    r"|i hope"
-    r"|hope|please|good luck|thank|you're welcome|happy to|note\b(?!.*=)|nb\b|p\.?s\.?\b"
-    r"|remember\b|tip\b"
-    r"|fun fact|check\b|check:|double[- ]check|verification|verify|verified|is there anything"
-    r"|i can help|i'm here|any (?:more|other|further))"
-    r"|.*\b(?:more|other|further|any) questions\b",
-    re.IGNORECASE,
-)
-_CHECK = re.compile(
-    r"(?:\n|[.!?]\s|\$\s|\\\]\s)[\s*_#(]*(?:(?:let(?:'s| us| me)|we can|to|now|quick|sanity"
-    r"|i'll)\s+)*"
-    r"(?:check|checking|double[- ]check(?:ing)?|verify|verifying|verification|proof)\b[\s*_]*"
-    r"(?::|\.|,|\n|the answer|the result|the solution|this|that|our|by|with|it\b|if)",
-    re.IGNORECASE,
-)
-_EXPLANATION = re.compile(
-    r"^(?P<value>[^\n]{1,120})\n\s*[*_#\s]*(?:explanation|reasoning|justification|here's why"
-    r"|why)\b",
-    re.IGNORECASE,
-)
-_CONCLUSION = re.compile(
-    r"\b(?:so|thus|hence|therefore|in total|altogether|finally)\b", re.IGNORECASE
-)
 _JUDGED = re.compile(
     r"\b(?:statement|claim|assertion|proposition|conjecture|it|this|that|hypothesis)\s+is\s+"
     r"(?:(?:therefore|thus|indeed|always|also|clearly|hence)\s+)*\**(?P<not>not\s+(?:necessarily "
@@ -92,9 +87,11 @@ _SUPPOSED = re.compile(
 )
 _ALTERNATIVE = re.compile(
     r"(?:between\s+)?(?:\$-?\d[\d.,]*\$|[-−]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?)(?:\s[a-z]+)?"
-    r"(?:\s*,?\s*(?:or|and/or)\s+(?:(?:maybe|perhaps|possibly|even|else|it's|it is"
+    r"(?:\s*,?\s*(?:(?:or|and/or|или|oder|ou|o)\s+|或者?|または|또는)"
+    r"(?:(?:maybe|perhaps|possibly|even|else|it's|it is"
     r"|it (?:could|might|may) (?:also )?be)\s)*|\s?[–-]\s?)$"
 )
+_OR = ("or", "或", "или", "oder", " ou ", " o ", "または", "또는")
 _BETWEEN = re.compile(r"\bbetween\s+[$\d.,/-]+\s+and\s+$", re.IGNORECASE)
 _EARNED = re.compile(
     r"\b(?:earn|pay|paid|cost|spen[dt]|save|make|made|owe|receive|charge|get|got|raise|sold|sell"
@@ -124,56 +121,26 @@ _LABELLED = re.compile(r"\s*([A-Za-z](?:_\{?\w\}?)?)\s*&?\s*=\s*&?\s*([^=]+)$")
 
 def unannounced(text: str) -> tuple[str, bool] | None:
     """(answer, is it bold) of a text without an announcement; None where nothing can be taken."""
+    if not text.isascii() and HAS_DIGITS.search(text):
+        text = text.translate(DIGITS)
     text = without_remarks(text)
-    judged = _judgement(text)
+    start = last_sentence(text)
+    judged = _judgement(text[start : start + MAX_SENTENCE])
     if judged is not None:
         return judged, False
     if "*" in text and (bold := _last_bold(text)) is not None:
         return bold, True
     if "\\" in text and (rows := _last_rows(text)) is not None:
         return rows, False
-    answer = _whole(text) or _solutions(text) or _last_maths(_without_clause(text))
+    answer = _whole(text) or _solutions(text[start:]) or _last_maths(_without_clause(text, start))
     if answer is None and "*" in text:
         contents = _BOLD.findall(text)
         return (contents[-1].strip(), True) if contents else None
     return None if answer is None else (answer, False)
 
 
-def without_remarks(text: str) -> str:
-    """The text without its closing remarks to the reader and its closing check."""
-    body = text.strip()
-    explained = _EXPLANATION.match(body)
-    if explained is not None and is_value(stated(explained["value"])):
-        return explained["value"]
-    for _ in range(MAX_REMARKS):
-        start = _last_sentence(body)
-        if start == 0 or not _REMARK.match(body[start : start + MAX_SENTENCE]):
-            break
-        body = body[:start].rstrip()
-    offset = max(len(body) - _TAIL, 0)
-    if not any(body.rfind(hint, offset) >= 0 for hint in ("heck", "erif", "roof")):
-        return body if any(c.isalnum() for c in body) else text
-    concluded = max((match.start() for match in _CONCLUSION.finditer(body, offset)), default=-1)
-    for check in _CHECK.finditer(body, offset):
-        if check.end() > concluded and any(c.isdigit() for c in body[offset : check.start()]):
-            return body[: check.start() + 1]
-    return body if any(c.isalnum() for c in body) else text
-
-
-def _last_sentence(text: str) -> int:
-    """Where the last sentence or line begins; no further back than MAX_SENTENCE."""
-    stop = len(text) - 1
-    low = max(stop - MAX_SENTENCE, 0)
-    begins = [
-        text.rfind(end, low, stop) + len(end)
-        for end in ("\n", ". ", ".) ", ".$ ", "! ", "? ", "$$ ")
-    ]
-    return max(begin if begin > low + 2 else low for begin in begins)
-
-
-def _judgement(text: str) -> str | None:
+def _judgement(sentence: str) -> str | None:
     """True or False of 'the statement is not true', the sentence of 'No, it diverges'."""
-    sentence = text[_last_sentence(text) :][:MAX_SENTENCE]
     judged = _JUDGED.search(sentence) if " is " in sentence else None
     if judged is not None and not _NUMBER.search(_without_reason(sentence, judged)):
         is_true = judged["word"].lower() in ("true", "correct", "valid")
@@ -192,17 +159,17 @@ def _without_reason(sentence: str, judged: re.Match[str]) -> str:
     return sentence[: judged.end()] if has_reason else sentence
 
 
-def _solutions(text: str) -> str | None:
+def _solutions(sentence: str) -> str | None:
     """What a last sentence of the form 'the solutions are x = 1 and x = 2' says."""
-    sentence = text[_last_sentence(text) :]
-    match = _SOLUTIONS.search(sentence) if len(sentence) <= MAX_SENTENCE else None
+    if " are" not in sentence or len(sentence) > MAX_SENTENCE:
+        return None
+    match = _SOLUTIONS.search(sentence)
     answer = stated(match["values"]) if match is not None else ""
     return answer if is_value(answer) else None
 
 
-def _without_clause(text: str) -> str:
+def _without_clause(text: str, start: int) -> str:
     """Without the clause that ends the last sentence and explains the value before it."""
-    start = _last_sentence(text)
     for clause in _EXPLAINING.finditer(text, start):
         is_last_word = _CONCLUDING.search(text, clause.end()) is None
         if is_last_word and any(c.isdigit() for c in text[start : clause.start()]):
@@ -225,8 +192,8 @@ def _last_rows(text: str) -> str | None:
     """The end of an aligned computation that ends the text: the last row, or the last values."""
     if text.rfind("\\begin{") < 0:
         return None
-    blocks = list(_ALIGNED.finditer(text[-_TAIL:]))
-    if not blocks or num_prose_words(text[-_TAIL:][blocks[-1].end() :]):
+    blocks = list(_ALIGNED.finditer(text[-TAIL:]))
+    if not blocks or num_prose_words(text[-TAIL:][blocks[-1].end() :]):
         return None
     rows = [row.strip() for row in blocks[-1][2].split("\\\\") if row.strip(" \n&")]
     if not rows:
@@ -251,7 +218,9 @@ def _whole(text: str) -> str | None:
     text = text.strip()
     if not text or len(text) > MAX_WHOLE_CHARS or "\n" in text:
         return None
-    text = _ARROW.sub("", text)
+    if _FOREIGN_WORD.search(text):
+        return None
+    text = _LEAD_IN.sub("", text) or text
     if text[0:1] in "*_" and text[-1:] == text[0:1]:
         text = text.strip("*_")
     if not any(character.isalnum() for character in text):
@@ -338,17 +307,26 @@ def _widened(text: str, start: int, end: int, content: str) -> str:
         money = _EARNED.search(text[max(start - 120, 0) : end + 120])
         if money is not None:
             return money["money"]
-    words = before.rsplit(None, 1)
-    first = None
-    if words and words[-1].lower() in _LEADING_ENDS:
-        before = before[-25:]
-        first = _LEADING_WORDS.search(before)
-    elif "or" in before[-30:] or before.rstrip().endswith(("-", "–")):
-        first = _ALTERNATIVE.search(before)
-    elif "and" in before[-6:]:
-        first = _BETWEEN.search(before)
+    if f" {before}".rstrip().endswith(_FOREIGN_NOT):
+        return f"not {content}"
+    first = _words_before(before)
     after = _TRAILING_WORDS.match(text, end)
     if first is None and after is None:
         return content
     opening = start if first is None else start - (len(before) - first.start())
     return text[opening : end if after is None else after.end()].strip()
+
+
+def _words_before(before: str) -> re.Match[str] | None:
+    """The words at the end of `before` that change a value behind them."""
+    words = before.rsplit(None, 1)
+    found = None
+    if words and words[-1].lower() in _LEADING_ENDS:
+        found = _LEADING_WORDS.search(before, max(len(before) - 25, 0))
+    if found is None and (
+        any(word in before[-30:] for word in _OR) or before.rstrip().endswith(("-", "–"))
+    ):
+        found = _ALTERNATIVE.search(before)
+    if found is None and "and" in before[-6:]:
+        found = _BETWEEN.search(before)
+    return found

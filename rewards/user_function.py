@@ -6,7 +6,6 @@ got and what it gave. Either form may be `async`: a batch's calls then run side 
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
 import numbers
@@ -14,9 +13,12 @@ import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from decimal import Decimal
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rewards.types import RewardError, Score
+
+if TYPE_CHECKING:
+    import asyncio
 
 UserFunction = Callable[..., Any]
 Row = Mapping[str, Any]  # a problem's columns, by name
@@ -141,6 +143,8 @@ class FunctionReward:
         """The results, those of coroutines once they are there."""
         if not any(inspect.iscoroutine(result) for result in results):
             return results
+        import asyncio  # lazily: every start of the command line would pay for it
+
         # One loop for the reward's life: clients that the user's functions keep belong to it.
         self._runner = self._runner or asyncio.Runner()
         done = self._runner.run(_gathered(results))
@@ -195,6 +199,7 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 async def _gathered(results: list[Any]) -> list[Any]:
     """Coroutines run side by side; an exception is a result, so that none is left running."""
+    import asyncio
 
     async def plain(value: Any) -> Any:
         return value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from rewards.languages import COUNTERS, DIGITS, HAS_DIGITS, PARTICLES, SENTENCE_END
+from rewards.languages import COUNTERS, DIGITS, FOREIGN_TAIL, HAS_DIGITS, PARTICLES, SENTENCE_END
 from rewards.units import is_unit
 
 MAX_STATED = 2000
@@ -35,10 +35,10 @@ _CLAUSE = re.compile(
     r"|\s*[,;]\s*(?:which|that(?:'s| is)|this|these|it|they|there|so|hence|thus|therefore|and so"
     r"|and (?:this|that|it|we|the answer|therefore|thus|hence)|making|giving|leaving|showing|but"
     r"|the|we|she|he|as|note|while|with (?:the|a)|matching|confirming|if you|obtained|rounded"
-    r"|reached|occurring|by|found|verified|checked|done|right|correct)\b"
-    r"|[\s,;(]+i\.?\s?e\.|\s—\s|(?<=[a-z]{3}):\s"
+    r"|reached|occurring|by|see|found|verified|checked|done|right|correct)\b"
+    r"|[\s,;(]+i\.?\s?e\.|\s—\s|(?<=[a-z]{3}):\s|(?<=\d):\s(?=[a-z]{3})"
     r"|\s(?:altogether|in total|in all|all together|overall)\b"
-    r"|\s[-–—]+\s(?=(?:the|that|this|which|it|an|since|because|so|we|my|her|his|their)\b)"
+    r"|\s[-–—]+\s(?=(?:see|the|that|this|which|it|an|since|because|so|we|my|her|his|their)\b)"
     r"|\s*[，；](?=[^\dA-Za-z$\\\s-])",
     re.IGNORECASE,
 )
@@ -89,6 +89,12 @@ _FILLER = re.compile(
     r"^(?:(?:therefore|thus|then|hence|simply|just|now|indeed|also|still|clearly|definitely|exactly"
     r"|precisely|only|given by|equal to|found to be|going to be|the (?:option|choice|letter|number"
     r"|value)|(?:option|choice|letter)|as follows:|in fact|of course|equals|to be)[\s:,]+)+",
+    re.IGNORECASE,
+)
+# 'la B', 'a letra B'.
+_LETTER_NAME = re.compile(
+    r"^(?:(?:la|el|a|o|le|il|die|der)\s)?(?:(?:letra|lettre|lettera|opci[oó]n|op[cç][aã]o|alternativa"
+    r"|вариант|буква)\s)?(?=\(?[A-J]\)?\.?$)",
     re.IGNORECASE,
 )
 # '72 clips altogether in April': what follows a counted noun and says nothing of the number.
@@ -150,11 +156,12 @@ def stated(text: str) -> str:
     sentence = " ".join(first_sentence(text).split())
     if not sentence.isascii():
         sentence = COUNTERS.sub("", PARTICLES.sub("", _SYMBOLS.sub("", sentence)))
+        sentence = FOREIGN_TAIL.sub("", sentence[:MAX_VALUE]) + sentence[MAX_VALUE:]
         if HAS_DIGITS.search(sentence):
             sentence = sentence.translate(DIGITS)
     elif "'" in sentence:
         sentence = PARTICLES.sub("", sentence)
-    sentence = _FILLER.sub("", sentence.strip(_DECORATION))
+    sentence = _LETTER_NAME.sub("", _FILLER.sub("", sentence.strip(_DECORATION)))
     if any(character in sentence for character in " (（"):
         option = _OPTION.match(sentence) if len(sentence) <= MAX_VALUE else None
         if option is not None:

@@ -32,20 +32,25 @@ _LOGIT_KEYS: dict[str, tuple[Any, ...]] = {
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt")
 
 
-def check_config(model_dir: Path) -> None:
-    """Looks at config.json of a model directory, and runs no code of the model's own.
+def check_config(model_dir: Path) -> PretrainedConfig:
+    """The config of a model directory, of one that can be read here; no code of its own is run.
 
     Raises:
-        UserError: a type that this transformers does not know or that is no causal language model,
-            code of its own, or quantized weights.
+        UserError: no config.json, a type that this transformers does not know or that is no causal
+            language model, code of its own, or quantized weights.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    raw: dict[str, Any] = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    try:
+        raw = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {model_dir}: its config.json cannot be used: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"model {model_dir}: its config.json is not a JSON object")
     kind, code = raw.get("model_type"), raw.get("auto_map")
     version = f"transformers {transformers.__version__}"
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if code:
             named = ", ".join(sorted(map(str, code.values() if isinstance(code, dict) else [code])))
             raise UserError(
@@ -69,7 +74,7 @@ def check_config(model_dir: Path) -> None:
             "made from"
         )
     try:
-        transformers.AutoConfig.from_pretrained(
+        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
             model_dir, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # a config's own checks raise what they like
@@ -77,6 +82,7 @@ def check_config(model_dir: Path) -> None:
         raise UserError(
             f"model {model_dir}: its config.json cannot be used: {type(error).__name__}: {reason}"
         ) from error
+    return config
 
 
 def check_architecture(config: PretrainedConfig, lora: LoraSection, where: Path) -> None:

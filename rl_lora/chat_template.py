@@ -291,6 +291,19 @@ def _with_parsed_call(call: Any) -> Any:
 # --- token ids ------------------------------------------------------------------------------------
 
 
+def markup_note(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A line on data set's texts that hold special tokens, which the model reads as markup."""
+    marks = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
+    found = [match.group() for text in texts if (match := pattern.search(text))]
+    if not found:
+        return None
+    return (
+        f"{len(found)} questions have special tokens of the model in them ({found[0]} for one), "
+        "which can end a turn or begin another; take them out of the data if they are not meant so"
+    )
+
+
 def encode_prompts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, with_start: bool
 ) -> list[list[int]]:
@@ -302,7 +315,9 @@ def encode_prompts(
     """
     if not texts:
         return []
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=with_start)["input_ids"]
+    # Not verbose: too long a text is the caller's to tell, and transformers warns of it as well.
+    encoded = tokenizer(list(texts), add_special_tokens=with_start, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
     if not with_start:
         return ids
     start, num_end = _affixes(tokenizer)

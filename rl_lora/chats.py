@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rl_lora.columns import unpack
+from rl_lora.columns import check_text, reach, unpack
 from rl_lora.errors import UserError
 from rl_lora.layouts import LAYOUTS as PROBLEM_LAYOUTS
-from rl_lora.layouts import DataRow, parse_rows
-from rl_lora.messages import Message, as_turns, read_messages, read_tools
-from rl_lora.prompts import finish_solution, with_question
+from rl_lora.layouts import DataRow, number_text, parse_rows
+from rl_lora.messages import Message, as_turns, read_messages, read_tools, with_question
+from rl_lora.prompts import finish_solution
 
 __all__ = ["Chat", "Message", "parse_chats", "problem_chat"]
 
@@ -80,17 +80,17 @@ def parse_chats(
         raws: rows as the file has them.
         where: the source in words, for errors.
         instruction: follows the questions of problems.
-        prompt: column of the prompt; None: by layout.
+        prompt: column of the prompt (`a.b` reaches into an object); None: by layout.
         completion: column of the completion; None: by layout.
 
     Raises:
-        UserError: no layout fits, or a given column is not there.
+        UserError: no layout fits, a given column is not there, or one holds no text.
     """
     raws = [unpack(raw, f"{where}, row {index}") for index, raw in enumerate(raws)]
     columns = {str(column) for raw in raws for column in raw}
     found = ", ".join(sorted(columns)) or "none"
     for key, column in (("question", prompt), ("answer", completion)):
-        if column is not None and column not in columns:
+        if column is not None and not {column, column.split(".")[0]} & columns:
             raise UserError(
                 f"{where} has no column {column!r} (the data source's key {key!r}); "
                 f"its columns: {found}"
@@ -126,7 +126,7 @@ def _read_row(read: Reader, raw: Raw, row: int, where: str) -> Chat:
         messages = read(raw)
     except UserError as error:
         raise UserError(f"{where}, row {row}: {error}") from error
-    system = _text(raw.get("system"))
+    system = _text(raw, "system")
     if system and messages and messages[0].role != "system":
         messages.insert(0, Message("system", system))
     tools = read_tools(raw.get("tools"))
@@ -144,15 +144,14 @@ def _instruction(answer: str) -> Reader:
     """Alpaca's: the input stands under the instruction, earlier turns in the column history."""
 
     def read(raw: Raw) -> list[Message]:
-        asked = "\n\n".join(
-            text for text in (_text(raw["instruction"]), _text(raw.get("input"))) if text
-        )
-        turns = [Message("user", asked), Message("assistant", _text(raw.get(answer)))]
+        told = (_text(raw, "instruction"), _text(raw, "input"))
+        asked = "\n\n".join(text for text in told if text)
+        turns = [Message("user", asked), Message("assistant", _text(raw, answer, "answer"))]
         earlier = raw.get("history")
         pairs = earlier if isinstance(earlier, list | tuple) else ()
         return [
             *(
-                Message(role, _text(text))
+                Message(role, text if isinstance(text, str) else "")
                 for pair in pairs
                 for role, text in zip(("user", "assistant"), pair, strict=False)
             ),
@@ -167,12 +166,10 @@ def _columns(prompt: str, completion: str) -> Reader:
     assistant says in the prompt is not learnt."""
 
     def read(raw: Raw) -> list[Message]:
-        asked, answered = as_turns(raw.get(prompt)), as_turns(raw.get(completion))
-        before = (
-            [Message("user", _text(raw.get(prompt)))] if asked is None else read_messages(asked)
-        )
+        asked, answered = as_turns(reach(raw, prompt)), as_turns(reach(raw, completion))
+        before = [Message("user", _text(raw, prompt))] if asked is None else read_messages(asked)
         after = (
-            [Message("assistant", _text(raw.get(completion)))]
+            [Message("assistant", _text(raw, completion, "answer"))]
             if answered is None
             else read_messages(answered)
         )
@@ -181,8 +178,13 @@ def _columns(prompt: str, completion: str) -> Reader:
     return read
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+def _text(raw: Raw, column: str, key: str = "question") -> str:
+    """The text or number in a column; "" where there is none."""
+    value = reach(raw, column)
+    check_text(value, key, column)
+    if isinstance(value, list | tuple) and value:
+        raise UserError(f"column {column!r} is a list, not text; name an item by {key}={column}.0")
+    return "" if value is None or isinstance(value, list | tuple) else number_text(value)
 
 
 LAYOUTS: tuple[tuple[frozenset[str], Reader], ...] = (

@@ -111,7 +111,8 @@ def _add_exams(commands: Any) -> None:
     evaluate.add_argument("target", type=Path, help="a run folder or a TOML file")
     _add_overrides(evaluate)
     evaluate.add_argument(
-        "--adapter", help="adapter directory, 'best', 'last' or 'base' (default: the run's last)"
+        "--adapter",
+        help="adapter directory or hub id, 'best', 'last' or 'base' (default: the run's last)",
     )
     evaluate.add_argument(
         "--against", help="a second policy, examined in the same engine with the same seeds"
@@ -159,7 +160,7 @@ def _add_reading(commands: Any) -> None:
 
 def _add_models(commands: Any) -> None:
     export = commands.add_parser("export", help="merge into a model directory, or push to the hub")
-    export.add_argument("source", type=Path, help="a run folder or an adapter directory")
+    export.add_argument("source", type=Path, help="a run folder, an adapter directory or a hub id")
     export.add_argument("--base", help="base model (default: the one the adapter names)")
     export.add_argument("--merged", type=Path, help="write a standalone model here, merged in fp32")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -16,8 +16,8 @@ Raw = Mapping[str, Any]
 _TURNS = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 _OBJECT = re.compile(r"""\s*\{\s*['"]\w+['"]\s*:""")
 _PACKED = {
-    "messages": re.compile(""),
-    "conversations": re.compile(""),
+    "messages": re.compile(r"\s*\S"),
+    "conversations": re.compile(r"\s*\S"),
     "prompt": _TURNS,
     "completion": _TURNS,
     "reward_model": _OBJECT,
@@ -72,25 +72,28 @@ def unpack(raw: Raw, where: str) -> Raw:
     return {**raw, **packed} if packed else raw
 
 
-def check_text(value: Any, key: str, column: str, where: str) -> None:
-    """Raises UserError for a question or gold answer (key) that is bytes or an object."""
-    items = value if isinstance(value, list | tuple) else [value]
+def check_text(value: Any, key: str, column: str) -> None:
+    """Refuses what is no text in the column of the question or answer (key); lists may pass.
+
+    Raises:
+        UserError: it is bytes or an object. The message does not name the row.
+    """
     if key == "question" and isinstance(value, list):
         return  # a chat
-    what = {"question": "the question", "answer": "the gold answer"}[key]
-    for place, item in enumerate(items):
+    what = f"the {key} (column {column!r})"
+    for place, item in enumerate(value if isinstance(value, list | tuple) else [value]):
         if isinstance(item, bytes | bytearray | memoryview):
             raise UserError(
-                f"{where}: {what} (column {column!r}) is bytes, not text; decode it when the file "
-                "is written, e.g. value.decode('utf-8')"
+                f"{what} is bytes, not text; decode it when the file is written, e.g. "
+                "value.decode('utf-8')"
             )
         if isinstance(item, Mapping):
-            at = f"{column}.{place}" if item is not value else column
+            at = column if item is value else f"{column}.{place}"
             fields = ", ".join(str(field) for field in item)
             better = _text_field(item, key)
             fix = f"name the field by {key}={at}.{better}" if better else "name a column of text"
             raise UserError(
-                f"{where}: {what} (column {column!r}) is an object with the fields {fields}; {fix} "
+                f"{what} is an object with the fields {fields}; {fix} "
                 f"(data.train.{key}, data.eval.{key})"
             )
 

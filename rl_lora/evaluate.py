@@ -7,7 +7,6 @@ records and the scores are `results`', the file is `exam_files`'.
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -183,10 +182,12 @@ def remove_results_after(folder: Path, step: int) -> list[Path]:
 
 def set_aside(folder: Path, step: int) -> None:
     """Renames RUN/eval to RUN/eval_until_STEP: exams of other problems, not to be compared."""
-    aside = folder.with_name(f"{folder.name}_until_{step:06d}")
-    shutil.rmtree(aside, ignore_errors=True)
-    if folder.is_dir():
-        folder.rename(aside)
+    if not folder.is_dir():
+        return
+    aside, number = folder.with_name(f"{folder.name}_until_{step:06d}"), 2
+    while aside.exists():  # of a resumption that was killed before its first checkpoint
+        aside, number = folder.with_name(f"{folder.name}_until_{step:06d}_{number}"), number + 1
+    folder.rename(aside)
 
 
 class _Exam:

@@ -19,6 +19,7 @@ from rl_lora.errors import UserError
 from rl_lora.evaluate import evaluate
 from rl_lora.exam_files import SUFFIX
 from rl_lora.fit_adapter import common_settings, fitted
+from rl_lora.hub import adapter_path
 from rl_lora.inputs import base_inputs, check_base, check_data, prompt_inputs
 from rl_lora.job import Job, check_run_folder, exam_identity, open_job
 from rl_lora.overrides import apply_overrides
@@ -231,7 +232,7 @@ def _choose(target: Path, name: str | None) -> Policy:
         return Policy("base", None)
     if name not in (None, "last", "best"):
         assert name is not None
-        return Policy(name, Path(name))
+        return Policy(name, adapter_path(name))
     if not target.is_dir():
         raise UserError(f"{target} is no run folder, and has no {name} adapter; give its directory")
     if name == "best":

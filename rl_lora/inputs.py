@@ -29,6 +29,14 @@ _NOTHING = hashlib.sha256().hexdigest()  # older records of full fine-tuning hol
 _CONFIG_FILES = ("config.json", "generation_config.json")
 
 
+class ChangedInputsError(UserError):
+    """Base or data are others than when the run began; `what` is the message without the fix."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(f"{what}; put the old one back, or accept the change with {FLAG}")
+
+
 def base_inputs(policy: Policy) -> dict[str, str]:
     """{"name", "dtype", "fingerprint", "config", "directory"} of the base, as it was just loaded.
 
@@ -81,17 +89,17 @@ def check_base(old: Mapping[str, Any], new: Mapping[str, Any], run: Path) -> Non
         run: the run's folder, for the message.
 
     Raises:
-        UserError: weights or configuration are others.
+        ChangedInputsError: weights or configuration are others.
     """
     is_one_dtype = old.get("dtype", new["dtype"]) == new["dtype"]
     for key, what in (("config", "configuration"), ("fingerprint", "weights")):
         if key == "fingerprint" and not is_one_dtype:
             continue
         if old.get(key, _NOTHING) not in (_NOTHING, new[key]):
-            raise UserError(
+            verb = "is another" if key == "config" else "are others"
+            raise ChangedInputsError(
                 f"base model {new['name']} has changed since {run} began: the {what} in "
-                f"{new['directory']} {'is another' if key == 'config' else 'are others'}; put the "
-                f"old model back, take another run.name, or accept it with {FLAG}"
+                f"{new['directory']} {verb}"
             )
 
 
@@ -99,14 +107,11 @@ def check_data(old: Mapping[str, Any], new: Mapping[str, Any], run: Path) -> Non
     """Compares the parts ("train", "eval") that both have; an older record may have none.
 
     Raises:
-        UserError: naming the first part and what of it has changed.
+        ChangedInputsError: naming the first part and what of it has changed.
     """
     for part in [part for part in ("train", "eval") if part in old and part in new]:
         if what := data_difference(old[part], new[part]):
-            raise UserError(
-                f"data.{part} has changed since {run} began: {what}; put the old data back, take "
-                f"another run.name, or accept it with {FLAG}"
-            )
+            raise ChangedInputsError(f"data.{part} has changed since {run} began: {what}")
 
 
 def data_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:

@@ -242,6 +242,7 @@ def make_sampler(
 def exam_identity(job: Job, adapter: Adapter | None) -> dict[str, Any]:
     """What an exam's samples and verdicts depend on beside the problems and the sampling."""
     reward = job.config.reward
+    tags = [list(pair) for pair in reward.thinking_tags]
     return {
         "policy": "base" if adapter is None else adapter.fingerprint,
         "base_model": job.config.model.name,
@@ -250,7 +251,7 @@ def exam_identity(job: Job, adapter: Adapter | None) -> dict[str, Any]:
         "reward": reward.name,
         "reward_policy": reward.policy,
         "format_weight": reward.format_weight,
-    }
+    } | ({"thinking_tags": tags} if tags else {})
 
 
 def end_token_ids(

@@ -314,14 +314,15 @@ def parse_rows(
     for key, column in (("question", question), ("answer", answer)):
         if column is not None and all(reach(raw, column) is None for raw in raws):
             explain_missing(raws, column, key, where)
-    named = (question or (layout and layout.question), answer or (layout and layout.answer))
+    if layout is not None:
+        question, answer = question or layout.question, answer or layout.answer
     rows = []
     for index, raw in enumerate(raws):
-        for key, name in zip(("question", "answer"), named, strict=True):
-            if name:
-                check_text(reach(raw, name), key, name, f"{where}, row {index}")
         full = {**dict.fromkeys(sorted(columns)), **raw}
         try:
+            for key, column in (("question", question), ("answer", answer)):
+                if column:
+                    check_text(reach(raw, column), key, column)
             row = read(full)
         except UserError as error:
             raise UserError(f"{where}, row {index}: {error}") from error

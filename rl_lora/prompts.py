@@ -9,15 +9,21 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.chat_template import ChatTemplate, check_characters, check_plain, encode_prompts
+from rl_lora.chat_template import (
+    ChatTemplate,
+    check_characters,
+    check_plain,
+    encode_prompts,
+    markup_note,
+)
 from rl_lora.config import DataSection, SourceSection
 from rl_lora.errors import UserError
 from rl_lora.layouts import DataRow, last_boxed
 from rl_lora.loaders import LoadedSet, Role, has_eval_part, load_source, question_key
-from rl_lora.messages import Message, read_tools
+from rl_lora.messages import Message, plain_text, read_tools, with_question
 from rl_lora.references import alternatives
 from rl_lora.sampler import mix_seed
 from rl_lora.types import Prompt
@@ -106,10 +112,12 @@ def load_prompts(
         collected.eval = [*(i for i in drawn if i.key not in eval_keys), *collected.eval]
     collected.drop_overlap()
     exam_tokens = max_exam_tokens or max_new_tokens
+    asked = [item.row.asked(with_system=True) for item in (*collected.train, *collected.eval)]
+    markup = markup_note(asked, tokenizer) if data.template == "chat" else None
     return PromptSets(
         train=renderer.prompts(collected.train, context_length - max_new_tokens),
         eval=renderer.prompts(collected.eval, context_length - exam_tokens),
-        notes=collected.notes(),
+        notes=[*collected.notes(), *([markup] if markup else [])],
     )
 
 
@@ -230,7 +238,7 @@ class _Renderer:
         messages = with_question(row.messages, asked)
         if self._chat is None:
             check_plain(messages, who)
-            return data.few_shot + _plain_text(messages)
+            return data.few_shot + plain_text(messages)
         if data.system is not None and messages[0].role != "system":
             messages.insert(0, Message("system", data.system))
         return self._chat.render(
@@ -269,30 +277,6 @@ class _Renderer:
 def render_text(question: str, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
     """The prompt as text: chat markup with the turn opened, or few-shot text and question."""
     return _Renderer(data, tokenizer).text(DataRow(question, None), "the prompt")
-
-
-def with_question(messages: Sequence[Message], asked: str) -> list[Message]:
-    """The conversation, its last user message being `asked`."""
-    if not messages:
-        return [Message("user", asked)]
-    places = [place for place, message in enumerate(messages) if message.role == "user"]
-    turns = list(messages)
-    turns[places[-1]] = replace(turns[places[-1]], content=asked)
-    return turns
-
-
-def _plain_text(messages: Sequence[Message]) -> str:
-    """A system message's text and the question; with more turns than one, `User: ...` lines."""
-    if all(message.role in ("system", "user") for message in messages):
-        return "\n\n".join(message.content or "" for message in messages) + "\n"
-    return conversation_text(messages)
-
-
-def conversation_text(messages: Sequence[Message]) -> str:
-    """`User: ...` and `Assistant: ...` lines, the assistant's turn open at the end."""
-    lines = [f"{one.role.capitalize()}: {one.content or ''}" for one in messages]
-    is_begun = messages[-1].role == "assistant"
-    return "\n\n".join(lines if is_begun else [*lines, "Assistant:"])
 
 
 def _check_lengths(

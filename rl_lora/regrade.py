@@ -84,10 +84,16 @@ def regrade(
         raise UserError(f"{path} holds no problem yet; let rl-lora eval end")
     name, rules = own_judge(path, settings, reward, policy)
     weight = float(settings.get("format_weight", 0.0))
+    tags = tuple((opening, closing) for opening, closing in settings.get("thinking_tags", ()))
     samples = [sample for problem in problems_N for sample in problem.samples_G]
     references = [problem.reference for problem in problems_N for _ in problem.samples_G]
     with load_reward(
-        name, rules=rules, format_weight=weight, num_workers=num_workers, timeout_s=timeout_s
+        name,
+        rules=rules,
+        format_weight=weight,
+        num_workers=num_workers,
+        timeout_s=timeout_s,
+        thinking_tags=tags,
     ) as scorer:
         scores = score_best(scorer, [sample.completion for sample in samples], references)
     graded_N = _with_scores(problems_N, scores)

@@ -24,8 +24,7 @@ from rl_lora.data_files import Role, file_label, folder_files, folder_label, rea
 from rl_lora.errors import UserError
 from rl_lora.generated import generated_rows
 from rl_lora.loaders import DEFAULT_ROWS, HubSet, is_hub_id, load_hub, unknown_set
-from rl_lora.messages import Message
-from rl_lora.prompts import conversation_text
+from rl_lora.messages import Message, conversation_text
 from rl_lora.sampler import mix_seed
 from rl_lora.sft_config import SftDataSection
 from rl_lora.types import TrainSample

@@ -221,7 +221,8 @@ def _publish(policy: Policy, folder: Path, config: SftConfig) -> None:
         policy, folder / "adapters", version=config.run.num_steps, run_name=config.run.name
     )
     with whole_directory(folder / "adapter") as scratch:
-        shutil.copytree(adapter.path, scratch, dirs_exist_ok=True)
+        for file in adapter.path.iterdir():  # the whole model, in full fine-tuning: not copied
+            file.rename(scratch / file.name)
     shutil.rmtree(folder / "adapters", ignore_errors=True)
 
 

@@ -16,6 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from rl_lora.architectures import check_config
 from rl_lora.config import ModelSection
 from rl_lora.errors import UserError
 from rl_lora.models import list_models
@@ -84,22 +85,20 @@ def load_model_config(
         UserError: it is in none of them.
     """
     if model_dir is not None:
-        try:
-            return AutoConfig.from_pretrained(model_dir, local_files_only=True), str(model_dir)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"model {model_dir}: its config.json cannot be used: {error}"
-            ) from error
+        return check_config(model_dir), str(model_dir)
     name, revision = section.name, section.revision
     try:
-        local = AutoConfig.from_pretrained(name, revision=revision, local_files_only=True)
+        local = AutoConfig.from_pretrained(
+            name, revision=revision, local_files_only=True, trust_remote_code=False
+        )
         return local, "the hub's cache"
     except (OSError, ValueError, KeyError):
         known = known_config(name)
     if known is not None:
         return known, "the built-in table (its config.json is not on this machine)"
     try:
-        return AutoConfig.from_pretrained(name, revision=revision), "the hub"
+        hub = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return hub, "the hub"
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"model.name={name!r}: its config.json is not on this machine and cannot be fetched; "

@@ -72,6 +72,8 @@ def run_cell(
     import torch
 
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    from rl_lora.inputs import ChangedInputsError
+
     outcome = {"error": "", "failure": ""}
     try:
         config = parse_as(ROOTS[arm], settings)
@@ -85,6 +87,9 @@ def run_cell(
             fine_tune(config, resume=True, quiet=True)  # type: ignore[arg-type]
     except FloatingPointError as error:
         outcome = {"error": str(error), "failure": "nan"}
+    except ChangedInputsError as error:
+        fix = "put it back, or run the cell from its start with --retry"
+        outcome = {"error": f"{error.what}; {fix}", "failure": "crashed"}
     except (UserError, StaleAdapterError) as error:
         outcome = {"error": str(error), "failure": "crashed"}
     jsonl.write_text_atomically(Path(outcome_file), json.dumps(outcome))

@@ -56,7 +56,10 @@ def classes_kept() -> Iterator[Callable[[Any], None]]:
     from vllm.compilation import decorators
 
     found: list[_Decorated] = []
-    original = decorators._support_torch_compile
+    original = getattr(decorators, "_support_torch_compile", None)
+    if original is None:  # another vLLM than those this was written for (0.26 and 0.32)
+        yield lambda engine: None
+        return
 
     def decorate(cls: type, *arguments: Any, **named: Any) -> Any:
         before = _Decorated(cls, cls.__bases__, dict(vars(cls)))

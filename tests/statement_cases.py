@@ -82,6 +82,7 @@ First attempt \boxed{{b}}, final \boxed{{a}}
 My first answer was \boxed{{b}}, but that is wrong. The final answer is \boxed{{a}}.
 The final answer is \boxed{{a}}, not \boxed{{b}}.
 \boxed{{b}} is wrong. The right one is \boxed{{a}}
+The answer isn't {b} but {a}.
 \boxed{{b}} for the first part, then¶¶**Answer: {a}**
 We get \boxed{{b}}, so the answer is {a}.
 Put it into \boxed{}. The answer is {a}.
@@ -118,6 +119,8 @@ Thus x = {a}.¶¶Verification: we put in {b}. Correct.
 The total of all the numbers is {a}.¶¶Let me know if you have {b} questions!
 {a}¶¶Explanation: the first of them is {b}.
 \begin{align*} x &= {b}\cdot 1 \\ &= {a} \end{align*}
+So, Janet makes {a} daily from selling {b} eggs.
+She has {a} left, which is {b} fewer than before.
 She earned ${a} in {b} minutes of work.
 \boxed{{a}} (that is {b} and some)
 """
@@ -215,6 +218,8 @@ So in this case we find that {a} does not work
 We find that it is {a} million for this company in the end
 It is clear that this is not {a} in the end of this task
 The answer is at least {a}.
+The answer is wrong: {a}.
+If the answer is {a}, then we are lost.
 The answer is {a} or more.
 The answer is twice {a}.
 The answer is {a} (in thousands).
@@ -295,6 +300,12 @@ Jawabannya adalah {a}.
 پاسخ: {a}
 תשובה: {a}
 คำตอบคือ {a}
+Ответ: {a} руб.
+Respuesta: {a} dólares
+答案是{a}米。
+答：小明有{a}个苹果。
+所以，小明一共有{a}个苹果。
+따라서 {a}개입니다.
 """
 
 LANGUAGES_LETTER = r"""
@@ -306,11 +317,16 @@ LANGUAGES_LETTER = r"""
 正确答案是 ({a})。
 Правильный ответ: {a}
 La respuesta correcta es {a}.
+La respuesta es la {a}.
+A resposta correta é a letra {a}.
+本题选{a}。
 """
 
 LANGUAGES_NOT_STATED = r"""
 答案不是{a}。
 答案是{a}或{b}。
+答案是{a}以上。
+小明有{b}或{a}个苹果。
 Ответ: не {a}
 Ответ: {a} или {b}.
 La respuesta no es {a}.

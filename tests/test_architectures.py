@@ -70,8 +70,13 @@ def test_refused_by_config_before_weights_are_read(
 @pytest.mark.parametrize("backend", ["torch", "vllm"])
 @pytest.mark.parametrize("row", SERVED, ids=lambda row: row.key)
 def test_one_step_with_the_parity_check(
-    row: Architecture, backend: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    row: Architecture,
+    backend: str,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("rl_lora.train.draw_figures", lambda folder: None)  # most of the time
     if backend == "vllm":
         pytest.importorskip("vllm")
         if torch.cuda.is_available():

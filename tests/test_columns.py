@@ -39,7 +39,7 @@ OBJECTS: list[tuple[dict[str, Any], str, str | None]] = [
     # row, what the message has, the column that it names instead
     (
         {"question": "q", "answer": {"gold": "8"}},
-        "the gold answer (column 'answer')",
+        "the answer (column 'answer')",
         "answer.gold",
     ),
     ({"question": "q", "answer": NESTED}, "style, ground_truth", "answer.ground_truth"),
@@ -51,7 +51,7 @@ OBJECTS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"question": {"text": "q"}, "answer": "8"}, "(column 'question')", "question.text"),
     ({"problem": {"id": 3, "told": "q"}, "answer": "8"}, "fields id, told", "problem.told"),
     ({"question": b"q", "answer": "8"}, "the question (column 'question') is bytes", None),
-    ({"question": "q", "answer": b"8"}, "the gold answer (column 'answer') is bytes", None),
+    ({"question": "q", "answer": b"8"}, "the answer (column 'answer') is bytes", None),
     ({"question": "q", "answer": [b"8"]}, "is bytes", None),
     ({"question": "q", "final_answer": {"v": 8}}, "(column 'final_answer')", "final_answer.v"),
     ({"Question": "q", "Answer": {"v": 8}}, "(column 'Answer')", "Answer.v"),
@@ -136,7 +136,7 @@ def test_chats_as_json_text(column: str) -> None:
     assert chat.messages == (Message("user", "What is 4 + 4?"), Message("assistant", "8"))
 
 
-@pytest.mark.parametrize("text", [str(CHAT), "What is 4 + 4?", "", "[{", "8"])
+@pytest.mark.parametrize("text", [str(CHAT), "What is 4 + 4?", "[{", "8"])
 def test_chats_as_other_text_are_refused(text: str) -> None:
     with pytest.raises(
         UserError, match=r"x\.csv, row 1: column 'messages' is text that is no JSON"
@@ -152,6 +152,45 @@ def test_objects_as_pythons_own_text_are_refused() -> None:
 @pytest.mark.parametrize("text", ['{"x": 1} is JSON; what is x?', "[1, 2] or {3}?", '[{"x": 1}]'])
 def test_prompts_that_only_look_like_chats_stay_text(text: str) -> None:
     assert parse_rows([{"prompt": text, "answer": "1"}], "x")[0].question == text
+
+
+SFT: list[tuple[dict[str, Any], dict[str, str], str]] = [
+    # row, columns named, what the message has
+    ({"prompt": "q", "completion": {"text": "8"}}, {}, "answer=completion.text"),
+    ({"prompt": {"text": "q"}, "completion": "8"}, {}, "question=prompt.text"),
+    ({"prompt": "q", "completion": b"8"}, {}, "the answer (column 'completion') is bytes"),
+    ({"prompt": "q", "completion": ["8", "9"]}, {}, "name an item by answer=completion.0"),
+    ({"prompt": [1], "completion": "8"}, {}, "column 'prompt' is a list, not text"),
+    ({"instruction": "q", "output": {"v": "8"}}, {}, "answer=output.v"),
+    ({"instruction": {"text": "q"}, "output": "8"}, {}, "question=instruction.text"),
+    ({"a": "q", "b": {"c": {"d": "8"}}}, {"prompt": "a", "completion": "b"}, "answer=b.c.d"),
+]
+
+
+@pytest.mark.parametrize(("raw", "columns", "told"), SFT)
+def test_supervised_columns_that_are_no_text_are_refused(
+    raw: dict[str, Any], columns: dict[str, str], told: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_chats([raw], "x.jsonl", "", **columns)
+    assert str(caught.value).startswith("x.jsonl, row 0: ")
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "columns"),
+    [
+        ({"prompt": "q", "completion": 8}, {}),
+        ({"instruction": "q", "input": None, "output": 8.0}, {}),
+        ({"a": {"b": "q"}, "c": ["7", "8"]}, {"prompt": "a.b", "completion": "c.1"}),
+        ({"a": "q", "c": json.dumps({"d": "8"})}, {"prompt": "a", "completion": "c.d"}),
+    ],
+)
+def test_supervised_columns_by_dotted_names_and_numbers(
+    raw: dict[str, Any], columns: dict[str, str]
+) -> None:
+    (chat,) = parse_chats([raw], "x.jsonl", "", **columns)
+    assert chat.messages == (Message("user", "q"), Message("assistant", "8"))
 
 
 # --- golds ----------------------------------------------------------------------------------------

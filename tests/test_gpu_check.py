@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import select
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -96,8 +97,13 @@ def test_a_call_ends_in_its_time_whatever_hangs(tmp_path: Path) -> None:
 def test_what_a_stage_started_ends_with_it(tmp_path: Path) -> None:
     row = run_stage(stage("leaves_a_process"), context_at(tmp_path), 120)
     assert row["status"] == "passed"
-    pid = row["figures"]["pid"]
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        process = os.pidfd_open(row["figures"]["pid"])
+    except ProcessLookupError:
+        return  # its end was seen already
+    ended, _, _ = select.select([process], [], [], 60)
+    assert ended == [process]
+    os.close(process)
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -175,6 +175,11 @@ def test_an_exam_is_graded_again(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert regrade(tmp_path / "eval.json", policy="gsm8k").policy == "gsm8k"
 
 
+def test_an_exam_is_graded_again_with_its_own_thinking_tags(tmp_path: Path) -> None:
+    path = write_exam(tmp_path, {"thinking_tags": [["\\boxed{7", "</7>"]]})
+    assert regrade(path).new.accuracy == 1 / 4  # 0.5; the right 7 opens a thought that never ends
+
+
 def test_an_exam_graded_alike_has_no_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

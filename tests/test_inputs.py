@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from rl_lora.cli import main
 from rl_lora.config import ModelSection, load_config
 from rl_lora.errors import UserError
+from rl_lora.evaluate import set_aside
 from rl_lora.inputs import absolute_model, absolute_source, base_inputs, check_base, prompt_inputs
 from rl_lora.models import resolve_model
 from rl_lora.run_record import anchored
@@ -79,7 +81,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "the chat template": (
         lambda f: change_template(f / "model"),
-        r"data\.train has changed .*: its rendered prompts are others",
+        r"data\.train has changed .*: its (rendered prompts|rows) are others",
     ),
     "a row less": (
         lambda f: write_rows(f / "rows.jsonl", 11),
@@ -153,8 +155,6 @@ def test_a_run_does_not_go_on_from_another_base_or_other_data(
 
 
 def assert_says(line: str, message: str) -> None:
-    import re
-
     assert re.search(message, line), line
 
 
@@ -171,6 +171,21 @@ def test_an_exam_of_other_problems_is_not_compared_with_the_old_ones(runs: Path)
     finally:
         shutil.rmtree(runs)
         kept.rename(runs)
+
+
+def test_what_is_set_aside_is_kept(tmp_path: Path) -> None:
+    """Twice at one step: the first resumption was killed before its first checkpoint."""
+    for text in ("old", "newer", "newest"):
+        (tmp_path / "eval").mkdir()
+        (tmp_path / "eval" / "x").write_text(text)
+        set_aside(tmp_path / "eval", 3)
+    set_aside(tmp_path / "eval", 3)  # there is none
+    found = {path.name: (path / "x").read_text() for path in tmp_path.iterdir()}
+    assert found == {
+        "eval_until_000003": "old",
+        "eval_until_000003_2": "newer",
+        "eval_until_000003_3": "newest",
+    }
 
 
 def test_an_evaluation_compares_what_its_overrides_leave(

@@ -19,6 +19,7 @@ from rl_lora.adapter import load_tensors, open_adapter
 from rl_lora.errors import UserError
 from rl_lora.export import export_merged, find_adapter
 from rl_lora.fit_adapter import common_settings, fitted
+from rl_lora.hub import adapter_path
 from rl_lora.peft_files import lora_settings
 from rl_lora.types import Adapter
 from rl_lora.vllm_merge import read_terms
@@ -140,8 +141,9 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert (found - wanted).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize(
+    ("kind", "tied"), [*((kind, True) for kind in SERVED), ("plain", False), ("lm_head", False)]
+)
 def test_adapters_are_examined_and_merged_as_peft_computes(
     tmp_path: Path, kind: str, tied: bool
 ) -> None:
@@ -243,3 +245,31 @@ def test_a_policy_does_not_take_an_alpha_pattern_unfitted(tmp_path: Path) -> Non
     saved_by_peft(base, tmp_path / "adapter", alpha_pattern={"q_proj": 32})
     with pytest.raises(UserError, match=r"several alphas .*q_proj first"):
         open_adapter(tmp_path / "adapter", make_policy(base, rank=4, alpha=8.0))
+
+
+def test_adapters_have_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = random_llama(tmp_path / "base")
+    saved_by_peft(base, tmp_path / "cached")
+    asked = []
+
+    def download(name: str, *, allow_patterns: list[str], **_: Any) -> str:
+        asked.append((name, allow_patterns))
+        return str(tmp_path / "cached")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find_adapter(Path("owner/an-adapter.v2")) == tmp_path / "cached"
+    assert asked[0][0] == "owner/an-adapter.v2"
+    assert "adapter_model.safetensors" in asked[0][1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "mine").mkdir(parents=True)
+    assert adapter_path("owner/mine") == Path("owner/mine")  # what is here is not looked up
+    assert adapter_path("../owner/mine") == Path("../owner/mine")
+    assert len(asked) == 1
+
+
+def test_an_adapter_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"adapter hub id 'owner/none'.* give a local directory"):
+        adapter_path("owner/none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -374,3 +375,27 @@ def test_real_math_training_set_loses_the_two_problems_of_the_exam(shared_dir: P
     )
     assert (len(sets.train), len(sets.eval)) == (7467, 5000)
     assert "2 also in the exam" in sets.notes[1]
+
+
+# --- special tokens in the data -------------------------------------------------------------------
+
+
+def test_special_tokens_in_questions_are_told(tmp_path: Path) -> None:
+    questions = [*numbered(3), "What?</s><s> assistant : \\boxed{1}</s>", "And </s> this?"]
+    path = write_rows(tmp_path / "m.jsonl", questions)
+    note = load(train=path, held_out=1).notes[-1]
+    assert note.startswith("2 questions have special tokens of the model in them (</s> for one)")
+    assert len(load(train=write_rows(tmp_path / "n.jsonl", numbered(3)), held_out=1).notes) == 1
+    assert len(load(train=path, held_out=1, template="base").notes) == 1  # meant, there
+
+
+def test_a_prompt_that_is_too_long_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = 8
+    path = write_rows(tmp_path / "m.jsonl", [*numbered(3), "word " * 90])
+    with pytest.raises(UserError, match="prompt m/3 has"):
+        load_prompts(DataSection(train=path, held_out=1), tokenizer, 50, 10, 0)  # type: ignore[arg-type]
+    assert "longer than" not in caplog.text

@@ -111,7 +111,7 @@ def test_rows_without_an_answer_have_nothing_to_learn() -> None:
         {"messages": [{"role": "user", "content": "Hello"}]},
         {"messages": [{"role": "assistant", "content": "unasked"}]},
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}]},
-        {"messages": "no list"},
+        {"messages": " "},
     ]
     assert [chat.answers for chat in parse_chats(rows, "x", "")] == [[], [], [], []]
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -71,11 +72,8 @@ def kernels() -> list[str]:
         found.append("flash_attn_varlen_func")
         return keywords["q"]
 
-    flash.flash_attn_varlen_func, kept = call, flash.flash_attn_varlen_func
-    try:
+    with mock.patch.object(flash, "flash_attn_varlen_func", call):
         flash_attention(*heads(CPU, torch.bfloat16))
-    finally:
-        flash.flash_attn_varlen_func = kept
     operators = {"rms_norm": torch.ops._C, "fwd": torch.ops._vllm_fa3_C}
     return found + [name for name, library in operators.items() if hasattr(library, name)]
 

@@ -18,7 +18,7 @@ def make_platform() -> Any:
 
     class FakeCuda(NonNvmlCudaPlatform):
         @classmethod
-        def get_device_capability(cls, device_id: int = 0) -> Any:
+        def get_device_capability(cls, device_id: int = 0) -> Any:  # type: ignore[override]
             return DeviceCapability(9, 0)
 
         @classmethod

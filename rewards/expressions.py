@@ -273,7 +273,7 @@ class ExpressionParser(FunctionParser):
             return Node("const", name="i")
         if name[0] in _CALLED and self._accept_inverse_mark():
             name += "^{-1}"
-        if len(name) == 1 and name.isupper() and self._is_numbered():
+        if len(name) == 1 and name.isupper() and (self._is_numbered() or self._is_of_event()):
             return self.parse_call(name)
         if name[0] in _CALLED and self.at("open", "(") and not self.token.is_spaced:
             return self.parse_call(name)
@@ -285,6 +285,17 @@ class ExpressionParser(FunctionParser):
         return (
             rest == ["open", "num", "close"] and self.at("open", "(") and not self.token.is_spaced
         )
+
+    def _is_of_event(self) -> bool:
+        r"""P(X \ge 1): brackets with a relation behind a capital."""
+        if not self.at("open", "(") or self.token.is_spaced:
+            return False
+        for token in self.tokens[self.index + 1 :]:
+            if token.kind == "close":
+                return False
+            if token.kind == "op" and token.text in ("<", ">", "<=", ">=", "="):
+                return True
+        return False
 
     def _accept_inverse_mark(self) -> bool:
         """f^{-1}( names the inverse function."""

@@ -362,6 +362,8 @@ x^3 < 8 | |x|^3 < 8
 5 \text{ people per day} | 5 \text{ people}
 \sin x=1/2 | \cos x=1/2
 P(A)=0.3 | P(B)=0.3
+P(X \ge 1) = \frac{3}{4} | P(X \ge 8) = \frac{3}{4}
+P(X=1)=0.3 | P(X=2)=0.3
 \bar z=i | z=i
 \hat p=0.3 | p=0.3
 \tilde x = 2 | x = 2

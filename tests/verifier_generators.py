@@ -31,12 +31,15 @@ def braces(rng: random.Random) -> Pair:
         (rf"\ln{{{name}}}+{c}", rf"\ln{{{name}+{c}}}", rf"{c}+\ln {name}"),
         (rf"{n}^{{{c}/{e}}}", rf"{n}^{{{c}}}/{e}", rf"{n}^{{\frac{{{c}}}{{{e}}}}}"),
         (rf"{d}^{{{c}}}{e}", rf"{d}^{{{c}{e}}}", rf"{e} \cdot {d}^{c}"),
-        (
-            rf"\sum_{{k=0}}^{n}a_k+{c}",
-            rf"\sum_{{k=0}}^{n}a_{{k+{c}}}",
-            rf"\sum_{{k=0}}^{{{n}}}a_k + {c}",
-        ),
     ]
+    if rng.random() < 0.01:  # sums go to the workers
+        rows = [
+            (
+                rf"\sum_{{k=0}}^{n}a_k+{c}",
+                rf"\sum_{{k=0}}^{n}a_{{k+{c}}}",
+                rf"\sum_{{k=0}}^{{{n}}}a_k + {c}",
+            ),
+        ]
     gold, moved, same = rng.choice(rows)
     return (gold, same, True) if rng.random() < 0.4 else (gold, moved, False)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import platform
 import re
 import shutil
 import subprocess
@@ -44,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder.resolve()
-    if sys.version_info[:2] != (3, 12):
+    if platform.python_version_tuple()[:2] != ("3", "12"):
         parser.error("needs Python 3.12, for which it builds one package that has no wheel")
     for name in ("wheels", "vllm", "deps"):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -63,7 +63,6 @@ ARCHITECTURES = [
     Architecture("GPTNeoX", "Pythia, GPT-NeoX", _WIDE | _HEADS),
     Architecture("Starcoder2", "StarCoder 2", _USUAL | {"sliding_window": None}),
     Architecture("Glm", "GLM 4 9B", _USUAL | _HEAD),
-    Architecture("Glm4", "GLM 4 0414", _USUAL | _HEAD),
     Architecture("SeedOss", "Seed-OSS", _USUAL | _HEAD),
     Architecture("Arcee", "Arcee AFM", _USUAL),
     Architecture("GPT2", "GPT-2, all weights (`lora.mode=full`)", _GPT2, mode="full"),

@@ -36,7 +36,6 @@ class Architecture:
     mode: str = "lora"
     refused: str = ""  # what the refusal says; empty: it trains
     advice: str = ""  # in the table, for a refused one
-    vllm: str = ""  # what vLLM's refusal says; empty: it serves
 
     @property
     def key(self) -> str:
@@ -134,10 +133,7 @@ def document() -> str:
         "",
         "| transformers class | models | torch | vLLM |",
         "|---|---|---|---|",
-        *(
-            f"| {row.name} | {row.models} | trains | {'trains' if not row.vllm else 'no'} |"
-            for row in SERVED
-        ),
+        *(f"| {row.name} | {row.models} | trains | trains |" for row in SERVED),
         "",
         "Refused:",
         "",

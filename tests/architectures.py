@@ -36,7 +36,6 @@ class Architecture:
     mode: str = "lora"
     refused: str = ""  # what the refusal says; empty: it trains
     advice: str = ""  # in the table, for a refused one
-    vllm: str = ""  # what vLLM's refusal says; empty: it serves
 
     @property
     def key(self) -> str:
@@ -63,7 +62,6 @@ ARCHITECTURES = [
     Architecture("GPTNeoX", "Pythia, GPT-NeoX", _WIDE | _HEADS),
     Architecture("Starcoder2", "StarCoder 2", _USUAL | {"sliding_window": None}),
     Architecture("Glm", "GLM 4 9B", _USUAL | _HEAD),
-    Architecture("Glm4", "GLM 4 0414", _USUAL | _HEAD),
     Architecture("SeedOss", "Seed-OSS", _USUAL | _HEAD),
     Architecture("Arcee", "Arcee AFM", _USUAL),
     Architecture("GPT2", "GPT-2, all weights (`lora.mode=full`)", _GPT2, mode="full"),
@@ -135,10 +133,7 @@ def document() -> str:
         "",
         "| transformers class | models | torch | vLLM |",
         "|---|---|---|---|",
-        *(
-            f"| {row.name} | {row.models} | trains | {'trains' if not row.vllm else 'no'} |"
-            for row in SERVED
-        ),
+        *(f"| {row.name} | {row.models} | trains | trains |" for row in SERVED),
         "",
         "Refused:",
         "",

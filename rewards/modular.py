@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 from rewards.exact import Undecided, exact
-from rewards.nodes import Node
+from rewards.nodes import Node, symbols
 
 PRIME = 2**61 - 31  # 1 modulo 4, so that -1 has a root
 SQRT_MINUS_ONE = 583529827753931384
@@ -172,6 +172,8 @@ def identical(left: Node, right: Node) -> bool | None:
         if a == 0 and residues.has_symbols and left != right:
             return None if residues.is_opaque else False
         num_agreed += 1
+        if num_agreed == 4 and symbols(left) == symbols(right):
+            return True
         if num_agreed == MAX_POINTS or not residues.has_symbolic_power:
             return True
     return True if num_agreed else None

@@ -93,7 +93,10 @@ def learnt(
     section = SftDataSection(train=str(train), eval=str(test), **data)
     sets = load_sft(section, tokenizer, 4096, 0)
     return [
-        (str(tokenizer.decode(list(one.prompt_ids))), str(tokenizer.decode(list(one.completion_ids))))
+        (
+            str(tokenizer.decode(list(one.prompt_ids))),
+            str(tokenizer.decode(list(one.completion_ids))),
+        )
         for one in sets.train
     ]
 

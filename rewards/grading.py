@@ -6,12 +6,12 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.decide import decide
-from rewards.extract import Extraction, extract
-from rewards.pool import WorkerPool
-from rewards.rules import RULES, GradingRules, from_wire, load_rules, to_wire
-from rewards.thinking import ExtraTags
+from rewards.equality.tiers import decide
+from rewards.extraction.extract import Extraction, extract
+from rewards.extraction.thinking import ExtraTags
+from rewards.rules import RULES, GradingRules, load_rules, to_wire
 from rewards.types import Score, Verdict
+from rewards.workers.pool import WorkerPool
 
 DEFAULT = RULES["default"]
 
@@ -123,13 +123,6 @@ def _read_verdict(response: dict[str, Any]) -> Verdict:
     if "error" in response:
         raise RuntimeError(f"reward worker: {response['error']}")
     return Verdict(response["correct"], response["status"], response["tier"])
-
-
-def verify_symbolic(gold: str, answer: str, rules: dict[str, Any]) -> Verdict:
-    """Runs in a worker: every tier, sympy included."""
-    from rewards.symbolic import decide_symbolically
-
-    return decide_symbolically(gold, answer, from_wire(rules))
 
 
 _SHARED: dict[GradingRules, Grader] = {}

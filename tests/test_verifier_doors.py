@@ -19,8 +19,8 @@ from verifier_doors import GOLDS, OPEN, SHUT
 from verifier_generators import GENERATORS
 
 from rewards import GradingRules, score_batch, verify
-from rewards.extract import extract
-from rewards.units import read_unit
+from rewards.extraction.extract import extract
+from rewards.parsing.units import read_unit
 
 CASES_AN_EXAMPLE = 25  # hypothesis draws the seeds, so that 2,000 cases of a kind stay cheap
 MAX_MUTANTS_ACCEPTED = 0.001

@@ -38,7 +38,7 @@ class GradingRules:
     # "lenient": a unit that one side leaves out is no error, two units must agree (converted);
     # "strict": a gold's unit must be given.
     units: Literal["lenient", "strict"] = "lenient"
-    # 9 + 1 for 10: a sum left to do where the gold is a plain number (see `worked_out`).
+    # 9 + 1 for 10: a sum left to do where the gold is a plain number (see `equality.unevaluated`).
     accept_sums: bool = False
     # 4/6 for 2/3.
     accept_unreduced: bool = True

@@ -3,7 +3,8 @@
 A policy that is rewarded for `\\boxed{5 + 7 - 4}` where the gold is 8 learns to copy the question:
 a reinforcement-learning run of ours found that within eight steps (LOG.md). So where the gold is a
 plain number, an answer that leaves an addition, a subtraction or a product of plain numbers to the
-reader is no answer. A fraction, a power, a root and a x 10^k are values as they stand.
+reader is no answer. A fraction, a power, a root, a factorial, a binomial coefficient and a x 10^k
+are values as they stand: one operation in the notation in which textbooks leave a result.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rewards.extraction.languages import (
@@ -33,6 +33,7 @@ class Statement:
     """An answer that the text announces, and from where to where it stands.
 
     `is_value`: a value on its own, which overrules a box before it; a sentence does not.
+    `is_supposed`: of another case than the asked one ("else it would be 5"): it overrules nothing.
     """
 
     start: int
@@ -40,6 +41,7 @@ class Statement:
     answer: str
     method: Method
     is_value: bool
+    is_supposed: bool = False
 
 
 _TITLE = (
@@ -73,10 +75,21 @@ _HYPOTHESIS = re.compile(
     r"(?:\w+\s+)?$",
     re.IGNORECASE,
 )
+# "If x were 3, the answer would be 5" is of another case than the asked one.
+_WOULD = re.compile(
+    r"(?:\s+to [^.\n]{0,60}?)?\s+(?:would|could|might)\s+(?:\w+\s+)?(?:be|have been|become)\b",
+    re.IGNORECASE,
+)
+_OTHER_CASE = re.compile(
+    r"(?:^|[.!?;:\n,(]\s*)(?:but |and |while |whereas )?(?:if|had|were|should|suppos(?:e|ing)"
+    r"|assuming|unless|with|without|otherwise|else|in that case|for (?:example|instance)"
+    r"|for comparison|instead)\b[^.!?\n]*$",
+    re.IGNORECASE,
+)
 # 'The answer is correct', 'the answer is found by': nothing is stated.
 _REFUSED = re.compile(
     r"(?:in)?correct\b|right\b|wrong\b|verified\b|as follows|formatted|expressed|written|rounded"
-    r"|found\b|given (?:in|by)|obtained\b"
+    r"|found\b|given\b|obtained\b|shown\b|derived\b|stated\b|computed\b|calculated\b"
     r"|in the\b"
     r"|reasonable|valid\b|clear\b|unique\b|below\b|above\b|consistent|simply$|(?:an?|the) (?:number"
     r"|integer|value|sum|product|difference|ratio|letter|option|one|same|following)\b",
@@ -204,7 +217,9 @@ def _answer(text: str, position: int) -> Statement | None:
     if denied is not None:
         return _denied(text, position, denied.end())
     forward = _FORWARD.match(text, end) or _OF_VALUE.match(text, end)
-    return None if forward is None else _statement(text, forward.end())
+    statement = None if forward is None else _statement(text, forward.end())
+    is_supposed = _WOULD.match(text, end) is not None and _OTHER_CASE.search(before) is not None
+    return replace(statement, is_supposed=True) if statement and is_supposed else statement
 
 
 def _denied(text: str, start: int, end: int) -> Statement:

@@ -119,6 +119,7 @@ def _last_statement(text: str, group: BoxGroup | None) -> Statement | None:
     lowered = lower(tail)
     values: list[Statement] = []
     sentences: list[Statement] = []
+    supposed: list[Statement] = []
     for finder in (
         answers(tail, lowered, floor),
         choices(tail, lowered, floor),
@@ -128,12 +129,19 @@ def _last_statement(text: str, group: BoxGroup | None) -> Statement | None:
         answer_line(tail, floor),
         lone_letter(tail, floor),
     ):
-        for number, item in enumerate(finder):
+        sentence = None
+        for item in finder:
+            if item.is_supposed:
+                supposed.append(item)
+                continue
             if item.is_value:
                 values.append(item)
                 break
-            if number == 0:
-                sentences.append(item)
+            sentence = sentence or item
+        if sentence is not None:
+            sentences.append(sentence)
+    if not values and not sentences and floor + offset == 0:
+        values = supposed
     chosen = max(values, key=lambda item: item.start, default=None)
     if sentences and floor + offset == 0:
         last = max(sentences, key=lambda item: item.start)

@@ -11,7 +11,7 @@ import re
 from rewards.extraction.boxes import MAX_BOX_CHARS
 from rewards.extraction.languages import DIGITS, HAS_DIGITS
 from rewards.extraction.remarks import MAX_SENTENCE, TAIL, last_sentence, without_remarks
-from rewards.extraction.wording import is_value, num_prose_words, stated
+from rewards.extraction.wording import asked_value, is_aside, is_value, num_prose_words, stated
 
 MAX_WHOLE_CHARS = 200
 MAX_NUMBER_CHARS = 400
@@ -80,6 +80,13 @@ _REFUSING_WORDS = re.compile(
     r"|(?:isn't|does not|doesn't|do not|don't|did not|didn't|cannot|can't)\s+(?:work|satisfy|fit"
     r"|hold|count|be|right|correct)|fails)\b",
 )
+# "given in step 5": the number of a place in the text.
+_PLACE = re.compile(
+    r"\b(?:given|shown|derived|found|obtained|computed|calculated|stated|explained|seen?|from|by|using"
+    r"|follows|per)\b[^.\n]{0,20}\b(?:step|part|equation|eq\.?|section|line|case|page|chapter|figure"
+    r"|table|problem|question|exercise|lemma|theorem|example)s?\s+\(?$",
+    re.IGNORECASE,
+)
 _CONDITIONS = ("if", "If", "uppos", "ssum", "nless")
 _SUPPOSED = re.compile(
     r"(?:^|[.!?,\n]\s*)(?:if|suppos(?:e|ing)|assum(?:e|ing)|unless)\b(?!.*\bthen\b)[^.,;:\n]*$",
@@ -109,6 +116,7 @@ _EXPLAINING = re.compile(
     r",\swhich (?:is|was|are) \S{1,20} (?:more|less|fewer|greater|higher|lower|times|percent)\b"
     r"|,?\s(?:since|because|(?:from|by|after|when|while) \w+ing|including|excluding)\b"
 )
+_ASIDE = re.compile(r"\s\((?P<remark>[^()]{1,200})\)[\s.!]*$")
 _CONCLUDING = re.compile(
     r"=|\b(?:so|thus|leaving|leaves|is|are|was|has|have|had|gives|makes|total|remain\w*|get|gets"
     r"|which)\b"
@@ -169,7 +177,12 @@ def _solutions(sentence: str) -> str | None:
 
 
 def _without_clause(text: str, start: int) -> str:
-    """Without the clause that ends the last sentence and explains the value before it."""
+    """Without the clause or brackets that end the last sentence and explain the value before."""
+    aside = _ASIDE.search(text, max(start, len(text) - MAX_SENTENCE)) if ")" in text[-9:] else None
+    if aside is not None and is_aside(aside["remark"]):
+        is_conclusion = _CONCLUDING.search(aside["remark"]) is not None
+        if not is_conclusion and any(c.isdigit() for c in text[start : aside.start()]):
+            text = text[: aside.start()]
     for clause in _EXPLAINING.finditer(text, start):
         is_last_word = _CONCLUDING.search(text, clause.end()) is None
         if is_last_word and any(c.isdigit() for c in text[start : clause.start()]):
@@ -221,6 +234,9 @@ def _whole(text: str) -> str | None:
     if _FOREIGN_WORD.search(text):
         return None
     text = _LEAD_IN.sub("", text) or text
+    value = asked_value(text.rstrip("."))
+    if value != text.rstrip("."):
+        return value
     if text[0:1] in "*_" and text[-1:] == text[0:1]:
         text = text.strip("*_")
     if not any(character.isalnum() for character in text):
@@ -288,7 +304,8 @@ def _last_maths(text: str) -> str | None:
             stop = end
         else:
             return None
-        if _REFUSING_WORDS.match(text, stop) is None and not _is_supposed(text, opening):
+        is_refused = _REFUSING_WORDS.match(text, stop) is not None
+        if not (is_refused or _is_supposed(text, opening) or _is_place(text, opening)):
             return _widened(text, opening, stop, content.strip())
         text = text[:opening]
     return None
@@ -298,6 +315,10 @@ def _is_supposed(text: str, end: int) -> bool:
     """Does the value at `end` stand in a condition: 'if the answer is 5'?"""
     before = text[max(end - 120, 0) : end]
     return any(hint in before for hint in _CONDITIONS) and _SUPPOSED.search(before) is not None
+
+
+def _is_place(text: str, end: int) -> bool:
+    return _PLACE.search(text, max(end - 60, 0), end) is not None
 
 
 def _widened(text: str, start: int, end: int, content: str) -> str:

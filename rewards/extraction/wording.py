@@ -118,8 +118,13 @@ _TAIL_WITH_MEANING = re.compile(
 _SUMS = re.compile(
     r"^[\d\s+\-*/×÷·().,$]*[+\-*/×÷·][\d\s+\-*/×÷·().,$]*=[\d\s+\-*/×÷·().,$=]*?\d(?P<noun>\s[a-z]{3,}\.?)$"
 )
+_PARTS = re.compile(
+    r"(?:(?i:so|thus|hence|then|therefore),?\s+)?"
+    r"(?:\$?[a-zA-W](?:_\{?\w\}?)?\s*=[^=<>,;]{1,60}?\$?(?:\s*[,;]|\s+and\b)\s*"
+    r"(?:(?:and|so|thus|hence|therefore)\b,?\s*)*)+"
+)
 _ASKED_SUM = re.compile(
-    r"^\$?(?:\d*[a-wA-W](?:_\{?\w\}?)?\s*[+-]\s*)+\d*[a-wA-W](?:_\{?\w\}?)?\s*="
+    r"\$?(?:\d*[a-wA-W](?:_\{?\w\}?)?\s*[+-]\s*)+\d*[a-wA-W](?:_\{?\w\}?)?\s*="
     r"(?:[^=<>a-zA-Z]{1,80}=)*\s*(?P<value>-?\d[\d,]*)\s*\$?$"
 )
 
@@ -178,10 +183,14 @@ def stated(text: str) -> str:
 
 
 def asked_value(text: str) -> str:
-    """293 of `m + n = 256 + 37 = 293`: a sum of letters is what such a task asks for."""
+    """293 of `m + n = 256 + 37 = 293`: a sum of letters is what such a task asks for.
+
+    The same behind the parts of it: `m = 256 and n = 37, so m + n = 293`.
+    """
     if "=" not in text or len(text) > MAX_VALUE:
         return text
-    match = _ASKED_SUM.match(text)
+    parts = _PARTS.match(text)
+    match = _ASKED_SUM.match(text, 0 if parts is None else parts.end())
     return text if match is None else match["value"]
 
 
@@ -201,6 +210,13 @@ def _without_clauses(sentence: str) -> str:
     if sums is not None and not is_unit(sums["noun"].strip(" .")):
         sentence = sentence[: sums.start("noun")]
     return sentence
+
+
+def is_aside(remark: str) -> bool:
+    """Do these words in brackets only explain the value before them?"""
+    if _KEPT_REMARK.match(remark) or _MAGNITUDE.search(remark) or _HEDGE.search(remark):
+        return False
+    return _LONG_WORD.search(remark) is not None
 
 
 def _drop_remark(match: re.Match[str]) -> str:

@@ -89,6 +89,11 @@ _LEADING = re.compile(
 _OUTWARD = re.compile(r"(?:^|\\cup\s*)\]|\[\s*(?:$|\\cup)")
 _PIECE = re.compile(r"^([\[\](])([^\[\]]+,[^\[\]]+)([\[\])])$")
 _GLUED = re.compile(r"(?<=[\d)}])(or|and)(?=[A-Z(\d\\-])")
+# twenty-one; 42 sq. cm
+_HYPHENATED = re.compile(
+    r"\b((?:twen|thir|for|fif|six|seven|eigh|nine)ty)-(?=[a-z])", re.IGNORECASE
+)
+_SQUARE = re.compile(r"(?<=[\d\s{])(sq|cu)\b(?:\.\s*|\s+)(?=[A-Za-z])")
 # 1, 2, 3, ... goes on; a number with dots behind it (0.333...) does not.
 _DOTS = re.compile(r"(?<=,)\s*\.\.\.")
 _MATH_DELIMITER = re.compile(r"\\[()\[\]]")
@@ -128,6 +133,10 @@ def clean(text: str) -> str:
         text = _CLOCK.sub(_to_24_hours, text)
     if "or" in text or "and" in text:
         text = _GLUED.sub(r" \1 ", text)
+    if "ty-" in text:
+        text = _HYPHENATED.sub(r"\1 ", text)
+    if "sq" in text or "cu" in text:
+        text = _SQUARE.sub(lambda match: "square " if match[1] == "sq" else "cubic ", text)
     if "[" in text and _OUTWARD.search(text):
         text = _outward_brackets(text)
     text = _LEADING.sub("", text.strip(' \t\r\n"`'))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rewards.parsing.names import is_equation, is_name
-from rewards.parsing.nodes import UNNAMED, Node, ParseError, has_kind, number_node
+from rewards.parsing.nodes import UNNAMED, Node, ParseError, has_kind, number_node, symbols
 from rewards.parsing.phrases import (
     ARTICLED,
     DENIALS,
@@ -14,6 +14,7 @@ from rewards.parsing.phrases import (
     comparison_of,
     fraction_of,
     is_loaded,
+    joins_number,
     leading_operations,
     number_of,
     open_end,
@@ -129,7 +130,8 @@ class ItemParser(StructureParser):
     def _read_words(self) -> list[str]:
         words: list[str] = []
         while self.at("word") or self.at("text"):
-            if self.at("word", *SEPARATOR_WORDS) and words:
+            is_joint = self.at("word", *SEPARATOR_WORDS) and words
+            if is_joint and not joins_number(words[-1], [self.token.text, self.following.text]):
                 break
             token = self.next()
             words.append(token.text if token.kind == "text" else token.text.lower())
@@ -158,6 +160,15 @@ class ItemParser(StructureParser):
                 raise ParseError  # 5 by 7
             if token.kind == "sym":
                 self.bound.add(token.text)
+
+    def _skip_condition(self, value: Node, closers: tuple[str, ...]) -> None:
+        """The qualifier behind a value. Raises ParseError for "5 if x > 0", half of an answer."""
+        is_case = self.token.text.lower() in ("if", "when", "unless")
+        num_before = len(self.conditions)
+        self._skip_qualifier(closers)
+        for condition in self.conditions[num_before:] if is_case else ():
+            if not symbols(condition) & symbols(value):
+                raise ParseError
 
     def _read_condition(self, closers: tuple[str, ...]) -> bool:
         start = self.index
@@ -198,12 +209,14 @@ class ItemParser(StructureParser):
         if self.at("word", *VERBS) and is_name(node):
             return self._parse_statement(node, closers)
         if self.token.text.lower() in QUALIFIER_WORDS:
-            self._skip_qualifier(closers)
+            self._skip_condition(node, closers)
             return node
         is_ordinal = self.token.text in ORDINALS
         words = self._read_suffix(closers)
         if is_ordinal and not {word.lower() for word in words} <= NUMBERED:
             raise ParseError  # the 5th prime
+        if is_ordinal and not words:
+            return Node("text", name=f"{node.number}th")  # no 5; but the 5th day is day 5
         while words and words[0].lower() in SCALE_WORDS:
             node = Node("mul", (node, number_node(SCALE_WORDS[words.pop(0).lower()])))
         while (operation := trailing_operation(words)) is not None:

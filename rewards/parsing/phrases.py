@@ -75,7 +75,8 @@ _LOADED = (
         " factor factors reciprocal inverse opposite more less fewer greater least most"
         " over under above below between exceeding up higher lower larger smaller off pair"
         " pairs couple score gross through until does do did works work fails fail times"
-        " digit digits twice double triple thrice to".split()
+        " digit digits twice double triple thrice to too many much few little"
+        " maximum minimum max".split()
     )
     | VERBS
 )
@@ -88,6 +89,7 @@ _STATING = VERBS | frozenset(
 _LEADING_TO = frozenset(
     "equal equals amounts comes sums rounds simplifies reduces evaluates".split()
 )
+MAX_SCALE = 10**12
 _ASIDE = re.compile(r"(?<=\d)\s+which\b")
 _AFTERWORDS = re.compile(
     r"is (?:the|our|my) (?:final |correct |right )?(?:answer|solution|result|value)"
@@ -202,21 +204,48 @@ def is_loaded(words: list[str]) -> bool:
 
 
 def number_of(words: list[str]) -> tuple[Fraction, list[str]] | None:
-    """(value, words behind it) of "five", "twenty one", "two hundred", "three quarters"."""
+    """(value, words behind it) of "twenty one", "two hundred and five", "three quarters"."""
     for size in (2, 1):
         fraction = fraction_of(words[:size])
         if fraction is not None:
             return fraction, words[size:]
-    if words and words[0] == "dozen":
+    if words and words[0] in SCALE_WORDS:
         words = ["one", *words]
     if not words or words[0] not in NUMBER_WORDS or words[0] == "none":
         return None
-    value, rest = Fraction(NUMBER_WORDS[words[0]]), words[1:]
-    if rest and 20 <= value < 100 and 0 < NUMBER_WORDS.get(rest[0], 0) < 10:
-        value, rest = value + NUMBER_WORDS[rest[0]], rest[1:]
-    while rest and rest[0] in SCALE_WORDS:
-        value, rest = value * SCALE_WORDS[rest[0]], rest[1:]
-    return value, rest
+    total, below, position = 0, MAX_SCALE, 0
+    while position < len(words):
+        part, position = _below_hundred(words, position)
+        if part is None:
+            break
+        while position < len(words) and SCALE_WORDS.get(words[position], below) < below:
+            part *= SCALE_WORDS[words[position]]
+            position += 1
+        total += part
+        smallest = SCALE_WORDS.get(words[position - 1])
+        if smallest is None or smallest == SCALE_WORDS["dozen"]:
+            break
+        below = smallest
+        is_continued = joins_number(words[position - 1], words[position : position + 2])
+        position += is_continued
+    return Fraction(total), words[position:]
+
+
+def _below_hundred(words: list[str], position: int) -> tuple[int | None, int]:
+    """(value, position behind) of "five", "twenty" and "twenty one"; None for other words."""
+    value = NUMBER_WORDS.get(words[position])
+    if value is None or words[position] in SCALE_WORDS:
+        return None, position
+    behind = words[position + 1] if position + 1 < len(words) else ""
+    if value >= 20 and 0 < NUMBER_WORDS.get(behind, 0) < 10:
+        return value + NUMBER_WORDS[behind], position + 2
+    return value, position + 1
+
+
+def joins_number(before: str, words: list[str]) -> bool:
+    """Is the "and" between "two hundred" and "five" a part of the number?"""
+    is_scale = before in ("hundred", "thousand", "million", "billion")
+    return is_scale and words[:1] == ["and"] and words[1:] != [] and words[1] in NUMBER_WORDS
 
 
 def states_value(before: str, after: str) -> bool:

@@ -159,7 +159,9 @@ def _is_short_word(piece: str, tokens: list[Token], is_spaced: bool) -> bool:
 def _follows_operand(tokens: list[Token]) -> bool:
     """Does a unit make sense here: behind a number, be it in braces of its own (800{ml})?"""
     last = next((token for token in reversed(tokens) if token.text != "{"), None)
-    return last is not None and last.kind in ("num", "close", "const")
+    if last is None:
+        return False
+    return last.kind in ("num", "close", "const") or last.text in ("square", "cubic")
 
 
 def _read_escaped(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:

@@ -202,8 +202,8 @@ class WorkerPool:
                 if num_failed_starts == 3:
                     raise RuntimeError(
                         f"a reward worker ({sys.executable} -m rewards.workers.worker) died three "
-                        f"times while starting under its memory limit of {self.memory_mb} MiB: give "
-                        "it more memory, and check that sympy can be imported"
+                        f"times while starting under its memory limit of {self.memory_mb} MiB: "
+                        "give it more memory, and check that sympy can be imported"
                     ) from error
             finally:
                 self._release(worker, is_healthy)

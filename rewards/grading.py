@@ -9,7 +9,7 @@ from typing import Any
 from rewards.equality.tiers import decide
 from rewards.extraction.extract import Extraction, extract
 from rewards.extraction.thinking import ExtraTags
-from rewards.rules import RULES, GradingRules, load_rules, to_wire
+from rewards.rules import RULES, GradingRules, load_rules, split_tolerance, to_wire
 from rewards.types import Score, Verdict
 from rewards.workers.pool import WorkerPool
 
@@ -43,7 +43,8 @@ class Grader:
     ) -> list[Score]:
         """One Score per completion, order kept. Raises ValueError on unequal lengths.
 
-        A reference that is empty, or no text, scores nothing with status "bad_reference".
+        A reference that is empty, or no text, scores nothing with status "bad_reference". One that
+        ends in "[tolerance 0.1]" accepts values that differ by as much (but in Math-Verify).
         """
         if len(completions) != len(references):
             raise ValueError(
@@ -70,17 +71,19 @@ class Grader:
         verdicts: list[Verdict] = []
         requests: list[dict[str, Any]] = []
         waiting: list[int] = []
-        for gold, extraction in zip(references, extractions, strict=True):
-            if not isinstance(gold, str) or not gold.strip():
+        for reference, extraction in zip(references, extractions, strict=True):
+            text = reference if isinstance(reference, str) else ""
+            gold, rules = split_tolerance(text, self.rules)
+            if not gold.strip():
                 verdicts.append(Verdict(False, "bad_reference"))
                 continue
             if extraction.answer is None:
                 verdicts.append(Verdict(False, "no_answer"))
                 continue
             if self.engine == "verify":
-                outcome = decide(gold, extraction.answer, self.rules, extraction.joined)
+                outcome = decide(gold, extraction.answer, rules, extraction.joined)
                 if extraction.listed and not outcome.verdict.correct:
-                    listed = decide(gold, ", ".join(extraction.listed), self.rules)
+                    listed = decide(gold, ", ".join(extraction.listed), rules)
                     outcome = listed if listed.verdict.correct else outcome
                 verdicts.append(outcome.verdict)
                 if not outcome.is_open:
@@ -88,7 +91,7 @@ class Grader:
             else:
                 verdicts.append(Verdict(False, "crashed"))
             waiting.append(len(verdicts) - 1)
-            requests.append(self._request(gold, extraction.answer))
+            requests.append(self._request(gold, extraction.answer, rules))
         if requests:
             for index, response in zip(waiting, self.pool.map(requests), strict=True):
                 verdicts[index] = _read_verdict(response)
@@ -96,17 +99,18 @@ class Grader:
 
     def verify(self, gold: str, answer: str) -> Verdict:
         """Compare one answer, already extracted, with one gold."""
-        outcome = decide(gold, answer, self.rules)
+        gold, rules = split_tolerance(gold, self.rules)
+        outcome = decide(gold, answer, rules)
         if outcome.is_open:
-            return _read_verdict(self.pool.request(self._request(gold, answer)))
+            return _read_verdict(self.pool.request(self._request(gold, answer, rules)))
         return outcome.verdict
 
-    def _request(self, gold: str, answer: str) -> dict[str, Any]:
+    def _request(self, gold: str, answer: str, rules: GradingRules) -> dict[str, Any]:
         return {
             "op": self.engine,
             "gold": gold,
             "answer": answer,
-            "rules": to_wire(self.rules),
+            "rules": to_wire(rules),
         }
 
     def close(self) -> None:

@@ -170,9 +170,9 @@ def _is_for_sympy(task: Node) -> bool:
 
 def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, rules: GradingRules) -> bool:
     """Two unequal exact values: is one the printed rounding of the other?"""
-    if rules.tolerance_decimals is not None:
-        if abs(left - right) * 2 * 10**rules.tolerance_decimals <= 1:
-            return True
+    tolerance = _tolerance(rules)
+    if tolerance is not None and abs(left - right) <= tolerance:
+        return True
     gold_printed, answer_printed = printed(gold), printed(answer)
     if _is_float_noise(gold_printed, right) or _is_float_noise(answer_printed, left):
         return rules.rounding != "none"
@@ -187,6 +187,15 @@ def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, rules: Gr
         allowed = _allowed(answer_printed, rules, False, left)
         return allowed and rounds_to(left, answer_printed)
     return False
+
+
+def _tolerance(rules: GradingRules) -> Fraction | None:
+    """The largest difference that the rules allow; None where rounding alone decides."""
+    if rules.tolerance is not None:
+        return Fraction(str(rules.tolerance))
+    if rules.tolerance_decimals is not None:
+        return Fraction(1, 2 * 10**rules.tolerance_decimals)
+    return None
 
 
 def _is_float_noise(target: Printed | None, value: Fraction) -> bool:
@@ -209,12 +218,13 @@ def _allowed(
 
 def _rounds(gold: Node, answer: Node, rules: GradingRules) -> bool:
     """An irrational value against a printed decimal."""
-    if rules.tolerance_decimals is not None:
+    tolerance = _tolerance(rules)
+    if tolerance is not None:
         try:
             difference = value_of(gold, {}, FLOATS) - value_of(answer, {}, FLOATS)
         except Undecided:
             return False
-        if abs(difference) * 2 * 10**rules.tolerance_decimals <= 1:
+        if abs(difference) <= float(tolerance):
             return True
     gold_printed, answer_printed = printed(gold), printed(answer)
     if (gold_printed is None) == (answer_printed is None):

@@ -84,9 +84,12 @@ def _plain_outcome(gold: str, answer: str, rules: GradingRules) -> Outcome | Non
     gold, answer = gold.strip(), answer.strip()
     if not gold:
         raise ValueError("the gold answer is empty: give the reference of this prompt")
+    has_tolerance = rules.tolerance is not None or rules.tolerance_decimals is not None
     is_plain_gold = _INTEGER.fullmatch(gold) is not None
     if is_plain_gold and _INTEGER.fullmatch(answer):
         number = int(answer)
+        if has_tolerance and number != int(gold):
+            return None
         is_right = number == int(gold) and _in_range(number, rules)
         return RIGHT_EXACT if is_right else WRONG_EXACT
     if gold == answer and rules.answer_range is None:
@@ -95,7 +98,7 @@ def _plain_outcome(gold: str, answer: str, rules: GradingRules) -> Outcome | Non
         return None
     left = _plain_number(gold)
     right = None if left is None else _plain_number(answer)
-    if left is None or right is None or rules.tolerance_decimals is not None:
+    if left is None or right is None or has_tolerance:
         return None
     if left[0] == right[0]:
         is_integer = right[0].denominator == 1

@@ -28,6 +28,7 @@ _PLAIN = re.compile(
 )
 _DECIMAL_COMMA = re.compile(r"^(\s*\$?\s*-?\d+),(\d+)(?=\s*\$?\s*$)")
 _INTEGER = re.compile(r"-?\d{1,18}")
+_NO_DIGIT = re.compile(r"\D+")
 MAX_PLAIN_CHARS = 400
 MAX_SAID = 4  # spellings of one answer that are offered together
 LastResort = Callable[[Node, Node], bool]
@@ -226,7 +227,12 @@ def _same_spelling(gold: str, answer: str) -> bool:
 
     Braces carry meaning everywhere else: 2^{n}-1 is not 2^{n-1}.
     """
-    return gold.strip() == answer.strip() or _spelling(gold) == _spelling(answer)
+    if gold.strip() == answer.strip():
+        return True
+    if gold.isascii() and answer.isascii() and ":" not in gold + answer:
+        if _NO_DIGIT.sub("", gold) != _NO_DIGIT.sub("", answer):
+            return False
+    return _spelling(gold) == _spelling(answer)
 
 
 def _spelling(text: str) -> tuple[tuple[str, str], ...] | str:

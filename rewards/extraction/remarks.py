@@ -16,10 +16,10 @@ _REMARK = re.compile(
     r"|hope|please|good luck|thank|you're welcome|happy to|note\b(?!.*=)|nb\b|p\.?s\.?\b"
     r"|remember\b|tip\b"
     r"|fun fact|check\b|check:|double[- ]check|verification|verify|verified|is there anything"
-    r"|i can help|i'm here|any (?:more|other|further))"
-    r"|.*\b(?:more|other|further|any) questions\b",
+    r"|i can help|i'm here|any (?:more|other|further))",
     re.IGNORECASE,
 )
+_QUESTIONS = re.compile(r".*\b(?:more|other|further|any) questions\b", re.IGNORECASE)
 _CHECK = re.compile(
     r"(?:\n|[.!?]\s|\$\s|\\\]\s)[\s*_#(]*(?:(?:let(?:'s| us| me)|we can|to|now|quick|sanity"
     r"|i'll)\s+)*"
@@ -40,12 +40,12 @@ _CONCLUSION = re.compile(
 def without_remarks(text: str) -> str:
     """The text without its closing remarks to the reader and its closing check."""
     body = text.strip()
-    explained = _EXPLANATION.match(body)
+    explained = _EXPLANATION.match(body) if "\n" in body[:121] else None
     if explained is not None and is_value(stated(explained["value"])):
         return explained["value"]
     for _ in range(MAX_REMARKS):
         start = last_sentence(body)
-        if start == 0 or not _REMARK.match(body[start : start + MAX_SENTENCE]):
+        if start == 0 or not _is_remark(body[start : start + MAX_SENTENCE]):
             break
         body = body[:start].rstrip()
     offset = max(len(body) - TAIL, 0)
@@ -56,6 +56,12 @@ def without_remarks(text: str) -> str:
         if check.end() > concluded and any(c.isdigit() for c in body[offset : check.start()]):
             return body[: check.start() + 1]
     return body if any(c.isalnum() for c in body) else text
+
+
+def _is_remark(sentence: str) -> bool:
+    if _REMARK.match(sentence):
+        return True
+    return "uestions" in sentence and _QUESTIONS.match(sentence) is not None
 
 
 def last_sentence(text: str) -> int:

@@ -20,6 +20,7 @@ MAX_NUMBER_CHARS = 400
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.])[-−+]?\s?[$€£]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:\s?/\s?\d[\d,]*)?(?:\s?\\?%)?|(?<![A-Za-z0-9_.])-?\.\d+"
 )
+_DIGITS = frozenset("0123456789")
 _NUMBER_CHARS = frozenset("0123456789.,/$€£%\\-−+ \t\n")
 _LEAD_IN = re.compile(
     r"^(?:(?:∴|⇒|=>|→|⟹)\s*|(?:(?:so|thus|hence|therefore),?|it's|it is|it equals|that's|that makes"
@@ -81,10 +82,13 @@ _REFUSING_WORDS = re.compile(
     r"|hold|count|be|right|correct)|fails)\b",
 )
 # "given in step 5": the number of a place in the text.
+_PLACES = (
+    "step part equation eq section line case page chapter figure table problem question exercise"
+    " lemma theorem example".split()
+)
 _PLACE = re.compile(
     r"\b(?:given|shown|derived|found|obtained|computed|calculated|stated|explained|seen?|from|by|using"
-    r"|follows|per)\b[^.\n]{0,20}\b(?:step|part|equation|eq\.?|section|line|case|page|chapter|figure"
-    r"|table|problem|question|exercise|lemma|theorem|example)s?\s+\(?$",
+    rf"|follows|per)\b[^.\n]{{0,20}}\b(?:{'|'.join(_PLACES)})s?\.?\s+\(?$",
     re.IGNORECASE,
 )
 _CONDITIONS = ("if", "If", "uppos", "ssum", "nless")
@@ -277,7 +281,8 @@ def last_formula(text: str) -> tuple[int, str] | None:
 
 def last_number(text: str) -> tuple[int, str] | None:
     """(end, content) of the last number, with its sign, percent sign or denominator."""
-    end = max(text.rfind(digit) for digit in "0123456789") + 1
+    is_last = text[-1:] in _DIGITS
+    end = len(text) if is_last else max(text.rfind(digit) for digit in "0123456789") + 1
     if end == 0:
         return None
     start, low = end - 1, max(end - MAX_NUMBER_CHARS, 0)
@@ -318,6 +323,9 @@ def _is_supposed(text: str, end: int) -> bool:
 
 
 def _is_place(text: str, end: int) -> bool:
+    words = text[max(end - 12, 0) : end].split()
+    if not words or words[-1].strip("(.").lower().removesuffix("s") not in _PLACES:
+        return False
     return _PLACE.search(text, max(end - 60, 0), end) is not None
 
 

@@ -14,6 +14,7 @@ from rewards.types import Score, Verdict
 from rewards.workers.pool import WorkerPool
 
 DEFAULT = RULES["default"]
+MAX_RECENT = 64
 
 
 class Grader:
@@ -72,9 +73,10 @@ class Grader:
         requests: list[dict[str, Any]] = []
         waiting: list[int] = []
         for reference, extraction in zip(references, extractions, strict=True):
-            text = reference if isinstance(reference, str) else ""
-            gold, rules = split_tolerance(text, self.rules)
-            if not gold.strip():
+            gold, rules = reference, self.rules
+            if isinstance(gold, str) and gold.endswith("]"):
+                gold, rules = split_tolerance(gold, rules)
+            if not isinstance(gold, str) or not gold.strip():
                 verdicts.append(Verdict(False, "bad_reference"))
                 continue
             if extraction.answer is None:
@@ -99,7 +101,9 @@ class Grader:
 
     def verify(self, gold: str, answer: str) -> Verdict:
         """Compare one answer, already extracted, with one gold."""
-        gold, rules = split_tolerance(gold, self.rules)
+        rules = self.rules
+        if gold.endswith("]"):
+            gold, rules = split_tolerance(gold, rules)
         outcome = decide(gold, answer, rules)
         if outcome.is_open:
             return _read_verdict(self.pool.request(self._request(gold, answer, rules)))
@@ -130,16 +134,20 @@ def _read_verdict(response: dict[str, Any]) -> Verdict:
 
 
 _SHARED: dict[GradingRules, Grader] = {}
+_RECENT: dict[int, Grader] = {}  # by the identity of its rules: hashing those takes a microsecond
 _SHARED_LOCK = threading.Lock()
 
 
 def _shared_grader(rules: GradingRules | str) -> Grader:
     """One grader for each set of rules; its worker starts on first need."""
+    grader = _RECENT.get(id(rules))
+    if grader is not None and grader.rules is rules:
+        return grader
     known = load_rules(rules) if isinstance(rules, str) else rules
-    grader = _SHARED.get(known)
-    if grader is None:
-        with _SHARED_LOCK:
-            grader = _SHARED.setdefault(known, Grader(known))
+    with _SHARED_LOCK:
+        grader = _SHARED.get(known) or _SHARED.setdefault(known, Grader(known))
+        if len(_RECENT) < MAX_RECENT:
+            _RECENT[id(grader.rules)] = grader
     return grader
 
 

@@ -77,7 +77,7 @@ RULES: dict[str, GradingRules] = {
 }
 
 
-_TOLERANCE = re.compile(r"\s*\[tolerance (\d{1,30}(?:\.\d{1,30})?(?:[eE][-+]?\d{1,2})?)\]\s*$")
+_TOLERANCE = re.compile(r"\s*\[tolerance (\d{1,30}(?:\.\d{1,30})?(?:[eE][-+]?\d{1,2})?)\]$")
 
 
 def split_tolerance(reference: str, rules: GradingRules) -> tuple[str, GradingRules]:
@@ -85,7 +85,7 @@ def split_tolerance(reference: str, rules: GradingRules) -> tuple[str, GradingRu
 
     Example: "2.5 m [tolerance 0.1]" is the gold "2.5 m" under `rules` with tolerance=0.1.
     """
-    match = _TOLERANCE.search(reference) if reference.endswith("]") else None
+    match = _TOLERANCE.search(reference)
     if match is None:
         return reference, rules
     return reference[: match.start()], replace(rules, tolerance=float(match[1]))

@@ -6,14 +6,15 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.decide import decide
-from rewards.extract import Extraction, extract
-from rewards.pool import WorkerPool
-from rewards.rules import RULES, GradingRules, from_wire, load_rules, to_wire
-from rewards.thinking import ExtraTags
+from rewards.equality.tiers import decide
+from rewards.extraction.extract import Extraction, extract
+from rewards.extraction.thinking import ExtraTags
+from rewards.rules import RULES, GradingRules, load_rules, split_tolerance, to_wire
 from rewards.types import Score, Verdict
+from rewards.workers.pool import WorkerPool
 
 DEFAULT = RULES["default"]
+MAX_RECENT = 64
 
 
 class Grader:
@@ -43,7 +44,8 @@ class Grader:
     ) -> list[Score]:
         """One Score per completion, order kept. Raises ValueError on unequal lengths.
 
-        A reference that is empty, or no text, scores nothing with status "bad_reference".
+        A reference that is empty, or no text, scores nothing with status "bad_reference". One that
+        ends in "[tolerance 0.1]" accepts values that differ by as much (but in Math-Verify).
         """
         if len(completions) != len(references):
             raise ValueError(
@@ -70,7 +72,10 @@ class Grader:
         verdicts: list[Verdict] = []
         requests: list[dict[str, Any]] = []
         waiting: list[int] = []
-        for gold, extraction in zip(references, extractions, strict=True):
+        for reference, extraction in zip(references, extractions, strict=True):
+            gold, rules = reference, self.rules
+            if isinstance(gold, str) and gold.endswith("]"):
+                gold, rules = split_tolerance(gold, rules)
             if not isinstance(gold, str) or not gold.strip():
                 verdicts.append(Verdict(False, "bad_reference"))
                 continue
@@ -78,9 +83,9 @@ class Grader:
                 verdicts.append(Verdict(False, "no_answer"))
                 continue
             if self.engine == "verify":
-                outcome = decide(gold, extraction.answer, self.rules, extraction.joined)
+                outcome = decide(gold, extraction.answer, rules, extraction.joined)
                 if extraction.listed and not outcome.verdict.correct:
-                    listed = decide(gold, ", ".join(extraction.listed), self.rules)
+                    listed = decide(gold, ", ".join(extraction.listed), rules)
                     outcome = listed if listed.verdict.correct else outcome
                 verdicts.append(outcome.verdict)
                 if not outcome.is_open:
@@ -88,7 +93,7 @@ class Grader:
             else:
                 verdicts.append(Verdict(False, "crashed"))
             waiting.append(len(verdicts) - 1)
-            requests.append(self._request(gold, extraction.answer))
+            requests.append(self._request(gold, extraction.answer, rules))
         if requests:
             for index, response in zip(waiting, self.pool.map(requests), strict=True):
                 verdicts[index] = _read_verdict(response)
@@ -96,17 +101,20 @@ class Grader:
 
     def verify(self, gold: str, answer: str) -> Verdict:
         """Compare one answer, already extracted, with one gold."""
-        outcome = decide(gold, answer, self.rules)
+        rules = self.rules
+        if gold.endswith("]"):
+            gold, rules = split_tolerance(gold, rules)
+        outcome = decide(gold, answer, rules)
         if outcome.is_open:
-            return _read_verdict(self.pool.request(self._request(gold, answer)))
+            return _read_verdict(self.pool.request(self._request(gold, answer, rules)))
         return outcome.verdict
 
-    def _request(self, gold: str, answer: str) -> dict[str, Any]:
+    def _request(self, gold: str, answer: str, rules: GradingRules) -> dict[str, Any]:
         return {
             "op": self.engine,
             "gold": gold,
             "answer": answer,
-            "rules": to_wire(self.rules),
+            "rules": to_wire(rules),
         }
 
     def close(self) -> None:
@@ -125,24 +133,21 @@ def _read_verdict(response: dict[str, Any]) -> Verdict:
     return Verdict(response["correct"], response["status"], response["tier"])
 
 
-def verify_symbolic(gold: str, answer: str, rules: dict[str, Any]) -> Verdict:
-    """Runs in a worker: every tier, sympy included."""
-    from rewards.symbolic import decide_symbolically
-
-    return decide_symbolically(gold, answer, from_wire(rules))
-
-
 _SHARED: dict[GradingRules, Grader] = {}
+_RECENT: dict[int, Grader] = {}  # by the identity of its rules: hashing those takes a microsecond
 _SHARED_LOCK = threading.Lock()
 
 
 def _shared_grader(rules: GradingRules | str) -> Grader:
     """One grader for each set of rules; its worker starts on first need."""
+    grader = _RECENT.get(id(rules))
+    if grader is not None and grader.rules is rules:
+        return grader
     known = load_rules(rules) if isinstance(rules, str) else rules
-    grader = _SHARED.get(known)
-    if grader is None:
-        with _SHARED_LOCK:
-            grader = _SHARED.setdefault(known, Grader(known))
+    with _SHARED_LOCK:
+        grader = _SHARED.get(known) or _SHARED.setdefault(known, Grader(known))
+        if len(_RECENT) < MAX_RECENT:
+            _RECENT[id(grader.rules)] = grader
     return grader
 
 

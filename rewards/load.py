@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from rewards.extraction.thinking import ExtraTags, check_tags
 from rewards.grading import Grader
 from rewards.rules import load_rules
-from rewards.thinking import ExtraTags, check_tags
 from rewards.types import Reward, Score
 from rewards.user_function import FunctionReward, UserFunction
 

@@ -7,6 +7,7 @@ precision of two printed decimals). A data set's rules state only what its golds
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -29,6 +30,9 @@ class GradingRules:
     min_significant_digits: int = 3
     # Values that agree to this many decimals are equal (absolute); None: only rounding decides.
     tolerance_decimals: int | None = None
+    # Values that differ by no more than this are equal (absolute, in the gold's unit). A reference
+    # that ends in "[tolerance 0.1]" sets it for itself (`split_tolerance`).
+    tolerance: float | None = None
     # 28% equals 0.28 whatever the rules; "either": 28% = 28 as well.
     percent: Literal["value", "either"] = "either"
     # 2,5 is 2.5; else only what no list of numbers looks like is read so: 0,5 and 1000,99.
@@ -38,7 +42,7 @@ class GradingRules:
     # "lenient": a unit that one side leaves out is no error, two units must agree (converted);
     # "strict": a gold's unit must be given.
     units: Literal["lenient", "strict"] = "lenient"
-    # 9 + 1 for 10: a sum left to do where the gold is a plain number (see `worked_out`).
+    # 9 + 1 for 10: a sum left to do where the gold is a plain number (see `equality.unevaluated`).
     accept_sums: bool = False
     # 4/6 for 2/3.
     accept_unreduced: bool = True
@@ -71,6 +75,20 @@ RULES: dict[str, GradingRules] = {
     # Integers 0-999; leading zeros are part of the answer sheet, not of the value.
     "aime": GradingRules(name="aime", rounding="none", percent="value", answer_range=(0, 999)),
 }
+
+
+_TOLERANCE = re.compile(r"\s*\[tolerance (\d{1,30}(?:\.\d{1,30})?(?:[eE][-+]?\d{1,2})?)\]$")
+
+
+def split_tolerance(reference: str, rules: GradingRules) -> tuple[str, GradingRules]:
+    """Gold answer and rules of a reference that may state its tolerance.
+
+    Example: "2.5 m [tolerance 0.1]" is the gold "2.5 m" under `rules` with tolerance=0.1.
+    """
+    match = _TOLERANCE.search(reference)
+    if match is None:
+        return reference, rules
+    return reference[: match.start()], replace(rules, tolerance=float(match[1]))
 
 
 def load_rules(name: str) -> GradingRules:

@@ -169,9 +169,7 @@ class RewardSection(Section):
     name: str = "math"  # a name of rewards' table or module:function
     policy: str = "default"  # the verifier's policy for the data set
     format_weight: float = Field(0.0, ge=0, le=1)  # added when the answer stands in a \boxed{}
-    thinking_tags: tuple[
-        tuple[str, str], ...
-    ] = ()  # [opening, closing], beyond rewards/thinking.py's
+    thinking_tags: tuple[tuple[str, str], ...] = ()  # [opening, closing], beyond the known ones
     num_workers: int = Field(1, ge=1)  # processes for the symbolic tier
     timeout_s: float = Field(5.0, gt=0)
 

@@ -6,6 +6,10 @@ the content of the last balanced \boxed{}, or the answer column; None where a ro
 A list of answers is one of alternatives, any of which counts ("any"), or one answer of several
 values, all of which are needed ("all"). A source's `list_answers` says which. Where it does not:
 "all" in rows whose column is_multiple_answer is true (OlympiadBench, arXiv 2402.14008), else "any".
+
+OlympiadBench's column `error` holds the largest difference that counts as right ("1e-1"; "" or null
+for none) and becomes the reference's tolerance. Of several ("0.1,0.02", one a value) the smallest
+counts for all; a blank among them means exact, and then none is taken.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from typing import Any, Literal
 from rl_lora.columns import Raw, check_text, explain_missing, parsed, reach, unpack
 from rl_lora.errors import UserError
 from rl_lora.messages import Message, as_turns, read_messages
-from rl_lora.references import alternatives, join_alternatives
+from rl_lora.references import alternatives, join_alternatives, with_tolerance
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,8 +333,31 @@ def parse_rows(
         is_multiple = str(raw.get("is_multiple_answer")).lower() == "true"
         if row.reference and (list_answers or ("all" if is_multiple else "any")) == "all":
             row = replace(row, reference=as_one(row.reference))
+        tolerance = _tolerance(raw, f"{where}, row {index}")
+        if row.reference and tolerance is not None:
+            row = replace(row, reference=with_tolerance(row.reference, tolerance))
         rows.append(replace(row, row=index, columns=full))
     return rows
+
+
+_SIZE = re.compile(r"(?:\d{1,30}(?:\.\d{1,30})?(?:[eE][-+]?\d{1,2})?)?")
+
+
+def _tolerance(raw: Raw, where: str) -> str | None:
+    """OlympiadBench's `error`; None where the row has none. Raises UserError for other text."""
+    text = "" if raw.get("error") is None else number_text(raw["error"]).strip()
+    if "is_multiple_answer" not in raw or not text or text == "nan":
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(_SIZE.fullmatch(part) for part in parts):
+        raise UserError(
+            f"{where}: the column error holds {text!r}, which is no tolerance: write the largest "
+            "difference that counts as right, such as 0.1, or leave it empty"
+        )
+    if "" in parts:
+        return None
+    smallest = min(map(Decimal, parts))
+    return str(smallest) if smallest > 0 else None
 
 
 def _reader(

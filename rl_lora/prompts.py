@@ -24,7 +24,7 @@ from rl_lora.errors import UserError
 from rl_lora.layouts import DataRow, last_boxed
 from rl_lora.loaders import LoadedSet, Role, has_eval_part, load_source, question_key
 from rl_lora.messages import Message, plain_text, read_tools, with_question
-from rl_lora.references import alternatives
+from rl_lora.references import alternatives, without_tolerance
 from rl_lora.sampler import mix_seed
 from rl_lora.types import Prompt
 
@@ -306,7 +306,7 @@ def finish_solution(solution: str, reference: str, instruction: str) -> str:
     """The worked solution, ending in the format that the instruction asks for."""
     if not solution:
         return ""
-    reference = alternatives(reference)[0]
+    reference = without_tolerance(alternatives(reference)[0])
     if "####" in instruction and "boxed" not in instruction:
         return f"{solution}\n#### {reference}"
     return solution if last_boxed(solution) is not None else f"{solution}\n\\boxed{{{reference}}}"

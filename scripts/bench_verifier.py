@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from hostile import hostile_inputs
 
 from rewards import RULES, GradingRules, score, verify
-from rewards.extract import extract
+from rewards.extraction.extract import extract
 
 Case = dict[str, Any]
 Judge = Callable[[Case], bool]

@@ -23,7 +23,7 @@ from hostile import hostile_inputs
 from verifier_cases import EQUAL, TRICKS, UNEQUAL, pairs
 
 from rewards import STATUSES
-from rewards.decide import decide
+from rewards.equality.tiers import decide
 from rewards.grading import Grader
 
 GOLD = "7919820481.5"  # no mutation will produce it

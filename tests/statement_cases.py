@@ -95,6 +95,16 @@ The tag `<think>` is not needed. \boxed{{a}}
 
 # The same, for a number.
 STATED_NUMBER = r"""
+{a} ({b} in April and {b} in May)
+She sold {a} clips in all that time ({b} in April and {b} in May).
+The answer is {a}. If the question were different, the answer would be {b}.
+#### {a}¶If it were doubled, the answer would be {b}.
+The answer is {a}. Had we used {b} instead, the final answer would have been {b}.
+The answer is {a}. Otherwise the answer could be {b}.
+The answer is {a}. The answer would be {b} if x were 3.
+If she had sold more, the answer would be {a}.
+So p = {b}/197 and p+q = {b} + 197 = {a}.
+Hence m = {b}, n = 3, so m+n = {a}.
 Answer: {a} clips in total
 The answer is {a} clips altogether in April and May.
 The answer is {a} clips: {b} in April and {b} in May.
@@ -207,6 +217,13 @@ The answer is \boxed{{b}}, not \boxed{{a}}.
 """
 
 NOT_STATED_NUMBER = r"""
+She sold {b} clips in all that time ({a} in April and {a} in May).
+They sold {a} boxes on each of the days (so {b} in total).
+The answer is {b}. If the question were different, the answer would be {a}.
+\boxed{{b}}. If x had been 3, the answer would have been {a}.
+The answer is given in step {a}.
+The answer follows from equation ({a}).
+So p = {a}/197 and p+q = {a} + 197 = {b}.
 She has either {a} or {b} apples left in the basket today.
 She has either {b} or {a} apples left in the basket today.
 It is between {b} and {a} in all the cases that we looked at.

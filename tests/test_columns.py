@@ -18,6 +18,7 @@ from rl_lora.config import SourceSection, load_config
 from rl_lora.errors import UserError
 from rl_lora.layouts import DataRow, gold_text, parse_rows
 from rl_lora.loaders import load_source
+from rl_lora.prompts import finish_solution
 from tests.test_loaders import write_jsonl
 
 NESTED = {"style": "rule", "ground_truth": "8"}
@@ -249,6 +250,39 @@ LISTS: list[tuple[Any, dict[str, Any], str | None, str]] = [
 ]
 
 
+TOLERANCES = [
+    ("1e-1", "2.5 [tolerance 0.1]"),
+    ("0.02", "2.5 [tolerance 0.02]"),
+    (0.02, "2.5 [tolerance 0.02]"),
+    (1e-7, "2.5 [tolerance 1E-7]"),
+    ("0.1, 0.02", "2.5 [tolerance 0.02]"),
+    ("0.1,", "2.5"),
+    ("0", "2.5"),
+    ("", "2.5"),
+    (None, "2.5"),
+    (float("nan"), "2.5"),
+]
+
+
+@pytest.mark.parametrize(("error", "reference"), TOLERANCES)
+def test_olympiad_bench_tolerances(error: Any, reference: str) -> None:
+    raw = {"question": "q", "final_answer": ["2.5"], "is_multiple_answer": False, "error": error}
+    (row,) = parse_rows([raw], "x")
+    assert row.reference == reference
+    assert finish_solution("s", reference, "#### n") == "s\n#### 2.5"
+
+
+def test_a_tolerance_belongs_to_each_alternative_and_to_olympiad_bench_alone() -> None:
+    raw = {"question": "q", "final_answer": ["2.5", "3"], "error": "0.1"}
+    marked = {**raw, "is_multiple_answer": False}
+    (row,) = parse_rows([marked], "x")
+    assert row.reference == "2.5 [tolerance 0.1] ||| 3 [tolerance 0.1]"
+    (row,) = parse_rows([{**raw, "error": "time out"}], "x")
+    assert row.reference == "2.5 ||| 3"
+    with pytest.raises(UserError, match="x, row 0: the column error holds 'small'"):
+        parse_rows([{**marked, "error": "small"}], "x")
+
+
 @pytest.mark.parametrize(("answer", "others", "list_answers", "reference"), LISTS)
 def test_lists_of_answers_by_the_rule(
     answer: Any, others: dict[str, Any], list_answers: Any, reference: str
@@ -282,7 +316,8 @@ SCALARS = st.one_of(
 )
 NAMES = st.sampled_from(
     "question answer prompt reward_model ground_truth problem solution Question Answer Body "
-    "Equation Numbers input target final_answer is_multiple_answer role content text a".split()
+    "Equation Numbers input target final_answer is_multiple_answer error role content text"
+    " a".split()
 )
 VALUES = st.recursive(
     SCALARS,

@@ -13,7 +13,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 
 
@@ -51,6 +52,15 @@ def test_locks_hold_what_the_project_asks_for(backend: str) -> None:
         assert versions, f"{requirement.name} is not in {backend}.lock; run `make lock`"
         for version in versions:
             assert requirement.specifier.contains(version), f"{requirement}: {version}"
+
+
+def test_every_package_is_installed() -> None:
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for package in ("rl_lora", "rewards")
+        for path in (ROOT / package).rglob("__init__.py")
+    }
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == found
 
 
 def test_cpu_lock_leaves_out_what_breaks_beside_a_cpu_torch() -> None:

@@ -19,8 +19,8 @@ from verifier_doors import GOLDS, OPEN, SHUT
 from verifier_generators import GENERATORS
 
 from rewards import GradingRules, score_batch, verify
-from rewards.extract import extract
-from rewards.units import read_unit
+from rewards.extraction.extract import extract
+from rewards.parsing.units import read_unit
 
 CASES_AN_EXAMPLE = 25  # hypothesis draws the seeds, so that 2,000 cases of a kind stay cheap
 MAX_MUTANTS_ACCEPTED = 0.001
@@ -30,6 +30,48 @@ MAX_MUTANTS_ACCEPTED = 0.001
 def test_right_answers_pass_both_ways(gold: str, answer: str) -> None:
     assert verify(gold, answer).correct
     assert verify(answer, gold).correct
+
+
+WITHIN = r"""
+2.5 | 2.6
+2.5 | 2.4
+2.5 | \frac{49}{20}
+2.5 m | 255 cm
+\pi | 3.2
+3.1 | \pi
+7 | 6.95
+2, 3 | 3.1, 1.9
+x = 2.5 | 2.6
+"""
+BEYOND = r"""
+2.5 | 2.61
+2.5 | 2.39
+2.5 m | 265 cm
+2.5 m | 2.5 s
+\pi | 3.3
+3 | \pi
+7 | 8
+2, 3 | 3.2, 2
+x = 2.5 | y = 2.6
+"""
+
+
+@pytest.mark.parametrize(("gold", "answer"), pairs(WITHIN))
+def test_a_reference_may_state_its_tolerance(gold: str, answer: str) -> None:
+    assert verify(f"{gold} [tolerance 0.1]", answer).correct
+    (scored,) = score_batch([f"\\boxed{{{answer}}}"], [f"{gold} [tolerance 1E-1]"])
+    assert scored.correct
+    assert not verify(f"{gold} [tolerance 0.001]", answer).correct
+
+
+@pytest.mark.parametrize(("gold", "answer"), pairs(BEYOND))
+def test_beyond_its_tolerance_an_answer_is_wrong(gold: str, answer: str) -> None:
+    assert not verify(f"{gold} [tolerance 0.1]", answer).correct
+
+
+def test_a_tolerance_alone_is_no_reference() -> None:
+    (scored,) = score_batch(["5"], [" [tolerance 0.1]"])
+    assert (scored.correct, scored.status) == (False, "bad_reference")
 
 
 @pytest.mark.parametrize(("gold", "answer"), pairs(SHUT))

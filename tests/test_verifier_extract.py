@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from rewards.extract import extract
+from rewards.extraction.extract import extract
 
 
 @pytest.mark.parametrize(

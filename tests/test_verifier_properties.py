@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards import score, verify
-from rewards.extract import extract
+from rewards.extraction.extract import extract
 
 small = st.integers(-(10**6), 10**6)
 any_int = st.integers(-(10**30), 10**30)

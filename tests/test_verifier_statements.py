@@ -21,10 +21,10 @@ from statement_cases import (
 )
 
 from rewards import score
-from rewards.extract import extract
+from rewards.extraction.extract import extract
+from rewards.extraction.thinking import after_thinking
 from rewards.grading import Grader
 from rewards.load import load_reward
-from rewards.thinking import after_thinking
 
 MANY = settings(max_examples=300, deadline=None)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from rewards.exact import Undecided
-from rewards.parser import parse
+from rewards.equality.exact import Undecided
+from rewards.equality.symbolic import decide_symbolically, equal_symbolically, to_sympy
+from rewards.parsing.parser import parse
 from rewards.rules import RULES
-from rewards.symbolic import decide_symbolically, equal_symbolically, to_sympy
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hostile import hostile_inputs
 
 from rewards import Score, load_reward, score_batch
 from rewards.grading import Grader
-from rewards.pool import WorkerPool
+from rewards.workers.pool import WorkerPool
 
 ROOT = Path(__file__).resolve().parent.parent
 OPEN_GOLD, OPEN_ANSWER = r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}"
@@ -160,7 +160,7 @@ def test_close_leaves_no_process() -> None:
 
 ORPHAN_SCRIPT = """
 import os, signal, sys
-from rewards.pool import WorkerPool
+from rewards.workers.pool import WorkerPool
 pool = WorkerPool(timeout_s=60)
 pool.request({"op": "verify", "gold": "\\\\sum_{k=1}^{n} k", "answer": "n", "rules": {}})
 print(*pool.worker_pids, flush=True)

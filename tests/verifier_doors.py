@@ -240,9 +240,37 @@ A | Option A
 yes | Yes, because it holds.
 1/2 | 0.5
 \log_{10} x | \lg x
+21 | twenty-one
+21 | Twenty-one apples
+105 | one hundred and five
+105 | one hundred five
+342 | three hundred and forty-two
+1200 | one thousand two hundred
+2005 | two thousand and five
+2/3 | two thirds
+2/3 | two-thirds
+200000 | two hundred thousand
+42 cm^2 | 42 sq. cm
+42\text{ cm}^2 | 42 square cm
+42 cm^3 | 42 cu cm
+42 square feet | 42 sq. ft.
+42 | 42 sq. cm
 """
 
 SHUT = r"""
+1 | one hundred and one
+100 | one hundred and one
+21 | twenty and one
+100,5 | one hundred and five
+5 | 5 maximum
+5 | 5 max
+5 | 5 too many
+5 | 5 if x > 0
+5 | 5 when x \ge 1
+5 | 5th
+42 cm | 42 sq. cm
+42 cm | 42 square cm
+42 cm^2 | 42 sq. m
 2^{n}-1 | 2^{n-1}
 e^{x+1} | e^x+1
 \sqrt{5}+1 | \sqrt{5+1}

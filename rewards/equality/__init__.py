@@ -1,0 +1,1 @@
+"""Is a parsed answer the gold?"""

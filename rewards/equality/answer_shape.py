@@ -1,0 +1,285 @@
+"""What an answer looks like beside its values: lists, labels, plus-minus signs, families."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from fractions import Fraction
+
+from rewards.equality.exact import Undecided
+from rewards.equality.modular import Residues
+from rewards.equality.numeric import LOW, is_real, value_of
+from rewards.equality.relations import compatible_names, standard_name
+from rewards.parsing.names import is_equation, is_name
+from rewards.parsing.nodes import PI, LimitExceeded, Node, has_kind, number_node, symbols, walk
+
+MAX_EXPANSION = 64
+_CONSTANT = re.compile(r"[CKck](?:_\{\d\})?|[AB]")
+
+
+def are_families(*nodes: Node) -> bool:
+    """Families of solutions: multiples of pi; tuples, sets, unions with one letter throughout."""
+    return all(
+        any(item == PI for item in walk(node))
+        or (has_kind(node, "seq", "union", "set") and _has_repeated_letter(node))
+        for node in nodes
+    )
+
+
+def _has_repeated_letter(node: Node) -> bool:
+    names = [item.name for item in walk(node) if item.kind == "sym"]
+    return len(set(names)) < len(names)
+
+
+def runs_through(node: Node, names: list[str]) -> bool:
+    """Is one symbol the parameter of a tuple: (3 + 2t, 5 - t)?"""
+    if len(names) != 1 or node.kind not in ("seq", "matrix", "list", "set"):
+        return False
+    parts = [item for item in walk(node) if item.kind not in ("seq", "matrix", "list", "set")]
+    components = [part for part in parts if names[0] in symbols(part) and part.kind != "sym"]
+    return has_kind(node, "seq") and len(components) > 1
+
+
+def are_constants(left: str, right: str) -> bool:
+    """May both name one constant of integration? C and K, A and C; not A and B, c and k."""
+    if not _CONSTANT.fullmatch(left) or not _CONSTANT.fullmatch(right):
+        return False
+    names = (left, right)
+    if any(name in "AB" for name in names):
+        return any("_" in name or name == "C" for name in names)
+    return any("_" in name or name.isupper() for name in names)
+
+
+def without_label(node: Node) -> Node:
+    """The value of a labelled item."""
+    return node.args[0] if node.kind == "label" else node
+
+
+def option_letters(node: Node) -> list[str] | None:
+    """ABD, or A, B, D: the options of a multiple choice."""
+    names = [item.name.upper() for item in node.args if item.kind in ("sym", "text")]
+    if len(names) != len(node.args) or len(set(names)) != len(names):
+        return None
+    return sorted(names) if all(name in tuple("ABCDEFGH") for name in names) else None
+
+
+def is_coordinates(node: Node) -> bool:
+    """A bare list that may stand for a tuple: plain values, or each under its own name."""
+    if all(item.kind not in ("seq", "rel") for item in node.args):
+        return True
+    names = [item.args[0] for item in node.args if is_equation(item) and len(item.args) == 2]
+    return len(names) == len(set(names)) == len(node.args) and all(
+        name.kind == "sym" for name in names
+    )
+
+
+def by_coordinates(node: Node) -> Node:
+    """(x, y) = (2, 3) as x = 2, y = 3."""
+    if node.kind == "rel" and node.name == "=" and len(node.args) == 2:
+        left, right = node.args
+        if left.kind == right.kind == "seq" and len(left.args) == len(right.args):
+            pairs = zip(left.args, right.args, strict=True)
+            return Node("list", tuple(Node("rel", pair, "=") for pair in pairs), ",")
+    return node
+
+
+def form_of(node: Node) -> str:
+    """In what form a subset of the line is written."""
+    if node.kind == "rel":
+        return "membership" if node.name == "in" else "inequality"
+    return "set"
+
+
+def unlabelled(node: Node) -> Node:
+    """Without the names that it gives to its values."""
+    if node.kind in ("list", "set"):
+        return node._replace(args=tuple(item_value(item) for item in node.args))
+    return item_value(node)
+
+
+def has_mixed_brackets(gold: Node, answer: Node) -> bool:
+    """Is one of them a half-open interval?"""
+    names = {item.name for item in (gold, answer) if item.kind == "seq" and len(item.args) == 2}
+    return bool(names & {"[)", "(]"})
+
+
+def is_condition(node: Node) -> bool:
+    """Does a list hold inequalities or unions?"""
+    return any(
+        item.kind == "rel" and not is_equation(item) or item.kind == "union" for item in node.args
+    )
+
+
+def items_of(node: Node) -> list[Node]:
+    """The items of a list or set; anything else is one item."""
+    return list(node.args) if node.kind in ("list", "set") else [node]
+
+
+def item_value(item: Node) -> Node:
+    """What a labelled item says: 16 for `w = 16` and for `Paolo: 16`."""
+    if item.kind == "label":
+        return item.args[0]
+    if is_equation(item) and len(item.args) == 2 and is_name(item.args[0]):
+        return item.args[1]
+    if item.kind == "mul" and len(item.args) == 2 and item.args[1].kind == "seq":
+        if item.args[0].kind == "sym" and item.args[0].name.isupper():
+            return item.args[1]  # the point A(1, 2)
+    return item
+
+
+def split_conditions(node: Node) -> tuple[Node, list[Node]]:
+    """(formula, conditions on its variables) of `y = 1/x, x > 0`; no conditions elsewhere."""
+    if node.kind != "list":
+        return node, []
+    conditions = [item for item in node.args if item.kind == "rel" and not is_equation(item)]
+    formulas = [item for item in node.args if item not in conditions]
+    if len(formulas) != 1 or not conditions:
+        return node, []
+    formula = formulas[0]
+    body = item_value(formula)
+    if not all(symbols(item) & symbols(body) for item in conditions):
+        return node, []
+    return formula, conditions
+
+
+def same_family(gold: Node, answer: Node) -> bool:
+    r"""-\pi/3 + k\pi and 2\pi/3 + k\pi: the same values, k an integer, shifted by periods."""
+    names = symbols(gold) | symbols(answer)
+    is_integer = bool(names & set("kKnNmlj"))
+    if len(names) != 1 or not is_integer or symbols(gold) != symbols(answer):
+        return False
+    if PI not in walk(gold):
+        return False
+    (name,) = names
+    try:
+        a, b = (
+            [value_of(side, {name: LOW.number(Fraction(k))}, LOW) for k in range(3)]
+            for side in (gold, answer)
+        )
+    except Undecided:
+        return False
+    period, other = a[1] - a[0], b[1] - b[0]
+    tiny = 1e-20
+    if abs(period) < tiny or abs(abs(period) - abs(other)) > tiny:
+        return False
+    if abs(a[2] - a[1] - period) > tiny or abs(b[2] - b[1] - other) > tiny:
+        return False
+    shift = (a[0] - b[0]) / period
+    return is_real(shift) and bool(abs(shift - round(float(shift.real))) < tiny)
+
+
+def name_of(item: Node) -> Node | None:
+    """The name that an item gives to its value, in its standard spelling; None where none."""
+    if item.kind == "label":
+        return standard_name(Node("text", name=item.name))
+    if is_equation(item) and len(item.args) == 2 and is_name(item.args[0]):
+        return standard_name(item.args[0])
+    if item.kind == "mul" and item_value(item) is not item:
+        return item.args[0]  # the point A(1, 2)
+    return None
+
+
+def names_clash(gold: Node, answer: Node) -> bool:
+    """Do both sides name all their values, and one of them something that the other does not?"""
+    ours, theirs = (
+        [name_of(item) for item in items_of(side)] if side.args else [] for side in (gold, answer)
+    )
+    left, right = ([name for name in names if name is not None] for names in (ours, theirs))
+    if not left or not right:
+        return False
+    return not all(
+        any(compatible_names(name, other) for other in others)
+        for names, others in ((left, right), (right, left))
+        for name in names
+    )
+
+
+def match_names(left: list[Node], right: list[Node]) -> list[tuple[Node, Node]] | None:
+    """Pairs by label, where both sides label every item with the same distinct names."""
+    tables = []
+    for items in (left, right):
+        table = {}
+        for item in items:
+            name = name_of(item)
+            if name is not None:
+                table[name] = item
+        if len(table) != len(items) or len(items) < 2:
+            return None
+        tables.append(table)
+    if tables[0].keys() != tables[1].keys():
+        return None
+    return [(item, tables[1][name]) for name, item in tables[0].items()]
+
+
+def expand_all(items: list[Node]) -> list[Node]:
+    r"""Replace every \\pm by its two signs; signs in different components are independent."""
+    result: list[Node] = []
+    for item in items:
+        result.extend(expand_signs(item))
+        if len(result) > 8 * MAX_EXPANSION:
+            raise LimitExceeded
+    return result
+
+
+def expand_signs(node: Node) -> list[Node]:
+    """All values of a node with plus-minus signs; within one scalar the signs go together."""
+    if not has_kind(node, "pm"):
+        return [node]
+    if node.kind in ("seq", "set", "matrix", "rel", "congruence"):
+        choices = [expand_signs(item) for item in node.args]
+        total = 1
+        for choice in choices:
+            total *= len(choice)
+        if total > MAX_EXPANSION:
+            raise LimitExceeded
+        return [node._replace(args=args) for args in itertools.product(*choices)]
+    return [_signed(node, is_upper) for is_upper in (True, False)]
+
+
+def _signed(node: Node, is_upper: bool) -> Node:
+    args = tuple(_signed(item, is_upper) for item in node.args)
+    if node.kind == "pm":
+        is_plus = (node.name == "+-") == is_upper
+        return args[0] if is_plus else Node("mul", (number_node(-1), args[0]))
+    return node._replace(args=args) if args else node
+
+
+def _residue(node: Node) -> int | None:
+    """The same for items that are equal by algebra; None where it cannot be had."""
+    try:
+        return Residues().of(node)
+    except Undecided:
+        return None
+
+
+def without_common(left: list[Node], right: list[Node]) -> tuple[list[Node], list[Node]]:
+    """Both lists without the items that algebra pairs off: long lists in linear time."""
+    waiting: dict[int, list[Node]] = {}
+    rest = []
+    for item in right:
+        key = _residue(item)
+        if key is None:
+            rest.append(item)
+        else:
+            waiting.setdefault(key, []).append(item)
+    unmatched = []
+    for item in left:
+        key = _residue(item)
+        if key is not None and waiting.get(key):
+            waiting[key].pop()
+        else:
+            unmatched.append(item)
+    return unmatched, rest + [item for items in waiting.values() for item in items]
+
+
+def without_repeats(items: list[Node]) -> list[Node]:
+    """The items without those that algebra finds equal to an earlier one."""
+    seen: set[int] = set()
+    kept = []
+    for item in items:
+        key = _residue(item)
+        if key is None or key not in seen:
+            kept.append(item)
+        if key is not None:
+            seen.add(key)
+    return kept

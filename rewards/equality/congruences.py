@@ -1,0 +1,71 @@
+r"""Congruences: x \equiv 2 \pmod 5, and the families x = 5k + 2 that say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+from rewards.equality.exact import Undecided, exact
+from rewards.parsing.names import is_equation
+from rewards.parsing.nodes import Node, number_node, symbols
+
+Equal = Callable[[Node, Node], bool]
+_INTEGERS = frozenset("kKnNmltsjq")
+
+
+def equal_congruences(gold: Node, answer: Node, equal: Equal) -> bool:
+    """Same unknown, same modulus, same residue. A residue without its modulus is something else."""
+    left, right = _as_congruence(gold), _as_congruence(answer)
+    if left is None or right is None:
+        return False
+    if not equal(left.args[2], right.args[2]):
+        return False
+    for ours in _orders(left):
+        for theirs in _orders(right):
+            has_names = None not in (ours[0], theirs[0])
+            if has_names and not equal(*[name for name in (ours[0], theirs[0]) if name]):
+                continue
+            if _is_multiple(ours[1], theirs[1], left.args[2], equal):
+                return True
+    return False
+
+
+def _orders(node: Node) -> list[tuple[Node | None, Node]]:
+    left, right, _ = node.args
+    if not left.args and left.kind == "text":
+        return [(None, right)]
+    return [(left, right), (right, left)]
+
+
+def _is_multiple(left: Node, right: Node, modulus: Node, equal: Equal) -> bool:
+    try:
+        size = exact(modulus)
+        return size != 0 and (exact(left) - exact(right)) % size == 0
+    except Undecided:
+        return equal(left, right)
+
+
+def _as_congruence(node: Node) -> Node | None:
+    """The congruence that a node is or stands for; its left side is a text where it has none."""
+    nameless = Node("text")
+    if node.kind == "congruence":
+        return node
+    if node.kind == "open" and node.name == "mod" and len(node.args) == 2:
+        return Node("congruence", (nameless, *node.args))
+    name, value = nameless, node
+    if is_equation(node) and len(node.args) == 2:
+        name, value = node.args
+        if name.kind != "sym":
+            return None
+    free = symbols(value) & _INTEGERS
+    if len(symbols(value)) != 1 or not free:
+        return None
+    (parameter,) = free
+    try:
+        at = [exact(value, {parameter: place}) for place in (0, 1, 2, -5)]
+    except Undecided:
+        return None
+    period = at[1] - at[0]
+    if period == 0 or at[2] - at[1] != period or at[3] != at[0] - 5 * period:
+        return None
+    return Node("congruence", (name, number_node(at[0]), number_node(abs(Fraction(period)))))

@@ -1,0 +1,121 @@
+"""Exact rational values, bounded in size: nothing is expanded that would not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+from rewards.parsing.nodes import MAX_EXACT_BITS, Node
+
+MAX_FACTORIAL = 1000
+MAX_ROOT_BITS = 2048
+
+
+class Undecided(Exception):
+    """This tier cannot tell; the next one may."""
+
+
+def exact(node: Node, values: Mapping[str, int] | None = None) -> Fraction:
+    """The rational value of a tree, its symbols read from `values`.
+
+    Raises Undecided where the value is irrational, unknown, or too large to write down.
+    """
+    kind = node.kind
+    if kind == "num":
+        return node.number
+    if kind == "add":
+        return _checked(sum((exact(term, values) for term in node.args), Fraction(0)))
+    if kind == "mul":
+        product = Fraction(1)
+        for factor in node.args:
+            product = _checked(product * exact(factor, values))
+        return product
+    if kind == "pow":
+        return exact_power(exact(node.args[0], values), exact(node.args[1], values))
+    if kind == "percent":
+        return exact(node.args[0], values) / 100
+    if kind == "sym" and values is not None and node.name in values:
+        return Fraction(values[node.name])
+    if kind == "ratio" and len(node.args) == 2:
+        return divide_exactly(exact(node.args[0], values), exact(node.args[1], values))
+    if kind == "func":
+        return _function(node.name, [exact(arg, values) for arg in node.args])
+    raise Undecided
+
+
+def _checked(value: Fraction) -> Fraction:
+    if value.numerator.bit_length() + value.denominator.bit_length() > MAX_EXACT_BITS:
+        raise Undecided
+    return value
+
+
+def divide_exactly(left: Fraction, right: Fraction) -> Fraction:
+    """left / right. Raises Undecided for a zero divisor."""
+    if right == 0:
+        raise Undecided
+    return left / right
+
+
+def exact_power(base: Fraction, exponent: Fraction) -> Fraction:
+    """base ** exponent where that is rational and fits. 0 ** 0 is undecided."""
+    if base == 0:
+        if exponent <= 0:
+            raise Undecided
+        return base
+    if exponent.denominator != 1:
+        base = exact_root(base, exponent.denominator)
+    power = exponent.numerator
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if bits > 1 and bits * abs(power) > MAX_EXACT_BITS:
+        raise Undecided
+    if bits <= 1:  # 1 or -1
+        return base if power % 2 else Fraction(1)
+    return base**power
+
+
+def exact_root(value: Fraction, degree: int) -> Fraction:
+    """The real root of that degree where it is rational."""
+    if degree > 64 or value < 0 or value.numerator.bit_length() > MAX_ROOT_BITS:
+        raise Undecided  # the principal root of a negative number is complex
+    return Fraction(
+        _integer_root(value.numerator, degree), _integer_root(value.denominator, degree)
+    )
+
+
+def _integer_root(value: int, degree: int) -> int:
+    if value < 2:
+        return value
+    if degree == 2:
+        root = math.isqrt(value)
+    else:
+        root = 1 << -(-value.bit_length() // degree)
+        while True:
+            better = ((degree - 1) * root + value // root ** (degree - 1)) // degree
+            if better >= root:
+                break
+            root = better
+    if root**degree != value:
+        raise Undecided
+    return root
+
+
+def _function(name: str, args: list[Fraction]) -> Fraction:
+    if name == "abs":
+        return abs(args[0])
+    if name == "floor":
+        return Fraction(math.floor(args[0]))
+    if name == "ceil":
+        return Fraction(math.ceil(args[0]))
+    if name == "root" and len(args) == 2 and args[1].denominator == 1 and args[1] > 0:
+        return exact_root(args[0], args[1].numerator)
+    if any(arg.denominator != 1 or arg < 0 for arg in args):
+        raise Undecided
+    whole = [arg.numerator for arg in args]
+    if name == "factorial" and whole[0] <= MAX_FACTORIAL:
+        return Fraction(math.factorial(whole[0]))
+    if name == "factorial2" and whole[0] <= MAX_FACTORIAL:
+        return Fraction(math.prod(range(whole[0], 0, -2)))
+    if name == "binom" and len(whole) == 2 and whole[0] <= MAX_EXACT_BITS // 2:
+        return Fraction(math.comb(whole[0], whole[1]))
+    raise Undecided

@@ -1,0 +1,157 @@
+"""From the text of an answer to its possible readings."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import NamedTuple
+
+from rewards.extraction.extract import extract_boxes, last_formula, last_number, phrase_of
+from rewards.parsing.nodes import LimitExceeded, Node, ParseError
+from rewards.parsing.parser import Parsed, parse
+from rewards.parsing.phrases import states_value
+
+_COMMA_IN_NUMBER = re.compile(r"\d,\d{3}(?!\d)")
+# 0,5 and 1000,99 are no lists of numbers that anyone writes; 2,5 may be one.
+_DECIMAL_COMMA = re.compile(r"\s*\$?\s*-?(?:0|\d{4,}),\d+\s*\$?\s*")
+_GROUPS = re.compile(
+    r"\s*-?(?:\d{1,3}(?:\.\d{3}){2,}(?P<comma>,\d+)?|\d{1,3}(?:'\d{3})+(?:\.\d+)?)\s*"
+)
+_INDIAN = re.compile(r"\s*-?\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?\s*")
+_EUROPEAN = re.compile(r"\s*-?\d{1,3}(?:\.\d{3})+,\d+\s*")
+_WORD = re.compile(r"(?:^|(?<=[\s(\"']))[A-Za-z]{2,}(?:'[a-z]+)?(?=$|[\s.,;:!?)\"'])")
+_HEDGE = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|unless|between)\b", re.IGNORECASE)
+_STATED = re.compile(
+    r"(?:\b(?:is|are|equals?|be|was|get|to|of|have|has|at|exactly|approximately|about)|[=:≈])"
+    r"[\s$€£({\[]*$",
+    re.IGNORECASE,
+)
+_NEGATED = re.compile(r"\b(?:not|n't|never)\s*$", re.IGNORECASE)
+_CALLED = re.compile(r"[A-Za-z_.]\($")  # exit(0) says nothing of 0
+_CHOICE = re.compile(
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?(?:\((?P<letter>[A-J])\)|(?P<plain>[A-J])[.:)])\s*\}?"
+    r"(?:\\?[\s:.,~]|\\quad)*(?P<content>[^\s\\].*|\\[a-z{].*)"
+)
+_OPTION = re.compile(r"(?<![A-Za-z])\(?[A-J][).:]|^[\s(]*[A-J][\s).]*$|\bor\b")
+_RETHOUGHT = re.compile(
+    r"\b(?:answer|option|choice|wrong|incorrect|not correct|wait)\b", re.IGNORECASE
+)
+MAX_PROSE = 4096
+
+
+class Reading(NamedTuple):
+    """Readings of one answer, the likeliest first; `prose` is the text where it is a sentence.
+
+    `status` is "limit" where the text exceeds a limit, "unparsable" where nothing could be read.
+    """
+
+    candidates: tuple[Parsed, ...]
+    prose: str = ""
+    status: str = "ok"
+
+
+@functools.lru_cache(maxsize=4096)
+def read_gold(text: str) -> Reading:
+    """Readings of a gold, cached: a prompt's rollouts share it."""
+    return read(text, is_gold=True)
+
+
+def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
+    """Readings of an answer."""
+    if len(text) > MAX_PROSE:
+        return Reading((), status="limit")
+    if "oxed" in text or "\\fbox" in text:
+        content = extract_boxes(text, is_gold=is_gold)
+        if content is not None:
+            return read(content, is_gold=is_gold, depth=depth)
+    if _GROUPS.fullmatch(text):
+        text = text.replace("'", "") if "'" in text else text.replace(".", "").replace(",", ".")
+    try:
+        candidates = [parse(text)]
+    except ParseError:
+        readings = _choice_readings(text)
+        if readings:
+            return Reading(tuple(readings))
+        return _read_prose(text, is_gold, depth)
+    except (LimitExceeded, RecursionError):  # the caller's own stack may be deep already
+        return Reading((), status="limit")
+    for variant in _variants(text):
+        try:
+            candidates.append(parse(variant))
+        except (ParseError, LimitExceeded, RecursionError):
+            continue
+    candidates += _choice_readings(text)
+    prose = text if is_gold and candidates[0].node.kind in ("text", "rel", "unit") else ""
+    return Reading(tuple(candidates), prose)
+
+
+def _choice_readings(text: str) -> list[Parsed]:
+    """`(D) 12`, `D. 12`: the option's letter, or its content; nothing where options are listed."""
+    match = _CHOICE.fullmatch(text.strip().strip("$"))
+    if match is None or _OPTION.search(match["content"]) or _RETHOUGHT.search(match["content"]):
+        return []
+    readings = []
+    for part in (match["letter"] or match["plain"], match["content"]):
+        try:
+            readings.append(parse(part))
+        except (ParseError, LimitExceeded, RecursionError):
+            continue
+    return readings
+
+
+def _variants(text: str) -> list[str]:
+    """Other readings of commas: `1,234` as two numbers, `1,22` as a decimal."""
+    variants = []
+    if _COMMA_IN_NUMBER.search(text):
+        variants.append(re.sub(r"(?<=\d),(?=\d)", ", ", text))
+    if _EUROPEAN.fullmatch(text):
+        variants.append(text.replace(".", "").replace(",", "."))
+    if _INDIAN.fullmatch(text):
+        variants.append(text.replace(",", ""))
+    if _DECIMAL_COMMA.fullmatch(text):
+        variants.append(text.replace(",", "."))
+    return variants
+
+
+def is_prose(text: str) -> bool:
+    """Are there words, or dollar signs, around the maths? Else a part of it is no answer."""
+    bare = re.sub(r"\\[A-Za-z]+(?:\s*\{[^{}]*\})?", r"\\", text)
+    return "$" in text or "\\(" in text or _WORD.search(bare) is not None
+
+
+def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
+    """A sentence around the answer: what it says 'the answer is', else its last maths."""
+    kind = "text" if is_prose(text) and not re.search(r"[\\_^=]", text) else "raw"
+    words = Parsed(Node(kind, name=text.lower() if kind == "text" else text), frozenset())
+    if depth > 2:
+        return Reading((), text, "unparsable")
+    if not is_prose(text):
+        return Reading((words,), text, "unparsable")
+    phrase = phrase_of(text)
+    if phrase and len(phrase) < len(text):
+        inner = read(phrase, is_gold=is_gold, depth=depth + 1)
+        return inner._replace(prose=text)
+    if _HEDGE.search(text) and not is_gold:
+        return Reading((words,), text, "unparsable")
+    formula, number = last_formula(text), last_number(text)
+    content = None
+    if formula is not None and (number is None or formula[0] >= number[0]):
+        content = formula[1]
+        end = formula[0]
+        start = text.rfind(content, 0, end)
+        if not states_value(text[:start], text[end:]):
+            content = None
+    elif number is not None:
+        before = text[: number[0] - len(number[1])]
+        is_only = last_number(before) is None
+        if (
+            not _NEGATED.search(before)
+            and not _CALLED.search(before)
+            and (is_only or is_gold or _STATED.search(before))
+            and states_value(before, text[number[0] :])
+        ):
+            content = number[1]
+    if content is None or content.strip() == text.strip():
+        return Reading((words,), text, "unparsable")
+    inner = read(content, is_gold=is_gold, depth=depth + 1)
+    return Reading((*inner.candidates, words), text, inner.status)

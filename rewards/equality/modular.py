@@ -1,0 +1,179 @@
+"""Algebraic identity at random points modulo a prime.
+
+Every symbol is a random integer, every function an unknown one: a hash of its arguments'
+residues. Equal residues prove equality up to a chance of about degree / 2^61 (Schwartz 1980,
+Zippel 1979); unequal ones refute it only where no function of known meaning took part. Powers are
+never expanded, so 2^(10^9) costs the same as 2^3.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from fractions import Fraction
+
+from rewards.equality.exact import Undecided, exact
+from rewards.parsing.nodes import Node, symbols
+
+PRIME = 2**61 - 31  # 1 modulo 4, so that -1 has a root
+SQRT_MINUS_ONE = 583529827753931384
+_SALT = random.SystemRandom().getrandbits(60)
+MAX_FACTORIAL = 1000
+MAX_POINTS = 12  # (-1)^k and (-1)^n agree at every other point
+_COMMUTATIVE = frozenset({"gcd", "lcm", "max", "min"})
+
+
+class Residues:
+    """Evaluates trees at one random point. `is_opaque`: a function of known meaning took part."""
+
+    def __init__(self, salt: int = 0) -> None:
+        self.salt = _SALT + salt
+        self.is_odd = salt == 0  # (-1)^n and 1^n differ at odd n alone
+        self.is_opaque = False
+        self.has_symbolic_power = False
+        self._integers: dict[str, int] = {}
+
+    def symbol(self, name: str) -> int:
+        """A random integer of the symbol, the same in base and exponent."""
+        if name not in self._integers:
+            value = abs(hash((self.salt, name))) % (1 << 40) + 3
+            self._integers[name] = value | 1 if self.is_odd else value
+        return self._integers[name]
+
+    @property
+    def has_symbols(self) -> bool:
+        return bool(self._integers)
+
+    def of(self, node: Node) -> int:
+        """Residue of a tree. Raises Undecided where a divisor vanishes."""
+        kind = node.kind
+        if kind == "num":
+            return _fraction(node.number)
+        if kind == "add":
+            return sum(self.of(term) for term in node.args) % PRIME
+        if kind == "mul":
+            product = 1
+            for factor in node.args:
+                product = product * self.of(factor) % PRIME
+            return product
+        if kind == "pow":
+            return self._power(node)
+        if kind == "sym":
+            return self.symbol(node.name)
+        if kind == "percent":
+            return self.of(node.args[0]) * _inverse(100) % PRIME
+        if kind == "const" and node.name == "i":
+            return SQRT_MINUS_ONE
+        if kind == "func" and node.name == "exp":
+            return self._power(Node("pow", (Node("const", name="e"), node.args[0])))
+        if kind == "func" and node.name in ("factorial", "binom"):
+            return self._combinatorial(node)
+        if kind == "func" and node.name == "root" and len(node.args) == 2:
+            inverse = Node("pow", (node.args[1], Node("num", number=Fraction(-1))))
+            return self._power(Node("pow", (node.args[0], inverse)))
+        if kind == "func" and node.name in ("ln", "log") and len(node.args) == 1:
+            node = node._replace(name="log")
+        return self._opaque(node)
+
+    def _opaque(self, node: Node) -> int:
+        # pi and e are taken as independent of each other, and of everything algebraic.
+        if node.kind not in ("call", "const") or node.name == "inf":
+            self.is_opaque = True
+        parts = tuple(self.of(arg) for arg in node.args)
+        if node.name in _COMMUTATIVE:
+            parts = tuple(sorted(parts))
+        return self._hash(node.kind, node.name, parts)
+
+    def _hash(self, kind: str, name: str, parts: tuple[int, ...]) -> int:
+        return hash((self.salt, kind, name, parts)) % PRIME
+
+    def _power(self, node: Node) -> int:
+        base, exponent = node.args
+        values: Mapping[str, int] = {item: self.symbol(item) for item in _symbol_names(exponent)}
+        self.has_symbolic_power |= bool(values)
+        residue = self.of(base)
+        try:
+            power = exact(exponent, values)
+        except Undecided:
+            self.is_opaque = True
+            return self._hash("pow", "", (residue, self.of(exponent)))
+        if power.denominator != 1:
+            self.is_opaque = True
+            whole = power.numerator // power.denominator
+            rest = power - whole
+            root = self._hash("root", str(rest), (residue,))
+            return pow(residue, whole, PRIME) * root % PRIME if residue else 0
+        if residue == 0 and power <= 0:
+            raise Undecided
+        return pow(residue, int(power) % (PRIME - 1), PRIME)
+
+    def _combinatorial(self, node: Node) -> int:
+        try:
+            whole = [exact(arg) for arg in node.args]
+        except Undecided:
+            return self._opaque(node)
+        if any(value.denominator != 1 or value < 0 for value in whole):
+            return self._opaque(node)
+        top = int(whole[0])
+        if node.name == "factorial" and top <= MAX_FACTORIAL:
+            return _falling(top, top)
+        if node.name == "binom" and len(whole) == 2:
+            bottom = min(int(whole[1]), top - int(whole[1]))
+            if 0 <= bottom <= MAX_FACTORIAL:
+                return _falling(top, bottom) * _inverse(_falling(bottom, bottom)) % PRIME
+        return self._opaque(node)
+
+
+def _symbol_names(node: Node) -> list[str]:
+    names = []
+    stack = [node]
+    while stack:
+        item = stack.pop()
+        if item.kind == "sym":
+            names.append(item.name)
+        stack.extend(item.args)
+    return names
+
+
+def _falling(top: int, count: int) -> int:
+    product = 1
+    for factor in range(top - count + 1, top + 1):
+        product = product * factor % PRIME
+    return product
+
+
+def _inverse(value: int) -> int:
+    if value % PRIME == 0:
+        raise Undecided
+    return pow(value, -1, PRIME)
+
+
+def _fraction(value: Fraction) -> int:
+    if value.denominator == 1:
+        return value.numerator % PRIME
+    return value.numerator * _inverse(value.denominator) % PRIME
+
+
+def identical(left: Node, right: Node) -> bool | None:
+    """True: equal; False: not; None: undecided, because functions of known meaning took part.
+
+    A formula that vanishes identically is not taken as equal to another: AB - BA is only zero
+    where letters commute.
+    """
+    num_agreed = 0
+    for salt in range(MAX_POINTS + 1):
+        residues = Residues(salt)
+        try:
+            a, b = residues.of(left), residues.of(right)
+        except Undecided:
+            continue
+        if a != b:
+            return None if residues.is_opaque else False
+        if a == 0 and residues.has_symbols and left != right:
+            return None if residues.is_opaque else False
+        num_agreed += 1
+        if num_agreed == 4 and symbols(left) == symbols(right):
+            return True
+        if num_agreed == MAX_POINTS or not residues.has_symbolic_power:
+            return True
+    return True if num_agreed else None

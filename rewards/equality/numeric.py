@@ -1,0 +1,386 @@
+"""Numerical comparison at random points, certified by agreement at two precisions.
+
+Floats refute quickly; equality is only granted where the two sides agree to 28 digits at 40
+digits of working precision and to 68 digits at 80, at every point tried.
+"""
+
+from __future__ import annotations
+
+import cmath
+import math
+import os
+import random
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import mpmath
+
+from rewards.equality.exact import Undecided
+from rewards.parsing.nodes import Node, symbols, walk
+
+MAX_LOG_OF_LOG = 1e5  # beyond it even a logarithm is not written
+MAX_FACTORIAL_ARGUMENT = 1e4
+MAX_ARGUMENT = 1e300
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """One number system: how to make a number and what each function means in it."""
+
+    number: Callable[[Fraction], Any]
+    pi: Any
+    e: Any
+    i: Any
+    functions: Mapping[str, Callable[..., Any]]
+    tiny: float  # a magnitude below this, relative to its operands, is noise
+    max_log: float  # largest logarithm of a magnitude
+
+
+def _float_number(value: Fraction) -> float:
+    return value.numerator / value.denominator
+
+
+def _context(digits: int) -> Arithmetic:
+    context = mpmath.MPContext()
+    context.dps = digits
+
+    def number(value: Fraction) -> Any:
+        return context.mpf(value.numerator) / value.denominator
+
+    names = "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth asinh acosh"
+    functions: dict[str, Callable[..., Any]] = {
+        name: getattr(context, name) for name in [*names.split(), "atanh", "exp", "ln", "gamma"]
+    }
+    functions |= {"abs": abs, "floor": context.floor, "ceil": context.ceil}
+    return Arithmetic(
+        number,
+        +context.pi,
+        +context.e,
+        context.j,
+        functions,
+        10.0 ** -(digits - 12),
+        MAX_LOG_OF_LOG,
+    )
+
+
+def _real_or_complex(name: str) -> Callable[[Any], Any]:
+    real, general = getattr(math, name), getattr(cmath, name)
+
+    def call(value: Any) -> Any:
+        if isinstance(value, complex):
+            return general(value)
+        try:
+            return real(value)
+        except ValueError:
+            return general(value)
+
+    return call
+
+
+def _reciprocal_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x: 1 / function(x)
+
+
+def _of_reciprocal(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x: function(1 / x)
+
+
+def _float_functions() -> dict[str, Callable[..., Any]]:
+    names = "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp"
+    functions = {name: _real_or_complex(name) for name in names.split()}
+    functions["ln"] = _real_or_complex("log")
+    for name, inverse in (("cot", "tan"), ("sec", "cos"), ("csc", "sin"), ("coth", "tanh")):
+        functions[name] = _reciprocal_of(functions[inverse])
+    for name, inverse in (("acot", "atan"), ("asec", "acos"), ("acsc", "asin")):
+        functions[name] = _of_reciprocal(functions[inverse])
+    functions |= {"abs": abs, "floor": math.floor, "ceil": math.ceil, "gamma": math.gamma}
+    return functions
+
+
+IMAGINARY = Node("const", name="i")
+FLOATS = Arithmetic(_float_number, math.pi, math.e, 1j, _float_functions(), 1e-7, 700.0)
+LOW, HIGH = _context(40), _context(80)
+
+
+class Precise:
+    """mpmath raises a context's precision inside some functions: one thread at a time."""
+
+    lock = threading.RLock()
+
+    @classmethod
+    def renew(cls) -> None:
+        """After a fork: another thread may have held the lock."""
+        cls.lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=Precise.renew)
+
+
+def value_of(node: Node, values: Values, system: Arithmetic) -> Any:
+    """The value of a tree. Raises Undecided where it has none or is out of range."""
+    try:
+        if system is FLOATS:
+            value = _evaluate(node, values, system)
+        else:
+            with Precise.lock:
+                value = _evaluate(node, values, system)
+        size = abs(value)
+    except (ZeroDivisionError, OverflowError, ValueError, TypeError) as error:
+        raise Undecided from error
+    if not size < math.inf:  # infinite, or not a number
+        raise Undecided
+    return value
+
+
+def _evaluate(node: Node, values: Values, system: Arithmetic) -> Any:
+    kind = node.kind
+    if kind == "num":
+        return system.number(node.number)
+    if kind == "sym":
+        return values[node.name]
+    if kind == "const":
+        if node.name == "inf":
+            raise Undecided
+        return getattr(system, node.name)
+    args = [_evaluate(arg, values, system) for arg in node.args]
+    if kind == "add":
+        total = args[0]
+        for term in args[1:]:
+            total = total + term
+        return total
+    if kind == "mul":
+        product = args[0]
+        for factor in args[1:]:
+            product = product * factor
+        return product
+    if kind == "pow":
+        return _power(args[0], args[1], system)
+    if kind == "percent":
+        return args[0] / 100
+    if kind == "deg":
+        return args[0] * system.pi / 180
+    if kind == "ratio" and len(args) == 2:
+        return args[0] / args[1]
+    if kind == "open" and node.name in ("max", "min"):
+        return max(args) if node.name == "max" else min(args)
+    if kind == "func":
+        return _call(node.name, args, system)
+    if kind == "call":
+        return _unknown(node.name, args, system)
+    raise Undecided
+
+
+def _unknown(name: str, args: list[Any], system: Arithmetic) -> Any:
+    """A function of unknown meaning: any fixed smooth mixture of its arguments will do."""
+    seed = sum(ord(letter) * (7 + place) for place, letter in enumerate(name))
+    total = system.number(Fraction(seed % 97 + 3, 101))
+    for place, arg in enumerate(args):
+        total = total + system.functions["sin"](arg * (place + 2) / 3 + seed % 13) * (place + 1)
+    return total
+
+
+def _power(base: Any, exponent: Any, system: Arithmetic) -> Any:
+    if base == 0:
+        if isinstance(exponent, complex) or not exponent > 0:
+            raise Undecided
+        return base
+    size = math.log(abs(base)) if isinstance(base, (int, float, complex)) else mpmath.log(abs(base))
+    if abs(exponent) * abs(size) > system.max_log:
+        raise Undecided
+    return base**exponent
+
+
+def _call(name: str, args: list[Any], system: Arithmetic) -> Any:
+    functions = system.functions
+    first = args[0]
+    if name in ("factorial", "binom", "factorial2"):
+        if max(map(abs, args)) > (150.0 if system is FLOATS else MAX_FACTORIAL_ARGUMENT):
+            raise Undecided
+    if abs(first) > MAX_ARGUMENT and name not in ("ln", "log", "abs", "root", "sgn"):
+        raise Undecided  # the reduction of a huge angle would need as many digits of pi
+    if name in ("exp", "sinh", "cosh") and abs(first) > system.max_log:
+        raise Undecided
+    if name == "factorial":
+        return functions["gamma"](first + 1)
+    if name == "binom" and len(args) == 2:
+        gamma = functions["gamma"]
+        return gamma(first + 1) / (gamma(args[1] + 1) * gamma(first - args[1] + 1))
+    if name == "root" and len(args) == 2:
+        return _root(first, args[1], system)
+    if name == "log":
+        logarithm = functions["ln"](first)
+        return logarithm if len(args) == 1 else logarithm / functions["ln"](args[1])
+    if name == "cis":
+        return functions["cos"](first) + system.i * functions["sin"](first)
+    if name == "sgn":
+        return first / abs(first) if first else first
+    if name in functions and len(args) == 1:
+        return functions[name](first)
+    raise Undecided
+
+
+def _root(value: Any, degree: Any, system: Arithmetic) -> Any:
+    """The real root of a negative number where the degree is odd; else the principal one."""
+    is_real = not isinstance(value, complex) and getattr(value, "imag", 0) == 0
+    if is_real and value < 0 and degree == int(degree) and int(degree) % 2:
+        return -_power(-value, 1 / degree, system)
+    return _power(value, 1 / degree, system)
+
+
+def is_real(value: Any) -> bool:
+    """Is the imaginary part nothing but noise?"""
+    return abs(getattr(value, "imag", 0)) <= 1e-12 * max(1.0, abs(value))
+
+
+def differ(left: Any, right: Any, tolerance: float) -> bool:
+    """Do two values differ by more than a relative tolerance? NaN differs from everything."""
+    scale = max(abs(left), abs(right))
+    return not abs(left - right) <= tolerance * scale
+
+
+def points(names: frozenset[str], num: int, is_positive: bool) -> list[dict[str, Fraction]]:
+    """Random rational points off the integers: half of them below 1, the rest up to 3.
+
+    Seeded, so that a verdict never changes. Of those of either sign the first is negative in
+    every symbol.
+    """
+    generator = random.Random(num * 2 + is_positive)
+    drawn = []
+    for place in range(num):
+        low, high = (60, 930) if place % 2 == 0 else (1060, 2900)
+        point = {}
+        for name in sorted(names):
+            value = Fraction(generator.randrange(low, high), 997)
+            is_negative = not is_positive and (generator.random() < 0.6 or place == 0)
+            point[name] = -value if is_negative else value
+        drawn.append(point)
+    return drawn
+
+
+def corners(names: frozenset[str]) -> list[dict[str, Fraction]]:
+    """Where functions of pieces change: zero, small integers of both signs, far out."""
+    ordered = sorted(names)
+    return [
+        {name: Fraction(start + step * place) for place, name in enumerate(ordered)}
+        for start, step in ((0, 0), (1, 1), (-3, 1), (1013, 7), (-2017, 11))
+    ]
+
+
+def same_value(left: Node, right: Node) -> bool:
+    """Are two trees equal as functions of their symbols? Raises Undecided."""
+    names = symbols(left) | symbols(right)
+    if not names:
+        return _agree_at(left, right, {}, must_be_real=False)
+    if IMAGINARY in walk(left) or IMAGINARY in walk(right):
+        return _same_complex_value(left, right, names)
+    positive, mixed = points(names, 5, True), points(names, 6, False)
+    num_real = 0
+    for candidates in (positive, mixed):
+        agreements = 0
+        for point in candidates:
+            try:
+                if not _agree_at(left, right, point, must_be_real=True):
+                    return False
+            except Undecided:
+                continue
+            agreements += 1
+            if agreements == 3:
+                break
+        num_real += agreements
+    if num_real >= 2:
+        return _agree_where_defined(left, right, corners(names))
+    # Hardly ever real: the principal values have to agree instead.
+    num_complex = 0
+    for point in positive:
+        try:
+            if not _agree_at(left, right, point, must_be_real=False):
+                return False
+            num_complex += 1
+        except Undecided:
+            continue
+    if num_complex < 2:
+        raise Undecided
+    return True
+
+
+def _agree_where_defined(left: Node, right: Node, places: list[dict[str, Fraction]]) -> bool:
+    """Do floats refute it nowhere?"""
+    for point in places:
+        floats = {name: _float_number(value) for name, value in point.items()}
+        try:
+            a, b = value_of(left, floats, FLOATS), value_of(right, floats, FLOATS)
+        except Undecided:
+            continue
+        if is_real(a) and is_real(b) and abs(a - b) > 1e-5 * max(abs(a), abs(b), 1e-3):
+            return False
+    return True
+
+
+def _same_complex_value(left: Node, right: Node, names: frozenset[str]) -> bool:
+    """|z - i| and |z + i| agree on the whole real line: the points have to be complex."""
+    num_agreed = 0
+    real, imaginary = points(names, 4, False), points(names, 5, False)
+    for x, y in zip(real, imaginary, strict=False):
+        values: list[tuple[Any, Any]] = []
+        try:
+            for system in (LOW, HIGH):
+                point = {n: system.number(x[n]) + system.i * system.number(y[n]) for n in names}
+                values.append((value_of(left, point, system), value_of(right, point, system)))
+        except Undecided:
+            continue
+        if not _certified(*values):
+            return False
+        num_agreed += 1
+    if num_agreed < 2:
+        raise Undecided
+    return True
+
+
+def _certified(low: tuple[Any, Any], high: tuple[Any, Any]) -> bool:
+    """Do two sides, each at 40 and at 80 digits, agree to 28 and to 68 digits, or both vanish?"""
+    vanish = [_vanishes(a, b) for a, b in zip(low, high, strict=True)]
+    if any(vanish):
+        return all(vanish)
+    return not differ(*low, LOW.tiny) and not differ(*high, HIGH.tiny)
+
+
+def _vanishes(low: Any, high: Any) -> bool:
+    """Zero but for rounding: a number that is only tiny stays the same at more digits."""
+    if low == 0:
+        return bool(abs(high) < HIGH.tiny)
+    return bool(abs(high) <= 1e-10 * abs(low))
+
+
+def _agree_at(left: Node, right: Node, point: Mapping[str, Fraction], must_be_real: bool) -> bool:
+    """Compare at one point; raises Undecided where it says nothing (undefined, out of range)."""
+    floats = {name: _float_number(value) for name, value in point.items()}
+    try:
+        a, b = value_of(left, floats, FLOATS), value_of(right, floats, FLOATS)
+    except Undecided:
+        return _agree_precisely(left, right, point, must_be_real)
+    if must_be_real and not (is_real(a) and is_real(b)):
+        if is_real(a) != is_real(b) and all(value > 0 for value in point.values()):
+            return False  # ln x^2 against 2 ln(-x): real at different places
+        raise Undecided
+    if a != a or b != b:
+        raise Undecided
+    scale = max(abs(a), abs(b))
+    if scale > 1e-9 and abs(a - b) > 1e-3 * scale and scale < 1e9:
+        return False
+    return _agree_precisely(left, right, point, must_be_real)
+
+
+def _agree_precisely(
+    left: Node, right: Node, point: Mapping[str, Fraction], must_be_real: bool
+) -> bool:
+    sides: list[tuple[Any, Any]] = []
+    for system in (LOW, HIGH):
+        values = {name: system.number(value) for name, value in point.items()}
+        sides.append((value_of(left, values, system), value_of(right, values, system)))
+    if must_be_real and not all(is_real(value) for pair in sides for value in pair):
+        raise Undecided
+    return _certified(*sides)

@@ -1,0 +1,104 @@
+"""Equality of quantities: 45 km/h is 12.5 m/s; 3 apples are no oranges."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from rewards.parsing.nodes import PI, Node, divide, number_node
+from rewards.parsing.quantities import quantity_of_product
+from rewards.parsing.units import Unit, read_unit
+
+Equal = Callable[[Node, Node], bool]
+# Words beside an unknown unit that say nothing of it.
+_IDLE = frozenset(
+    "the in total altogether overall all each of together exactly about approximately"
+    " different possible".split()
+)
+_RATES = frozenset({"per", "/"})
+_GENERIC = frozenset({"unit"})
+_ANGLE = Unit((("degree", 1),), Fraction(1))
+
+
+def equal_quantities(gold: Node, answer: Node, equal: Equal, *, is_strict: bool) -> bool:
+    """At least one of them is a unit node. `is_strict`: a gold's unit has to be given."""
+    if gold.kind != answer.kind:
+        read = [
+            side if side.kind == "unit" else quantity_of_product(side) for side in (gold, answer)
+        ]
+        if None not in read and equal(*[_in_base(side) for side in read if side is not None]):
+            return _same_dimension(*[side.name for side in read if side is not None])
+        return _equal_without_unit(gold, answer, equal, is_strict=is_strict)
+    left, right = read_unit(gold.name), read_unit(answer.name)
+    if left is None or right is None:
+        is_known = left is not None or right is not None
+        same = _same_start if is_known else _same_words
+        return same(gold.name, answer.name) and equal(gold.args[0], answer.args[0])
+    if left.dimension != right.dimension:
+        return False
+    if left.scale == right.scale:
+        return equal(gold.args[0], answer.args[0])
+    ratio = number_node(right.scale / left.scale)
+    return equal(gold.args[0], Node("mul", (ratio, answer.args[0])))
+
+
+def _equal_without_unit(gold: Node, answer: Node, equal: Equal, *, is_strict: bool) -> bool:
+    with_unit, other = (gold, answer) if gold.kind == "unit" else (answer, gold)
+    value, unit = with_unit.args[0], read_unit(with_unit.name)
+    if other.kind == "deg":
+        if unit == Unit((), Fraction(1)):  # radians
+            other = divide(Node("mul", (other.args[0], PI)), number_node(180))
+        elif unit != _ANGLE:
+            return False
+    if is_strict and gold.kind == "unit":
+        return False
+    return equal(value, other) if gold.kind == "unit" else equal(other, value)
+
+
+def _in_base(quantity: Node) -> Node:
+    unit = read_unit(quantity.name)
+    if unit is None or unit.scale == 1:
+        return quantity.args[0]
+    return Node("mul", (number_node(unit.scale), quantity.args[0]))
+
+
+def _same_dimension(left: str, right: str) -> bool:
+    ours, theirs = read_unit(left), read_unit(right)
+    return ours is not None and theirs is not None and ours.dimension == theirs.dimension
+
+
+def _same_words(left: str, right: str) -> bool:
+    """Unknown units: the same head word; a rate and an exponent have to agree."""
+    exponents = {match[1] for match in map(_EXPONENT.search, (left, right)) if match is not None}
+    if len(exponents) > 1:
+        return False
+    ours, theirs = _words(left), _words(right)
+    if _RATES & (set(ours) ^ set(theirs)):
+        return False
+    if not ours or not theirs or set(ours) == set(theirs) or _GENERIC & {*ours, *theirs}:
+        return True
+    if _RATES & {*ours, *theirs}:
+        return False
+    if min(len(ours[-1]), len(theirs[-1]), len(ours[0]), len(theirs[0])) < 2:
+        return False
+    return ours[-1] == theirs[-1] or ours[0] == theirs[0] and 1 in (len(ours), len(theirs))
+
+
+def _same_start(left: str, right: str) -> bool:
+    """A known unit and a longer text: inches, inches wide; or units of no name."""
+    ours, theirs = _words(left), _words(right)
+    if _GENERIC & {*ours, *theirs}:
+        return _same_words(left, right)
+    size = min(len(ours), len(theirs))
+    return ours[:size] == theirs[:size] and not _RATES & {*ours[size:], *theirs[size:]}
+
+
+_EXPONENT = re.compile(r"\^\s*\{?\s*(\d+)|\b(?:(?P<square>square|sq)|cubic)\b")
+
+
+def _words(name: str) -> list[str]:
+    """Its words in lower case and singular."""
+    words = re.findall(r"[a-z]+|/", name.lower())
+    words = [word for word in words if word not in _IDLE or len(words) == 1]
+    return [re.sub(r"(?<=[a-z]{2})(?:ies|y|es|s)$", "", word) for word in words]

@@ -1,0 +1,310 @@
+"""Equations and chains: what an equation says a name is, and when two equations are the same."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from rewards.equality.exact import Undecided
+from rewards.equality.modular import PRIME, Residues
+from rewards.equality.numeric import (
+    FLOATS,
+    HIGH,
+    IMAGINARY,
+    LOW,
+    Arithmetic,
+    corners,
+    is_real,
+    points,
+    value_of,
+)
+from rewards.equality.text_answers import words_of
+from rewards.parsing.names import is_asked, is_name
+from rewards.parsing.nodes import (
+    Node,
+    has_kind,
+    negative,
+    rename,
+    replace,
+    symbols,
+    walk,
+)
+from rewards.parsing.vocabulary import FILLER_WORDS
+
+Equal = Callable[[Node, Node], bool]
+MAX_TOLD = 6  # points at which 40 digits have to agree
+_UPWARD = {"<": "<", "<=": "<=", ">": "<", ">=": "<="}
+
+
+class Contradiction(Exception):
+    """The answer states something false, such as 3 = 5."""
+
+
+def unwrap(node: Node, equal: Equal, *, is_trusted: bool) -> tuple[Node, Node] | None:
+    """(name, value) where an equation gives a name its value; None where it relates unknowns.
+
+    The steps of an answer's chain have to agree (Contradiction); a gold is trusted. A chain
+    without a name, 2 + 3 = 5, is its value.
+    """
+    operators = node.name.split(" ")
+    operands = list(node.args)
+    if is_name(operands[0]):
+        num_names = 1
+        while num_names < len(operands) - 1 and operands[num_names].kind == "sym":
+            num_names += 1
+        name, steps = operands[0], operands[num_names:]
+        operators = operators[num_names:]
+        if len(steps) == 1 and is_name(steps[0]) and steps[0].kind == "sym" and name.kind != "call":
+            return None  # x = y relates two unknowns
+    elif is_name(operands[-1]) and operands[-1].kind != "open":
+        name, steps = operands[-1], operands[:-1]
+        operators = operators[:-1]
+        if len(steps) > 1 and not is_trusted:
+            raise Contradiction
+    elif is_trusted and len(operands) > 2:
+        return operands[0], operands[-1]
+    else:
+        if any(symbols(step) for step in operands):
+            return None
+        name, steps = operands[0], operands
+    if name.kind == "seq" and steps[-1].kind not in ("seq", "set", "list", "matrix"):
+        return None
+    if name.kind in ("add", "mul") and symbols(name) and is_asked(name) and symbols(steps[-1]):
+        return None  # a + b = 2c relates unknowns
+    if name.kind in ("sym", "seq") and symbols(name) & symbols(steps[-1]):
+        return None
+    if not is_trusted:
+        _check_steps(steps, operators, equal)
+    value = steps[-1]
+    if "~=" in operators and len(steps) > 1 and steps[0].kind != "open":
+        value = steps[operators.index("~=")]  # the exact form stands before its approximation
+    return name, value
+
+
+def _check_steps(steps: list[Node], operators: list[str], equal: Equal) -> None:
+    for left, right, operator in zip(steps, steps[1:], operators, strict=False):
+        if has_kind(left, "open"):
+            continue
+        if operator == "~=":
+            try:
+                a, b = value_of(left, {}, LOW), value_of(right, {}, LOW)
+            except (Undecided, KeyError):
+                continue
+            if abs(a - b) > _slack(right, a):
+                raise Contradiction
+        elif not equal(left, right):
+            raise Contradiction
+
+
+def _slack(printed: Node, value: Any) -> Any:
+    """How far an approximation may lie off: one unit of its last decimal, half of an integer's."""
+    if printed.kind != "num":
+        return abs(value) / 100
+    return LOW.number(Fraction(1, 10**printed.decimals if printed.decimals else 2))
+
+
+def bind_arguments(name: Node, value: Node) -> tuple[Node, Node]:
+    """f(z) = z and f(x) = x alike: the arguments of a named function get standard names."""
+    if name.kind != "call":
+        return name, value
+    names = {
+        arg.name: f"_{place}"
+        for place, arg in enumerate(name.args)
+        if arg.kind == "sym" and not arg.name.isupper()  # P(A) is not P(B)
+    }
+    return rename(name, names), rename(value, names)
+
+
+def compatible_names(left: Node, right: Node) -> bool:
+    """May two names stand for the same thing? AB and BA, y and f(x), f(x) and f(t); not a and b."""
+    left, right = standard_name(left), standard_name(right)
+    if left == right:
+        return True
+    kinds = {left.kind, right.kind}
+    if kinds == {"text"}:
+        ours, theirs = set(left.name.split()), set(right.name.split())
+        return ours <= theirs or theirs <= ours
+    if "text" in kinds:
+        return True  # the area and S
+    if "open" in kinds:
+        return kinds != {"open"}  # a task and the name that it was given
+    if kinds == {"call"}:  # f(x) and f(t), but neither f(x) and f(x^2) nor P(A) and P(B)
+        are_free = all(
+            arg.kind == "sym" and arg.name.islower() for n in (left, right) for arg in n.args
+        )
+        return left.name == right.name and len(left.args) == len(right.args) and are_free
+    if kinds == {"call", "sym"}:
+        call, letter = (left, right) if left.kind == "call" else (right, left)
+        is_value = letter.name in ("y", call.name) or letter.name.startswith(call.name + "_")
+        return is_value and all(arg.kind == "sym" and arg.name.islower() for arg in call.args)
+    return False
+
+
+def standard_name(node: Node) -> Node:
+    r"""One spelling of a name: |AB|, \overline{AB} and BA as AB; \angle CBA as \angle ABC."""
+    if node.kind == "func" and node.name == "abs" and node.args[0].kind == "mul":
+        node = node.args[0]
+    if node.kind == "mul" and all(item.kind == "sym" for item in node.args):
+        if node.args[0].name == "m" and len(node.args) == 2:
+            return standard_name(node.args[1])  # m\angle A
+        letters = sorted(item.name for item in node.args)
+        return node._replace(args=tuple(Node("sym", name=letter) for letter in letters))
+    if node.kind == "sym" and node.name.startswith("\\overline "):
+        letters = sorted(node.name.removeprefix("\\overline "))
+        if len(letters) == 2 and all(letter.isupper() for letter in letters):  # a segment
+            return Node("mul", tuple(Node("sym", name=letter) for letter in letters))
+    if node.kind == "sym" and node.name.startswith("\\angle "):
+        letters = list(node.name.removeprefix("\\angle "))
+        return node._replace(name="\\angle " + "".join(min(letters, letters[::-1])))
+    if node.kind == "text":
+        words = [word for word in words_of(node.name) if word not in FILLER_WORDS]
+        return node._replace(name=" ".join(sorted(words)))
+    return node
+
+
+def same_equation(left: Node, right: Node) -> bool:
+    """Is one equation a multiple of the other?"""
+    a = Node("add", (left.args[0], negative(left.args[1])))
+    b = Node("add", (right.args[0], negative(right.args[1])))
+    verdict = _proportional_residues(a, b)
+    if verdict is not None:
+        return verdict
+    try:
+        return _proportional_values(a, b)
+    except Undecided:
+        return False
+
+
+def solution_of(equation: Node, solution: Node) -> tuple[Node, Node] | None:
+    r"""Both sides of \rho \sin t = 3 with \rho replaced by 3 \csc t: equal, if that solves it.
+
+    None where the expression has no symbol of its own, or the equation is not linear in the one
+    unknown that it does not name.
+    """
+    unknowns = symbols(equation) - symbols(solution)
+    if len(unknowns) != 1 or not symbols(solution) or len(equation.args) != 2:
+        return None
+    (unknown,) = unknowns
+    difference = Node("add", (equation.args[0], negative(equation.args[1])))
+    point = points(symbols(equation), 1, True)[0]
+    try:
+        at = [
+            value_of(difference, {n: LOW.number(v) for n, v in point.items()} | {unknown: k}, LOW)
+            for k in (0, 1, 2)
+        ]
+    except Undecided:
+        return None
+    slope = at[1] - at[0]
+    if abs(slope) < LOW.tiny or abs(at[2] - at[1] - slope) > LOW.tiny * abs(slope):
+        return None
+    left, right = (replace(side, Node("sym", name=unknown), solution) for side in equation.args)
+    return left, right
+
+
+def _proportional_residues(a: Node, b: Node) -> bool | None:
+    here, there, third = Residues(11), Residues(12), Residues(13)
+    pairs = [(place.of(a), place.of(b)) for place in (here, there, third)]
+    if any(x == 0 and y == 0 for x, y in pairs):
+        return None
+    is_proportional = all(
+        x * w % PRIME == y * z % PRIME for (x, y), (z, w) in itertools.pairwise(pairs)
+    )
+    if is_proportional:
+        # An identity (0 = 0), or a constant that can never vanish, is no equation.
+        return pairs[0][0] != 0 and pairs[0][1] != 0 and bool(symbols(a))
+    return None if here.is_opaque else False
+
+
+def _proportional_values(a: Node, b: Node) -> bool:
+    """Is a / b the same wherever both are defined? Floats refute it; 40 digits confirm it."""
+    names = symbols(a) | symbols(b)
+    # With i about, an unknown is complex: |z - i| and |z + i| agree on the real line.
+    is_complex = IMAGINARY in [*walk(a), *walk(b)]
+    positive, mixed = points(names, 5, True), points(names, 6, False)
+    try:
+        if not _same_ratio(a, b, [*positive, *mixed, *corners(names)], FLOATS, is_complex):
+            return False
+    except Undecided:
+        pass
+    return _same_ratio(a, b, [*positive, *mixed], LOW, is_complex)
+
+
+def _same_ratio(
+    a: Node, b: Node, places: list[dict[str, Fraction]], system: Arithmetic, is_complex: bool
+) -> bool:
+    """Raises Undecided where too few points tell."""
+    turn = system.number(Fraction(1)) + (system.i if is_complex else 0)
+    small, num_told, first = math.sqrt(system.tiny), 0, None
+    for point in places:
+        values = {name: turn * system.number(value) for name, value in point.items()}
+        try:
+            x, y = value_of(a, values, system), value_of(b, values, system)
+        except Undecided:
+            continue
+        if not is_complex and is_real(x) != is_real(y):
+            if all(value > 0 for value in point.values()):
+                return False
+            continue  # the real and the principal root of a negative number
+        if min(abs(x), abs(y)) < small * small:
+            if max(abs(x), abs(y)) > small:
+                return False  # one equation holds here
+            continue
+        ratio = x / y
+        first = ratio if first is None else first
+        if abs(ratio - first) > system.tiny * abs(first):
+            return False
+        num_told += 1
+        if num_told == MAX_TOLD and system is LOW:
+            return True
+    if num_told < 3:
+        raise Undecided
+    return True
+
+
+def ascending(node: Node) -> tuple[list[Node], list[str]] | None:
+    """A chain of inequalities written upwards; None where its directions differ."""
+    operators = node.name.split(" ")
+    if not all(operator in _UPWARD or operator == "=" for operator in operators):
+        return None
+    directions = {operator[0] for operator in operators if operator != "="}
+    if len(directions) != 1:
+        return None
+    operands = list(node.args)
+    upward = [_UPWARD.get(operator, operator) for operator in operators]
+    if directions == {">"}:
+        operands.reverse()
+        upward.reverse()
+    return operands, upward
+
+
+def same_inequality(left: Node, right: Node) -> bool | None:
+    """2x + y < 3 and y < 3 - 2x: is one a positive multiple of the other? None: cannot tell."""
+    a, b = ascending(left), ascending(right)
+    if a is None or b is None or len(a[1]) != 1 or a[1] != b[1]:
+        return None
+    difference = [Node("add", (side[0][0], negative(side[0][1]))) for side in (a, b)]
+    if any(has_kind(item, "call", "open", "text") for item in difference):
+        return None
+    names = symbols(difference[0]) | symbols(difference[1])
+    try:
+        if not names or not _proportional_values(*difference):
+            return False
+        point = points(names, 1, True)[0]
+        values = {name: HIGH.number(value) for name, value in point.items()}
+        return bool(
+            value_of(difference[0], values, HIGH) / value_of(difference[1], values, HIGH) > 0
+        )
+    except (Undecided, TypeError):
+        return None
+
+
+def is_order_of_names(node: Node) -> bool:
+    """b < a < d < c: nothing but an order of unknowns."""
+    return (
+        len(node.args) > 2
+        and all(item.kind == "sym" for item in node.args)
+        and len(walk(node)) == len(node.args) + 1
+    )

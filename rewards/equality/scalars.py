@@ -1,0 +1,249 @@
+"""Equality of two scalar expressions: exact, modular, rounded, numeric, logarithmic."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import NamedTuple
+
+from rewards.equality.exact import Undecided, exact
+from rewards.equality.magnitudes import TooLarge, same_magnitude
+from rewards.equality.modular import identical
+from rewards.equality.numeric import FLOATS, LOW, is_real, same_value, value_of
+from rewards.parsing.nodes import (
+    INFINITY,
+    SCALAR_KINDS,
+    Node,
+    has_kind,
+    number_node,
+    symbols,
+    walk_to_tasks,
+)
+from rewards.rules import GradingRules
+
+FLOAT_DIGITS = 12
+MAX_COMMON_DENOMINATOR = 12  # 1/3 is written so: 0.333 is not
+NO_FRACTION = Fraction(1)
+NUMERIC_KINDS = SCALAR_KINDS | {"ratio"}
+EVALUATED_TASKS = frozenset({"max", "min"})
+
+
+class Printed(NamedTuple):
+    """A number as it was printed: 2.50 has 2 decimals and 3 significant digits."""
+
+    value: Fraction
+    decimals: int
+    num_significant: int
+
+
+def printed(node: Node) -> Printed | None:
+    r"""A literal decimal, with sign and power of ten: -0.25, 1.5 \times 10^{-3}; else None."""
+    if node.kind == "num":
+        return _printed(node.number, node.decimals) if node.name == "decimal" else None
+    if node.kind == "percent":
+        inner = printed(node.args[0])
+        return inner and Printed(inner.value / 100, inner.decimals + 2, inner.num_significant)
+    if node.kind != "mul":
+        return None
+    value, found = Fraction(1), None
+    shift = 0
+    for factor in node.args:
+        if factor.kind == "num" and factor.name == "decimal" and found is None:
+            found = factor
+        elif factor.kind == "num" and abs(factor.number) == 1:
+            value *= factor.number
+        elif factor.kind == "pow" and factor.args[0] == number_node(10):
+            exponent = factor.args[1]
+            if exponent.kind != "num" or exponent.number.denominator != 1:
+                return None
+            if abs(exponent.number) > 3000:
+                return None
+            shift += int(exponent.number)
+        else:
+            return None
+    if found is None:
+        return None
+    inner_printed = _printed(found.number * value, found.decimals)
+    scale = Fraction(10) ** shift
+    return Printed(
+        inner_printed.value * scale, found.decimals - shift, inner_printed.num_significant
+    )
+
+
+def _printed(value: Fraction, decimals: int) -> Printed:
+    digits = str(abs(value.numerator * 10**decimals // value.denominator)).lstrip("0")
+    return Printed(value, decimals, len(digits))
+
+
+def rounds_to(value: Fraction, target: Printed) -> bool:
+    """Does `value` rounded to the target's decimals (half either way) give the target?"""
+    error = abs(value - target.value)
+    if target.num_significant > FLOAT_DIGITS and error * 10**FLOAT_DIGITS <= abs(value):
+        return True  # the last digits of a float are noise
+    return error * 2 * Fraction(10) ** target.decimals <= 1
+
+
+def equal_scalars(gold: Node, answer: Node, rules: GradingRules) -> bool:
+    """Are two scalars equal under the rules? Raises Undecided."""
+    if has_kind(answer, "open") and not has_kind(gold, "open"):
+        return False  # a task is not its value
+    if gold == answer:
+        return True
+    pairs = [(gold, answer), *_converted(gold, answer, rules)]
+    undecided: Undecided | None = None
+    for left, right in pairs:
+        try:
+            if _equal_pair(left, right, rules):
+                return True
+        except Undecided as error:
+            undecided = error
+    if undecided is not None:
+        raise undecided
+    return False
+
+
+def _converted(gold: Node, answer: Node, rules: GradingRules) -> list[tuple[Node, Node]]:
+    """Further readings: 28% as 28, 30 degrees as 30 or as pi/6."""
+    pairs = []
+    if rules.percent == "either" and (gold.kind == "percent") != (answer.kind == "percent"):
+        pairs.append((gold.args[0], answer) if gold.kind == "percent" else (gold, answer.args[0]))
+    if (gold.kind == "deg") != (answer.kind == "deg"):
+        # The bare number is degrees; _equal_pair itself reads a degree as radians.
+        pairs.append((gold.args[0], answer) if gold.kind == "deg" else (gold, answer.args[0]))
+    return pairs
+
+
+def _equal_pair(gold: Node, answer: Node, rules: GradingRules) -> bool:
+    if gold.kind == answer.kind == "deg":
+        return _equal_pair(gold.args[0], answer.args[0], rules)
+    if "deg" in (gold.kind, answer.kind) and not rules.degrees_as_radians:
+        return False
+    left = right = None
+    try:
+        left = exact(gold)
+        right = exact(answer)
+    except Undecided:
+        pass
+    if left is not None and right is not None:
+        return left == right or _within(gold, answer, left, right, rules)
+    is_numeric = not symbols(gold) and not symbols(answer)
+    if is_numeric and _rounds(gold, answer, rules):
+        return True
+    if has_kind(gold, "pm") or has_kind(answer, "pm"):
+        return False
+    verdict = identical(gold, answer)
+    if verdict is not None:
+        return verdict
+    return _equal_numerically(gold, answer, is_numeric)
+
+
+def _equal_numerically(gold: Node, answer: Node, is_numeric: bool) -> bool:
+    nodes = [*walk_to_tasks(gold), *walk_to_tasks(answer)]
+    if any(node == INFINITY or node.kind not in NUMERIC_KINDS for node in nodes):
+        return False  # N(0, 1), -221_3, an infinity: the same tree or nothing
+    tasks = [node for node in nodes if node.kind == "open" and node.name not in EVALUATED_TASKS]
+    if not all(map(_is_for_sympy, tasks)):
+        return False
+    if tasks:
+        raise Undecided  # a gold that is a sum or an integral: sympy may know its value
+    try:
+        return same_value(gold, answer)
+    except Undecided:
+        if symbols(gold) != symbols(answer):
+            return False
+        if not is_numeric:
+            raise
+    try:
+        return same_magnitude(gold, answer)
+    except TooLarge:
+        raise
+    except Undecided:
+        return False  # a number with no value, such as 1/0
+
+
+def _is_for_sympy(task: Node) -> bool:
+    if task.name == "det":
+        return task.args[0].kind == "matrix"
+    if task.name in ("gcd", "lcm", "mod"):
+        return not symbols(task)
+    return task.name in ("sum", "product", "integral")
+
+
+def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, rules: GradingRules) -> bool:
+    """Two unequal exact values: is one the printed rounding of the other?"""
+    tolerance = _tolerance(rules)
+    if tolerance is not None and abs(left - right) <= tolerance:
+        return True
+    gold_printed, answer_printed = printed(gold), printed(answer)
+    if _is_float_noise(gold_printed, right) or _is_float_noise(answer_printed, left):
+        return rules.rounding != "none"
+    if gold_printed and answer_printed:
+        # Two printed decimals: the answer has to be at least as precise as the gold.
+        is_finer = answer_printed.decimals > gold_printed.decimals
+        return is_finer and _allowed(gold_printed, rules, True) and rounds_to(right, gold_printed)
+    if gold_printed and right.denominator != 1:
+        allowed = _allowed(gold_printed, rules, True, right)
+        return allowed and rounds_to(right, gold_printed)
+    if answer_printed and left.denominator != 1:
+        allowed = _allowed(answer_printed, rules, False, left)
+        return allowed and rounds_to(left, answer_printed)
+    return False
+
+
+def _tolerance(rules: GradingRules) -> Fraction | None:
+    """The largest difference that the rules allow; None where rounding alone decides."""
+    if rules.tolerance is not None:
+        return Fraction(str(rules.tolerance))
+    if rules.tolerance_decimals is not None:
+        return Fraction(1, 2 * 10**rules.tolerance_decimals)
+    return None
+
+
+def _is_float_noise(target: Printed | None, value: Fraction) -> bool:
+    """12.000000000000002 for 12: all digits of a float, and right but for the last ones."""
+    if target is None or target.num_significant <= FLOAT_DIGITS + 2:
+        return False
+    return abs(value - target.value) * 10**FLOAT_DIGITS <= abs(value)
+
+
+def _allowed(
+    target: Printed, rules: GradingRules, is_gold: bool, value: Fraction = NO_FRACTION
+) -> bool:
+    """May a printed decimal stand for a value that it rounds?"""
+    if rules.rounding == "none" or (rules.rounding == "gold" and not is_gold):
+        return False
+    is_common = abs(value) < 1 and value.denominator <= MAX_COMMON_DENOMINATOR
+    num_required = rules.min_significant_digits + (is_common and rules.rounding == "either")
+    return target.num_significant >= num_required
+
+
+def _rounds(gold: Node, answer: Node, rules: GradingRules) -> bool:
+    """An irrational value against a printed decimal."""
+    tolerance = _tolerance(rules)
+    if tolerance is not None:
+        try:
+            difference = value_of(gold, {}, FLOATS) - value_of(answer, {}, FLOATS)
+        except Undecided:
+            return False
+        if abs(difference) <= float(tolerance):
+            return True
+    gold_printed, answer_printed = printed(gold), printed(answer)
+    if (gold_printed is None) == (answer_printed is None):
+        return False
+    target = gold_printed or answer_printed
+    assert target is not None
+    other = answer if gold_printed else gold
+    # One digit more than for most fractions: 3.14 is not pi, 3.142 may stand for it. A data set
+    # whose decimals are its golds' own needs no such caution.
+    stricter = target._replace(
+        num_significant=target.num_significant - (rules.rounding == "either")
+    )
+    if not _allowed(stricter, rules, gold_printed is not None):
+        return False
+    try:
+        value = value_of(other, {}, LOW)
+    except Undecided:
+        return False
+    if not is_real(value):
+        return False
+    real = getattr(value, "real", value)
+    return rounds_to(Fraction(int(real * 10**30), 10**30), target)

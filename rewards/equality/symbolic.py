@@ -1,0 +1,150 @@
+"""The last tier, in a worker only: sympy, on expressions built node by node from our tree.
+
+No text ever reaches sympy. Powers, factorials and binomials too large to evaluate are refused
+before they are built, since sympy would expand them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+
+from rewards.equality.exact import Undecided
+from rewards.equality.tiers import decide
+from rewards.parsing.nodes import LimitExceeded, Node, ParseError
+from rewards.parsing.parser import parse
+from rewards.rules import GradingRules
+from rewards.types import Verdict
+
+MAX_EVALUATED = 5000
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan, "cot": sympy.cot, "sec": sympy.sec,
+    "csc": sympy.csc, "asin": sympy.asin, "acos": sympy.acos, "atan": sympy.atan,
+    "acot": sympy.acot, "asec": sympy.asec, "acsc": sympy.acsc, "sinh": sympy.sinh,
+    "cosh": sympy.cosh, "tanh": sympy.tanh, "coth": sympy.coth, "asinh": sympy.asinh,
+    "acosh": sympy.acosh, "atanh": sympy.atanh, "ln": sympy.log, "log": sympy.log,
+    "exp": sympy.exp, "abs": sympy.Abs, "floor": sympy.floor, "ceil": sympy.ceiling,
+    "factorial": sympy.factorial, "factorial2": sympy.factorial2, "binom": sympy.binomial,
+    "gcd": sympy.gcd, "lcm": sympy.lcm, "max": sympy.Max, "min": sympy.Min, "mod": sympy.Mod,
+}  # fmt: skip
+_CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "inf": sympy.oo}
+
+
+def decide_symbolically(gold: str, answer: str, rules: GradingRules) -> Verdict:
+    """All tiers, sympy where the others stay undecided. An answer it cannot settle is wrong."""
+    verdict = decide(gold, answer, rules, last_resort=equal_symbolically).verdict
+    return Verdict(verdict.correct, verdict.status, "symbolic")
+
+
+def equal_symbolically(gold: Node, answer: Node) -> bool:
+    """Does the difference simplify to zero? Raises Undecided where sympy has no say."""
+    left, right = to_sympy(gold), to_sympy(answer)
+    difference = left - right
+    if difference == 0:
+        return True
+    simplified = sympy.simplify(difference)
+    if simplified == 0:
+        return True
+    return bool(simplified.is_number and simplified.equals(0))
+
+
+def to_sympy(node: Node) -> Any:
+    """The sympy expression of a tree. Raises Undecided for what has none, or is too large."""
+    kind = node.kind
+    if kind == "num":
+        return sympy.Rational(node.number.numerator, node.number.denominator)
+    if kind == "sym":
+        return sympy.Symbol(node.name)
+    if kind == "const":
+        return _CONSTANTS[node.name]
+    if kind == "open":
+        return _open(node)
+    args = [to_sympy(arg) for arg in node.args]
+    if kind == "add":
+        return sympy.Add(*args)
+    if kind == "mul":
+        return sympy.Mul(*args)
+    if kind == "pow":
+        return _power(args[0], args[1])
+    if kind == "percent":
+        return args[0] / 100
+    if kind == "deg":
+        return args[0] * sympy.pi / 180
+    if kind == "ratio" and len(args) == 2:
+        return args[0] / args[1]
+    if kind == "call":
+        return sympy.Function(node.name)(*args)
+    if kind == "func":
+        return _function(node.name, args)
+    raise Undecided
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if exponent.is_number and base.is_number and abs(exponent.evalf(5)) > MAX_EVALUATED:
+        raise Undecided
+    if exponent.is_number and abs(exponent.evalf(5)) > 64 and base.is_Add:
+        raise Undecided
+    return sympy.Pow(base, exponent)
+
+
+def _function(name: str, args: list[Any]) -> Any:
+    if name in ("factorial", "factorial2", "binom"):
+        if any(arg.is_number and abs(arg.evalf(5)) > MAX_EVALUATED for arg in args):
+            raise Undecided
+    if name == "root":
+        return sympy.Pow(args[0], 1 / args[1])
+    if name == "cis":
+        return sympy.exp(sympy.I * args[0])
+    if name not in _FUNCTIONS:
+        raise Undecided
+    return _FUNCTIONS[name](*args)
+
+
+def _open(node: Node) -> Any:
+    if node.name in ("gcd", "lcm", "max", "min", "mod"):
+        return _FUNCTIONS[node.name](*[to_sympy(arg) for arg in node.args])
+    if node.name == "det":
+        rows = [[to_sympy(cell) for cell in row.args] for row in node.args[0].args]
+        if len(rows) != len(rows[0]) or len(rows) > 5:
+            raise Undecided
+        return sympy.Matrix(rows).det()
+    if node.name in ("sum", "product"):
+        body, lower, upper = node.args
+        index, start = _bounds(lower.name[1:])
+        stop = _parsed(upper.name[1:])
+        combine = sympy.Sum if node.name == "sum" else sympy.Product
+        if start.is_number and stop.is_Integer and stop - start > MAX_EVALUATED:
+            raise Undecided
+        return combine(to_sympy(body), (index, start, stop)).doit()
+    if node.name == "integral":
+        return _integral(node)
+    raise Undecided
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return to_sympy(parse(text).node)
+    except (ParseError, LimitExceeded) as error:
+        raise Undecided from error
+
+
+def _bounds(text: str) -> tuple[Any, Any]:
+    name, _, start = text.partition("=")
+    return sympy.Symbol(name), _parsed(start)
+
+
+def _integral(node: Node) -> Any:
+    r"""\int_a^b f dx, its body a product that ends in d x."""
+    body, lower, upper = node.args
+    factors = list(body.args) if body.kind == "mul" else [body]
+    if len(factors) < 2 or factors[-2] != Node("sym", name="d") or factors[-1].kind != "sym":
+        raise Undecided
+    variable = sympy.Symbol(factors[-1].name)
+    integrand = sympy.Mul(*[to_sympy(factor) for factor in factors[:-2]])
+    if len(lower.name) < 2 or len(upper.name) < 2:
+        raise Undecided
+    limits = (variable, _parsed(lower.name[1:]), _parsed(upper.name[1:]))
+    return sympy.integrate(integrand, limits)

@@ -1,0 +1,216 @@
+"""Find the final answer in a completion, from the right, in time linear in its length.
+
+After the thinking part, the last explicit statement counts: a balanced box, '#### 5',
+'<answer>5</answer>', 'the answer is 5' (also in other languages), an option's letter on a line of
+its own. What is announced after a box overrules it only where it is a value on its own; remarks
+and checks overrule nothing. A completion that states nothing is read by `unannounced`. Boxes are
+never merged here: those that stand beside the last one are only reported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass, replace
+
+from rewards.extraction.announcements import (
+    MAX_BEFORE,
+    Method,
+    Statement,
+    answer_line,
+    answers,
+    choices,
+    foreign_phrases,
+    hashes,
+    lone_letter,
+    lower,
+    tags,
+)
+from rewards.extraction.boxes import BoxGroup, box_group, find_boxes, opener
+from rewards.extraction.languages import DIGITS, HAS_DIGITS
+from rewards.extraction.retractions import hedged_values, revision
+from rewards.extraction.thinking import ExtraTags, after_thinking
+from rewards.extraction.unannounced import last_formula, last_number, unannounced
+from rewards.extraction.wording import asked_value, num_prose_words, opens_a_value
+
+__all__ = ["Extraction", "extract", "extract_boxes", "last_formula", "last_number", "phrase_of"]
+
+MAX_SHORT_WORDS = 3  # of an answer in words, such as 'no real solution'
+# Other answers, or a condition: what says this must not be cut down to one value.
+_SEVERAL = re.compile(
+    r"\b(?:or|either|if|unless|otherwise|not|never|maybe|perhaps)\b", re.IGNORECASE
+)
+
+
+# Behind a box: a value that could overrule it.
+_MAY_STATE = re.compile(
+    r"\d|\$[^\s.,)]|\\[a-zA-Z]|[A-J]|[Yy]es|[Nn]o|[Tt]rue|[Ff]alse|[^\x00-\x7f]"
+)
+_ALPHANUMERIC = re.compile(r"[^\W_]")
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """What was found. `joined` holds two or more answers that are offered together, in text order;
+    `listed` the boxes of one sentence, which answer a gold with as many values.
+
+    Example for "so \\boxed{1} and \\boxed{2}."::
+
+        Extraction(answer="2", method="boxed", has_format=True, joined=("1", "2"))
+    """
+
+    answer: str | None
+    method: Method
+    has_format: bool = False
+    joined: tuple[str, ...] = ()
+    listed: tuple[str, ...] = ()
+
+
+NOTHING = Extraction(answer=None, method="none")
+
+
+def extract(completion: str, extra_tags: ExtraTags = ()) -> Extraction:
+    """The final answer of a completion; `answer` is None where there is none.
+
+    `extra_tags`: (opening, closing) tags of thinking beyond those of `thinking.TAGS`.
+    """
+    text = after_thinking(completion, extra_tags)
+    if text is None:
+        return NOTHING
+    group = box_group(text)
+    statement = _last_statement(text, group)
+    has_format = group is not None and group.is_formatted and not _is_overruled(text)
+    if statement is not None:
+        found = Extraction(_spelled(statement.answer), statement.method, has_format)
+        return _revised(found, text, statement.end)
+    if group is not None:
+        return _revised(_boxed(group, has_format), text, group.end)
+    plain = unannounced(text)
+    if plain is None:
+        return NOTHING
+    return Extraction(_spelled(plain[0]), "bold" if plain[1] else "math")
+
+
+def _spelled(answer: str) -> str:
+    """With ASCII digits."""
+    if answer.isascii() or not HAS_DIGITS.search(answer):
+        return answer
+    return answer.translate(DIGITS)
+
+
+def _boxed(group: BoxGroup, has_format: bool) -> Extraction:
+    """What the last box says, with those beside it."""
+    if not group.boxes:
+        return Extraction(None, "boxed", has_format)
+    answer = _spelled(asked_value(group.boxes[-1]))
+    if len(group.boxes) == 1:
+        return Extraction(answer, "boxed", has_format)
+    joined, listed = (group.boxes, ()) if group.is_either else ((), group.boxes)
+    return Extraction(answer, "boxed", has_format, joined, listed)
+
+
+def _last_statement(text: str, group: BoxGroup | None) -> Statement | None:
+    """The last statement, behind the last box that states one."""
+    floor = group.end if group is not None and group.boxes else 0
+    offset = max(floor - MAX_BEFORE, 0)
+    tail, floor = text[offset:], floor - offset
+    if not (_MAY_STATE if floor else _ALPHANUMERIC).search(tail, floor):
+        return None
+    lowered = lower(tail)
+    values: list[Statement] = []
+    sentences: list[Statement] = []
+    supposed: list[Statement] = []
+    for finder in (
+        answers(tail, lowered, floor),
+        choices(tail, lowered, floor),
+        foreign_phrases(tail, lowered, floor),
+        hashes(tail, floor),
+        tags(tail, lowered, floor),
+        answer_line(tail, floor),
+        lone_letter(tail, floor),
+    ):
+        sentence = None
+        for item in finder:
+            if item.is_supposed:
+                supposed.append(item)
+                continue
+            if item.is_value:
+                values.append(item)
+                break
+            sentence = sentence or item
+        if sentence is not None:
+            sentences.append(sentence)
+    if not values and not sentences and floor + offset == 0:
+        values = supposed
+    chosen = max(values, key=lambda item: item.start, default=None)
+    if sentences and floor + offset == 0:
+        last = max(sentences, key=lambda item: item.start)
+        chosen = _value_or_sentence(tail, chosen, last)
+    if chosen is None:
+        return None
+    return replace(chosen, start=chosen.start + offset, end=chosen.end + offset)
+
+
+def _value_or_sentence(text: str, value: Statement | None, sentence: Statement) -> Statement:
+    """Which counts where no box does: the last value announced, or the last sentence?"""
+    num_words = num_prose_words(sentence.answer)
+    if value is not None:
+        is_later = sentence.start > value.start and value.method == "phrase"
+        is_short = num_words <= MAX_SHORT_WORDS and not _SEVERAL.search(sentence.answer)
+        return sentence if is_later and is_short else value
+    is_prose = num_words > MAX_SHORT_WORDS or not sentence.answer.isascii()
+    if is_prose and not opens_a_value(sentence.answer):
+        plain = None if _SEVERAL.search(sentence.answer) else unannounced(text[sentence.start :])
+        if plain is not None:
+            return replace(sentence, answer=plain[0])
+    return sentence
+
+
+def _revised(found: Extraction, text: str, end: int) -> Extraction:
+    """The same after what is said of it behind: taken back, corrected, or one of two."""
+    if found.answer is None:
+        return found
+    after = revision(text, end, found.answer)
+    if after.answer != found.answer:
+        return Extraction(after.answer, "phrase", found.has_format)
+    if after.other is not None:
+        return replace(found, joined=(*(found.joined or (found.answer,)), after.other))
+    values = hedged_values(found.answer) if found.method == "phrase" else ()
+    return replace(found, joined=values) if values else found
+
+
+def _is_overruled(text: str) -> bool:
+    """Is the last box followed by 'the final answer is' and a value? Then its format is lost."""
+    position = max(text.rfind("final answer is"), text.rfind("Final answer is"))
+    if position < 0 or text.find("oxed", position) >= 0:
+        return False
+    return _FINAL_VALUE.match(text, position + len("final answer is")) is not None
+
+
+_FINAL_VALUE = re.compile(r"[\s*_:\"']*\\?[\"']?[\d$\\-]")
+
+
+def extract_boxes(text: str, *, is_gold: bool) -> str | None:
+    """Content of the last box in an answer or a gold; a gold's joined boxes become a list.
+
+    A gold's box that was never closed is read to its end; an answer's is no answer.
+    """
+    boxes = find_boxes(text)
+    if is_gold and len(boxes) > 1:
+        gaps = [text[a[1] : b[0]].strip(" $") for a, b in itertools.pairwise(boxes)]
+        if not any(gaps):
+            return ", ".join(box[2] for box in boxes)
+    group = box_group(text)
+    if group is not None and group.boxes:
+        return ", ".join(group.boxes) if is_gold else group.boxes[-1]
+    unclosed = opener(text) if is_gold else None
+    return text[unclosed.end() :] if unclosed is not None else None
+
+
+def phrase_of(text: str) -> str | None:
+    """What the last 'the answer is ...' of a text says."""
+    lowered = lower(text)
+    finders = (answers, choices, foreign_phrases)
+    found = [next(finder(text, lowered, 0), None) for finder in finders]
+    last = max((item for item in found if item), key=lambda item: item.start, default=None)
+    return None if last is None else last.answer

@@ -1,0 +1,361 @@
+"""The answer of a completion that announces none: its conclusion, its last maths.
+
+Closing remarks and checks are passed over. A number is taken with the words that change its value
+('at least 5', '5 million', '5 or 6'): alone it would be another answer.
+"""
+
+from __future__ import annotations
+
+import re
+
+from rewards.extraction.boxes import MAX_BOX_CHARS
+from rewards.extraction.languages import DIGITS, HAS_DIGITS
+from rewards.extraction.remarks import MAX_SENTENCE, TAIL, last_sentence, without_remarks
+from rewards.extraction.wording import asked_value, is_aside, is_value, num_prose_words, stated
+
+MAX_WHOLE_CHARS = 200
+MAX_NUMBER_CHARS = 400
+
+
+_NUMBER = re.compile(
+    r"(?<![A-Za-z0-9_.])[-−+]?\s?[$€£]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:\s?/\s?\d[\d,]*)?(?:\s?\\?%)?|(?<![A-Za-z0-9_.])-?\.\d+"
+)
+_DIGITS = frozenset("0123456789")
+_NUMBER_CHARS = frozenset("0123456789.,/$€£%\\-−+ \t\n")
+_LEAD_IN = re.compile(
+    r"^(?:(?:∴|⇒|=>|→|⟹)\s*|(?:(?:so|thus|hence|therefore),?|it's|it is|it equals|that's|that makes"
+    r"|(?:we|i) get|this gives)\s+(?!that\b|is\b|are\b))+",
+    re.IGNORECASE,
+)
+_FOREIGN_LETTER = r"[^\W\d_\x00-\x7fͰ-Ͽ∀-⋿]"
+_FOREIGN_WORD = re.compile(
+    rf"{_FOREIGN_LETTER}(?:{_FOREIGN_LETTER}|[A-Za-z])|[A-Za-z]{_FOREIGN_LETTER}|[\u0400-\u2fff\u3040-\uffff]\d"
+)
+_FOREIGN_NOT = (
+    "不是",
+    "不等于",
+    "不",
+    "ではなく",
+    "아니라",
+    " не",
+    " no es",
+    " nicht",
+    " pas",
+    " non",
+)
+_BOLD = re.compile(r"\*\*([^*\n]{1,400})\*\*")
+_BOLD_LABEL = re.compile(r"^[A-Za-z][A-Za-z ]{0,40}[:=]\s*(?=[-$\d\\(])")
+_HEADER = re.compile(r"(?:step|part|case|problem|solution|example|method)\b", re.IGNORECASE)
+_JUDGED = re.compile(
+    r"\b(?:statement|claim|assertion|proposition|conjecture|it|this|that|hypothesis)\s+is\s+"
+    r"(?:(?:therefore|thus|indeed|always|also|clearly|hence)\s+)*\**(?P<not>not\s+(?:necessarily "
+    r"|always )?)?"
+    r"\**(?P<word>true|false|correct|incorrect|valid|invalid)\b",
+    re.IGNORECASE,
+)
+_REASON = re.compile(r"\**[,;:]?\s+(?:since|because|as)\b")
+_YES_NO = re.compile(
+    r"[\s*_(]*(?:\W*(?:so|thus|hence|therefore)\W+)?(?P<word>yes|no|true|false)\b(?=\**\s*[,.;:!—–-]|\**\s*$)",
+    re.IGNORECASE,
+)
+_LEADING_WORDS = re.compile(
+    r"\b(?:negative|minus|at least|at most|over|under|above|below|half(?: of)?|twice|double|triple"
+    r"|(?:no )?(?:more|less|fewer|greater|larger|smaller) than|a (?:third|quarter) of|not|never"
+    r"|except|but|anything but|(?:square|cube|multiples?|factors?|power|root)s? of|plus or minus"
+    r"|± ?"
+    r"|(?<!add )(?<!adds )(?<!comes )up to|(?:not|never|cannot|can't|n't)\s+(?:be|equal))\s+$",
+    re.IGNORECASE,
+)
+_LEADING_ENDS = frozenset(
+    "negative minus least most than over under above below half of twice double triple not never"
+    " except but to ± be equal".split()
+)
+_TRAILING_WORDS = re.compile(
+    r"\s+(?:(?:squared|cubed|hundred|thousand|million|billion|trillion|dozen|percent|choose|or more"
+    r"|or less|or so|or fewer|and a (?:half|third|quarter)|factorial|in base|mod)\b"
+    r"|times\s+(?=[\d$\\]))"
+)
+_REFUSING_WORDS = re.compile(
+    r"\**(?:\s+[a-z]+)?\s+(?:(?:is|are|was)\s+(?:wrong|incorrect|false|too|impossible|invalid"
+    r"|extraneous|rejected|not\s+(?:valid|right|correct|possible|allowed|an?|the))"
+    r"|(?:isn't|does not|doesn't|do not|don't|did not|didn't|cannot|can't)\s+(?:work|satisfy|fit"
+    r"|hold|count|be|right|correct)|fails)\b",
+)
+# "given in step 5": the number of a place in the text.
+_PLACES = (
+    "step part equation eq section line case page chapter figure table problem question exercise"
+    " lemma theorem example".split()
+)
+_PLACE = re.compile(
+    r"\b(?:given|shown|derived|found|obtained|computed|calculated|stated|explained|seen?|from|by|using"
+    rf"|follows|per)\b[^.\n]{{0,20}}\b(?:{'|'.join(_PLACES)})s?\.?\s+\(?$",
+    re.IGNORECASE,
+)
+_CONDITIONS = ("if", "If", "uppos", "ssum", "nless")
+_SUPPOSED = re.compile(
+    r"(?:^|[.!?,\n]\s*)(?:if|suppos(?:e|ing)|assum(?:e|ing)|unless)\b(?!.*\bthen\b)[^.,;:\n]*$",
+    re.IGNORECASE,
+)
+_ALTERNATIVE = re.compile(
+    r"(?:between\s+)?(?:\$-?\d[\d.,]*\$|[-−]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?)(?:\s[a-z]+)?"
+    r"(?:\s*,?\s*(?:(?:or|and/or|или|oder|ou|o)\s+|或者?|または|또는)"
+    r"(?:(?:maybe|perhaps|possibly|even|else|it's|it is"
+    r"|it (?:could|might|may) (?:also )?be)\s)*|\s?[–-]\s?)$"
+)
+_OR = ("or", "或", "или", "oder", " ou ", " o ", "または", "또는")
+_BETWEEN = re.compile(r"\bbetween\s+[$\d.,/-]+\s+and\s+$", re.IGNORECASE)
+_EARNED = re.compile(
+    r"\b(?:earn|pay|paid|cost|spen[dt]|save|make|made|owe|receive|charge|get|got|raise|sold|sell"
+    r"|lose|lost|ha[sd]|donate|collect)\w*\s+(?P<money>\\?[$€£]\s?\d[\d,]*(?:\.\d+)?)\s+"
+    r"(?:in|for|over|after|during|within|per|each|every|on|from|by)\s+[^.\d]{0,30}\d+(?:\.\d+)?\s+"
+    r"[^.\d]*[.!]?\s*$",
+    re.IGNORECASE,
+)
+_SOLUTIONS = re.compile(
+    r"\b(?:solutions|roots|zeros|zeroes)(?: of [^.]{1,60}?| for [^.]{1,60}?)?\s+are:?\s+"
+    r"(?P<values>(?!.*\b(?:so|sum|product|thus|hence|which|of these)\b).+)$",
+    re.IGNORECASE | re.DOTALL,
+)
+_EXPLAINING = re.compile(
+    r",\swhich (?:is|was|are) \S{1,20} (?:more|less|fewer|greater|higher|lower|times|percent)\b"
+    r"|,?\s(?:since|because|(?:from|by|after|when|while) \w+ing|including|excluding)\b"
+)
+_ASIDE = re.compile(r"\s\((?P<remark>[^()]{1,200})\)[\s.!]*$")
+_CONCLUDING = re.compile(
+    r"=|\b(?:so|thus|leaving|leaves|is|are|was|has|have|had|gives|makes|total|remain\w*|get|gets"
+    r"|which)\b"
+)
+_ALIGNED = re.compile(
+    r"\\begin\{(align\*?|aligned|gather\*?|split|eqnarray\*?)\}(.*?)\\end\{\1\}", re.DOTALL
+)
+_LABELLED = re.compile(r"\s*([A-Za-z](?:_\{?\w\}?)?)\s*&?\s*=\s*&?\s*([^=]+)$")
+
+
+def unannounced(text: str) -> tuple[str, bool] | None:
+    """(answer, is it bold) of a text without an announcement; None where nothing can be taken."""
+    if not text.isascii() and HAS_DIGITS.search(text):
+        text = text.translate(DIGITS)
+    text = without_remarks(text)
+    start = last_sentence(text)
+    judged = _judgement(text[start : start + MAX_SENTENCE])
+    if judged is not None:
+        return judged, False
+    if "*" in text and (bold := _last_bold(text)) is not None:
+        return bold, True
+    if "\\" in text and (rows := _last_rows(text)) is not None:
+        return rows, False
+    answer = _whole(text) or _solutions(text[start:]) or _last_maths(_without_clause(text, start))
+    if answer is None and "*" in text:
+        contents = _BOLD.findall(text)
+        return (contents[-1].strip(), True) if contents else None
+    return None if answer is None else (answer, False)
+
+
+def _judgement(sentence: str) -> str | None:
+    """True or False of 'the statement is not true', the sentence of 'No, it diverges'."""
+    judged = _JUDGED.search(sentence) if " is " in sentence else None
+    if judged is not None and not _NUMBER.search(_without_reason(sentence, judged)):
+        is_true = judged["word"].lower() in ("true", "correct", "valid")
+        return "True" if is_true != bool(judged["not"]) else "False"
+    opening = _YES_NO.match(sentence)
+    if opening is None:
+        return None
+    sentence = sentence[opening.start("word") :].strip()
+    return sentence if _NUMBER.search(sentence) else stated(sentence) or None
+
+
+def _without_reason(sentence: str, judged: re.Match[str]) -> str:
+    """The sentence without the reason that stands behind its judgement."""
+    is_plain = judged["word"].lower() in ("true", "false")
+    has_reason = is_plain and _REASON.match(sentence, judged.end())
+    return sentence[: judged.end()] if has_reason else sentence
+
+
+def _solutions(sentence: str) -> str | None:
+    """What a last sentence of the form 'the solutions are x = 1 and x = 2' says."""
+    if " are" not in sentence or len(sentence) > MAX_SENTENCE:
+        return None
+    match = _SOLUTIONS.search(sentence)
+    answer = stated(match["values"]) if match is not None else ""
+    return answer if is_value(answer) else None
+
+
+def _without_clause(text: str, start: int) -> str:
+    """Without the clause or brackets that end the last sentence and explain the value before."""
+    aside = _ASIDE.search(text, max(start, len(text) - MAX_SENTENCE)) if ")" in text[-9:] else None
+    if aside is not None and is_aside(aside["remark"]):
+        is_conclusion = _CONCLUDING.search(aside["remark"]) is not None
+        if not is_conclusion and any(c.isdigit() for c in text[start : aside.start()]):
+            text = text[: aside.start()]
+    for clause in _EXPLAINING.finditer(text, start):
+        is_last_word = _CONCLUDING.search(text, clause.end()) is None
+        if is_last_word and any(c.isdigit() for c in text[start : clause.start()]):
+            return text[: clause.start()]
+    return text
+
+
+def _last_bold(text: str) -> str | None:
+    """The last value in bold type, without its label."""
+    for content in reversed(_BOLD.findall(text)[-40:]):
+        if _HEADER.match(content):
+            continue
+        value = stated(_BOLD_LABEL.sub("", content))
+        if is_value(value):
+            return value
+    return None
+
+
+def _last_rows(text: str) -> str | None:
+    """The end of an aligned computation that ends the text: the last row, or the last values."""
+    if text.rfind("\\begin{") < 0:
+        return None
+    blocks = list(_ALIGNED.finditer(text[-TAIL:]))
+    if not blocks or num_prose_words(text[-TAIL:][blocks[-1].end() :]):
+        return None
+    rows = [row.strip() for row in blocks[-1][2].split("\\\\") if row.strip(" \n&")]
+    if not rows:
+        return None
+    last = rows[-1].replace("&", " ").strip(" .,")
+    is_continued = last.startswith(("=", "\\approx", "\\implies", "\\Rightarrow"))
+    values: dict[str, str] = {}
+    for row in () if is_continued else reversed(rows):
+        match = _LABELLED.match(row.replace("&", ""))
+        if match is None or match[1] in values:
+            break
+        values[match[1]] = f"{match[1]} = {match[2].strip(' .,')}"
+    if values:
+        return ", ".join(reversed(values.values()))
+    sides = [side.strip() for side in last.split("=")]
+    is_turned = len(sides) > 1 and len(sides[-1]) == 1 and sides[-1].isalpha()  # 18 = x
+    return sides[-2] if is_turned else sides[-1]
+
+
+def _whole(text: str) -> str | None:
+    """A completion that is nothing but a formula, or a few words."""
+    text = text.strip()
+    if not text or len(text) > MAX_WHOLE_CHARS or "\n" in text:
+        return None
+    if _FOREIGN_WORD.search(text):
+        return None
+    text = _LEAD_IN.sub("", text) or text
+    value = asked_value(text.rstrip("."))
+    if value != text.rstrip("."):
+        return value
+    if text[0:1] in "*_" and text[-1:] == text[0:1]:
+        text = text.strip("*_")
+    if not any(character.isalnum() for character in text):
+        return None
+    num_words = num_prose_words(text)
+    if num_words > 3 or (num_words and re.search(r"\$|\\[(\[]", text)):
+        return None
+    return text
+
+
+def last_formula(text: str) -> tuple[int, str] | None:
+    """(end, content) of the last `$..$`, `\\(..\\)` or `\\[..\\]` that reads as a formula."""
+    best: tuple[int, str] | None = None
+    if "$" not in text and "\\" not in text:
+        return None
+    for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
+        end = text.rfind(closing)
+        if end < 0:
+            continue
+        double = opening == "$" and end > 0 and text[end - 1] == "$"
+        stop = end - 1 if double else end
+        start = text.rfind("$$" if double else opening, 0, stop)
+        if start < 0:
+            continue
+        content = text[start + (2 if double else len(opening)) : stop]
+        if len(content) > MAX_BOX_CHARS:
+            continue
+        # Two currency signs with prose between them are no formula.
+        if not content.strip() or (
+            opening == "$"
+            and re.search(r"[A-Za-z]{3,} +[A-Za-z]{2,}", re.sub(r"\\[a-z]+\{[^}]*\}", "", content))
+        ):
+            continue
+        if best is None or end > best[0]:
+            best = (end, content)
+    return best
+
+
+def last_number(text: str) -> tuple[int, str] | None:
+    """(end, content) of the last number, with its sign, percent sign or denominator."""
+    is_last = text[-1:] in _DIGITS
+    end = len(text) if is_last else max(text.rfind(digit) for digit in "0123456789") + 1
+    if end == 0:
+        return None
+    start, low = end - 1, max(end - MAX_NUMBER_CHARS, 0)
+    while start > low and text[start - 1] in _NUMBER_CHARS:
+        start -= 1
+    matches = list(_NUMBER.finditer(text, start, min(end + 3, len(text))))
+    return (matches[-1].end(), matches[-1].group()) if matches else None
+
+
+def _last_maths(text: str) -> str | None:
+    """The last formula or number, with the words that change it; refused ones are passed over."""
+    for _ in range(4):
+        formula, number = last_formula(text), last_number(text)
+        if formula is not None and (number is None or formula[0] >= number[0]):
+            end, content = formula
+            start = text.rfind(content, 0, end)
+            opening = start - (
+                2 if text[start - 1 : start] != "$" or text[start - 2 : start] == "$$" else 1
+            )
+            stop = end + (1 if text[end : end + 1] == "$" else 2)
+        elif number is not None:
+            end, content = number
+            start = opening = end - len(content)
+            stop = end
+        else:
+            return None
+        is_refused = _REFUSING_WORDS.match(text, stop) is not None
+        if not (is_refused or _is_supposed(text, opening) or _is_place(text, opening)):
+            return _widened(text, opening, stop, content.strip())
+        text = text[:opening]
+    return None
+
+
+def _is_supposed(text: str, end: int) -> bool:
+    """Does the value at `end` stand in a condition: 'if the answer is 5'?"""
+    before = text[max(end - 120, 0) : end]
+    return any(hint in before for hint in _CONDITIONS) and _SUPPOSED.search(before) is not None
+
+
+def _is_place(text: str, end: int) -> bool:
+    words = text[max(end - 12, 0) : end].split()
+    if not words or words[-1].strip("(.").lower().removesuffix("s") not in _PLACES:
+        return False
+    return _PLACE.search(text, max(end - 60, 0), end) is not None
+
+
+def _widened(text: str, start: int, end: int, content: str) -> str:
+    """The value between start and end, with the words beside it that change it."""
+    before = text[max(start - 120, 0) : start]
+    if any(sign in before for sign in "$€£"):
+        money = _EARNED.search(text[max(start - 120, 0) : end + 120])
+        if money is not None:
+            return money["money"]
+    if f" {before}".rstrip().endswith(_FOREIGN_NOT):
+        return f"not {content}"
+    first = _words_before(before)
+    after = _TRAILING_WORDS.match(text, end)
+    if first is None and after is None:
+        return content
+    opening = start if first is None else start - (len(before) - first.start())
+    return text[opening : end if after is None else after.end()].strip()
+
+
+def _words_before(before: str) -> re.Match[str] | None:
+    """The words at the end of `before` that change a value behind them."""
+    words = before.rsplit(None, 1)
+    found = None
+    if words and words[-1].lower() in _LEADING_ENDS:
+        found = _LEADING_WORDS.search(before, max(len(before) - 25, 0))
+    if found is None and (
+        any(word in before[-30:] for word in _OR) or before.rstrip().endswith(("-", "–"))
+    ):
+        found = _ALTERNATIVE.search(before)
+    if found is None and "and" in before[-6:]:
+        found = _BETWEEN.search(before)
+    return found

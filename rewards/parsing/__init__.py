@@ -1,0 +1,1 @@
+"""Text of an answer to a typed tree."""

@@ -1,0 +1,181 @@
+"""Functions and LaTeX commands with arguments: \\sin, \\log_2, \\frac, \\sqrt, \\sum, \\int."""
+
+from __future__ import annotations
+
+from rewards.parsing.cursor import product_of
+from rewards.parsing.nodes import (
+    HALF,
+    MINUS_ONE,
+    Node,
+    ParseError,
+    divide,
+    function,
+    negative,
+    number_node,
+)
+from rewards.parsing.numerals import NumeralParser
+from rewards.parsing.vocabulary import OPEN_FUNCTIONS
+
+MARKS = ("overline", "hat", "tilde", "dot", "ddot")
+_INVERSE = {"sin": "asin", "cos": "acos", "tan": "atan", "cot": "acot", "sec": "asec"}
+_INVERSE |= {"csc": "acsc", "sinh": "asinh", "cosh": "acosh", "tanh": "atanh"}
+
+
+class FunctionParser(NumeralParser):
+    """Reads functions, fractions, roots, and the tasks that are never evaluated."""
+
+    def parse_function(self, name: str) -> Node:
+        if name == "sqrt":
+            return Node("pow", (self.parse_argument(), HALF))
+        base = exponent = None
+        while self.at("op", "^", "_"):
+            if self.next().text == "_":
+                base = self._parse_subscript_value(name)
+            else:
+                exponent = self.parse_exponent()
+        if exponent == MINUS_ONE and name in _INVERSE:
+            name, exponent = _INVERSE[name], None
+        argument = self._parse_function_argument()
+        if argument.kind == "seq" and argument.name not in ("()", "[]"):
+            raise ParseError
+        args = argument.args if argument.kind in ("seq", "set") else (argument,)
+        if name in OPEN_FUNCTIONS:
+            node = Node("open", args if base is None else (*args, base), name)
+        elif name == "cbrt":
+            node = function("root", argument, number_node(3))
+        elif name == "lg":
+            node = function("log", argument, number_node(10))
+        elif name == "log" and base is not None:
+            node = function("log", argument, base)
+        elif base is not None:
+            raise ParseError
+        else:
+            node = function(name, argument)
+        return node if exponent is None else Node("pow", (node, exponent))
+
+    def _parse_subscript_value(self, name: str) -> Node:
+        if name in OPEN_FUNCTIONS:  # lim_{x \to 0}
+            return Node("sym", name=self.read_subscript())
+        return self.parse_argument()
+
+    def _parse_function_argument(self) -> Node:
+        if self.at("open", "(", "{", "[", "\\{"):
+            return self.parse_list(self.next().text)
+        self.enter()
+        sign = -1 if self.accept("op", "-") else 1
+        factors = [self.parse_power()]
+        while self.starts_factor(factors[-1]) and not self.at("func") and not self.at("open", "("):
+            factors.append(self.parse_power())
+        self.depth -= 1
+        return product_of(factors) if sign > 0 else negative(product_of(factors))
+
+    def parse_argument(self) -> Node:
+        r"""One argument of \frac, \sqrt, \log_: a group, a digit of a longer number, a primary."""
+        if self.at("op", "-"):
+            self.next()
+            return negative(self.parse_argument())
+        return self.parse_primary()
+
+    def _parse_frac_argument(self) -> Node:
+        token = self.token
+        if token.kind == "num" and len(token.text) > 1 and token.text.isdigit():
+            self.tokens[self.index] = token._replace(text=token.text[1:], is_spaced=False)
+            return number_node(int(token.text[0]))
+        return self.parse_argument()
+
+    def parse_command(self, name: str) -> Node:
+        if name == "frac":
+            return self._parse_fraction()
+        if name == "binom":
+            top = self._parse_frac_argument()
+            return function("binom", top, self._parse_frac_argument())
+        if name == "sqrt":
+            return self._parse_root()
+        if name in ("integral", "sum", "product"):
+            return self._parse_big_operator(name)
+        if name == "emptyset":
+            return Node("set")
+        if name == "angle":  # \angle ABC is a name
+            letters = []
+            while self.at("sym"):
+                letters.append(self.next().text)
+            if not letters:
+                raise ParseError
+            return Node("sym", name="\\angle " + "".join(letters))
+        if name in MARKS:
+            return self._parse_marked(name)
+        raise ParseError
+
+    def _parse_marked(self, mark: str) -> Node:
+        r"""\bar{x}, \hat{p}_1: another name than x; \hat{i} is the unit vector i."""
+        letter = self.read_subscript()
+        if mark == "hat" and letter in ("i", "j", "k"):
+            return Node("const", name="i") if letter == "i" else Node("sym", name=letter)
+        name = f"\\{mark} {letter}"
+        if self.accept("op", "_"):
+            name += "_{" + self.read_subscript() + "}"
+        return Node("sym", name=name)
+
+    def _parse_fraction(self) -> Node:
+        start = self.index
+        top = self._parse_frac_argument()
+        middle = self.index
+        bottom = self._parse_frac_argument()
+        first = [t.text for t in self.tokens[start:middle] if t.kind == "sym"][:1]
+        second = [t.text for t in self.tokens[middle : self.index] if t.kind == "sym"]
+        if first and first[0] in ("d", "\\partial") and second[:1] == first and len(second) > 1:
+            if not self.starts_factor(bottom):
+                return Node("open", (top, bottom), "derivative")
+            return Node("open", (top, bottom, self.parse_product()), "derivative")
+        return divide(top, bottom)
+
+    def _parse_root(self) -> Node:
+        degree = None
+        if self.at("open", "["):
+            self.next()
+            degree = self.parse_sum()
+            self.expect("close", "]")
+        elif [token.text for token in self.tokens[self.index : self.index + 3]] == ["{", "}", "{"]:
+            self.index += 2  # \sqrt{}{3}
+        radicand = self.parse_argument()
+        if degree is None:
+            return Node("pow", (radicand, HALF))
+        return function("root", radicand, degree)
+
+    def _parse_big_operator(self, name: str) -> Node:
+        bounds = {"_": "", "^": ""}
+        while self.at("op", "_", "^"):
+            mark = self.next().text
+            bounds[mark] = self.read_subscript()
+        body = self.parse_product()
+        limits = tuple(Node("sym", name=f"{mark}{text}") for mark, text in bounds.items())
+        return Node("open", (body, *limits), name)
+
+    def at_selection(self) -> bool:
+        """The C3 of 10C3, the P3 of 10P3."""
+        return self.at("sym", "C", "P") and self.following.kind == "num"
+
+    def parse_selection(self, top: Node) -> Node:
+        """Combinations (C) or permutations (P) of a number of things, behind that number."""
+        kind = self.expect("sym", "C", "P").text
+        self.accept("op", "_")
+        bottom = self.parse_argument()
+        if kind == "C":
+            return function("binom", top, bottom)
+        rest = Node("add", (top, negative(bottom)))
+        return divide(function("factorial", top), function("factorial", rest))
+
+    def at_pair(self) -> bool:
+        """The (10, 3) of C(10, 3)."""
+        group = self.tokens[self.index : self.index + 5]
+        return [token.text if token.kind != "num" else "0" for token in group] == list("(0,0)")
+
+    def _read_combinations(self) -> Node | None:
+        """C_n^3 is a binomial coefficient; C_1 alone is a name."""
+        start = self.index
+        self.next()
+        top = self.parse_argument()
+        if self.accept("op", "^"):
+            return function("binom", top, self.parse_argument())
+        self.index = start
+        return None

@@ -1,0 +1,125 @@
+"""Parser for whole answers: items, the lists they make, and the domains beside them."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from rewards.parsing.clean import clean
+from rewards.parsing.items import ItemParser
+from rewards.parsing.nodes import Node, ParseError, symbols
+from rewards.parsing.quantities import compound
+from rewards.parsing.tokens import tokenize
+
+_TIMES_TEN = re.compile(r"(?<=[\d.])\s*[xX]\s*(?=10\s*(?:\^|\*\*))")  # 1.5 x 10^3
+_EMPTY_BASE = re.compile(r"\{\}\s*(?=[\^_])")  # {}^{10}C_3
+
+
+class Parsed(NamedTuple):
+    """A tree and the symbols that the answer itself quantifies ("for some integer t")."""
+
+    node: Node
+    bound: frozenset[str]
+
+
+def parse(text: str) -> Parsed:
+    """Parse one answer. Raises ParseError, LimitExceeded."""
+    text = clean(text)
+    if text.endswith("?"):
+        text = text.rstrip("? ")
+    if "x" in text or "X" in text:
+        text = _TIMES_TEN.sub(r" \\times ", text)
+    if "+/-" in text:
+        text = text.replace("+/-", "\\pm ")
+    if "{}" in text:
+        text = _EMPTY_BASE.sub("", text)
+    parser = AnswerParser(tokenize(text))
+    node = parser.parse_answer()
+    return Parsed(node, frozenset(parser.bound))
+
+
+class AnswerParser(ItemParser):
+    """Adds what stands around scalar expressions."""
+
+    def parse_answer(self) -> Node:
+        """The whole token list as one node; a list node where it has several items."""
+        items, separators, has_groups = self.parse_items(())
+        if not self.at("end") or not items:
+            raise ParseError
+        if len(items) == 1:
+            return items[0]
+        name = "or" if "or" in separators else "and" if "and" in separators else ","
+        return Node("list", tuple(items), "groups" if has_groups else name)
+
+    def parse_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
+        """Items up to a closer; with both ',' and ';', the groups between ';' are tuples."""
+        groups: list[list[Node]] = [[]]
+        separators: set[str] = set()
+        while not self._at_closer(closers):
+            if self._at_separator():
+                separator = self.next().text
+                separators.add(separator)
+                if separator == ";" or (separator == "or" and _are_equations(groups[-1])):
+                    groups.append([])
+                continue
+            item = self.parse_item(closers)
+            if item is not None:
+                groups[-1].append(item)
+                if self.conditions:
+                    names = symbols(item)
+                    groups[-1] += [c for c in self.conditions if names & symbols(c) and c != item]
+                    self.conditions.clear()
+            if not (self._at_closer(closers) or self._at_separator()):
+                raise ParseError
+        if len(groups[0]) == 1 == len(groups):
+            return groups[0], separators, False
+        groups = [_spread(self._without_domains(group)) for group in groups]
+        groups = [group for group in groups if group]
+        if len(groups) > 1 and any(len(group) > 1 for group in groups):
+            return (
+                [Node("seq", tuple(g), "()") if len(g) > 1 else g[0] for g in groups],
+                separators,
+                True,
+            )
+        return [item for group in groups for item in group], separators, False
+
+    def _without_domains(self, items: list[Node]) -> list[Node]:
+        r"""Drop "k \in \mathbb{Z}" beside other items, and note that it binds k."""
+        kept = []
+        for item in items:
+            is_domain = (
+                item.kind == "rel"
+                and item.name == "in"
+                and item.args[0].kind == "sym"
+                and item.args[1].kind == "sym"
+                and item.args[1].name.removeprefix("\\mathbb")[:2].strip("{") in tuple("ZNRQC")
+            )
+            if is_domain and len(items) > 1:
+                self.bind(item)
+                self.domains[item.args[0].name] = item
+            else:
+                kept.append(item)
+        return kept
+
+
+def _are_equations(items: list[Node]) -> bool:
+    """x = 1, y = 2: before an 'or', one solution."""
+    return len(items) > 1 and all(item.kind == "rel" and item.name == "=" for item in items)
+
+
+def _spread(items: list[Node]) -> list[Node]:
+    r"""x \ne 1, 2 as x \ne 1, x \ne 2; 3 hours and 20 minutes as one quantity."""
+    first = items[0] if items else None
+    if first is None or len(items) < 2:
+        return items
+    if first.kind == "rel" and first.name == "!=":
+        name = first.args[0]
+        others = [item.kind not in ("rel", "text", "label") for item in items[1:]]
+        if all(others):
+            return [first, *[Node("rel", (name, item), "!=") for item in items[1:]]]
+    last = items[-1]
+    if last.kind == "open" and last.name == "mod" and first.kind == "rel" and first.name == "===":
+        values = [first.args[1], *items[1:-1], last.args[0]]  # n = 1, 3 mod 4
+        return [Node("congruence", (first.args[0], value, last.args[1])) for value in values]
+    whole = compound(first, items[1]) if len(items) == 2 else None
+    return items if whole is None else [whole]

@@ -1,0 +1,274 @@
+"""Tokens of a cleaned answer, with the limits enforced as they are made."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from rewards.parsing.nodes import MAX_DIGITS, MAX_NESTING, MAX_TOKENS, LimitExceeded, ParseError
+from rewards.parsing.units import UNIT_WORDS, is_unit, read_unit
+from rewards.parsing.vocabulary import (
+    COMMANDS,
+    FUNCTIONS,
+    IGNORED_COMMANDS,
+    LETTER_COMMANDS,
+    TEXT_COMMANDS,
+    WORDS,
+)
+
+
+class Token(NamedTuple):
+    """`kind`: num, sym, const, func, cmd, op, word, text, env, open, close, end.
+
+    `is_spaced`: white space stood before it. `position`: where it starts in the cleaned text.
+    """
+
+    kind: str
+    text: str
+    is_spaced: bool = False
+    position: int = 0
+
+
+_TOKEN = re.compile(
+    r"""(?P<space>\s+|\$)
+    |(?P<num>\d+\.(?=\s*\\(?:overline|dot)(?![A-Za-z]))|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?
+        (?:[eE][-+]?\d{1,6}(?![A-Za-z\d]))?|\.\d+(?:[eE][-+]?\d{1,6}(?![A-Za-z\d]))?)
+    |(?P<env>\\(?:begin|end)\s*\{[A-Za-z*]+\}(?:\s*\{[lcr|\s]+\})?)
+    |(?P<escaped>\\[{}|$%&\#_\\])
+    |(?P<cmd>\\[A-Za-z]+\*?)
+    |(?P<op><=|>=|=<|!=|==|->|=>|\*\*|:=|[-+*/^_=<>!|:;,'%~&?"`@\#€£¥])
+    |(?P<open>[({\[])
+    |(?P<close>[)}\]])
+    |(?P<letters>[A-Za-z]+)
+    |(?P<dots>\.\.\.)
+    |(?P<dot>\.)
+    """,
+    re.VERBOSE,
+)
+_OPERATORS = {
+    "<=": "<=", "=<": "<=", ">=": ">=", "!=": "!=", "==": "=", ":=": "=", "**": "^", "=>": "to",
+    "->": "to", "*": "*",
+}  # fmt: skip
+
+
+def tokenize(text: str) -> list[Token]:
+    """Tokens of a cleaned text, closed by one of kind "end".
+
+    Raises LimitExceeded (count, nesting, digits) and ParseError (a character out of place).
+    """
+    tokens: list[Token] = []
+    position, is_spaced = 0, False
+    brackets: list[str] = []
+    size = len(text)
+    while position < size:
+        match = _TOKEN.match(text, position)
+        if match is None:
+            raise ParseError
+        kind = match.lastgroup
+        piece = match.group()
+        start, position = position, match.end()
+        if kind == "space":
+            is_spaced = True
+            continue
+        if kind == "num":
+            if len(piece) > MAX_DIGITS:
+                raise LimitExceeded
+            if "," in piece and brackets and brackets[-1] != "{":
+                _split_at_commas(piece, tokens, is_spaced, start)  # the point (3,500)
+            else:
+                tokens.append(Token("num", piece, is_spaced, start))
+        elif kind == "letters":
+            _split_letters(piece, tokens, is_spaced, start)
+        elif kind == "cmd":
+            position = _read_command(text, piece, position, tokens, is_spaced, start)
+        elif kind == "escaped":
+            _read_escaped(piece, tokens, is_spaced, start)
+            _track(piece, brackets)
+        elif kind == "env":
+            tokens.append(Token("env", piece.replace(" ", ""), is_spaced, start))
+        elif kind == "op":
+            tokens.append(Token("op", _OPERATORS.get(piece, piece), is_spaced, start))
+        elif kind in ("open", "close"):
+            _track(piece, brackets)
+            tokens.append(Token(kind, piece, is_spaced, start))
+        elif kind == "dots":
+            tokens.append(Token("sym", "\\ldots", is_spaced, start))
+        # A lone dot ends a sentence: it carries nothing.
+        is_spaced = False
+        if len(tokens) > MAX_TOKENS:
+            raise LimitExceeded
+    tokens.append(Token("end", "", is_spaced, size))
+    return tokens
+
+
+def _track(piece: str, brackets: list[str]) -> None:
+    """Keep the stack of open brackets."""
+    if piece in ("(", "[", "{", "\\{"):
+        brackets.append(piece)
+        if len(brackets) > MAX_NESTING:
+            raise LimitExceeded
+    elif piece in (")", "]", "}", "\\}") and brackets:
+        brackets.pop()
+
+
+def _split_at_commas(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
+    for index, number in enumerate(piece.split(",")):
+        if index:
+            tokens.append(Token("op", ",", False, start))
+        tokens.append(Token("num", number, is_spaced and index == 0, start))
+
+
+def _split_letters(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
+    """A run of letters is a function, a word, a unit, or a product of symbols."""
+    lowered = piece.lower()
+    if piece in FUNCTIONS and not (piece == "min" and is_spaced and _follows_operand(tokens)):
+        tokens.append(Token("func", FUNCTIONS[piece], is_spaced, start))
+    elif lowered in ("pi", "infinity", "inf", "oo") and len(piece) > 1:
+        name = "pi" if lowered == "pi" else "inf"
+        tokens.append(Token("const", name, is_spaced, start))
+    elif len(piece) == 1:
+        tokens.append(Token("sym", piece, is_spaced, start))
+    elif len(piece) >= 4 or _is_short_word(piece, tokens, is_spaced):
+        if piece.startswith("sqrt"):  # sqrtx, sqrt3 without braces
+            tokens.append(Token("cmd", "sqrt", is_spaced, start))
+            _split_letters(piece[4:], tokens, False, start + 4)
+            return
+        tokens.append(Token("word", piece, is_spaced, start))
+    elif (
+        piece in UNIT_WORDS
+        and _follows_operand(tokens)
+        or len(piece) == 3
+        and re.search(r"[aeiou]", piece)
+        and (is_spaced or piece.istitle())
+    ):
+        tokens.append(Token("word", piece, is_spaced, start))
+    else:
+        for offset, letter in enumerate(piece):
+            tokens.append(Token("sym", letter, is_spaced and offset == 0, start + offset))
+
+
+def _is_short_word(piece: str, tokens: list[Token], is_spaced: bool) -> bool:
+    """`x is 5` holds a word; `e^{-at^2}` and `aE(X) + bE(Y)` hold products of letters."""
+    if piece.lower() not in WORDS or not (piece.islower() or piece.istitle()):
+        return False
+    if is_spaced or not tokens or _follows_operand(tokens):
+        return True
+    return tokens[-1].text == "/" and _follows_operand(tokens[:-1]) and is_unit(piece)  # 18/day
+
+
+def _follows_operand(tokens: list[Token]) -> bool:
+    """Does a unit make sense here: behind a number, be it in braces of its own (800{ml})?"""
+    last = next((token for token in reversed(tokens) if token.text != "{"), None)
+    if last is None:
+        return False
+    return last.kind in ("num", "close", "const") or last.text in ("square", "cubic")
+
+
+def _read_escaped(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
+    symbol = piece[1]
+    if symbol in "{}":
+        tokens.append(Token("open" if symbol == "{" else "close", piece, is_spaced, start))
+    elif symbol == "%":
+        tokens.append(Token("op", "%", is_spaced, start))
+    elif symbol == "$":
+        tokens.append(Token("op", "currency", is_spaced, start))
+    elif symbol == "|":
+        tokens.append(Token("op", "|", is_spaced, start))
+    elif symbol == "\\":
+        tokens.append(Token("op", "row", is_spaced, start))
+    elif symbol == "&":
+        tokens.append(Token("word", "and", is_spaced, start))
+    # \# and \_ carry nothing.
+
+
+def _read_command(
+    text: str, piece: str, position: int, tokens: list[Token], is_spaced: bool, start: int
+) -> int:
+    r"""Append the tokens of a command; the position behind it (and behind its text argument)."""
+    name = piece[1:].rstrip("*")
+    if name in TEXT_COMMANDS:
+        content, position = _read_braces(text, position)
+        _read_text(name, content, tokens, is_spaced, start)
+        return position
+    if name not in COMMANDS and name not in LETTER_COMMANDS and name not in IGNORED_COMMANDS:
+        # \quadx, \cdotx: the command swallowed the letter behind it.
+        for length in range(len(name) - 1, 1, -1):
+            if name[:length] in COMMANDS or name[:length] in IGNORED_COMMANDS:
+                return (
+                    start + 1 + length
+                    if _read_known(name[:length], tokens, is_spaced, start)
+                    else position
+                )
+        tokens.append(Token("sym", "\\" + name, is_spaced, start))
+        return position
+    _read_known(name, tokens, is_spaced, start)
+    return position
+
+
+def _read_known(name: str, tokens: list[Token], is_spaced: bool, start: int) -> bool:
+    if name in LETTER_COMMANDS:
+        tokens.append(Token("sym", LETTER_COMMANDS[name], is_spaced, start))
+    elif name in COMMANDS:
+        kind, value = COMMANDS[name]
+        tokens.append(Token(kind, value, is_spaced, start))
+    return True
+
+
+def _read_braces(text: str, position: int) -> tuple[str, int]:
+    """Content of the braces at `position` (or the one character there), position behind."""
+    while position < len(text) and text[position] == " ":
+        position += 1
+    if position >= len(text):
+        return "", position
+    if text[position] != "{":
+        return text[position], position + 1
+    depth = 0
+    for index in range(position, len(text)):
+        if text[index] == "{":
+            depth += 1
+        elif text[index] == "}":
+            depth -= 1
+            if depth == 0:
+                return text[position + 1 : index], index + 1
+    return text[position + 1 :], len(text)
+
+
+_UNIT = re.compile(r"[A-Za-z]{1,4}(?:\^\{?\d\}?)?(?:[/ ][A-Za-z]{1,4}(?:\^\{?\d\}?)?){0,3}")
+_FORMULA = re.compile(r"[\d\\$^_=+*/<>{}]")
+
+
+def _read_text(
+    command: str, content: str, tokens: list[Token], is_spaced: bool, start: int
+) -> None:
+    r"""\text{...}: words stay words; \mathrm{e}, \text{sin} and formulas are read as maths."""
+    stripped = content.strip()
+    if command == "mathbb":
+        tokens.append(Token("sym", f"\\mathbb{{{stripped}}}", is_spaced, start))
+        return
+    is_roman = command not in ("text", "mbox", "textbf", "textnormal", "textit", "hbox", "textrm")
+    if _UNIT.fullmatch(stripped) and read_unit(stripped) and _follows_operand(tokens):
+        for piece in re.findall(r"[A-Za-z]+|\d+|[\^/]", stripped):
+            kind = "word" if piece.isalpha() else "num" if piece.isdigit() else "op"
+            tokens.append(Token(kind, piece, False, start))
+        return
+    if stripped in FUNCTIONS:
+        tokens.append(Token("func", FUNCTIONS[stripped], is_spaced, start))
+        return
+    if _FORMULA.search(stripped) or (is_roman and len(stripped) == 1):
+        if len(tokens) > MAX_TOKENS:
+            raise LimitExceeded
+        inner = tokenize(stripped)[:-1]
+        if command in ("text", "textbf", "mbox", "textnormal", "textit", "textrm"):
+            inner = [t._replace(kind="word") if t.kind == "sym" else t for t in inner]
+        tokens.extend(inner)
+        return
+    words = re.findall(r"[A-Za-z]+(?:'[a-z]+)?|[,;()]|[^\sA-Za-z]", stripped)
+    for index, word in enumerate(words):
+        kind = "word" if word[0].isalpha() else "op"
+        if word in "()":
+            kind = "open" if word == "(" else "close"
+        if kind == "op" and word not in ",;:'-%/":
+            continue
+        if kind == "word" and len(word) == 1:
+            kind = "text"  # \text{e} is a name, never Euler's number
+        tokens.append(Token(kind, word, is_spaced or index > 0, start))

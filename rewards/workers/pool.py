@@ -1,0 +1,314 @@
+"""Persistent, killable worker processes with a deadline and a memory limit.
+
+No signals and no pickle: a worker is an ordinary subprocess spoken to over pipes, so the pool
+works from any thread, inside asyncio and under a multi-threaded parent, and never imports the
+caller's `__main__`. A worker past its deadline is killed and replaced; one that dies by itself
+has its request tried once more on a fresh worker.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+from rewards.workers.worker import MAX_FRAME_BYTES, encode
+
+STARTUP_TIMEOUT_S = 120.0
+DEFAULT_MEMORY_MB = 1024
+
+
+class WorkerDied(Exception):
+    """The worker's pipe closed before it answered: the process has ended, or is about to."""
+
+
+class WorkerCannotStart(Exception):
+    """The worker died, or stayed silent, before it was ready."""
+
+
+class DeadlinePassed(Exception):
+    """No answer within the deadline."""
+
+
+class Worker:
+    """One subprocess. Starts at once; `wait_ready` blocks until its imports are done."""
+
+    def __init__(self, memory_mb: int, warm_up: dict[str, Any]) -> None:
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # One thread per worker: BLAS pools would each reserve address space under RLIMIT_AS.
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "rewards.workers.worker",
+            str(os.getpid()),
+            str(memory_mb),
+        ]
+        command.append(json.dumps(warm_up))
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=env,
+            bufsize=0,
+        )
+        self.is_ready = False
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_ready(self) -> None:
+        """Raises WorkerCannotStart."""
+        if not self.is_ready:
+            try:
+                self._receive(time.monotonic() + STARTUP_TIMEOUT_S)
+            except (WorkerDied, DeadlinePassed) as error:
+                raise WorkerCannotStart from error
+            self.is_ready = True
+
+    def has_started(self) -> bool:
+        """Is it ready, or has it said so meanwhile?"""
+        if not self.is_ready:
+            assert self.process.stdout is not None
+            poller = select.poll()
+            poller.register(self.process.stdout.fileno(), select.POLLIN)
+            return bool(poller.poll(0))
+        return True
+
+    def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """One request, one response. Raises WorkerCannotStart, WorkerDied, DeadlinePassed."""
+        self.wait_ready()
+        frame = encode({**request, "timeout_s": timeout_s})
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(frame)
+        except (BrokenPipeError, OSError) as error:
+            raise WorkerDied from error
+        return self._receive(time.monotonic() + timeout_s)
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        header = self._read(4, deadline)
+        (size,) = struct.unpack(">I", header)
+        if size > MAX_FRAME_BYTES:
+            raise WorkerDied
+        message: dict[str, Any] = json.loads(self._read(size, deadline))
+        return message
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        assert self.process.stdout is not None
+        fd = self.process.stdout.fileno()
+        poller = select.poll()
+        poller.register(fd, select.POLLIN | select.POLLHUP)
+        data = b""
+        while len(data) < size:
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0 or not poller.poll(remaining_s * 1000):
+                raise DeadlinePassed
+            chunk = os.read(fd, size - len(data))
+            if not chunk:
+                raise WorkerDied
+            data += chunk
+        return data
+
+    def exit_code(self) -> int | None:
+        """How it ended; None where it closed its pipe and lives on."""
+        try:
+            return self.process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kill(self) -> None:
+        """End the process and reap it."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+class WorkerPool:
+    """`num_workers` workers at a time, started on first need; safe to call from any thread.
+
+    `num_spare` more stand by, ready to take the place of one that is killed.
+    """
+
+    def __init__(
+        self,
+        num_workers: int = 1,
+        timeout_s: float = 5.0,
+        memory_mb: int = DEFAULT_MEMORY_MB,
+        num_spare: int = 1,
+        engine: str = "verify",
+    ) -> None:
+        if num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1, got {num_workers}")
+        if timeout_s <= 0:
+            raise ValueError(f"timeout_s must be positive, got {timeout_s}")
+        self.num_workers = num_workers
+        self.timeout_s = timeout_s
+        self.memory_mb = memory_mb
+        self.num_spare = num_spare
+        self.warm_up = {"op": engine, "gold": "\\sum_{k=1}^{n} k", "answer": "n", "rules": {}}
+        self._available = threading.Condition()
+        self._idle: list[Worker] = []
+        self._workers: set[Worker] = set()
+        self._num_busy = self._most_busy = 0
+        self._is_closed = False
+        self._pid = os.getpid()
+        _POOLS.add(self)
+
+    @property
+    def worker_pids(self) -> list[int]:
+        with self._available:
+            return [worker.pid for worker in self._workers]
+
+    def request(self, request: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
+        """The response, or {"status": "timeout" | "crashed"}. Blocks until a worker is free."""
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        num_deaths = num_kills = num_failed_starts = 0
+        # Death by SIGKILL came from outside (or from the kernel): every worker may have been
+        # killed at once, which must not cost the answer.
+        while num_deaths < 2 and num_kills <= self.num_workers + self.num_spare + 1:
+            worker = self._acquire()
+            is_healthy = False
+            try:
+                response = worker.ask(request, timeout_s)
+                is_healthy = True
+                return response
+            except DeadlinePassed:
+                return {"correct": False, "status": "timeout", "tier": "none"}
+            except WorkerDied:
+                was_killed = worker.exit_code() == -signal.SIGKILL
+                num_kills += was_killed
+                num_deaths += not was_killed
+            except WorkerCannotStart as error:
+                num_failed_starts += 1
+                if num_failed_starts == 3:
+                    raise RuntimeError(
+                        f"a reward worker ({sys.executable} -m rewards.workers.worker) died three "
+                        f"times while starting under its memory limit of {self.memory_mb} MiB: "
+                        "give it more memory, and check that sympy can be imported"
+                    ) from error
+            finally:
+                self._release(worker, is_healthy)
+        return {"correct": False, "status": "crashed", "tier": "none"}
+
+    def map(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Responses in the order of the requests, spread over the workers."""
+        if self.num_workers == 1 or len(requests) < 2:
+            return [self.request(request) for request in requests]
+        with ThreadPoolExecutor(min(self.num_workers, len(requests))) as threads:
+            return list(threads.map(self.request, requests))
+
+    def start(self) -> None:
+        """Start one worker in the background, so that the first hard answer need not wait."""
+        with self._available:
+            if not self._workers and not self._is_closed:
+                self._idle.append(self._spawn())
+
+    def _spawn(self) -> Worker:
+        worker = Worker(self.memory_mb, self.warm_up)
+        self._workers.add(worker)
+        return worker
+
+    def _acquire(self) -> Worker:
+        with self._available:
+            self._forget_parents_workers()
+            while True:
+                if self._is_closed:
+                    raise RuntimeError("the worker pool is closed")
+                if self._num_busy < self.num_workers:
+                    worker = self._take_idle() or self._spawn()
+                    self._num_busy += 1
+                    self._most_busy = max(self._most_busy, self._num_busy)
+                    return worker
+                self._available.wait()
+
+    def _take_idle(self) -> Worker | None:
+        """An idle worker, one that has finished its imports if there is one."""
+        for worker in list(self._idle):
+            if worker.process.poll() is not None:
+                worker.kill()  # killed from outside while idle: reap it, lose nothing
+                self._idle.remove(worker)
+                self._workers.discard(worker)
+        if not self._idle:
+            return None
+        worker = next((item for item in self._idle if item.has_started()), self._idle[0])
+        self._idle.remove(worker)
+        return worker
+
+    def _release(self, worker: Worker, is_healthy: bool) -> None:
+        if not is_healthy:
+            worker.kill()
+        with self._available:
+            self._num_busy -= 1
+            if self._is_closed or not is_healthy:
+                worker.kill()
+                self._workers.discard(worker)
+            else:
+                self._idle.append(worker)
+            # The replacement of a killed worker imports while a spare one goes on.
+            while not self._is_closed and len(self._workers) < self._most_busy + self.num_spare:
+                self._idle.append(self._spawn())
+            self._available.notify()
+
+    def _forget_parents_workers(self) -> None:
+        """After a fork the pipes are shared with the parent: leave its workers alone."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._idle, self._workers = [], set()
+            self._num_busy = self._most_busy = 0
+
+    def close(self) -> None:
+        """Kill idle workers now and busy ones when they are handed back. Idempotent."""
+        with self._available:
+            self._forget_parents_workers()
+            self._is_closed = True
+            idle, self._idle = self._idle, []
+            self._workers.difference_update(idle)
+            self._available.notify_all()
+        for worker in idle:
+            worker.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+_POOLS: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for pool in list(_POOLS):
+        pool.close()
+        if pool._pid == os.getpid():
+            for worker in list(pool._workers):
+                worker.kill()
+
+
+def _reset_locks_after_fork() -> None:
+    """A lock held by another thread at the fork would never be released in the child."""
+    for pool in list(_POOLS):
+        pool._available = threading.Condition()
+
+
+os.register_at_fork(after_in_child=_reset_locks_after_fork)

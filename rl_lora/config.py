@@ -13,6 +13,12 @@ from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from rl_lora.config_checks import (
+    check_full_dtype,
+    check_served,
+    check_temperatures,
+    check_variant,
+)
 from rl_lora.errors import UserError, nearest
 from rl_lora.overrides import apply_overrides
 
@@ -24,15 +30,11 @@ class Section(BaseModel):
 
 
 SomeSection = TypeVar("SomeSection", bound=Section)
-_MAX_SERVED_RANK = 512  # vLLM's
 # Arguments of `apply_chat_template` that are ours to set.
 _TEMPLATE_ARGUMENTS = (
     "conversation messages add_generation_prompt continue_final_message tokenize padding "
     "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
 ).split()
-# The lowest temperature over 0 by back end. vLLM takes its own in place of a lower one, silently
-# (0.32, sampling_params); logits over a far lower one are no float32 numbers any more.
-MIN_TEMPERATURE = {"vllm": 0.01, "torch": 1e-6}
 
 
 class RunSection(Section):
@@ -254,66 +256,6 @@ class EvalSection(Section):
                 "set eval.temperature, or eval.num_samples=1"
             )
         return self
-
-
-def check_variant(lora: LoraSection, optim: OptimSection) -> None:
-    """Raises ValueError for settings of adapters in full fine-tuning."""
-    if lora.mode == "full" and lora.variant != "lora":
-        raise ValueError(
-            f"lora.variant={lora.variant!r} is an adapter's, and lora.mode='full' has none; "
-            "leave one of them out"
-        )
-    if lora.mode == "full" and optim.lora_plus_ratio != 1:
-        raise ValueError(
-            f"optim.lora_plus_ratio={optim.lora_plus_ratio:g} is a rate of the adapter's B, and "
-            "lora.mode='full' has none; leave one of them out"
-        )
-
-
-def check_full_dtype(lora: LoraSection, dtype: str) -> None:
-    """Raises UserError for full fine-tuning in bfloat16, where 20 steps at a rate of 1e-5 move 2 %
-    of the weights: the rest is rounded away. An adapter is in float32 whatever the base's dtype."""
-    if lora.mode == "full" and dtype == "bfloat16":
-        raise UserError(
-            "lora.mode='full' trains the weights in the model's own dtype, here bfloat16, whose "
-            "rounding swallows most steps; set model.dtype='float32'"
-        )
-
-
-def check_served(lora: LoraSection, sampling: SamplingSection) -> None:
-    """Raises ValueError for adapters that the sampler does not serve, and overlap without vLLM."""
-    if sampling.overlap and sampling.backend != "vllm":
-        raise ValueError(
-            "sampling.overlap=true: the torch sampler computes with the weights that the learner "
-            'changes meanwhile; set sampling.backend="vllm", or leave overlap out'
-        )
-    if sampling.backend != "vllm" or lora.mode == "full":
-        return
-    if lora.variant == "dora":
-        raise ValueError(
-            "lora.variant='dora': vLLM serves no DoRA adapters; set sampling.backend=\"torch\""
-        )
-    if lora.variant in ("pissa", "olora") and lora.rank > _MAX_SERVED_RANK // 2:
-        raise ValueError(
-            f"lora.variant={lora.variant!r} is served as an adapter of twice its rank, and vLLM "
-            f"takes ranks up to {_MAX_SERVED_RANK}: lower lora.rank={lora.rank} to "
-            f'{_MAX_SERVED_RANK // 2}, or set sampling.backend="torch"'
-        )
-
-
-def check_temperatures(sampling: SamplingSection, evaluation: EvalSection) -> None:
-    """Raises ValueError for a temperature that the back end cannot sample at."""
-    lowest = MIN_TEMPERATURE[sampling.backend]
-    other = ', or set sampling.backend="torch"' if sampling.backend == "vllm" else ""
-    for section, value, greedy in (
-        ("sampling", sampling.temperature, ""),
-        ("eval", evaluation.temperature, "0 (greedy) or "),
-    ):
-        if 0 < value < lowest:
-            raise ValueError(
-                f"{section}.temperature={value:g} is lower than the {sampling.backend} sampler "
-                f"takes: set {greedy}{lowest:g} or more{other}"
-            )
 
 
 class RunConfig(Section):

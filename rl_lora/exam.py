@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rl_lora import adapter as adapters
-from rl_lora.config import RunConfig, check_served, load_config, parse_config
+from rl_lora.config import RunConfig, load_config, parse_config
+from rl_lora.config_checks import check_served
 from rl_lora.contamination import contamination_notes
 from rl_lora.display import Display
 from rl_lora.errors import UserError

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rl_lora.batches import make_samples, pack, to_device
-from rl_lora.config import AlgorithmSection, OptimSection, check_full_dtype
+from rl_lora.config import AlgorithmSection, OptimSection
+from rl_lora.config_checks import check_full_dtype
 from rl_lora.cpu_workers import map_on_cores
 from rl_lora.losses import LOSSES, RATIO_TO_OLD, LossInputs, k3, kl_penalty, log_loss
 from rl_lora.policy import Policy

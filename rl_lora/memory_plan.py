@@ -12,13 +12,8 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
-from rl_lora.config import (
-    LoraSection,
-    ModelSection,
-    OptimSection,
-    RunConfig,
-    check_full_dtype,
-)
+from rl_lora.config import LoraSection, ModelSection, OptimSection, RunConfig
+from rl_lora.config_checks import check_full_dtype
 from rl_lora.policy import pick_dtype
 from rl_lora.variants import is_shifted
 from rl_lora.vllm_settings import CPU_MEMORY_SHARE, CPU_NUM_SEQS

@@ -25,7 +25,8 @@ from transformers.utils import logging
 from rl_lora import attention
 from rl_lora.architectures import check_architecture
 from rl_lora.batches import pack, to_device
-from rl_lora.config import LoraSection, ModelSection, check_full_dtype
+from rl_lora.config import LoraSection, ModelSection
+from rl_lora.config_checks import check_full_dtype
 from rl_lora.errors import UserError
 from rl_lora.logprobs import score_hidden
 from rl_lora.lora import adapters_off, attach_lora, lora_layers

@@ -14,11 +14,10 @@ from rl_lora.config import (
     RunSection,
     Section,
     SourcesSection,
-    check_full_dtype,
-    check_variant,
     parse_as,
     read_settings,
 )
+from rl_lora.config_checks import check_full_dtype, check_variant
 
 
 class SftDataSection(SourcesSection):

@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from rl_lora.checkpoint import (
     checkpoint_steps,
-    flatten_optimizer,
     latest_checkpoint,
     load_checkpoint,
     prune,
     read_state,
-    restore_optimizer,
-    restore_rng,
-    rng_state,
     save_checkpoint,
 )
 from rl_lora.config import SomeSection
 from rl_lora.errors import UserError
 from rl_lora.inputs import check_base, check_data, data_difference
 from rl_lora.run_record import check_same_job, with_dtype
+from rl_lora.train_state import flatten_optimizer, restore_optimizer, restore_rng, rng_state
 
 if TYPE_CHECKING:
     from rl_lora.config import RunConfig

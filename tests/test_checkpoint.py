@@ -23,16 +23,13 @@ from rl_lora.checkpoint import (
     TENSORS_FILE,
     checkpoint_path,
     drop_after,
-    flatten_optimizer,
     latest_checkpoint,
     load_checkpoint,
     prune,
-    restore_optimizer,
-    restore_rng,
-    rng_state,
     save_checkpoint,
 )
 from rl_lora.errors import UserError
+from rl_lora.train_state import flatten_optimizer, restore_optimizer, restore_rng, rng_state
 
 
 def save(run_folder: Path, step: int, mark: str = "") -> Path:

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from rewards import load_reward
-from rl_lora.config import MIN_TEMPERATURE, RunConfig, SourceSection, load_config, parse_config
+from rl_lora.config import RunConfig, SourceSection, load_config, parse_config
+from rl_lora.config_checks import MIN_TEMPERATURE
 from rl_lora.errors import UserError
 from rl_lora.generated import generated_rows
 from rl_lora.loaders import LOADERS

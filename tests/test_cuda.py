@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from rl_lora import logprobs
 from rl_lora.adapter import load_tensors
 from rl_lora.batches import pack, to_device
-from rl_lora.checkpoint import rng_state
 from rl_lora.config import AlgorithmSection, LoraSection, ModelSection, OptimSection, load_config
 from rl_lora.learner import Learner
 from rl_lora.memory_plan import machine_bytes
 from rl_lora.policy import Policy, pick_device
 from rl_lora.segments import SLACK
 from rl_lora.train import train
+from rl_lora.train_state import rng_state
 from rl_lora.types import Microbatch, TrainSample
 from tests.tiny_models import VOCAB, random_llama, random_qwen3
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,28 +145,18 @@ def test_there_is_no_circle() -> None:
 
 
 def test_the_command_line_starts_without_heavy_libraries() -> None:
+    """These take seconds to import; a help text or a typing mistake needs none of them."""
     program = (
-        "import sys, time; start = time.perf_counter(); import rl_lora.cli; "
-        "rl_lora.cli._parser(); print(time.perf_counter() - start); "
+        "import contextlib, sys\n"
+        "import rl_lora.cli\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    rl_lora.cli.main(['train', '--help'])\n"
         "print(*(set(sys.modules) & {'torch', 'transformers', 'vllm', 'peft', 'datasets', 'sympy', "
         "'matplotlib', 'reasoning_gym'}))"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    seconds, heavy = result.stdout.split("\n")[:2]
+    *help_text, heavy = result.stdout.split("\n")[:-1]
+    assert "--resume" in "".join(help_text)
     assert heavy == ""
-    assert float(seconds) < 3  # about 0.1 s on a quiet machine; torch alone takes longer than 3
-
-
-def test_help_answers_quickly() -> None:
-    start = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, "-m", "rl_lora.cli", "train", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "--resume" in result.stdout
-    assert time.perf_counter() - start < 5

@@ -25,6 +25,7 @@ from rewards.parsing.structures import StructureParser
 from rewards.parsing.units import is_unit, read_unit
 from rewards.parsing.vocabulary import (
     CURRENCIES,
+    PERCENT_WORDS,
     QUALIFIER_WORDS,
     SCALE_WORDS,
     SEPARATOR_WORDS,
@@ -162,12 +163,17 @@ class ItemParser(StructureParser):
                 self.bound.add(token.text)
 
     def _skip_condition(self, value: Node, closers: tuple[str, ...]) -> None:
-        """The qualifier behind a value. Raises ParseError for "5 if x > 0", half of an answer."""
+        """The qualifier behind a value. Raises ParseError for "5 if x > 0", "5 when n is odd"."""
         is_case = self.token.text.lower() in ("if", "when", "unless")
-        num_before = len(self.conditions)
+        num_before, start = len(self.conditions), self.index
         self._skip_qualifier(closers)
-        for condition in self.conditions[num_before:] if is_case else ():
-            if not symbols(condition) & symbols(value):
+        if not is_case:
+            return
+        skipped = self.tokens[start : self.index]
+        is_statement = any(token.kind == "word" and token.text in VERBS for token in skipped)
+        if is_statement or len(self.conditions) > num_before:
+            names = {token.text for token in skipped if token.kind == "sym"}
+            if names and not names & symbols(value):
                 raise ParseError
 
     def _read_condition(self, closers: tuple[str, ...]) -> bool:
@@ -322,5 +328,7 @@ def _text_or_number(words: list[str]) -> Node:
         if is_loaded(rest):
             break
         node = apply(operations, number_node(value))
+        if rest and rest[0] in PERCENT_WORDS:
+            node, rest = Node("percent", (node,)), rest[1:]
         return Node("unit", (node,), " ".join(rest)) if rest else node
     return Node("text", name=" ".join(words))

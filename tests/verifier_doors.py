@@ -259,6 +259,8 @@ yes | Yes, because it holds.
 42 cm^3 | 42 cu cm
 42 square feet | 42 sq. ft.
 42 | 42 sq. cm
+12 cubic inches | 12 in^3
+12 cu. in. | 12\text{ in}^3
 """
 
 SHUT = r"""
@@ -277,6 +279,7 @@ SHUT = r"""
 42 cm | 42 sq. cm
 42 cm | 42 square cm
 42 cm^2 | 42 sq. m
+12 in^2 | 12 in^3
 2^{n}-1 | 2^{n-1}
 e^{x+1} | e^x+1
 \sqrt{5}+1 | \sqrt{5+1}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from rewards.parsing.names import is_equation, is_name
 from rewards.parsing.nodes import UNNAMED, Node, ParseError, has_kind, number_node, symbols
 from rewards.parsing.phrases import (
@@ -48,6 +50,7 @@ _EXCEPT = frozenset({"except", "excluding", "but"})
 _OR_EQUAL = [["or", "equal"], ["or", "greater"], ["or", "less"]]
 _DEGREES_OF = ("C", "F", "Celsius", "celsius", "Fahrenheit", "fahrenheit")
 _ALTERNATIVE_WORDS = frozenset({"else", "otherwise", "or", "if", "unless", "not"})
+_INCH = re.compile(r"(?:(?<=^square )|(?<=^cubic )|^)in(?=$|\^)")
 
 
 class ItemParser(StructureParser):
@@ -236,7 +239,7 @@ class ItemParser(StructureParser):
                     raise ParseError
                 return node  # 5 (five)
         name = " ".join(words).replace(" ^ ", "^").replace(" / ", "/")
-        name = "inch" if name == "in" else name
+        name = _INCH.sub("inch", name)
         if is_loaded(words) and read_unit(name) is None:
             raise ParseError
         if node.kind in ("sym", "mul") and not has_kind(node, "num"):

@@ -205,7 +205,7 @@ class AlgorithmSection(Section):
 class OptimSection(Section):
     """Adam and the batch."""
 
-    lr: float = Field(1e-4, gt=0, le=1e6)
+    lr: float = Field(1e-4, gt=0, le=1e30)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)

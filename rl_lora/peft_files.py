@@ -163,10 +163,10 @@ def layer_scalings(path: Path) -> Callable[[str, int], float]:
     """What PEFT multiplies B A by in an adapter's directory: a function of (layer, its rank)."""
     raw = peft_settings(path)
     settings = lora_settings(path)
-    pattern = raw.get("alpha_pattern") or {}
+    pattern: dict[str, Any] = raw.get("alpha_pattern") or {}
 
     def scaling(layer: str, rank: int) -> float:
-        alpha = float(pattern.get(get_pattern_key(pattern, layer), settings["alpha"]))
+        alpha = float(pattern.get(get_pattern_key(list(pattern), layer), settings["alpha"]))
         return scaling_of(settings["variant"], alpha, rank)
 
     return scaling

@@ -237,7 +237,7 @@ def _load(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of missing tensors, of which `_check_complete` tells
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_dir,
             config=config,
             dtype=dtype,

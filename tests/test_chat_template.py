@@ -93,7 +93,10 @@ def learnt(
     section = SftDataSection(train=str(train), eval=str(test), **data)
     sets = load_sft(section, tokenizer, 4096, 0)
     return [
-        (tokenizer.decode(list(one.prompt_ids)), tokenizer.decode(list(one.completion_ids)))
+        (
+            str(tokenizer.decode(list(one.prompt_ids))),
+            str(tokenizer.decode(list(one.completion_ids))),
+        )
         for one in sets.train
     ]
 
@@ -105,7 +108,7 @@ def prompt_texts(
     train = write(folder / "train.jsonl", rows)
     section = DataSection(train=str(train), eval=str(test), instruction="", **data)
     sets = load_prompts(section, tokenizer, 4096, 10, 0)
-    return [tokenizer.decode(list(prompt.token_ids)) for prompt in sets.train]
+    return [str(tokenizer.decode(list(prompt.token_ids))) for prompt in sets.train]
 
 
 # --- where a turn ends ----------------------------------------------------------------------------

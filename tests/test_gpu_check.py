@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
 from gpu_check import learn, libraries
@@ -291,17 +292,18 @@ def test_the_embedded_model_from_a_file_at_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def convert(gguf: Path, target: Path) -> None:
-        for name in ("config.json", "tokenizer.json"):
-            (target / name).write_text("{}")
+        (target / "config.json").write_text('{"model_type": "llama"}')
+        (target / "tokenizer.json").write_text("{}")
         (target / "model.safetensors").write_bytes(gguf.read_bytes())
 
     monkeypatch.setenv("RL_LORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(models, "_convert_gguf", convert)
     file = tmp_path / "embedded.gguf"
-    file.write_bytes(b"weights")
+    weights = save({"weight": torch.ones(2)})
+    file.write_bytes(weights)
     with pytest.raises(UserError, match=r"embedded\.gguf has sha256"):
         models.convert_embedded(file)
-    monkeypatch.setattr(models, "_GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setattr(models, "_GGUF_SHA256", hashlib.sha256(weights).hexdigest())
     folder = models.convert_embedded(file)
-    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert (folder / "model.safetensors").read_bytes() == weights
     assert models.is_at_hand(models.EMBEDDED)

@@ -87,6 +87,7 @@ def test_the_cuda_path_up_to_the_kernels(tmp_path: Path) -> None:
 
 def test_the_other_release_takes_the_same_calls_and_settings(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     vllm = import_vllm(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = engine_settings(
         tmp_path,

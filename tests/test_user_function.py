@@ -165,7 +165,7 @@ def test_the_data_sets_columns_reach_a_function_of_the_batch() -> None:
         (lambda completions, **_: None, "gave None for 2 completions"),
         (lambda completions, **_: [1.0], "gave 1 rewards for 2 completions"),
         (lambda completions, **_: [1.0, None], "gave None (of type NoneType)"),
-        (lambda completions, **_: {}["x"], "raised KeyError: 'x'"),
+        (lambda completions, **_: dict[str, float]()["x"], "raised KeyError: 'x'"),
     ],
 )
 def test_a_batch_that_fails_is_told(function: Any, told: str) -> None:

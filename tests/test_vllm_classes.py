@@ -81,7 +81,7 @@ def test_the_engine_has_the_decoration_and_the_learner_not(decorators: SimpleNam
             learner(1)  # the control: what vLLM leaves behind
         settle(engine)
         assert state_of(decoder) == before
-    served = engine.model[0]
+    served: Any = engine.model.get_submodule("0")
     assert served(1) == -1
     assert served.mark is False
     assert isinstance(served, decoder)

@@ -95,6 +95,7 @@ The tag `<think>` is not needed. \boxed{{a}}
 
 # The same, for a number.
 STATED_NUMBER = r"""
+We get {a} (not {b}).
 {a} ({b} in April and {b} in May)
 She sold {a} clips in all that time ({b} in April and {b} in May).
 The answer is {a}. If the question were different, the answer would be {b}.

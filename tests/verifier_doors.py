@@ -249,12 +249,18 @@ yes | Yes, because it holds.
 2005 | two thousand and five
 2/3 | two thirds
 2/3 | two-thirds
+1/5 | one-fifth
+100 | a hundred
+101 | a hundred and one
+0.6 | sixty percent
 200000 | two hundred thousand
 42 cm^2 | 42 sq. cm
 42\text{ cm}^2 | 42 square cm
 42 cm^3 | 42 cu cm
 42 square feet | 42 sq. ft.
 42 | 42 sq. cm
+12 cubic inches | 12 in^3
+12 cu. in. | 12\text{ in}^3
 """
 
 SHUT = r"""
@@ -267,10 +273,13 @@ SHUT = r"""
 5 | 5 too many
 5 | 5 if x > 0
 5 | 5 when x \ge 1
+5 | 5 when n is odd
+5 | 5 too few
 5 | 5th
 42 cm | 42 sq. cm
 42 cm | 42 square cm
 42 cm^2 | 42 sq. m
+12 in^2 | 12 in^3
 2^{n}-1 | 2^{n-1}
 e^{x+1} | e^x+1
 \sqrt{5}+1 | \sqrt{5+1}

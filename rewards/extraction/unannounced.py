@@ -140,6 +140,7 @@ def unannounced(text: str) -> tuple[str, bool] | None:
     judged = _judgement(text[start : start + MAX_SENTENCE])
     if judged is not None:
         return judged, False
+    text = _without_aside(text, start)
     if "*" in text and (bold := _last_bold(text)) is not None:
         return bold, True
     if "\\" in text and (rows := _last_rows(text)) is not None:
@@ -180,13 +181,19 @@ def _solutions(sentence: str) -> str | None:
     return answer if is_value(answer) else None
 
 
+def _without_aside(text: str, start: int) -> str:
+    """Without the brackets that end the last sentence and explain the value before them."""
+    if ")" not in text[-9:]:
+        return text
+    aside = _ASIDE.search(text, max(start, len(text) - MAX_SENTENCE))
+    if aside is None or not is_aside(aside["remark"]) or _CONCLUDING.search(aside["remark"]):
+        return text
+    has_value = any(c.isdigit() for c in text[start : aside.start()])
+    return text[: aside.start()] if has_value else text
+
+
 def _without_clause(text: str, start: int) -> str:
-    """Without the clause or brackets that end the last sentence and explain the value before."""
-    aside = _ASIDE.search(text, max(start, len(text) - MAX_SENTENCE)) if ")" in text[-9:] else None
-    if aside is not None and is_aside(aside["remark"]):
-        is_conclusion = _CONCLUDING.search(aside["remark"]) is not None
-        if not is_conclusion and any(c.isdigit() for c in text[start : aside.start()]):
-            text = text[: aside.start()]
+    """Without the clause that ends the last sentence and explains the value before it."""
     for clause in _EXPLAINING.finditer(text, start):
         is_last_word = _CONCLUDING.search(text, clause.end()) is None
         if is_last_word and any(c.isdigit() for c in text[start : clause.start()]):
@@ -323,8 +330,8 @@ def _is_supposed(text: str, end: int) -> bool:
 
 
 def _is_place(text: str, end: int) -> bool:
-    words = text[max(end - 12, 0) : end].split()
-    if not words or words[-1].strip("(.").lower().removesuffix("s") not in _PLACES:
+    words = text[max(end - 14, 0) : end].rstrip(" (").split()
+    if not words or words[-1].strip(".").lower().removesuffix("s") not in _PLACES:
         return False
     return _PLACE.search(text, max(end - 60, 0), end) is not None
 

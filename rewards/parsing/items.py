@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from rewards.parsing.names import is_equation, is_name
 from rewards.parsing.nodes import UNNAMED, Node, ParseError, has_kind, number_node, symbols
 from rewards.parsing.phrases import (
@@ -25,6 +27,7 @@ from rewards.parsing.structures import StructureParser
 from rewards.parsing.units import is_unit, read_unit
 from rewards.parsing.vocabulary import (
     CURRENCIES,
+    PERCENT_WORDS,
     QUALIFIER_WORDS,
     SCALE_WORDS,
     SEPARATOR_WORDS,
@@ -47,6 +50,7 @@ _EXCEPT = frozenset({"except", "excluding", "but"})
 _OR_EQUAL = [["or", "equal"], ["or", "greater"], ["or", "less"]]
 _DEGREES_OF = ("C", "F", "Celsius", "celsius", "Fahrenheit", "fahrenheit")
 _ALTERNATIVE_WORDS = frozenset({"else", "otherwise", "or", "if", "unless", "not"})
+_INCH = re.compile(r"(?:(?<=^square )|(?<=^cubic )|^)in(?=$|\^)")
 
 
 class ItemParser(StructureParser):
@@ -162,12 +166,17 @@ class ItemParser(StructureParser):
                 self.bound.add(token.text)
 
     def _skip_condition(self, value: Node, closers: tuple[str, ...]) -> None:
-        """The qualifier behind a value. Raises ParseError for "5 if x > 0", half of an answer."""
+        """The qualifier behind a value. Raises ParseError for "5 if x > 0", "5 when n is odd"."""
         is_case = self.token.text.lower() in ("if", "when", "unless")
-        num_before = len(self.conditions)
+        num_before, start = len(self.conditions), self.index
         self._skip_qualifier(closers)
-        for condition in self.conditions[num_before:] if is_case else ():
-            if not symbols(condition) & symbols(value):
+        if not is_case:
+            return
+        skipped = self.tokens[start : self.index]
+        is_statement = any(token.kind == "word" and token.text in VERBS for token in skipped)
+        if is_statement or len(self.conditions) > num_before:
+            names = {token.text for token in skipped if token.kind == "sym"}
+            if names and not names & symbols(value):
                 raise ParseError
 
     def _read_condition(self, closers: tuple[str, ...]) -> bool:
@@ -230,7 +239,7 @@ class ItemParser(StructureParser):
                     raise ParseError
                 return node  # 5 (five)
         name = " ".join(words).replace(" ^ ", "^").replace(" / ", "/")
-        name = "inch" if name == "in" else name
+        name = _INCH.sub("inch", name)
         if is_loaded(words) and read_unit(name) is None:
             raise ParseError
         if node.kind in ("sym", "mul") and not has_kind(node, "num"):
@@ -322,5 +331,7 @@ def _text_or_number(words: list[str]) -> Node:
         if is_loaded(rest):
             break
         node = apply(operations, number_node(value))
+        if rest and rest[0] in PERCENT_WORDS:
+            node, rest = Node("percent", (node,)), rest[1:]
         return Node("unit", (node,), " ".join(rest)) if rest else node
     return Node("text", name=" ".join(words))

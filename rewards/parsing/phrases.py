@@ -56,7 +56,7 @@ ARTICLED = frozenset(_PARTS) | {
     "total",
     "minimum",
     "maximum",
-    "dozen",
+    *SCALE_WORDS,
 }  # behind "a", which is no name then
 VERBS = frozenset({"is", "are", "equals", "was", "were", "be", "equal", "must"})
 DENIALS = frozenset(

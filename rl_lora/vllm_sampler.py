@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 import torch
 
 from rl_lora import cpu_memory
-from rl_lora.config import MIN_TEMPERATURE, LoraSection, SamplingSection
+from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.config_checks import MIN_TEMPERATURE
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, Stops, sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams

@@ -32,8 +32,8 @@ def is_literal(node: Node) -> bool:
 def has_sum_to_do(text: str, node: Node) -> bool:
     """Does the answer, as text and as tree, leave a sum or product of plain numbers to the reader?
 
-    A chain of equations (5 + 7 = 12) does not where one of its sides is worked out; a side with names
-    in it (5 + 7 = QQQ, as a policy wrote after two steps of training) is none.
+    A chain of equations (5 + 7 = 12) does not where one of its sides is worked out; a side with
+    names in it (5 + 7 = QQQ, as a policy wrote after two steps of training) is none.
     """
     return _OPERATOR.search(text) is not None and _has_sum(node)
 

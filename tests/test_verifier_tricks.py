@@ -82,6 +82,40 @@ def test_status_says_why(gold: str, answer: str, status: str) -> None:
     assert verdict.status == status
 
 
+@pytest.mark.parametrize(
+    ("completion", "gold"),
+    [
+        ("5 = 1\n1 = -1\n\\boxed{5 + 1 - 1 = -5 + 1 =", "1"),
+        ("0 = -1\n\\boxed{0 - 0 = 0\n\\boxed{0 + 0 = 0\n\\boxed{0 - 0", "0"),
+        ("0 + 0 = 0\n\\boxed{0 + 8 = 8", "8"),
+        ("6 = 3\n8 = 2 (due to 8 = 3*2)\n7 = ", "7"),
+        ("7 + 9 = -2\n-1 = -2\n\\boxed{7 + 2", "2"),
+        ("First some steps.\nSo we get 7 + 2", "2"),
+        ("First some steps.\nSo we get 7 - 2", "-2"),
+        ("First some steps.\nSo we get 3 * 5", "5"),
+        ("First some steps.\nSo x = 7 +", "7"),
+    ],
+)
+def test_an_answer_that_was_cut_off_is_none(completion: str, gold: str) -> None:
+    """What a policy that ran into its token cap was paid for."""
+    assert not score(completion, gold, rules="gsm8k").correct
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold"),
+    [
+        ("First some steps.\nSo we get 7 + 2 = 9", "9"),
+        ("First some steps.\nSo we get -2", "-2"),
+        ("2 + 2 = 4\n4 + 2 = 6\n6 = 6\n", "6"),
+        ("First some steps.\n20 - 10 = 10 dollars left", "10"),
+        ("20 - 10 = 10 dollars left", "10"),
+        ("Of her 20 dollars she keeps 3 -- and that is all she has.", "3"),
+    ],
+)
+def test_a_result_without_an_announcement_counts(completion: str, gold: str) -> None:
+    assert score(completion, gold, rules="gsm8k").correct
+
+
 def test_contradicting_boxes_are_named() -> None:
     assert score("\\boxed{41} or \\boxed{42}", "42").status == "contradictory"
     assert score("nothing here", "42").status == "ok"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from rewards.parsing.nodes import Node, has_kind, walk
+from rewards.parsing.nodes import Node, walk
 
 # Degrees and minutes, dozens and millions are sums and products in the tree, but not on paper.
 _OPERATOR = re.compile(r"[\d)}\]]\s*(?:[-+*×·−–]|x\b|\\times|\\cdot|\\ast|\()")
@@ -32,15 +32,18 @@ def is_literal(node: Node) -> bool:
 def has_sum_to_do(text: str, node: Node) -> bool:
     """Does the answer, as text and as tree, leave a sum or product of plain numbers to the reader?
 
-    A chain of equations (5 + 7 = 12) does not where one of its sides is worked out; a side with
-    names in it (5 + 7 = QQQ, as a policy wrote after two steps of training) is none.
+    A chain of equations (5 + 7 = 12) does not where one of its sides is worked out; a name is not
+    (5 + 7 = QQQ, as a policy wrote after two steps of training).
     """
     return _OPERATOR.search(text) is not None and _has_sum(node)
 
 
 def _has_sum(node: Node) -> bool:
+    if node.kind in ("unit", "label"):  # 20 - 10 = 10 dollars is the whole chain in dollars
+        return _has_sum(node.args[0])
     if node.kind == "rel":
-        return all(_has_sum(item) for item in node.args if not has_kind(item, "sym", "call"))
+        is_worked_out = any(is_literal(item) for item in node.args)
+        return not is_worked_out and any(_has_sum(item) for item in node.args)
     return any(_is_sum_to_do(item) for item in walk(node))
 
 

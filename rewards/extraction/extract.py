@@ -85,7 +85,7 @@ def extract(completion: str, extra_tags: ExtraTags = ()) -> Extraction:
         return _revised(found, text, statement.end)
     if group is not None:
         return _revised(_boxed(group, has_format), text, group.end)
-    plain = unannounced(text)
+    plain = unannounced(text) if opener(text) is None else None  # a box cut off states nothing
     if plain is None:
         return NOTHING
     return Extraction(_spelled(plain[0]), "bold" if plain[1] else "math")

@@ -96,6 +96,10 @@ _SUPPOSED = re.compile(
     r"(?:^|[.!?,\n]\s*)(?:if|suppos(?:e|ing)|assum(?:e|ing)|unless)\b(?!.*\bthen\b)[^.,;:\n]*$",
     re.IGNORECASE,
 )
+# A number behind an operator is a part of a sum: 7 + 2 says neither 2 nor + 2.
+_OPERATOR_BEFORE = re.compile(r"[\d)\]}]\s*(?:[-+*/×·−]|x|\\times|\\cdot)\s*$")
+_SUM_BEFORE = re.compile(r"(?:[\d.,()+*/×·−x\s-]|\\times|\\cdot)*$")
+_UNFINISHED = re.compile(r"\s*(?:=|\\approx|[-+*/×·−])\s*$")
 _ALTERNATIVE = re.compile(
     r"(?:between\s+)?(?:\$-?\d[\d.,]*\$|[-−]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?)(?:\s[a-z]+)?"
     r"(?:\s*,?\s*(?:(?:or|and/or|или|oder|ou|o)\s+|或者?|または|또는)"
@@ -312,6 +316,9 @@ def _last_maths(text: str) -> str | None:
             stop = end + (1 if text[end : end + 1] == "$" else 2)
         elif number is not None:
             end, content = number
+            if _UNFINISHED.match(text, end):
+                return None  # 7 = ..., and the text ends
+            content = _with_sum(text, end, content)
             start = opening = end - len(content)
             stop = end
         else:
@@ -321,6 +328,16 @@ def _last_maths(text: str) -> str | None:
             return _widened(text, opening, stop, content.strip())
         text = text[:opening]
     return None
+
+
+def _with_sum(text: str, end: int, number: str) -> str:
+    """The number that ends at `end`, with the sum or product whose last operand it is."""
+    digits = number.lstrip("-−+ ")
+    before = text[max(end - len(digits) - MAX_NUMBER_CHARS, 0) : end - len(digits)]
+    if _OPERATOR_BEFORE.search(before) is None:
+        return number
+    found = _SUM_BEFORE.search(before)
+    return (before[found.start() :] if found is not None else "").lstrip() + digits
 
 
 def _is_supposed(text: str, end: int) -> bool:

@@ -94,6 +94,11 @@ def opener(text: str) -> re.Match[str] | None:
     return _BOX.search(text)
 
 
+def opens_a_box(text: str) -> bool:
+    """Is a box opened anywhere, closed or not? Fast where none is."""
+    return _last_name(text, 0, len(text)) >= 0 and opener(text) is not None
+
+
 def find_boxes(text: str) -> list[tuple[int, int, str]]:
     """(start, end, content) of the last balanced boxes, in text order.
 

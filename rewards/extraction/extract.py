@@ -26,7 +26,7 @@ from rewards.extraction.announcements import (
     lower,
     tags,
 )
-from rewards.extraction.boxes import BoxGroup, box_group, find_boxes, opener
+from rewards.extraction.boxes import BoxGroup, box_group, find_boxes, opener, opens_a_box
 from rewards.extraction.languages import DIGITS, HAS_DIGITS
 from rewards.extraction.retractions import hedged_values, revision
 from rewards.extraction.thinking import ExtraTags, after_thinking
@@ -85,7 +85,7 @@ def extract(completion: str, extra_tags: ExtraTags = ()) -> Extraction:
         return _revised(found, text, statement.end)
     if group is not None:
         return _revised(_boxed(group, has_format), text, group.end)
-    plain = unannounced(text) if opener(text) is None else None  # a box cut off states nothing
+    plain = None if opens_a_box(text) else unannounced(text)  # a box cut off states nothing
     if plain is None:
         return NOTHING
     return Extraction(_spelled(plain[0]), "bold" if plain[1] else "math")

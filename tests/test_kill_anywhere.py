@@ -75,7 +75,7 @@ def test_a_kill_at_any_moment_leaves_a_run_that_resumes_to_the_same_end(
 
     killed, num_operations = in_a_child(job("whole"))
     assert killed is None
-    assert num_operations > 100
+    assert num_operations > 50  # more where no test before has loaded the libraries
     expected = result(tmp_path / "whole")
     step = num_operations / NUM_KILLS
     for number in range(NUM_KILLS):

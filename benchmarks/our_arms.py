@@ -216,8 +216,8 @@ def fix_lengths(sampler: Any, size: Size) -> None:
     original = sampler._sampling_params
     lengths = itertools.cycle(size.lengths())
 
-    def fixed(params: Any, seed: int) -> Any:
-        made = original(dataclasses.replace(params, max_tokens=next(lengths)), seed)
+    def fixed(params: Any, stops: Any, seed: int) -> Any:
+        made = original(dataclasses.replace(params, max_tokens=next(lengths)), stops, seed)
         made.stop_token_ids, made.ignore_eos = [], True
         return made
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import run
+from benchmarks import our_arms, run
 from benchmarks.workload import Size
+from rl_lora.types import SampleParams
+from rl_lora.vllm_sampler import VllmSampler
 
 RATIOS = {
     *("step_vs_trl", "learn_vs_trl", "memory_vs_trl", "learner_share_of_peak"),
@@ -60,3 +64,22 @@ def test_a_ratio_that_was_not_measured_is_a_loss(monkeypatch: pytest.MonkeyPatch
     assert run.compare({}, {"lora_vs_full_flops": 0.67}) == [
         "lora_vs_full_flops: not measured, baseline 0.67"
     ]
+
+
+def test_lengths_are_fixed_in_the_samplers_own_call() -> None:
+    made = SimpleNamespace()
+    asked = []
+
+    def original(params: SampleParams, stops: object, seed: int) -> SimpleNamespace:
+        asked.append((params.max_tokens, stops, seed))
+        return made
+
+    sampler = SimpleNamespace(_sampling_params=original)
+    size = Size(num_prompts=1, num_samples=2, max_tokens=9)
+    our_arms.fix_lengths(sampler, size)
+    theirs = list(inspect.signature(VllmSampler._sampling_params).parameters)[1:]
+    assert list(inspect.signature(sampler._sampling_params).parameters) == theirs
+    sampler._sampling_params(SampleParams(2, 9, 1.0), "stops", 7)
+    assert asked == [(size.lengths()[0], "stops", 7)]
+    assert made.ignore_eos
+    assert made.stop_token_ids == []

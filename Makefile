@@ -51,7 +51,7 @@ format: $(INSTALLED)
 
 check: lint test
 
-# Ratios of one run against benchmarks/baseline.json; fails on a loss of over 15 %. 20 minutes. TRL
+# Ratios of one run against scripts/benchmarks/baseline.json; fails on a loss of over 15 %. 20 minutes. TRL
 # comes without its dependencies: they are all here.
 bench: $(INSTALLED)
 	$(PIP) install -q --no-deps trl==1.16.0
@@ -66,7 +66,7 @@ lock: $(INSTALLED)
 DRY := .venv-gpu-dry
 PYTHON_DRY ?= python3.12
 gpu-dry: $(INSTALLED) $(DRY)/.installed
-	$(BIN)/python -m pytest tests/test_gpu_dry.py $(ARGS)
+	$(BIN)/python -m pytest tests/scripts/test_gpu_dry.py $(ARGS)
 
 $(DRY)/.installed: requirements/gpu-dry.lock tests/gpu_dry/libcuda_stub.c
 	@test -x $(DRY)/bin/python || $(PYTHON_DRY) -m venv $(DRY)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rl_lora.segments import Segment, make_layout
+from rl_lora.nn.segments import Segment, make_layout
 from rl_lora.types import Microbatch, RolloutGroup, TrainSample
 
 

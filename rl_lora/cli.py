@@ -51,7 +51,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from rl_lora import __version__, lr, study_command
+    from rl_lora import __version__
+    from rl_lora.commands import lr
+    from rl_lora.commands import study as study_command
 
     parser = argparse.ArgumentParser(
         prog="rl-lora", description="Reinforcement learning with a LoRA policy."
@@ -105,7 +107,7 @@ def _add_acceptance(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_exams(commands: Any) -> None:
-    from rl_lora import grade
+    from rl_lora.commands import grade
 
     evaluate = commands.add_parser("eval", help="evaluate a run's adapter, or a config's base")
     evaluate.add_argument("target", type=Path, help="a run folder or a TOML file")
@@ -184,7 +186,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from rl_lora.plan import print_plan
+        from rl_lora.commands.plan import print_plan
 
         gpu_gib = arguments.gpu_memory
         print_plan(config, gpu_bytes=None if gpu_gib is None else int(gpu_gib * 2**30))
@@ -201,15 +203,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _sft(arguments: argparse.Namespace) -> int:
-    from rl_lora.sft_config import load_sft_config
+    from rl_lora.config.sft import load_sft_config
 
     config = load_sft_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from rl_lora.plan import print_sft_plan
+        from rl_lora.commands.plan import print_sft_plan
 
         print_sft_plan(config)
         return 0
-    from rl_lora.sft_run import fine_tune
+    from rl_lora.sft.train import fine_tune
 
     fine_tune(
         config,
@@ -221,7 +223,7 @@ def _sft(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from rl_lora.exam import exam
+    from rl_lora.commands.eval import exam
 
     exam(
         arguments.target,
@@ -236,42 +238,42 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from rl_lora.exam import compare
+    from rl_lora.commands.eval import compare
 
     compare(arguments.first, arguments.second, arguments.json)
     return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from rl_lora.status import run
+    from rl_lora.commands.status import run
 
     return run(arguments.runs)
 
 
 def _report(arguments: argparse.Namespace) -> int:
     if arguments.study:
-        from rl_lora.study_figures import draw_study
-        from rl_lora.study_table import read_table
+        from rl_lora.studies.figures import draw_study
+        from rl_lora.studies.results import read_table
 
         for folder in arguments.runs:
             where = folder if folder.is_dir() else folder.parent
             for path in draw_study(read_table(folder), where / "figures"):
                 print(path)
         return 0
-    from rl_lora.report.command import run
+    from rl_lora.commands.report import run
 
     return run(arguments.runs, arguments.output, is_watched=arguments.watch, port=arguments.port)
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from rl_lora.export import run
+    from rl_lora.commands.export import run
 
     return run(arguments)
 
 
 def _models(arguments: argparse.Namespace) -> int:
     from rl_lora.config import ModelSection
-    from rl_lora.models import list_models, resolve_model
+    from rl_lora.models.resolve import list_models, resolve_model
 
     if arguments.get:
         print(resolve_model(ModelSection(name=arguments.get)))

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rl_lora.batches import make_samples, pack, to_device
 from rl_lora.config import AlgorithmSection, OptimSection
-from rl_lora.config_checks import check_full_dtype
-from rl_lora.cpu_workers import map_on_cores
+from rl_lora.config.checks import check_full_dtype
 from rl_lora.losses import LOSSES, RATIO_TO_OLD, LossInputs, k3, kl_penalty, log_loss
+from rl_lora.nn.cpu_workers import map_on_cores
 from rl_lora.policy import Policy
 from rl_lora.types import Microbatch, RolloutGroup
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rl_lora.adapter import version_in
-from rl_lora.best import read_choice
+from rl_lora.adapters.files import version_in
 from rl_lora.config import RunConfig
-from rl_lora.display import Display
-from rl_lora.paired import PairedScores, compare_exams
-from rl_lora.results import EvalResult, load_result
-from rl_lora.snapshot import Start
+from rl_lora.evaluation.best import read_choice
+from rl_lora.evaluation.paired import PairedScores, compare_exams
+from rl_lora.evaluation.scores import EvalResult, load_result
+from rl_lora.report.terminal import Display
+from rl_lora.runs.snapshot import Start
 
 
 @dataclass(frozen=True)

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from rl_lora import attention
-from rl_lora.architectures import check_architecture
 from rl_lora.batches import pack, to_device
 from rl_lora.config import LoraSection, ModelSection
-from rl_lora.config_checks import check_full_dtype
+from rl_lora.config.checks import check_full_dtype
 from rl_lora.errors import UserError
-from rl_lora.logprobs import score_hidden
-from rl_lora.lora import adapters_off, attach_lora, lora_layers
-from rl_lora.moe import adapted_parts, check_rank, expert_tensors, split_experts
+from rl_lora.models.architectures import check_architecture
+from rl_lora.nn import attention
+from rl_lora.nn.experts import adapted_parts, check_rank, expert_tensors, split_experts
+from rl_lora.nn.lora import adapters_off, attach_lora, lora_layers
+from rl_lora.nn.token_logprobs import score_hidden
+from rl_lora.nn.variants import is_shifted
 from rl_lora.types import Microbatch, TrainSample
-from rl_lora.variants import is_shifted
 
 BASE_PREFIX = ".base."  # a LoraLinear's inner layer, in parameter names
 

@@ -12,20 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.chat_template import (
+from rl_lora.config import DataSection, SourceSection
+from rl_lora.data.chat_template import (
     ChatTemplate,
     check_characters,
     check_plain,
     encode_prompts,
     markup_note,
 )
-from rl_lora.config import DataSection, SourceSection
+from rl_lora.data.chats import finish_solution
+from rl_lora.data.messages import Message, plain_text, read_tools, with_question
+from rl_lora.data.references import alternatives
+from rl_lora.data.row_formats import DataRow
+from rl_lora.data.sources import LoadedSet, Role, has_eval_part, load_source, question_key
 from rl_lora.errors import UserError
-from rl_lora.layouts import DataRow, last_boxed
-from rl_lora.loaders import LoadedSet, Role, has_eval_part, load_source, question_key
-from rl_lora.messages import Message, plain_text, read_tools, with_question
-from rl_lora.references import alternatives, without_tolerance
-from rl_lora.sampler import mix_seed
+from rl_lora.seeds import mix_seed
 from rl_lora.types import Prompt
 
 if TYPE_CHECKING:
@@ -300,16 +301,6 @@ def _check_lengths(
         f"{who}, over data.max_prompt_tokens={max_prompt_tokens}; raise it, or take the row out of "
         "the data"
     )
-
-
-def finish_solution(solution: str, reference: str, instruction: str) -> str:
-    """The worked solution, ending in the format that the instruction asks for."""
-    if not solution:
-        return ""
-    reference = without_tolerance(alternatives(reference)[0])
-    if "####" in instruction and "boxed" not in instruction:
-        return f"{solution}\n#### {reference}"
-    return solution if last_boxed(solution) is not None else f"{solution}\n\\boxed{{{reference}}}"
 
 
 # --- the stream -----------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rewards import FunctionReward, Reward, RewardError, Score
+from rl_lora.data.references import alternatives
 from rl_lora.errors import UserError
-from rl_lora.references import alternatives
 
 Row = Mapping[str, Any]  # a data set's columns, by name
 

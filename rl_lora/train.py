@@ -7,38 +7,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl_lora import cpu_memory
-from rl_lora.adapter import remove_old, save_adapter, saved_version
+from rl_lora.adapters.files import remove_old, save_adapter, saved_version
 from rl_lora.advantages import ADVANTAGES
-from rl_lora.ahead import Batch, Batches, step_params
 from rl_lora.batches import make_samples, pack
-from rl_lora.best import best_exam, drop_best_after, keep_best
-from rl_lora.checkpoint import checkpoint_steps, drop_after
+from rl_lora.build import Job, check_run_folder, exam_identity, open_job
 from rl_lora.config import RunConfig
-from rl_lora.contamination import contamination_notes
-from rl_lora.display import Display
 from rl_lora.errors import StaleAdapterError
-from rl_lora.evaluate import evaluate, remove_results_after, set_aside
-from rl_lora.figures import draw_figures
-from rl_lora.inputs import base_inputs, prompt_inputs
-from rl_lora.job import Job, check_run_folder, exam_identity, open_job
+from rl_lora.evaluation.best import best_exam, drop_best_after, keep_best
+from rl_lora.evaluation.contamination import contamination_notes
+from rl_lora.evaluation.evaluate import evaluate, remove_results_after, set_aside
+from rl_lora.evaluation.scores import EvalResult, load_result
 from rl_lora.learner import Learner
-from rl_lora.liveness import check_at_start, check_step, check_version, sample_ages
-from rl_lora.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
+from rl_lora.nn.segments import SLACK
 from rl_lora.outcome import Outcome, exam_name, finished, result_of, summary
+from rl_lora.overlap import Batch, Batches, step_params
 from rl_lora.policy import check_trainable
 from rl_lora.prompts import PromptSets, PromptStream
-from rl_lora.results import EvalResult, load_result
-from rl_lora.run_lock import run_lock
-from rl_lora.run_record import anchored, write_record
-from rl_lora.runlog import RunLog
-from rl_lora.sampler import mix_seed
-from rl_lora.segments import SLACK
-from rl_lora.sft import has_solutions, warm_start
-from rl_lora.snapshot import Start, find_start, load_snapshot, save_snapshot
-from rl_lora.system import SystemMeter
+from rl_lora.report.run_figures import draw_figures
+from rl_lora.report.terminal import Display
+from rl_lora.runs.checkpoint import checkpoint_steps, drop_after
+from rl_lora.runs.inputs import base_inputs, prompt_inputs
+from rl_lora.runs.lock import run_lock
+from rl_lora.runs.log import RunLog
+from rl_lora.runs.machine import SystemMeter
+from rl_lora.runs.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
+from rl_lora.runs.record import anchored, write_record
+from rl_lora.runs.snapshot import Start, find_start, load_snapshot, save_snapshot
+from rl_lora.samplers import cpu_memory
+from rl_lora.samplers.liveness import check_at_start, check_step, check_version, sample_ages
+from rl_lora.seeds import mix_seed
+from rl_lora.sft.warm_start import has_solutions, warm_start
+from rl_lora.storage.directories import disk_errors, whole_directory
 from rl_lora.types import Adapter, Prompt, RolloutGroup, SampleParams
-from rl_lora.whole import disk_errors, whole_directory
 
 if TYPE_CHECKING:
     from rl_lora.policy import Policy

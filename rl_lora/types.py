@@ -15,7 +15,7 @@ from rewards import Score
 if TYPE_CHECKING:
     import torch
 
-from rl_lora.segments import Layout
+from rl_lora.nn.segments import Layout
 
 __all__ = [
     "Adapter",

@@ -46,10 +46,10 @@ def main() -> int:
         "--out", type=Path, default=Path("runs/bench"), help="folder of the results"
     )
     parser.add_argument(
-        "--check", action="store_true", help="compare with benchmarks/baseline.json"
+        "--check", action="store_true", help="compare with scripts/benchmarks/baseline.json"
     )
     parser.add_argument(
-        "--save-baseline", action="store_true", help="write benchmarks/baseline.json"
+        "--save-baseline", action="store_true", help="write scripts/benchmarks/baseline.json"
     )
     parser.add_argument(
         "--sweep", choices=SWEEPS, help="the learning phase at several sizes instead"

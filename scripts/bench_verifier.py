@@ -22,12 +22,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from hostile import hostile_inputs
 
 from rewards import RULES, GradingRules, score, verify
 from rewards.extraction.extract import extract
+from tests.helpers.hostile import hostile_inputs
 
 Case = dict[str, Any]
 Judge = Callable[[Case], bool]

@@ -17,14 +17,12 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from hostile import hostile_inputs
-from verifier_cases import EQUAL, TRICKS, UNEQUAL, pairs
 
 from rewards import STATUSES
 from rewards.equality.tiers import decide
 from rewards.grading import Grader
+from tests.helpers.hostile import hostile_inputs
+from tests.helpers.verifier_cases import EQUAL, TRICKS, UNEQUAL, pairs
 
 GOLD = "7919820481.5"  # no mutation will produce it
 SLACK_S = 0.5

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gpu_check.thin import thin  # noqa: E402
+from gpu_stages.thin import thin  # noqa: E402
 
 VLLM = "vllm==0.26.0"
 ARCH = 90

@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gpu_check.run import run_stages, table  # noqa: E402
-from gpu_check.stages import CPU_LIMIT_S, STAGES, Context, chosen  # noqa: E402
+from gpu_stages.run import run_stages, table  # noqa: E402
+from gpu_stages.stages import CPU_LIMIT_S, STAGES, Context, chosen  # noqa: E402
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from rl_lora.errors import UserError
-from rl_lora.tiny import RECIPES, make_tiny_model
+from rl_lora.models.tiny import RECIPES, make_tiny_model
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 import pytest
 
 from rl_lora.batches import pack
-from rl_lora.segments import Layout
+from rl_lora.nn.segments import Layout
 from rl_lora.types import Microbatch, TrainSample
 
 

@@ -13,11 +13,11 @@ import torch
 from transformers import AutoTokenizer
 
 from rl_lora import cli, policy
-from rl_lora.adapter import save_adapter
+from rl_lora.adapters.files import save_adapter
 from rl_lora.config import ModelSection
-from rl_lora.jsonl import read_lines
-from rl_lora.models import resolve_model
-from tests.tiny_models import make_policy, random_llama, shake
+from rl_lora.models.resolve import resolve_model
+from rl_lora.storage.jsonl import read_lines
+from tests.helpers.tiny_models import make_policy, random_llama, shake
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = str(ROOT / "configs" / "smoke.toml")

@@ -14,18 +14,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rl_lora import logprobs
-from rl_lora.adapter import load_tensors
+from rl_lora.adapters.files import load_tensors
 from rl_lora.batches import pack, to_device
 from rl_lora.config import AlgorithmSection, LoraSection, ModelSection, OptimSection, load_config
 from rl_lora.learner import Learner
-from rl_lora.memory_plan import machine_bytes
+from rl_lora.nn import token_logprobs as logprobs
+from rl_lora.nn.segments import SLACK
+from rl_lora.planning.memory import machine_bytes
 from rl_lora.policy import Policy, pick_device
-from rl_lora.segments import SLACK
+from rl_lora.runs.train_state import rng_state
 from rl_lora.train import train
-from rl_lora.train_state import rng_state
 from rl_lora.types import Microbatch, TrainSample
-from tests.tiny_models import VOCAB, random_llama, random_qwen3
+from tests.helpers.tiny_models import VOCAB, random_llama, random_qwen3
 
 DEVICE = os.environ.get("RL_LORA_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(

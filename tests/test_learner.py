@@ -10,7 +10,6 @@ import torch
 from rewards import Score
 from rl_lora.advantages import group_mean
 from rl_lora.batches import make_samples, pack
-from rl_lora.checkpoint import latest_checkpoint
 from rl_lora.config import (
     AlgorithmSection,
     LoraSection,
@@ -23,9 +22,10 @@ from rl_lora.errors import UserError
 from rl_lora.learner import Learner, TokenRecord, learning_rate, quantiles
 from rl_lora.losses import LOSSES
 from rl_lora.policy import Policy
-from rl_lora.snapshot import load_snapshot, save_snapshot
+from rl_lora.runs.checkpoint import latest_checkpoint
+from rl_lora.runs.snapshot import load_snapshot, save_snapshot
 from rl_lora.types import Completion, Microbatch, Prompt, Rollout, RolloutGroup, TrainSample
-from tests.tiny_models import make_policy, random_llama, shake
+from tests.helpers.tiny_models import make_policy, random_llama, shake
 
 
 def samples_of(

@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rl_lora import attention, block_attention
 from rl_lora.batches import pack
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
-from rl_lora.lora import lora_layers
+from rl_lora.nn import attention, block_attention
+from rl_lora.nn.lora import lora_layers
 from rl_lora.policy import Policy, pick_device, pick_dtype, take_positions
 from rl_lora.types import Microbatch, TrainSample
-from tests.tiny_models import make_policy, random_llama, random_qwen3, shake
+from tests.helpers.tiny_models import make_policy, random_llama, random_qwen3, shake
 
 
 def batch_of(*sequences: tuple[tuple[int, ...], tuple[int, ...]]) -> Microbatch:

@@ -13,9 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rl_lora.config import DataSection
+from rl_lora.data.chats import finish_solution
+from rl_lora.data.sources import question_key
 from rl_lora.errors import UserError
-from rl_lora.loaders import question_key
-from rl_lora.prompts import PromptSets, PromptStream, finish_solution, load_prompts, render_text
+from rl_lora.prompts import PromptSets, PromptStream, load_prompts, render_text
 from rl_lora.types import Prompt
 
 TEMPLATE = (

@@ -13,7 +13,7 @@ from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.rollouts import Scoring, sample_and_score, sample_groups, score_groups, scoring_thread
 from rl_lora.sampler import Groups, OnGroup
 from rl_lora.types import Completion, Prompt, SampleParams
-from tests.fakes import FakeReward, FakeSampler, make_completion, make_prompt
+from tests.helpers.fakes import FakeReward, FakeSampler, make_completion, make_prompt
 
 PROMPTS = [make_prompt(f"sum/{n}", reference=str(n)) for n in range(5)]
 PARAMS = SampleParams(num_samples=3, max_tokens=64, temperature=1.0, seed=1)

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from rl_lora.adapter import load_tensors
-from rl_lora.checkpoint import latest_checkpoint
+from rl_lora.adapters.files import load_tensors
+from rl_lora.build import open_job
 from rl_lora.config import RunConfig, load_config
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.job import open_job
-from rl_lora.torch_sampler import TorchSampler
+from rl_lora.runs.checkpoint import latest_checkpoint
+from rl_lora.samplers.torch_sampler import TorchSampler
 from rl_lora.train import train
 from rl_lora.types import Adapter
-from tests.kills import kill_9_at_line
+from tests.helpers.kills import kill_9_at_line
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "configs" / "smoke.toml"
@@ -237,7 +237,7 @@ class StaleSampler(TorchSampler):
 
 
 def test_a_stale_adapter_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rl_lora.torch_sampler.TorchSampler", StaleSampler)
+    monkeypatch.setattr("rl_lora.samplers.torch_sampler.TorchSampler", StaleSampler)
     with pytest.raises(StaleAdapterError, match="stale or wrong adapter"):
         train(smoke(tmp_path), quiet=True)
     assert len(metrics_of(tmp_path / "smoke")) == 1  # the step before it is kept

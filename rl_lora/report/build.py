@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rl_lora.display import printable
 from rl_lora.report.blocks import Section
 from rl_lora.report.figures import make_sections
 from rl_lora.report.page import Page, packed_size
 from rl_lora.report.records import RunRecord, read_runs
 from rl_lora.report.summary import exam_table, make_tiles, run_table, settings_section
+from rl_lora.report.terminal import printable
 from rl_lora.report.text import Formulas, segments
 from rl_lora.report.transcripts import (
     HEAD_CHARS,

@@ -17,7 +17,7 @@ from rl_lora.report.blocks import (
     two_panels,
 )
 from rl_lora.report.curves import Series, metric_figure, stacked
-from rl_lora.report.exam_figures import exam_figures
+from rl_lora.report.evaluation_figures import exam_figures
 from rl_lora.report.records import Record, RunRecord, series, thinned
 
 _PHASES = ("sample", "learn", "eval", "publish", "score", "warm_start")

@@ -21,8 +21,8 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from rl_lora.jsonl import storable
 from rl_lora.report.blocks import DARK, LIGHT, Section, Tile
+from rl_lora.storage.jsonl import storable
 
 _ASSETS = resources.files("rl_lora.report") / "assets"
 

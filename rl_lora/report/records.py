@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rl_lora import jsonl
 from rl_lora.errors import UserError
-from rl_lora.evaluate import EvalResult, load_result
-from rl_lora.runlog import METRICS_FILE
+from rl_lora.evaluation.evaluate import EvalResult, load_result
+from rl_lora.runs.log import METRICS_FILE
+from rl_lora.storage import jsonl
 
 MAX_POINTS = 1000  # of a curve: more steps than that are averaged in groups of neighbours
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rl_lora.config import VARIANT_NAMES, RunConfig
-from rl_lora.display import seconds_text
-from rl_lora.evaluate import EvalResult
+from rl_lora.evaluation.evaluate import EvalResult
 from rl_lora.report.blocks import Section, Table, Tile
-from rl_lora.report.exam_figures import exam_title
+from rl_lora.report.evaluation_figures import exam_title
 from rl_lora.report.records import RunRecord, series
+from rl_lora.report.terminal import seconds_text
 
 _WINDOW = 5  # steps, of the reward at the start and at the end
 

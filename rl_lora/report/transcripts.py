@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from rl_lora.report.records import RunRecord, number
-from rl_lora.runlog import TRANSCRIPTS_FILE
+from rl_lora.runs.log import TRANSCRIPTS_FILE
 
 MAX_TRANSCRIPTS = 1200  # of one report
 MAX_STRATUM = 60  # of one step or exam

@@ -19,11 +19,11 @@ from unittest import mock
 
 import torch
 
-from rl_lora.adapter import save_adapter
+from rl_lora.adapters.files import save_adapter
 from rl_lora.config import LoraSection, ModelSection, SamplingSection
 from rl_lora.policy import Policy
-from rl_lora.vllm_process import import_vllm, process_kept
-from rl_lora.vllm_settings import engine_settings
+from rl_lora.samplers.vllm.process import import_vllm, process_kept
+from rl_lora.samplers.vllm.settings import engine_settings
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 CONTEXT = 1024
@@ -59,11 +59,10 @@ def main() -> None:
 
 
 def kernels() -> list[str]:
-    """What `gpu_check.libraries` calls, of the libraries that load without a GPU, too."""
+    """What `gpu_stages.libraries` calls, of the libraries that load without a GPU, too."""
     import vllm._custom_ops  # noqa: F401  # loads the kernels
     import vllm.vllm_flash_attn as flash
-
-    from gpu_check.libraries import flash_attention, heads
+    from gpu_stages.libraries import flash_attention, heads
 
     signature, found = inspect.signature(flash.flash_attn_varlen_func), []
 

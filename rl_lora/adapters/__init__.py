@@ -1,0 +1,1 @@
+"""An adapter on disk: written, read, resized, described."""

@@ -1,0 +1,251 @@
+"""Published versions of the policy on disk: PEFT directories, fingerprinted, written atomically.
+
+An adapter directory holds adapter_config.json and adapter_model.safetensors, as PEFT and vLLM read
+them, and rl_lora.json with what they have no place for (version, fingerprint, base). A version of
+full fine-tuning holds model.safetensors instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rl_lora.adapters.peft_files import (
+    ADAPTER_FILE,
+    MANIFEST_FILE,
+    layer_scalings,
+    lora_settings,
+    read_manifest,
+)
+from rl_lora.errors import UserError
+from rl_lora.models.resolve import list_models
+from rl_lora.nn.experts import expert_rank, num_active_experts
+from rl_lora.nn.variants import scaling_of, served_alpha, served_rank
+from rl_lora.policy import Policy
+from rl_lora.storage.directories import whole_directory
+from rl_lora.types import Adapter
+
+OLD_ADAPTER_FILE = "adapter_model.bin"  # as PEFT wrote it before safetensors
+FULL_FILE = "model.safetensors"
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes of the tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        # NumPy has no bfloat16; for the rest a view of bytes would cost more than the hash.
+        has_numpy = tensor.dtype in (torch.float32, torch.float16)
+        plain = tensor if has_numpy else tensor.view(-1).view(torch.uint8)
+        digest.update(plain.numpy().data if plain.numel() else b"")
+    return digest.hexdigest()
+
+
+def save_adapter(policy: Policy, folder: Path, *, version: int, run_name: str) -> Adapter:
+    """Writes the policy's present version to folder/vNNNNNN and returns its handle."""
+    tensors = {n: t.detach().cpu().contiguous() for n, t in policy.published_tensors().items()}
+    adapter = Adapter(
+        version=version,
+        name=f"{run_name}-v{version:06d}",
+        path=folder / f"v{version:06d}",
+        fingerprint=fingerprint(tensors),
+        rank=0 if policy.is_full else served_rank(policy.lora),
+        is_full=policy.is_full,
+    )
+    write_adapter(adapter, tensors, policy)
+    return adapter
+
+
+def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) -> None:
+    """The directory of one version; it appears whole or not at all.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    manifest = {
+        "version": adapter.version,
+        "name": adapter.name,
+        "fingerprint": adapter.fingerprint,
+        "base_model": policy.base_name,
+        "rank": adapter.rank,
+        "is_full": adapter.is_full,
+        "trained_as": {"variant": policy.lora.variant, "rank": policy.lora.rank},
+    }
+    try:
+        with whole_directory(adapter.path) as scratch:
+            if adapter.is_full:
+                save_file(tensors, scratch / FULL_FILE, metadata={"format": "pt"})
+            else:
+                save_file(tensors, scratch / ADAPTER_FILE, metadata={"format": "pt"})
+                _peft_config(policy).save_pretrained(str(scratch))
+            (scratch / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"adapter {adapter.path} cannot be written ({error}); make room on the disk, then "
+            "--resume goes on from the last checkpoint"
+        ) from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a published version.
+
+    Raises:
+        UserError: no such directory, no weights in it, or weights that cannot be read.
+    """
+    for name in (ADAPTER_FILE, OLD_ADAPTER_FILE, FULL_FILE):
+        if (path / name).is_file():
+            try:
+                if name == OLD_ADAPTER_FILE:  # tensors alone; no code of a pickle's is run
+                    old = torch.load(path / name, map_location="cpu", weights_only=True)
+                    return {key: tensor.contiguous() for key, tensor in old.items()}
+                return load_file(path / name)
+            except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"adapter {path / name} cannot be read: {reason}") from error
+    raise UserError(f"adapter directory {path} holds neither {ADAPTER_FILE} nor {FULL_FILE}")
+
+
+def is_lora_dir(path: Path) -> bool:
+    """Whether a directory holds an adapter's weights, and not a full version's."""
+    return any((path / name).is_file() for name in (ADAPTER_FILE, OLD_ADAPTER_FILE))
+
+
+def open_adapter(path: Path, policy: Policy, *, name: str | None = None) -> Adapter:
+    """The handle of a version on disk, its tensors copied into the policy.
+
+    It may be ours or any PEFT LoRA directory of the same base, rank, alpha and layers.
+
+    Raises:
+        UserError: it is of another base model, rank or alpha, or does not match its fingerprint.
+    """
+    tensors = load_tensors(path)
+    is_full = not is_lora_dir(path)
+    if is_full != policy.is_full:
+        raise UserError(f"{path} is {'a full' if is_full else 'an adapter'} version; set lora.mode")
+    if not is_full:
+        _check_peft_config(path, policy)
+    manifest = read_manifest(path)
+    found = fingerprint(tensors)
+    if manifest.get("fingerprint", found) != found:
+        raise UserError(f"adapter {path} was changed after it was written: its fingerprint differs")
+    check_base(path, policy)
+    policy.load_tensors(tensors)
+    version = int(manifest.get("version", 0))
+    return Adapter(
+        version=version,
+        name=name or str(manifest.get("name", path.name)),
+        path=path,
+        fingerprint=found,
+        rank=0 if is_full else served_rank(policy.lora),
+        is_full=is_full,
+    )
+
+
+def saved_version(path: Path, expected: str) -> Adapter:
+    """The handle of a version that this run has published, the policy left as it is.
+
+    Raises:
+        UserError: it is gone, or its tensors have not the fingerprint expected.
+    """
+    tensors, manifest = load_tensors(path), read_manifest(path)
+    if fingerprint(tensors) != expected:
+        raise UserError(
+            f"adapter {path} is not the one that the run has sampled from, and a run with "
+            "sampling.overlap cannot go on without it; start anew under another run.name"
+        )
+    return Adapter(
+        version=int(manifest["version"]),
+        name=str(manifest["name"]),
+        path=path,
+        fingerprint=expected,
+        rank=int(manifest["rank"]),
+        is_full=bool(manifest["is_full"]),
+    )
+
+
+def check_base(path: Path, policy: Policy) -> None:
+    """Raises UserError where the version's manifest names another base model than the policy's."""
+    base = str(read_manifest(path).get("base_model", policy.base_name))
+    if base != policy.base_name and not is_directory(base, policy.model_dir):
+        raise UserError(f"adapter {path} belongs to base model {base!r}, not {policy.base_name!r}")
+
+
+def is_directory(name: str, model_dir: Path) -> bool:
+    """Whether a base model's name is a path of this directory."""
+    return Path(name).is_dir() and Path(name).samefile(model_dir)
+
+
+def remove_old(folder: Path, *, keep: set[int]) -> None:
+    """Deletes the published versions in folder but those to keep."""
+    for path in folder.glob("v[0-9]*"):
+        if int(path.name[1:]) not in keep:
+            shutil.rmtree(path)
+    for leftover in folder.glob(".v[0-9]*"):  # of a killed process
+        shutil.rmtree(leftover)
+
+
+def version_in(path: Path) -> int | None:
+    """The version that a directory holds; None: it is not there, or none of ours."""
+    version = read_manifest(path).get("version")
+    return None if version is None else int(version)
+
+
+def _check_peft_config(path: Path, policy: Policy) -> None:
+    settings = lora_settings(path)
+    for key in ("variant", "rank", "alpha"):
+        value, wanted = settings[key], getattr(policy.lora, key)
+        if value != wanted:
+            raise UserError(f"adapter {path} has {key} {value}; set lora.{key}={value}")
+    scaling = layer_scalings(path)
+    own = scaling_of(settings["variant"], settings["alpha"], settings["rank"])
+    for layer in policy.target_names:
+        if scaling(layer, settings["rank"]) != own:
+            raise UserError(
+                f"adapter {path} has layers of several alphas (alpha_pattern), {layer} first; "
+                "`rl-lora eval` and `rl-lora export` take it"
+            )
+
+
+def _peft_config(policy: Policy) -> LoraConfig:
+    """What PEFT and vLLM are told; a mixture's experts have r, its other layers rank_pattern.
+
+    PEFT gives an expert's gate and up, which it fuses, twice r: it must be the experts' r.
+    """
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in policy.target_names})
+    experts = policy.expert_names
+    one_rank = served_rank(policy.lora)
+    # Two parts of a name: a shared expert's `gate_proj` alone would be every expert's.
+    whole = sorted({".".join(name.split(".")[-2:]) for name in policy.target_names})
+    if experts:
+        one_rank = expert_rank(policy.lora.rank, num_active_experts(policy.model.config))
+    return LoraConfig(
+        r=one_rank,
+        lora_alpha=served_alpha(policy.lora),  # type: ignore[arg-type]  # a float serves as well
+        target_modules=sorted({*suffixes, *experts}),
+        rank_pattern=dict.fromkeys(whole, policy.lora.rank) if experts else {},
+        use_rslora=policy.lora.variant == "rslora",
+        use_dora=policy.lora.variant == "dora",
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=_base_reference(policy),
+        revision=policy.base_revision,
+        inference_mode=True,
+    )
+
+
+def _base_reference(policy: Policy) -> str:
+    """Where PEFT finds the base: its hub id, else its directory as an absolute path."""
+    name = policy.base_name
+    is_local = Path(name).expanduser().exists() or any(e.name == name for e in list_models())
+    return str(policy.model_dir.absolute()) if is_local else name

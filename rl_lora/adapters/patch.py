@@ -1,0 +1,185 @@
+"""What an adapter does to its base's tensors: `export` without its files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
+
+from rl_lora.adapters.files import is_directory, is_lora_dir, load_tensors
+from rl_lora.adapters.peft_files import (
+    MAGNITUDE_SUFFIX,
+    MANIFEST_FILE,
+    LowRank,
+    is_extra,
+    layer_name,
+    layer_scalings,
+    lora_settings,
+    low_rank_terms,
+    peft_settings,
+)
+from rl_lora.errors import UserError
+from rl_lora.models.shapes import has_own_head, lay_out
+from rl_lora.nn.experts import split_experts
+from rl_lora.nn.variants import merged_dora
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """What an adapter does to the base's tensors, by the names that they have in the base's files.
+
+    Example: Patch(lora={"model.layers.0.self_attn.q_proj.weight": LowRank(...)}, magnitudes={},
+    replaced={}, added={}, embedding="model.embed_tokens.weight", head="lm_head.weight",
+    is_tied=True, unties=False)
+    """
+
+    lora: dict[str, LowRank]
+    magnitudes: dict[str, Tensor]  # of DoRA: lengths of the rows, [d_out]
+    replaced: dict[str, Tensor]  # of full fine-tuning, or PEFT's modules_to_save: the new tensor
+    added: dict[str, Tensor]  # of lora_bias: what a bias gains
+    embedding: str  # name of the input embedding's weight
+    head: str  # name of lm_head's weight
+    is_tied: bool  # lm_head is the input embedding
+    unties: bool  # the merged one is no longer
+
+    @property
+    def names(self) -> set[str]:
+        """Tensors that change."""
+        return set(self.lora) | set(self.replaced) | set(self.added)
+
+    def merged(self, name: str, base: Tensor) -> Tensor:
+        """The new weight in float32, or the new tensor; the base's own where nothing changes."""
+        weight = self.replaced.get(name, base)
+        if name in self.added:
+            weight = weight.float() + self.added[name]
+        if name not in self.lora:
+            return weight
+        term = self.lora[name]
+        factors = term.a_RI.float(), term.b_OR.float()
+        if name in self.magnitudes:
+            return merged_dora(weight, self.magnitudes[name], *factors, term.scaling)
+        return torch.addmm(weight.float(), factors[1], factors[0], alpha=term.scaling)
+
+
+def load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> Patch:
+    """Raises UserError where the adapter's layers are not the base's."""
+    named = named_base(adapter_dir)
+    is_other = base_name is not None and named not in (None, base_name)
+    if is_other and not is_directory(str(named), model_dir):
+        raise UserError(f"adapter {adapter_dir} belongs to base model {named!r}, not {base_name!r}")
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    model: Any = lay_out(config)
+    embedding, head = (
+        next(f"{n}.weight" for n, m in model.named_modules() if m is module)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    is_tied = head in model.all_tied_weights_keys and not has_own_head(model_dir, config)
+    tensors = load_tensors(adapter_dir)
+    unties = False
+    lora: dict[str, LowRank] = {}
+    magnitudes: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+    replaced = tensors
+    if is_lora_dir(adapter_dir):
+        low_rank = {name: tensor for name, tensor in tensors.items() if not is_extra(name)}
+        lora = _by_weight(low_rank_terms(low_rank, adapter_dir), model)
+        magnitudes = _magnitudes(low_rank)
+        replaced, added, on_tables = _extras(tensors, adapter_dir)
+        lora |= on_tables
+        is_dora = lora_settings(adapter_dir)["variant"] == "dora"
+        if magnitudes.keys() != (lora.keys() if is_dora else set()):
+            raise UserError(
+                f"adapter {adapter_dir}: DoRA has a magnitude for each layer; not merged"
+            )
+        keeps_tie = bool(peft_settings(adapter_dir).get("ensure_weight_tying"))
+        changed = lora.keys() | replaced.keys()
+        unties = is_tied and (head in changed or embedding in changed)
+        if unties and keeps_tie:
+            raise UserError(
+                f"adapter {adapter_dir}: ensure_weight_tying on lm_head or the embedding is not "
+                "merged here; PEFT's merge_and_unload does it"
+            )
+    layout = split_experts(model, model.state_dict())
+    shapes = {name: tuple(tensor.shape) for name, tensor in layout.items()}
+    patch = Patch(lora, magnitudes, replaced, added, embedding, head, is_tied, unties)
+    found: dict[str, tuple[int, ...]] = {
+        name: (term.b_OR.shape[0], term.a_RI.shape[1]) for name, term in lora.items()
+    }
+    found |= {name: tuple(tensor.shape) for name, tensor in (replaced | added).items()}
+    for name, shape in found.items():
+        if name not in shapes:
+            raise UserError(mismatch(f"the base has no {name}", adapter_dir, model_dir))
+        if shapes[name] != shape:
+            what = f"{name} is {list(shapes[name])} in the base, {list(shape)} in the adapter"
+            raise UserError(mismatch(what, adapter_dir, model_dir))
+    return patch
+
+
+def _magnitudes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DoRA's, by the name of the weight they go with."""
+    return {
+        f"{layer_name(name.removesuffix(MAGNITUDE_SUFFIX))}.weight": tensor
+        for name, tensor in tensors.items()
+        if name.endswith(MAGNITUDE_SUFFIX)
+    }
+
+
+def _by_weight(terms: dict[str, LowRank], model: nn.Module) -> dict[str, LowRank]:
+    """Terms by the name of the weight they go with; Conv1D's weights (GPT-2) are [I, O]."""
+    conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    return {
+        f"{layer}.weight": LowRank(term.b_OR.T, term.a_RI.T, term.scaling)
+        if layer in conv1d
+        else term
+        for layer, term in terms.items()
+    }
+
+
+def _extras(
+    tensors: dict[str, Tensor], adapter_dir: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, LowRank]]:
+    """PEFT's (whole tensors, additions to biases, terms on embeddings), by the weights' names."""
+    scaling = layer_scalings(adapter_dir)
+    whole: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+    terms: dict[str, LowRank] = {}
+    for name in filter(is_extra, tensors):
+        stem, mark, kind = name.rpartition(".lora_")
+        layer = layer_name(stem)
+        if not mark:
+            whole[layer_name(name).replace(".base_layer.", ".")] = tensors[name]
+        elif kind == "B.bias":
+            rank = tensors[f"{stem}.lora_A.weight"].shape[0]
+            added[f"{layer}.bias"] = tensors[name].float() * scaling(layer, rank)
+        elif kind == "embedding_A":  # [R, V], beside a B [D, R]: the table [V, D] gains (B A)^T
+            a_RV, b_DR = tensors[name], tensors[f"{stem}.lora_embedding_B"]
+            terms[f"{layer}.weight"] = LowRank(b_DR.T, a_RV.T, scaling(layer, a_RV.shape[0]))
+        elif kind != "embedding_B":
+            raise UserError(f"adapter {adapter_dir}: {name} is of no kind that is merged here")
+    return whole, added, terms
+
+
+def named_base(adapter_dir: Path) -> str | None:
+    """The base model's name in the manifest, else in PEFT's file."""
+    for file, key in (
+        (MANIFEST_FILE, "base_model"),
+        ("adapter_config.json", "base_model_name_or_path"),
+    ):
+        if (adapter_dir / file).is_file():
+            name = json.loads((adapter_dir / file).read_text(encoding="utf-8")).get(key)
+            if name:
+                return str(name)
+    return None
+
+
+def mismatch(what: str, adapter_dir: Path, model_dir: Path) -> str:
+    """The complaint that the two do not go together, with the base that the adapter names."""
+    named = named_base(adapter_dir)
+    of = f" (of base model {named!r})" if named else ""
+    return f"adapter {adapter_dir}{of} does not fit model {model_dir}: {what}"

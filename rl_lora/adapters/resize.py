@@ -1,0 +1,162 @@
+"""Adapters of any rank, alpha or layers made to fit one policy, so that one engine serves all.
+
+An adapter of rank r is one of rank R > r with zeros in the new rows of A and columns of B; its
+alpha / r goes into B, layer by layer, since PEFT's patterns give a layer a rank and an alpha of its
+own. Layers that it has not get zeros. W' is the same in exact arithmetic.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl_lora.adapters.files import check_base, fingerprint, is_lora_dir, load_tensors, write_adapter
+from rl_lora.adapters.peft_files import (
+    ADAPTER_FILE,
+    COPY_SUFFIX,
+    check_extras,
+    layer_name,
+    layer_scalings,
+    lora_settings,
+)
+from rl_lora.errors import UserError
+from rl_lora.models.shapes import HEAD_NAMES
+from rl_lora.nn.variants import scaling_of, served_alpha
+from rl_lora.policy import BASE_PREFIX, Policy
+from rl_lora.types import Adapter
+
+
+def common_settings(adapter_dirs: list[Path]) -> dict[str, Any]:
+    """lora.* keys of a policy that all these adapters fit into; empty for no LoRA adapter.
+
+    Raises:
+        UserError: a directory is no adapter of a kind that is served, or one of several is DoRA.
+    """
+    found = [path for path in adapter_dirs if is_lora_dir(path)]
+    if not found:
+        return {}
+    settings = [lora_settings(path) for path in found]
+    # A, B of every adapter name the layers that it is on.
+    names_N = [load_tensors(path).keys() for path in found]
+    for path, names in zip(found, names_N, strict=True):
+        check_extras((name for name in names if not name.endswith(COPY_SUFFIX)), path)
+    largest = max(settings, key=lambda one: one["rank"])
+    if len(found) > 1 and any(one["variant"] == "dora" for one in settings):
+        raise UserError(
+            f"{' and '.join(map(str, found))}: a DoRA adapter shares no engine with another one; "
+            "examine them one by one, then `rl-lora compare`"
+        )
+    kinds = {_layers(names) for names in names_N}
+    has_head = any(_is_of_head(name) for names in names_N for name in names)
+    layers = kinds.pop() if len(kinds) == 1 else "all"
+    return {**largest, "layers": layers, "lm_head": has_head}
+
+
+def fitted(path: Path, policy: Policy, scratch: Path) -> Path:
+    """The adapter's directory, or that of its copy in the policy's shape, under `scratch`.
+
+    Raises:
+        UserError: the adapter has tensors or shapes that the policy has no place for.
+    """
+    own_tensors = policy.published_tensors()
+    own = {name: tensor.shape for name, tensor in own_tensors.items()}
+    tensors = load_tensors(path)
+    if policy.is_full or not is_lora_dir(path):
+        return path
+    check_base(path, policy)  # the copy's manifest would name the policy's
+    is_whole = (path / ADAPTER_FILE).is_file() and len(tensors) == len(own)
+    tensors = _without_copies(tensors, policy)
+    check_extras(tensors, path)
+    settings = lora_settings(path)
+    scales = _scales(path, tensors, policy, own)
+    fits = {name: tensor.shape for name, tensor in tensors.items()} == own
+    fits = fits and all(getattr(policy.lora, key) == value for key, value in settings.items())
+    if fits and is_whole and all(s == 1 for s in scales.values()):
+        return path
+    if strange := sorted(tensors.keys() - own.keys()):
+        raise UserError(f"adapter {path} is of another base model: it has {strange[0]}")
+    wide = {
+        name: _widened(name, tensors.get(name), shape, scales.get(name, 1.0), path)
+        for name, shape in own.items()
+        if "magnitude" not in name
+    }
+    # A layer that a DoRA adapter has not keeps the base's lengths, which a fresh policy has.
+    wide |= {n: tensors.get(n, t.cpu()) for n, t in own_tensors.items() if "magnitude" in n}
+    adapter = Adapter(
+        version=0,
+        name=f"{path.name}-fitted",
+        path=scratch,
+        fingerprint=fingerprint(wide),
+        rank=policy.lora.rank,
+    )
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    write_adapter(adapter, wide, policy)
+    return scratch
+
+
+def _without_copies(tensors: dict[str, Tensor], policy: Policy) -> dict[str, Tensor]:
+    """Less the base's own weights, which PEFT saves with an adapter on lm_head or the embedding."""
+    parameters = policy.model.named_parameters(remove_duplicate=False)
+    base = {name.replace(BASE_PREFIX, "."): parameter for name, parameter in parameters}
+
+    def is_copy(name: str, tensor: Tensor) -> bool:
+        own = base.get(f"{layer_name(name).removesuffix(COPY_SUFFIX)}.weight")
+        return own is not None and torch.equal(own.cpu(), tensor.to(own.dtype))
+
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (name.endswith(COPY_SUFFIX) and is_copy(name, tensor))
+    }
+
+
+def _scales(
+    path: Path, tensors: dict[str, Tensor], policy: Policy, own: dict[str, torch.Size]
+) -> dict[str, float]:
+    """What each B of the adapter's is multiplied by, so that the policy's scaling of the layer
+    makes its own of it."""
+    scaling = layer_scalings(path)
+    scales = {}
+    for name, tensor in tensors.items():
+        stem, _, kind = name.rpartition(".lora_")
+        shape = own.get(name)
+        if kind == "B.weight" and shape is not None:
+            of_policy = scaling_of(policy.lora.variant, served_alpha(policy.lora), shape[1])
+            scales[name] = scaling(layer_name(stem), tensor.shape[1]) / of_policy
+    return scales
+
+
+def _widened(
+    name: str, tensor: Tensor | None, shape: torch.Size, scale: float, path: Path
+) -> Tensor:
+    out = torch.zeros(shape)
+    if tensor is None:
+        return out
+    rank_axis = 1 if "lora_B" in name else 0  # A is [R, d_in], B is [d_out, R]
+    is_inside = tensor.shape[rank_axis] <= shape[rank_axis]
+    if tensor.shape[1 - rank_axis] != shape[1 - rank_axis] or not is_inside:
+        raise UserError(
+            f"adapter {path} is of another base model: {name} is {list(tensor.shape)}, "
+            f"this one takes {list(shape)} and lower ranks"
+        )
+    rows, columns = tensor.shape
+    out[:rows, :columns] = tensor.float() * scale
+    return out
+
+
+def _is_of_head(name: str) -> bool:
+    return any(part in HEAD_NAMES for part in name.split("."))
+
+
+def _layers(names: Any) -> str:
+    """Which lora.layers an adapter's tensor names are of."""
+    inner = [name for name in names if not _is_of_head(name)]
+    has_attention = any("attn" in name or "attention" in name for name in inner)
+    words = ("mlp", "feed_forward", "ffn", "moe", "experts")
+    has_mlp = any(word in name for name in inner for word in words)
+    if has_attention and not has_mlp:
+        return "attention"
+    return "mlp" if has_mlp and not has_attention else "all"

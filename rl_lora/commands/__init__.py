@@ -1,0 +1,1 @@
+"""The subcommands of `rl-lora`, one file each."""

@@ -1,0 +1,296 @@
+"""Grade a file of completions, and compare the verdicts with labels or with Math-Verify.
+
+Each line of the JSONL file is one completion with its reference::
+
+    {"completion": "so \\\\boxed{42}", "reference": "42", "label": true}
+
+`label` is optional. Other common names of the three fields are understood, see the tables below.
+An exam's file (RUN/eval/NAME.jsonl.gz) is graded again by `regrade`; with `against` its recorded
+verdicts play no part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rewards import RULES, Score, load_reward
+from rl_lora.data.row_formats import gold_text
+from rl_lora.errors import UserError
+from rl_lora.evaluation.files import find_exam, is_exam, read_exam
+from rl_lora.evaluation.regrade import Regrade, own_judge, regrade
+from rl_lora.report.tables import print_regrade
+from rl_lora.scoring import score_best
+from rl_lora.storage.jsonl import read_values, storable
+
+COMPLETION_KEYS = ("completion", "response", "output", "prediction", "answer")
+REFERENCE_KEYS = ("reference", "gold", "ground_truth", "target", "solution")
+LABEL_KEYS = ("label", "expected", "is_correct", "correct")
+MAX_SHOWN_CHARS = 70
+
+
+@dataclass(frozen=True, slots=True)
+class GradeRow:
+    """One line of the file. `line` counts from 1; `label` is None where the file has none."""
+
+    line: int
+    completion: str
+    reference: str
+    label: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Disagreement:
+    """A completion whose verdict differs from the label, or from the other judge."""
+
+    line: int
+    reference: str
+    answer: str | None
+    verdict: bool
+    expected: bool
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class GradeReport:
+    """Outcome of grading a file.
+
+    `statuses` counts every outcome. The four figures below it, between 0 and 1, are None where
+    there is nothing to compare with, or nothing to divide by. Example::
+
+        GradeReport(num=2, num_correct=1, statuses={"ok": 2}, seconds=0.01, judge="labels",
+                    num_compared=2, accuracy=1.0, precision=1.0, recall=1.0, disagreements=())
+    """
+
+    num: int
+    num_correct: int
+    statuses: dict[str, int]
+    seconds: float
+    judge: str | None
+    num_compared: int
+    accuracy: float | None
+    precision: float | None
+    recall: float | None
+    disagreements: tuple[Disagreement, ...]
+
+
+def read_rows(path: Path) -> list[GradeRow]:
+    """The lines of a file. Raises UserError naming the line and what it lacks."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a JSONL file of completions")
+    if is_exam(path):
+        return _exam_rows(path)
+    rows = []
+    for number, fields in read_values(path):
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object")
+        rows.append(_row(fields, f"{path}, line {number}", number))
+    if not rows:
+        raise UserError(f"{path}: the file holds no completions")
+    return rows
+
+
+def _exam_rows(path: Path) -> list[GradeRow]:
+    """A row a completion; `line` counts problems."""
+    _, problems = read_exam(find_exam(path))
+    return [
+        GradeRow(number, sample.completion, problem.reference, sample.correct)
+        for number, problem in enumerate(problems, start=1)
+        for sample in problem.samples_G
+    ]
+
+
+def _row(fields: dict[str, Any], where: str, number: int) -> GradeRow:
+    completion = _field(fields, COMPLETION_KEYS, "completion", where)
+    reference = gold_text(_field(fields, REFERENCE_KEYS, "reference", where))
+    label = next((fields[key] for key in LABEL_KEYS if key in fields), None)
+    if label is not None and not isinstance(label, bool):
+        raise UserError(f"{where}: the label is {label!r}; it must be true or false")
+    if reference is None:
+        raise UserError(f"{where}: the reference is empty")
+    return GradeRow(number, str(completion), reference, label)
+
+
+def _field(fields: dict[str, Any], keys: Sequence[str], name: str, where: str) -> Any:
+    """The first of the keys that holds text or a number; a reference may be a list of these."""
+    for key in keys:
+        value = fields.get(key)
+        items = value if isinstance(value, list) and name == "reference" else [value]
+        if all(isinstance(item, str | int | float) for item in items):
+            return value
+    found = next((key for key in keys if key in fields), None)
+    if found is not None:
+        kind = {type(None): "null", dict: "an object", list: "a list"}[type(fields[found])]
+        raise UserError(f"{where}: {found!r}, the {name}, is {kind}; it must be text or a number")
+    raise UserError(
+        f"{where}: no {name}; expected a string under one of {', '.join(keys)}, "
+        f"found the fields {', '.join(fields) or 'none'}"
+    )
+
+
+def grade_file(
+    path: Path,
+    *,
+    reward: str = "math",
+    policy: str = "default",
+    against: str | None = None,
+    num_workers: int = 1,
+    timeout_s: float = 5.0,
+) -> GradeReport:
+    """Grade every completion of a file.
+
+    `against` names another reward ("math_verify") to compare with; without it the file's own
+    labels are used, where it has them. Raises UserError for a bad file, and ValueError for an
+    unknown reward or policy.
+    """
+    rows = read_rows(path)
+    start = time.perf_counter()
+    scores = _score(rows, reward, policy, num_workers, timeout_s)
+    seconds = time.perf_counter() - start
+    if against is not None:
+        others = _score(rows, against, policy, num_workers, timeout_s)
+        expected: list[bool | None] = [other.correct for other in others]
+        judge: str | None = against
+    else:
+        expected = [row.label for row in rows]
+        judge = "labels" if any(label is not None for label in expected) else None
+    return _report(rows, scores, expected, judge, seconds)
+
+
+def _score(
+    rows: Sequence[GradeRow], reward: str, policy: str, num_workers: int, timeout_s: float
+) -> list[Score]:
+    with load_reward(reward, rules=policy, num_workers=num_workers, timeout_s=timeout_s) as scorer:
+        return score_best(scorer, [row.completion for row in rows], [row.reference for row in rows])
+
+
+def _report(
+    rows: Sequence[GradeRow],
+    scores: Sequence[Score],
+    expected: Sequence[bool | None],
+    judge: str | None,
+    seconds: float,
+) -> GradeReport:
+    counts: Counter[tuple[bool, bool]] = Counter()
+    disagreements = []
+    for row, score, truth in zip(rows, scores, expected, strict=True):
+        if truth is None:
+            continue
+        counts[score.correct, truth] += 1
+        if score.correct != truth:
+            disagreements.append(
+                Disagreement(
+                    row.line, row.reference, score.answer, score.correct, truth, score.status
+                )
+            )
+    hits, num_compared = counts[True, True], sum(counts.values())
+    return GradeReport(
+        num=len(rows),
+        num_correct=sum(score.correct for score in scores),
+        statuses=dict(Counter(score.status for score in scores)),
+        seconds=seconds,
+        judge=judge,
+        num_compared=num_compared,
+        accuracy=_ratio(hits + counts[False, False], num_compared),
+        precision=_ratio(hits, hits + counts[True, False]),
+        recall=_ratio(hits, hits + counts[False, True]),
+        disagreements=tuple(disagreements),
+    )
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `rl-lora grade`."""
+    parser.add_argument(
+        "file", type=Path, help="JSONL file of completions and references, or an exam's file"
+    )
+    parser.add_argument(
+        "--reward", help="a reward's name, or 'module:function' (default: the exam's, or math)"
+    )
+    parser.add_argument(
+        "--policy", help=f"one of {', '.join(RULES)} (default: the exam's, or default)"
+    )
+    parser.add_argument(
+        "--against", help="compare with this reward (math_verify) instead of the labels"
+    )
+    parser.add_argument("--num-workers", type=int, default=1, help="worker processes")
+    parser.add_argument("--timeout", type=float, default=5.0, help="seconds per hard answer")
+    parser.add_argument("--show", type=int, default=20, help="disagreements to print")
+    parser.add_argument("--json", type=Path, help="write the whole report here")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report. Raises UserError; returns the exit code."""
+    report: Regrade | GradeReport
+    bounds = {"num_workers": args.num_workers, "timeout_s": args.timeout}
+    try:
+        if args.against is None and is_exam(args.file):
+            report = regrade(args.file, reward=args.reward, policy=args.policy, **bounds)
+            print_regrade(report, args.show)
+        else:
+            settings = read_exam(find_exam(args.file))[0] if is_exam(args.file) else {}
+            reward, policy = own_judge(args.file, settings, args.reward, args.policy)
+            report = grade_file(
+                args.file, reward=reward, policy=policy, against=args.against, **bounds
+            )
+            print_report(report, args.show)
+    except ValueError as error:  # an unknown reward or policy: the message names the nearest
+        raise UserError(str(error)) from None
+    if args.json is not None:
+        text = json.dumps(storable(asdict(report)), indent=1) + "\n"
+        args.json.write_text(text, encoding="utf-8")
+    return 0
+
+
+def print_report(report: GradeReport, num_shown: int, console: Console | None = None) -> None:
+    """The figures, then the first disagreements."""
+    console = console or Console()
+    statuses = ", ".join(f"{status} {count}" for status, count in sorted(report.statuses.items()))
+    rate = report.num / report.seconds if report.seconds > 0 else float("inf")
+    console.print(
+        f"{report.num_correct} of {report.num} correct ({report.num_correct / report.num:.1%}); "
+        f"{statuses}; {rate:,.0f} a second"
+    )
+    if report.judge is None:
+        console.print("No labels in the file, and no --against: nothing to compare with.")
+        return
+    figures = {"accuracy": report.accuracy, "precision": report.precision, "recall": report.recall}
+    shown = ", ".join(
+        f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in figures.items()
+    )
+    console.print(f"Against {report.judge} ({report.num_compared} compared): {shown}")
+    if not report.disagreements:
+        return
+    num = len(report.disagreements)
+    table = Table(title=f"{num} disagreement{'' if num == 1 else 's'}")
+    for heading in ("line", "reference", "answer", "ours", report.judge, "status"):
+        table.add_column(heading)
+    for item in report.disagreements[:num_shown]:
+        cells = [_shorten(item.reference), _shorten(item.answer or "-")]
+        verdicts = ["right" if value else "wrong" for value in (item.verdict, item.expected)]
+        # Rich would read square brackets as markup; model text is shown as it is.
+        table.add_row(str(item.line), *[_plain(cell) for cell in cells], *verdicts, item.status)
+    console.print(table)
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"

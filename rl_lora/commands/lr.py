@@ -1,0 +1,130 @@
+"""`rl-lora lr MODEL`: the learning-rate rule of 'LoRA Without Regret', from a config alone.
+
+The rule is a fit over supervised sweeps: full fine-tuning's best rate is 5e-5 (2000 / hidden)^P,
+with an exponent P of the model's family, and LoRA's is 10 times that, whatever the rank (the
+article's fit: 9.8 times); in runs of under about 100 steps it is about 15 times (the cookbook's
+get_lr has the constants). For RL it is an upper bound: public recipes for mathematics take 1e-5 to
+1e-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rl_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+BASE_RATE = 5e-5  # of full fine-tuning at the reference width
+REFERENCE_HIDDEN = 2000
+LORA_FACTOR = 10.0  # LoRA's best rate over full fine-tuning's, long runs
+SHORT_FACTOR = 15.0  # the same in short runs
+SHORT_STEPS = 100  # steps below which a run is short
+EXPONENTS = {"llama": 0.781, "qwen": 0.0775}  # family -> P
+FITTED_HIDDEN = (2048, 8192)  # widths of the Llama and Qwen models that the rule was fitted on
+
+
+@dataclass(frozen=True, slots=True)
+class RateRule:
+    """The rule's rates for one model.
+
+    Example, Llama-3.1-8B: RateRule(family="llama", hidden=4096, full=2.857e-05, lora=2.857e-04,
+    lora_short=4.286e-04)
+    """
+
+    family: str
+    hidden: int
+    full: float  # full fine-tuning; the short runs' factor was stated for LoRA against it
+    lora: float  # any rank, runs of 100 steps and more
+    lora_short: float  # any rank, shorter runs
+
+    @property
+    def is_extrapolated(self) -> bool:
+        """Whether the model's width lies outside the widths that the rule was fitted on."""
+        low, high = FITTED_HIDDEN
+        return not low <= self.hidden <= high
+
+
+def rate_rule(family: str, hidden: int) -> RateRule:
+    """5e-5 (2000 / hidden)^P, times 10 for LoRA and 15 for short LoRA runs ('LoRA Without Regret').
+
+    Raises:
+        UserError: the family has no fitted exponent.
+        ValueError: hidden is not positive.
+    """
+    if hidden < 1:
+        raise ValueError(f"hidden = {hidden}: a model's width is positive")
+    if family not in EXPONENTS:
+        known = " and ".join(EXPONENTS)
+        raise UserError(
+            f"the learning-rate rule has exponents for {known} alone, none for {family!r}: sweep "
+            "optim.lr, or take one of theirs knowingly with --family"
+        )
+    full = BASE_RATE * (REFERENCE_HIDDEN / hidden) ** EXPONENTS[family]
+    return RateRule(family, hidden, full, full * LORA_FACTOR, full * SHORT_FACTOR)
+
+
+def family_of(config: PretrainedConfig) -> str:
+    """The family whose exponent a model takes: llama or qwen; else its model_type as it stands."""
+    model_type = str(config.get_text_config().model_type)
+    return next((name for name in EXPONENTS if model_type.startswith(name)), model_type)
+
+
+def rule_text(rule: RateRule, origin: str) -> str:
+    """What the command prints."""
+    exponent = EXPONENTS[rule.family]
+    lines = [
+        f"width {rule.hidden}, family {rule.family} (exponent {exponent}), from {origin}",
+        "",
+        f"  LoRA, any rank, from {SHORT_STEPS} steps on    {rule.lora:.2e}",
+        f"  LoRA, any rank, shorter runs      {rule.lora_short:.2e}",
+        f"  full fine-tuning                  {rule.full:.2e}",
+        "",
+        f"rule: {BASE_RATE:g} x (2000 / width)^P for full fine-tuning; LoRA {LORA_FACTOR:g} times "
+        f"that, in short runs {SHORT_FACTOR:g} times",
+        "source: 'LoRA Without Regret' (Thinking Machines, 2025) and its cookbook's get_lr; fitted",
+        "  on supervised sweeps with alpha 32, Adam, constant rate, adapters on all layers",
+        "limits: a first guess, to be swept by a factor of 3 to either side. For RL it is an upper",
+        "  bound: public recipes for mathematics take 1e-5 to 1e-4.",
+    ]
+    if rule.is_extrapolated:
+        low, high = FITTED_HIDDEN
+        lines.append(
+            f"warning: width {rule.hidden} is outside {low} to {high}, where the rule was fitted; "
+            "do not trust it here without a sweep"
+        )
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument(
+        "model", nargs="?", help="a name, a directory or a hub id; only its config.json is read"
+    )
+    parser.add_argument("--hidden", type=int, help="width (default: the model's hidden_size)")
+    parser.add_argument("--family", help=f"{' or '.join(EXPONENTS)} (default: the model's)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the rule for the model. Raises UserError where the model or its family is unknown."""
+    if arguments.hidden is not None and arguments.hidden < 1:
+        raise UserError(f"--hidden {arguments.hidden}: a model's width is positive")
+    if arguments.hidden is not None and arguments.family is not None:
+        print(rule_text(rate_rule(arguments.family, arguments.hidden), "the command line"))
+        return 0
+    if arguments.model is None:
+        raise UserError("name a model, or give both --hidden and --family")
+    config, origin = _model_config(arguments.model)
+    hidden = arguments.hidden or int(config.get_text_config().hidden_size)
+    print(rule_text(rate_rule(arguments.family or family_of(config), hidden), origin))
+    return 0
+
+
+def _model_config(name: str) -> tuple[PretrainedConfig, str]:
+    from rl_lora.config import ModelSection
+    from rl_lora.models.shapes import find_model_dir, load_model_config
+
+    return load_model_config(ModelSection(name=name), find_model_dir(name))

@@ -1,0 +1,348 @@
+"""What a run will take, from the model's config.json alone: parameters, memory, arithmetic.
+
+The model is laid out on PyTorch's meta device, so no weight is read and 8 B parameters cost
+nothing. Counts are exact; `memory_plan` and `capacity` say how sure their numbers are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+from transformers import PretrainedConfig
+
+from rl_lora.config import LoraSection, ModelSection, RunConfig, Section
+from rl_lora.config.sft import SftConfig
+from rl_lora.models.shapes import HEAD_NAMES, find_model_dir, lay_out, load_model_config
+from rl_lora.nn.experts import ExpertCounts, expert_counts, num_active_experts
+from rl_lora.nn.lora import target_names
+from rl_lora.nn.variants import num_magnitudes, served_rank
+from rl_lora.planning.capacity import Capacity, capacity_line, capacity_warning
+from rl_lora.planning.memory import (
+    MemoryItem,
+    bytes_text,
+    gpu_memory,
+    learner_memory,
+    machine_bytes,
+    memory_plan,
+    plan_device,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCounts:
+    """Numbers of parameters.
+
+    Example, rank 256 on all layers of Llama-3.1-8B: ParameterCounts(base=8030261248,
+    active=8030261248, adapter=671088640, lm_head_adapter=33882112, trainable=671088640,
+    num_targets=224)
+    """
+
+    base: int  # a tied lm_head counts once
+    active: int  # those at work on a token: all, but of a mixture
+    adapter: int  # on the chosen layers, without lm_head
+    lm_head_adapter: int  # what an adapter on lm_head adds
+    trainable: int  # by lora.mode and lora.lm_head
+    num_targets: int  # matrices with an adapter, lm_head included if it has one
+    fixed: int = 0  # of the trainable ones, those that are as many at any rank: DoRA's magnitudes
+
+    @property
+    def adapter_with_lm_head(self) -> int:
+        """The article's count: it has an adapter on lm_head, too."""
+        return self.adapter + self.lm_head_adapter
+
+
+@dataclass(frozen=True, slots=True)
+class MatmulCounts:
+    """Multiply-adds of the linear layers, forward and backward, for one token.
+
+    Example, one 4096 x 4096 layer at rank 1: MatmulCounts(lora=33579008, full=50331648)
+    """
+
+    lora: int  # 2 N^2 + 6 N R for a square layer with an adapter, 2 N^2 for one without
+    full: int  # 3 N^2
+
+    @property
+    def ratio(self) -> float:
+        """LoRA / full; 2/3 at low rank ('LoRA Without Regret', section on compute)."""
+        return self.lora / self.full
+
+
+def parameter_counts(model: nn.Module, lora: LoraSection) -> ParameterCounts:
+    """Counts for a laid-out (or loaded) base model. An adapter has rank x (d_in + d_out) a layer,
+    and d_out more with DoRA.
+
+    Of a mixture each expert has one of rank / active experts, so that E experts of which K are at
+    work have E / K times what a dense layer of an expert's size would have.
+
+    Raises:
+        UserError: the model has no layers of the chosen kind, or the rank is no multiple of its
+            active experts.
+    """
+    base = sum(parameter.numel() for parameter in model.parameters())
+    experts = _expert_counts(model, lora)
+    sizes = {
+        name: lora.rank * (layer.in_features + layer.out_features)
+        + num_magnitudes(lora.variant, layer.out_features)
+        for name, layer in _targets(model, lora.model_copy(update={"lm_head": True}))
+    }
+    lm_head = sum(size for name, size in sizes.items() if _is_lm_head(name))
+    adapter = sum(sizes.values()) - lm_head + experts.adapter
+    return ParameterCounts(
+        base=base,
+        active=base - experts.weights + experts.active_weights,
+        adapter=adapter,
+        lm_head_adapter=lm_head,
+        trainable=base if lora.mode == "full" else adapter + lm_head * lora.lm_head,
+        num_targets=len(sizes)
+        - (0 if lora.lm_head else sum(map(_is_lm_head, sizes)))
+        + (experts.num_matrices if experts.adapter else 0),
+        fixed=sum(
+            num_magnitudes(lora.variant, own.out_features) for _, own in _targets(model, lora)
+        ),
+    )
+
+
+def matmul_counts(model: nn.Module, lora: LoraSection) -> MatmulCounts:
+    """Multiply-adds a token. The full arm is the article's 3 N^2: forward, and backward twice.
+
+    With LoRA the frozen W needs no gradient (2 N^2), and A and B take 3 R (d_in + d_out), with R
+    twice the rank for PiSSA and OLoRA. DoRA's norms come once a pass, not a token. Of a
+    mixture the active experts count; its routers, E columns wide, do not.
+    """
+    adapted = {name for name, _ in _targets(model, lora)}
+    experts = _expert_counts(model, lora)
+    full_total = 3 * experts.active_weights
+    lora_total = 2 * experts.active_weights + 3 * experts.active_adapter
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            weights = layer.in_features * layer.out_features
+            full_total += 3 * weights
+            lora_total += 2 * weights
+            if name in adapted:
+                lora_total += 3 * served_rank(lora) * (layer.in_features + layer.out_features)
+    return MatmulCounts(lora=lora_total, full=full_total)
+
+
+def print_plan(
+    config: RunConfig,
+    model_dir: Path | None = None,
+    console: Console | None = None,
+    gpu_bytes: int | None = None,
+) -> None:
+    """What `train --dry-run` shows: settings, parameters, arithmetic, capacity and memory.
+
+    Args:
+        config: the job.
+        model_dir: where its model lies; None: looked for without making or fetching weights.
+        console: where it is printed.
+        gpu_bytes: memory of the GPU to plan for; None: this machine's, or an 80 GB card.
+
+    Raises:
+        UserError: the model's config.json cannot be had, or the model has no layers to adapt.
+    """
+    console = console or Console()
+    console.print(settings_table(config, RunConfig()))
+    model_config, origin = load_model_config(
+        config.model, model_dir or find_model_dir(config.model.name)
+    )
+    model = lay_out(model_config)
+    counts = parameter_counts(model, config.lora)
+    matmuls = matmul_counts(model, config.lora)
+    sampling, num_steps = config.sampling, config.run.num_steps
+    num_episodes = num_steps * sampling.num_prompts * sampling.num_samples
+    capacity = Capacity("episodes", num_episodes, counts.trainable, counts.fixed)
+    table = parameter_table(config.model, config.lora, counts, matmuls, origin)
+    table.add_row("capacity", capacity_line(capacity))
+    longest = config.data.max_prompt_tokens + sampling.max_tokens
+    table.add_row("arithmetic, at most", work_text(num_episodes * longest, counts, matmuls, config))
+    console.print(table)
+    warn_of_capacity(console, capacity, config.lora, num_active_experts(model_config))
+    parts = memory_plan(config, model_config, counts.base, counts.trainable, gpu_bytes)
+    console.print(memory_table(parts, config.model, gpu_bytes))
+
+
+def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
+    """What `sft --dry-run` shows; tokens are counted where data and tokenizer are on this machine.
+
+    Raises:
+        UserError: the model's config.json cannot be had, or the data cannot be used.
+    """
+    console = console or Console()
+    console.print(settings_table(config, SftConfig()))
+    model_dir = find_model_dir(config.model.name)
+    model_config, origin = load_model_config(config.model, model_dir)
+    model = lay_out(model_config)
+    counts = parameter_counts(model, config.lora)
+    matmuls = matmul_counts(model, config.lora)
+    seen = config.run.num_steps * config.sft.batch_size
+    num_tokens, how = _sft_tokens(config, model_config, model_dir)
+    capacity = Capacity("tokens", num_tokens, counts.trainable, counts.fixed)
+    table = parameter_table(config.model, config.lora, counts, matmuls, origin)
+    table.add_row("completion tokens to learn", f"{num_tokens:,} ({how})")
+    table.add_row("capacity", capacity_line(capacity))
+    flops = 2 * (matmuls.full if config.lora.mode == "full" else matmuls.lora)
+    table.add_row("arithmetic, at most", flops_text(flops * seen * config.data.max_tokens))
+    console.print(table)
+    warn_of_capacity(console, capacity, config.lora, num_active_experts(model_config))
+    parts = learner_memory(
+        config.model,
+        config.lora,
+        config.optim,
+        model_config,
+        counts.base,
+        counts.trainable,
+        max(config.optim.microbatch_tokens, config.data.max_tokens),
+    )
+    console.print(memory_table(parts, config.model))
+
+
+def _sft_tokens(
+    config: SftConfig, model_config: PretrainedConfig, model_dir: Path | None
+) -> tuple[int, str]:
+    """(completion tokens that the run sees, each once; how they were counted)."""
+    from rl_lora.models.resolve import context_length, load_tokenizer
+    from rl_lora.sft.data import load_sft
+
+    seen = config.run.num_steps * config.sft.batch_size
+    is_local = all(":" in s.name or Path(s.name).expanduser().exists() for s in config.data.train)
+    if model_dir is None or not is_local:
+        return seen * config.data.max_tokens, "at most: model or data are not on this machine"
+    context = context_length(model_config)
+    sets = load_sft(config.data, load_tokenizer(model_dir), context, config.run.seed)
+    share = min(1.0, seen / len(sets.train))
+    return round(share * sets.num_train_tokens), f"{share:.0%} of {len(sets.train):,} sequences"
+
+
+def work_text(
+    num_tokens: int, counts: ParameterCounts, matmuls: MatmulCounts, config: RunConfig
+) -> str:
+    """Floating-point operations (2 a multiply-add) of learning and of sampling num_tokens tokens.
+
+    An upper bound for RL: every prompt and completion as long as the settings allow.
+    """
+    learn = 2 * num_tokens * (matmuls.full if config.lora.mode == "full" else matmuls.lora)
+    sample = 2 * num_tokens * counts.active
+    return f"learning {flops_text(learn)}, sampling {flops_text(sample)}"
+
+
+def flops_text(flops: float) -> str:
+    """1.2e+18 floating-point operations as `1.2 EFLOP`."""
+    for size, unit in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T")):
+        if flops >= size:
+            return f"{flops / size:,.3g} {unit}FLOP"
+    return f"{flops / 1e9:,.3g} GFLOP"
+
+
+def warn_of_capacity(
+    console: Console, capacity: Capacity, lora: LoraSection, num_active: int = 1
+) -> None:
+    """One line where the policy is too small for what there is to learn.
+
+    A mixture's rank is a multiple of num_active.
+    """
+    rank = None if lora.mode == "full" else lora.rank
+    warning = capacity_warning(capacity, rank, multiple_of=num_active)
+    if warning:
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+
+
+def settings_table(config: Section, default: Section) -> Table:
+    """Every setting; those that are not the default are marked with * and bold."""
+    table = Table(title="Settings (* = not the default)", title_justify="left", show_header=False)
+    for key, value, is_default in _settings(config, default):
+        mark, style = ("  ", "dim") if is_default else ("* ", "bold")
+        table.add_row(Text(mark + key, style=style), Text(repr(value), style=style))
+    return table
+
+
+def _settings(config: Section, default: Section) -> Iterator[tuple[str, Any, bool]]:
+    for key in type(config).model_fields:
+        value, usual = getattr(config, key), getattr(default, key)
+        if isinstance(value, Section):
+            for inner, inner_value, is_default in _settings(value, usual):
+                yield f"{key}.{inner}", inner_value, is_default
+        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
+            yield key, [item.model_dump(exclude_defaults=True) for item in value], value == usual
+        else:
+            yield key, value, value == usual
+
+
+def parameter_table(
+    model: ModelSection,
+    lora: LoraSection,
+    counts: ParameterCounts,
+    matmuls: MatmulCounts,
+    origin: str,
+) -> Table:
+    """Parameters in all and in training, and the arithmetic of a token."""
+    title = f"Parameters of {model.name}, shapes from {origin}"
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_row("base", f"{counts.base:,}")
+    if counts.active != counts.base:
+        table.add_row("base, at work on a token", f"{counts.active:,}")
+    variant = "" if lora.variant == "lora" else f"{lora.variant}, "
+    where = f"{variant}rank {lora.rank} on {lora.layers}"
+    table.add_row(f"adapter, {where}, without lm_head", f"{counts.adapter:,}")
+    table.add_row(f"adapter, {where}, with lm_head", f"{counts.adapter_with_lm_head:,}")
+    share = counts.trainable / counts.base
+    table.add_row(
+        f"trainable (mode {lora.mode})", f"{counts.trainable:,} ({share:.3%} of the base)"
+    )
+    table.add_row("multiply-adds a token, LoRA", f"{matmuls.lora:,}")
+    table.add_row("multiply-adds a token, all weights", f"{matmuls.full:,}")
+    table.add_row("LoRA / all weights", f"{matmuls.ratio:.3f}")
+    return table
+
+
+def memory_table(
+    parts: list[MemoryItem], model: ModelSection, gpu_bytes: int | None = None
+) -> Table:
+    """The parts, their sum, and whether it fits this machine's device (or the GPU given)."""
+    table = Table("part", "size", "what", title="Memory plan", title_justify="left")
+    table.columns[1].justify = "right"
+    for part in parts:
+        table.add_row(part.part, bytes_text(part.num_bytes), part.note)
+    total = sum(part.num_bytes for part in parts)
+    device = plan_device(model.device)
+    here = machine_bytes(device)
+    available, what = here, "this machine's"
+    if device == "cuda" and (gpu_bytes is not None or here is None):
+        available, what = gpu_bytes or gpu_memory(device), "a GPU's"
+    assert available is not None
+    if total > available:
+        verdict = (
+            f"MORE than {what} {bytes_text(available)}: lower optim.microbatch_tokens, "
+            "sampling.memory_fraction, sampling.max_num_seqs or sampling.max_tokens, or set "
+            "optim.checkpoint_activations"
+        )
+    else:
+        verdict = f"of {what} {bytes_text(available)}"
+    if device == "cuda" and here is None:
+        verdict += "; no cuda device here to look at"
+    table.add_section()
+    table.add_row("total", bytes_text(total), verdict, style="bold")
+    return table
+
+
+def _targets(model: nn.Module, lora: LoraSection) -> Iterator[tuple[str, nn.Linear]]:
+    for name in target_names(model, lora):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        yield name, layer
+
+
+def _expert_counts(model: nn.Module, lora: LoraSection) -> ExpertCounts:
+    """Of the experts, with an adapter where the settings give them one."""
+    is_adapted = lora.mode == "lora" and lora.layers != "attention"
+    return expert_counts(model, lora.rank if is_adapted else 0)
+
+
+def _is_lm_head(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in HEAD_NAMES

@@ -1,0 +1,193 @@
+"""The command line of studies: what is to do, what is done, and the table of best rates."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+# What a plateau is, in the result's unit: nats a token, or reward.
+PLATEAU_TOLERANCE = {"sft": 0.02, "rl": 0.05}
+_FILE_WIDTH = 120  # characters, where the output is no terminal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("config", type=Path, help="a TOML file, e.g. configs/study_rl_rank.toml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="e.g. study.seeds=[0,1]"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print cells, time and memory estimates; stop"
+    )
+    parser.add_argument("--retry", action="store_true", help="run crashed cells again")
+    parser.add_argument("--table", action="store_true", help="print what is done; stop")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs, plans or shows a study."""
+    from rl_lora.studies.config import load_study
+    from rl_lora.studies.results import read_table
+
+    study = load_study(arguments.config, arguments.overrides)
+    width = None if sys.stdout.isatty() else _FILE_WIDTH
+    console = Console(highlight=False, soft_wrap=True, width=width)
+    if arguments.table:
+        _print_results(console, study, read_table(study.folder))
+        return 0
+    from rl_lora.policy import check_trainable
+    from rl_lora.studies.plan import calibrate, estimate
+    from rl_lora.studies.results import TABLE_FILE
+    from rl_lora.studies.run import all_cells, pending_cells, run_study, study_lock
+
+    if not arguments.dry_run:
+        with study_lock(study) as taken_over:  # before the timings, which take a while
+            if taken_over is not None:
+                console.print(Text(taken_over))
+    rows = read_table(study.folder) if (study.folder / TABLE_FILE).is_file() else []
+    if arguments.retry:
+        rows = [row for row in rows if row["status"] != "crashed"]
+    cells = all_cells(study, rows)
+    left = pending_cells(cells, {row["cell"] for row in rows})
+    for cell in left:
+        check_trainable(cell.config.model, cell.config.lora)
+    timed = {row["cost_class"] for row in rows if row["status"] in ("done", "diverged")}
+    console.print(f"{study.study.name}: {len(cells)} cells, {len(left)} to run; in {study.folder}")
+    _make_models(console, left)
+    timings = calibrate(study, [cell for cell in left if cell.cost_class not in timed])
+    plan = estimate(study, left, rows, timings)
+    console.print(plan_table(study, cells, left, rows, timings))
+    console.print(plan_line(plan, study.study.refine_rounds))
+    if arguments.dry_run:
+        return 0
+    rows = run_study(
+        study,
+        retry=arguments.retry,
+        on_row=lambda row, done, total: console.print(Text(row_line(row, done, total))),
+        peak_mb=plan.peak_mb or None,
+    )
+    _print_results(console, study, rows)
+    return 0
+
+
+def _make_models(console: Console, cells: Sequence[Any]) -> None:
+    """Models of our own that are not made yet: no cell's time, and no two cells at once."""
+    from rl_lora.models.resolve import is_at_hand, resolve_model
+
+    for name, model in {cell.config.model.name: cell.config.model for cell in cells}.items():
+        if not is_at_hand(name):
+            console.print(f"model {name}: fetched or made once, then kept; a minute or so")
+            resolve_model(model)
+
+
+def _print_results(console: Console, study: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    from rl_lora.studies.results import TABLE_FILE
+
+    console.print(best_table(study.study.arm, rows))
+    failed = [row for row in rows if row["error"]]
+    for row in failed[:10]:
+        console.print(Text(f"{row['status']}: {row_text(row)}: {row['error']}"))
+    console.print(f"the table is {study.folder / TABLE_FILE}")
+
+
+def plan_line(plan: Any, refine_rounds: int) -> str:
+    """`about 12 min for 24 cells, 2 processes at once, 0.6 GB each`."""
+    where = "processes at once" + (" on the GPUs" if plan.has_gpus else "")
+    text = (
+        f"about {duration(plan.seconds)} for {plan.num_left} cells on {plan.slots} {where}, "
+        f"{plan.peak_mb / 1e3:.1f} GB of memory each"
+    )
+    if refine_rounds:
+        text += f"; {refine_rounds} round(s) of further rates come on top"
+    return text
+
+
+def plan_table(
+    study: Any,
+    cells: Sequence[Any],
+    left: Sequence[Any],
+    rows: Sequence[Mapping[str, Any]],
+    timings: Mapping[str, Any],
+) -> Table:
+    """A row a condition: rates, cells, how many are left, seconds of one."""
+    from rl_lora.studies.plan import cell_seconds
+    from rl_lora.studies.results import condition_text
+
+    done: dict[str, list[float]] = {}
+    for row in rows:
+        if row["status"] in ("done", "diverged"):
+            done.setdefault(row["cost_class"], []).append(row["seconds"])
+    table = Table("condition", "rates", "cells", "left", "s a cell", box=box.ASCII2)
+    left_keys = {cell.key for cell in left}
+    for condition in dict.fromkeys(cell.condition for cell in cells):
+        some = [cell for cell in cells if cell.condition == condition]
+        rates = sorted({cell.config.optim.lr for cell in some})
+        span = (
+            f"{rates[0]:g} to {rates[-1]:g} ({len(rates)})" if len(rates) > 1 else f"{rates[0]:g}"
+        )
+        seconds = cell_seconds(some[0], done, timings)
+        table.add_row(
+            condition_text(condition, with_batch=True),
+            span,
+            str(len(some)),
+            str(sum(cell.key in left_keys for cell in some)),
+            f"{seconds:.1f}" if seconds else "?",
+        )
+    return table
+
+
+def best_table(arm: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A row a condition: best rate with its interval, result with its, plateau, failed cells."""
+    from rl_lora.studies.rate_sweep import sweep
+    from rl_lora.studies.results import GOALS, condition_of, condition_text, results_by_rate
+
+    what = "reward at the end" if arm == "rl" else "test loss, nats a token"
+    table = Table(title=f"Best rates ({what}; 95% intervals)", box=box.ASCII2)
+    for name in ("condition", "best rate", "result", "plateau, decades", "cells", "failed"):
+        table.add_column(name)
+    for condition, by_rate in results_by_rate(rows).items():
+        own = [row for row in rows if condition_of(row) == condition]
+        failed = sum(row["status"] != "done" for row in own)
+        result = sweep(by_rate, GOALS[arm], tolerance=PLATEAU_TOLERANCE[arm])
+        name = condition_text(condition, with_batch=True)
+        if result is None:
+            table.add_row(name, "-", "-", "-", str(len(own)), str(failed))
+            continue
+        edge = " (grid's end)" if result.is_at_edge else ""
+        table.add_row(
+            name,
+            f"{result.best_rate:.3g} ({result.rate_low:.3g} to {result.rate_high:.3g}){edge}",
+            f"{result.best_value:.4f} ({result.value_low:.4f} to {result.value_high:.4f})",
+            f"{result.plateau_decades:.2f}",
+            str(len(own)),
+            str(failed),
+        )
+    return table
+
+
+def row_line(row: Mapping[str, Any], done: int, total: int) -> str:
+    """`3/24  rank 8  rate 0.001  seed 0: done, result 0.512, 31 s`."""
+    result = "" if row["result"] is None else f", {row['start']:.4g} to {row['result']:.4g}"
+    return f"{done}/{total}  {row_text(row)}: {row['status']}{result}, {row['seconds']:.0f} s"
+
+
+def row_text(row: Mapping[str, Any]) -> str:
+    """`rank 8 batch 32  rate 0.001  seed 0`."""
+    from rl_lora.studies.results import condition_of, condition_text
+
+    name = condition_text(condition_of(row), with_batch=True)
+    return f"{name}  rate {row['lr']:g}  seed {row['seed']}"
+
+
+def duration(seconds: float) -> str:
+    """42 s, 3.1 min, 2.1 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,348 @@
+"""The tokenizer's chat template: conversations -> text, where a turn ends, and text -> token ids.
+
+A template is a program of the model's author. It may refuse a conversation, fail, or silently leave
+messages out; each is an error that names the row. The end of a turn is what the template writes
+after an assistant's message, which need not be the tokenizer's end token (Qwen3-8B-Base: turns end
+in <|im_end|>, its end token is <|endoftext|>).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from rl_lora.data.messages import Message
+from rl_lora.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tools = Sequence[Mapping[str, Any]]  # descriptions of what an assistant may call
+
+_OTHER_TEMPLATE = "another template can be given as data.chat_template_kwargs.chat_template"
+_FIX = f"{_OTHER_TEMPLATE}, and data.template='base' needs none"
+_CARRIERS = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
+_PROBE = "where does this turn end"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEnd:
+    """What a template writes after an assistant's message.
+
+    Example: TurnEnd(token_id=151645, text="<|im_end|>", rest="\\n")
+    """
+
+    token_id: int
+    text: str
+    rest: str  # what follows the token; it is never sampled
+
+
+class ChatTemplate:
+    """A tokenizer's template with the settings of `data.chat_template_kwargs`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> None:
+        """Raises:
+        UserError: there is no template, none that is the default, or it lacks a setting.
+        """
+        self._tokenizer, self._kwargs = tokenizer, dict(kwargs)
+        known, wanted = tokenizer.chat_template, kwargs.get("chat_template")
+        if not known and wanted is None:
+            raise UserError(
+                "the model's tokenizer has no chat template; set data.template='base' for a base "
+                "model"
+            )
+        if isinstance(known, dict) and wanted is None and "default" not in known:
+            raise UserError(
+                f"the model's tokenizer has several chat templates ({', '.join(sorted(known))}) "
+                "and none called default; set data.chat_template_kwargs.chat_template to one, e.g. "
+                f"{min(known)!r}"
+            )
+        if isinstance(known, dict) and wanted is not None and wanted not in known:
+            if "{" not in str(wanted):
+                raise UserError(
+                    f"data.chat_template_kwargs.chat_template={wanted!r} is neither a template nor "
+                    f"one's name; {nearest(str(wanted), known)}"
+                )
+        text = str(tokenizer.get_chat_template(wanted, kwargs.get("tools")))
+        for name in kwargs:
+            if name != "chat_template" and not re.search(rf"\b{re.escape(name)}\b", text):
+                raise UserError(
+                    f"data.chat_template_kwargs.{name}: the model's chat template has no such "
+                    "setting and would not use it; take it out"
+                )
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        who: str,
+        *,
+        opens_turn: bool,
+        tools: Tools | None = None,
+    ) -> str:
+        """The conversation in the template's markup.
+
+        Args:
+            messages: all turns, in order.
+            who: the row in words, for errors.
+            opens_turn: end with the opening of the assistant's turn; where the last message is the
+                assistant's own, that turn is left open.
+            tools: the row's own; None: those of the settings, if any.
+
+        Raises:
+            UserError: the template refuses, fails, or leaves a message out.
+        """
+        is_begun = opens_turn and messages[-1].role == "assistant"
+        options: dict[str, Any] = {
+            **self._kwargs,
+            "add_generation_prompt": opens_turn and not is_begun,
+            "continue_final_message": is_begun,
+        }
+        if tools:
+            options["tools"] = list(tools)
+        try:
+            text = self._apply([message.as_dict() for message in messages], options)
+        except Exception as error:  # the template is a program that is not ours
+            raise UserError(_refusal(messages, who, error)) from error
+        for message in messages:
+            if message.role != "assistant":
+                _check_written(message, text, who)
+        _check_tools(tools or (), text, who)
+        return text
+
+    def _apply(self, turns: list[dict[str, Any]], options: dict[str, Any]) -> str:
+        """Arguments of tool calls are objects to most templates, and JSON text to a few."""
+        apply = self._tokenizer.apply_chat_template
+        parsed = [_with_parsed_arguments(turn) for turn in turns]
+        try:
+            return str(apply(parsed, tokenize=False, **options))
+        except TypeError:
+            if parsed == turns:
+                raise
+            return str(apply(turns, tokenize=False, **options))
+
+    def render_answer(
+        self,
+        messages: Sequence[Message],
+        who: str,
+        tools: Tools | None = None,
+    ) -> tuple[str, str]:
+        """(prompt, answer): the prompt that is sampled from, and what the template writes for the
+        last message, the assistant's, up to the token that ends its turn.
+
+        Some templates open a turn as they write none (QwQ's with <think>, which an answer may
+        lack); the answer is then what differs between answers.
+
+        Raises:
+            UserError: the template refuses, or leaves out a part of the conversation.
+        """
+        before, answer = list(messages[:-1]), messages[-1]
+        prompt = self.render(before, who, opens_turn=True, tools=tools)
+        text = self.render(messages, who, opens_turn=False, tools=tools)
+        head = prompt
+        if not text.startswith(prompt):
+            others = [[*before, Message("assistant", word)] for word in ("0", "1")]
+            head = _common_start(
+                *(self.render(one, who, opens_turn=False, tools=tools) for one in others)
+            )
+            if not text.startswith(head):
+                raise UserError(
+                    f"the model's chat template opens the answer of {who} with "
+                    f"{text[len(_common_start(head, text)) :][:40]!r} and a prompt with "
+                    f"{prompt[len(_common_start(prompt, text)) :][:40]!r}; set "
+                    "data.chat_template_kwargs (enable_thinking?) so that they agree"
+                )
+        if not _is_written(answer, text[len(head) :]):
+            # It may begin with what opens the turn, <think> say.
+            history = self.render(before, who, opens_turn=False, tools=tools)
+            _check_written(answer, text[len(_common_start(history, text)) :], who)
+        for name in answer.fields:
+            if name in _CARRIERS:
+                plain = [*before, _without(answer, name)]
+                if self.render(plain, who, opens_turn=False, tools=tools) == text:
+                    raise UserError(
+                        f"the model's chat template leaves out {name!r} of an assistant's message "
+                        f"in {who}; put it into the content, or take it out of the data; or: "
+                        f"{_OTHER_TEMPLATE}"
+                    )
+        rest = self.turn_end.rest if self.turn_end else ""
+        return prompt, text[len(head) :].removesuffix(rest)
+
+    @cached_property
+    def turn_end(self) -> TurnEnd | None:
+        """The token that ends an assistant's turn; None where the template closes it without."""
+        turns = [Message("user", "What is 4 + 3?"), Message("assistant", _PROBE)]
+        try:
+            text = self.render(turns, "a question and its answer", opens_turn=False)
+        except UserError:  # the data's own rows say why, if the template does not take those either
+            return None
+        _, found, tail = text.rpartition(_PROBE)
+        if not found:
+            return None
+        known = self._tokenizer.added_tokens_decoder
+        ids = self._tokenizer.encode(tail, add_special_tokens=False)
+        marks = [one for one in ids if one in known and known[one].content.strip()]
+        # Some tokenizers (Gemma's) have runs of newlines and the like among their added tokens.
+        first = next((one for one in marks if known[one].special), marks[0] if marks else None)
+        if first is None:
+            return None
+        token = known[first].content
+        return TurnEnd(first, token, tail.partition(token)[2])
+
+
+def end_of_turn(
+    tokenizer: PreTrainedTokenizerBase, template: str, kwargs: Mapping[str, Any]
+) -> int:
+    """The token that ends an answer: the chat template's, else the tokenizer's end token."""
+    end = ChatTemplate(tokenizer, kwargs).turn_end if template == "chat" else None
+    return int(tokenizer.eos_token_id) if end is None else end.token_id
+
+
+def _refusal(messages: Sequence[Message], who: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    roles = [message.role for message in messages]
+    shown = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "")
+    carried = sorted({name for one in messages for name in one.fields if name in _CARRIERS})
+    if carried:
+        fix = f"the template must know {', '.join(carried)}; {_OTHER_TEMPLATE}"
+    elif "system" in roles:
+        fix = f"leave data.system and system messages out; or: {_FIX}"
+    else:
+        fix = f"mend the template; or: {_FIX}"
+    return f"the model's chat template does not take {who} ({shown}): {reason}; {fix}"
+
+
+def _is_written(message: Message, text: str) -> bool:
+    """Whether the text has the message's content, blanks apart (templates trim it)."""
+    content = (message.content or "").strip()
+    return content in text or "".join(content.split()) in "".join(text.split())
+
+
+def _check_written(message: Message, text: str, who: str) -> None:
+    """Raises UserError where a template has left a message out, or a part of it."""
+    if not _is_written(message, text):
+        raise UserError(
+            f"the model's chat template leaves out a part of the {message.role} message in {who}; "
+            f"take it out of the data; or: {_FIX}"
+        )
+
+
+def check_plain(messages: Sequence[Message], who: str) -> None:
+    """Raises UserError for reasoning or tool calls, which data.template='base' has no form for."""
+    for message in messages:
+        found = [name for name in message.fields if name in _CARRIERS]
+        if found:
+            raise UserError(
+                f"{who} has {found[0]!r} beside a message's content, and data.template='base' "
+                "writes contents alone; put it into the content, or set data.template='chat'"
+            )
+
+
+def _check_tools(tools: Tools, text: str, who: str) -> None:
+    """Raises UserError where a template has left tools out."""
+    for tool in tools:
+        name = tool.get("function", tool).get("name", "")
+        if str(name) not in text:
+            raise UserError(
+                f"the model's chat template leaves out the tool {name!r} of {who}; take the column "
+                f"'tools' out of the data; or: {_OTHER_TEMPLATE}"
+            )
+
+
+def _without(message: Message, name: str) -> Message:
+    fields = json.loads(message.extra)
+    del fields[name]
+    extra = json.dumps(fields, ensure_ascii=False) if fields else ""
+    return Message(message.role, message.content or "", extra)
+
+
+def _common_start(*texts: str) -> str:
+    first, last = min(texts), max(texts)
+    pairs = enumerate(zip(first, last, strict=False))
+    return first[: next((i for i, (a, b) in pairs if a != b), len(first))]
+
+
+def _with_parsed_arguments(turn: dict[str, Any]) -> dict[str, Any]:
+    calls = turn.get("tool_calls")
+    if not isinstance(calls, list):
+        return turn
+    return {**turn, "tool_calls": [_with_parsed_call(call) for call in calls]}
+
+
+def _with_parsed_call(call: Any) -> Any:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if function is None or not isinstance(arguments, str):
+        return call
+    try:
+        value = json.loads(arguments)
+    except ValueError:
+        return call
+    if not isinstance(value, dict):
+        return call
+    parsed = {**function, "arguments": value}
+    return {**call, "function": parsed} if "function" in call else parsed
+
+
+# --- token ids ------------------------------------------------------------------------------------
+
+
+def markup_note(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A line on data set's texts that hold special tokens, which the model reads as markup."""
+    marks = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
+    found = [match.group() for text in texts if (match := pattern.search(text))]
+    if not found:
+        return None
+    return (
+        f"{len(found)} questions have special tokens of the model in them ({found[0]} for one), "
+        "which can end a turn or begin another; take them out of the data if they are not meant so"
+    )
+
+
+def encode_prompts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, with_start: bool
+) -> list[list[int]]:
+    """Token ids of texts that something will follow.
+
+    With `with_start` the tokenizer's first token stands before a text that does not begin with it;
+    a chat template writes its own. The end token that some tokenizers append (add_eos_token) is
+    left out: nothing follows an end.
+    """
+    if not texts:
+        return []
+    # Not verbose: too long a text is the caller's to tell, and transformers warns of it as well.
+    encoded = tokenizer(list(texts), add_special_tokens=with_start, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    if not with_start:
+        return ids
+    start, num_end = _affixes(tokenizer)
+    size = len(start)
+    cut = [one[: len(one) - num_end] for one in ids]
+    return [one[size:] if size and one[size : 2 * size] == start else one for one in cut]
+
+
+def _affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """(ids that the tokenizer puts before a text, number of ids that it puts after it)."""
+    text = "What is 4 + 3?"
+    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    full = list(tokenizer(text, add_special_tokens=True)["input_ids"])
+    for first in range(len(full) - len(bare) + 1):
+        if full[first : first + len(bare)] == bare:
+            return full[:first], len(full) - first - len(bare)
+    return [], 0
+
+
+def check_characters(text: str, who: str) -> None:
+    """Raises UserError for a lone surrogate, half a character, which no tokenizer takes."""
+    found = _SURROGATE.search(text)
+    if found is not None:
+        around = ascii(text[max(0, found.start() - 20) : found.end() + 10])
+        raise UserError(
+            f"{who} has half a character (the lone surrogate {found.group()!a} in {around}), "
+            "which is no text; mend it in the data, or take the row out"
+        )

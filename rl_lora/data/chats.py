@@ -1,0 +1,206 @@
+"""Supervised rows as they come -> chats: a list of messages, the assistant's to be learnt.
+
+A layout is known by its columns: `messages` or `conversations` (chats), `prompt` and `completion`,
+`instruction` (with `input`) and `output` or `response`; and the problems with worked solutions that
+`layouts` knows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rl_lora.data.columns import check_text, reach, unpack
+from rl_lora.data.messages import Message, as_turns, read_messages, read_tools, with_question
+from rl_lora.data.references import alternatives, without_tolerance
+from rl_lora.data.row_formats import LAYOUTS as PROBLEM_LAYOUTS
+from rl_lora.data.row_formats import DataRow, last_boxed, number_text, parse_rows
+from rl_lora.errors import UserError
+
+__all__ = ["Chat", "Message", "parse_chats", "problem_chat"]
+
+Raw = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A row of supervised data.
+
+    Example: Chat(messages=(Message("user", "What is 4 + 3?"), Message("assistant", "7")), row=17)
+    """
+
+    messages: tuple[Message, ...]
+    row: int  # position in the source, from 0
+    tools: str = ""  # what the assistant may call: a JSON list; "" for none
+    source: str = field(default="", compare=False)  # in words, for errors
+
+    @property
+    def who(self) -> str:
+        """The row in words."""
+        return f"row {self.row} of {self.source}" if self.source else f"row {self.row}"
+
+    @property
+    def answers(self) -> list[int]:
+        """Places of the assistant's messages that are learnt: those that have something before
+        them, are not empty, and have no weight 0."""
+        return [
+            place
+            for place, message in enumerate(self.messages)
+            if place
+            and message.role == "assistant"
+            and message.is_learnt
+            and (message.content or message.extra)
+        ]
+
+
+def problem_chat(row: DataRow, instruction: str) -> Chat:
+    """A problem with its worked solution, ending in the format that the instruction asks for."""
+    asked = f"{row.question}\n{instruction}" if instruction else row.question
+    solution = finish_solution(row.solution, row.reference or "", instruction)
+    turns = with_question(row.messages, asked)
+    before = [replace(message, is_learnt=False) for message in turns]
+    return Chat((*before, Message("assistant", solution)), row.row)
+
+
+def parse_chats(
+    raws: Iterable[Raw],
+    where: str,
+    instruction: str,
+    prompt: str | None = None,
+    completion: str | None = None,
+) -> list[Chat]:
+    """Rows read by the given columns, or by the layout that their columns tell.
+
+    Rows that hold nothing to learn come out without answers (`Chat.answers`), for the caller to
+    count.
+
+    Args:
+        raws: rows as the file has them.
+        where: the source in words, for errors.
+        instruction: follows the questions of problems.
+        prompt: column of the prompt (`a.b` reaches into an object); None: by layout.
+        completion: column of the completion; None: by layout.
+
+    Raises:
+        UserError: no layout fits, a given column is not there, or one holds no text.
+    """
+    raws = [unpack(raw, f"{where}, row {index}") for index, raw in enumerate(raws)]
+    columns = {str(column) for raw in raws for column in raw}
+    found = ", ".join(sorted(columns)) or "none"
+    for key, column in (("question", prompt), ("answer", completion)):
+        if column is not None and not {column, column.split(".")[0]} & columns:
+            raise UserError(
+                f"{where} has no column {column!r} (the data source's key {key!r}); "
+                f"its columns: {found}"
+            )
+    if (prompt is None) != (completion is None):
+        raise UserError(
+            f"{where}: set both keys, question and answer, of the data source (the columns of "
+            f"prompt and completion); its columns: {found}"
+        )
+    if prompt is not None and completion is not None:
+        read: Reader | None = _columns(prompt, completion)
+    else:
+        read = next((reader for names, reader in LAYOUTS if names <= columns), None)
+    if read is not None:
+        return [_read_row(read, raw, row, where) for row, raw in enumerate(raws)]
+    if not any(layout.columns <= columns for layout in PROBLEM_LAYOUTS):
+        raise UserError(
+            f"{where}: no chats, no prompts and completions, no problems with solutions among its "
+            f"columns ({found}); name them by data.train.question and data.train.answer"
+        )
+    return [
+        replace(problem_chat(row, instruction), source=where) for row in parse_rows(raws, where)
+    ]
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+Reader = Callable[[Raw], list[Message]]
+
+
+def _read_row(read: Reader, raw: Raw, row: int, where: str) -> Chat:
+    try:
+        messages = read(raw)
+    except UserError as error:
+        raise UserError(f"{where}, row {row}: {error}") from error
+    system = _text(raw, "system")
+    if system and messages and messages[0].role != "system":
+        messages.insert(0, Message("system", system))
+    tools = read_tools(raw.get("tools"))
+    return Chat(tuple(messages), row, json.dumps(tools, ensure_ascii=False) if tools else "", where)
+
+
+def _chat(column: str) -> Reader:
+    def read(raw: Raw) -> list[Message]:
+        return read_messages(as_turns(raw.get(column)) or [])
+
+    return read
+
+
+def _instruction(answer: str) -> Reader:
+    """Alpaca's: the input stands under the instruction, earlier turns in the column history."""
+
+    def read(raw: Raw) -> list[Message]:
+        told = (_text(raw, "instruction"), _text(raw, "input"))
+        asked = "\n\n".join(text for text in told if text)
+        turns = [Message("user", asked), Message("assistant", _text(raw, answer, "answer"))]
+        earlier = raw.get("history")
+        pairs = earlier if isinstance(earlier, list | tuple) else ()
+        return [
+            *(
+                Message(role, text if isinstance(text, str) else "")
+                for pair in pairs
+                for role, text in zip(("user", "assistant"), pair, strict=False)
+            ),
+            *turns,
+        ]
+
+    return read
+
+
+def _columns(prompt: str, completion: str) -> Reader:
+    """Either may hold text or messages (TRL's conversational prompts and completions); what the
+    assistant says in the prompt is not learnt."""
+
+    def read(raw: Raw) -> list[Message]:
+        asked, answered = as_turns(reach(raw, prompt)), as_turns(reach(raw, completion))
+        before = [Message("user", _text(raw, prompt))] if asked is None else read_messages(asked)
+        after = (
+            [Message("assistant", _text(raw, completion, "answer"))]
+            if answered is None
+            else read_messages(answered)
+        )
+        return [*(replace(message, is_learnt=False) for message in before), *after]
+
+    return read
+
+
+def _text(raw: Raw, column: str, key: str = "question") -> str:
+    """The text or number in a column; "" where there is none."""
+    value = reach(raw, column)
+    check_text(value, key, column)
+    if isinstance(value, list | tuple) and value:
+        raise UserError(f"column {column!r} is a list, not text; name an item by {key}={column}.0")
+    return "" if value is None or isinstance(value, list | tuple) else number_text(value)
+
+
+LAYOUTS: tuple[tuple[frozenset[str], Reader], ...] = (
+    (frozenset({"messages"}), _chat("messages")),
+    (frozenset({"conversations"}), _chat("conversations")),
+    (frozenset({"prompt", "completion"}), _columns("prompt", "completion")),
+    (frozenset({"instruction", "output"}), _instruction("output")),
+    (frozenset({"instruction", "response"}), _instruction("response")),
+)
+
+
+def finish_solution(solution: str, reference: str, instruction: str) -> str:
+    """The worked solution, ending in the format that the instruction asks for."""
+    if not solution:
+        return ""
+    reference = without_tolerance(alternatives(reference)[0])
+    if "####" in instruction and "boxed" not in instruction:
+        return f"{solution}\n#### {reference}"
+    return solution if last_boxed(solution) is not None else f"{solution}\n\\boxed{{{reference}}}"

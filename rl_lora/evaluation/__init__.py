@@ -1,0 +1,1 @@
+"""Evaluations: sampled, stored, scored, compared."""

@@ -1,0 +1,128 @@
+"""The best policy of a run by its held-out exam, kept beside the last one.
+
+    RUN/best/             the adapter (or the full weights), as in RUN/adapter
+    RUN/best/choice.json  the exam and the step that chose it
+
+The directory is replaced whole. It is a copy of its own: pruning adapters or checkpoints does not
+touch it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rl_lora.errors import UserError
+from rl_lora.evaluation.scores import load_result
+
+FOLDER = "best"
+CHOICE_FILE = "choice.json"
+_REPLACED = ".best_replaced"
+_PARTIAL = ".best_partial"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which policy is the best so far, and by what.
+
+    Example: Choice(step=10, exam="step_000010", accuracy=0.27, low=0.21, high=0.335,
+    num_problems=200, num_samples=1)
+    """
+
+    step: int  # also the adapter's version
+    exam: str  # name of the exam in RUN/eval
+    accuracy: float
+    low: float
+    high: float
+    num_problems: int
+    num_samples: int
+
+
+def best_exam(run_folder: Path, last_step: int) -> Choice | None:
+    """The exam with the highest accuracy of the steps up to last_step, the earliest on ties.
+
+    None where no exam was held.
+    """
+    best: Choice | None = None
+    for path in sorted((run_folder / "eval").glob("step_[0-9]*.json")):
+        result = load_result(path)
+        if result.step is None or result.step > last_step:
+            continue
+        if best is None or result.accuracy > best.accuracy:
+            total = result.total
+            best = Choice(
+                step=result.step,
+                exam=path.stem,
+                accuracy=total.accuracy,
+                low=total.accuracy_low,
+                high=total.accuracy_high,
+                num_problems=total.num_problems,
+                num_samples=total.num_samples,
+            )
+    return best
+
+
+def read_choice(run_folder: Path) -> Choice | None:
+    """What is in RUN/best; None where there is nothing.
+
+    A replacement that a kill cut short is made good.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    final, replaced = run_folder / FOLDER, run_folder / _REPLACED
+    if replaced.is_dir() and not final.is_dir():
+        replaced.rename(final)
+    path = final / CHOICE_FILE
+    if not path.is_file():
+        return None
+    try:
+        return Choice(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete {final} to go on") from error
+
+
+def keep_best(run_folder: Path, adapter_dir: Path, step: int) -> Choice | None:
+    """Puts the policy of `step` in RUN/best if its exam is the run's best; returns that choice.
+
+    Args:
+        run_folder: the run's folder, with its exams up to this step.
+        adapter_dir: the published version of the step.
+        step: steps done.
+
+    Returns:
+        what is new in RUN/best; None where nothing changed.
+    """
+    best, kept = best_exam(run_folder, step), read_choice(run_folder)
+    if best is None or best.step != step or best == kept:
+        return None
+    final, replaced = run_folder / FOLDER, run_folder / _REPLACED
+    partial = run_folder / _PARTIAL
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        shutil.copytree(adapter_dir, partial)
+        with (partial / CHOICE_FILE).open("w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(best), indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk is not to be kept full
+        raise
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return best
+
+
+def drop_best_after(run_folder: Path, step: int) -> bool:
+    """Deletes RUN/best if it is of a later step, which is going to be run again."""
+    kept = read_choice(run_folder)
+    if kept is None or kept.step <= step:
+        return False
+    shutil.rmtree(run_folder / FOLDER)
+    return True

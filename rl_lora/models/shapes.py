@@ -1,0 +1,141 @@
+"""A model's shape without its weights: config.json, or the few numbers of a model that is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+
+from rl_lora.config import ModelSection
+from rl_lora.errors import UserError
+from rl_lora.models.architectures import check_config
+from rl_lora.models.resolve import list_models
+from rl_lora.models.tiny import RECIPES
+
+HEAD_NAMES = ("lm_head", "embed_out")  # what models call their lm_head
+
+
+def _shape(
+    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    shape = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return shape | {"vocab_size": vocabulary, **more}
+
+
+# Shapes of models that the shipped configs name, so that a dry run needs no network: config.json
+# of the hub repository of that name (the embedded one: HuggingFaceTB/SmolLM2-135M-Instruct).
+KNOWN_SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "meta-llama/Llama-3.1-8B": (
+        LlamaConfig,
+        _shape(4096, 14336, 32, 32, 8, 128256, tie_word_embeddings=False),
+    ),
+    "Qwen/Qwen3-8B-Base": (
+        Qwen3Config,
+        _shape(4096, 12288, 36, 32, 8, 151936, head_dim=128, tie_word_embeddings=False),
+    ),
+    "smollm2-135m-instruct": (
+        LlamaConfig,
+        _shape(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
+    ),
+}
+
+
+def known_config(name: str) -> PretrainedConfig | None:
+    """The shape of a model of KNOWN_SHAPES, or of a tiny model that is not made yet; else None."""
+    if name in KNOWN_SHAPES:
+        config_class, shape = KNOWN_SHAPES[name]
+        return config_class(**shape)
+    recipe = RECIPES.get(name)
+    if recipe is None:
+        return None
+    heads = recipe.hidden_size // recipe.head_dim
+    sizes = (recipe.hidden_size, recipe.intermediate_size, recipe.num_layers, heads, heads)
+    more = {"head_dim": recipe.head_dim, "tie_word_embeddings": True}
+    return LlamaConfig(**_shape(*sizes, recipe.vocab_size, **more))
+
+
+def find_model_dir(name: str) -> Path | None:
+    """Where the model lies on this machine, if it is a directory or made already; else None."""
+    made = {entry.name: entry.path for entry in list_models()}
+    if name in made:
+        return made[name]
+    path = Path(name).expanduser()
+    return path if path.is_dir() else None
+
+
+def load_model_config(
+    section: ModelSection, model_dir: Path | None
+) -> tuple[PretrainedConfig, str]:
+    """The model's config and where it comes from, without network if that can be.
+
+    Looked for in this order: model_dir, the hub's cache on this machine, KNOWN_SHAPES, the hub.
+
+    Raises:
+        UserError: it is in none of them.
+    """
+    if model_dir is not None:
+        return check_config(model_dir), str(model_dir)
+    name, revision = section.name, section.revision
+    try:
+        local = AutoConfig.from_pretrained(
+            name, revision=revision, local_files_only=True, trust_remote_code=False
+        )
+        return local, "the hub's cache"
+    except (OSError, ValueError, KeyError):
+        known = known_config(name)
+    if known is not None:
+        return known, "the built-in table (its config.json is not on this machine)"
+    try:
+        hub = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return hub, "the hub"
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.name={name!r}: its config.json is not on this machine and cannot be fetched; "
+            "give a directory, or get the model with `rl-lora models get`"
+        ) from error
+
+
+def has_own_head(model_dir: Path, config: PretrainedConfig) -> bool:
+    """Whether the files have an lm_head of its own although the config ties it to the embedding.
+
+    transformers then unties them; it is decided here as there, without loading the model: both
+    tensors are in the files, and they differ.
+    """
+    if not any(c.tie_word_embeddings for c in (config, config.get_text_config())):
+        return False
+    files: dict[str, Path] = {}
+    for path in model_dir.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as opened:
+            files |= dict.fromkeys(opened.keys(), path)
+    if not any(name.removesuffix(".weight").endswith(HEAD_NAMES) for name in files):
+        return False
+    model: Any = lay_out(config)
+    tied: dict[str, str] = model.all_tied_weights_keys
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(files[name], framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
+
+    return any(
+        head in files and source in files and not torch.equal(read(head), read(source))
+        for head, source in tied.items()
+    )
+
+
+def lay_out(config: PretrainedConfig) -> nn.Module:
+    """The model without weights, on the meta device."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model

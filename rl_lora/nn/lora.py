@@ -1,0 +1,205 @@
+"""The LoRA layer: y = W x + (alpha / rank) B (A x), W never written to.
+
+A starts uniform in +-1/sqrt(d_in) (kaiming_uniform with a = sqrt 5, as PEFT's), B at zero
+('LoRA Without Regret', set-up); `variants` has the other starts and scales. Names and shapes follow
+PEFT, so that saved adapters load there.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rl_lora.config import LoraSection
+from rl_lora.errors import UserError
+from rl_lora.nn.experts import ROUTERS, attach_expert_lora, check_experts, has_experts
+from rl_lora.nn.lora_matmul import lora_products
+from rl_lora.nn.lora_swiglu import join_swiglu
+from rl_lora.nn.switch import adapters_are_off, adapters_off
+from rl_lora.nn.variants import Magnitude, initial_factors, is_shifted, scaling_of, shifted_factors
+from rl_lora.seeds import mix_seed
+
+__all__ = ["LoraLinear", "adapters_off", "attach_lora", "lora_layers", "target_names"]
+
+_ATTENTION_PARTS = ("attn", "attention")
+_SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_MLP_PARTS = ("mlp", "feed_forward", "ffn")
+
+
+_state = threading.local()  # learner threads work at once; siblings' waiting outputs
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank term beside it.
+
+    lora_A is [rank, d_in] and lora_B [d_out, rank], float32 whatever the base's dtype: the
+    optimizer's steps are too small for bfloat16. Siblings (q, k and v; gate and up) are computed
+    together by the first that is called, and the others hand out what waits for them.
+    """
+
+    def __init__(
+        self, base: nn.Linear, rank: int, alpha: float, seed: int, variant: str = "lora"
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.scaling = scaling_of(variant, alpha, rank)
+        device = base.weight.device
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same A on any device
+        bound = 1 / math.sqrt(base.in_features)
+        lora_A_RI = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(lora_A_RI.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.is_shifted = is_shifted(variant)
+        if self.is_shifted:  # PiSSA, OLoRA: the start, and its frozen copy that is subtracted
+            start = initial_factors(variant, base.weight.detach(), rank, self.scaling)
+            self.lora_A, self.lora_B = (nn.Parameter(tensor) for tensor in start)
+            self.register_buffer("lora_A0", start[0].clone())
+            self.register_buffer("lora_B0", start[1].clone())
+        self.magnitude = Magnitude(base.weight) if variant == "dora" else None
+        self.siblings: tuple[LoraLinear, ...] = (self,)  # layers that see the same input, this too
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, for code that looks at a linear layer's dtype or shape."""
+        return self.base.weight
+
+    def factors(self) -> list[Tensor]:
+        """[A, B] of the low-rank term, with gradient; of twice the rank where a start is taken off.
+
+        Their product times the scaling is what is computed and what is served.
+        """
+        if not self.is_shifted:
+            return [self.lora_A, self.lora_B]
+        return shifted_factors(*self.state().values())
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the layer is made of beside the base, by PEFT's names; its own tensors."""
+        tensors: dict[str, Tensor] = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        if self.is_shifted:
+            tensors["lora_A0.weight"] = self.get_buffer("lora_A0")
+            tensors["lora_B0.weight"] = self.get_buffer("lora_B0")
+        if self.magnitude is not None:
+            tensors["lora_magnitude_vector"] = self.magnitude.value
+        return tensors
+
+    def published(self) -> dict[str, Tensor]:
+        """What a saved adapter has of this layer, by PEFT's names."""
+        if not self.is_shifted:
+            return self.state()
+        return dict(zip(("lora_A.weight", "lora_B.weight"), self.factors(), strict=True))
+
+    def finished(self, out: Tensor) -> Tensor:
+        """The layer's output from W x + scaling B (A x); with a magnitude that has no bias yet."""
+        if self.magnitude is None:
+            return out
+        own = (self.lora_A, self.lora_B, self.scaling)
+        return self.magnitude(out, self.base.weight, self.base.bias, *own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] to [..., d_out]."""
+        if adapters_are_off():
+            return self.base(x)
+        waiting: dict[LoraLinear, tuple[Tensor, Tensor]] = _state.__dict__.setdefault("waiting", {})
+        known_x, known_out = waiting.pop(self, (None, None))
+        if known_x is x and known_out is not None:
+            return known_out
+        outputs = dict(zip(self.siblings, lora_products(x, self.siblings), strict=True))
+        own = outputs.pop(self)
+        waiting.update({layer: (x, out) for layer, out in outputs.items()})
+        return own
+
+
+def target_names(model: nn.Module, section: LoraSection) -> list[str]:
+    """Full names of the linear layers that get an adapter, in the model's order.
+
+    A mixture's routers get none, and its experts are no linear layers (`moe`).
+
+    Raises:
+        UserError: the model has no such layers, or experts that can have no adapter here.
+    """
+    is_mixture = has_experts(model)
+    if is_mixture and section.layers != "attention" and section.mode == "lora":
+        check_experts(model)
+        if section.variant != "lora":
+            raise UserError(
+                f"lora.variant={section.variant!r}: the experts of {type(model).__name__} have "
+                "plain LoRA alone; set lora.variant='lora' or lora.layers='attention'"
+            )
+    names = []
+    has_layers = False
+    for name, module in model.named_modules():
+        last = name.rsplit(".", 1)[-1]
+        if not isinstance(module, nn.Linear) or (is_mixture and last in ROUTERS):
+            continue
+        if module is head_of(model):
+            if section.lm_head:
+                names.append(name)
+        elif section.layers == "all" or section.layers == _kind(name):
+            has_layers = True
+            names.append(name)
+    if not has_layers and not (is_mixture and section.layers != "attention"):
+        raise UserError(
+            f"lora.layers={section.layers!r}: {type(model).__name__} has no linear layer of that "
+            "kind; use lora.layers='all'"
+        )
+    return names
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """lm_head, whatever the model calls it (GPT-NeoX: embed_out)."""
+    find = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = find() if find is not None else getattr(model, "lm_head", None)
+    return head
+
+
+def attach_lora(model: nn.Module, section: LoraSection, seed: int) -> list[str]:
+    """Freezes the model and puts a LoraLinear over each target; returns the targets' names.
+
+    A mixture's experts get a LoraExperts each layer where section.layers has them.
+    """
+    model.requires_grad_(False)
+    names = target_names(model, section)
+    if section.layers != "attention" and has_experts(model):
+        attach_expert_lora(model, section.rank, section.alpha, seed)
+    for name in names:
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        parent, _, child = name.rpartition(".")
+        own_seed = mix_seed(seed, "lora_A", name)
+        layer = LoraLinear(base, section.rank, section.alpha, own_seed, section.variant)
+        setattr(model.get_submodule(parent), child, layer)
+    for parent in {name.rpartition(".")[0] for name in names}:
+        _join_siblings(model.get_submodule(parent))
+        join_swiglu(model.get_submodule(parent))
+    return names
+
+
+def _join_siblings(parent: nn.Module) -> None:
+    """Layers that the model calls one after another on the same input are computed together."""
+    for group in _SHARED_INPUTS:
+        layers = [getattr(parent, name, None) for name in group]
+        joined = tuple(layer for layer in layers if isinstance(layer, LoraLinear))
+        for layer in joined:
+            layer.siblings = joined
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """The adapter's layers with the names of the linear layers they stand for."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            yield name, module
+
+
+def _kind(name: str) -> str | None:
+    """Attention or mlp, by the names of the modules that the layer lies in."""
+    parents = name.split(".")[:-1]
+    for part in reversed(parents):
+        if any(word in part for word in _ATTENTION_PARTS):
+            return "attention"
+        if any(word in part for word in _MLP_PARTS):
+            return "mlp"
+    return None

@@ -1,0 +1,256 @@
+"""What the terminal shows: a bar with ETA and one line a step, or plain lines where there is none.
+
+Only numbers and texts of ours are printed as they are; text from data or model goes through
+`tables.printable` and is never taken for markup.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from rl_lora.evaluation.paired import PairedResult, PairedScores
+from rl_lora.evaluation.scores import EvalResult
+from rl_lora.report.tables import (
+    accuracy_name,
+    accuracy_text,
+    exam_table,
+    paired_line,
+    paired_table,
+    phase_table,
+    printable,
+    seconds_text,
+)
+
+_SMOOTHING = 0.2  # weight of the newest step in the seconds a step that the ETA is made of
+_QUIET_LINE_S = 30  # between lines of a long phase's progress, where there is no bar
+_FILE_WIDTH = 120  # characters, where the output is no terminal
+
+# Key of a step's metrics, label, format.
+_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("sft/loss", "loss", "{:.3f}"),
+    ("reward/mean", "reward", "{:.3f}"),
+    ("reward/correct_mean", "correct", "{:.1%}"),
+    ("cot/tokens_mean", "length", "{:.0f}"),
+    ("cot/truncated_rate", "truncated", "{:.0%}"),
+    ("mismatch/kl", "kl", "{:.1e}"),
+    ("speed/sample_tokens_per_s", "tok/s", "{:.0f}"),
+    ("eval/accuracy", "held-out", "{:.1%}"),
+    ("time/step_s", "s", "{:.1f}"),
+)
+
+
+def step_line(metrics: Mapping[str, float]) -> str:
+    """`reward 0.431  correct 31.2%  length 54  ...`, of the numbers that are there."""
+    parts = [
+        f"{label} {form.format(metrics[key])}" for key, label, form in _COLUMNS if key in metrics
+    ]
+    return "  ".join(parts)
+
+
+@dataclass
+class _Phase:
+    """Progress of a phase that takes long: an exam, or the sampling of one step."""
+
+    name: str
+    task: TaskID
+    total: int
+    start: float  # seconds, of perf_counter
+    told: float  # when a line was last printed
+    done: float = 0  # completions of a step; problems of an exam, with a part of those in hand
+    first: int = 0  # of an exam: problems done before it started, as it was resumed
+    whole: int = 0  # of an exam: problems done
+    now: int = 0  # of an exam: problems being sampled
+    num_tokens: int = 0  # of the calls of the sampler that are over
+    call_tokens: int = 0  # of the one under way
+
+    def rate_and_eta(self, now: float) -> str:
+        """`210 tok/s  1 min 02 s left`, as far as they can be told yet."""
+        elapsed = now - self.start
+        parts = []
+        if elapsed > 0 and (tokens := self.num_tokens + self.call_tokens):
+            parts.append(f"{tokens / elapsed:,.0f} tok/s")
+        if self.first < self.done < self.total:
+            left = elapsed * (self.total - self.done) / (self.done - self.first)
+            parts.append(f"{seconds_text(left)} left")
+        return "  ".join(parts)
+
+
+class Display:
+    """Progress of a job; a context manager.
+
+    Example:
+        with Display(quiet=False) as display:
+            display.stage("training", num_steps=100)
+            display.step(1, metrics)
+
+    On a terminal a bar stays below the lines; elsewhere (a file, a pipe, CI) there are plain lines
+    alone, without control characters. Quiet: nothing but warnings and the summary.
+    """
+
+    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+        # In a file lines are as long as they are; the tables get room for three columns.
+        width = None if sys.stdout.isatty() else _FILE_WIDTH
+        self._console = console or Console(file=sys.stdout, highlight=False, width=width)
+        self._quiet = quiet
+        self._is_live = self._console.is_interactive and not quiet
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[eta]}", markup=False),
+            console=self._console,
+            disable=not self._is_live,
+        )
+        self._task: TaskID | None = None
+        self._exam: _Phase | None = None
+        self._sampling: _Phase | None = None
+        self._stage = "step"
+        self._num_steps = 0
+        self._step_s: float | None = None
+        self._last_time = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """One line, e.g. what was loaded."""
+        if not self._quiet:
+            self._print(text)
+
+    def warn(self, text: str) -> None:
+        """One line that quiet does not hide."""
+        self._print(f"warning: {text}")
+
+    def stage(self, name: str, num_steps: int, done: int = 0) -> None:
+        """A new bar: steps done + 1 .. num_steps follow."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(name, total=num_steps, completed=done, eta="")
+        self._stage, self._num_steps = name, num_steps
+        self._step_s = None
+        self._last_time = time.perf_counter()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Step `step` of the stage is done."""
+        now = time.perf_counter()
+        seconds, self._last_time = now - self._last_time, now
+        previous = seconds if self._step_s is None else self._step_s
+        self._step_s = (1 - _SMOOTHING) * previous + _SMOOTHING * seconds
+        left = self._num_steps - step
+        eta = f"{seconds_text(left * self._step_s)} left" if left > 0 else ""
+        if self._task is not None:
+            self._progress.update(self._task, completed=step, eta=eta)
+        if not self._quiet:
+            line = f"{self._stage} {step}/{self._num_steps}  {step_line(metrics)}"
+            self._print(line if self._is_live or not eta else f"{line}  {eta}")
+
+    def exam(self, done: int, total: int, now: int) -> None:
+        """Progress of an evaluation; fits `evaluate(on_progress=...)`."""
+        if self._exam is None:
+            self._exam = self._new_phase("evaluation", total)
+            self._exam.first = done
+        exam = self._exam
+        exam.num_tokens += exam.call_tokens
+        exam.done, exam.whole, exam.now, exam.call_tokens = done, done, now, 0
+        self._show(exam)
+        if done >= total:
+            self._progress.remove_task(exam.task)
+            self._exam = None
+
+    def sampling(self, done: int, total: int, num_tokens: int) -> None:
+        """Progress of one call of the sampler, in completions; fits its `on_progress`.
+
+        Within an evaluation the evaluation's bar moves on. Call it with 0 done where a step begins
+        to sample, so that the speed is counted from there.
+        """
+        if self._exam is not None:
+            exam = self._exam
+            exam.call_tokens = num_tokens
+            exam.done = exam.whole + exam.now * done / total
+            self._show(exam)
+            return
+        if self._sampling is None:
+            self._sampling = self._new_phase("sampling", total)
+        self._sampling.done, self._sampling.call_tokens = done, num_tokens
+        self._show(self._sampling)
+        if done >= total:
+            self._progress.remove_task(self._sampling.task)
+            self._sampling = None
+
+    def exam_result(self, name: str, result: EvalResult) -> None:
+        """One line: `name: accuracy 25.0% (19.2 to 31.6), format 90.0%, ...`."""
+        total = result.total
+        speed = f", {result.num_tokens / result.seconds:,.0f} tok/s" if result.seconds > 0 else ""
+        self.note(
+            f"{name}: {accuracy_name(total.num_samples)} {accuracy_text(total)}, "
+            f"format {total.format_rate:.1%}, {total.num_problems} problems, "
+            f"{seconds_text(result.seconds)}{speed}"
+        )
+
+    def exams(self, results: Mapping[str, EvalResult]) -> None:
+        """A table with a column for each named exam, quiet or not; nothing for none."""
+        if results:
+            self._console.print(exam_table(results, self._box))
+
+    def comparison(self, result: PairedResult) -> None:
+        """The table of a paired comparison, quiet or not."""
+        self._console.print(paired_table(result, self._box))
+        for note in result.notes:
+            self._print(note)
+
+    def summary(
+        self,
+        exams: Mapping[str, EvalResult],
+        comparisons: Mapping[str, PairedScores],
+        seconds_by_phase: Mapping[str, float],
+    ) -> None:
+        """The closing tables, quiet or not.
+
+        Args:
+            exams: by the policy examined: the base model, before and after RL.
+            comparisons: `before to after` and the like -> the paired difference.
+            seconds_by_phase: phase -> seconds of the whole run.
+        """
+        self.exams(exams)
+        for name, scores in comparisons.items():
+            self._print(f"{name}: {paired_line(scores)}")
+        if seconds_by_phase:
+            self._console.print(phase_table(seconds_by_phase, self._box))
+
+    @property
+    def _box(self) -> box.Box:
+        return box.ROUNDED if self._console.is_terminal else box.ASCII2
+
+    def _new_phase(self, name: str, total: int) -> _Phase:
+        now = time.perf_counter()
+        task = self._progress.add_task(name, total=total, eta="")
+        return _Phase(name, task, total, start=now, told=now)
+
+    def _show(self, phase: _Phase) -> None:
+        """Moves the bar; where there is none, prints a line now and then."""
+        now = time.perf_counter()
+        eta = phase.rate_and_eta(now)
+        self._progress.update(phase.task, completed=int(phase.done), eta=eta)
+        is_due = now - phase.told >= _QUIET_LINE_S and phase.done < phase.total
+        if is_due and not self._is_live:
+            self.note(f"{phase.name} {int(phase.done)}/{phase.total}  {eta}".rstrip())
+            phase.told = now
+
+    def _print(self, text: str) -> None:
+        encoding = self._console.encoding
+        text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
+        # soft_wrap: a pipe gets whole lines, whatever width rich takes it for.
+        self._console.print(Text(text), soft_wrap=True)

@@ -1,0 +1,1 @@
+"""A run's folder: record, checkpoints, log, metrics."""

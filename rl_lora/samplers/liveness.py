@@ -1,0 +1,198 @@
+"""Proof that the sampler samples from the learner's adapter, and not from the base or an old one.
+
+The commonest failure of such systems is silent: the engine goes on with the base or an old adapter.
+There are two checks. At the start both sides score fixed tokens under a probe adapter that really
+changes the model (a fresh one does not: its B is zero), and under the base with the adapter off. At
+each step the sampler's log-probs of the rollouts are held against the policy's; where sampling
+overlaps learning, those of fixed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from rl_lora.adapters.files import save_adapter
+from rl_lora.batches import to_device, whole_sequence
+from rl_lora.errors import StaleAdapterError
+from rl_lora.nn.experts import expert_adapters, expert_size
+from rl_lora.nn.lora import lora_layers
+from rl_lora.policy import Policy
+from rl_lora.sampler import Sampler
+from rl_lora.types import Adapter, Prompt, RolloutGroup
+
+PROBE_VERSION = 10**6 - 1  # never reached by training steps; its name is never reused either
+_PROBE_TOKENS = 48  # of each fixed prompt
+# Rough sizes, in relative terms, of the probe's change of a layer's output; the first that will do.
+_PROBE_SHIFTS = (0.05, 0.1, 0.2, 0.4, 0.8)
+_TOLERANCES = {torch.float32: (1e-4, 2e-3), torch.bfloat16: (2e-2, 1e-1)}  # KL, mean |difference|
+
+
+def tolerances(dtype: torch.dtype, max_kl: float | None) -> tuple[float, float]:
+    """(KL, mean absolute difference) in nats a token that a healthy sampler stays under."""
+    kl, absolute = _TOLERANCES[dtype]
+    return (max_kl, absolute * (max_kl / kl) ** 0.5) if max_kl is not None else (kl, absolute)
+
+
+def check_step(metrics: dict[str, float], dtype: torch.dtype, max_kl: float | None) -> None:
+    """Stops a run whose sampler and policy disagree on the step's rollouts.
+
+    Raises:
+        StaleAdapterError: the KL or the mean absolute difference is over its tolerance.
+    """
+    kl_limit, absolute_limit = tolerances(dtype, max_kl)
+    kl, absolute = metrics["mismatch/kl"], metrics["mismatch/abs_mean"]
+    if not (kl < kl_limit and absolute < absolute_limit):
+        raise StaleAdapterError(
+            f"sampler and policy disagree on this step's rollouts: KL {kl:.2e} (limit "
+            f"{kl_limit:.0e}), mean |difference| {absolute:.2e} nats (limit {absolute_limit:.0e}); "
+            "the sampler uses a stale or wrong adapter, or rounds more than sampling.max_kl allows"
+        )
+
+
+def sample_ages(
+    groups_N: Sequence[RolloutGroup], version: int, *, max_age: int
+) -> dict[str, float]:
+    """rollouts/age_*: by how many versions the policy that learns is ahead of the sampler.
+
+    Args:
+        groups_N: the step's rollouts.
+        version: of the policy that is about to learn from them.
+        max_age: 0, or with sampling.overlap 1.
+
+    Raises:
+        StaleAdapterError: a sample is older than that, or of a version still to come.
+    """
+    ages = [version - r.completion.adapter_version for g in groups_N for r in g.rollouts_G]
+    if not all(0 <= age <= max_age for age in ages):
+        raise StaleAdapterError(
+            f"samples of ages {min(ages)} to {max(ages)} for policy version {version}, and ages 0 "
+            f"to {max_age} are allowed: the sampler uses a stale or wrong adapter"
+        )
+    return {"rollouts/age_mean": sum(ages) / len(ages), "rollouts/age_max": float(max(ages))}
+
+
+def check_version(
+    policy: Policy, sampler: Sampler, prompts: Sequence[Prompt], max_kl: float | None
+) -> dict[str, float]:
+    """Fixed tokens under the version in use, on both sides: `check_step` for overlapped sampling.
+
+    Rollouts of the version before differ from the policy by the policy's own last step, of which no
+    bound is known beforehand; on the same version the sides have to agree as ever.
+
+    Returns:
+        mismatch/live_abs_mean: mean |difference| in nats a token.
+
+    Raises:
+        StaleAdapterError: it is over its tolerance.
+    """
+    token_ids_N = [prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts]
+    _, limit = tolerances(policy.dtype, max_kl)
+    served = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
+    found = _distance(served, _policy_logprobs(policy, token_ids_N))
+    if not found < limit:
+        raise StaleAdapterError(
+            f"sampler and policy disagree on fixed tokens: mean |difference| {found:.2e} nats "
+            f"(limit {limit:.0e}); the sampler uses a stale or wrong adapter, or rounds more than "
+            "sampling.max_kl allows"
+        )
+    return {"mismatch/live_abs_mean": found}
+
+
+def check_at_start(
+    policy: Policy, sampler: Sampler, prompts: Sequence[Prompt], folder: Path, max_kl: float | None
+) -> dict[str, float]:
+    """Fixed tokens under a probe adapter and under the base, on both sides.
+
+    The policy's own adapter is as before afterwards, and the probe's files are gone.
+
+    Returns:
+        mean |difference| in nats a token: probe, base, and probe against base (the control).
+
+    Raises:
+        StaleAdapterError: a side disagrees, or the probe changes nothing.
+    """
+    token_ids_N = [prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts]
+    _, limit = tolerances(policy.dtype, max_kl)
+    saved = {name: tensor.clone() for name, tensor in policy.state_tensors().items()}
+    base_policy = _policy_logprobs(policy, token_ids_N, adapter_off=True)
+    for shift in _PROBE_SHIFTS:  # in bfloat16 the limit is wide, and the probe must be far over it
+        policy.load_tensors(saved)
+        _shake(policy, shift)
+        if _distance(_policy_logprobs(policy, token_ids_N), base_policy) > 5 * limit:
+            break
+    probe = save_adapter(policy, folder, version=PROBE_VERSION, run_name="probe")
+    try:
+        sampler.use(probe)
+        probe_sampler = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
+        probe_policy = _policy_logprobs(policy, token_ids_N)
+    finally:
+        policy.load_tensors(saved)
+        _remove(probe)
+    found = {"probe": _distance(probe_sampler, probe_policy)}
+    if not policy.is_full:
+        sampler.use(None)
+        base_sampler = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
+        found["base"] = _distance(base_sampler, base_policy)
+    found["control"] = _distance(probe_policy, base_policy)
+    if found["control"] < 5 * limit:
+        raise StaleAdapterError(f"the probe adapter changes the policy too little to tell: {found}")
+    worst = max(value for key, value in found.items() if key != "control")
+    if not worst < limit:
+        raise StaleAdapterError(
+            f"the sampler does not serve the learner's weights: mean |difference| of log-probs on "
+            f"fixed tokens {found} nats, limit {limit:.0e}"
+        )
+    return found
+
+
+@torch.no_grad()
+def _shake(policy: Policy, shift: float) -> None:
+    """Random B (or, in full mode, noise on the weights)."""
+    generator = torch.Generator().manual_seed(0)
+    if policy.is_full:
+        for parameter in policy.trainable().values():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.add_(noise * parameter.float().std().nan_to_num().to(parameter) * shift)
+    for _, layer in lora_layers(policy.model):
+        # A x has elements of |x| times A's own size, 1 / sqrt(3 d_in) at LoRA's start; this makes
+        # scaling * B A x about shift times |W x| for weights of the layer's own size.
+        size = layer.base.weight.float().std() / layer.lora_A.square().mean().sqrt()
+        noise = torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_B)
+        layer.lora_B.copy_(
+            noise * size * (shift / layer.lora_A.shape[0] ** 0.5 / layer.scaling)
+            + (layer.lora_B0 if layer.is_shifted else 0.0)
+        )
+    for _, experts in expert_adapters(policy.model):
+        for part, matrix in experts.lora_B.items():
+            noise = torch.randn(matrix.shape, generator=generator).to(matrix)
+            size = expert_size(experts, part)
+            rank = matrix.shape[-1]
+            matrix.copy_(noise * size * (shift * (3 / rank) ** 0.5 / experts.scaling))
+
+
+@torch.no_grad()
+def _policy_logprobs(
+    policy: Policy, token_ids_N: Sequence[tuple[int, ...]], *, adapter_off: bool = False
+) -> torch.Tensor:
+    """Log-probs of tokens 1, 2, ... of each sequence, one after the other, nats."""
+    out = []
+    for ids in token_ids_N:
+        batch = to_device(whole_sequence(ids), policy.device)
+        if adapter_off and not policy.is_full:
+            out.append(policy.reference_logprobs(batch, temperature=1.0))
+        else:
+            out.append(policy.token_logprobs(batch, temperature=1.0)[0])
+    return torch.cat(out).cpu()
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).abs().mean())
+
+
+def _remove(adapter: Adapter) -> None:
+    for file in adapter.path.iterdir():
+        file.unlink()
+    adapter.path.rmdir()

@@ -1,0 +1,125 @@
+"""A vLLM engine made, and what is done to one that vLLM has no call for."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.errors import UserError
+from rl_lora.samplers import cpu_memory
+from rl_lora.samplers.vllm.kept_classes import classes_kept
+from rl_lora.samplers.vllm.merged_weights import MergedWeights
+from rl_lora.samplers.vllm.process import keep_float32_exact, process_kept
+from rl_lora.types import Adapter
+
+
+def check_device(device: torch.device, lora: LoraSection) -> None:
+    """Raises UserError for a device or an adapter that vLLM does not serve right."""
+    if device.index:
+        raise UserError(
+            f"model.device={str(device)!r}: vLLM takes the first visible GPU; set "
+            f"CUDA_VISIBLE_DEVICES={device.index} and model.device='cuda'"
+        )
+    if lora.mode == "lora" and lora.lm_head and device.type != "cpu":
+        raise UserError(
+            "lora.lm_head=true: vLLM on GPUs leaves lm_head's adapter out of the log-probs of "
+            "given tokens (vllm#51594), which the check for a live adapter needs; set "
+            "lora.lm_head=false or sampling.backend=torch"
+        )
+
+
+def make_engine(vllm: SimpleNamespace, settings: dict[str, Any], on_cpu: bool) -> Any:
+    """A vllm.LLMEngine. Raises UserError where vLLM refuses the model or a setting."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(process_kept())
+        settle_classes = stack.enter_context(classes_kept())
+        if on_cpu:
+            from rl_lora.samplers.vllm import cpu_lora as vllm_cpu_lora
+            from rl_lora.samplers.vllm import cpu_norm as vllm_cpu_norm
+
+            stack.enter_context(vllm_cpu_lora.installed())
+            if settings["enforce_eager"] and (priorities := vllm_cpu_norm.priorities()):
+                settings = settings | {"ir_op_priority": priorities}
+        elif settings.get("dtype") == "float32":
+            keep_float32_exact()
+        try:
+            engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**settings))
+            settle_classes(engine)
+            if on_cpu:
+                from rl_lora.samplers.vllm import cpu_sampling as vllm_cpu_sampler
+
+                engine.collective_rpc(vllm_cpu_sampler.install)
+            return engine
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"vLLM's installation lacks {error.name}: install vLLM with all that it needs "
+                "(rl_lora[gpu] or rl_lora[cpu]), or set sampling.backend=torch"
+            ) from error
+        except ValueError as error:
+            reason, fix = one_line(error), "sampling.backend=torch serves any of transformers"
+            if "Free memory" in reason:  # other processes hold the GPU
+                fix = "end what else runs on the GPU, or lower sampling.memory_fraction"
+            raise UserError(f"vLLM does not serve {settings['model']}: {reason}; {fix}") from error
+
+
+def merged_weights(engine: Any, model_dir: Path, sampling: SamplingSection) -> MergedWeights | None:
+    """None where the engine's layers are not known well enough to merge into, with a warning.
+
+    Raises:
+        UserError: so, and sampling.merge_adapter asks for it.
+    """
+    (model,) = engine.apply_model(lambda model: model)
+    try:
+        return MergedWeights(model, model_dir)
+    except LookupError as error:
+        if sampling.merge_adapter:
+            raise UserError(
+                f"sampling.merge_adapter=true: {error.args[0]}, of {model_dir}; leave it out"
+            ) from error
+        warnings.warn(
+            f"adapters go through vLLM's LoRA layers, which are slower: {error.args[0]}",
+            stacklevel=2,
+        )
+        return None
+
+
+def forget_cache(worker: Any) -> None:
+    """Gives the pages of a worker's KV cache back; the blocks are zero, as at the start."""
+    cpu_memory.forget(worker.model_runner.kv_caches)
+
+
+def repack_head(model: torch.nn.Module) -> None:
+    """Packs a tied lm_head anew.
+
+    On CPU vLLM computes with a packed copy of each weight. `reload_weights` packs those that it
+    finds in the file, and a tied lm_head is not among them: it would go on with its old copy.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "ParallelLMHead":
+            module.quant_method.process_weights_after_loading(module)  # type: ignore[operator,union-attr]
+
+
+def check_files(adapter: Adapter) -> None:
+    """Raises UserError where a published version's directory or weights are missing."""
+    if not adapter.path.is_dir():
+        raise UserError(f"adapter directory {adapter.path} does not exist")
+    if adapter.is_full:
+        if not any(adapter.path.glob("*.safetensors")):
+            raise UserError(f"weights directory {adapter.path} holds no *.safetensors file")
+        return
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter.path / name).is_file():
+            raise UserError(f"adapter directory {adapter.path} has no {name}")
+
+
+def one_line(error: ValueError) -> str:
+    """The complaint's first sentence; of a validation error the first complaint's."""
+    text = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
+    return " ".join(text.removeprefix("Value error, ").split()).split(". ")[0]

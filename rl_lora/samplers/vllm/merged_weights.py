@@ -1,0 +1,201 @@
+"""The adapter added to the engine's own copy of the weights, on a CPU in float32.
+
+vLLM computes with packed copies of the weights there. They are made anew for each adapter version
+from the model's files: W + scaling * B A, so that nothing drifts, neither the files nor the
+learner's weights are touched, and decoding costs what it costs without adapter. In a narrower dtype
+the sum would round the adapter away (an update is often below bfloat16's step); vLLM's own LoRA
+layers serve there.
+
+The packed copies can be dropped while the learner works (`drop`); making them takes half a percent
+of a step (LOG.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from rl_lora.adapters.files import fingerprint, load_tensors
+from rl_lora.adapters.peft_files import LowRank, lora_settings, low_rank_terms
+from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.types import Adapter
+
+
+def read_terms(adapter: Adapter) -> dict[str, LowRank]:
+    """An adapter's terms, from its directory.
+
+    Raises:
+        UserError: it cannot be read, or is no LoRA or rsLoRA of linear layers.
+        StaleAdapterError: the directory holds other weights than the handle says.
+    """
+    settings = lora_settings(adapter.path)
+    if settings["variant"] == "dora":
+        raise UserError(f"{adapter.path}: a DoRA adapter is not served; set sampling.backend=torch")
+    tensors = load_tensors(adapter.path)
+    if fingerprint(tensors) != adapter.fingerprint:
+        raise StaleAdapterError(f"{adapter.path} was changed after {adapter.name} was published")
+    return {
+        layer: LowRank(term.a_RI.float(), term.b_OR.float(), term.scaling)
+        for layer, term in low_rank_terms(tensors, adapter.path).items()
+    }
+
+
+class MergedWeights:
+    """The linear layers of an engine's model, made anew from the model's files.
+
+    Letters: O outputs, I inputs of one layer of the files; the engine joins q, k and v, or gate and
+    up, in one.
+    """
+
+    def __init__(self, model: nn.Module, model_dir: Path) -> None:
+        """Finds each linear layer's weights in the model's files.
+
+        Raises:
+            LookupError: a layer that this knows no weights for; the engine is as it was.
+        """
+        self._files = _files_by_tensor(model_dir)
+        self._layers = [
+            (module, [_Part(part, _weight(part, self._files)) for part in parts])
+            for module, parts in (
+                (module, _joined(model, name, self._files))
+                for name, module in _linear_layers(model)
+            )
+        ]
+        if not self._layers:
+            raise LookupError("no linear layer")
+        self._weight_of = {part.layer: part.weight for _, parts in self._layers for part in parts}
+        self._wanted: dict[str, LowRank] = {}
+        self._is_loaded = True  # the base, as vLLM loaded it
+
+    def want(self, terms: dict[str, LowRank]) -> None:
+        """What the next `ensure` loads.
+
+        Raises:
+            UserError: a term is of a layer that the model has not, or of another size.
+        """
+        self._check(terms)
+        self._is_loaded = self._is_loaded and not terms and not self._wanted
+        self._wanted = terms
+
+    def ensure(self) -> bool:
+        """Packs the base plus the terms wanted, if that is not what is packed; whether it did."""
+        if self._is_loaded:
+            return False
+        self._load(self._wanted)
+        return True
+
+    def _check(self, terms: dict[str, LowRank]) -> None:
+        for name, term in terms.items():
+            if name not in self._weight_of:
+                raise UserError(f"the adapter is of a layer {name!r} that the model has not")
+            shape = self._files[self._weight_of[name]][1]
+            found = [term.b_OR.shape[0], term.a_RI.shape[1]]
+            if found != shape:
+                raise UserError(f"the adapter of {name!r} is for {found} weights, not {shape}")
+
+    def _load(self, terms: dict[str, LowRank]) -> None:
+        self._is_loaded = False
+        for module, parts in self._layers:
+            weights_OI = []
+            for part in parts:
+                # Opened anew each time: what is read of a file stays resident until it is closed.
+                with safe_open(self._files[part.weight][0], framework="pt") as opened:
+                    weight_OI = opened.get_tensor(part.weight).float()
+                    if (term := terms.get(part.layer)) is not None:
+                        product = term.b_OR, term.a_RI
+                        weight_OI = torch.addmm(weight_OI, *product, alpha=term.scaling)
+                    weights_OI.append(weight_OI if term is not None else weight_OI.clone())
+            _pack(module, weights_OI[0] if len(weights_OI) == 1 else torch.cat(weights_OI))
+        self._is_loaded = True
+
+    def drop(self) -> None:
+        """Frees the packed weights; the engine cannot run before the next `ensure`."""
+        self._is_loaded = False
+        for module, _ in self._layers:
+            module.cpu_linear = _refuse
+
+
+class _Part(NamedTuple):
+    """One of the files' layers in a layer of the engine: its name and its weight's."""
+
+    layer: str
+    weight: str
+
+
+def _joined(model: nn.Module, name: str, files: Container[str]) -> list[str]:
+    """Names in the files of the layers that the engine's layer joins.
+
+    The files may have them joined already (GLM 4), whatever the engine's mapping says.
+    """
+    if f"{name}.weight" in files:
+        return [name]
+    owner, _, last = name.rpartition(".")
+    joined: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    return [f"{owner}.{part}".lstrip(".") for part in joined.get(last, [last])]
+
+
+def _linear_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The engine's layers that compute with a packed weight, lm_head too."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    found: list[tuple[str, Any]] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LinearBase):
+            assert isinstance(module, nn.Module)
+            if not isinstance(module.quant_method, UnquantizedLinearMethod):
+                raise LookupError(f"{name} is quantized")
+            if getattr(module, "weight", torch.empty(0)).numel():
+                raise LookupError(f"{name} computes with its plain weight")
+            found.append((name, module))
+        elif isinstance(module, ParallelLMHead) and name.endswith("lm_head"):
+            found.append((name, module))
+    return found
+
+
+def _pack(module: Any, weight_OI: Tensor) -> None:
+    """vLLM's own packing; the plain weight is let go. A tied lm_head keeps the embedding's."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    kept = module.weight
+    module.weight = nn.Parameter(_padded(module, weight_OI), requires_grad=False)
+    dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+    module.weight = kept
+
+
+def _padded(module: Any, weight_OI: Tensor) -> Tensor:
+    """With rows of zeros up to the engine's vocabulary, where the layer has one."""
+    missing = getattr(module, "num_embeddings_padded", weight_OI.shape[0]) - weight_OI.shape[0]
+    return nn.functional.pad(weight_OI, (0, 0, 0, missing)) if missing else weight_OI
+
+
+def _weight(layer: str, files: dict[str, tuple[Path, list[int]]]) -> str:
+    """Name of a layer's weight in the files; of a tied lm_head, that of the embedding.
+
+    Raises:
+        LookupError: the files have no such weight.
+    """
+    tied = [name for name in files if name.endswith("embed_tokens.weight")]
+    for name in (f"{layer}.weight", *(tied if layer == "lm_head" else ())):
+        if name in files:
+            return name
+    raise LookupError(f"the model's files have no weight of {layer}")
+
+
+def _files_by_tensor(model_dir: Path) -> dict[str, tuple[Path, list[int]]]:
+    """Tensor name -> (the safetensors file that has it, its shape)."""
+    found = {}
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # no dict
+                found[name] = path, opened.get_slice(name).get_shape()
+    return found
+
+
+def _refuse(*arguments: Any) -> Tensor:
+    raise RuntimeError("the engine's weights were dropped and not loaded again")

@@ -1,0 +1,398 @@
+"""Sampling with vLLM in the learner's own process.
+
+One process, because two whose OpenMP threads fight for the same cores lose more than the hand-over
+of an adapter costs, and because the weights of full fine-tuning are then replaced without a copy.
+vLLM is imported when the first sampler is made; what it changes in the process (environment,
+threads, random state) is put back (`vllm_process`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.config.checks import MIN_TEMPERATURE
+from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, Stops
+from rl_lora.samplers import cpu_memory
+from rl_lora.samplers.vllm.engine import (
+    check_device,
+    check_files,
+    forget_cache,
+    make_engine,
+    merged_weights,
+    one_line,
+    repack_head,
+)
+from rl_lora.samplers.vllm.merged_weights import read_terms
+from rl_lora.samplers.vllm.process import (
+    check_cpu_heads,
+    import_vllm,
+    process_kept,
+    torch_random_state_kept,
+)
+from rl_lora.samplers.vllm.settings import (
+    CPU_MEMORY_SHARE,
+    CPU_NUM_SEQS,
+    check_mixture,
+    check_model,
+    engine_settings,
+    merges_adapter,
+)
+from rl_lora.seeds import sample_seeds
+from rl_lora.types import Adapter, Completion, Prompt, SampleParams
+
+__all__ = ["CPU_MEMORY_SHARE", "CPU_NUM_SEQS", "OnProgress", "VllmSampler"]
+
+OnProgress = Callable[[int, int, int], None]  # samples done, samples in all, tokens in those done
+
+
+class VllmSampler:
+    """A `Sampler` on an in-process vLLM engine. One may be open at a time."""
+
+    _open: ClassVar[weakref.ref[VllmSampler] | None] = None  # vLLM's state is one per process
+
+    def __init__(
+        self,
+        model_dir: Path,
+        sampling: SamplingSection,
+        lora: LoraSection,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        end_token_ids: Sequence[int] = (),
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        """Loads the base model into an engine.
+
+        Args:
+            model_dir: local directory with config.json, safetensors and tokenizer.
+            sampling: its max_num_seqs, eager and memory_fraction count here.
+            lora: mode full makes an engine without adapters, for whole weights.
+            dtype: of the base weights, the KV cache and the adapter's copy in the engine.
+            device: cpu, or the GPU that PyTorch numbers 0.
+            max_model_len: tokens of prompt and completion together, at most.
+            end_token_ids: tokens that end a completion; empty: those of the model directory.
+            on_progress: called after each finished sample.
+
+        Raises:
+            UserError: vLLM is not installed, built for another device or does not serve the model;
+                no such directory; or a context longer than the model's.
+        """
+        check_model(model_dir, max_model_len)
+        check_device(device, lora)
+        check_mixture(model_dir, device)
+        vllm = import_vllm(device)
+        if device.type == "cpu":
+            check_cpu_heads(model_dir)
+        if VllmSampler._open is not None and VllmSampler._open() is not None:
+            raise RuntimeError("another VllmSampler is open in this process; close() it first")
+        self.max_model_len = max_model_len
+        self.on_progress = on_progress
+        self._model_dir = model_dir
+        self._is_full = lora.mode == "full"
+        self._end_token_ids = list(end_token_ids)
+        self._adapter: Adapter | None = None
+        self._known: dict[str, tuple[int, str]] = {}  # adapter name -> (vLLM's id, fingerprint)
+        self._vllm = vllm
+        self._on_cpu = device.type == "cpu"
+        self._rests = False
+        merges = merges_adapter(sampling, lora, dtype=dtype, device=device)
+        settings = partial(
+            engine_settings, model_dir, sampling, lora, dtype=dtype, device=device,
+            max_model_len=max_model_len,
+        )  # fmt: skip
+        self._runs_eager = bool(settings(is_merged=merges)["enforce_eager"])
+        self._engine = make_engine(vllm, settings(is_merged=merges), self._on_cpu)
+        self._merged = merged_weights(self._engine, model_dir, sampling) if merges else None
+        if merges and self._merged is None:
+            self._shut_down()
+            self._engine = make_engine(vllm, settings(is_merged=False), self._on_cpu)
+        self._tokenizer = self._engine.get_tokenizer()
+        VllmSampler._open = weakref.ref(self)
+        self.rest()
+
+    def use(self, adapter: Adapter | None) -> None:
+        """Samples from this version from now on; None: from the base alone.
+
+        Raises:
+            UserError: the directory or its weights are missing, or do not fit the base or rank.
+            StaleAdapterError: the name was used before for other weights, or vLLM did not take it.
+        """
+        engine = self._live_engine()
+        if adapter is not None:
+            if adapter.is_full != self._is_full:
+                raise ValueError(
+                    f"{adapter.name}: is_full={adapter.is_full} in a sampler made for "
+                    f"lora.mode={'full' if self._is_full else 'lora'!r}"
+                )
+            check_files(adapter)
+        if self._is_full:
+            self._load_full(adapter)
+        elif self._merged is not None:
+            if adapter is not None:
+                self._check_name(adapter)
+            self._merged.want(read_terms(adapter) if adapter else {})
+        elif adapter is not None:
+            request = self._lora_request(adapter)
+            try:
+                engine.add_lora(request)
+            except ValueError as error:
+                raise UserError(
+                    f"vLLM does not take adapter {adapter.path}: {one_line(error)}"
+                ) from error
+            if (held := engine.list_loras()) != {request.lora_int_id}:
+                raise StaleAdapterError(
+                    f"vLLM holds adapters {sorted(held)} after {adapter.name} "
+                    f"(id {request.lora_int_id}) was loaded"
+                )
+        self._adapter = adapter
+
+    def sample(
+        self,
+        prompts_N: Sequence[Prompt],
+        params: SampleParams,
+        on_group: OnGroup | None = None,
+    ) -> list[list[Completion]]:
+        """[N][G] completions, in the prompts' order, the same ones for the same arguments.
+
+        Log-probs are those of the distribution sampled from: at params.temperature (temperature 0:
+        at 1) and after top_p, in nats. Each sample has its own seed, so that it does not depend on
+        what else is in the batch, up to rounding (but for the same prompt, if it stands there
+        before). The tokens that spell a stop string are kept.
+        `on_group` as the protocol says.
+
+        Raises:
+            UserError: a prompt and max_tokens together exceed the context, or a temperature that
+                vLLM would change.
+            StaleAdapterError: vLLM answered under another adapter than the one in use.
+        """
+        self._check_request(prompts_N, params)
+        stops = Stops.of(params.stop, self._tokenizer)
+        requests: dict[str, _Request] = {}
+        for prompt, seeds_G in zip(prompts_N, sample_seeds(prompts_N, params), strict=True):
+            for seed in seeds_G:
+                request = _Request(prompt.token_ids, self._sampling_params(params, stops, seed))
+                requests[str(len(requests))] = request
+        groups = Groups(len(prompts_N), params.num_samples, on_group)
+
+        def on_output(output: Any) -> None:
+            groups.add(int(output.request_id), self._completion(output))
+
+        self._run(requests, self.on_progress, on_output)
+        return groups.all()
+
+    def token_logprobs(self, token_ids_N: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs of given sequences, in nats at temperature 1, under the adapter in use.
+
+        Those of tokens 1, 2, ... given the tokens before: one fewer than the sequence has tokens.
+
+        Raises:
+            UserError: a sequence exceeds the context.
+        """
+        for token_ids in token_ids_N:
+            if len(token_ids) > self.max_model_len:
+                raise UserError(
+                    f"a sequence of {len(token_ids)} tokens exceeds the sampler's context of "
+                    f"{self.max_model_len}; raise max_model_len"
+                )
+        params = self._vllm.SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        requests = {
+            str(n): _Request(token_ids, params)
+            for n, token_ids in enumerate(token_ids_N)
+            if len(token_ids) > 1
+        }
+        outputs = self._run(requests, None)
+        logprobs_N: list[list[float]] = []
+        for n, token_ids in enumerate(token_ids_N):
+            if len(token_ids) <= 1:
+                logprobs_N.append([])
+                continue
+            scored = outputs[str(n)].prompt_logprobs
+            assert scored.token_ids == list(token_ids[1:])
+            logprobs_N.append(list(scored.logprobs))
+        return logprobs_N
+
+    def rest(self) -> None:
+        """On a CPU, gives back the memory that sampling alone needs: the KV cache's pages, and the
+        merged weights, which the next call makes anew in half a percent of a step."""
+        if not self._on_cpu or self._live_engine().has_unfinished_requests():
+            return
+        if self._merged is not None:
+            self._merged.drop()
+        self._reset_cache()
+        self._engine.collective_rpc(forget_cache)
+        cpu_memory.trim()
+        self._rests = True
+
+    def close(self) -> None:
+        """Frees the engine's weights, cache and process groups; a second call does nothing."""
+        if self._engine is None:
+            return
+        self._shut_down()
+        VllmSampler._open = None
+
+    def _shut_down(self) -> None:
+        self._merged = None
+        with process_kept():
+            self._engine.engine_core.shutdown()
+            self._engine = None
+            gc.collect()
+
+    def _wake(self) -> None:
+        """The weights wanted, in an engine that has given its memory back or has other ones."""
+        if self._rests:
+            cpu_memory.trim()  # what the learner has left
+            self._rests = False
+        if self._merged is not None and self._merged.ensure():
+            self._reset_cache()
+
+    def _live_engine(self) -> Any:
+        if self._engine is None:
+            raise RuntimeError("this VllmSampler is closed")
+        return self._engine
+
+    def _check_name(self, adapter: Adapter) -> int:
+        """vLLM's number for the adapter's name. Raises StaleAdapterError as `use` says."""
+        known = self._known.setdefault(adapter.name, (len(self._known) + 1, adapter.fingerprint))
+        if known[1] != adapter.fingerprint:
+            raise StaleAdapterError(
+                f"adapter name {adapter.name!r} was used before for other weights; vLLM's prefix "
+                "cache goes by the name, so that each version needs its own"
+            )
+        return known[0]
+
+    def _lora_request(self, adapter: Adapter) -> Any:
+        return self._vllm.LoRARequest(adapter.name, self._check_name(adapter), str(adapter.path))
+
+    def _load_full(self, adapter: Adapter | None) -> None:
+        """Replaces the engine's weights, and forgets what was computed with the old ones."""
+        path = self._model_dir if adapter is None else adapter.path
+        with process_kept():
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+            if self._on_cpu:
+                self._engine.apply_model(repack_head)
+        self._reset_cache()
+
+    def _reset_cache(self) -> None:
+        if not self._engine.reset_prefix_cache():
+            raise StaleAdapterError("vLLM kept its prefix cache although the weights changed")
+
+    def _check_request(self, prompts_N: Sequence[Prompt], params: SampleParams) -> None:
+        if 0 < params.temperature < (lowest := MIN_TEMPERATURE["vllm"]):
+            raise UserError(
+                f"temperature {params.temperature} is below {lowest}, which vLLM would take "
+                "instead; take 0 (greedy) or a higher one"
+            )
+        for prompt in prompts_N:
+            num_tokens = len(prompt.token_ids) + params.max_tokens
+            if num_tokens > self.max_model_len:
+                raise UserError(
+                    f"prompt {prompt.prompt_id!r} has {len(prompt.token_ids)} tokens, and with "
+                    f"sampling.max_tokens={params.max_tokens} exceeds the context of "
+                    f"{self.max_model_len}; lower sampling.max_tokens or data.max_prompt_tokens"
+                )
+
+    def _sampling_params(self, params: SampleParams, stops: Stops, seed: int) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=-1,
+            max_tokens=params.max_tokens,
+            stop=list(stops.texts) or None,
+            stop_token_ids=[*self._end_token_ids, *stops.token_ids],
+            skip_special_tokens=not stops.in_special,  # of the text that stops are looked for in
+            ignore_eos=bool(self._end_token_ids),
+            seed=seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=bool(stops.texts),
+            output_kind=self._vllm.RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _run(
+        self,
+        requests: dict[str, _Request],
+        on_progress: OnProgress | None,
+        on_output: Callable[[Any], None] | None = None,
+    ) -> dict[str, Any]:
+        """The final output of each request, each checked to come from the adapter in use."""
+        engine = self._live_engine()
+        self._wake()
+        has_own_layers = not self._is_full and self._merged is None
+        lora = self._lora_request(self._adapter) if self._adapter and has_own_layers else None
+        outputs: dict[str, Any] = {}
+        num_tokens = 0
+        try:
+            with self._compiler_stance(), torch_random_state_kept():
+                for key, request in requests.items():
+                    tokens = self._vllm.tokens_input(list(request.token_ids))
+                    engine.add_request(key, tokens, request.params, lora_request=lora)
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        if not output.finished:
+                            continue
+                        _check_adapter(output.lora_request, lora)
+                        outputs[output.request_id] = output
+                        num_tokens += len(output.outputs[0].token_ids)
+                        if on_progress is not None:
+                            on_progress(len(outputs), len(requests), num_tokens)
+                        if on_output is not None:
+                            on_output(output)
+        finally:
+            if unfinished := [key for key in requests if key not in outputs]:
+                engine.abort_request(unfinished)
+        return outputs
+
+    @contextlib.contextmanager
+    def _compiler_stance(self) -> Iterator[None]:
+        """No compilation in an eager engine on CPU.
+
+        vLLM compiles the ranking of log-probs, which nobody asks for here, at the first sample,
+        and that takes 14 s on two cores.
+        """
+        if self._runs_eager and self._on_cpu:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        else:
+            yield
+
+    def _completion(self, output: Any) -> Completion:
+        answer = output.outputs[0]
+        if answer.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a sample with {answer.finish_reason!r}")
+        token_ids = tuple(answer.token_ids)
+        assert answer.logprobs.token_ids == list(token_ids)
+        return Completion(
+            token_ids=token_ids,
+            text=self._tokenizer.decode(list(token_ids), skip_special_tokens=True),
+            sampler_logprobs_T=tuple(answer.logprobs.logprobs),
+            is_truncated=answer.finish_reason == "length",
+            adapter_version=BASE_VERSION if self._adapter is None else self._adapter.version,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    token_ids: Sequence[int]
+    params: Any  # vllm.SamplingParams
+
+
+def _check_adapter(answered: Any, wanted: Any) -> None:
+    """An output names the adapter that served it: the one wanted, or the sampler is stale."""
+    found = None if answered is None else (answered.lora_name, answered.lora_int_id)
+    expected = None if wanted is None else (wanted.lora_name, wanted.lora_int_id)
+    if found != expected:
+        raise StaleAdapterError(f"vLLM answered under adapter {found}, not {expected}")

@@ -1,0 +1,202 @@
+"""What vLLM is told about the machine: slots, memory, batch sizes. vLLM itself is not imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.errors import UserError
+from rl_lora.models.shapes import has_own_head
+from rl_lora.nn.experts import NUM_EXPERTS_KEYS
+from rl_lora.nn.variants import served_rank
+
+RANK_SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM rounds an adapter's rank up to one
+CPU_NUM_SEQS = 128  # sequences decoded at once
+CPU_BATCHED_TOKENS = 2048  # tokens of one step
+GPU_BATCHED_TOKENS = 2048  # vLLM's least for a step, and it refuses more sequences than tokens
+CPU_BLOCK_SIZE = 32  # tokens of a KV cache block, the unit of prefix caching
+CPU_COMPILED_STEPS = 20_000  # decoding steps from which on compiling the model pays on a CPU
+CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the KV cache
+
+
+def engine_settings(
+    model_dir: Path,
+    sampling: SamplingSection,
+    lora: LoraSection,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    is_merged: bool,
+) -> dict[str, Any]:
+    """Engine arguments of vLLM for the machine (LOG.md has the measurements).
+
+    is_merged: adapters are added to the engine's weights, so that it needs no LoRA layers.
+
+    Raises:
+        UserError: not even one sequence of max_model_len tokens fits into memory (CPU).
+    """
+    on_cpu = device.type == "cpu"
+    settings: dict[str, Any] = {
+        "model": str(model_dir),
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_model_len + 1,  # a sequence is scored as a prompt with one token more
+        "max_num_seqs": sampling.max_num_seqs or (CPU_NUM_SEQS if on_cpu else 256),
+        "enforce_eager": on_cpu if sampling.eager is None else sampling.eager,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": 1,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "seed": 0,
+    }
+    if on_cpu:
+        settings["block_size"] = CPU_BLOCK_SIZE
+        # A prompt cut over two steps makes vLLM wind its seeded generator back, and a generator of
+        # the CPU cannot ("CPU Generator does not use offset"): prompts go whole.
+        settings["enable_chunked_prefill"] = False
+        settings["max_num_batched_tokens"] = max(
+            CPU_BATCHED_TOKENS, settings["max_num_seqs"], settings["max_model_len"]
+        )
+        settings["kv_cache_memory_bytes"] = cpu_cache_bytes(
+            text_config(model_dir),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            num_seqs=settings["max_num_seqs"],
+            free_bytes=psutil.virtual_memory().available,
+        )
+    else:
+        settings["gpu_memory_utilization"] = sampling.memory_fraction
+        if settings["max_num_seqs"] > GPU_BATCHED_TOKENS:
+            settings["max_num_batched_tokens"] = settings["max_num_seqs"]
+        # Graphs of their own for batches without adapter, which then skip its kernels.
+        settings["compilation_config"] = {"cudagraph_specialize_lora": True}
+        if sampling.attention_backend is not None:
+            settings["attention_backend"] = sampling.attention_backend
+    if has_own_head(model_dir, AutoConfig.from_pretrained(model_dir)):
+        # vLLM goes by the config and would take the embedding, the learner by the files.
+        settings["hf_overrides"] = {"tie_word_embeddings": False}
+    if lora.mode == "lora" and not is_merged:
+        rank = served_rank(lora)
+        settings["enable_lora"] = True
+        settings["max_lora_rank"] = next(slot for slot in RANK_SLOTS if slot >= rank)
+        settings["max_loras"] = 1
+        settings["lora_dtype"] = dtype
+    return settings
+
+
+def is_worth_compiling(sampling: SamplingSection, num_steps: int) -> bool:
+    """Whether a training job of num_steps RL steps on a CPU gains by a compiled model.
+
+    A decoding step, of few or of many sequences, takes 10 ms less then (30 layers), and the start
+    75 s more, which 7,500 decoding steps earn back (LOG.md). Both grow with the number of layers,
+    neither with their width. A machine without C++ compiler and Python's headers cannot.
+    """
+    num_sequences = sampling.num_prompts * sampling.num_samples
+    num_batches = -(-num_sequences // (sampling.max_num_seqs or CPU_NUM_SEQS))
+    is_long = num_steps * num_batches * sampling.max_tokens >= CPU_COMPILED_STEPS
+    has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return is_long and has_compiler and has_headers
+
+
+def merges_adapter(
+    sampling: SamplingSection, lora: LoraSection, *, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether the engine adds adapters to its own copy of the weights (`vllm_merge`).
+
+    Raises:
+        UserError: that is asked for where the sum would round the adapter away, or on a GPU.
+    """
+    if lora.mode != "lora":
+        return False
+    fits = device.type == "cpu" and dtype == torch.float32
+    if sampling.merge_adapter and not fits:
+        raise UserError(
+            f"sampling.merge_adapter=true with {dtype} on {device.type}: it is for float32 on a "
+            "CPU, where it rounds nothing away; leave it out, or set model.dtype='float32'"
+        )
+    return fits if sampling.merge_adapter is None else sampling.merge_adapter
+
+
+def cpu_cache_bytes(
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    max_model_len: int,
+    num_seqs: int,
+    free_bytes: int,
+) -> int:
+    """Size of the KV cache: num_seqs full sequences, or CPU_MEMORY_SHARE of the free memory.
+
+    Raises:
+        UserError: one sequence of max_model_len tokens does not fit.
+    """
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    token_bytes = 2 * config.num_hidden_layers * num_heads * head_size(config) * dtype.itemsize
+    num_blocks = -(-max_model_len // CPU_BLOCK_SIZE) + 1  # vLLM keeps one block for itself
+    sequence_bytes = num_blocks * CPU_BLOCK_SIZE * token_bytes
+    limit = int(CPU_MEMORY_SHARE * free_bytes)
+    if sequence_bytes > limit:
+        raise UserError(
+            f"the KV cache of one sequence of {max_model_len} tokens takes "
+            f"{sequence_bytes / 2**30:.1f} GiB, over {CPU_MEMORY_SHARE:.0%} of the free memory; "
+            "lower sampling.max_tokens or data.max_prompt_tokens"
+        )
+    return min(num_seqs * sequence_bytes, limit)
+
+
+def read_config(model_dir: Path) -> dict[str, Any]:
+    """config.json of a model directory."""
+    config: dict[str, Any] = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def text_config(model_dir: Path) -> PretrainedConfig:
+    """The language model's part of a directory's config, under transformers' names: its files may
+    have others (GPT-2's n_embd is hidden_size)."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(model_dir).get_text_config()
+    return config
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """Width of an attention head."""
+    own = getattr(config, "head_dim", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
+
+
+def check_mixture(model_dir: Path, device: torch.device) -> None:
+    """Raises UserError where the model is a mixture of experts and the device a CPU.
+
+    With adapters in the engine vLLM (0.32) computes any mixture's experts by Triton kernels, also
+    those without an adapter, and the first sample ends in an AttributeError within them; without,
+    it samples with wrong experts once weights are reloaded; see
+    tests/samplers/test_vllm_experts.py.
+    """
+    if device.type == "cpu" and any(read_config(model_dir).get(key) for key in NUM_EXPERTS_KEYS):
+        raise UserError(
+            f"model {model_dir} is a mixture of experts, and on a CPU vLLM serves neither adapters "
+            "(those on attention alone included) nor new weights of one; set "
+            'sampling.backend="torch"'
+        )
+
+
+def check_model(model_dir: Path, max_model_len: int) -> None:
+    """Looks at config.json. Raises UserError where it is missing or its context too short."""
+    if not (model_dir / "config.json").is_file():
+        raise UserError(f"model directory {model_dir} has no config.json")
+    limit = getattr(text_config(model_dir), "max_position_embeddings", None)
+    if limit is not None and max_model_len > limit:
+        raise UserError(
+            f"prompts and completions of {max_model_len} tokens exceed the model's context of "
+            f"{limit}; lower sampling.max_tokens or data.max_prompt_tokens"
+        )

@@ -1,0 +1,233 @@
+"""The supervised loop: a batch, one optimizer step by log loss, the test loss along the way.
+
+The test's steps lie at equal ratios (1, 2, 4, ...), as the article's learning curves go by log
+steps. Metrics: `sft/loss` (nats a completion token of the step's batch, before the step) and
+`test/nll` with its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rl_lora.adapters.files import save_adapter, version_in
+from rl_lora.batches import pack
+from rl_lora.build import check_run_folder, open_model
+from rl_lora.config import AlgorithmSection
+from rl_lora.config.sft import SftConfig
+from rl_lora.errors import StaleAdapterError
+from rl_lora.learner import Learner
+from rl_lora.models.resolve import check_rows
+from rl_lora.policy import check_trainable
+from rl_lora.report.terminal import Display
+from rl_lora.runs.checkpoint import drop_after
+from rl_lora.runs.inputs import base_inputs, sequence_inputs
+from rl_lora.runs.lock import run_lock
+from rl_lora.runs.log import METRICS_FILE, RunLog
+from rl_lora.runs.metrics import PhaseTimer, memory_metrics, speed_metrics
+from rl_lora.runs.record import anchored, write_record
+from rl_lora.runs.snapshot import Start, find_start, load_snapshot, save_snapshot
+from rl_lora.sft.data import SftSets, load_sft, step_indices
+from rl_lora.sft.held_out_loss import HeldOutLoss, held_out_loss
+from rl_lora.storage import jsonl
+from rl_lora.storage.directories import disk_errors, whole_directory
+
+if TYPE_CHECKING:
+    from rl_lora.policy import Policy
+
+
+@dataclass(frozen=True)
+class SftOutcome:
+    """What a supervised run ends with.
+
+    Example: SftOutcome(folder=Path("runs/sft"), before=2.31, after=1.62)
+    """
+
+    folder: Path
+    before: float  # test NLL of the base, nats a token
+    after: float
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the loop works with."""
+
+    config: SftConfig
+    learner: Learner
+    sets: SftSets
+    inputs: dict[str, Any]  # hashes of base and data, for the checkpoints
+    log: RunLog
+    display: Display
+
+
+def curve_steps(num_steps: int, num_tests: int, every: int = 0) -> list[int]:
+    """Steps after which the test is held: num_tests of them at equal ratios, the last one with
+    them, and every `every`-th (0: none)."""
+    if num_steps == 0:
+        return []
+    ratio = num_steps ** (1 / num_tests)
+    steps = {max(1, round(ratio**power)) for power in range(1, num_tests + 1)} | {num_steps}
+    if every:
+        steps |= set(range(every, num_steps + 1, every))
+    return sorted(steps)
+
+
+def fine_tune(
+    config: SftConfig,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    accept_changed_data: bool = False,
+) -> SftOutcome:
+    """Runs a supervised job to its end and leaves everything in its run folder.
+
+    Args:
+        config: the job.
+        resume: go on from the newest checkpoint, if there is one; a complete run is only reported.
+        quiet: print only warnings and the summary.
+        accept_changed_data: go on although base or data are others than when the run began.
+
+    Raises:
+        UserError: bad input, an older run in the way, another process at work in the folder, or a
+            full disk.
+        FloatingPointError: the gradient is not finite.
+    """
+    check_trainable(config.model, config.lora)
+    config = anchored(config)
+    folder = config.run.folder
+    with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
+        check_run_folder(folder)
+        if taken_over is not None:
+            display.note(taken_over)
+        start = find_start(config, resume=resume)
+        if start.log_step == config.run.num_steps == version_in(folder / "adapter"):
+            outcome = _outcome(folder)
+            display.note(f"{folder} is complete: {config.run.num_steps} steps done")
+        else:
+            outcome = _run(start.restarted(config), start, display, accept_changed_data)
+        display.note(
+            f"test loss {outcome.before:.4f} before, {outcome.after:.4f} after (nats a token); "
+            f"everything is in {folder}"
+        )
+    return outcome
+
+
+def _run(
+    config: SftConfig, start: Start, display: Display, accept_changed_data: bool
+) -> SftOutcome:
+    folder = config.run.folder
+    with RunLog(
+        folder,
+        config.run.loggers,
+        resume_step=start.log_step,
+        config=config.model_dump(mode="json"),
+    ) as log:
+        policy, sets = _prepare(config, display)
+        data = {"train": sequence_inputs(sets.train), "eval": sequence_inputs(sets.test)}
+        inputs: dict[str, Any] = {"base": base_inputs(policy), "data": data}
+        if not accept_changed_data:
+            start.check_inputs(inputs, folder)
+        learner = Learner(
+            policy,
+            config.optim,
+            AlgorithmSection(),
+            temperature=1.0,
+            num_steps=config.run.num_steps,
+        )
+        job = _Job(config, learner, sets, inputs, log, display)
+        write_record(config, policy, inputs)
+        if start.checkpoint is not None:
+            load_snapshot(start.checkpoint, learner, config)
+            drop_after(folder, start.state["step"])
+            display.note(f"resumed from {start.checkpoint}")
+        else:
+            log.write(0, _test(job).metrics())
+            save_snapshot(0, learner, config, inputs=inputs)
+        _loop(job, start.state.get("step", 0))
+        if not policy.is_full and policy.base_fingerprint() != inputs["base"]["fingerprint"]:
+            raise StaleAdapterError("the base model's weights changed during the run")
+        _publish(policy, folder, config)
+    return _outcome(folder)
+
+
+def _prepare(config: SftConfig, display: Display) -> tuple[Policy, SftSets]:
+    from rl_lora.policy import Policy
+
+    model_dir, tokenizer, context = open_model(config.model, display.note, config.lora)
+    sets = load_sft(config.data, tokenizer, context, config.run.seed)
+    for note in sets.notes:
+        display.note(note)
+    samples = (row.sample() for row in (*sets.train, *sets.test))
+    check_rows((s.prompt_ids + s.completion_ids for s in samples), tokenizer, model_dir)
+    policy = Policy(
+        model_dir,
+        config.model,
+        config.lora,
+        seed=config.run.seed,
+        checkpoint_activations=config.optim.checkpoint_activations,
+    )
+    return policy, sets
+
+
+def _loop(job: _Job, step: int) -> None:
+    config, run, timer = job.config, job.config.run, PhaseTimer()
+    tests = set(curve_steps(run.num_steps, config.sft.num_tests, run.eval_every))
+    job.display.stage("fine-tuning", run.num_steps, step)
+    timer.take()
+    while step < run.num_steps:
+        indices = step_indices(step + 1, config.sft.batch_size, len(job.sets.train), run.seed)
+        with timer.phase("learn"):
+            metrics = _step(job, indices)
+        step += 1
+        if step in tests:
+            with timer.phase("eval"):
+                metrics |= _test(job).metrics()
+        metrics |= timer.take() | memory_metrics()
+        job.log.write(step, metrics | speed_metrics(metrics))
+        job.display.step(step, metrics)
+        if step % run.checkpoint_every == 0 or step == run.num_steps:
+            save_snapshot(step, job.learner, config, inputs=job.inputs)
+
+
+def _step(job: _Job, indices: list[int]) -> dict[str, float]:
+    config = job.config
+    samples = [job.sets.train[index].sample() for index in indices]
+    (microbatches,) = pack(
+        samples,
+        denominator="tokens",
+        max_tokens=config.data.max_tokens,
+        microbatch_tokens=config.optim.microbatch_tokens,
+    )
+    num_tokens = sum(batch.num_tokens for batch in microbatches)
+    num_padded = sum(batch.token_ids_BT.numel() for batch in microbatches)
+    counts = {
+        "learn/tokens": float(num_tokens),
+        "learn/completion_tokens": float(sum(len(s.completion_ids) for s in samples)),
+        "learn/padding_fraction": 1 - num_tokens / num_padded,
+    }
+    return job.learner.fit(microbatches, lr=config.optim.lr) | counts
+
+
+def _test(job: _Job) -> HeldOutLoss:
+    samples = [sequence.sample() for sequence in job.sets.test]
+    return held_out_loss(job.learner.policy, samples, job.config.optim.microbatch_tokens)
+
+
+def _publish(policy: Policy, folder: Path, config: SftConfig) -> None:
+    """The adapter (or the weights) where users look for it."""
+    adapter = save_adapter(
+        policy, folder / "adapters", version=config.run.num_steps, run_name=config.run.name
+    )
+    with whole_directory(folder / "adapter") as scratch:
+        for file in adapter.path.iterdir():  # the whole model, in full fine-tuning: not copied
+            file.rename(scratch / file.name)
+    shutil.rmtree(folder / "adapters", ignore_errors=True)
+
+
+def _outcome(folder: Path) -> SftOutcome:
+    tests = [r["test/nll"] for r in jsonl.read_lines(folder / METRICS_FILE) if "test/nll" in r]
+    nan = float("nan")
+    first, last = (nan if value is None else float(value) for value in (tests[0], tests[-1]))
+    return SftOutcome(folder, first, last)

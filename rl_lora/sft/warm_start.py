@@ -1,0 +1,76 @@
+"""Supervised fine-tuning by log loss on worked solutions: the warm start before RL.
+
+RL alone starves where the base earns no reward at all; a few supervised steps on generated
+solutions teach the form of an answer, and RL goes on from there. It is a stage of its own, with
+metrics of its own (warm_start.jsonl).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from rl_lora.batches import pack
+from rl_lora.config import RunConfig
+from rl_lora.data.chat_template import end_of_turn
+from rl_lora.learner import Learner
+from rl_lora.types import Prompt, TrainSample
+
+
+def solution_sample(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, end_id: int) -> TrainSample:
+    """The prompt with its worked solution as completion, closed by the token that ends a turn."""
+    ids = tokenizer.encode(prompt.solution, add_special_tokens=False)
+    completion_ids = (*ids, end_id)
+    return TrainSample(
+        prompt_ids=prompt.token_ids,
+        completion_ids=completion_ids,
+        sampler_logprobs_T=(0.0,) * len(completion_ids),
+        advantage=1.0,
+        adapter_version=0,
+    )
+
+
+def has_solutions(prompts: Sequence[Prompt]) -> bool:
+    """Whether there is anything to learn from before RL."""
+    return any(prompt.solution for prompt in prompts)
+
+
+def warm_start(
+    learner: Learner,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    on_step: Callable[[int, dict[str, float]], None],
+) -> None:
+    """`warm_start.num_steps` supervised steps; the learner's optimizer is fresh afterwards.
+
+    At a constant rate: `optim.schedule` is of the RL steps that follow, however many they are.
+
+    Args:
+        on_step: called with (step, metrics) after each step.
+
+    Raises:
+        ValueError: no prompt has a worked solution (see `has_solutions`).
+    """
+    section = config.warm_start
+    solved = [prompt for prompt in prompts if prompt.solution]
+    if not solved:
+        raise ValueError("warm_start needs prompts with worked solutions")
+    rng = random.Random(f"warm_start/{section.seed}")
+    order: list[Prompt] = []
+    end_id = end_of_turn(tokenizer, config.data.template, config.data.chat_template_kwargs)
+    for step in range(1, section.num_steps + 1):
+        while len(order) < section.batch_size:
+            order += rng.sample(solved, len(solved))
+        batch, order = order[: section.batch_size], order[section.batch_size :]
+        samples = [solution_sample(p, tokenizer, end_id) for p in batch]
+        (microbatches,) = pack(
+            samples,
+            denominator="tokens",
+            max_tokens=config.sampling.max_tokens,
+            microbatch_tokens=config.optim.microbatch_tokens,
+        )
+        on_step(step, learner.fit(microbatches, lr=section.lr, is_scheduled=False))
+    learner.restart()

@@ -1,0 +1,162 @@
+"""How long a study will take and how much memory, measured: by its finished cells, else by short
+calibration runs, one for each class of cells that differ in rate and seed alone.
+
+A cell's time = set-up (model, data, exams before and after) + steps + tests along the way, each
+from the calibration's own clock. Calibrations run as the cells will: as many at once as there are
+slots.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rl_lora.config import RunConfig
+from rl_lora.runs.log import METRICS_FILE
+from rl_lora.sft.train import curve_steps
+from rl_lora.storage import jsonl
+from rl_lora.studies.config import Cell, StudyConfig, make_cell
+from rl_lora.studies.run import num_slots, run_queue
+
+CALIBRATION_FILE = "calibration.json"
+_STEPS = {"rl": 4, "sft": 8}  # of a calibration run
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What a calibration run measured.
+
+    Example: Timing(setup_s=2.1, step_s=0.4, test_s=0.2, peak_mb=610.0)
+    """
+
+    setup_s: float  # outside the steps
+    step_s: float  # without tests
+    test_s: float  # one test along the way
+    peak_mb: float
+
+    def cell_seconds(self, cell: Cell) -> float:
+        """Estimate of a whole cell."""
+        return (
+            self.setup_s + cell.config.run.num_steps * self.step_s + num_tests(cell) * self.test_s
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A study's rest.
+
+    Example: Estimate(num_left=24, seconds=610.0, peak_mb=620.0, slots=2, has_gpus=False)
+    """
+
+    num_left: int
+    seconds: float  # wall clock, all slots at work
+    peak_mb: float  # of one process
+    slots: int
+    has_gpus: bool
+
+
+def num_tests(cell: Cell) -> int:
+    """Tests within the steps of a run."""
+    config = cell.config
+    if isinstance(config, RunConfig):
+        return config.run.num_steps // config.run.eval_every if config.run.eval_every else 0
+    return len(curve_steps(config.run.num_steps, config.sft.num_tests, config.run.eval_every))
+
+
+def read_timing(steps: Sequence[Mapping[str, Any]], seconds: float) -> Timing:
+    """From the lines of a run's metrics.jsonl and the seconds of its process.
+
+    Raises:
+        ValueError: no step is on record.
+    """
+    timed = [row for row in steps if isinstance(row.get("time/step_s"), int | float)]
+    if not timed:
+        raise ValueError("no step is on record")
+    tests = [row["time/eval_s"] for row in timed if "time/eval_s" in row]
+    bare = [row["time/step_s"] - row.get("time/eval_s", 0.0) for row in timed]
+    peaks = [row["memory/peak_resident_mb"] for row in timed if "memory/peak_resident_mb" in row]
+    return Timing(
+        setup_s=max(0.0, seconds - sum(row["time/step_s"] for row in timed)),
+        # The first step touches fresh memory; with one alone there is no other.
+        step_s=statistics.median(bare[1:] or bare),
+        test_s=statistics.median(tests) if tests else 0.0,
+        peak_mb=max(peaks, default=0.0),
+    )
+
+
+def calibrate(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, Timing]:
+    """cost class -> timing, for each class of the cells; measured once, then kept in the folder."""
+    file = study.folder / CALIBRATION_FILE
+    known: dict[str, Timing] = {}
+    if file.is_file():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        known = {name: Timing(**timing) for name, timing in stored.items()}
+    classes = {cell.cost_class: cell for cell in cells}
+    missing = {name: cell for name, cell in classes.items() if name not in known}
+    if not missing:
+        return known
+    short = {_shortened(cell).key: (name, _shortened(cell)) for name, cell in missing.items()}
+    folder = study.folder / "calibration"
+    slots, has_gpus = num_slots(study)
+
+    def on_end(cell: Cell, seconds: float, outcome: dict[str, str]) -> None:
+        metrics = folder / cell.key / METRICS_FILE
+        steps = jsonl.read_lines(metrics) if metrics.is_file() else []
+        if not outcome["error"] or any("time/step_s" in row for row in steps):
+            known[short[cell.key][0]] = read_timing(steps, seconds)
+
+    run_queue(
+        [cell for _, cell in short.values()],
+        folder,
+        slots=slots,
+        has_gpus=has_gpus,
+        num_threads=study.study.num_threads,
+        on_end=on_end,
+    )
+    stored = {name: asdict(timing) for name, timing in known.items()}
+    jsonl.write_text_atomically(file, json.dumps(stored, indent=1) + "\n")
+    return known
+
+
+def _shortened(cell: Cell) -> Cell:
+    """The cell's job with few steps, and a test in the middle of them."""
+    config = cell.config
+    steps = min(_STEPS[cell.arm], config.run.num_steps)
+    has_tests = num_tests(cell) > 0
+    every = max(1, steps - 1) if isinstance(config, RunConfig) and has_tests else 0
+    run = config.run.model_copy(update={"num_steps": steps, "eval_every": every})
+    return make_cell(config.model_copy(update={"run": run}))
+
+
+def estimate(
+    study: StudyConfig,
+    left: Sequence[Cell],
+    rows: Sequence[Mapping[str, Any]],
+    timings: Mapping[str, Timing],
+) -> Estimate:
+    """Time and memory of the cells left: by finished cells of their class, else by calibration."""
+    done: dict[str, list[float]] = {}
+    for row in rows:
+        if row["status"] in ("done", "diverged"):
+            done.setdefault(row["cost_class"], []).append(row["seconds"])
+    peaks = [row["peak_mb"] for row in rows if row.get("peak_mb")]
+    peaks += [timing.peak_mb for timing in timings.values()]
+    peak_mb = max(peaks, default=0.0)
+    slots, has_gpus = num_slots(study, peak_mb)
+    seconds = {cell.key: cell_seconds(cell, done, timings) for cell in left}
+    longest = max(seconds.values(), default=0.0)
+    wall = max(longest, sum(seconds.values()) / slots)
+    return Estimate(len(left), wall, peak_mb, slots, has_gpus)
+
+
+def cell_seconds(
+    cell: Cell, done: Mapping[str, Sequence[float]], timings: Mapping[str, Timing]
+) -> float:
+    """One cell's time; 0 where nothing of its class was measured (its calibration failed)."""
+    if cell.cost_class in done:
+        return statistics.median(done[cell.cost_class])
+    timing = timings.get(cell.cost_class)
+    return timing.cell_seconds(cell) if timing is not None else 0.0

@@ -1,0 +1,168 @@
+"""A study's results: one small JSONL table, a row a cell, made from the cells' run folders.
+
+    STUDY/results.jsonl     the table
+    STUDY/cells/KEY/        a cell's run folder (its checkpoints go when it is done)
+    STUDY/cells/KEY.log     what it printed
+
+A row's `status`: done; diverged (it ended worse than it began); nan (the gradient was not finite);
+crashed (the error is in the row). `result` is the mean reward of the last steps or the last test
+loss; null where there is none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rl_lora.config import VARIANT_NAMES
+from rl_lora.errors import UserError
+from rl_lora.runs.log import METRICS_FILE
+from rl_lora.storage import jsonl
+from rl_lora.studies.config import Cell, Condition
+from rl_lora.studies.rate_sweep import Goal
+
+TABLE_FILE = "results.jsonl"
+CURVE_POINTS = 40  # of a row's curves: the table stays small
+GOALS: dict[str, Goal] = {"rl": "max", "sft": "min"}
+Row = Mapping[str, Any]
+# Key of metrics.jsonl -> name of the curve in a row.
+_CURVES = {
+    "rl": {"reward/mean": "reward", "cot/tokens_mean": "tokens", "eval/accuracy": "accuracy"},
+    "sft": {"sft/loss": "loss", "test/nll": "test_nll"},
+}
+
+
+def make_row(
+    cell: Cell, run_folder: Path, final_steps: int, seconds: float, error: str, failure: str
+) -> dict[str, Any]:
+    """The row of a cell that ended.
+
+    Args:
+        cell: the cell.
+        run_folder: its run folder, whatever is in it.
+        final_steps: steps whose mean reward is the result (rl).
+        seconds: how long its process took, from its last start on.
+        error: what stopped it; "" where it ran to its end.
+        failure: the status that goes with the error: nan or crashed.
+    """
+    metrics_path = run_folder / METRICS_FILE
+    steps = jsonl.read_lines(metrics_path) if metrics_path.is_file() else []
+    curves = {name: curve(steps, key) for key, name in _CURVES[cell.arm].items()}
+    start, result = _ends(cell.arm, steps, final_steps)
+    status = failure if error else _status(cell.arm, start, result)
+    peaks = [row["memory/peak_resident_mb"] for row in steps if "memory/peak_resident_mb" in row]
+    return {
+        "cell": cell.key,
+        "arm": cell.arm,
+        "status": status,
+        **cell.condition._asdict(),
+        "lr": cell.config.optim.lr,
+        "seed": cell.config.run.seed,
+        "num_steps": cell.config.run.num_steps,
+        "start": start,
+        "result": result if status in ("done", "diverged") else None,
+        "seconds": round(seconds, 2),
+        "peak_mb": round(max(peaks), 1) if peaks else None,
+        "cost_class": cell.cost_class,
+        "error": error,
+        "curves": {name: points for name, points in curves.items() if points["step"]},
+    }
+
+
+def curve(steps: Sequence[Row], key: str) -> dict[str, list[float]]:
+    """A metric by step, at most CURVE_POINTS of them.
+
+    Longer ones are cut into so many spans of equal ratios (early steps keep their detail), each the
+    mean of its steps and values.
+    """
+    points = [(r["step"], r[key]) for r in steps if isinstance(r.get(key), int | float)]
+    if len(points) <= CURVE_POINTS:
+        return {"step": [s for s, _ in points], "value": [round(v, 6) for _, v in points]}
+    spans: dict[int, list[tuple[float, float]]] = {}
+    scale = CURVE_POINTS / math.log(len(points) + 1)
+    for number, point in enumerate(points, start=1):
+        spans.setdefault(int(scale * math.log(number)), []).append(point)
+    means = [
+        (sum(s for s, _ in span) / len(span), sum(v for _, v in span) / len(span))
+        for span in spans.values()
+    ]
+    return {"step": [round(s, 2) for s, _ in means], "value": [round(v, 6) for _, v in means]}
+
+
+def _ends(arm: str, steps: Sequence[Row], final_steps: int) -> tuple[float | None, float | None]:
+    """(at the start, at the end): mean rewards of a few steps, or the first and last test loss."""
+    key = "reward/mean" if arm == "rl" else "test/nll"
+    values = [row[key] for row in steps if key in row]
+    if not values or any(value is None for value in (values[0], values[-1])):
+        return None, None
+    num = min(final_steps, len(values)) if arm == "rl" else 1
+    first, last = values[:num], values[-num:]
+    if any(value is None for value in (*first, *last)):
+        return None, None
+    return round(sum(first) / num, 6), round(sum(last) / num, 6)
+
+
+def _status(arm: str, start: float | None, result: float | None) -> str:
+    if start is None or result is None:
+        return "nan"
+    worse = result > start if arm == "sft" else result < 0.5 * start
+    return "diverged" if worse else "done"
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a study's folder or of a table's file, one a cell (the last one written).
+
+    Raises:
+        UserError: there is none, or a line is damaged.
+    """
+    file = path / TABLE_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{file} is not there: run the study first (rl-lora study CONFIG)")
+    return list({row["cell"]: row for row in jsonl.read_lines(file)}.values())
+
+
+def append_row(folder: Path, row: Mapping[str, Any]) -> None:
+    """Adds a row; a line that a kill cut short before is dropped first."""
+    file = folder / TABLE_FILE
+    rows = jsonl.read_lines(file) if file.is_file() else []
+    write_table(folder, [*(old for old in rows if old["cell"] != row["cell"]), row])
+
+
+def write_table(folder: Path, rows: Sequence[Row]) -> None:
+    """Replaces the table."""
+    lines = "".join(jsonl.to_line(dict(row)) for row in rows)
+    jsonl.write_text_atomically(folder / TABLE_FILE, lines)
+
+
+def condition_of(row: Row) -> Condition:
+    """What a row's rate is swept for, as `Cell.condition`; older tables know no variants."""
+    return Condition(**{key: row[key] for key in Condition._fields if key in row})
+
+
+def condition_text(condition: Condition, with_batch: bool = False) -> str:
+    """`rank 8`, `rank 8 attention`, `rank 1 DoRA`, `rank 1 LoRA+ 16`, `full`."""
+    text = "full" if condition.mode == "full" else f"rank {condition.rank}"
+    if condition.layers != "all":
+        text += f" {condition.layers}"
+    if condition.lm_head:
+        text += " +lm_head"
+    if condition.variant != "lora":
+        text += f" {VARIANT_NAMES[condition.variant]}"
+    if condition.lora_plus_ratio != 1:
+        text += f" LoRA+ {condition.lora_plus_ratio:g}"
+    return f"{text} batch {condition.batch_size}" if with_batch else text
+
+
+def results_by_rate(rows: Sequence[Row]) -> dict[Any, dict[float, dict[int, float]]]:
+    """condition -> rate -> seed -> result; NaN where a run failed."""
+    table: dict[Any, dict[float, dict[int, float]]] = {}
+    for row in rows:
+        value = math.nan if row["result"] is None else float(row["result"])
+        by_rate = table.setdefault(condition_of(row), {})
+        by_rate.setdefault(float(row["lr"]), {})[int(row["seed"])] = value
+    return table

@@ -1,0 +1,342 @@
+"""`rl-lora study CONFIG`: cells as resumable processes, as many at once as the machine holds.
+
+On a CPU a process has `study.num_threads` threads (one), and there are as many processes as fit
+the cores and the free memory; with GPUs there are `study.num_per_gpu` (one) on each, and a process
+sees its own GPU alone (CUDA_VISIBLE_DEVICES), or none where it runs on the CPU. They are
+forked from a server that has the libraries loaded, so that a cell costs no import. A cell that
+fails is a row like the others. Killed at any moment, a study goes on where it was: finished cells
+from the table, unfinished ones from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rl_lora.config import parse_as
+from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.runs.lock import run_lock
+from rl_lora.storage import jsonl
+from rl_lora.storage.directories import disk_errors
+from rl_lora.studies.config import ROOTS, Cell, StudyConfig, cells_of
+from rl_lora.studies.rate_sweep import refined_rates, sweep
+from rl_lora.studies.results import (
+    GOALS,
+    TABLE_FILE,
+    append_row,
+    condition_of,
+    make_row,
+    read_table,
+    results_by_rate,
+    write_table,
+)
+
+_HEAVY = ("checkpoints", "adapters", "adapter", "probe", "best", "tensorboard", "figures")
+_MEMORY_SHARE = 0.8  # of what is free, for all processes together
+
+
+# --- one cell, in a process of its own ------------------------------------------------------------
+
+
+def run_cell(
+    arm: str, settings: dict[str, Any], outcome_file: str, environment: dict[str, str]
+) -> None:
+    """Runs a job to its end and writes {"error": "", "failure": ""} to outcome_file.
+
+    Args:
+        arm: rl or sft.
+        settings: the job's, as nested dicts.
+        outcome_file: replaced whole, at the end.
+        environment: variables to set before a device is touched.
+    """
+    os.environ.update(environment)
+    _end_with_parent()
+    log = Path(outcome_file).with_suffix(".log").open("a", buffering=1, encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log.fileno(), stream.fileno())
+    import torch
+
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    from rl_lora.runs.inputs import ChangedInputsError
+
+    outcome = {"error": "", "failure": ""}
+    try:
+        config = parse_as(ROOTS[arm], settings)
+        if arm == "rl":
+            from rl_lora.train import train
+
+            train(config, resume=True, quiet=True)  # type: ignore[arg-type]
+        else:
+            from rl_lora.sft.train import fine_tune
+
+            fine_tune(config, resume=True, quiet=True)  # type: ignore[arg-type]
+    except FloatingPointError as error:
+        outcome = {"error": str(error), "failure": "nan"}
+    except ChangedInputsError as error:
+        fix = "put it back, or run the cell from its start with --retry"
+        outcome = {"error": f"{error.what}; {fix}", "failure": "crashed"}
+    except (UserError, StaleAdapterError) as error:
+        outcome = {"error": str(error), "failure": "crashed"}
+    jsonl.write_text_atomically(Path(outcome_file), json.dumps(outcome))
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the study's ends, so that no cell runs on beside a second start."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# --- the queue ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Running:
+    """A cell's process."""
+
+    cell: Cell
+    process: ForkServerProcess
+    slot: int
+    started: float = field(default_factory=time.monotonic)
+
+
+def num_slots(study: StudyConfig, peak_mb: float | None = None) -> tuple[int, bool]:
+    """(processes at once, whether they run on GPUs).
+
+    Args:
+        study: its threads a process.
+        peak_mb: memory of one process, where it is known; free memory bounds their number, too.
+    """
+    import torch
+
+    device = str(study.job.get("model", {}).get("device", "auto"))
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.device_count() * study.study.num_per_gpu, True
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    slots = max(1, cores // study.study.num_threads)
+    if peak_mb:
+        fitting = int(_MEMORY_SHARE * psutil.virtual_memory().available / (peak_mb * 1e6))
+        slots = max(1, min(slots, fitting))
+    return slots, False
+
+
+def run_queue(
+    cells: Sequence[Cell],
+    folder: Path,
+    *,
+    slots: int,
+    has_gpus: bool,
+    num_threads: int,
+    on_end: Callable[[Cell, float, dict[str, str]], None],
+) -> None:
+    """Runs the cells, `slots` at once, each in a process; on_end(cell, seconds, outcome) as each
+    ends. An outcome is {"error": ..., "failure": "" | "nan" | "crashed"}."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rl_lora.train", "rl_lora.sft.train"])
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    folder.mkdir(parents=True, exist_ok=True)
+    if cells:  # the server loads its libraries at its first process: no cell's time
+        first = context.Process(target=int)
+        first.start()
+        first.join()
+    pending, free = deque(cells), deque(range(slots))
+    running: list[Running] = []
+    try:
+        while pending or running:
+            while pending and free:
+                cell, slot = pending.popleft(), free.popleft()
+                variables = {
+                    "OMP_NUM_THREADS": str(num_threads),
+                    "CUDA_VISIBLE_DEVICES": _gpu(slot) if has_gpus else "",
+                }
+                running.append(Running(cell, _start(context, cell, folder, variables), slot))
+            wait([one.process.sentinel for one in running])
+            for ended in [one for one in running if not one.process.is_alive()]:
+                running.remove(ended)
+                free.append(ended.slot)
+                outcome = _outcome(folder, ended)
+                on_end(ended.cell, time.monotonic() - ended.started, outcome)
+    finally:
+        for one in running:
+            one.process.kill()
+            one.process.join()
+
+
+def _gpu(slot: int) -> str:
+    """The slot's GPU among those that this process may see; the slots go round them."""
+    import torch
+
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    names = visible or [str(index) for index in range(torch.cuda.device_count())]
+    return names[slot % len(names)]
+
+
+def _start(context: Any, cell: Cell, folder: Path, variables: dict[str, str]) -> ForkServerProcess:
+    run = cell.config.run.model_copy(update={"output_dir": str(folder), "name": cell.key})
+    settings = cell.config.model_copy(update={"run": run}).model_dump(mode="json")
+    outcome_file = folder / f"{cell.key}.json"
+    outcome_file.unlink(missing_ok=True)
+    arguments = (cell.arm, settings, str(outcome_file), variables)
+    process: ForkServerProcess = context.Process(target=run_cell, args=arguments, name=cell.key)
+    process.start()
+    return process
+
+
+def _outcome(folder: Path, ended: Running) -> dict[str, str]:
+    ended.process.join()
+    file = folder / f"{ended.cell.key}.json"
+    if file.is_file():
+        outcome: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+        file.unlink()
+        return outcome
+    code = ended.process.exitcode
+    log = file.with_suffix(".log")
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last = lines[-1][:300] if lines else "no output"
+    return {"error": f"exit code {code}: {last} (see {log.name})", "failure": "crashed"}
+
+
+# --- the study ------------------------------------------------------------------------------------
+
+
+def pending_cells(cells: Sequence[Cell], done: set[str]) -> list[Cell]:
+    """Cells that are not in the table, first seeds first: what is there early covers every
+    condition."""
+    left = [cell for cell in cells if cell.key not in done]
+    return sorted(left, key=lambda cell: cell.config.run.seed)  # stable: the grid's order within
+
+
+def refined_cells(study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Any]) -> list[Cell]:
+    """Cells at further rates round each condition's best; only rows of `cells` are looked at."""
+    keys = {cell.key for cell in cells}
+    table = results_by_rate([row for row in rows if row["cell"] in keys])
+    further: dict[str, Cell] = {}
+    for condition, by_rate in table.items():
+        result = sweep(by_rate, GOALS[study.study.arm], tolerance=0.0, num_resamples=1)
+        if result is None:
+            continue
+        some = {c.config.run.seed: c for c in cells if c.condition == condition}
+        for rate in refined_rates(list(by_rate), result.best_rate):
+            for cell in some.values():
+                moved = cell.with_rate(rate)
+                further.setdefault(moved.key, moved)
+    return [cell for key, cell in further.items() if key not in keys]
+
+
+def all_cells(study: StudyConfig, rows: Sequence[Any]) -> list[Cell]:
+    """The grids' cells, and those of each round of refinement whose earlier rounds are done."""
+    cells = cells_of(study)
+    done = {row["cell"] for row in rows}
+    for _ in range(study.study.refine_rounds):
+        if any(cell.key not in done for cell in cells):
+            break
+        cells += refined_cells(study, cells, rows)
+    return cells
+
+
+def run_study(
+    study: StudyConfig,
+    *,
+    retry: bool = False,
+    on_row: Callable[[dict[str, Any], int, int], None] = lambda row, done, total: None,
+    peak_mb: float | None = None,
+) -> list[dict[str, Any]]:
+    """Runs what is left of a study; returns the whole table.
+
+    Args:
+        study: the study.
+        retry: run crashed cells again.
+        on_row: called with (row, cells done, cells so far) as each cell ends.
+        peak_mb: memory of one cell, if known.
+
+    Raises:
+        UserError: another process runs this study, or the disk is full.
+    """
+    with disk_errors(study.folder), study_lock(study):
+        rows = _rows(study)
+        for row in rows:  # a kill may have come between a cell's row and this
+            _drop_heavy(study.folder / "cells" / str(row["cell"]))
+        if (
+            retry and rows
+        ):  # gone from the table as well: one that is killed again goes on where it was
+            rows = [row for row in rows if row["status"] != "crashed"]
+            write_table(study.folder, rows)
+        slots, has_gpus = num_slots(study, peak_mb)
+        for _ in range(1 + study.study.refine_rounds):
+            cells = all_cells(study, rows)
+            left = pending_cells(cells, {row["cell"] for row in rows})
+
+            def on_end(
+                cell: Cell, seconds: float, outcome: dict[str, str], total: int = len(cells)
+            ) -> None:
+                row = _finish(study, cell, seconds, outcome)
+                rows.append(row)
+                on_row(row, len(rows), total)
+
+            run_queue(
+                left,
+                study.folder / "cells",
+                slots=slots,
+                has_gpus=has_gpus,
+                num_threads=study.study.num_threads,
+                on_end=on_end,
+            )
+    return rows
+
+
+def _rows(study: StudyConfig) -> list[dict[str, Any]]:
+    return read_table(study.folder) if (study.folder / TABLE_FILE).is_file() else []
+
+
+def _finish(
+    study: StudyConfig, cell: Cell, seconds: float, outcome: dict[str, str]
+) -> dict[str, Any]:
+    """The cell's row, into the table; then what is large of its run folder goes."""
+    run_folder = study.folder / "cells" / cell.key
+    row = make_row(
+        cell, run_folder, study.study.final_steps, seconds, outcome["error"], outcome["failure"]
+    )
+    append_row(study.folder, row)
+    _drop_heavy(run_folder)
+    return row
+
+
+def _drop_heavy(run_folder: Path) -> None:
+    for name in _HEAVY:
+        shutil.rmtree(run_folder / name, ignore_errors=True)
+
+
+def study_lock(study: StudyConfig) -> AbstractContextManager[str | None]:
+    """`run_lock` of the study's folder."""
+    return run_lock(study.folder, what=f"the study in {study.folder}")
+
+
+def condition_counts(rows: Sequence[Any]) -> dict[Any, dict[str, int]]:
+    """condition -> status -> number of cells."""
+    counts: dict[Any, dict[str, int]] = {}
+    for row in rows:
+        by_status = counts.setdefault(condition_of(row), {})
+        by_status[row["status"]] = by_status.get(row["status"], 0) + 1
+    return counts

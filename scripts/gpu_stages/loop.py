@@ -1,0 +1,91 @@
+"""The whole loop: the embedded model unpacked from its file, and GRPO steps with vLLM on it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from gpu_stages.run import ROOT
+from gpu_stages.stages import Context
+from rl_lora.config import ModelSection, load_config
+from rl_lora.models.resolve import EMBEDDED, convert_embedded, is_at_hand, resolve_model
+from rl_lora.train import train
+
+METRICS = ("mismatch/kl", "mismatch/abs_mean", "reward/mean", "rollouts/age_mean")
+
+
+def convert(context: Context) -> dict[str, Any]:
+    """The embedded model's directory, from its file where --gguf gives it; else fetched."""
+    started = time.monotonic()
+    was_at_hand = is_at_hand(EMBEDDED)
+    if context.gguf and not was_at_hand:
+        whole = context.work / "embedded.gguf"
+        with whole.open("wb") as file:
+            for part in context.gguf:
+                file.write(part.read_bytes())
+        folder = convert_embedded(whole)
+    else:
+        folder = resolve_model(ModelSection(name=EMBEDDED))
+    size = (folder / "model.safetensors").stat().st_size
+    return {
+        "was_at_hand": was_at_hand,
+        "convert_s": round(time.monotonic() - started, 1),
+        "model_bytes": size,
+    }
+
+
+def grpo(context: Context) -> dict[str, Any]:
+    """Two steps, sampled and learned in turn."""
+    return _run(context, "grpo", [])
+
+
+def grpo_overlap(context: Context) -> dict[str, Any]:
+    """The same with the next step's samples drawn while this one's are learned from."""
+    return _run(context, "grpo-overlap", ["sampling.overlap=true"])
+
+
+def _run(context: Context, name: str, overrides: list[str]) -> dict[str, Any]:
+    """Phases and KL of two steps in bfloat16; the loop itself stops where the sides disagree.
+
+    On a GPU with the embedded model, if `convert` made it; else with a tiny one that is made here.
+    """
+    is_real = context.is_gpu and is_at_hand(EMBEDDED)
+    config = ROOT / "configs" / ("quickstart.toml" if is_real else "smoke.toml")
+    num_prompts, num_samples = (32, 16) if is_real else (4, 4)
+    settings = [
+        f"run.name={name}",
+        f"run.output_dir={context.work / 'runs'}",
+        "run.num_steps=2",
+        "run.eval_every=0",
+        "run.loggers=[]",
+        f"model.device={context.device}",
+        "model.dtype=bfloat16",
+        "data.held_out=16",
+        "sampling.backend=vllm",
+        f"sampling.num_prompts={num_prompts}",
+        f"sampling.num_samples={num_samples}",
+        "warm_start.num_steps=0",
+        f"optim.microbatch_tokens={16384 if context.is_gpu else 1024}",
+        *overrides,
+    ]
+    shutil.rmtree(context.work / "runs" / name, ignore_errors=True)  # of an earlier check
+    outcome = train(load_config(config, settings), quiet=True)
+    rows = [json.loads(line) for line in _lines(outcome.folder / "metrics.jsonl")]
+    return {
+        "model": EMBEDDED if is_real else "tiny",
+        "steps": {
+            str(row["step"]): {
+                key: value
+                for key, value in row.items()
+                if key.startswith("time/") or key in METRICS
+            }
+            for row in rows
+        },
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,162 @@
+"""Runs stages one after the other, each in a process of its own with a time limit.
+
+Whatever a stage does (fail, hang, be killed by the system), its line is written and the next one
+runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu_stages.stages import Context, Stage
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = "results.jsonl"
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    context: Context,
+    limit_s: Callable[[Stage], float],
+    *,
+    total_s: float = math.inf,
+    on_line: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """One row a stage, in order; each is also a line of out/results.jsonl, as soon as it is known.
+
+    A stage has limit_s(stage) seconds, or what is left of total_s; without any left it is late.
+    A row: stage, status (passed, failed, hung, killed, late), seconds, device, card, versions, and
+    figures or error.
+    """
+    context.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    end = time.monotonic() + total_s
+    for stage in stages:
+        limit = min(limit_s(stage), end - time.monotonic())
+        if limit > 0:
+            on_line(f"{stage.name}: at most {limit:.4g} s, log in {_log(stage, context)}")
+            row = run_stage(stage, context, limit)
+        else:
+            row = {"stage": stage.name, "status": "late", "seconds": 0.0}
+            row |= {"device": str(context.device), "error": f"{total_s:g} s were over before it"}
+        with (context.out / RESULTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        on_line(f"{stage.name}: {row['status']}, {row['seconds']} s {row.get('error', '')}")
+        rows.append(row)
+    return rows
+
+
+def run_stage(stage: Stage, context: Context, limit_s: float) -> dict[str, Any]:
+    """The stage's row, whatever becomes of its process."""
+    for folder in (context.out, context.work):
+        folder.mkdir(parents=True, exist_ok=True)
+    result = context.work / f"{stage.name}.result.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "gpu_stages.child", stage.function, str(result)]
+    command += [str(context.device), str(context.out.resolve()), str(context.work.resolve())]
+    command += [str(path.resolve()) for path in context.gguf]
+    started = time.monotonic()
+    with _log(stage, context).open("wb") as log:
+        # A session of its own, so that what the stage has started ends with it.
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(context.work),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code: int | None = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+    row = {"stage": stage.name, "status": "", "seconds": round(time.monotonic() - started, 1)}
+    row |= {"device": str(context.device)} | _read(result)
+    row["status"], error = _verdict(code, limit_s, row, _last_line(_log(stage, context)))
+    return row | ({"error": error} if error else {})
+
+
+def environment(work: Path) -> dict[str, str]:
+    """Of a stage: no network, caches where `caches` finds them, our packages on the path."""
+    caches = work.resolve() / "caches"
+    path = os.pathsep.join(
+        p for p in (str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")) if p
+    )
+    return os.environ | {
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "VLLM_CACHE_ROOT": str(caches / "vllm"),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows for the eye: stage, status, seconds, and the figures or the error."""
+    lines = []
+    for row in rows:
+        told = row.get("error") or "  ".join(_told(row.get("figures", {})))
+        lines.append(f"{row['stage']:20} {row['status']:7} {row['seconds']:6.1f} s  {told}")
+    return "\n".join(lines)
+
+
+def _told(figures: dict[str, Any], prefix: str = "") -> list[str]:
+    told = []
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            told += _told(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            told.append(f"{prefix}{name}={value:.4g}")
+        else:
+            told.append(f"{prefix}{name}={value}")
+    return told
+
+
+def _verdict(
+    code: int | None, limit_s: float, row: dict[str, Any], last_line: str
+) -> tuple[str, str]:
+    """(status, error) from the exit code (None: over its time) and what the stage left."""
+    if code is None:
+        return "hung", f"no end after {limit_s:.4g} s; last line: {last_line}"
+    if code < 0:
+        return "killed", f"by {signal.Signals(-code).name}; last line: {last_line}"
+    if code > 0:
+        return "failed", row.get("error") or last_line or f"exit code {code}"
+    if "figures" not in row:
+        return "failed", "it ended without a result"
+    return "passed", ""
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the stage and whatever it has started."""
+    with contextlib.suppress(ProcessLookupError):  # all have ended by themselves
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _log(stage: Stage, context: Context) -> Path:
+    return context.out / f"{stage.name}.log"
+
+
+def _read(result: Path) -> dict[str, Any]:
+    """What the stage wrote; nothing where it came to no writing."""
+    return json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")

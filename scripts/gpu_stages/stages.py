@@ -1,0 +1,82 @@
+"""The stages, what each gets, and how one says that a check did not hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A function of its own process: `function` is module:name and takes a Context.
+
+    Example: Stage("libraries", call=1, function="gpu_stages.libraries:libraries", limit_s=45)
+    """
+
+    name: str
+    call: int  # of the three that the day is planned in
+    function: str
+    limit_s: float  # on a GPU; a CPU of two cores has CPU_LIMIT_S
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a stage works with.
+
+    Example: Context(device=torch.device("cuda"), out=Path("out"), work=Path("/tmp/check"))
+    """
+
+    device: torch.device
+    out: Path  # what is to be kept: results.jsonl, logs, compile caches
+    work: Path  # models, runs and caches; the same folder serves the next call
+    gguf: tuple[Path, ...] = field(default=())  # the embedded model's file, in parts
+
+    @property
+    def is_gpu(self) -> bool:
+        """Real sizes; else tiny ones."""
+        return self.device.type == "cuda"
+
+
+class CheckFailedError(Exception):
+    """A check did not hold; figures: what was measured until then."""
+
+    def __init__(self, message: str, figures: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.figures = figures or {}
+
+
+CPU_LIMIT_S = 300.0
+
+# In each call's order of worth: the last ones are those that `--total` leaves no time for.
+STAGES = (
+    Stage("libraries", 1, "gpu_stages.libraries:libraries", 60),
+    Stage("parity-float32", 1, "gpu_stages.parity:float32", 90),
+    Stage("parity-bfloat16", 1, "gpu_stages.parity:bfloat16", 90),
+    Stage("decode-lora", 1, "gpu_stages.decode:with_adapter", 150),
+    Stage("decode-base", 1, "gpu_stages.decode:without_lora", 90),
+    Stage("learn-smollm2-135m", 2, "gpu_stages.learn:smollm2", 80),
+    Stage("learn-qwen3-0.6b", 2, "gpu_stages.learn:qwen3_small", 90),
+    Stage("learn-qwen3-8b", 2, "gpu_stages.learn:qwen3_large", 120),
+    Stage("cuda-tests", 2, "gpu_stages.cuda_tests:cuda_tests", 120),
+    Stage("convert", 3, "gpu_stages.loop:convert", 80),
+    Stage("grpo", 3, "gpu_stages.loop:grpo", 120),
+    Stage("grpo-overlap", 3, "gpu_stages.loop:grpo_overlap", 100),
+    Stage("caches", 3, "gpu_stages.caches:caches", 40),
+)
+
+
+def chosen(names: list[str]) -> list[Stage]:
+    """The stages of these names in the table's order; call1, call2, call3 and all are sets of them.
+
+    Raises:
+        ValueError: a name that is none of these.
+    """
+    known = {stage.name for stage in STAGES} | {f"call{stage.call}" for stage in STAGES} | {"all"}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no stage {name!r}; there are {', '.join(sorted(known))}")
+    return [s for s in STAGES if {s.name, f"call{s.call}", "all"} & set(names)]

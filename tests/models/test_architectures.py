@@ -1,0 +1,98 @@
+"""docs/architectures.md, row by row: what it says trains does, on both back ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from rl_lora.config import LoraSection, load_config
+from rl_lora.errors import UserError
+from rl_lora.models.architectures import check_architecture
+from rl_lora.models.tiny import RECIPES, train_tokenizer
+from rl_lora.train import train
+from tests.helpers.architectures import (
+    DOC,
+    REFUSED,
+    SERVED,
+    Architecture,
+    config_of,
+    document,
+    make_architecture,
+)
+
+JOB = """
+[run]
+name = "one"
+num_steps = 1
+loggers = []
+[model]
+device = "cpu"
+dtype = "float32"
+[data]
+held_out = 2
+max_prompt_tokens = 200
+[sampling]
+num_prompts = 2
+num_samples = 4
+max_tokens = 8
+max_num_seqs = 8
+[optim]
+lr = 1e-3
+[eval]
+temperature = 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(RECIPES["tiny-fast"])
+
+
+def test_the_document_is_the_table() -> None:
+    assert DOC.read_text(encoding="utf-8") == document()
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.key)
+def test_refused_by_config_before_weights_are_read(
+    row: Architecture, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = config_of(row, tokenizer)
+    with pytest.raises(UserError, match=row.refused) as caught:
+        check_architecture(config, LoraSection(), tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "vllm"])
+@pytest.mark.parametrize("row", SERVED, ids=lambda row: row.key)
+def test_one_step_with_the_parity_check(
+    row: Architecture,
+    backend: str,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rl_lora.train.draw_figures", lambda folder: None)  # most of the time
+    if backend == "vllm":
+        pytest.importorskip("vllm")
+        if torch.cuda.is_available():
+            pytest.skip("compares float32 log-probs of vLLM's CPU back end")
+    model = make_architecture(row, tmp_path / "model", tokenizer)
+    (tmp_path / "job.toml").write_text(JOB)
+    data = tmp_path / "data.jsonl"
+    problems = [{"question": f"What is {i} + 3?", "answer": str(i + 3)} for i in range(6)]
+    data.write_text("\n".join(map(json.dumps, problems)))
+    overrides = [
+        f"run.output_dir={tmp_path}", f"model.name={model}", f"data={data}",
+        f"sampling.backend={backend}", f"lora.mode={row.mode}",
+    ]  # fmt: skip
+    train(load_config(tmp_path / "job.toml", overrides), quiet=True)
+    (line,) = (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()
+    metrics = json.loads(line)
+    # Float32 on both sides: the run itself stops at 1e-4.
+    assert 0 <= metrics["mismatch/kl"] < 1e-6
+    assert metrics["mismatch/abs_max"] < 1e-3

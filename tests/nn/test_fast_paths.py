@@ -1,0 +1,161 @@
+"""Each fast path of the learner against its slow reference: values and gradients, float32, 1e-5."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rl_lora.nn import attention
+from rl_lora.nn import token_logprobs as logprobs
+from rl_lora.nn.cpu_workers import map_on_cores
+from rl_lora.nn.lora import LoraLinear, adapters_off
+from rl_lora.nn.segments import Segment, make_layout
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("tokens", "block"), [(1, 1), (5, 4), (13, 11), (99, 1024)])
+def test_log_probs_without_logits_agree_with_the_definition(
+    temperature: float, tokens: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", tokens * 11)
+    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", tokens)
+    monkeypatch.setattr(logprobs, "CPU_BLOCK", block)
+    head = nn.Linear(6, 11, bias=False).requires_grad_(False)
+    head.weight.copy_(random(11, 6))
+    target_ids_C = torch.arange(13) % 11
+    weights_C = random(13, seed=2)
+    results = []
+    for score in (logprobs.plain, logprobs.score_hidden, logprobs.chunked):
+        hidden_CD = (5 * random(13, 6, seed=1)).requires_grad_()
+        logprobs_C, entropy_C = score(hidden_CD, head, target_ids_C, temperature)
+        (gradient,) = torch.autograd.grad((weights_C * logprobs_C.exp()).sum(), hidden_CD)
+        results.append((logprobs_C.detach(), entropy_C, gradient))
+    for other in results[1:]:
+        for value, expected in zip(other, results[0], strict=True):
+            assert torch.allclose(value, expected, atol=1e-5)
+
+
+def test_log_probs_of_two_tokens_by_hand() -> None:
+    head = nn.Linear(1, 2, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.tensor([[0.0], [1.0]]))
+    hidden_CD = torch.tensor([[float(torch.tensor(3.0).log())]])  # odds 1 : 3
+    logprobs_C, entropy_C = logprobs.score_hidden(hidden_CD, head, torch.tensor([1]), 1.0)
+    assert logprobs_C.exp().tolist() == pytest.approx([0.75])
+    assert entropy_C.tolist() == pytest.approx([0.5623351])  # -(.25 ln .25 + .75 ln .75)
+
+
+def test_an_lm_head_in_training_gets_its_gradient() -> None:
+    head = nn.Linear(6, 11, bias=False)
+    hidden_CD, target_ids_C = random(4, 6), torch.tensor([1, 0, 10, 3])
+    gradients = []
+    for score in (logprobs.plain, logprobs.score_hidden):
+        logprobs_C, _ = score(hidden_CD, head, target_ids_C, 1.0)
+        gradients.append(torch.autograd.grad(logprobs_C.sum(), head.weight)[0])
+    assert gradients[0].abs().sum() > 0
+    expected, found = gradients
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_siblings_computed_together_agree_with_the_formula(has_bias: bool) -> None:
+    layers = []
+    for index, (width, rank) in enumerate(((5, 1), (3, 2), (4, 2))):
+        base = nn.Linear(6, width, bias=has_bias).requires_grad_(False)
+        layer = LoraLinear(base, rank, 32.0, seed=index)
+        layer.lora_B.data = random(width, rank, seed=index)
+        layers.append(layer)
+    results = []
+    for is_joined in (False, True):
+        for layer in layers:
+            layer.siblings = tuple(layers) if is_joined else (layer,)
+        x = random(2, 7, 6, seed=9).requires_grad_()
+        if is_joined:
+            outputs = [layer(x) for layer in layers]
+        else:
+            outputs = [
+                layer.base(x) + layer.scaling * (x @ layer.lora_A.T @ layer.lora_B.T)
+                for layer in layers
+            ]
+        goal = sum((out * out).sum() for out in outputs)
+        parameters = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
+        gradients = torch.autograd.grad(goal, [x, *parameters])  # type: ignore[arg-type]
+        results.append([out.detach() for out in outputs] + list(gradients))
+    for fast, slow in zip(results[1], results[0], strict=True):
+        assert torch.allclose(fast, slow, rtol=1e-5, atol=1e-4)
+
+
+def test_a_sibling_asked_for_another_input_is_computed_for_it() -> None:
+    layers = [LoraLinear(nn.Linear(4, 3), 1, 32.0, seed=i) for i in range(2)]
+    for layer in layers:
+        layer.siblings = tuple(layers)
+    first, second = random(1, 4), random(1, 4, seed=1)
+    layers[0](first)
+    assert torch.allclose(layers[1](second), layers[1].base(second))  # B is 0
+
+
+def test_adapters_are_off_for_one_thread_alone() -> None:
+    layer = LoraLinear(nn.Linear(4, 3), 1, 32.0, seed=0)
+    layer.lora_B.data.fill_(1.0)
+    x = random(1, 4)
+    base = layer.base(x)
+
+    def compute(is_off: bool) -> Tensor:
+        if is_off:
+            with adapters_off():
+                return layer(x)
+        return layer(x)
+
+    for is_off, out in zip(
+        (True, False) * 4, map_on_cores(compute, (True, False) * 4), strict=True
+    ):
+        assert torch.allclose(out, base) is is_off
+
+
+@pytest.mark.parametrize(("slack", "num_buckets"), [(0, 4), (10, 3), (1000, 1)])
+def test_attention_by_segments_is_that_of_separate_sequences(slack: int, num_buckets: int) -> None:
+    """Prompt of 3 with completions of 2 and 4, then a prompt of 1 with one of 3; grouped heads."""
+    segments = [
+        *(Segment(0, 3), Segment(3, 2, 0, 3), Segment(5, 4, 0, 3)),
+        *(Segment(9, 1), Segment(10, 3, 9, 1)),
+    ]
+    sequences = [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6, 7, 8], [9, 10, 11, 12]]
+    query_THD, key_TJD, value_TJD = random(13, 4, 8), random(13, 2, 8, seed=1), random(13, 2, 8)
+    layout = make_layout(segments, 13, slack)
+    assert len(layout.buckets) == num_buckets
+    out_THD = attention.attend(query_THD, key_TJD, value_TJD, layout, 0.3)
+    for ids in sequences:
+        query, key, value = (x[ids].transpose(0, 1)[None] for x in (query_THD, key_TJD, value_TJD))
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=0.3, enable_gqa=True
+        )
+        assert torch.allclose(out_THD[ids], expected[0].transpose(0, 1), atol=1e-5)
+
+
+def test_attention_computed_again_in_the_backward_pass_has_the_same_gradients() -> None:
+    layout = make_layout([Segment(0, 3), Segment(3, 2, 0, 3), Segment(5, 4, 0, 3)], 9)
+    gradients = []
+    for function in (attention.attend, attention._Attend.apply):
+        inputs = [random(9, heads, 8, seed=heads).requires_grad_() for heads in (4, 2, 2)]
+        query_THD, key_TJD, value_TJD = inputs
+        out_THD = function(query_THD, key_TJD, value_TJD, layout, 0.3)
+        gradients.append(torch.autograd.grad((out_THD * random(9, 4, 8, seed=7)).sum(), inputs))
+    for again, kept in zip(*gradients, strict=True):
+        assert torch.allclose(again, kept, atol=1e-5)
+
+
+def test_work_on_cores_comes_in_order_and_gives_the_threads_back() -> None:
+    before = torch.get_num_threads()
+    assert list(map_on_cores(lambda i: i * i, list(range(7)))) == [0, 1, 4, 9, 16, 25, 36]
+    assert torch.get_num_threads() == before
+
+
+def test_an_error_on_a_core_is_raised_here_and_the_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        list(map_on_cores(lambda i: 1 // i, [1, 0, 1]))
+    assert torch.get_num_threads() == before

@@ -1,0 +1,224 @@
+"""Figures of runs of every kind: drawn, readable and true to the records."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rl_lora.config import EvalSection
+from rl_lora.errors import UserError
+from rl_lora.evaluation.evaluate import evaluate
+from rl_lora.evaluation.intervals import exact_interval
+from rl_lora.report.run_figures import (
+    RunRecords,
+    draw_accuracy,
+    draw_figures,
+    draw_length,
+    draw_reward,
+    exams_figure,
+    read_records,
+)
+from rl_lora.runs.log import RunLog
+from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
+
+STEP = {
+    "reward/mean": 0.5,
+    "reward/correct_mean": 0.4,
+    "reward/format_mean": 0.9,
+    "cot/tokens_mean": 40.0,
+    "cot/tokens_correct_mean": 35.0,
+    "cot/tokens_wrong_mean": 45.0,
+    "cot/truncated_rate": 0.1,
+}
+
+
+def write_run(folder: Path, steps: dict[int, dict[str, Any]]) -> None:
+    with RunLog(folder) as log:
+        for step, metrics in steps.items():
+            log.write(step, metrics)
+
+
+def write_exam(folder: Path, name: str, step: int | None, num_correct: int) -> None:
+    """An exam of ten problems of two sources."""
+    prompts = [make_prompt(f"s/{index}", source=("a", "b")[index % 2]) for index in range(10)]
+    sampler = FakeSampler(lambda prompt, _: "7" if int(prompt.prompt_id[2:]) < num_correct else "8")
+    evaluate(
+        sampler,
+        prompts,
+        FakeReward(),
+        EvalSection(),
+        max_tokens=9,
+        seed=0,
+        step=step,
+        folder=folder / "eval",
+        name=name,
+    )
+
+
+def new_axes() -> Axes:
+    axes: Axes = Figure().add_subplot()
+    return axes
+
+
+def points(axes: Axes, label: str) -> list[tuple[float, float]]:
+    (line,) = [line for line in axes.get_lines() if line.get_label() == label]
+    return [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())]
+
+
+def labels(axes: Axes) -> list[str]:
+    legend = axes.get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def size(path: Path) -> tuple[int, int]:
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+def test_a_run_gets_all_figures(tmp_path: Path) -> None:
+    write_run(tmp_path, dict.fromkeys((1, 2, 3), STEP))
+    write_exam(tmp_path, "base", None, 0)
+    write_exam(tmp_path, "step_000000", 0, 2)
+    write_exam(tmp_path, "step_000003", 3, 8)
+    paths = draw_figures(tmp_path)
+    assert [path.name for path in paths] == [
+        "reward.png",
+        "length.png",
+        "accuracy.png",
+        "exams.png",
+        "overview.png",
+    ]
+    assert {path.parent for path in paths} == {tmp_path / "figures"}
+    assert size(paths[0]) == (960, 690)
+    assert size(paths[4]) == (2340, 660)
+    assert draw_figures(tmp_path) == paths  # and again, over the old ones
+
+
+def test_one_step_and_no_exam(tmp_path: Path) -> None:
+    write_run(tmp_path, {1: {"reward/mean": 0.5}})
+    assert [path.name for path in draw_figures(tmp_path)] == ["reward.png", "overview.png"]
+
+
+def test_exams_without_a_step(tmp_path: Path) -> None:
+    write_exam(tmp_path, "step_000000", 0, 2)
+    assert [path.name for path in draw_figures(tmp_path)] == ["accuracy.png", "overview.png"]
+
+
+def test_a_run_without_any_record(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no step and no exam"):
+        draw_figures(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "half')
+    with pytest.raises(UserError, match="holds no step and no exam"):
+        draw_figures(tmp_path)
+
+
+def test_reward_lines_skip_missing_and_null_numbers() -> None:
+    records = RunRecords(
+        [
+            {"step": 1, "reward/mean": 0.5, "reward/format_mean": 0.9},
+            {"step": 2, "reward/mean": None},
+            {"step": 3, "reward/mean": 0.7},
+        ],
+        [],
+        None,
+    )
+    axes = new_axes()
+    draw_reward(axes, records)
+    assert points(axes, "mean reward") == [(1, 0.5), (3, 0.7)]
+    assert points(axes, "share in the format") == [(1, 0.9)]
+    assert labels(axes) == ["mean reward", "share in the format"]
+    assert axes.get_xlabel() == "training step"
+
+
+def test_length_has_its_unit_and_the_truncation_rate() -> None:
+    axes = new_axes()
+    draw_length(axes, RunRecords([{"step": 1, **STEP}, {"step": 2, **STEP}], [], None))
+    assert "tokens" in axes.get_ylabel()
+    assert points(axes, "correct") == [(1, 35), (2, 35)]
+    assert labels(axes) == ["all", "correct", "wrong", "truncated (right)"]
+    (right,) = [other for other in axes.figure.axes if other is not axes]
+    assert [float(y) for y in right.get_lines()[0].get_ydata()] == [0.1, 0.1]
+    assert right.get_ylim() == (0, 1)
+
+
+def test_long_runs_are_smoothed_over_the_raw_line() -> None:
+    steps = [{"step": step, "reward/mean": float(step % 2)} for step in range(1, 101)]
+    axes = new_axes()
+    draw_reward(axes, RunRecords(steps, [], None))
+    smooth = points(axes, "mean reward")
+    assert len(smooth) == 100
+    assert all(abs(y - 0.5) < 0.05 for _, y in smooth[5:-5])  # 11 steps: 5/11 or 6/11
+    raw = axes.get_lines()[0]
+    assert [float(y) for y in raw.get_ydata()] == [float(step % 2) for step in range(1, 101)]
+
+
+def test_accuracy_has_interval_bars_sources_and_the_base(tmp_path: Path) -> None:
+    write_exam(tmp_path, "base", None, 1)
+    write_exam(tmp_path, "step_000000", 0, 3)
+    write_exam(tmp_path, "step_000010", 10, 8)
+    write_exam(tmp_path, "by-hand", None, 10)  # an exam that is no point of the run
+    axes = new_axes()
+    draw_accuracy(axes, read_records(tmp_path))
+    assert points(axes, "accuracy") == [(0, 0.3), (10, 0.8)]
+    (bars,) = [
+        collection.get_segments()
+        for collection in axes.collections
+        if hasattr(collection, "get_segments")
+    ]
+    for segment, (step, num_correct) in zip(bars, [(0, 3), (10, 8)], strict=True):
+        low, high = exact_interval(num_correct, 10)
+        assert segment.ravel().tolist() == pytest.approx([step, low, step, high])
+    assert points(axes, "a") == [(0, 0.4), (10, 0.8)]
+    assert points(axes, "b") == [(0, 0.2), (10, 0.8)]
+    (base,) = [line for line in axes.get_lines() if line.get_label() == "base model"]
+    assert list(base.get_ydata()) == [0.1, 0.1]
+    assert "95% intervals" in axes.get_title()
+    assert labels(axes)[0] == "accuracy"
+
+
+def test_exam_score_and_length_by_step_for_each_set(tmp_path: Path) -> None:
+    write_exam(tmp_path, "base", None, 1)
+    write_exam(tmp_path, "step_000000", 0, 3)
+    write_exam(tmp_path, "step_000010", 10, 8)
+    figure = exams_figure(read_records(tmp_path))
+    score_a, score_b, length_a, _ = figure.axes
+    assert (score_a.get_title(), score_b.get_title()) == ("a", "b")
+
+    def line(axes: Axes) -> list[list[float]]:
+        return np.asarray(axes.get_lines()[0].get_xydata()).tolist()
+
+    assert line(score_a) == [[0, 0.4], [10, 0.8]]
+    assert line(score_b) == [[0, 0.2], [10, 0.8]]
+    assert line(length_a) == [[0, 2], [10, 2]]  # one character and an end
+    low, high = exact_interval(2, 5)
+    (band,) = score_a.collections
+    corners = np.asarray(band.get_paths()[0].vertices).round(6).tolist()
+    assert [0, round(low, 6)] in corners
+    assert [0, round(high, 6)] in corners
+    assert [text.get_text() for text in score_a.texts] == ["base model"]
+
+
+def test_exams_on_record_in_the_metrics_alone(tmp_path: Path) -> None:
+    write_run(tmp_path, {2: {"eval/accuracy": 0.25}, 4: {"eval/accuracy": 0.5}})
+    write_exam(tmp_path, "step_000004", 4, 8)  # the result file wins
+    records = read_records(tmp_path)
+    assert [(exam["step"], exam["eval/accuracy"]) for exam in records.exams] == [
+        (2, 0.25),
+        (4, 0.8),
+    ]
+    draw_figures(tmp_path)
+
+
+def test_a_damaged_exam_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path, {1: STEP})
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "step_000001.json").write_text("{")
+    with pytest.raises(UserError, match=r"step_000001\.json is not an evaluation result"):
+        draw_figures(tmp_path)

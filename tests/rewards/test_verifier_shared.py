@@ -1,0 +1,63 @@
+"""Acceptance bars on labelled public cases; skipped where the data is absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from bench_verifier import accuracy, our_judge, read_cases
+
+from rewards import verify
+
+# A gold may be repaired or trusted where an answer is not: these change when they are swapped.
+ONE_WAY = (
+    r"$1 = \zzz = x = 0$",  # a chain that is false as it stands
+    r"$\boxed{1}\boxed{2}$",  # two boxes side by side are a gold's two values
+    r"\rho\sin\theta = \sqrt{3}",  # the equation may be answered by its solution, not conversely
+    "$10$",  # 9 + 1 is no answer to 10, and 10 is one to 9 + 1
+    # A gold may be a task, and a sum or product left to do is no answer to its value.
+    r"\sum_{k=1}^{n} k",
+    r"\prod_{k=1}^n k",
+    r"\\boxed{W(n) = 1 \\text{ and } W(n) = -1",  # a box that was never closed
+)
+LEFT_TO_DO = (r"3 \cdot 4", "10+2", r"\frac{24}{2}+0", r"\max(3,12)", r"12 \pmod{100}")
+
+
+@pytest.mark.parametrize("name", ["gsm8k_model_solutions.jsonl", "tora_gsm8k.jsonl"])
+def test_gsm8k_is_perfect(shared_dir: Path, name: str) -> None:
+    assert accuracy(read_cases(shared_dir / "cases" / name), our_judge)["accuracy"] == 1.0
+
+
+def test_published_gsm8k_solutions_are_perfect(shared_dir: Path) -> None:
+    path = shared_dir / "data" / "outputs" / "openai_gsm8k" / "example_model_solutions.jsonl"
+    assert accuracy(read_cases(path), our_judge)["accuracy"] == 1.0
+
+
+def test_math_verify_suite(shared_dir: Path) -> None:
+    figures = accuracy(read_cases(shared_dir / "cases" / "math_verify.jsonl"), our_judge)
+    assert figures["accuracy"] >= 0.97
+    assert figures["false_positives"] == 0
+
+
+def test_hardverify(shared_dir: Path) -> None:
+    figures = accuracy(read_cases(shared_dir / "cases" / "hardverify_math.jsonl"), our_judge)
+    assert figures["accuracy"] >= 0.935
+    assert figures["false_positives"] == 0
+
+
+def test_second_round(shared_dir: Path) -> None:
+    figures = accuracy(read_cases(shared_dir / "cases" / "round2.jsonl"), our_judge)
+    assert figures["accuracy"] >= 0.99
+    assert figures["false_positives"] <= 1
+
+
+def test_swapping_the_sides_changes_no_verdict(shared_dir: Path) -> None:
+    changed = []
+    for path in sorted((shared_dir / "cases").glob("*.jsonl")):
+        for case in read_cases(path):
+            gold, answer = case["gold"], case["answer"]
+            if case.get("form") == "completion" or gold in ONE_WAY or answer in LEFT_TO_DO:
+                continue
+            if verify(gold, answer).correct != verify(answer, gold).correct:
+                changed.append((gold, answer))
+    assert changed == []

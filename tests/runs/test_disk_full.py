@@ -1,0 +1,225 @@
+"""A full disk at each writer of a run: one line, the last good state whole, resumed with room."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rl_lora.adapters import files as adapter
+from rl_lora.cli import main
+from rl_lora.errors import UserError
+from rl_lora.runs.checkpoint import latest_checkpoint, load_checkpoint
+from rl_lora.runs.log import RunLog
+from rl_lora.storage import jsonl
+from rl_lora.storage.directories import disk_errors, whole_directory
+from tests.runs.test_resume import result, run
+
+NO_SPACE = "No space left on device"
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these runs."""
+    monkeypatch.setattr("rl_lora.train.draw_figures", lambda folder: None)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 96 MB in memory; its own runs need a thousandth of that."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path, free: int = 0) -> None:
+    """Writes until the disk is full, but for `free` bytes (whole pages)."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(2**16))
+    assert shutil.disk_usage(disk).free == 0
+    os.truncate(ballast, max(0, ballast.stat().st_size - free))
+
+
+# Before which call of what the disk is filled, and how many bytes are left.
+WRITERS = {
+    "publish, nothing left": ("rl_lora.train.save_adapter", 3, 0),
+    "publish, half of it fits": ("rl_lora.train.save_adapter", 3, 8192),
+    "a checkpoint": ("rl_lora.train.save_snapshot", 3, 8192),
+    "a step's line": ("rl_lora.runs.log.RunLog.write", 3, 0),
+    "the run's record": ("rl_lora.train.write_record", 1, 0),
+    "an exam's problems": ("rl_lora.storage.jsonl.append_compressed", 2, 0),
+    "an exam's result": ("rl_lora.evaluation.scores.EvalResult.save", 2, 0),
+    "the best adapter": ("rl_lora.train.keep_best", 1, 4096),
+    "the last adapter": ("rl_lora.train._finish", 1, 4096),
+}
+
+
+def patched(patch: pytest.MonkeyPatch, disk: Path, writer: str) -> None:
+    target, call, free = WRITERS[writer]
+    module, _, name = target.rpartition(".")
+    if module.rpartition(".")[2][0].isupper():
+        module, _, owner = module.rpartition(".")
+        holder: Any = getattr(__import__(module, fromlist=[owner]), owner)
+    else:
+        holder = __import__(module, fromlist=[name])
+    original, calls = getattr(holder, name), iter(range(1, 1000))
+
+    def after_filling(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == call:
+            fill(disk, free)
+        return original(*arguments, **keywords)
+
+    patch.setattr(holder, name, after_filling)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("unbroken")
+    run("rl", folder, "run.name=x", "run.checkpoint_every=1")
+    return result(folder / "x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_told_and_the_run_resumes_once_there_is_room(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any, writer: str
+) -> None:
+    settings = ["run.name=x", "run.checkpoint_every=1"]
+    with monkeypatch.context() as patch:
+        patched(patch, small_disk, writer)
+        with pytest.raises(UserError) as caught:
+            run("rl", small_disk, *settings)
+    line = str(caught.value)
+    assert NO_SPACE in line
+    assert "\n" not in line
+    assert str(small_disk) in line
+    folder = small_disk / "x"
+    assert not list(folder.rglob(".*partial*"))  # nothing half-written keeps the disk full
+    if (newest := latest_checkpoint(folder)) is not None:
+        load_checkpoint(newest)
+    if writer != "the run's record":
+        assert newest is not None
+    (small_disk / "ballast").unlink()
+    run("rl", small_disk, *settings, resume=True)
+    assert result(folder) == unbroken
+
+
+def no_room(*_: object, **__: object) -> Any:
+    raise OSError(errno.ENOSPC, NO_SPACE)
+
+
+@pytest.mark.parametrize("arm", ["rl", "sft"])
+def test_a_full_disk_at_the_publish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
+) -> None:
+    """By hand, where no file system can be mounted; the tensors' file is begun, and there is no
+    room for the rest."""
+    run(arm, tmp_path, "run.name=x", "run.num_steps=2")
+    newest = latest_checkpoint(tmp_path / "x")
+    assert newest is not None
+    before = {path: path.read_bytes() for path in newest.iterdir()}
+    with monkeypatch.context() as patch:
+
+        def half(tensors: object, path: Path, **_: object) -> None:
+            path.write_bytes(b"half")
+            no_room()
+
+        patch.setattr(adapter, "save_file", half)
+        with pytest.raises(UserError, match=f"adapter .* cannot be written .*{NO_SPACE}.*--resume"):
+            run(arm, tmp_path, "run.name=x", "run.num_steps=3", resume=True)
+    assert not list((tmp_path / "x" / "adapters").glob(".*"))
+    for path, content in before.items():
+        assert path.read_bytes() == content
+    run(arm, tmp_path, "run.name=x", "run.num_steps=3", resume=True)
+    run(arm, tmp_path, "run.name=whole", "run.num_steps=3")
+    assert result(tmp_path / "x")[1] == result(tmp_path / "whole")[1]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG])
+def test_errors_of_the_disk_are_the_users_and_others_are_not(tmp_path: Path, number: int) -> None:
+    told = pytest.raises(UserError, match=r"x/metrics\.jsonl cannot be written \(.*make room")
+    with told, disk_errors(tmp_path):
+        raise OSError(number, os.strerror(number), "x/metrics.jsonl")
+    with pytest.raises(FileNotFoundError), disk_errors(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "no such file")
+
+
+def test_a_copy_of_a_directory_tells_the_disks_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "file").write_text("x")
+    monkeypatch.setattr(shutil, "copystat", no_room)
+    with pytest.raises(UserError, match=NO_SPACE), disk_errors(tmp_path):
+        shutil.copytree(tmp_path / "from", tmp_path / "to")
+
+
+def test_a_directory_is_replaced_whole_or_stays(tmp_path: Path) -> None:
+    final = tmp_path / "adapter"
+    with whole_directory(final) as scratch:
+        (scratch / "a").write_text("1")
+    for name in (".adapter.99", ".adapter.replaced"):  # left by a kill
+        (tmp_path / name).mkdir()
+    with pytest.raises(FileNotFoundError), whole_directory(final) as scratch:
+        (scratch / "a").write_text((tmp_path / "not there").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert (final / "a").read_text() == "1"
+    with whole_directory(final) as scratch:
+        (scratch / "b").write_text("2")
+    assert [path.name for path in final.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_file_that_is_not_replaced_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jsonl.write_text_atomically(tmp_path / "a", "old")
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError, match=NO_SPACE):
+        jsonl.write_text_atomically(tmp_path / "a", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_all_of_a_log_is_closed_where_one_file_cannot_be(tmp_path: Path) -> None:
+    """/dev/full is what a full disk is, for one file."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = RunLog(tmp_path, ("tensorboard",), 1, resume_step=None)
+    closed = []
+    log._trackers[0].close = lambda: closed.append(True)  # type: ignore[method-assign]
+    with pytest.raises(OSError, match=NO_SPACE):
+        log.write(1, {"reward/mean": 0.5})
+    with pytest.raises(OSError, match=NO_SPACE):
+        log.close()
+    assert closed == [True]
+
+
+def test_the_command_ends_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.sft.test_sft import SHORT, TINY
+
+    monkeypatch.setattr("rl_lora.sft.train.write_record", no_room)
+    assert main(["sft", str(TINY), *SHORT, f"run.output_dir={tmp_path}"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert NO_SPACE in lines[0]

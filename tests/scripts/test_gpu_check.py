@@ -1,0 +1,309 @@
+"""The GPU check itself: what becomes of a stage, its figures' arithmetic, and stages on a CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from gpu_stages import learn, libraries
+from gpu_stages.caches import caches, split
+from gpu_stages.cuda_tests import counts
+from gpu_stages.models import make_config
+from gpu_stages.run import RESULTS, run_stage, run_stages, table
+from gpu_stages.stages import STAGES, CheckFailedError, Context, Stage, chosen
+from safetensors.torch import save
+from transformers import AutoModelForCausalLM
+
+from rl_lora.batches import pack
+from rl_lora.errors import UserError
+from rl_lora.models import resolve as models
+from rl_lora.types import TrainSample
+from tests.helpers.tiny_models import make_policy, random_llama
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def context_at(folder: Path, device: str = "cpu") -> Context:
+    return Context(torch.device(device), folder / "out", folder / "work")
+
+
+def stage(name: str, limit_s: float = 120) -> Stage:
+    return Stage(name, 1, f"tests.helpers.fake_stages:{name}", limit_s)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_whatever_becomes_of_a_stage_is_told_and_the_others_run(tmp_path: Path) -> None:
+    stages = [
+        stage("fails"),
+        stage("fails_a_check"),
+        stage("hangs", limit_s=1.5),
+        stage("is_killed"),
+        stage("exits"),
+        Stage("absent", 1, "tests.helpers.fake_stages:absent", 120),
+        stage("passes"),
+    ]
+    context = context_at(tmp_path)
+    rows = run_stages(stages, context, lambda one: one.limit_s, on_line=lambda text: None)
+    found = {row["stage"]: (row["status"], row.get("error")) for row in rows}
+    assert found == {
+        "fails": ("failed", "ValueError: the last line of it"),
+        "fails_a_check": ("failed", "CheckFailedError: KL is over its limit"),
+        "hangs": ("hung", found["hangs"][1]),
+        "is_killed": ("killed", found["is_killed"][1]),
+        "exits": ("failed", "it ended without a result"),
+        "absent": (
+            "failed",
+            "AttributeError: module 'tests.helpers.fake_stages' has no attribute 'absent'",
+        ),
+        "passes": ("passed", None),
+    }
+    assert str(found["hangs"][1]).startswith("no end after 1.5 s")
+    assert str(found["is_killed"][1]).startswith("by SIGKILL")
+    assert rows[1]["figures"] == {"kl": 0.5}
+    assert rows[-1]["figures"] == {"device": "cpu", "speed": {"tokens_per_s": 1234.5}}
+    for row in (rows[0], rows[3], rows[-1]):  # also where the stage came to no end of its own
+        assert row["versions"]["torch"]
+        assert "cores" in row["card"]
+    lines = (tmp_path / "out" / RESULTS).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+    assert "Traceback" in (tmp_path / "out" / "fails.log").read_text()
+    shown = table(rows).splitlines()
+    assert shown[-1].split()[:2] == ["passes", "passed"]
+    assert "speed.tokens_per_s=1234" in shown[-1]
+    assert "KL is over its limit" in shown[1]
+
+
+def test_a_call_ends_in_its_time_whatever_hangs(tmp_path: Path) -> None:
+    stages = [stage("hangs"), stage("passes")]
+    rows = run_stages(
+        stages, context_at(tmp_path), lambda one: 60, total_s=0.5, on_line=lambda text: None
+    )
+    assert [(row["status"], row["error"].split(";")[0]) for row in rows] == [
+        ("hung", "no end after 0.5 s"),
+        ("late", "0.5 s were over before it"),
+    ]
+    assert len((tmp_path / "out" / RESULTS).read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_a_stage_started_ends_with_it(tmp_path: Path) -> None:
+    row = run_stage(stage("leaves_a_process"), context_at(tmp_path), 120)
+    assert row["status"] == "passed"
+    try:
+        process = os.pidfd_open(row["figures"]["pid"])
+    except ProcessLookupError:
+        return  # its end was seen already
+    ended, _, _ = select.select([process], [], [], 60)
+    assert ended == [process]
+    os.close(process)
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "scripts/gpu_check.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_choice_of_stages_on_a_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    places = ["--device", "cpu", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    result = run_script("caches", "libraries", "learn-qwen3-8b", *places)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / RESULTS).read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["libraries", "learn-qwen3-8b", "caches"]
+    assert rows[0]["figures"]["rms_norm_error"] < 1e-6
+    learned = rows[1]["figures"]
+    assert learned["layers"] == 4
+    assert learned["launches_per_layer"] > 10
+    for tokens in ("256", "1024"):
+        assert 0 < learned[tokens]["tokens_per_s_whole"] < learned[tokens]["tokens_per_s"]
+        assert 0 < learned[tokens]["mfu"] < 1
+    assert "Self CPU" in (tmp_path / "out" / "learn-qwen3-8b.log").read_text()
+    failed = run_script("parity-float32", *places, "--limit", "0.2")
+    assert failed.returncode == 1
+    assert "hung" in failed.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nothing", "--device", "cpu"], "no stage 'nothing'; there are all, caches, call1,"),
+        (["all", "--device", "cpu", "--gguf", "absent.gguf"], "--gguf: no file absent.gguf"),
+    ],
+)
+def test_a_wrong_command_line(arguments: list[str], told: str, tmp_path: Path) -> None:
+    result = run_script(*arguments, "--out", str(tmp_path))
+    assert result.returncode == 2
+    assert told in result.stderr
+
+
+def test_choices_of_stages() -> None:
+    assert chosen(["all"]) == list(STAGES)
+    assert [s.name for s in chosen(["call3"])] == ["convert", "grpo", "grpo-overlap", "caches"]
+    assert [s.name for s in chosen(["grpo", "libraries"])] == ["libraries", "grpo"]
+    with pytest.raises(ValueError, match="no stage 'call4'"):
+        chosen(["call4"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_layers", "num_weights"),
+    [  # as the models' own files have them
+        ("smollm2-135m", None, 134_515_008),
+        ("qwen3-0.6b", None, 596_049_920),
+        ("qwen3-8b", None, 8_190_735_360),
+        ("qwen3-8b", 8, 8_190_735_360 - 28 * 192_946_432),
+    ],
+)
+def test_the_shapes_are_the_models(
+    shape: str, num_layers: int | None, num_weights: int, tmp_path: Path
+) -> None:
+    config = make_config(shape, context_at(tmp_path, "cuda"), num_layers)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == num_weights
+
+
+def test_the_needed_operations_of_a_microbatch() -> None:
+    """Weights of a layer: 2 * 8 * (8 + 4) + 3 * 8 * 16 = 576.
+
+    One sequence of 4 tokens sees 1 + 2 + 3 + 4 keys, 2 of its tokens are scored:
+    3 * (4 * 576 * 4 + 12 * 8 * 10) + 4 * 8 * 10 * 2. A second completion of one token in the same
+    row sees 3 keys: 3 * (4 * 576 * 5 + 12 * 8 * 13) + 4 * 8 * 10 * 3.
+    """
+    config = SimpleNamespace(
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        vocab_size=10,
+    )
+    policy: Any = SimpleNamespace(model=SimpleNamespace(config=config))
+    samples = [
+        TrainSample((1, 5), (7, 2), (0.0, 0.0), 1.0, 0),
+        TrainSample((1, 5), (9,), (0.0,), 1.0, 0),
+    ]
+
+    def flops(count: int, share_prompts: bool) -> float:
+        ((batch,),) = pack(
+            samples[:count],
+            denominator="tokens",
+            max_tokens=4,
+            microbatch_tokens=64,
+            share_prompts=share_prompts,
+        )
+        return learn.needed_flops(policy, batch)
+
+    assert flops(1, False) == flops(1, True) == 31_168
+    assert flops(2, True) == 39_264
+
+
+def test_the_speed_at_another_depth() -> None:
+    assert learn.at_depth(100, 150, 8, 4, 36) == pytest.approx(30)
+    assert learn.at_depth(100, 150, 8, 4, 8) == 100
+
+
+def test_a_model_of_its_first_layers(tmp_path: Path) -> None:
+    policy = make_policy(random_llama(tmp_path / "model"))
+    ids = torch.arange(5, 9).unsqueeze(0)
+    whole = policy.model(input_ids=ids).logits
+    with learn.only_first(1, policy):
+        assert policy.model(input_ids=ids, output_hidden_states=True).hidden_states[-1] is not None
+        first = policy.model(input_ids=ids).logits
+    assert not torch.allclose(first, whole)
+    assert torch.equal(policy.model(input_ids=ids).logits, whole)
+
+
+def test_microbatches_are_new_and_near_their_size(tmp_path: Path) -> None:
+    policy = make_policy(random_llama(tmp_path / "model"))
+    sizes = learn.Sizes((200,), prompt=(4, 8), completion=(4, 12), repetitions=1)
+    first, again, other = (
+        learn.microbatches(policy, sizes, 200, seed=seed, count=2) for seed in (1, 1, 2)
+    )
+    assert all(140 <= batch.num_tokens <= 200 for batch in (*first, *other))
+    assert torch.equal(first[0].token_ids_BT, again[0].token_ids_BT)
+    assert [b.num_tokens for b in first] != [b.num_tokens for b in other]
+
+
+def test_attention_over_a_paged_cache_is_that_over_the_rows() -> None:
+    """The cache and its table, read back as a kernel reads them."""
+    _, k, _ = libraries.heads(torch.device("cpu"), torch.float32)
+    cache, block_table = libraries.paged(k)
+    rows = [
+        cache[blocks.long()].flatten(0, 1)[:length]
+        for blocks, length in zip(block_table, libraries.LENGTHS, strict=True)
+    ]
+    assert torch.equal(torch.cat(rows), k)
+    q, k, v = libraries.heads(torch.device("cpu"), torch.float32)
+    found = libraries.torch_attention(q, k, v)
+    assert libraries.relative_error(found, libraries.plain_attention(q, k, v)) < 1e-6
+    wrong = libraries.torch_attention(q, k.flip(0), v)
+    assert libraries.relative_error(wrong, libraries.plain_attention(q, k, v)) > 0.1
+
+
+def test_counts_of_a_pytest_report() -> None:
+    report = (
+        "<testsuites><testsuite><testcase name='a'/><testcase name='b'><failure/></testcase>"
+        "<testcase name='c'><skipped/></testcase><testcase name='d'><error/></testcase>"
+        "</testsuite></testsuites>"
+    )
+    assert counts(report) == {"passed": 1, "failed": ["b", "d"], "skipped": 1}
+
+
+def test_compile_caches_in_parts(tmp_path: Path) -> None:
+    whole, out = tmp_path / "x.tar.xz", tmp_path / "out"
+    out.mkdir()
+    (out / "x.tar.xz.07").touch()  # of an earlier, larger one
+    whole.write_bytes(bytes(range(25)))
+    parts = split(whole, out, 10)
+    assert [(p.name, p.stat().st_size) for p in parts] == [
+        ("x.tar.xz.00", 10),
+        ("x.tar.xz.01", 10),
+        ("x.tar.xz.02", 5),
+    ]
+    assert b"".join(p.read_bytes() for p in sorted(out.iterdir())) == whole.read_bytes()
+
+    context = context_at(tmp_path, "cuda")
+    with pytest.raises(CheckFailedError, match="nothing was compiled"):
+        caches(context)
+    (context.work / "caches" / "triton").mkdir(parents=True)
+    (context.work / "caches" / "triton" / "kernel").write_bytes(b"code")
+    assert caches(context)["parts"] == 1
+    command = "cat out/caches.tar.xz.* | tar xJ -C back"
+    (tmp_path / "back").mkdir()
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    assert (tmp_path / "back" / "caches" / "triton" / "kernel").read_bytes() == b"code"
+
+
+def test_the_embedded_model_from_a_file_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(gguf: Path, target: Path) -> None:
+        (target / "config.json").write_text('{"model_type": "llama"}')
+        (target / "tokenizer.json").write_text("{}")
+        (target / "model.safetensors").write_bytes(gguf.read_bytes())
+
+    monkeypatch.setenv("RL_LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "_convert_gguf", convert)
+    file = tmp_path / "embedded.gguf"
+    weights = save({"weight": torch.ones(2)})
+    file.write_bytes(weights)
+    with pytest.raises(UserError, match=r"embedded\.gguf has sha256"):
+        models.convert_embedded(file)
+    monkeypatch.setattr(models, "_GGUF_SHA256", hashlib.sha256(weights).hexdigest())
+    folder = models.convert_embedded(file)
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert models.is_at_hand(models.EMBEDDED)

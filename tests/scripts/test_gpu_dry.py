@@ -1,0 +1,141 @@
+"""vLLM's CUDA path without a GPU: our settings and calls in both releases that we accept.
+
+vLLM 0.26 with PyTorch 2.11 runs in an environment of its own (`make gpu-dry`), up to the kernels;
+0.32 is the environment's own build for CPUs, whose Python code is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.errors import UserError
+from rl_lora.samplers.vllm.process import VERSIONS, check_versions, import_vllm, process_kept
+from rl_lora.samplers.vllm.settings import engine_settings
+from tests.gpu_dry.program import unknown_calls
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = ROOT / ".venv-gpu-dry"
+COMMON: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPECTED = {
+    "is_v2_runner": True,
+    "is_eager": False,
+    "graphs": "FULL_AND_PIECEWISE",
+    "has_graphs_without_adapter": True,
+    "max_lora_rank": 1,
+    "max_loras": 1,
+    "lora_dtype": "torch.bfloat16",
+    "has_prefix_cache": True,
+    "logprobs": "processed_logprobs",
+    "attention": "FLASH_ATTN",
+    "flash_attention": 3,
+    "is_added": True,
+    "adapters": [1],
+    "unequal": [],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_cuda_path_up_to_the_kernels(tmp_path: Path) -> None:
+    python, stub = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "stub"
+    if not (stub / "libcuda.so.1").is_file():
+        pytest.skip(f"needs the environment of `make gpu-dry`: {ENVIRONMENT} is absent")
+    LlamaForCausalLM(LlamaConfig(**COMMON)).to(torch.bfloat16).save_pretrained(tmp_path / "llama")
+    Qwen3ForCausalLM(Qwen3Config(**COMMON)).to(torch.bfloat16).save_pretrained(tmp_path / "qwen3")
+    plugin = ROOT / "tests" / "gpu_dry" / "plugin"
+    result = subprocess.run(
+        [python, "-m", "tests.gpu_dry.program", tmp_path],
+        cwd=ROOT,
+        env=os.environ | {"LD_LIBRARY_PATH": str(stub), "PYTHONPATH": f"{ROOT}:{plugin}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found == {
+        "is_process_kept": True,
+        "unknown_calls": [],
+        "kernels": ["flash_attn_varlen_func", "rms_norm", "fwd"],
+        "versions": ["0.26.0", "2.11.0+cu130"],
+        "llama": EXPECTED | {"model": "LlamaForCausalLM"},
+        "qwen3": EXPECTED | {"model": "Qwen3ForCausalLM"},
+        "qwen3_float32": "TRITON_ATTN",
+        "qwen3_asked": "TRITON_ATTN",
+    }
+
+
+def test_the_other_release_takes_the_same_calls_and_settings(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    vllm = import_vllm(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    settings = engine_settings(
+        tmp_path,
+        SamplingSection(attention_backend="TRITON_ATTN"),
+        LoraSection(),
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+        max_model_len=64,
+        is_merged=False,
+    )
+    with process_kept():
+        assert unknown_calls(vllm) == []
+        assert vllm.EngineArgs(**settings).compilation_config.cudagraph_specialize_lora
+
+
+@pytest.mark.parametrize(
+    ("vllm_version", "torch_version", "is_known"),
+    [
+        ("0.26.0", "2.11.0+cu130", True),
+        ("0.26.1.post1", "2.11.1", True),
+        ("0.32.0+cpu", "2.13.0", True),
+        ("0.32.0", "2.11.0", False),
+        ("0.26.0", "2.13.0", False),
+        ("0.27.0", "2.13.0", False),
+        ("0.3.2", "2.13.0", False),
+        ("dev", "2.13.0", False),
+    ],
+)
+def test_versions(vllm_version: str, torch_version: str, is_known: bool) -> None:
+    if is_known:
+        check_versions(vllm_version, torch_version, "fix")
+        return
+    told = (
+        f"vLLM {vllm_version} with PyTorch {torch_version}: the sampler works with vLLM 0.26 with "
+        "PyTorch 2.11 or vLLM 0.32 with PyTorch 2.13: fix"
+    )
+    with pytest.raises(UserError) as got:
+        check_versions(vllm_version, torch_version, "fix")
+    assert str(got.value) == told
+
+
+def test_the_gpu_extra_takes_the_releases_of_the_table() -> None:
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (text,) = extras["optional-dependencies"]["gpu"]
+    minors = range(20, 40)
+    taken = {f"0.{n}" for n in minors if Requirement(text).specifier.contains(f"0.{n}.0")}
+    assert taken == set(VERSIONS)

@@ -1,0 +1,287 @@
+"""Sampling beside learning: that it happens, how old the samples are, kills, errors of a thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rl_lora import build as job
+from rl_lora.adapters.files import load_tensors, saved_version
+from rl_lora.config import RunConfig, load_config
+from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.overlap import Batches
+from rl_lora.policy import Policy
+from rl_lora.runs.log import RunLog
+from rl_lora.sampler import OnGroup
+from rl_lora.samplers.liveness import sample_ages
+from rl_lora.samplers.torch_sampler import TorchSampler
+from rl_lora.train import Run, train
+from rl_lora.types import Adapter, Completion, Prompt, RolloutGroup, SampleParams
+from tests.helpers.fakes import FakeReward, FakeSampler, make_group, make_prompt, make_rollout
+from tests.test_train import SMOKE, metrics_of
+
+SHORT = ["run.num_steps=4", "data.held_out=4", "sampling.num_prompts=3", "sampling.max_tokens=12"]
+SHORT += ["sampling.num_samples=4", "optim.lr=1e-2"]
+WAIT_S = 60.0  # for what comes soon, or never
+PARAMS = SampleParams(num_samples=2, max_tokens=64, temperature=1.0, seed=1)
+
+
+def config(folder: Path, *overrides: str) -> RunConfig:
+    settings = [*SHORT, "sampling.backend=vllm", "sampling.overlap=true", *overrides]
+    return load_config(SMOKE, [f"run.output_dir={folder}", *settings])
+
+
+class OwnWeights(TorchSampler):
+    """A sampler with its own copy of the weights, as an engine's; one thread may be in it.
+
+    `calls` has the version and the seed of each batch that was sampled in the other thread.
+    """
+
+    def __init__(self, policy: Policy, tokenizer: Any, end_ids: Any, **options: Any) -> None:
+        section = load_config(SMOKE).model
+        own = Policy(policy.model_dir, section, policy.lora, seed=0)
+        super().__init__(own, tokenizer, end_ids, **options)
+        self.lock = threading.Lock()
+        self.calls: list[tuple[int, int]] = []
+        self.num_rests = 0
+        self.is_stuck_at: int | None = None
+
+    def use(self, adapter: Adapter | None) -> None:
+        assert not self.lock.locked()
+        stuck = self.is_stuck_at is not None and adapter and adapter.version >= self.is_stuck_at
+        if adapter is not None and not stuck:
+            self.policy.load_tensors(load_tensors(adapter.path))
+        if stuck:
+            assert adapter is not None
+            self._version = adapter.version  # and the weights are of another one
+        else:
+            super().use(adapter)
+
+    def sample(
+        self,
+        prompts_N: Sequence[Prompt],
+        params: SampleParams,
+        on_group: OnGroup | None = None,
+    ) -> list[list[Completion]]:
+        assert self.lock.acquire(blocking=False)
+        try:
+            if threading.current_thread() is not threading.main_thread():
+                self.calls.append((self._version, params.seed))
+                self.on_batch(len(self.calls))
+            return super().sample(prompts_N, params, on_group)
+        finally:
+            self.lock.release()
+
+    def on_batch(self, number: int) -> None:
+        """For a test to wait in, or to raise."""
+
+    def token_logprobs(self, token_ids_N: Sequence[Sequence[int]]) -> list[list[float]]:
+        assert not self.lock.locked()
+        return super().token_logprobs(token_ids_N)
+
+    def rest(self) -> None:
+        assert not self.lock.locked()
+        self.num_rests += 1
+
+
+@pytest.fixture
+def samplers(monkeypatch: pytest.MonkeyPatch) -> list[OwnWeights]:
+    """The samplers that jobs have made."""
+    made: list[OwnWeights] = []
+
+    def make(section: Any, policy: Policy, tokenizer: Any, end_ids: Any, **options: Any) -> Any:
+        made.append(OwnWeights(policy, tokenizer, end_ids, **options))
+        return made[-1]
+
+    monkeypatch.setattr(job, "make_sampler", make)
+    return made
+
+
+def test_a_batch_is_sampled_while_the_one_before_is_learned_from(
+    tmp_path: Path, samplers: list[OwnWeights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither side gets on alone: the sampler waits for the learner to begin, and it for it."""
+    meeting = threading.Barrier(2, timeout=WAIT_S)
+    learn = Run.learn
+
+    def meet_and_learn(run: Run, groups_N: list[RolloutGroup]) -> dict[str, float]:
+        if run.step < 3:  # the last step has nobody beside it
+            meeting.wait()
+        return learn(run, groups_N)
+
+    def on_batch(self: OwnWeights, number: int) -> None:
+        if number > 1:
+            meeting.wait()
+
+    monkeypatch.setattr(Run, "learn", meet_and_learn)
+    monkeypatch.setattr(OwnWeights, "on_batch", on_batch)
+    train(config(tmp_path, "run.eval_every=2"), quiet=True)
+    rows = metrics_of(tmp_path / "smoke")
+    assert [row["rollouts/age_mean"] for row in rows] == [0, 1, 1, 1]
+    assert [row["rollouts/age_max"] for row in rows] == [0, 1, 1, 1]
+    (sampler,) = samplers
+    assert [version for version, _ in sampler.calls] == [0, 0, 1, 2]  # four batches, none wasted
+    assert len({seed for _, seed in sampler.calls}) == 4
+    assert sampler.num_rests == 1
+    assert 0 <= rows[0]["mismatch/kl"] < 1e-10
+    assert max(row["mismatch/kl"] for row in rows[1:]) > 1e-6  # the policy has gone on
+    assert all(row["mismatch/live_abs_mean"] < 1e-5 for row in rows)
+    assert [thread.name for thread in threading.enumerate() if "sampler" in thread.name] == []
+
+
+def test_a_run_killed_with_a_batch_under_way_ends_where_an_unbroken_one_does(
+    tmp_path: Path, samplers: list[OwnWeights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 3 is published and batch 4 is under way when it ends; the checkpoint is of step 2."""
+    often = ["run.checkpoint_every=2", "run.eval_every=2"]
+    train(config(tmp_path, "run.name=whole", *often), quiet=True)
+    write = RunLog.write
+
+    def die_at_3(log: RunLog, step: int, metrics: Any) -> None:
+        if step == 3:
+            raise ConnectionAbortedError("killed")
+        write(log, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "write", die_at_3)
+        with pytest.raises(ConnectionAbortedError):
+            train(config(tmp_path, "run.name=killed", *often), quiet=True)
+    versions = {path.name for path in (tmp_path / "killed" / "adapters").iterdir()}
+    assert {"v000001", "v000002", "v000003"} <= versions
+    train(config(tmp_path, "run.name=killed", *often), resume=True, quiet=True)
+    whole, killed, resumed = (sampler.calls for sampler in samplers)
+    assert killed[:3] == whole[:3]
+    assert resumed == whole[2:]
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "killed")
+    last, again = (load_tensors(tmp_path / name / "adapter") for name in ("whole", "killed"))
+    assert last.keys() == again.keys()
+    assert all(torch.equal(last[name], again[name]) for name in last)
+
+
+def test_an_error_of_the_sampling_thread_is_the_runs(
+    tmp_path: Path, samplers: list[OwnWeights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_batch(self: OwnWeights, number: int) -> None:
+        if number == 2:
+            raise ZeroDivisionError("in the sampler")
+
+    monkeypatch.setattr(OwnWeights, "on_batch", on_batch)
+    with pytest.raises(ZeroDivisionError, match="in the sampler"):
+        train(config(tmp_path), quiet=True)
+    assert len(metrics_of(tmp_path / "smoke")) == 1  # the step beside it is kept
+
+
+def test_a_stale_sampler_is_found_although_samples_may_be_a_version_old(
+    tmp_path: Path, samplers: list[OwnWeights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_batch(self: OwnWeights, number: int) -> None:
+        self.is_stuck_at = 1  # it says 1, 2, ... from now on, and samples from 0
+
+    monkeypatch.setattr(OwnWeights, "on_batch", on_batch)
+    with pytest.raises(StaleAdapterError, match="disagree on fixed tokens"):
+        train(config(tmp_path, "sampling.max_kl=1e-8"), quiet=True)
+
+
+class Endless(FakeSampler):
+    """Goes on for ever, as long as it can hand groups over."""
+
+    was_ended = False
+
+    def sample(
+        self, prompts: Sequence[Prompt], params: SampleParams, on_group: OnGroup | None = None
+    ) -> list[list[Completion]]:
+        groups = super().sample(prompts, params)
+        assert on_group is not None
+        try:
+            while True:
+                on_group(0, groups[0])
+                time.sleep(0.01)
+        finally:
+            self.was_ended = True
+
+
+def test_the_end_of_a_run_ends_the_sampling() -> None:
+    sampler = Endless(lambda prompt, index: "7")
+    with Batches(sampler, FakeReward()) as batches:
+        batches.start([make_prompt()], PARAMS, -1)
+        while not sampler.calls:
+            time.sleep(0.01)
+    assert sampler.was_ended
+
+
+def test_a_batch_of_another_version_is_refused_whoever_waits_for_it() -> None:
+    with Batches(FakeSampler(lambda prompt, index: "7"), FakeReward()) as batches:
+        assert batches.take() is None
+        batches.start([make_prompt()], PARAMS, 5)
+        with pytest.raises(StaleAdapterError, match="version 5 was asked for"):
+            batches.settle()
+        with pytest.raises(StaleAdapterError):
+            batches.take()
+
+
+def test_ages_are_counted_and_limited() -> None:
+    old, new = (make_rollout(1.0, adapter_version=version) for version in (3, 4))
+    group = RolloutGroup(make_group([0.0]).prompt, (old, new, new, new))
+    assert sample_ages([group], 4, max_age=1) == {
+        "rollouts/age_mean": 0.25,
+        "rollouts/age_max": 1.0,
+    }
+    with pytest.raises(
+        StaleAdapterError, match="ages 0 to 1 for policy version 4, and ages 0 to 0"
+    ):
+        sample_ages([group], 4, max_age=0)
+    with pytest.raises(StaleAdapterError, match="ages 1 to 2 for policy version 5"):
+        sample_ages([group], 5, max_age=1)
+    with pytest.raises(StaleAdapterError, match="ages -1 to 0 for policy version 3"):
+        sample_ages([group], 3, max_age=1)
+
+
+def test_overlap_needs_a_sampler_with_its_own_weights(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'sampling\.overlap=true: .* set sampling\.backend="vllm"'):
+        config(tmp_path, "sampling.backend=torch")
+
+
+@pytest.mark.slow
+def test_real_vllm_samples_beside_the_learner_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    if torch.cuda.is_available():
+        pytest.skip("rounding on a GPU depends on the batch")
+    make, has_drawn = Batches._make, []
+
+    def make_and_look(*args: Any) -> Any:
+        """The thread leaves PyTorch's random state alone, which nothing in it puts back."""
+        before = torch.get_rng_state()
+        batch = make(*args)
+        has_drawn.append(not torch.equal(torch.get_rng_state(), before))
+        return batch
+
+    monkeypatch.setattr(Batches, "_make", make_and_look)
+    options = ["sampling.max_num_seqs=16", "sampling.max_tokens=24"]
+    train(config(tmp_path, "run.num_steps=3", "run.name=whole", *options), quiet=True)
+    assert has_drawn == [False] * 3
+    train(config(tmp_path, "run.num_steps=2", "run.name=parts", *options), quiet=True)
+    train(config(tmp_path, "run.num_steps=3", "run.name=parts", *options), resume=True, quiet=True)
+    rows, again = (metrics_of(tmp_path / name) for name in ("whole", "parts"))
+    assert [row["rollouts/age_max"] for row in rows] == [0, 1, 1]
+    assert rows[0]["mismatch/kl"] < 1e-7
+    assert all(row["mismatch/live_abs_mean"] < 1e-4 for row in rows)
+    for row, same in zip(rows, again, strict=True):
+        assert row["reward/mean"] == same["reward/mean"]
+        assert row["adapter/norm"] == pytest.approx(same["adapter/norm"], rel=1e-4)
+
+
+def test_a_version_that_was_changed_is_not_sampled_from_again(
+    tmp_path: Path, samplers: list[OwnWeights]
+) -> None:
+    train(config(tmp_path, "run.num_steps=1"), quiet=True)
+    path = tmp_path / "smoke" / "adapters" / "v000001"
+    with pytest.raises(UserError, match="not the one that the run has sampled from"):
+        saved_version(path, "0123")

@@ -1,0 +1,146 @@
+"""Who may import whom: imports point one way, and nothing heavy loads before it is needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("rl_lora", "rewards")
+    for path in (ROOT / package).rglob("*.py")
+}
+# Who may import whom: a package or module imports none that stands after it.
+RANKS = """
+    errors seeds config nn types storage data
+    sampler prompts scoring rollouts overlap advantages batches losses models policy learner
+    evaluation adapters samplers runs report planning build sft outcome train
+    studies commands cli
+""".split()
+REWARD_RANKS = "types rules parsing extraction equality workers grading user_function load".split()
+VLLM_ROOM = "rl_lora.samplers.vllm."
+EAGER_VLLM = {VLLM_ROOM + "cpu_lora", VLLM_ROOM + "cpu_sampling"}  # imported when an engine starts
+MAX_FILES = 20  # of a folder
+STANDARD = sys.stdlib_module_names
+
+
+def imports_of(module: str, *, lazy: bool = True) -> set[str]:
+    """Full names of the modules that a module imports; lazy=False: at its import alone."""
+    tree = ast.parse(MODULES[module].read_text())
+    return set(_imports(tree, module, lazy=lazy))
+
+
+def _imports(node: ast.AST, module: str, *, lazy: bool) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{module}: imports are absolute here"
+            name = child.module or ""
+            yield name
+            yield from (f"{name}.{a.name}" for a in child.names if f"{name}.{a.name}" in MODULES)
+        elif (
+            isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not lazy
+        ) or _is_for_type_checkers(child):
+            continue
+        else:
+            yield from _imports(child, module, lazy=lazy)
+
+
+def _is_for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def top(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(("package", "ranks"), [("rl_lora", RANKS), ("rewards", REWARD_RANKS)])
+def test_no_import_goes_up(package: str, ranks: list[str]) -> None:
+    members = [m for m in MODULES if m.startswith(f"{package}.")]
+    assert {name.split(".")[1] for name in members} == set(ranks)
+    for module in members:
+        for name in imports_of(module):
+            if name.startswith(f"{package}.") and name.split(".")[1] != module.split(".")[1]:
+                below, above = (ranks.index(one.split(".")[1]) for one in (name, module))
+                assert below < above, f"{module} imports {name}"
+
+
+def test_folders_are_small() -> None:
+    for folder in {path.parent for path in MODULES.values()}:
+        assert len(list(folder.glob("*.py"))) <= MAX_FILES, folder
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("rewards")])
+def test_rewards_import_neither_torch_nor_the_trainer(module: str) -> None:
+    allowed = STANDARD | {"rewards", "sympy", "mpmath", "math_verify"}
+    assert top(imports_of(module)) <= allowed
+
+
+def test_vllm_is_imported_lazily_and_in_one_package() -> None:
+    importers = {m for m in MODULES if "vllm" in top(imports_of(m))}
+    assert importers
+    assert all(m.startswith(VLLM_ROOM) for m in importers)
+    eager = {m for m in MODULES if "vllm" in top(imports_of(m, lazy=False))}
+    assert eager <= EAGER_VLLM
+    for module in MODULES:
+        assert not EAGER_VLLM & imports_of(module, lazy=False)
+
+
+def test_types_imports_only_the_record_of_the_rewards_and_the_layout_of_a_row() -> None:
+    own = {name for name in imports_of("rl_lora.types") if top({name}) <= {"rl_lora", "rewards"}}
+    assert own == {"rewards", "rl_lora.nn.segments"}
+
+
+@pytest.mark.parametrize("module", ["rl_lora.losses", "rl_lora.advantages", "rl_lora.batches"])
+def test_the_maths_knows_neither_models_nor_files(module: str) -> None:
+    own = {name for name in imports_of(module) if name.startswith("rl_lora.")}
+    assert own <= {"rl_lora.types", "rl_lora.config", "rl_lora.errors", "rl_lora.nn.segments"}
+    assert top(imports_of(module)) <= STANDARD | {"torch", "rl_lora"}
+
+
+def test_there_is_no_circle() -> None:
+    """At import in rl_lora; in rewards not by an import inside a function either."""
+    graph = {
+        m: {
+            name
+            for name in imports_of(m, lazy=m.startswith("rewards"))
+            if name in MODULES and name != m
+        }
+        for m in MODULES
+    }
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for target in sorted(graph[module]):
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+def test_the_command_line_starts_without_heavy_libraries() -> None:
+    """These take seconds to import; a help text or a typing mistake needs none of them."""
+    program = (
+        "import contextlib, sys\n"
+        "import rl_lora.cli\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    rl_lora.cli.main(['train', '--help'])\n"
+        "print(*(set(sys.modules) & {'torch', 'transformers', 'vllm', 'peft', 'datasets', 'sympy', "
+        "'matplotlib', 'reasoning_gym'}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    *help_text, heavy = result.stdout.split("\n")[:-1]
+    assert "--resume" in "".join(help_text)
+    assert heavy == ""

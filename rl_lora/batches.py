@@ -49,7 +49,7 @@ def pack(
     num_updates: int = 1,
     share_prompts: bool = False,
     keep_zero_advantage: bool = False,
-    slack: int = 0,
+    max_wasted_pairs: int = 0,
 ) -> list[list[Microbatch]]:
     """[num_updates][microbatches] for the learner.
 
@@ -61,7 +61,8 @@ def pack(
         keep_zero_advantage: keeps samples without gradient (needed for a KL loss). Without it they
             are skipped, still counted in the denominator; where every sample of an update is such a
             one, the shortest sequences stay, so that the sampler can still be checked.
-        slack: query-key pairs that attention over shared prompts may waste (`segments.SLACK`).
+        max_wasted_pairs: query-key pairs that attention over shared prompts may waste
+        (`segments.MAX_WASTED_PAIRS`).
     """
     updates = []
     for chunk in _split(samples, num_updates):
@@ -77,7 +78,12 @@ def pack(
             rows = sorted((_Row(s.prompt_ids, [s]) for s in kept), key=lambda row: row.width)
             parts = _by_budget(rows, microbatch_tokens)
         updates.append(
-            [_microbatch(part, weight_of, is_flat=share_prompts, slack=slack) for part in parts]
+            [
+                _microbatch(
+                    part, weight_of, is_flat=share_prompts, max_wasted_pairs=max_wasted_pairs
+                )
+                for part in parts
+            ]
         )
     return updates
 
@@ -201,7 +207,7 @@ def _by_budget(rows: Sequence[_Row], budget: int) -> Iterator[list[_Row]]:
 
 
 def _microbatch(
-    rows: Sequence[_Row], weight_of: dict[int, float], *, is_flat: bool, slack: int = 0
+    rows: Sequence[_Row], weight_of: dict[int, float], *, is_flat: bool, max_wasted_pairs: int = 0
 ) -> Microbatch:
     """Rows end to end in one (flat), or one under the other with padding."""
     num_tokens = sum(row.width for row in rows)
@@ -230,7 +236,7 @@ def _microbatch(
     return Microbatch(
         token_ids_BT=token_ids_BT,
         position_BT=position_BT if is_flat else None,
-        layout=make_layout(segments, num_tokens, slack) if is_flat else None,
+        layout=make_layout(segments, num_tokens, max_wasted_pairs) if is_flat else None,
         row_C=torch.tensor(scored.row),
         column_C=torch.tensor(scored.column),
         target_ids_C=torch.tensor(scored.target),

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Job:
+class RunContext:
     """What training and evaluation share.
 
-    Example: Job(config=RunConfig(...), model_dir=Path(...), tokenizer=..., prompts=PromptSets(...),
-    end_ids=(2,), reward=..., policy=..., sampler=...)
+    Example: RunContext(config=RunConfig(...), model_dir=Path(...), tokenizer=...,
+    prompts=PromptSets(...), end_ids=(2,), reward=..., policy=..., sampler=...)
     """
 
     config: RunConfig
@@ -43,14 +43,14 @@ class Job:
 
 
 @contextlib.contextmanager
-def open_job(
+def open_run(
     config: RunConfig,
     *,
     num_steps: int | None = None,
     on_loaded: Callable[[Policy, PromptSets], None] = lambda policy, prompts: None,
     on_note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int, int], None] | None = None,
-) -> Iterator[Job]:
+) -> Iterator[RunContext]:
     """Builds everything and closes it at the end, whatever happens.
 
     Args:
@@ -80,7 +80,7 @@ def open_job(
             context,
             config.sampling.max_tokens,
             config.run.seed,
-            max_exam_tokens=config.eval.max_tokens,
+            max_eval_tokens=config.eval.max_tokens,
             with_columns=isinstance(reward, FunctionReward) and reward.is_batch,
         )
         for note in prompts.notes:
@@ -113,7 +113,7 @@ def open_job(
             on_progress=on_progress,
         )
         stack.callback(sampler.close)
-        yield Job(config, model_dir, tokenizer, prompts, end_ids, reward, policy, sampler)
+        yield RunContext(config, model_dir, tokenizer, prompts, end_ids, reward, policy, sampler)
 
 
 def check_vllm(model_dir: Path, config: RunConfig) -> None:
@@ -234,8 +234,8 @@ def make_sampler(
     )
 
 
-def exam_identity(job: Job, adapter: Adapter | None) -> dict[str, Any]:
-    """What an exam's samples and verdicts depend on beside the problems and the sampling."""
+def evaluation_identity(job: RunContext, adapter: Adapter | None) -> dict[str, Any]:
+    """What an evaluation's samples and verdicts depend on beside the problems and the sampling."""
     reward = job.config.reward
     tags = [list(pair) for pair in reward.thinking_tags]
     return {

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rl-lora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_training(commands)
-    _add_exams(commands)
+    _add_evaluations(commands)
     _add_reading(commands)
     _add_models(commands)
     study = commands.add_parser("study", help="run a grid of jobs, or plan it")
@@ -106,7 +106,7 @@ def _add_acceptance(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_exams(commands: Any) -> None:
+def _add_evaluations(commands: Any) -> None:
     from rl_lora.commands import grade
 
     evaluate = commands.add_parser("eval", help="evaluate a run's adapter, or a config's base")
@@ -117,18 +117,22 @@ def _add_exams(commands: Any) -> None:
         help="adapter directory or hub id, 'best', 'last' or 'base' (default: the run's last)",
     )
     evaluate.add_argument(
-        "--against", help="a second policy, examined in the same engine with the same seeds"
+        "--against", help="a second policy, evaluated in the same engine with the same seeds"
     )
-    evaluate.add_argument("--name", default="exam", help="of the result files (default: exam)")
+    evaluate.add_argument(
+        "--name", default="evaluation", help="of the result files (default: evaluation)"
+    )
     evaluate.add_argument(
         "--overwrite", action="store_true", help="start over instead of going on or refusing"
     )
     _add_acceptance(evaluate)
     evaluate.set_defaults(command=_eval)
 
-    comparing = commands.add_parser("compare", help="compare two exams on disk, problem by problem")
-    comparing.add_argument("first", type=Path, help="an exam's file, RUN/eval/NAME.jsonl.gz")
-    comparing.add_argument("second", type=Path, help="the exam held against it")
+    comparing = commands.add_parser(
+        "compare", help="compare two evaluations on disk, problem by problem"
+    )
+    comparing.add_argument("first", type=Path, help="an evaluation's file, RUN/eval/NAME.jsonl.gz")
+    comparing.add_argument("second", type=Path, help="the evaluation held against it")
     comparing.add_argument("--json", type=Path, help="write the comparison here")
     comparing.set_defaults(command=_compare)
 
@@ -223,9 +227,9 @@ def _sft(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from rl_lora.commands.eval import exam
+    from rl_lora.commands.eval import evaluation
 
-    exam(
+    evaluation(
         arguments.target,
         arguments.overrides,
         arguments.adapter,

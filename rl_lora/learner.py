@@ -118,7 +118,7 @@ class TokenRecord:
 
 
 @dataclass
-class Seen:
+class PassStats:
     """What one pass leaves behind."""
 
     loss: float
@@ -129,7 +129,7 @@ class Seen:
     gradients: Sequence[Tensor | None] = ()  # of the trainable parameters, where passes run at once
 
 
-Objective = Callable[[Microbatch], tuple[Tensor, Seen]]
+Objective = Callable[[Microbatch], tuple[Tensor, PassStats]]
 
 
 class Learner:
@@ -179,12 +179,12 @@ class Learner:
                 bool(b.advantages_C.any()) for b in microbatches
             )
             objective = self._policy_objective if has_signal else self._without_gradient
-            for batch, seen in self._passes(microbatches, objective):
-                loss_total, kl_total = loss_total + seen.loss, kl_total + seen.kl
-                record.add(batch, seen.logprobs_C, seen.entropy_C)
-                record.num_clipped += seen.num_clipped
+            for batch, stats in self._passes(microbatches, objective):
+                loss_total, kl_total = loss_total + stats.loss, kl_total + stats.kl
+                record.add(batch, stats.logprobs_C, stats.entropy_C)
+                record.num_clipped += stats.num_clipped
                 if index == 0:  # only before the first step is the policy the sampled version
-                    clean.add(batch, seen.logprobs_C, seen.entropy_C)
+                    clean.add(batch, stats.logprobs_C, stats.entropy_C)
             if has_signal:
                 norms.append(self._step(self.optim.lr))
         self.num_updates_done = num_updates_after  # a step of few samples has fewer updates
@@ -208,7 +208,7 @@ class Learner:
 
         is_scheduled: the rate follows `optim.schedule`; False: it is constant.
         """
-        total = sum(seen.loss for _, seen in self._passes(microbatches, self._log_loss_objective))
+        total = sum(stats.loss for _, stats in self._passes(microbatches, self._log_loss_objective))
         self._next_rate(lr, is_scheduled)
         norm = self._step(lr)
         return {"sft/loss": total, "grad/norm": norm, "optim/lr": lr}
@@ -283,7 +283,7 @@ class Learner:
 
     def _passes(
         self, microbatches: Sequence[Microbatch], objective: Objective
-    ) -> Iterator[tuple[Microbatch, Seen]]:
+    ) -> Iterator[tuple[Microbatch, PassStats]]:
         """Forward and backward passes; gradients are added up in the microbatches' order.
 
         On a CPU adapters learn from several microbatches at once, each by its own gradients.
@@ -291,27 +291,31 @@ class Learner:
         parameters = list(self.policy.trainable().values())
         is_parallel = self.policy.device.type == "cpu" and not self.policy.is_full
 
-        def one(batch: Microbatch) -> Seen:
+        def forward_backward(batch: Microbatch) -> PassStats:
             batch = to_device(batch, self.policy.device)
             with torch.enable_grad():
-                goal, seen = objective(batch)
-                if goal.requires_grad and is_parallel:
-                    seen.gradients = torch.autograd.grad(goal, parameters, allow_unused=True)
-                elif goal.requires_grad:
-                    goal.backward()
-            return seen
+                loss, stats = objective(batch)
+                if loss.requires_grad and is_parallel:
+                    stats.gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                elif loss.requires_grad:
+                    loss.backward()
+            return stats
 
         with self.policy.training():
-            passes = map_on_cores(one, microbatches) if is_parallel else map(one, microbatches)
-            for batch, seen in zip(microbatches, passes, strict=True):
-                for parameter, gradient in zip(parameters, seen.gradients, strict=False):
+            passes = (
+                map_on_cores(forward_backward, microbatches)
+                if is_parallel
+                else map(forward_backward, microbatches)
+            )
+            for batch, stats in zip(microbatches, passes, strict=True):
+                for parameter, gradient in zip(parameters, stats.gradients, strict=False):
                     if gradient is None:  # an expert that none of the tokens went to
                         continue
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
                     parameter.grad.add_(gradient)
-                seen.gradients = ()
-                yield batch, seen
+                stats.gradients = ()
+                yield batch, stats
 
     def _with_old_logprobs(
         self, updates: Sequence[Sequence[Microbatch]]
@@ -326,14 +330,14 @@ class Learner:
             *updates[:1],
             *(
                 [
-                    replace(batch, old_logprobs_C=seen.logprobs_C.to(batch.token_ids_BT.device))
-                    for batch, seen in self._passes(microbatches, self._scores)
+                    replace(batch, old_logprobs_C=stats.logprobs_C.to(batch.token_ids_BT.device))
+                    for batch, stats in self._passes(microbatches, self._scores)
                 ]
                 for microbatches in updates[1:]
             ),
         ]
 
-    def _policy_objective(self, batch: Microbatch) -> tuple[Tensor, Seen]:
+    def _policy_objective(self, batch: Microbatch) -> tuple[Tensor, PassStats]:
         logprobs_C, entropy_C = self.policy.token_logprobs(batch, self.temperature)
         loss, num_clipped = LOSSES[self.algorithm.loss](
             self._inputs(batch, logprobs_C), self.algorithm
@@ -342,22 +346,22 @@ class Learner:
         if self.algorithm.kl == "loss":
             reference_C = self.policy.reference_logprobs(batch, self.temperature)
             kl = kl_penalty(logprobs_C, reference_C, batch.weights_C)
-        seen = Seen(loss.item(), kl.item(), logprobs_C.detach(), entropy_C, int(num_clipped))
-        return loss + self.algorithm.kl_weight * kl, seen
+        stats = PassStats(loss.item(), kl.item(), logprobs_C.detach(), entropy_C, int(num_clipped))
+        return loss + self.algorithm.kl_weight * kl, stats
 
     @torch.no_grad()
-    def _scores(self, batch: Microbatch) -> tuple[Tensor, Seen]:
+    def _scores(self, batch: Microbatch) -> tuple[Tensor, PassStats]:
         logprobs_C, entropy_C = self.policy.token_logprobs(batch, self.temperature)
-        return logprobs_C.sum(), Seen(0.0, 0.0, logprobs_C, entropy_C, 0)
+        return logprobs_C.sum(), PassStats(0.0, 0.0, logprobs_C, entropy_C, 0)
 
     @torch.no_grad()
-    def _without_gradient(self, batch: Microbatch) -> tuple[Tensor, Seen]:
+    def _without_gradient(self, batch: Microbatch) -> tuple[Tensor, PassStats]:
         return self._policy_objective(batch)
 
-    def _log_loss_objective(self, batch: Microbatch) -> tuple[Tensor, Seen]:
+    def _log_loss_objective(self, batch: Microbatch) -> tuple[Tensor, PassStats]:
         logprobs_C, entropy_C = self.policy.token_logprobs(batch, temperature=1.0)
         loss, _ = log_loss(self._inputs(batch, logprobs_C))
-        return loss, Seen(loss.item(), 0.0, logprobs_C.detach(), entropy_C, 0)
+        return loss, PassStats(loss.item(), 0.0, logprobs_C.detach(), entropy_C, 0)
 
     @staticmethod
     def _inputs(batch: Microbatch, policy_logprobs_C: Tensor) -> LossInputs:

@@ -1,4 +1,4 @@
-"""What a run of reinforcement learning ends with: its exams, and the closing tables."""
+"""What a run of reinforcement learning ends with: its evaluations, and the closing tables."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rl_lora.adapters.files import version_in
 from rl_lora.config import RunConfig
-from rl_lora.evaluation.best import read_choice
-from rl_lora.evaluation.paired import PairedScores, compare_exams
+from rl_lora.evaluation.best import read_best
+from rl_lora.evaluation.paired import PairedScores, compare_evaluations
 from rl_lora.evaluation.scores import EvalResult, load_result
 from rl_lora.report.terminal import Display
 from rl_lora.runs.snapshot import Start
@@ -27,40 +27,42 @@ class Outcome:
 
 
 def finished(config: RunConfig, start: Start) -> Outcome | None:
-    """The outcome of a run whose last step and exam are done, else None."""
+    """The outcome of a run whose last step and evaluation are done, else None."""
     folder, num_steps = config.run.folder, config.run.num_steps
-    exam = folder / "eval" / f"{exam_name(num_steps)}.json"
+    evaluation = folder / "eval" / f"{evaluation_name(num_steps)}.json"
     is_done = start.checkpoint is not None and start.log_step == num_steps
-    if not is_done or not exam.is_file() or version_in(folder / "adapter") != num_steps:
+    if not is_done or not evaluation.is_file() or version_in(folder / "adapter") != num_steps:
         return None  # an adapter of another version is of the run when it was to be shorter
-    return Outcome(folder, result_of(folder, exam_name(0)), load_result(exam))
+    return Outcome(folder, result_of(folder, evaluation_name(0)), load_result(evaluation))
 
 
 def result_of(folder: Path, name: str) -> EvalResult | None:
-    """An exam's result in a run folder, if it was held."""
+    """An evaluation's result in a run folder, if it was held."""
     path = folder / "eval" / f"{name}.json"
     return load_result(path) if path.is_file() else None
 
 
-def exam_name(step: int) -> str:
-    """Name of the exam that is held after so many steps."""
+def evaluation_name(step: int) -> str:
+    """Name of the evaluation that is held after so many steps."""
     return f"step_{step:06d}"
 
 
 def summary(display: Display, outcome: Outcome, seconds_by_phase: dict[str, float]) -> None:
-    """The closing tables: exams, paired differences, contamination, seconds."""
+    """The closing tables: evaluations, paired differences, contamination, seconds."""
     folder, last = outcome.folder, outcome.after
-    files = {"base model": "base", "before": exam_name(0)}
+    files = {"base model": "base", "before": evaluation_name(0)}
     if last is not None and last.step:
-        files["after"] = exam_name(last.step)
-    exams = {name: found for name, file in files.items() if (found := result_of(folder, file))}
+        files["after"] = evaluation_name(last.step)
+    evaluations = {
+        name: found for name, file in files.items() if (found := result_of(folder, file))
+    }
     comparisons: dict[str, PairedScores] = {}
     for first, second in (("base model", "after"), ("before", "after")):
-        if first in exams and second in exams:
+        if first in evaluations and second in evaluations:
             before, after = (folder / "eval" / f"{files[name]}.json" for name in (first, second))
-            comparisons[f"{first} to {second}"] = compare_exams(before, after).total
-    display.summary(exams, comparisons, seconds_by_phase)
+            comparisons[f"{first} to {second}"] = compare_evaluations(before, after).total
+    display.summary(evaluations, comparisons, seconds_by_phase)
     for note in last.notes if last is not None else ():
         display.note(note)
-    if (choice := read_choice(folder)) is not None:
-        display.note(f"best by the exam: step {choice.step}, in {folder / 'best'}")
+    if (best := read_best(folder)) is not None:
+        display.note(f"best by the evaluation: step {best.step}, in {folder / 'best'}")

@@ -1,4 +1,5 @@
-"""Batches of samples with their scores under way; the next one in a thread while others learn.
+"""RolloutWorker of samples with their scores under way; the next one in a thread while others
+learn.
 
 One-step off-policy (`sampling.overlap`): while the learner works on step k, the batch of step k + 1
 is sampled from version k - 1, the newest that there is. The losses need no change: importance
@@ -7,9 +8,9 @@ PPO, GSPO and CISPO bound the policy's way within the step, and the version betw
 truncated weight. (The KL to the base, `algorithm.kl`, stays an average over the sampler's tokens,
 as with several updates a batch.)
 
-The sampler belongs to one thread at a time: whoever calls it otherwise (`use`, an exam, `rest`)
-waits for the batch under way with `settle`. The thread has its own gradient mode, switches and, on
-a GPU, stream; PyTorch's random state it leaves to the main thread.
+The sampler belongs to one thread at a time: whoever calls it otherwise (`set_adapter`, an
+evaluation, `release_memory`) waits for the batch under way with `wait`. The thread has its own
+gradient mode, switches and, on a GPU, stream; PyTorch's random state it leaves to the main thread.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Batch:
         return own | self.checks
 
 
-class Batches:
-    """Makes a batch here (`sample`) or beside the caller (`start`, then `take`).
+class RolloutWorker:
+    """Makes a batch here (`sample`) or beside the caller (`start`, then `pop`).
 
     A context manager; what is under way at its end is stopped at the next finished group.
     """
@@ -63,7 +64,7 @@ class Batches:
         self._under_way: Future[Batch] | None = None
         self._scoring: Scoring | None = None
 
-    def __enter__(self) -> Batches:
+    def __enter__(self) -> RolloutWorker:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,16 +73,16 @@ class Batches:
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._scorer.shutdown(wait=True, cancel_futures=True)
 
-    def use(self, adapter: Adapter | None) -> None:
+    def set_adapter(self, adapter: Adapter | None) -> None:
         """The sampler on this version, or on the base, once it has sampled what it has in hand."""
-        self.settle()
-        self._sampler.use(adapter)
+        self.wait()
+        self._sampler.set_adapter(adapter)
         self._in_use = adapter
 
-    def serve(self, adapter: Adapter | None) -> None:
-        """As `use`; nothing is done where the sampler is on it already."""
+    def ensure_adapter(self, adapter: Adapter | None) -> None:
+        """As `set_adapter`; nothing is done where the sampler is on it already."""
         if adapter is None or adapter != self._in_use:
-            self.use(adapter)
+            self.set_adapter(adapter)
 
     def sample(self, prompts_N: Sequence[Prompt], params: SampleParams, version: int) -> Batch:
         """A batch of the adapter version in use.
@@ -93,26 +94,26 @@ class Batches:
         return self._make(Scoring(prompts_N, self._reward, self._scorer), params, version)
 
     def start(self, prompts_N: Sequence[Prompt], params: SampleParams, version: int) -> None:
-        """Begins a batch of the version in use; the sampler is the thread's until `settle`."""
+        """Begins a batch of the version in use; the sampler is the thread's until `wait`."""
         assert self._under_way is None, "one batch at a time"
         self._scoring = Scoring(prompts_N, self._reward, self._scorer)
         self._under_way = self._thread.submit(self._make, self._scoring, params, version)
 
-    def sample_beside(
+    def sample_in_thread(
         self, prompts_N: Sequence[Prompt], params: SampleParams, version: int
     ) -> Batch:
         """As `sample`, in the thread that batches ahead are sampled in, so that it rounds alike."""
         self.start(prompts_N, params, version)
-        batch = self.take()
+        batch = self.pop()
         assert batch is not None
         return batch
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Waits until the sampler is free. Raises what sampling has raised, if it has."""
         if self._under_way is not None:
             self._under_way.result()
 
-    def take(self) -> Batch | None:
+    def pop(self) -> Batch | None:
         """The batch that was started, once it is sampled; None: none was. Raises as `sample`."""
         if self._under_way is None:
             return None

@@ -1,7 +1,7 @@
 """Data sets -> prompts, rendered and tokenised once; and the seeded, resumable stream of them.
 
-The exam and the training rows share no question. What was dropped on the way is told in one line a
-data set (`PromptSets.notes`).
+The evaluation and the training rows share no question. What was dropped on the way is told in one
+line a data set (`PromptSets.notes`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HELD_OUT = "held_out"  # in data.eval: rows kept from the training sources
 
 @dataclass(frozen=True, slots=True)
 class PromptSets:
-    """The problems to train on and the exam.
+    """The problems to train on and the evaluation.
 
     Example: PromptSets(train=[Prompt(...)], eval=[Prompt(...)], notes=["gsm8k: 7473 of 7473 ..."])
     """
@@ -65,14 +65,14 @@ def load_prompts(
     max_new_tokens: int,
     seed: int,
     *,
-    max_exam_tokens: int | None = None,
+    max_eval_tokens: int | None = None,
     with_columns: bool = False,
 ) -> PromptSets:
     """Loads, cleans, splits and renders all data sets of a job.
 
-    Without data.eval, `data.held_out` rows make the exam: drawn by seed from the test parts of the
-    training sources that have one, and from the training rows of the others. With a source named
-    "held_out" in data.eval they come beside the other sets.
+    Without data.eval, `data.held_out` rows make the evaluation: drawn by seed from the test parts
+    of the training sources that have one, and from the training rows of the others. With a source
+    named "held_out" in data.eval they come beside the other sets.
 
     Args:
         data: the sources and how their questions are rendered.
@@ -80,7 +80,7 @@ def load_prompts(
         context_length: positions that the model takes, prompt and completion together.
         max_new_tokens: cap of a completion; the prompt must leave room for it.
         seed: of the rows held out.
-        max_exam_tokens: cap of a completion in the exam; None: max_new_tokens.
+        max_eval_tokens: cap of a completion in the evaluation; None: max_new_tokens.
         with_columns: keep the rows' columns in the prompts, for a reward that takes them.
 
     Raises:
@@ -112,12 +112,12 @@ def load_prompts(
         drawn = _held_out(pool, data.held_out, seed)
         collected.eval = [*(i for i in drawn if i.key not in eval_keys), *collected.eval]
     collected.drop_overlap()
-    exam_tokens = max_exam_tokens or max_new_tokens
+    eval_tokens = max_eval_tokens or max_new_tokens
     asked = [item.row.asked(with_system=True) for item in (*collected.train, *collected.eval)]
     markup = markup_note(asked, tokenizer) if data.template == "chat" else None
     return PromptSets(
         train=renderer.prompts(collected.train, context_length - max_new_tokens),
-        eval=renderer.prompts(collected.eval, context_length - exam_tokens),
+        eval=renderer.prompts(collected.eval, context_length - eval_tokens),
         notes=[*collected.notes(), *([markup] if markup else [])],
     )
 
@@ -162,24 +162,24 @@ class _Collected:
         return items
 
     def drop_overlap(self) -> None:
-        """Training rows whose question is in the exam go."""
+        """Training rows whose question is in the evaluation go."""
         eval_keys = {item.key for item in self.eval}
         eval_ids = {item.prompt_id for item in self.eval}
         num_before = len(self.train)
         kept = [item for item in self.train if item.key not in eval_keys]
         if num_before and not kept:
             raise UserError(
-                "no training row is left: the exam has all of their questions; give data.eval "
-                "another set, or lower data.held_out or the exam's num_rows"
+                "no training row is left: the evaluation has all of their questions; give "
+                "data.eval another set, or lower data.held_out or the evaluation's num_rows"
             )
         self.train = kept
         for role, loaded, items in self._accounts:
             shared = [item for item in items if item.key in eval_keys]
             held_out = sum(item.prompt_id in eval_ids for item in shared)
             if role == "train" and held_out:
-                loaded.dropped["held out for the exam"] = held_out
+                loaded.dropped["held out for the evaluation"] = held_out
             if role == "train" and len(shared) > held_out:
-                loaded.dropped["also in the exam"] = len(shared) - held_out
+                loaded.dropped["also in the evaluation"] = len(shared) - held_out
 
     def notes(self) -> list[str]:
         train_ids = {item.prompt_id for item in self.train}
@@ -294,8 +294,8 @@ def _check_lengths(
         who += f" (and {num_over - 1} more are too long)"
     if num_tokens > limit:
         raise UserError(
-            f"{who}: the model's context leaves {limit} beside sampling.max_tokens (in the exam "
-            "eval.max_tokens); lower that, or take the row out of the data"
+            f"{who}: the model's context leaves {limit} beside sampling.max_tokens (in the "
+            "evaluation eval.max_tokens); lower that, or take the row out of the data"
         )
     raise UserError(
         f"{who}, over data.max_prompt_tokens={max_prompt_tokens}; raise it, or take the row out of "

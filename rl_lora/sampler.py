@@ -18,7 +18,7 @@ OnGroup = Callable[[int, list[Completion]], None]  # index of the prompt, its G 
 class Sampler(Protocol):
     """Samples completions from the base model with the adapter in use."""
 
-    def use(self, adapter: Adapter | None) -> None:
+    def set_adapter(self, adapter: Adapter | None) -> None:
         """Samples from this adapter version from now on; None: from the base alone."""
 
     def sample(
@@ -38,7 +38,7 @@ class Sampler(Protocol):
         """Log-probs in nats at temperature 1 of tokens 1, 2, ... of each sequence given those
         before, under the adapter in use: one fewer than the sequence has tokens."""
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Gives memory back that only sampling needs; the next call takes it again."""
 
     def close(self) -> None:

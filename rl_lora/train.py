@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 from rl_lora.adapters.files import remove_old, save_adapter, saved_version
 from rl_lora.advantages import ADVANTAGES
 from rl_lora.batches import make_samples, pack
-from rl_lora.build import Job, check_run_folder, exam_identity, open_job
+from rl_lora.build import RunContext, check_run_folder, evaluation_identity, open_run
 from rl_lora.config import RunConfig
 from rl_lora.errors import StaleAdapterError
-from rl_lora.evaluation.best import best_exam, drop_best_after, keep_best
+from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
 from rl_lora.evaluation.contamination import contamination_notes
 from rl_lora.evaluation.evaluate import evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult, load_result
 from rl_lora.learner import Learner
-from rl_lora.nn.segments import SLACK
-from rl_lora.outcome import Outcome, exam_name, finished, result_of, summary
-from rl_lora.overlap import Batch, Batches, step_params
+from rl_lora.nn.segments import MAX_WASTED_PAIRS
+from rl_lora.outcome import Outcome, evaluation_name, finished, result_of, summary
+from rl_lora.overlap import Batch, RolloutWorker, step_params
 from rl_lora.policy import check_trainable
 from rl_lora.prompts import PromptSets, PromptStream
 from rl_lora.report.run_figures import draw_figures
@@ -29,15 +29,15 @@ from rl_lora.runs.checkpoint import checkpoint_steps, drop_after
 from rl_lora.runs.inputs import base_inputs, prompt_inputs
 from rl_lora.runs.lock import run_lock
 from rl_lora.runs.log import RunLog
-from rl_lora.runs.machine import SystemMeter
+from rl_lora.runs.machine import MachineMeter
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
-from rl_lora.runs.record import anchored, write_record
+from rl_lora.runs.record import with_absolute_paths, write_record
 from rl_lora.runs.snapshot import Start, find_start, load_snapshot, save_snapshot
 from rl_lora.samplers import cpu_memory
-from rl_lora.samplers.liveness import check_at_start, check_step, check_version, sample_ages
+from rl_lora.samplers.liveness import check_at_start, check_step, check_version, staleness_metrics
 from rl_lora.seeds import mix_seed
 from rl_lora.sft.warm_start import has_solutions, warm_start
-from rl_lora.storage.directories import disk_errors, whole_directory
+from rl_lora.storage.directories import atomic_directory, disk_errors
 from rl_lora.types import Adapter, Prompt, RolloutGroup, SampleParams
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Run:
     """The state of one run between steps: what a checkpoint holds, and where it is written."""
 
     def __init__(
-        self, job: Job, display: Display, folder: Path, inputs: dict[str, Any] | None = None
+        self, job: RunContext, display: Display, folder: Path, inputs: dict[str, Any] | None = None
     ) -> None:
         config = job.config
         self.job, self.display, self.folder = job, display, folder
@@ -62,7 +62,7 @@ class Run:
         )
         self.stream = PromptStream(job.prompts.train, config.run.seed)
         self.position = self.stream.state_dict()  # of the next step's prompts
-        self.batches = Batches(job.sampler, job.reward)
+        self.worker = RolloutWorker(job.sampler, job.reward)
         self.overlaps = config.sampling.overlap
         self.timer = PhaseTimer()
         self.step = 0  # steps done, which is the adapter's version
@@ -79,7 +79,7 @@ class Run:
             self.previous = self.adapter
         self.adapter = adapter
         if not self.overlaps:
-            self.batches.use(adapter)
+            self.worker.set_adapter(adapter)
         keep = {self.step, self.step - 1}
         if self.overlaps:  # what a run that is resumed from a checkpoint samples from first
             keep |= {step - 1 for step in checkpoint_steps(self.folder)}
@@ -91,23 +91,23 @@ class Run:
 
         Step k samples from version k - 1, with overlap from version k - 2 (the first from 0).
         """
-        job, batches, version = self.job, self.batches, self.step
+        job, worker, version = self.job, self.worker, self.step
         if not self.overlaps:
-            batch = batches.sample(*self._request(), version)
-        elif (batch_or_none := batches.take()) is not None:
+            batch = worker.sample(*self._request(), version)
+        elif (batch_or_none := worker.pop()) is not None:
             batch = batch_or_none
         else:  # this process's first: what was under way at a kill is sampled again
-            batches.serve(self.previous or self.adapter)
-            batch = batches.sample_beside(*self._request(), max(0, version - 1))
+            worker.ensure_adapter(self.previous or self.adapter)
+            batch = worker.sample_in_thread(*self._request(), max(0, version - 1))
         self.position = self.stream.state_dict()
         if self.overlaps:
-            batches.serve(self.adapter)
+            worker.ensure_adapter(self.adapter)
             probes, max_kl = job.prompts.eval[:4], job.config.sampling.max_kl
             batch = replace(batch, checks=check_version(job.policy, job.sampler, probes, max_kl))
         if self.overlaps and self.step + 1 < job.config.run.num_steps:
-            batches.start(*self._request(ahead=1), version)
+            worker.start(*self._request(ahead=1), version)
         else:
-            job.sampler.rest()  # the learner's turn
+            job.sampler.release_memory()  # the learner's turn
         return batch
 
     def _request(self, ahead: int = 0) -> tuple[list[Prompt], SampleParams]:
@@ -141,17 +141,17 @@ class Run:
             before = self.folder / "adapters" / f"v{self.step - 1:06d}"
             self.previous = saved_version(before, state["previous"])
 
-    def exam(self, name: str, *, adapter_off: bool = False) -> EvalResult:
-        """The held-out exam; a result that is already in the run folder is not made again."""
+    def evaluation(self, name: str, *, adapter_off: bool = False) -> EvalResult:
+        """The held-out evaluation; a result that is already in the run folder is not made again."""
         folder = self.folder / "eval"
         if (folder / f"{name}.json").is_file():
             return load_result(folder / f"{name}.json")
         config = self.job.config
         if adapter_off:
-            self.batches.use(None)
+            self.worker.set_adapter(None)
         else:
             with self.timer.phase("sample"):
-                self.batches.serve(self.adapter)
+                self.worker.ensure_adapter(self.adapter)
         prompts_N = self.job.prompts.eval
         with self.timer.phase("eval"):
             result = evaluate(
@@ -160,29 +160,29 @@ class Run:
                 self.job.reward,
                 config.eval,
                 max_tokens=config.sampling.max_tokens,
-                seed=mix_seed(config.run.seed, "exam"),
+                seed=mix_seed(config.run.seed, "evaluation"),
                 stop=config.sampling.stop,
                 step=None if adapter_off else self.step,
                 folder=folder,
                 name=name,
-                identity=exam_identity(self.job, None if adapter_off else self.adapter),
+                identity=evaluation_identity(self.job, None if adapter_off else self.adapter),
                 notes=contamination_notes(config.model, (prompt.source for prompt in prompts_N)),
                 restart=True,  # what another history of the run left is worth nothing
-                on_progress=self.display.exam,
+                on_progress=self.display.evaluation,
             )
-        self.display.exam_result(name, result)
+        self.display.evaluation_result(name, result)
         return result
 
     def keep_best(self) -> None:
-        """RUN/best, if the present step's exam is the best one."""
+        """RUN/best, if the present step's evaluation is the best one."""
         adapter = self.folder / "adapters" / f"v{self.step:06d}"
-        if (choice := keep_best(self.folder, adapter, self.step)) is not None and self.step:
-            self.display.note(f"best so far: step {choice.step}, accuracy {choice.accuracy:.1%}")
+        if (best := keep_best(self.folder, adapter, self.step)) is not None and self.step:
+            self.display.note(f"best so far: step {best.step}, accuracy {best.accuracy:.1%}")
 
     def learn(self, groups_N: list[RolloutGroup]) -> dict[str, float]:
         """Advantages, microbatches, optimizer step, and the check that the sampler was right."""
         config, policy = self.job.config, self.job.policy
-        ages = sample_ages(groups_N, self.step, max_age=int(self.overlaps))
+        staleness = staleness_metrics(groups_N, self.step, max_staleness=int(self.overlaps))
         rewards_N_G, kl = self.learner.penalised_rewards(groups_N, config.optim.microbatch_tokens)
         advantages_N_G = ADVANTAGES[config.algorithm.advantage](rewards_N_G)
         updates = pack(
@@ -193,13 +193,15 @@ class Run:
             num_updates=config.optim.num_updates,
             share_prompts=config.optim.share_prompts and policy.can_share_prompts,
             keep_zero_advantage=config.algorithm.kl == "loss",
-            slack=SLACK.get(policy.device.type, 0),
+            max_wasted_pairs=MAX_WASTED_PAIRS.get(policy.device.type, 0),
         )
         metrics = self.learner.update(updates)
         cpu_memory.trim()
-        if not ages["rollouts/age_max"]:  # older ones: `next_batch` has checked the sampler
+        if not staleness[
+            "rollouts/staleness_max"
+        ]:  # older ones: `next_batch` has checked the sampler
             check_step(metrics, policy.dtype, config.sampling.max_kl)
-        return metrics | kl | ages
+        return metrics | kl | staleness
 
 
 def train(
@@ -223,7 +225,7 @@ def train(
         StaleAdapterError: the sampler does not sample from the learner's weights.
     """
     check_trainable(config.model, config.lora)
-    config = anchored(config)
+    config = with_absolute_paths(config)
     folder = config.run.folder
     with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
         check_run_folder(folder)
@@ -251,15 +253,15 @@ def train(
                 resume_step=start.log_step,
                 config=config.model_dump(mode="json"),
             ) as log,
-            open_job(
+            open_run(
                 config, on_loaded=on_loaded, on_note=display.note, on_progress=display.sampling
             ) as job,
         ):
             run = Run(job, display, folder, found)
             prepare(run, start)
-            before = _first_exam(run, log)
+            before = _first_evaluation(run, log)
             loop(run, log)
-            after = _last_exam(run, log)
+            after = _last_evaluation(run, log)
             _finish(run)
         draw_figures(folder)
         outcome = Outcome(folder, before, after)
@@ -295,7 +297,7 @@ def prepare(run: Run, start: Start) -> None:
     if start.checkpoint is None:
         run.save()
     else:
-        run.keep_best()  # a kill may have come between an exam and this
+        run.keep_best()  # a kill may have come between an evaluation and this
 
 
 def _warm_up(run: Run) -> None:
@@ -310,7 +312,7 @@ def _warm_up(run: Run) -> None:
         )
         return
     if not job.policy.is_full:
-        run.exam("base", adapter_off=True)
+        run.evaluation("base", adapter_off=True)
     with (
         RunLog(run.folder, resume_step=-1, metrics_file="warm_start.jsonl") as log,
         run.timer.phase("warm_start"),
@@ -329,7 +331,7 @@ def loop(run: Run, log: RunLog) -> None:
     timer, config = run.timer, run.job.config.run
     run.display.stage("training", config.num_steps, run.step)
     timer.take()
-    with SystemMeter() as meter, run.batches:
+    with MachineMeter() as meter, run.worker:
         while run.step < config.num_steps:
             with timer.phase("sample"):
                 batch = run.next_batch()
@@ -341,8 +343,8 @@ def loop(run: Run, log: RunLog) -> None:
             with timer.phase("publish"):
                 run.publish()
             metrics = rollout_metrics(groups_N) | stats | batch.metrics()
-            if has_exam := bool(config.eval_every) and run.step % config.eval_every == 0:
-                metrics |= run.exam(exam_name(run.step)).metrics()
+            if has_evaluation := bool(config.eval_every) and run.step % config.eval_every == 0:
+                metrics |= run.evaluation(evaluation_name(run.step)).metrics()
             metrics |= timer.take() | memory_metrics() | meter.take()
             metrics |= speed_metrics(metrics)
             log.transcripts(run.step, groups_N)
@@ -350,31 +352,35 @@ def loop(run: Run, log: RunLog) -> None:
             run.display.step(run.step, metrics)
             is_last = run.step == config.num_steps
             # RUN/best is never of a step that a resumed run goes through again.
-            if run.step % config.checkpoint_every == 0 or is_last or (has_exam and _is_best(run)):
+            if (
+                run.step % config.checkpoint_every == 0
+                or is_last
+                or (has_evaluation and _is_best(run))
+            ):
                 run.save()
-            if has_exam:
+            if has_evaluation:
                 run.keep_best()
 
 
 def _is_best(run: Run) -> bool:
-    best = best_exam(run.folder, run.step)
+    best = best_evaluation(run.folder, run.step)
     return best is not None and best.step == run.step
 
 
-def _first_exam(run: Run, log: RunLog) -> EvalResult | None:
+def _first_evaluation(run: Run, log: RunLog) -> EvalResult | None:
     """The policy before RL; for the trackers it is the curve's point at step 0."""
     if run.step > 0:
-        return result_of(run.folder, exam_name(0))
-    result = run.exam(exam_name(0))
+        return result_of(run.folder, evaluation_name(0))
+    result = run.evaluation(evaluation_name(0))
     log.track(0, result.metrics())
     run.keep_best()
     return result
 
 
-def _last_exam(run: Run, log: RunLog) -> EvalResult:
-    """The policy at the end, if the loop has not examined it."""
-    is_new = result_of(run.folder, exam_name(run.step)) is None
-    result = run.exam(exam_name(run.step))
+def _last_evaluation(run: Run, log: RunLog) -> EvalResult:
+    """The policy at the end, if the loop has not evaluated it."""
+    is_new = result_of(run.folder, evaluation_name(run.step)) is None
+    result = run.evaluation(evaluation_name(run.step))
     if is_new:
         log.track(run.step, result.metrics())
         run.keep_best()
@@ -386,6 +392,6 @@ def _finish(run: Run) -> None:
     expected = run.inputs["base"]["fingerprint"]
     if not run.job.policy.is_full and run.job.policy.base_fingerprint() != expected:
         raise StaleAdapterError("the base model's weights changed during the run")
-    with whole_directory(run.folder / "adapter") as scratch:
+    with atomic_directory(run.folder / "adapter") as scratch:
         last = run.folder / "adapters" / f"v{run.step:06d}"
         shutil.copytree(last, scratch, dirs_exist_ok=True)

@@ -15,7 +15,7 @@ from rewards import Score
 if TYPE_CHECKING:
     import torch
 
-from rl_lora.nn.segments import Layout
+from rl_lora.nn.segments import AttentionLayout
 
 __all__ = [
     "Adapter",
@@ -138,7 +138,7 @@ class Microbatch:
 
     token_ids_BT: torch.Tensor  # int64; padding holds 0, and no real token looks at it
     position_BT: torch.Tensor | None  # int64; None: 0, 1, 2, ... in every row
-    layout: Layout | None  # who sees whom in the one row; None: plain causal attention
+    layout: AttentionLayout | None  # who sees whom in the one row; None: plain causal attention
     row_C: torch.Tensor  # int64, row of token_ids_BT
     column_C: torch.Tensor  # int64, position whose hidden state predicts the token
     target_ids_C: torch.Tensor  # int64
@@ -154,7 +154,7 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A published version of the policy's weights: what `sampler.use` takes.
+    """A published version of the policy's weights: what `Sampler.set_adapter` takes.
 
     Example: Adapter(version=3, name="quickstart-v000003", path=Path("runs/q/adapters/v000003"),
     fingerprint="9f2c...", rank=1, is_full=False)

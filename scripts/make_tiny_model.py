@@ -26,7 +26,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(
-        f"{arguments.directory}: accuracy {accuracy:.1%} on {recipe.num_exam} held-out problems, "
+        f"{arguments.directory}: accuracy {accuracy:.1%} on {recipe.num_eval} held-out problems, "
         f"one sample each at temperature 1; {time.monotonic() - started:.0f} s"
     )
     return 0

@@ -3,7 +3,7 @@
 import pytest
 
 from rl_lora.batches import pack
-from rl_lora.nn.segments import Layout
+from rl_lora.nn.segments import AttentionLayout
 from rl_lora.types import Microbatch, TrainSample
 
 
@@ -112,7 +112,7 @@ def test_completions_of_one_prompt_share_it_in_one_row_without_padding() -> None
     ]  # fmt: skip
 
 
-def seen_by_token(layout: Layout, num_tokens: int) -> list[set[int]]:
+def seen_by_token(layout: AttentionLayout, num_tokens: int) -> list[set[int]]:
     """Which tokens each token of the row sees, read back from the buckets."""
     by_output = []
     for bucket in layout.buckets:

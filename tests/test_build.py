@@ -37,7 +37,7 @@ def test_refused_before_data_and_model_are_read(
     monkeypatch.setattr(policy, "pick_device", lambda _: torch.device(device))
     raw: dict[str, Any] = {"data": "no-such-file.jsonl", "model": {}, **settings}
     raw["model"]["name"] = "tiny-fast"
-    with pytest.raises(UserError, match=told), job.open_job(parse_config(raw)):
+    with pytest.raises(UserError, match=told), job.open_run(parse_config(raw)):
         pass
 
 

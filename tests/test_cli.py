@@ -213,7 +213,7 @@ def test_train_then_eval_the_run_any_adapter_and_the_base(
     run = tmp_path / "smoke"
     assert cli.main(["eval", str(run), "--name", "own"]) == 0
     assert cli.main(["eval", str(run), "--name", "base", "--adapter", "none"]) == 0
-    rows = write_rows(tmp_path / "exam.jsonl", sums(6))
+    rows = write_rows(tmp_path / "evaluation.jsonl", sums(6))
     assert cli.main(["eval", str(run), "--name", "other", f"data.eval={rows}"]) == 0
     own, base, other = (
         json.loads((run / "eval" / f"{name}.json").read_text()) for name in ("own", "base", "other")
@@ -262,12 +262,12 @@ def write_fitting_adapter(folder: Path, **lora: object) -> Path:
     return save_adapter(policy, folder, version=1, run_name="other").path
 
 
-def test_a_paired_exam_its_comparison_and_grading(
+def test_a_paired_evaluation_its_comparison_and_grading(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(smoke(tmp_path)) == 0
     run = tmp_path / "smoke"
-    rows = write_rows(tmp_path / "exam.jsonl", sums(6))
+    rows = write_rows(tmp_path / "evaluation.jsonl", sums(6))
     other = write_fitting_adapter(tmp_path / "other", rank=3, alpha=8.0, layers="mlp")
     options = [f"data.eval={rows}", "eval.temperature=1.0", "eval.num_samples=2", "--name", "pair"]
     for against in ("base", str(other)):
@@ -288,13 +288,13 @@ def test_a_paired_exam_its_comparison_and_grading(
     assert not list((run / "eval").glob(".*_adapter"))  # the fitted copies are gone
 
 
-def test_an_exam_goes_on_is_refused_or_started_over(
+def test_an_evaluation_goes_on_is_refused_or_started_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = write_rows(tmp_path / "exam.jsonl", sums(4))
+    rows = write_rows(tmp_path / "evaluation.jsonl", sums(4))
     command = ["eval", SMOKE, *SHORT, f"run.output_dir={tmp_path}", f"data.eval={rows}"]
     assert cli.main(command) == 0
-    file = tmp_path / "smoke" / "eval" / "exam.jsonl.gz"
+    file = tmp_path / "smoke" / "eval" / "evaluation.jsonl.gz"
     before = file.read_bytes()
     assert cli.main(command) == 0
     assert file.read_bytes() == before  # complete: nothing is sampled again
@@ -302,7 +302,7 @@ def test_an_exam_goes_on_is_refused_or_started_over(
     assert "max_tokens = 16, not 8" in line
     assert "--overwrite" in line
     assert cli.main([*command, "eval.max_tokens=8", "--overwrite"]) == 0
-    assert read_lines(file)[0]["exam"]["max_tokens"] == 8
+    assert read_lines(file)[0]["evaluation"]["max_tokens"] == 8
     more = write_rows(tmp_path / "more.jsonl", sums(5))
     command = ["eval", SMOKE, *SHORT, f"run.output_dir={tmp_path}", f"data.eval={more}"]
     assert cli.main([*command, "--name", "more"]) == 0
@@ -310,7 +310,7 @@ def test_an_exam_goes_on_is_refused_or_started_over(
     assert "are not of the same problems" in line
 
 
-def test_best_without_an_exam_is_refused(
+def test_best_without_an_evaluation_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(smoke(tmp_path)) == 0

@@ -19,7 +19,7 @@ from rl_lora.batches import pack, to_device
 from rl_lora.config import AlgorithmSection, LoraSection, ModelSection, OptimSection, load_config
 from rl_lora.learner import Learner
 from rl_lora.nn import token_logprobs as logprobs
-from rl_lora.nn.segments import SLACK
+from rl_lora.nn.segments import MAX_WASTED_PAIRS
 from rl_lora.planning.memory import machine_bytes
 from rl_lora.policy import Policy, pick_device
 from rl_lora.runs.train_state import rng_state
@@ -59,7 +59,7 @@ def batches(*, share_prompts: bool, tokens: int = 128) -> list[Microbatch]:
         max_tokens=32,
         microbatch_tokens=tokens,
         share_prompts=share_prompts,
-        slack=SLACK["cuda"],
+        max_wasted_pairs=MAX_WASTED_PAIRS["cuda"],
     )
     return update
 

@@ -15,11 +15,11 @@ from rl_lora import build as job
 from rl_lora.adapters.files import load_tensors, saved_version
 from rl_lora.config import RunConfig, load_config
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.overlap import Batches
+from rl_lora.overlap import RolloutWorker
 from rl_lora.policy import Policy
 from rl_lora.runs.log import RunLog
 from rl_lora.sampler import OnGroup
-from rl_lora.samplers.liveness import sample_ages
+from rl_lora.samplers.liveness import staleness_metrics
 from rl_lora.samplers.torch_sampler import TorchSampler
 from rl_lora.train import Run, train
 from rl_lora.types import Adapter, Completion, Prompt, RolloutGroup, SampleParams
@@ -52,7 +52,7 @@ class OwnWeights(TorchSampler):
         self.num_rests = 0
         self.is_stuck_at: int | None = None
 
-    def use(self, adapter: Adapter | None) -> None:
+    def set_adapter(self, adapter: Adapter | None) -> None:
         assert not self.lock.locked()
         stuck = self.is_stuck_at is not None and adapter and adapter.version >= self.is_stuck_at
         if adapter is not None and not stuck:
@@ -61,7 +61,7 @@ class OwnWeights(TorchSampler):
             assert adapter is not None
             self._version = adapter.version  # and the weights are of another one
         else:
-            super().use(adapter)
+            super().set_adapter(adapter)
 
     def sample(
         self,
@@ -85,7 +85,7 @@ class OwnWeights(TorchSampler):
         assert not self.lock.locked()
         return super().token_logprobs(token_ids_N)
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         assert not self.lock.locked()
         self.num_rests += 1
 
@@ -123,8 +123,8 @@ def test_a_batch_is_sampled_while_the_one_before_is_learned_from(
     monkeypatch.setattr(OwnWeights, "on_batch", on_batch)
     train(config(tmp_path, "run.eval_every=2"), quiet=True)
     rows = metrics_of(tmp_path / "smoke")
-    assert [row["rollouts/age_mean"] for row in rows] == [0, 1, 1, 1]
-    assert [row["rollouts/age_max"] for row in rows] == [0, 1, 1, 1]
+    assert [row["rollouts/staleness_mean"] for row in rows] == [0, 1, 1, 1]
+    assert [row["rollouts/staleness_max"] for row in rows] == [0, 1, 1, 1]
     (sampler,) = samplers
     assert [version for version, _ in sampler.calls] == [0, 0, 1, 2]  # four batches, none wasted
     assert len({seed for _, seed in sampler.calls}) == 4
@@ -208,7 +208,7 @@ class Endless(FakeSampler):
 
 def test_the_end_of_a_run_ends_the_sampling() -> None:
     sampler = Endless(lambda prompt, index: "7")
-    with Batches(sampler, FakeReward()) as batches:
+    with RolloutWorker(sampler, FakeReward()) as batches:
         batches.start([make_prompt()], PARAMS, -1)
         while not sampler.calls:
             time.sleep(0.01)
@@ -216,30 +216,30 @@ def test_the_end_of_a_run_ends_the_sampling() -> None:
 
 
 def test_a_batch_of_another_version_is_refused_whoever_waits_for_it() -> None:
-    with Batches(FakeSampler(lambda prompt, index: "7"), FakeReward()) as batches:
-        assert batches.take() is None
+    with RolloutWorker(FakeSampler(lambda prompt, index: "7"), FakeReward()) as batches:
+        assert batches.pop() is None
         batches.start([make_prompt()], PARAMS, 5)
         with pytest.raises(StaleAdapterError, match="version 5 was asked for"):
-            batches.settle()
+            batches.wait()
         with pytest.raises(StaleAdapterError):
-            batches.take()
+            batches.pop()
 
 
 def test_ages_are_counted_and_limited() -> None:
     old, new = (make_rollout(1.0, adapter_version=version) for version in (3, 4))
     group = RolloutGroup(make_group([0.0]).prompt, (old, new, new, new))
-    assert sample_ages([group], 4, max_age=1) == {
-        "rollouts/age_mean": 0.25,
-        "rollouts/age_max": 1.0,
+    assert staleness_metrics([group], 4, max_staleness=1) == {
+        "rollouts/staleness_mean": 0.25,
+        "rollouts/staleness_max": 1.0,
     }
     with pytest.raises(
-        StaleAdapterError, match="ages 0 to 1 for policy version 4, and ages 0 to 0"
+        StaleAdapterError, match="staleness 0 to 1 for policy version 4, and staleness 0 to 0"
     ):
-        sample_ages([group], 4, max_age=0)
-    with pytest.raises(StaleAdapterError, match="ages 1 to 2 for policy version 5"):
-        sample_ages([group], 5, max_age=1)
-    with pytest.raises(StaleAdapterError, match="ages -1 to 0 for policy version 3"):
-        sample_ages([group], 3, max_age=1)
+        staleness_metrics([group], 4, max_staleness=0)
+    with pytest.raises(StaleAdapterError, match="staleness 1 to 2 for policy version 5"):
+        staleness_metrics([group], 5, max_staleness=1)
+    with pytest.raises(StaleAdapterError, match="staleness -1 to 0 for policy version 3"):
+        staleness_metrics([group], 3, max_staleness=1)
 
 
 def test_overlap_needs_a_sampler_with_its_own_weights(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_real_vllm_samples_beside_the_learner_and_resumes(
     pytest.importorskip("vllm")
     if torch.cuda.is_available():
         pytest.skip("rounding on a GPU depends on the batch")
-    make, has_drawn = Batches._make, []
+    make, has_drawn = RolloutWorker._make, []
 
     def make_and_look(*args: Any) -> Any:
         """The thread leaves PyTorch's random state alone, which nothing in it puts back."""
@@ -263,14 +263,14 @@ def test_real_vllm_samples_beside_the_learner_and_resumes(
         has_drawn.append(not torch.equal(torch.get_rng_state(), before))
         return batch
 
-    monkeypatch.setattr(Batches, "_make", make_and_look)
+    monkeypatch.setattr(RolloutWorker, "_make", make_and_look)
     options = ["sampling.max_num_seqs=16", "sampling.max_tokens=24"]
     train(config(tmp_path, "run.num_steps=3", "run.name=whole", *options), quiet=True)
     assert has_drawn == [False] * 3
     train(config(tmp_path, "run.num_steps=2", "run.name=parts", *options), quiet=True)
     train(config(tmp_path, "run.num_steps=3", "run.name=parts", *options), resume=True, quiet=True)
     rows, again = (metrics_of(tmp_path / name) for name in ("whole", "parts"))
-    assert [row["rollouts/age_max"] for row in rows] == [0, 1, 1]
+    assert [row["rollouts/staleness_max"] for row in rows] == [0, 1, 1]
     assert rows[0]["mismatch/kl"] < 1e-7
     assert all(row["mismatch/live_abs_mean"] < 1e-4 for row in rows)
     for row, same in zip(rows, again, strict=True):

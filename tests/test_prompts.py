@@ -1,4 +1,4 @@
-"""Rows -> prompts rendered once, train and exam apart, and the resumable stream."""
+"""Rows -> prompts rendered once, train and evaluation apart, and the resumable stream."""
 
 from __future__ import annotations
 
@@ -139,18 +139,19 @@ def test_the_same_problem_is_known_again(one: str, other: str) -> None:
     assert question_key(one) == question_key(other)
 
 
-def test_look_alikes_in_training_set_and_exam_are_all_asked(tmp_path: Path) -> None:
+def test_look_alikes_in_training_set_and_evaluation_are_all_asked(tmp_path: Path) -> None:
     pairs = [("Compute 5²", "Compute 52"), ("1 1/2 as a decimal", "11/2 as a decimal"),
              ("What is 5!", "What is 5?"), ("Find X", "Find x")]  # fmt: skip
     train = write_rows(tmp_path / "train.jsonl", [one for one, _ in pairs])
-    exam = write_rows(tmp_path / "exam.jsonl", [other for _, other in pairs])
-    sets = load(train=train, eval=exam)
+    evaluation = write_rows(tmp_path / "evaluation.jsonl", [other for _, other in pairs])
+    sets = load(train=train, eval=evaluation)
     assert (len(sets.train), len(sets.eval)) == (4, 4)
     both = write_rows(tmp_path / "both.jsonl", [text for pair in pairs for text in pair])
     assert len(load(train=both, held_out=1).train) == 7
 
 
-# --- train and exam -------------------------------------------------------------------------------
+# --- train and evaluation
+# -------------------------------------------------------------------------------
 
 
 def keys(prompts: list[Prompt]) -> set[str]:
@@ -164,18 +165,18 @@ def test_held_out_rows_follow_the_seed(tmp_path: Path) -> None:
     assert keys(first.eval) != keys(other.eval)
     assert (len(first.train), len(first.eval)) == (30, 10)
     assert not keys(first.train) & keys(first.eval)
-    assert first.notes == ["m (train): 30 of 40 rows; dropped: 10 held out for the exam"]
+    assert first.notes == ["m (train): 30 of 40 rows; dropped: 10 held out for the evaluation"]
 
 
-def test_training_questions_that_the_exam_has_are_dropped_and_counted(tmp_path: Path) -> None:
+def test_training_questions_that_the_evaluation_has_are_dropped_and_counted(tmp_path: Path) -> None:
     train = write_rows(tmp_path / "a" / "train.jsonl", [*numbered(4), "A  shared question."])
-    exam = write_rows(tmp_path / "b" / "test.jsonl", ["A shared question", "another"])
-    sets = load(train=train, eval=exam)
+    evaluation = write_rows(tmp_path / "b" / "test.jsonl", ["A shared question", "another"])
+    sets = load(train=train, eval=evaluation)
     assert [prompt.prompt_id for prompt in sets.train] == ["a/0", "a/1", "a/2", "a/3"]
     assert [prompt.prompt_id for prompt in sets.eval] == ["b-eval/0", "b-eval/1"]
     assert sets.notes == [
         "b (eval): 2 of 2 rows",
-        "a (train): 4 of 5 rows; dropped: 1 also in the exam",
+        "a (train): 4 of 5 rows; dropped: 1 also in the evaluation",
     ]
 
 
@@ -202,12 +203,12 @@ def test_ids_are_unique_over_sources_of_one_name(tmp_path: Path) -> None:
 def test_later_training_set_loses_what_an_earlier_one_has(tmp_path: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", numbered(5))
     two = write_rows(tmp_path / "two.jsonl", numbered(8))
-    sets = load(train=(one, two), eval=write_rows(tmp_path / "exam.jsonl", ["other"]))
+    sets = load(train=(one, two), eval=write_rows(tmp_path / "evaluation.jsonl", ["other"]))
     assert Counter(prompt.source for prompt in sets.train) == {"one": 5, "two": 3}
     assert "two (train): 3 of 8 rows; dropped: 5 in an earlier set" in sets.notes
 
 
-def test_overlapping_exams_stay_whole(tmp_path: Path) -> None:
+def test_overlapping_evaluations_stay_whole(tmp_path: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", numbered(5))
     two = write_rows(tmp_path / "two.jsonl", numbered(8))
     sets = load(eval=(one, two))
@@ -216,7 +217,7 @@ def test_overlapping_exams_stay_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_generated_training_set_and_exam_share_no_question(seed: int) -> None:
+def test_generated_training_set_and_evaluation_share_no_question(seed: int) -> None:
     small = {"name": "generated:chain_sum", "num_rows": 90, "options": {"max_digits": 1}}
     sets = load(train=small, eval={**small, "seed": seed})
     assert len(sets.train) == len(sets.eval) == 90
@@ -261,10 +262,10 @@ def test_no_data_set_at_all() -> None:
     assert "name no data set" in error_of()
 
 
-def test_held_out_rows_beside_a_named_exam(tmp_path: Path) -> None:
+def test_held_out_rows_beside_a_named_evaluation(tmp_path: Path) -> None:
     train = write_rows(tmp_path / "pool.jsonl", numbered(20))
-    exam = write_rows(tmp_path / "named.jsonl", [*numbered(2), *numbered(3, "other")])
-    sets = load(train=train, eval=["held_out", exam], held_out=6)
+    evaluation = write_rows(tmp_path / "named.jsonl", [*numbered(2), *numbered(3, "other")])
+    sets = load(train=train, eval=["held_out", evaluation], held_out=6)
 
     def questions(prompts: list[Prompt]) -> set[str]:
         assert len({prompt.question for prompt in prompts}) == len(prompts)  # asked once each
@@ -277,7 +278,7 @@ def test_held_out_rows_beside_a_named_exam(tmp_path: Path) -> None:
     assert questions(sets.eval) == named | drawn
     assert Counter(prompt.source for prompt in sets.eval)["named"] == 5
     assert questions(sets.train) == set(numbered(20)) - named - drawn
-    assert questions(load(train=train, eval=[exam]).train) == set(numbered(20)) - named
+    assert questions(load(train=train, eval=[evaluation]).train) == set(numbered(20)) - named
     with pytest.raises(UserError, match=r"data\.train has no rows to keep"):
         load(eval=["held_out"])
 
@@ -287,7 +288,7 @@ def test_held_out_must_leave_rows(tmp_path: Path) -> None:
     assert "data.held_out=5 leaves nothing of the 5 rows" in error_of(train=path, held_out=5)
 
 
-def test_exam_that_holds_every_training_question(tmp_path: Path) -> None:
+def test_evaluation_that_holds_every_training_question(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "m.jsonl", numbered(5))
     assert "no training row is left" in error_of(train=path, eval=path)
 
@@ -369,13 +370,13 @@ def test_real_gsm8k_folder(shared_dir: Path) -> None:
     assert sets.train[0].solution.endswith("\n\\boxed{72}")
 
 
-def test_real_math_training_set_loses_the_two_problems_of_the_exam(shared_dir: Path) -> None:
+def test_real_math_training_set_loses_the_two_problems_of_the_evaluation(shared_dir: Path) -> None:
     folder = shared_dir / "data" / "math"
     sets = load(
         5000, train=str(folder / "rllm_train" / "math.json"), eval=str(folder / "test.jsonl")
     )
     assert (len(sets.train), len(sets.eval)) == (7467, 5000)
-    assert "2 also in the exam" in sets.notes[1]
+    assert "2 also in the evaluation" in sets.notes[1]
 
 
 # --- special tokens in the data -------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rl_lora.adapters.files import load_tensors
-from rl_lora.build import open_job
+from rl_lora.build import open_run
 from rl_lora.config import RunConfig, load_config
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.runs.checkpoint import latest_checkpoint
@@ -218,8 +218,8 @@ def test_all_tied_steps_are_counted_and_the_run_goes_on(tmp_path: Path) -> None:
 class StaleSampler(TorchSampler):
     """Goes on with the first version's log-probs, and says that it has the newest."""
 
-    def use(self, adapter: Adapter | None) -> None:
-        super().use(adapter)
+    def set_adapter(self, adapter: Adapter | None) -> None:
+        super().set_adapter(adapter)
         if adapter is not None and adapter.version >= 1:
             self._stale = True
 
@@ -256,6 +256,6 @@ def test_bad_input_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
 
 
 def test_the_job_closes_what_it_opened(tmp_path: Path) -> None:
-    with open_job(smoke(tmp_path)) as job:
+    with open_run(smoke(tmp_path)) as job:
         assert isinstance(job.sampler, TorchSampler)
         assert len(job.prompts.eval) == 8

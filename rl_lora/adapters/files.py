@@ -31,7 +31,7 @@ from rl_lora.models.resolve import list_models
 from rl_lora.nn.experts import expert_rank, num_active_experts
 from rl_lora.nn.variants import scaling_of, served_alpha, served_rank
 from rl_lora.policy import Policy
-from rl_lora.storage.directories import whole_directory
+from rl_lora.storage.directories import atomic_directory
 from rl_lora.types import Adapter
 
 OLD_ADAPTER_FILE = "adapter_model.bin"  # as PEFT wrote it before safetensors
@@ -82,7 +82,7 @@ def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) 
         "trained_as": {"variant": policy.lora.variant, "rank": policy.lora.rank},
     }
     try:
-        with whole_directory(adapter.path) as scratch:
+        with atomic_directory(adapter.path) as scratch:
             if adapter.is_full:
                 save_file(tensors, scratch / FULL_FILE, metadata={"format": "pt"})
             else:

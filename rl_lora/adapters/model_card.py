@@ -33,7 +33,8 @@ class AdapterFacts:
     """What an adapter directory and its run folder tell.
 
     Example: AdapterFacts(base_model="Qwen/Qwen3-8B-Base", rank=1, alpha=32.0,
-    target_modules=("down_proj", "q_proj"), config=RunConfig(...), exams={"base": EvalResult(...)})
+    target_modules=("down_proj", "q_proj"), config=RunConfig(...), evaluations={"base":
+    EvalResult(...)})
     """
 
     base_model: str
@@ -46,7 +47,7 @@ class AdapterFacts:
     is_peft: bool = True  # whether PEFT loads it
     num_steps: int | None = None  # optimizer steps that made it
     config: RunConfig | SftConfig | None = None  # None: an adapter outside a run folder
-    exams: dict[str, EvalResult] | None = None  # by the policy examined
+    evaluations: dict[str, EvalResult] | None = None  # by the policy evaluated
 
     @property
     def base_hub_id(self) -> str | None:
@@ -74,11 +75,11 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
     rank = peft_rank(peft, manifest)
     run_folder = _run_folder(adapter_dir)
     config: RunConfig | SftConfig | None = None
-    exams = None
+    evaluations = None
     if run_folder is not None:
         raw = (_read_json(run_folder / "run.json") or {}).get("config", {})
         config = parse_as(SftConfig, raw) if "sft" in raw else parse_config(raw)
-        exams = _exams(run_folder / "eval", int(manifest.get("version", -1)))
+        evaluations = _evaluations(run_folder / "eval", int(manifest.get("version", -1)))
     return AdapterFacts(
         base_model=manifest.get("base_model") or peft.get("base_model_name_or_path") or "unknown",
         rank=rank,
@@ -90,7 +91,7 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
         trained_rank=trained.get("rank"),
         num_steps=manifest.get("version"),
         config=config,
-        exams=exams,
+        evaluations=evaluations,
     )
 
 
@@ -113,8 +114,8 @@ def card_text(facts: AdapterFacts, *, merged: bool = False) -> str:
         "|---|---|",
         *(f"| {key} | {value} |" for key, value in _table(facts, base).items()),
     ]
-    if facts.exams:
-        lines += ["", "## Held-out accuracy", "", *_exam_lines(facts.exams)]
+    if facts.evaluations:
+        lines += ["", "## Held-out accuracy", "", *_evaluation_lines(facts.evaluations)]
     if merged or facts.is_peft:
         lines += ["", "## Use", "", "```python", *_usage(base, merged=merged), "```", ""]
     else:
@@ -184,13 +185,13 @@ def _variant_rows(facts: AdapterFacts) -> dict[str, str]:
     return {"variant": VARIANT_NAMES[facts.variant] + served.get(facts.variant, start)}
 
 
-def _exam_lines(exams: dict[str, EvalResult]) -> list[str]:
+def _evaluation_lines(evaluations: dict[str, EvalResult]) -> list[str]:
     lines = ["| policy | accuracy | interval | problems |", "|---|---|---|---|"]
-    for name, exam in exams.items():
-        total = exam.total
+    for name, evaluation in evaluations.items():
+        total = evaluation.total
         lines.append(
             f"| {name} | {total.accuracy:.1%} | {total.accuracy_low:.1%} to "
-            f"{total.accuracy_high:.1%} ({exam.confidence:.0%}, {exam.interval}) | "
+            f"{total.accuracy_high:.1%} ({evaluation.confidence:.0%}, {evaluation.interval}) | "
             f"{total.num_problems} x {total.num_samples} |"
         )
     return lines
@@ -212,8 +213,9 @@ def _usage(base: str, *, merged: bool) -> list[str]:
     ]
 
 
-def _exams(folder: Path, version: int) -> dict[str, EvalResult]:
-    """The base's exam, the one before the first step, and the one of the adapter's version."""
+def _evaluations(folder: Path, version: int) -> dict[str, EvalResult]:
+    """The base's evaluation, the one before the first step, and the one of the adapter's
+    version."""
     files = {
         "base model": folder / "base.json",
         "before RL": folder / "step_000000.json",

@@ -25,7 +25,7 @@ from rl_lora.adapters.peft_files import (
     peft_settings,
 )
 from rl_lora.errors import UserError
-from rl_lora.models.shapes import has_own_head, lay_out
+from rl_lora.models.shapes import build_on_meta, has_own_head
 from rl_lora.nn.experts import split_experts
 from rl_lora.nn.variants import merged_dora
 
@@ -74,7 +74,7 @@ def load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> Pat
     if is_other and not is_directory(str(named), model_dir):
         raise UserError(f"adapter {adapter_dir} belongs to base model {named!r}, not {base_name!r}")
     config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    model: Any = lay_out(config)
+    model: Any = build_on_meta(config)
     embedding, head = (
         next(f"{n}.weight" for n, m in model.named_modules() if m is module)
         for module in (model.get_input_embeddings(), model.get_output_embeddings())

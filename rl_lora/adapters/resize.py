@@ -47,7 +47,7 @@ def common_settings(adapter_dirs: list[Path]) -> dict[str, Any]:
     if len(found) > 1 and any(one["variant"] == "dora" for one in settings):
         raise UserError(
             f"{' and '.join(map(str, found))}: a DoRA adapter shares no engine with another one; "
-            "examine them one by one, then `rl-lora compare`"
+            "evaluate them one by one, then `rl-lora compare`"
         )
     kinds = {_layers(names) for names in names_N}
     has_head = any(_is_of_head(name) for names in names_N for name in names)

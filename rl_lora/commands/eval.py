@@ -1,6 +1,7 @@
-"""`rl-lora eval` and `compare`: the exam by itself, of a run's adapter, any adapter, or the base.
+"""`rl-lora eval` and `compare`: the evaluation by itself, of a run's adapter, any adapter, or the
+base.
 
-With `--against` two policies are examined in one engine, on the same problems and random numbers.
+With `--against` two policies are evaluated in one engine, on the same problems and random numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from rl_lora.adapters import files as adapters
 from rl_lora.adapters.resize import common_settings, fitted
-from rl_lora.build import Job, check_run_folder, exam_identity, open_job
+from rl_lora.build import RunContext, check_run_folder, evaluation_identity, open_run
 from rl_lora.config import RunConfig, load_config, parse_config
 from rl_lora.config.checks import check_served
 from rl_lora.config.overrides import apply_overrides
@@ -21,36 +22,36 @@ from rl_lora.errors import UserError
 from rl_lora.evaluation.contamination import contamination_notes
 from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.files import SUFFIX
-from rl_lora.evaluation.paired import PairedResult, compare_exams
+from rl_lora.evaluation.paired import PairedResult, compare_evaluations
 from rl_lora.evaluation.scores import EvalResult
 from rl_lora.models.hub import adapter_path
 from rl_lora.prompts import HELD_OUT, PromptSets
 from rl_lora.report.terminal import Display
 from rl_lora.runs.inputs import base_inputs, check_base, check_data, prompt_inputs
 from rl_lora.runs.lock import run_lock
-from rl_lora.runs.record import anchored, read_record, with_dtype
+from rl_lora.runs.record import read_record, with_absolute_paths, with_dtype
 from rl_lora.seeds import mix_seed
 from rl_lora.storage.directories import disk_errors
 
 if TYPE_CHECKING:
-    from rl_lora.policy import Policy as Model
+    from rl_lora.policy import Policy
 
 PAIRED_FOLDER = "paired"
 _BASE_NAMES = ("base", "none")
 
 
 @dataclass(frozen=True)
-class Policy:
-    """Whom to examine.
+class EvalTarget:
+    """Whom to evaluate.
 
-    Example: Policy(label="best", adapter=Path("runs/q/best"))
+    Example: EvalTarget(label="best", adapter=Path("runs/q/best"))
     """
 
     label: str
     adapter: Path | None  # None: the base model
 
 
-def exam(
+def evaluation(
     target: Path,
     overrides: list[str],
     adapter: str | None,
@@ -63,30 +64,31 @@ def exam(
 ) -> EvalResult:
     """Evaluates and writes RUN/eval/NAME.jsonl.gz (a line a problem) and NAME.json.
 
-    A killed exam goes on where it was. With `against` the other policy's exam is NAME-against, and
-    the comparison RUN/paired/NAME.json.
+    A killed evaluation goes on where it was. With `against` the other policy's evaluation is
+    NAME-against, and the comparison RUN/paired/NAME.json.
 
     Args:
         target: a run folder (its settings and its final adapter) or a config file.
-        overrides: `section.key=value`; `data.eval=aime24` takes another exam.
+        overrides: `section.key=value`; `data.eval=aime24` takes another evaluation.
         adapter: an adapter directory, "best" or "last" of the run, "base" for the base; None: the
             run's last one, or the base where the target is a config.
         name: of the files.
         against: a second policy to compare with, named as `adapter`.
-        overwrite: start over, whatever exam of that name there is.
+        overwrite: start over, whatever evaluation of that name there is.
         accept_changed_data: go on although the run's base or problems are others than when it
             began; settings that the overrides change are not compared.
         quiet: print the tables alone.
 
     Raises:
-        UserError: no such run, config or adapter, an adapter of another base model, an exam of that
+        UserError: no such run, config or adapter, an adapter of another base model, an evaluation
+        of that
             name with other settings or under way in another process, or a full disk.
     """
-    config = anchored(_settings(target, overrides))
+    config = with_absolute_paths(_settings(target, overrides))
     policies = [_choose(target, adapter)]
     if against is not None:
         policies.insert(0, _choose(target, against))
-    config = _exam_config(config, [p.adapter for p in policies if p.adapter is not None])
+    config = _evaluation_config(config, [p.adapter for p in policies if p.adapter is not None])
     folder = target if target.is_dir() else config.run.folder
     names = [name] if against is None else [f"{name}-against", name]
     results: dict[str, EvalResult] = {}
@@ -101,12 +103,12 @@ def exam(
         for note in filter(None, notes):
             display.note(note)
 
-        def on_loaded(policy: Model, prompts: PromptSets) -> None:
+        def on_loaded(policy: Policy, prompts: PromptSets) -> None:
             if target.is_dir() and not accept_changed_data:
                 _check_inputs(target, config, policy, prompts)
 
         job = stack.enter_context(
-            open_job(
+            open_run(
                 config,
                 num_steps=0,
                 on_loaded=on_loaded,
@@ -115,18 +117,18 @@ def exam(
             )
         )
         for policy, file in zip(policies, names, strict=True):
-            results[file] = _examine(job, policy, folder, file, display)
+            results[file] = _evaluate(job, policy, folder, file, display)
         _report(display, folder, dict(zip(names, policies, strict=True)), results)
     return results[name]
 
 
 def compare(first: Path, second: Path, save: Path | None) -> PairedResult:
-    """Compares two exams on disk, prints the table, and writes JSON where `save` says.
+    """Compares two evaluations on disk, prints the table, and writes JSON where `save` says.
 
     Raises:
-        UserError: no such exams, or exams of different problems.
+        UserError: no such evaluations, or evaluations of different problems.
     """
-    result = compare_exams(first, second)
+    result = compare_evaluations(first, second)
     with Display() as display:
         display.comparison(result)
     if save is not None:
@@ -134,47 +136,49 @@ def compare(first: Path, second: Path, save: Path | None) -> PairedResult:
     return result
 
 
-def _examine(job: Job, policy: Policy, folder: Path, name: str, display: Display) -> EvalResult:
+def _evaluate(
+    job: RunContext, policy: EvalTarget, folder: Path, name: str, display: Display
+) -> EvalResult:
     config, prompts_N = job.config, job.prompts.eval
     scratch = folder / "eval" / f".{name}_adapter"
     handle = None
     if policy.adapter is not None:
         path = fitted(policy.adapter, job.policy, scratch)
         # vLLM knows adapters by name, and two runs of one name have adapters of one name.
-        unique = f"exam-{adapters.fingerprint(adapters.load_tensors(path))[:16]}"
+        unique = f"evaluation-{adapters.fingerprint(adapters.load_tensors(path))[:16]}"
         handle = adapters.open_adapter(path, job.policy, name=unique)
     try:
-        job.sampler.use(handle)
+        job.sampler.set_adapter(handle)
         result = evaluate(
             job.sampler,
             prompts_N,
             job.reward,
             config.eval,
             max_tokens=config.sampling.max_tokens,
-            seed=mix_seed(config.run.seed, "exam"),
+            seed=mix_seed(config.run.seed, "evaluation"),
             stop=config.sampling.stop,
             folder=folder / "eval",
             name=name,
-            identity=exam_identity(job, handle),
+            identity=evaluation_identity(job, handle),
             notes=contamination_notes(config.model, (prompt.source for prompt in prompts_N)),
-            on_progress=display.exam,
+            on_progress=display.evaluation,
         )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    display.exam_result(f"{name} ({policy.label})", result)
+    display.evaluation_result(f"{name} ({policy.label})", result)
     return result
 
 
 def _report(
     display: Display,
     folder: Path,
-    policies: dict[str, Policy],
+    policies: dict[str, EvalTarget],
     results: dict[str, EvalResult],
 ) -> None:
-    display.exams({policies[name].label: result for name, result in results.items()})
+    display.evaluations({policies[name].label: result for name, result in results.items()})
     if len(policies) == 2:
         first, second = policies
-        paired = compare_exams(
+        paired = compare_evaluations(
             folder / "eval" / f"{first}{SUFFIX}",
             folder / "eval" / f"{second}{SUFFIX}",
             (policies[first].label, policies[second].label),
@@ -195,8 +199,8 @@ def _settings(target: Path, overrides: list[str]) -> RunConfig:
     record = read_record(target)
     if "sft" in record["config"]:
         raise UserError(
-            f"{target} is a supervised run, and an exam samples: give a config with data.eval and "
-            f"sampling, and --adapter {target / 'adapter'}"
+            f"{target} is a supervised run, and an evaluation samples: give a config with "
+            f"data.eval and sampling, and --adapter {target / 'adapter'}"
         )
     own = parse_config(record["config"])
     config = parse_config(apply_overrides(record["config"], overrides, RunConfig))
@@ -206,19 +210,20 @@ def _settings(target: Path, overrides: list[str]) -> RunConfig:
 
 
 def _lock(folder: Path, name: str) -> AbstractContextManager[str | None]:
-    """Of one exam's files: a run under way may be examined, but one exam by one process."""
-    file = f".exam_{name.replace('/', '_')}.lock"
-    return run_lock(folder, file, what=f"the exam {name!r} in {folder}")
+    """Of one evaluation's files: a run under way may be evaluated, but one evaluation by one
+    process."""
+    file = f".evaluation_{name.replace('/', '_')}.lock"
+    return run_lock(folder, file, what=f"the evaluation {name!r} in {folder}")
 
 
-def _check_inputs(run: Path, config: RunConfig, policy: Model, prompts: PromptSets) -> None:
+def _check_inputs(run: Path, config: RunConfig, policy: Policy, prompts: PromptSets) -> None:
     """Raises UserError where base or problems are others than when the run began.
 
     Not compared is what the caller has changed: the base by model.name, the problems by data, seed
     or model.
     """
     record = read_record(run)
-    own = anchored(parse_config(record["config"]))
+    own = with_absolute_paths(parse_config(record["config"]))
     if config.model.name != own.model.name or config.model.revision != own.model.revision:
         return
     check_base(record["base_model"], base_inputs(policy), run)
@@ -227,29 +232,31 @@ def _check_inputs(run: Path, config: RunConfig, policy: Model, prompts: PromptSe
         check_data(record["data"], {"eval": prompt_inputs(prompts.eval)}, run)
 
 
-def _choose(target: Path, name: str | None) -> Policy:
+def _choose(target: Path, name: str | None) -> EvalTarget:
     """The policy that a name stands for; a run folder has "last" and "best"."""
     if name in _BASE_NAMES or (name is None and not target.is_dir()):
-        return Policy("base", None)
+        return EvalTarget("base", None)
     if name not in (None, "last", "best"):
         assert name is not None
-        return Policy(name, adapter_path(name))
+        return EvalTarget(name, adapter_path(name))
     if not target.is_dir():
         raise UserError(f"{target} is no run folder, and has no {name} adapter; give its directory")
     if name == "best":
         if not (target / "best").is_dir():
-            raise UserError(f"{target} has no best adapter yet: no exam was held (run.eval_every)")
-        return Policy("best", target / "best")
+            raise UserError(
+                f"{target} has no best adapter yet: no evaluation was held (run.eval_every)"
+            )
+        return EvalTarget("best", target / "best")
     versions = sorted((target / "adapters").glob("v[0-9]*"))
     final = target / "adapter"
     own = final if final.is_dir() else versions[-1] if versions else None
     if own is None:
-        raise UserError(f"{target} has no adapter yet; --adapter base examines the base model")
-    return Policy("last", own)
+        raise UserError(f"{target} has no adapter yet; --adapter base evaluates the base model")
+    return EvalTarget("last", own)
 
 
-def _exam_config(config: RunConfig, adapter_dirs: list[Path]) -> RunConfig:
-    """The config with what the adapters need, and without data that no exam asks for."""
+def _evaluation_config(config: RunConfig, adapter_dirs: list[Path]) -> RunConfig:
+    """The config with what the adapters need, and without data that no evaluation asks for."""
     update: dict[str, object] = {}
     named = config.data.eval
     if named and all(source.name != HELD_OUT for source in named):

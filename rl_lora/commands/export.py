@@ -73,7 +73,7 @@ def export_merged(
     files = sorted(model_dir.glob("*.safetensors"))
     if not files:
         raise UserError(f"model directory {model_dir} has no *.safetensors; convert its weights")
-    with _whole_directory(out_dir) as scratch:
+    with _atomic_directory(out_dir) as scratch:
         for source in model_dir.iterdir():
             if source.is_file() and not _is_left_out(source.name):
                 shutil.copyfile(source, scratch / source.name)
@@ -232,7 +232,7 @@ def _check_target(out_dir: Path, model_dir: Path) -> None:
 
 
 @contextmanager
-def _whole_directory(target: Path) -> Iterator[Path]:
+def _atomic_directory(target: Path) -> Iterator[Path]:
     """A scratch directory that becomes `target` at the end, or goes if anything fails."""
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     try:

@@ -5,8 +5,8 @@ Each line of the JSONL file is one completion with its reference::
     {"completion": "so \\\\boxed{42}", "reference": "42", "label": true}
 
 `label` is optional. Other common names of the three fields are understood, see the tables below.
-An exam's file (RUN/eval/NAME.jsonl.gz) is graded again by `regrade`; with `against` its recorded
-verdicts play no part.
+An evaluation's file (RUN/eval/NAME.jsonl.gz) is graded again by `regrade`; with `against` its
+recorded verdicts play no part.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.table import Table
 from rewards import RULES, Score, load_reward
 from rl_lora.data.row_formats import gold_text
 from rl_lora.errors import UserError
-from rl_lora.evaluation.files import find_exam, is_exam, read_exam
+from rl_lora.evaluation.files import find_evaluation, is_evaluation, read_evaluation
 from rl_lora.evaluation.regrade import Regrade, own_judge, regrade
 from rl_lora.report.tables import print_regrade
 from rl_lora.scoring import score_best
@@ -87,8 +87,8 @@ def read_rows(path: Path) -> list[GradeRow]:
     """The lines of a file. Raises UserError naming the line and what it lacks."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a JSONL file of completions")
-    if is_exam(path):
-        return _exam_rows(path)
+    if is_evaluation(path):
+        return _evaluation_rows(path)
     rows = []
     for number, fields in read_values(path):
         if not isinstance(fields, dict):
@@ -99,9 +99,9 @@ def read_rows(path: Path) -> list[GradeRow]:
     return rows
 
 
-def _exam_rows(path: Path) -> list[GradeRow]:
+def _evaluation_rows(path: Path) -> list[GradeRow]:
     """A row a completion; `line` counts problems."""
-    _, problems = read_exam(find_exam(path))
+    _, problems = read_evaluation(find_evaluation(path))
     return [
         GradeRow(number, sample.completion, problem.reference, sample.correct)
         for number, problem in enumerate(problems, start=1)
@@ -214,13 +214,14 @@ def _ratio(part: int, whole: int) -> float | None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `rl-lora grade`."""
     parser.add_argument(
-        "file", type=Path, help="JSONL file of completions and references, or an exam's file"
+        "file", type=Path, help="JSONL file of completions and references, or an evaluation's file"
     )
     parser.add_argument(
-        "--reward", help="a reward's name, or 'module:function' (default: the exam's, or math)"
+        "--reward",
+        help="a reward's name, or 'module:function' (default: the evaluation's, or math)",
     )
     parser.add_argument(
-        "--policy", help=f"one of {', '.join(RULES)} (default: the exam's, or default)"
+        "--policy", help=f"one of {', '.join(RULES)} (default: the evaluation's, or default)"
     )
     parser.add_argument(
         "--against", help="compare with this reward (math_verify) instead of the labels"
@@ -236,11 +237,13 @@ def run(args: argparse.Namespace) -> int:
     report: Regrade | GradeReport
     bounds = {"num_workers": args.num_workers, "timeout_s": args.timeout}
     try:
-        if args.against is None and is_exam(args.file):
+        if args.against is None and is_evaluation(args.file):
             report = regrade(args.file, reward=args.reward, policy=args.policy, **bounds)
             print_regrade(report, args.show)
         else:
-            settings = read_exam(find_exam(args.file))[0] if is_exam(args.file) else {}
+            settings = (
+                read_evaluation(find_evaluation(args.file))[0] if is_evaluation(args.file) else {}
+            )
             reward, policy = own_judge(args.file, settings, args.reward, args.policy)
             report = grade_file(
                 args.file, reward=reward, policy=policy, against=args.against, **bounds

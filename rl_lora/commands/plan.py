@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from rl_lora.config import LoraSection, ModelSection, RunConfig, Section
 from rl_lora.config.sft import SftConfig
-from rl_lora.models.shapes import HEAD_NAMES, find_model_dir, lay_out, load_model_config
+from rl_lora.models.shapes import HEAD_NAMES, build_on_meta, find_model_dir, load_model_config
 from rl_lora.nn.experts import ExpertCounts, expert_counts, num_active_experts
 from rl_lora.nn.lora import target_names
 from rl_lora.nn.variants import num_magnitudes, served_rank
@@ -152,7 +152,7 @@ def print_plan(
     model_config, origin = load_model_config(
         config.model, model_dir or find_model_dir(config.model.name)
     )
-    model = lay_out(model_config)
+    model = build_on_meta(model_config)
     counts = parameter_counts(model, config.lora)
     matmuls = matmul_counts(model, config.lora)
     sampling, num_steps = config.sampling, config.run.num_steps
@@ -178,7 +178,7 @@ def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
     console.print(settings_table(config, SftConfig()))
     model_dir = find_model_dir(config.model.name)
     model_config, origin = load_model_config(config.model, model_dir)
-    model = lay_out(model_config)
+    model = build_on_meta(model_config)
     counts = parameter_counts(model, config.lora)
     matmuls = matmul_counts(model, config.lora)
     seen = config.run.num_steps * config.sft.batch_size

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from rl_lora.errors import UserError
-from rl_lora.evaluation.best import Choice, best_exam
-from rl_lora.evaluation.files import SUFFIX, read_exam
+from rl_lora.evaluation.best import BestCheckpoint, best_evaluation
+from rl_lora.evaluation.files import SUFFIX, read_evaluation
 from rl_lora.evaluation.scores import EvalResult, load_result
 from rl_lora.report.tables import accuracy_name, accuracy_text, printable, seconds_text, share_text
 from rl_lora.runs.lock import is_alive
@@ -63,7 +63,7 @@ class Status:
 
     Example: Status(folder=Path("runs/q"), state="running", reason="process 4711", step=12,
     num_steps=20, eta_s=210.0, silent_s=8.0, steps=[{"step": 1, "reward/mean": 0.2}, ...],
-    warm_start=[], exams=[EvalResult(...)], pending="", best=Choice(...))
+    warm_start=[], evaluations=[EvalResult(...)], pending="", best=BestCheckpoint(...))
     """
 
     folder: Path
@@ -75,9 +75,9 @@ class Status:
     silent_s: float  # since a file was written
     steps: list[dict[str, Any]]
     warm_start: list[dict[str, Any]]
-    exams: list[EvalResult]  # of training steps, in their order
-    pending: str  # the exam under way, in words
-    best: Choice | None
+    evaluations: list[EvalResult]  # of training steps, in their order
+    pending: str  # the evaluation under way, in words
+    best: BestCheckpoint | None
 
 
 def run(runs: Sequence[Path]) -> int:
@@ -114,14 +114,16 @@ def read_status(folder: Path, now: float | None = None) -> Status:
     steps = jsonl.read_lines(metrics_path) if metrics_path.is_file() else []
     warm_path = folder / "warm_start.jsonl"
     warm_start = jsonl.read_lines(warm_path) if warm_path.is_file() else []
-    exams = [load_result(path) for path in sorted((folder / "eval").glob("step_[0-9]*.json"))]
+    evaluations = [load_result(path) for path in sorted((folder / "eval").glob("step_[0-9]*.json"))]
     step = int(steps[-1]["step"]) if steps else 0
     config = record.get("config", {})
     num_steps = config.get("run", {}).get("num_steps")
     silent_s = max(0.0, now - _last_write(folder))
     is_complete = num_steps is not None and step >= num_steps and (folder / "adapter").is_dir()
-    if "sampling" in config and not any((exam.step or 0) == num_steps for exam in exams):
-        is_complete = False  # the last exam is still to come
+    if "sampling" in config and not any(
+        (evaluation.step or 0) == num_steps for evaluation in evaluations
+    ):
+        is_complete = False  # the last evaluation is still to come
     state, reason = _state(record.get("process"), is_complete, silent_s, _patience(steps))
     recent = [s for r in steps[-_RECENT_STEPS:] if (s := _number(r, "time/step_s")) is not None]
     eta_s = None
@@ -137,9 +139,9 @@ def read_status(folder: Path, now: float | None = None) -> Status:
         silent_s=silent_s,
         steps=steps,
         warm_start=warm_start,
-        exams=[exam for exam in exams if exam.step is not None],
-        pending="" if is_complete else _pending_exam(folder),
-        best=best_exam(folder, sys.maxsize),
+        evaluations=[evaluation for evaluation in evaluations if evaluation.step is not None],
+        pending="" if is_complete else _pending_evaluation(folder),
+        best=best_evaluation(folder, sys.maxsize),
     )
 
 
@@ -161,7 +163,7 @@ def status_lines(status: Status, sparks: str = _SPARKS) -> list[str]:
         ]
         if parts:
             body.append("  ".join(parts))
-    body += _exam_lines(status)
+    body += _evaluation_lines(status)
     body += _curve_lines(status, sparks)
     name = printable(str(status.folder))
     room = WIDTH - len(head)
@@ -213,7 +215,7 @@ def _state(
 
 
 def _patience(steps: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds of silence that are no reason to worry: an exam or the start may take long."""
+    """Seconds of silence that are no reason to worry: an evaluation or the start may take long."""
     longest = max((_number(record, "time/step_s") or 0.0 for record in steps), default=0.0)
     return max(_STALLED_S, 3 * longest)
 
@@ -247,14 +249,14 @@ def _read_record(path: Path) -> dict[str, Any]:
 # --- lines ----------------------------------------------------------------------------------------
 
 
-def _exam_lines(status: Status) -> list[str]:
+def _evaluation_lines(status: Status) -> list[str]:
     lines = []
-    if status.exams:
-        last = status.exams[-1]
+    if status.evaluations:
+        last = status.evaluations[-1]
         total = last.total
         lines.append(
-            f"exam, step {last.step}: {accuracy_name(total.num_samples)} {accuracy_text(total)}, "
-            f"{total.num_problems} problems"
+            f"evaluation, step {last.step}: {accuracy_name(total.num_samples)} "
+            f"{accuracy_text(total)}, {total.num_problems} problems"
         )
     if status.best is not None:
         best = status.best
@@ -262,8 +264,8 @@ def _exam_lines(status: Status) -> list[str]:
     return [*lines, status.pending] if status.pending else lines
 
 
-def _pending_exam(folder: Path) -> str:
-    """The newest exam without a result; empty where there is none."""
+def _pending_evaluation(folder: Path) -> str:
+    """The newest evaluation without a result; empty where there is none."""
     files = [
         path
         for path in (folder / "eval").glob(f"*{SUFFIX}")
@@ -272,17 +274,19 @@ def _pending_exam(folder: Path) -> str:
     if not files:
         return ""
     path = max(files, key=os.path.getmtime)
-    settings, problems = read_exam(path)
+    settings, problems = read_evaluation(path)
     of = f" of {settings['num_problems']}" if "num_problems" in settings else ""
     name = printable(path.name.removesuffix(SUFFIX), 30)
-    return f"exam {name}: {len(problems)}{of} problems so far"
+    return f"evaluation {name}: {len(problems)}{of} problems so far"
 
 
 def _curve_lines(status: Status, sparks: str) -> list[str]:
     """Sparklines with the values at both ends."""
     records = status.steps or status.warm_start
     curves = [(label, [_number(r, key) for r in records], form) for key, label, form in _CURVES]
-    curves.append(("exam", [exam.accuracy for exam in status.exams], "{:.1%}"))
+    curves.append(
+        ("evaluation", [evaluation.accuracy for evaluation in status.evaluations], "{:.1%}")
+    )
     lines = []
     for label, values, form in curves:
         numbers = [value for value in values if value is not None]

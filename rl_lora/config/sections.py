@@ -61,7 +61,9 @@ class ModelSection(Section):
 
     name: str = "smollm2-135m-instruct"  # the embedded one, a local directory or a hub id
     revision: str | None = None  # of a hub id
-    released: date | None = None  # YYYY-MM-DD, for the exam's note on contamination; None: by name
+    released: date | None = (
+        None  # YYYY-MM-DD, for the evaluation's note on contamination; None: by name
+    )
     device: str = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: by a matmul probe of the device
 
@@ -97,7 +99,7 @@ class SourceSection(Section):
 
 
 class SourcesSection(Section):
-    """Data sets to learn from and to be examined on."""
+    """Data sets to learn from and to be evaluated on."""
 
     train: tuple[SourceSection, ...] = ()
     eval: tuple[SourceSection, ...] = ()  # empty: rows are kept from the training rows
@@ -129,8 +131,8 @@ class SourcesSection(Section):
 class DataSection(SourcesSection):
     """The problems, and how they are rendered."""
 
-    # Several sets in `eval` make one exam, with scores for each. "held_out" among them: held_out
-    # rows are kept from the training rows; no set: those alone.
+    # Several sets in `eval` make one evaluation, with scores for each. "held_out" among them:
+    # held_out rows are kept from the training rows; no set: those alone.
     held_out: int = Field(200, ge=1)
     template: Literal["chat", "base"] = "chat"
     system: str | None = None
@@ -240,7 +242,7 @@ class WarmStartSection(Section):
 
 
 class EvalSection(Section):
-    """The held-out exam during training."""
+    """The held-out evaluation during training."""
 
     num_samples: int = Field(1, ge=1)  # completions a problem
     temperature: float = Field(0.0, ge=0)  # 0: greedy

@@ -1,8 +1,8 @@
 """Supervised rows as they come -> chats: a list of messages, the assistant's to be learnt.
 
-A layout is known by its columns: `messages` or `conversations` (chats), `prompt` and `completion`,
-`instruction` (with `input`) and `output` or `response`; and the problems with worked solutions that
-`layouts` knows.
+A row format is known by its columns: `messages` or `conversations` (chats), `prompt` and
+`completion`, `instruction` (with `input`) and `output` or `response`; and the problems with worked
+solutions that `row_formats` knows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from rl_lora.data.columns import check_text, reach, unpack
 from rl_lora.data.messages import Message, as_turns, read_messages, read_tools, with_question
 from rl_lora.data.references import alternatives, without_tolerance
-from rl_lora.data.row_formats import LAYOUTS as PROBLEM_LAYOUTS
+from rl_lora.data.row_formats import ROW_FORMATS as PROBLEM_FORMATS
 from rl_lora.data.row_formats import DataRow, last_boxed, number_text, parse_rows
 from rl_lora.errors import UserError
 
@@ -71,7 +71,7 @@ def parse_chats(
     prompt: str | None = None,
     completion: str | None = None,
 ) -> list[Chat]:
-    """Rows read by the given columns, or by the layout that their columns tell.
+    """Rows read by the given columns, or by the row format that their columns tell.
 
     Rows that hold nothing to learn come out without answers (`Chat.answers`), for the caller to
     count.
@@ -80,11 +80,11 @@ def parse_chats(
         raws: rows as the file has them.
         where: the source in words, for errors.
         instruction: follows the questions of problems.
-        prompt: column of the prompt (`a.b` reaches into an object); None: by layout.
-        completion: column of the completion; None: by layout.
+        prompt: column of the prompt (`a.b` reaches into an object); None: by row format.
+        completion: column of the completion; None: by row format.
 
     Raises:
-        UserError: no layout fits, a given column is not there, or one holds no text.
+        UserError: no row format fits, a given column is not there, or one holds no text.
     """
     raws = [unpack(raw, f"{where}, row {index}") for index, raw in enumerate(raws)]
     columns = {str(column) for raw in raws for column in raw}
@@ -103,10 +103,10 @@ def parse_chats(
     if prompt is not None and completion is not None:
         read: Reader | None = _columns(prompt, completion)
     else:
-        read = next((reader for names, reader in LAYOUTS if names <= columns), None)
+        read = next((reader for names, reader in ROW_FORMATS if names <= columns), None)
     if read is not None:
         return [_read_row(read, raw, row, where) for row, raw in enumerate(raws)]
-    if not any(layout.columns <= columns for layout in PROBLEM_LAYOUTS):
+    if not any(row_format.columns <= columns for row_format in PROBLEM_FORMATS):
         raise UserError(
             f"{where}: no chats, no prompts and completions, no problems with solutions among its "
             f"columns ({found}); name them by data.train.question and data.train.answer"
@@ -116,7 +116,7 @@ def parse_chats(
     ]
 
 
-# --- layouts --------------------------------------------------------------------------------------
+# --- row formats ----------------------------------------------------------------------------------
 
 Reader = Callable[[Raw], list[Message]]
 
@@ -187,7 +187,7 @@ def _text(raw: Raw, column: str, key: str = "question") -> str:
     return "" if value is None or isinstance(value, list | tuple) else number_text(value)
 
 
-LAYOUTS: tuple[tuple[frozenset[str], Reader], ...] = (
+ROW_FORMATS: tuple[tuple[frozenset[str], Reader], ...] = (
     (frozenset({"messages"}), _chat("messages")),
     (frozenset({"conversations"}), _chat("conversations")),
     (frozenset({"prompt", "completion"}), _columns("prompt", "completion")),

@@ -1,7 +1,7 @@
 r"""Data-set rows as they come -> question, gold answer, worked solution.
 
-A layout is known by its columns. The gold answer is the final answer alone: what follows '####',
-the content of the last balanced \boxed{}, or the answer column; None where a row has none.
+A row format is known by its columns. The gold answer is the final answer alone: what follows
+'####', the content of the last balanced \boxed{}, or the answer column; None where a row has none.
 
 A list of answers is one of alternatives, any of which counts ("any"), or one answer of several
 values, all of which are needed ("all"). A source's `list_answers` says which. Where it does not:
@@ -176,7 +176,7 @@ def _text(value: Any) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-# --- known layouts --------------------------------------------------------------------------------
+# --- known row formats ----------------------------------------------------------------------------
 
 
 def _chat_prompt(raw: Raw) -> DataRow:
@@ -252,8 +252,8 @@ def _boxed_solution(raw: Raw) -> DataRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Rows with these columns are read so. Example: see LAYOUTS."""
+class RowFormat:
+    """Rows with these columns are read so. Example: see ROW_FORMATS."""
 
     name: str
     question: str  # column
@@ -263,29 +263,29 @@ class Layout:
 
     @property
     def columns(self) -> frozenset[str]:
-        """All columns by which the layout is known."""
+        """All columns by which the row format is known."""
         return self.others | {self.question.split(".")[0], self.answer.split(".")[0]}
 
 
-def _layout(name: str, columns: str, read: Reader) -> Layout:
+def _row_format(name: str, columns: str, read: Reader) -> RowFormat:
     """Columns: of the question, of the gold answer, others."""
     question, answer, *others = columns.split()
-    return Layout(name, question, answer, read, frozenset(others))
+    return RowFormat(name, question, answer, read, frozenset(others))
 
 
 # The first whose columns are all there is taken, so the narrower stand before the wider.
-LAYOUTS: tuple[Layout, ...] = (
-    _layout("chat prompt", "prompt reward_model.ground_truth", _chat_prompt),
-    _layout("masked svamp", "Question Answer Numbers Equation", _masked),
-    _layout("svamp", "Question Answer Body", _svamp),
-    _layout("aime", "Question Answer", _solved("Question", "Answer", None)),
-    _layout("deepmath", "question final_answer", _solved("question", "final_answer", None)),
-    _layout("math", "problem answer solution", _solved("problem", "answer", "solution")),
-    _layout("math", "problem solution", _boxed_solution),
-    _layout("problem", "problem answer", _solved("problem", "answer", None)),
-    _layout("gsm8k", "question answer", _solved("question", "answer", None)),
-    _layout("prompt", "prompt answer", _solved("prompt", "answer", None)),
-    _layout("mawps", "input target", lambda raw: problem(
+ROW_FORMATS: tuple[RowFormat, ...] = (
+    _row_format("chat prompt", "prompt reward_model.ground_truth", _chat_prompt),
+    _row_format("masked svamp", "Question Answer Numbers Equation", _masked),
+    _row_format("svamp", "Question Answer Body", _svamp),
+    _row_format("aime", "Question Answer", _solved("Question", "Answer", None)),
+    _row_format("deepmath", "question final_answer", _solved("question", "final_answer", None)),
+    _row_format("math", "problem answer solution", _solved("problem", "answer", "solution")),
+    _row_format("math", "problem solution", _boxed_solution),
+    _row_format("problem", "problem answer", _solved("problem", "answer", None)),
+    _row_format("gsm8k", "question answer", _solved("question", "answer", None)),
+    _row_format("prompt", "prompt answer", _solved("prompt", "answer", None)),
+    _row_format("mawps", "input target", lambda raw: problem(
         raw["input"], _numeric(raw["target"])
     )),
 )  # fmt: skip
@@ -298,28 +298,29 @@ def parse_rows(
     answer: str | None = None,
     list_answers: ListAnswers | None = None,
 ) -> list[DataRow]:
-    """Rows read by the given columns, or by the layout that their columns tell.
+    """Rows read by the given columns, or by the row format that their columns tell.
 
     Args:
         raws: rows as the file has them.
         where: the source in words, for errors.
         question: column of the question (`a.b` reaches into an object, `a.0` into a list); None:
-            by layout.
-        answer: column of the gold answer; None: by layout.
+            by row format.
+        answer: column of the gold answer; None: by row format.
         list_answers: what a list of answers means; None: as this module's head says.
 
     Raises:
-        UserError: no layout fits, a given column is not there, or a question or gold answer is an
+        UserError: no row format fits, a given column is not there, or a question or gold answer is
+        an
             object or bytes.
     """
     raws = [unpack(raw, f"{where}, row {index}") for index, raw in enumerate(raws)]
     columns = {str(column) for raw in raws for column in raw}
-    read, layout = _reader(columns, where, question, answer)
+    read, row_format = _reader(columns, where, question, answer)
     for key, column in (("question", question), ("answer", answer)):
         if column is not None and all(reach(raw, column) is None for raw in raws):
             explain_missing(raws, column, key, where)
-    if layout is not None:
-        question, answer = question or layout.question, answer or layout.answer
+    if row_format is not None:
+        question, answer = question or row_format.question, answer or row_format.answer
     rows = []
     for index, raw in enumerate(raws):
         full = {**dict.fromkeys(sorted(columns)), **raw}
@@ -362,7 +363,7 @@ def _tolerance(raw: Raw, where: str) -> str | None:
 
 def _reader(
     columns: set[str], where: str, question: str | None, answer: str | None
-) -> tuple[Reader, Layout | None]:
+) -> tuple[Reader, RowFormat | None]:
     found = ", ".join(sorted(columns)) or "none"
     for key, column in (("question", question), ("answer", answer)):
         if column is not None and not {column, column.split(".")[0]} & columns:
@@ -370,25 +371,27 @@ def _reader(
                 f"{where} has no column {column!r} (the data source's key {key!r}); "
                 f"its columns: {found}"
             )
-    layout = next((layout for layout in LAYOUTS if layout.columns <= columns), None)
+    row_format = next(
+        (row_format for row_format in ROW_FORMATS if row_format.columns <= columns), None
+    )
     if question is not None or answer is not None:
-        if layout is None and (question is None or answer is None):
+        if row_format is None and (question is None or answer is None):
             raise UserError(
                 f"{where}: set both keys, question and answer, of the data source; "
                 f"its columns: {found}"
             )
-        return _mapped(question, answer, layout), layout
-    if layout is None:
+        return _mapped(question, answer, row_format), row_format
+    if row_format is None:
         raise UserError(
             f"{where}: no question and gold answer among its columns ({found}); name them by "
-            "data.train.question and data.train.answer (data.eval.… for an exam)"
+            "data.train.question and data.train.answer (data.eval.… for an evaluation)"
         )
-    return layout.read, layout
+    return row_format.read, row_format
 
 
-def _mapped(question: str | None, answer: str | None, layout: Layout | None) -> Reader:
+def _mapped(question: str | None, answer: str | None, row_format: RowFormat | None) -> Reader:
     def read(raw: Raw) -> DataRow:
-        row = layout.read(raw) if layout else DataRow("", None)
+        row = row_format.read(raw) if row_format else DataRow("", None)
         if question is not None:
             row = problem(reach(raw, question), row.reference, row.solution)
         if answer is not None:

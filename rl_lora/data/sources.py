@@ -4,7 +4,7 @@ What a source section's `name` may be, first match first:
 
 - `generated:NAME` (rl_lora.data.generators) and `reasoning_gym:NAME`: made here, no hub needed;
 - a file (.jsonl, .json, .parquet, .csv) or a folder of such files;
-- a name of LOADERS, or a hub id `owner/name` whose columns have a known layout.
+- a name of LOADERS, or a hub id `owner/name` whose columns have a known row_format.
 
 Null golds and duplicates are dropped here and counted; `rl_lora.prompts` renders what is left.
 """
@@ -42,8 +42,8 @@ class HubSet:
     """
 
     hub_id: str
-    train: str | None  # split to train on; None: the set is an exam alone
-    eval: str | None  # split to be examined on; None: held-out rows of train
+    train: str | None  # split to train on; None: the set is an evaluation alone
+    eval: str | None  # split to be evaluated on; None: held-out rows of train
     configs: tuple[str | None, ...] = (None,)
     ignored: tuple[str, ...] = ()  # large columns that are not read
     last_year: int | None = None  # rows with a later Year are left out
@@ -72,7 +72,7 @@ LOADERS: dict[str, HubSet] = {
     "dapo": HubSet("BytedTsinghua-SIA/DAPO-Math-17k", "train", None),
     "deepscaler": HubSet("agentica-org/DeepScaleR-Preview-Dataset", "train", None),
     "svamp": HubSet("ChilleD/SVAMP", "train", "test"),
-    # 1983 to 2023: the year 2024 is in the file too, and is an exam here.
+    # 1983 to 2023: the year 2024 is in the file too, and is an evaluation here.
     "aime": HubSet("di-zhang-fdu/AIME_1983_2024", "train", None, last_year=2023),
     "aime24": HubSet("HuggingFaceH4/aime_2024", None, "train"),
     "aime25": HubSet("MathArena/aime_2025", None, "train"),
@@ -98,7 +98,7 @@ class LoadedSet:
 def load_source(
     source: SourceSection, role: Role, exclude: Collection[str] = frozenset()
 ) -> LoadedSet:
-    """The rows of one source for training or for the exam; no two have the same question.
+    """The rows of one source for training or for the evaluation; no two have the same question.
 
     Args:
         source: what to read.
@@ -128,7 +128,7 @@ def load_source(
 
 
 def has_eval_part(source: SourceSection) -> bool:
-    """Whether a training source brings its own exam rows (a test split or a test.* file)."""
+    """Whether a training source brings its own evaluation rows (a test split or a test.* file)."""
     if ":" in source.name or source.split is not None:
         return False
     path = Path(source.name).expanduser()
@@ -225,7 +225,7 @@ def _load_generated(
     if not kept:
         raise UserError(
             f"{source.name}: no usable problem at these options: all of them lack a single gold "
-            "answer or are in the exam; widen the options"
+            "answer or are in the evaluation; widen the options"
         )
     if len(kept) < wanted:
         reason = "missing (the options allow no more distinct problems)"
@@ -276,7 +276,7 @@ def _load_hub(source: SourceSection, hub_set: HubSet, label: str, role: Role) ->
     split = source.split or (hub_set.train if role == "train" else hub_set.eval or hub_set.train)
     if split is None:
         raise UserError(
-            f"data set {source.name} is an exam; list it under data.eval, or train on it "
+            f"data set {source.name} is an evaluation; list it under data.eval, or train on it "
             f"knowingly by its split={hub_set.eval!r}"
         )
     rows: list[DataRow] = []

@@ -1,7 +1,7 @@
-"""The best policy of a run by its held-out exam, kept beside the last one.
+"""The best policy of a run by its held-out evaluation, kept beside the last one.
 
     RUN/best/             the adapter (or the full weights), as in RUN/adapter
-    RUN/best/choice.json  the exam and the step that chose it
+    RUN/best/choice.json  the evaluation and the step that chose it
 
 The directory is replaced whole. It is a copy of its own: pruning adapters or checkpoints does not
 touch it.
@@ -19,21 +19,21 @@ from rl_lora.errors import UserError
 from rl_lora.evaluation.scores import load_result
 
 FOLDER = "best"
-CHOICE_FILE = "choice.json"
+BEST_FILE = "choice.json"
 _REPLACED = ".best_replaced"
 _PARTIAL = ".best_partial"
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class BestCheckpoint:
     """Which policy is the best so far, and by what.
 
-    Example: Choice(step=10, exam="step_000010", accuracy=0.27, low=0.21, high=0.335,
+    Example: BestCheckpoint(step=10, evaluation="step_000010", accuracy=0.27, low=0.21, high=0.335,
     num_problems=200, num_samples=1)
     """
 
     step: int  # also the adapter's version
-    exam: str  # name of the exam in RUN/eval
+    evaluation: str  # name of the evaluation in RUN/eval
     accuracy: float
     low: float
     high: float
@@ -41,21 +41,21 @@ class Choice:
     num_samples: int
 
 
-def best_exam(run_folder: Path, last_step: int) -> Choice | None:
-    """The exam with the highest accuracy of the steps up to last_step, the earliest on ties.
+def best_evaluation(run_folder: Path, last_step: int) -> BestCheckpoint | None:
+    """The evaluation with the highest accuracy of the steps up to last_step, the earliest on ties.
 
-    None where no exam was held.
+    None where no evaluation was held.
     """
-    best: Choice | None = None
+    best: BestCheckpoint | None = None
     for path in sorted((run_folder / "eval").glob("step_[0-9]*.json")):
         result = load_result(path)
         if result.step is None or result.step > last_step:
             continue
         if best is None or result.accuracy > best.accuracy:
             total = result.total
-            best = Choice(
+            best = BestCheckpoint(
                 step=result.step,
-                exam=path.stem,
+                evaluation=path.stem,
                 accuracy=total.accuracy,
                 low=total.accuracy_low,
                 high=total.accuracy_high,
@@ -65,7 +65,7 @@ def best_exam(run_folder: Path, last_step: int) -> Choice | None:
     return best
 
 
-def read_choice(run_folder: Path) -> Choice | None:
+def read_best(run_folder: Path) -> BestCheckpoint | None:
     """What is in RUN/best; None where there is nothing.
 
     A replacement that a kill cut short is made good.
@@ -76,27 +76,28 @@ def read_choice(run_folder: Path) -> Choice | None:
     final, replaced = run_folder / FOLDER, run_folder / _REPLACED
     if replaced.is_dir() and not final.is_dir():
         replaced.rename(final)
-    path = final / CHOICE_FILE
+    path = final / BEST_FILE
     if not path.is_file():
         return None
     try:
-        return Choice(**json.loads(path.read_text(encoding="utf-8")))
+        return BestCheckpoint(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete {final} to go on") from error
 
 
-def keep_best(run_folder: Path, adapter_dir: Path, step: int) -> Choice | None:
-    """Puts the policy of `step` in RUN/best if its exam is the run's best; returns that choice.
+def keep_best(run_folder: Path, adapter_dir: Path, step: int) -> BestCheckpoint | None:
+    """Puts the policy of `step` in RUN/best if its evaluation is the run's best; returns that
+    choice.
 
     Args:
-        run_folder: the run's folder, with its exams up to this step.
+        run_folder: the run's folder, with its evaluations up to this step.
         adapter_dir: the published version of the step.
         step: steps done.
 
     Returns:
         what is new in RUN/best; None where nothing changed.
     """
-    best, kept = best_exam(run_folder, step), read_choice(run_folder)
+    best, kept = best_evaluation(run_folder, step), read_best(run_folder)
     if best is None or best.step != step or best == kept:
         return None
     final, replaced = run_folder / FOLDER, run_folder / _REPLACED
@@ -105,7 +106,7 @@ def keep_best(run_folder: Path, adapter_dir: Path, step: int) -> Choice | None:
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         shutil.copytree(adapter_dir, partial)
-        with (partial / CHOICE_FILE).open("w", encoding="utf-8") as file:
+        with (partial / BEST_FILE).open("w", encoding="utf-8") as file:
             file.write(json.dumps(asdict(best), indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -121,7 +122,7 @@ def keep_best(run_folder: Path, adapter_dir: Path, step: int) -> Choice | None:
 
 def drop_best_after(run_folder: Path, step: int) -> bool:
     """Deletes RUN/best if it is of a later step, which is going to be run again."""
-    kept = read_choice(run_folder)
+    kept = read_best(run_folder)
     if kept is None or kept.step <= step:
         return False
     shutil.rmtree(run_folder / FOLDER)

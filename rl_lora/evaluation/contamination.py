@@ -1,7 +1,8 @@
-"""Which exams were public before the base model was released, and may be in its training data.
+"""Which evaluations were public before the base model was released, and may be in its training
+data.
 
-A model's training data ends before its release, so that an exam held later cannot be in it; one
-held earlier may be. Release dates are of the family, told by the model's name; `model.released`
+A model's training data ends before its release, so that an evaluation held later cannot be in it;
+one held earlier may be. Release dates are of the family, told by the model's name; `model.released`
 says it for a model that is not listed.
 """
 
@@ -57,7 +58,7 @@ PUBLISHED: dict[str, tuple[date, str]] = {
 
 
 def contamination_notes(model: ModelSection, sources: Iterable[str]) -> tuple[str, ...]:
-    """One line for each exam whose date is known; none for generated and own problems.
+    """One line for each evaluation whose date is known; none for generated and own problems.
 
     Args:
         model: its name and, where it is set, `released`.
@@ -65,13 +66,13 @@ def contamination_notes(model: ModelSection, sources: Iterable[str]) -> tuple[st
     """
     notes = []
     for source in sorted(set(sources)):
-        if (exam := exam_date(source)) is not None:
-            title, public = exam
+        if (evaluation := evaluation_date(source)) is not None:
+            title, public = evaluation
             notes.append(_note(title, public, model))
     return tuple(notes)
 
 
-def exam_date(source: str) -> tuple[str, date] | None:
+def evaluation_date(source: str) -> tuple[str, date] | None:
     """(title, the day on which all of it was public) of a data set, by its name.
 
     An AIME is held from the end of January to the middle of February.

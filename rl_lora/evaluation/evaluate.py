@@ -1,7 +1,8 @@
-"""The held-out exam: samples and grades every problem under the adapter in use, and can go on.
+"""The held-out evaluation: samples and grades every problem under the adapter in use, and can go
+on.
 
 Accuracy is the mean over problems of the share of correct samples (avg@k, the mean pass@1). The
-records and the scores are `results`', the file is `exam_files`'.
+records and the scores are `results`', the file is `evaluation_files`'.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any
 from rewards import Reward
 from rl_lora.config import EvalSection
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.evaluation.files import ExamFile, problems_key
+from rl_lora.evaluation.files import EvaluationFile, problems_key
 from rl_lora.evaluation.scores import (
     EvalResult,
-    ExamScores,
+    EvaluationScores,
     ProblemRecord,
-    exam_scores,
+    evaluation_scores,
     load_result,
     scores_by_source,
 )
@@ -31,7 +32,7 @@ from rl_lora.types import Prompt, RolloutGroup, SampleParams
 
 __all__ = [
     "EvalResult",
-    "ExamScores",
+    "EvaluationScores",
     "evaluate",
     "load_result",
     "problem_record",
@@ -59,7 +60,7 @@ def evaluate(
     restart: bool = False,
     on_progress: Progress | None = None,
 ) -> EvalResult:
-    """Samples and grades every problem that the exam's file does not have yet.
+    """Samples and grades every problem that the evaluation's file does not have yet.
 
     Args:
         sampler: anything that keeps the Sampler protocol.
@@ -67,13 +68,14 @@ def evaluate(
         reward: scores completions against references.
         section: samples a problem, temperature, top_p, cap, and completions asked for in one call.
         max_tokens: cap of a completion where section.max_tokens is None.
-        seed: of the exam; the same seed gives the same samples whatever the chunks, as far as the
+        seed: of the evaluation; the same seed gives the same samples whatever the chunks, as far as
+        the
             sampler seeds each sample by `sample_seed`.
         stop: strings that end a completion.
         step: training steps done, for the record.
         folder: where NAME.jsonl.gz (a line a problem, written chunk by chunk) and NAME.json (the
             result, written at the end) go; None: nowhere.
-        name: of the files. A file of a killed exam with the same settings is gone on with.
+        name: of the files. A file of a killed evaluation with the same settings is gone on with.
         confidence: of the intervals.
         identity: what else the samples and verdicts depend on: "policy" (the adapter's fingerprint
             or "base"), the base model, the reward, ...
@@ -82,8 +84,8 @@ def evaluate(
         on_progress: called with (problems done, problems in all, problems being sampled).
 
     Raises:
-        UserError: no problem, a folder that cannot be written, or an exam of other settings in it.
-        StaleAdapterError: completions of more than one adapter version.
+        UserError: no problem, a folder that cannot be written, or an evaluation of other settings
+        in it. StaleAdapterError: completions of more than one adapter version.
     """
     if not prompts_N:
         raise UserError("evaluation: there is no problem to evaluate on; check data.eval")
@@ -97,16 +99,16 @@ def evaluate(
     )
     file = None
     if folder is not None:
-        settings = exam_settings(prompts_N, params, identity or {})
-        file = ExamFile(folder, name, settings, restart=restart)
-    exam = _Exam(sampler, reward, params, file)
+        settings = evaluation_settings(prompts_N, params, identity or {})
+        file = EvaluationFile(folder, name, settings, restart=restart)
+    evaluation = _Exam(sampler, reward, params, file)
     chunk = max(1, section.chunk_samples // section.num_samples)
-    problems_N = exam.run(prompts_N, chunk, on_progress or (lambda done, total, now: None))
+    problems_N = evaluation.run(prompts_N, chunk, on_progress or (lambda done, total, now: None))
     result = EvalResult(
-        total=exam_scores(problems_N, confidence),
+        total=evaluation_scores(problems_N, confidence),
         by_source=scores_by_source(problems_N, confidence),
         step=step,
-        adapter_version=exam.version,
+        adapter_version=evaluation.version,
         confidence=confidence,
         interval="exact" if section.num_samples == 1 else "clustered_exact",
         temperature=params.temperature,
@@ -122,10 +124,10 @@ def evaluate(
     return result
 
 
-def exam_settings(
+def evaluation_settings(
     prompts_N: Sequence[Prompt], params: SampleParams, identity: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What an exam's samples and verdicts depend on; the first line of its file."""
+    """What an evaluation's samples and verdicts depend on; the first line of its file."""
     return {
         "problems": problems_key(prompts_N),
         "num_problems": len(prompts_N),
@@ -167,9 +169,10 @@ def problem_record(group: RolloutGroup, seconds: float = 0.0) -> ProblemRecord:
 def remove_results_after(folder: Path, step: int) -> list[Path]:
     """Deletes step_N.json of later steps; returns what was deleted.
 
-    For a run that goes on from `step`: the exams of steps that it runs again may be of another
-    policy. Their completions stay, and are taken over if the policy turns out to be the same. A run
-    that begins (step -1) may have another base than one that was killed early: base.json goes, too.
+    For a run that goes on from `step`: the evaluations of steps that it runs again may be of
+    another policy. Their completions stay, and are taken over if the policy turns out to be the
+    same. A run that begins (step -1) may have another base than one that was killed early:
+    base.json goes, too.
     """
     removed = []
     for path in sorted(folder.glob("*.json")):
@@ -181,7 +184,8 @@ def remove_results_after(folder: Path, step: int) -> list[Path]:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Renames RUN/eval to RUN/eval_until_STEP: exams of other problems, not to be compared."""
+    """Renames RUN/eval to RUN/eval_until_STEP: evaluations of other problems, not to be
+    compared."""
     if not folder.is_dir():
         return
     aside, number = folder.with_name(f"{folder.name}_until_{step:06d}"), 2
@@ -191,10 +195,10 @@ def set_aside(folder: Path, step: int) -> None:
 
 
 class _Exam:
-    """The state of one exam: what is done, and of which adapter version."""
+    """The state of one evaluation: what is done, and of which adapter version."""
 
     def __init__(
-        self, sampler: Sampler, reward: Reward, params: SampleParams, file: ExamFile | None
+        self, sampler: Sampler, reward: Reward, params: SampleParams, file: EvaluationFile | None
     ) -> None:
         self._sampler, self._reward, self._params, self._file = sampler, reward, params, file
         self._versions = set[int]()
@@ -214,12 +218,12 @@ class _Exam:
         for first in range(0, len(left), chunk):
             prompts = left[first : first + chunk]
             report(len(done), len(prompts_N), len(prompts))
-            problems = self._examine(prompts)
+            problems = self._evaluate(prompts)
             done |= {problem.prompt_id: problem for problem in problems}
         report(len(done), len(prompts_N), 0)
         return [done[prompt.prompt_id] for prompt in prompts_N]
 
-    def _examine(self, prompts: Sequence[Prompt]) -> list[ProblemRecord]:
+    def _evaluate(self, prompts: Sequence[Prompt]) -> list[ProblemRecord]:
         start = time.perf_counter()
         with scoring_thread() as thread:
             scoring = Scoring(prompts, self._reward, thread)

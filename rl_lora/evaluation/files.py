@@ -1,8 +1,8 @@
-"""The file of an exam: one line a problem; it survives a kill, and the exam goes on.
+"""The file of an evaluation: one line a problem; it survives a kill, and the evaluation goes on.
 
     RUN/eval/NAME.jsonl.gz   {"prompt_id": ..., "samples": [...]} a problem; the first line has the
-                             settings as well, under "exam"
-    RUN/eval/NAME.json       the result (`results.EvalResult`), once the exam is complete
+                             settings as well, under "evaluation"
+    RUN/eval/NAME.json       the result (`results.EvalResult`), once the evaluation is complete
 
 Problems are appended in chunks, each a gzip member (`jsonl.append_compressed`): a kill costs
 the chunk under way at most. Any gzip reader (`zcat`) reads the file.
@@ -24,16 +24,16 @@ if TYPE_CHECKING:  # a reader of the files needs no torch
 
 SUFFIX = ".jsonl.gz"
 _OLD_SUFFIX = ".jsonl"  # without settings, not compressed: readable, and never gone on with
-# Two exams that agree in these draw the same random numbers for the same problem and sample.
+# Two evaluations that agree in these draw the same random numbers for the same problem and sample.
 SAMPLING_KEYS = ("num_samples", "temperature", "top_p", "max_tokens", "stop", "seed")
 
 
-class ExamFile:
-    """An exam on disk that is under way or complete.
+class EvaluationFile:
+    """An evaluation on disk that is under way or complete.
 
     Args:
         folder: where NAME.jsonl.gz lies; made if it is not there.
-        name: of the exam.
+        name: of the evaluation.
         settings: what the samples depend on; a file of other settings is not gone on with.
         restart: delete a file of other settings, or any unreadable one; else it is an error.
 
@@ -64,7 +64,10 @@ class ExamFile:
         rows = [problem.to_row() for problem in problems]
         if self.adapter_version is None:
             self.adapter_version = adapter_version
-            rows[0] = {"exam": {**self._settings, "adapter_version": adapter_version}, **rows[0]}
+            rows[0] = {
+                "evaluation": {**self._settings, "adapter_version": adapter_version},
+                **rows[0],
+            }
         jsonl.append_compressed(self.path, rows)
         self.done |= {problem.prompt_id: problem for problem in problems}
 
@@ -74,19 +77,19 @@ class ExamFile:
             self.path.touch()
             return
         jsonl.cut_torn(self.path)
-        settings, problems = read_exam(self.path)
+        settings, problems = read_evaluation(self.path)
         if not problems:
             return
         self.adapter_version = settings.pop("adapter_version", None)
         if difference := settings_difference(settings, self._settings):
             raise UserError(
-                f"{self.path} holds an exam with {difference}; choose another --name, or "
+                f"{self.path} holds an evaluation with {difference}; choose another --name, or "
                 "--overwrite"
             )
         self.done = {problem.prompt_id: problem for problem in problems}
 
 
-def find_exam(path: Path) -> Path:
+def find_evaluation(path: Path) -> Path:
     """The file of problems that a path stands for: itself, or the one beside a NAME.json.
 
     Raises:
@@ -96,27 +99,30 @@ def find_exam(path: Path) -> Path:
     for candidate in (path, path.with_name(stem + SUFFIX), path.with_name(stem + _OLD_SUFFIX)):
         if candidate.is_file() and candidate.name.endswith((SUFFIX, _OLD_SUFFIX)):
             return candidate
-    raise UserError(f"{path}: no such exam; give a file {stem}{SUFFIX} that rl-lora eval wrote")
+    raise UserError(
+        f"{path}: no such evaluation; give a file {stem}{SUFFIX} that rl-lora eval wrote"
+    )
 
 
-def read_exam(path: Path) -> tuple[dict[str, Any], list[ProblemRecord]]:
-    """(settings, problems) of an exam's file, compressed or of the older plain kind.
+def read_evaluation(path: Path) -> tuple[dict[str, Any], list[ProblemRecord]]:
+    """(settings, problems) of an evaluation's file, compressed or of the older plain kind.
 
     A last chunk that a kill tore is left out; the settings of an older file are empty.
 
     Raises:
-        UserError: a line is not of an exam, naming the file.
+        UserError: a line is not of an evaluation, naming the file.
     """
     rows = jsonl.read_lines(path)
-    settings = dict(rows[0].get("exam", {})) if rows else {}
+    settings = dict(rows[0].get("evaluation", {})) if rows else {}
     try:
         return settings, [ProblemRecord.from_row(row) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not an exam's file: a line lacks {error}") from error
+        raise UserError(f"{path} is not an evaluation's file: a line lacks {error}") from error
 
 
-def is_exam(path: Path) -> bool:
-    """Whether a path is of an exam, by its name or first line, and not of loose completions."""
+def is_evaluation(path: Path) -> bool:
+    """Whether a path is of an evaluation, by its name or first line, and not of loose
+    completions."""
     stem = path.name.removesuffix(".json")
     if path.name.endswith(SUFFIX) or (
         stem != path.name and path.with_name(stem + SUFFIX).is_file()
@@ -131,7 +137,7 @@ def is_exam(path: Path) -> bool:
 
 
 def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """The first setting in which two exams differ, in words; None: there is none."""
+    """The first setting in which two evaluations differ, in words; None: there is none."""
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             return f"{key} = {_short(old.get(key))}, not {_short(new.get(key))}"
@@ -148,7 +154,7 @@ def problems_key(prompts_N: Sequence[Prompt]) -> str:
 
 def _is_of(path: Path, settings: Mapping[str, Any]) -> bool:
     try:
-        found, _ = read_exam(path)
+        found, _ = read_evaluation(path)
     except UserError:
         return False
     found.pop("adapter_version", None)

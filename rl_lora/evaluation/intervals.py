@@ -67,7 +67,7 @@ def clustered_interval(
     The exact interval at the effective number of samples (Korn and Graubard 1998, 'Confidence
     intervals for proportions with small expected number of positive counts'); for k = 1, or where
     samples of a problem always agree, Clopper and Pearson's of N. Shares that do not vary (all 0,
-    as on an exam that is too hard) still have an interval, where a bootstrap has none.
+    as on an evaluation that is too hard) still have an interval, where a bootstrap has none.
 
     Raises:
         ValueError: no problem, or a share that is not in 0..1.

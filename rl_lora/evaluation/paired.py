@@ -1,4 +1,4 @@
-"""Two exams of the same problems, held against each other problem by problem.
+"""Two evaluations of the same problems, held against each other problem by problem.
 
 The difference is the mean over problems of d = share correct (second) - share correct (first). Its
 interval resamples problems (bootstrap, seeded). The p-value is that of the sign-flip test on d:
@@ -20,7 +20,12 @@ from typing import Any
 import numpy as np
 
 from rl_lora.errors import UserError
-from rl_lora.evaluation.files import SAMPLING_KEYS, find_exam, read_exam, settings_difference
+from rl_lora.evaluation.files import (
+    SAMPLING_KEYS,
+    find_evaluation,
+    read_evaluation,
+    settings_difference,
+)
 from rl_lora.evaluation.intervals import bootstrap_interval, exact_interval
 from rl_lora.evaluation.scores import ProblemRecord
 from rl_lora.storage import jsonl
@@ -65,7 +70,7 @@ class PairedScores:
 
 @dataclass(frozen=True, slots=True)
 class PairedResult:
-    """A comparison of two exams.
+    """A comparison of two evaluations.
 
     Example: PairedResult(first="base", second="adapter", total=PairedScores(...),
     by_source={"gsm8k": PairedScores(...)}, confidence=0.95, has_common_seeds=True)
@@ -84,7 +89,7 @@ class PairedResult:
         jsonl.write_text_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
 
 
-def compare_exams(
+def compare_evaluations(
     first: Path,
     second: Path,
     names: tuple[str, str] | None = None,
@@ -92,21 +97,21 @@ def compare_exams(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> PairedResult:
-    """Compares two exams on disk; nothing is sampled.
+    """Compares two evaluations on disk; nothing is sampled.
 
     Args:
-        first: NAME.jsonl.gz or NAME.json of the exam to compare with.
-        second: of the exam that is held against it.
+        first: NAME.jsonl.gz or NAME.json of the evaluation to compare with.
+        second: of the evaluation that is held against it.
         names: of the two policies; None: those of the files.
         confidence: of the intervals.
         seed: of the bootstrap.
 
     Raises:
-        UserError: no such exam, or exams of other problems or numbers of samples.
+        UserError: no such evaluation, or evaluations of other problems or numbers of samples.
     """
-    first, second = find_exam(first), find_exam(second)
-    settings_1, problems_1 = read_exam(first)
-    settings_2, problems_2 = read_exam(second)
+    first, second = find_evaluation(first), find_evaluation(second)
+    settings_1, problems_1 = read_evaluation(first)
+    settings_2, problems_2 = read_evaluation(second)
     _check_same(first, problems_1, second, problems_2)
     by_id = {problem.prompt_id: problem for problem in problems_2}
     pairs = [(problem, by_id[problem.prompt_id]) for problem in problems_1]
@@ -123,14 +128,14 @@ def compare_exams(
         },
         confidence=confidence,
         has_common_seeds=difference is None,
-        notes=() if difference is None else (f"the exams were sampled unlike: {difference}",),
+        notes=() if difference is None else (f"the evaluations were sampled unlike: {difference}",),
     )
 
 
 def paired_scores(
     pairs_N: Sequence[tuple[ProblemRecord, ProblemRecord]], confidence: float = 0.95, seed: int = 0
 ) -> PairedScores:
-    """Scores of N problems, each examined under both policies with k samples; a pure function.
+    """Scores of N problems, each evaluated under both policies with k samples; a pure function.
 
     Raises:
         ValueError: no problem, or different numbers of samples.
@@ -174,9 +179,9 @@ def difference_interval(
 ) -> tuple[float, float, str]:
     """(low, high, method) of the mean of gains / k over problems.
 
-    A bootstrap over problems. Where all gains are the same (as on an exam that neither policy can
-    do) it would have no width; then up to a share u of all problems may differ from the d seen, u
-    being the exact upper limit for 0 of N, and each of those by anything in -1..1.
+    A bootstrap over problems. Where all gains are the same (as on an evaluation that neither policy
+    can do) it would have no width; then up to a share u of all problems may differ from the d seen,
+    u being the exact upper limit for 0 of N, and each of those by anything in -1..1.
     """
     shares_N = [gain / num_samples for gain in gains_N]
     if len(set(gains_N)) > 1:
@@ -229,19 +234,19 @@ def _check_same(
         if questions_1.get(prompt_id) != questions_2.get(prompt_id):
             raise UserError(
                 f"{first} ({len(problems_1)} problems) and {second} ({len(problems_2)}) are not of "
-                f"the same problems: {prompt_id} differs or is in one alone; examine both policies "
-                "on one data.eval"
+                f"the same problems: {prompt_id} differs or is in one alone; evaluate both "
+                "policies on one data.eval"
             )
     num_samples = {len(problem.samples_G) for problem in (*problems_1, *problems_2)}
     if len(num_samples) > 1:
         raise UserError(
             f"{first} and {second} have {' and '.join(map(str, sorted(num_samples)))} samples a "
-            "problem; examine both with one eval.num_samples"
+            "problem; evaluate both with one eval.num_samples"
         )
 
 
 def _sampling_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
-    """The first setting of sampling in which the exams differ; None: they are alike."""
+    """The first setting of sampling in which the evaluations differ; None: they are alike."""
     if not first or not second:
         return "a file is of an older version, which does not say how"
     return settings_difference(

@@ -1,4 +1,4 @@
-"""Exams graded again from their files: the completions are there, and nothing is sampled."""
+"""Evaluations graded again from their files: the completions are there, and nothing is sampled."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from typing import Any
 
 from rewards import Score, load_reward
 from rl_lora.errors import UserError
-from rl_lora.evaluation.files import find_exam, read_exam
-from rl_lora.evaluation.scores import ExamScores, ProblemRecord, SampleRecord, exam_scores
+from rl_lora.evaluation.files import find_evaluation, read_evaluation
+from rl_lora.evaluation.scores import (
+    EvaluationScores,
+    ProblemRecord,
+    SampleRecord,
+    evaluation_scores,
+)
 from rl_lora.scoring import score_best
 
 
@@ -33,17 +38,17 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Regrade:
-    """An exam under its old and its new verdicts.
+    """An evaluation under its old and its new verdicts.
 
-    Example: Regrade(exam="runs/q/eval/exam.jsonl.gz", reward="math", policy="default",
-    old=ExamScores(...), new=ExamScores(...), confidence=0.95, changes=(Change(...),))
+    Example: Regrade(evaluation="runs/q/eval/evaluation.jsonl.gz", reward="math", policy="default",
+    old=EvaluationScores(...), new=EvaluationScores(...), confidence=0.95, changes=(Change(...),))
     """
 
-    exam: str
+    evaluation: str
     reward: str
     policy: str
-    old: ExamScores
-    new: ExamScores
+    old: EvaluationScores
+    new: EvaluationScores
     confidence: float  # of the intervals
     changes: tuple[Change, ...]
 
@@ -57,22 +62,22 @@ def regrade(
     timeout_s: float = 5.0,
     confidence: float = 0.95,
 ) -> Regrade:
-    """Grades every completion of an exam anew.
+    """Grades every completion of an evaluation anew.
 
     Args:
         path: RUN/eval/NAME.jsonl.gz, or the NAME.json beside it.
-        reward: its name, or "module:function"; None: the exam's own, or "math".
-        policy: of the verifier; None: the exam's own, or "default".
+        reward: its name, or "module:function"; None: the evaluation's own, or "math".
+        policy: of the verifier; None: the evaluation's own, or "default".
         num_workers: processes of the verifier.
         timeout_s: for a hard answer.
         confidence: of the intervals.
 
     Raises:
-        UserError: no exam, one without a problem, or one whose reward is a module's and not named.
-        ValueError: unknown reward or policy.
+        UserError: no evaluation, one without a problem, or one whose reward is a module's and not
+        named. ValueError: unknown reward or policy.
     """
-    path = find_exam(path)
-    settings, problems_N = read_exam(path)
+    path = find_evaluation(path)
+    settings, problems_N = read_evaluation(path)
     if not problems_N:
         raise UserError(f"{path} holds no problem yet; let rl-lora eval end")
     name, rules = own_judge(path, settings, reward, policy)
@@ -91,11 +96,11 @@ def regrade(
         scores = score_best(scorer, [sample.completion for sample in samples], references)
     graded_N = _with_scores(problems_N, scores)
     return Regrade(
-        exam=str(path),
+        evaluation=str(path),
         reward=name,
         policy=rules,
-        old=exam_scores(problems_N, confidence),
-        new=exam_scores(graded_N, confidence),
+        old=evaluation_scores(problems_N, confidence),
+        new=evaluation_scores(graded_N, confidence),
         confidence=confidence,
         changes=_changes(problems_N, graded_N),
     )
@@ -104,10 +109,10 @@ def regrade(
 def own_judge(
     path: Path, settings: Mapping[str, Any], reward: str | None, policy: str | None
 ) -> tuple[str, str]:
-    """(reward, policy): those given, else those that the exam says it was graded with.
+    """(reward, policy): those given, else those that the evaluation says it was graded with.
 
     Raises:
-        UserError: the exam names a module: a file must not choose which code is imported.
+        UserError: the evaluation names a module: a file must not choose which code is imported.
     """
     name = reward or str(settings.get("reward", "math"))
     if reward is None and ":" in name:

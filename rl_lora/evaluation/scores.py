@@ -1,8 +1,8 @@
-"""What an exam found: a record a problem, and the scores made from the records alone.
+"""What an evaluation found: a record a problem, and the scores made from the records alone.
 
-Scores are pure functions of the records, so that an exam that was killed and resumed, or graded
-anew from its file, has the very numbers of one that ran through. No torch here: a report reads
-results without it.
+Scores are pure functions of the records, so that an evaluation that was killed and resumed, or
+graded anew from its file, has the very numbers of one that ran through. No torch here: a report
+reads results without it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SampleRecord:
 
 @dataclass(frozen=True, slots=True)
 class ProblemRecord:
-    """One problem of an exam with its k graded completions.
+    """One problem of an evaluation with its k graded completions.
 
     Example: ProblemRecord(prompt_id="gsm8k/3", source="gsm8k", question="...", reference="7",
     samples_G=(SampleRecord(...),), seconds=0.4)
@@ -80,7 +80,7 @@ class ProblemRecord:
         return first[votes.most_common(1)[0][0]]
 
     def to_row(self) -> dict[str, Any]:
-        """The line of the exam's file."""
+        """The line of the evaluation's file."""
         return {
             "prompt_id": self.prompt_id,
             "source": self.source,
@@ -141,11 +141,11 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class OutcomeStats:
     """What the correct, or the wrong, completions look like.
 
-    Example: Split(num=50, tokens_mean=31.0, tokens_p50=28.0, tokens_p90=55.0, truncated_rate=0.0,
-    no_answer_rate=0.0, timeout_rate=0.0)
+    Example: OutcomeStats(num=50, tokens_mean=31.0, tokens_p50=28.0, tokens_p90=55.0,
+    truncated_rate=0.0, no_answer_rate=0.0, timeout_rate=0.0)
     """
 
     num: int  # completions
@@ -158,10 +158,10 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
-class ExamScores:
-    """Results over a set of problems, the whole exam or one source.
+class EvaluationScores:
+    """Results over a set of problems, the whole evaluation or one source.
 
-    Example: ExamScores(num_problems=200, num_samples=1, num_correct=50, accuracy=0.25,
+    Example: EvaluationScores(num_problems=200, num_samples=1, num_correct=50, accuracy=0.25,
     accuracy_low=0.192, accuracy_high=0.316, format_rate=0.9, accuracy_formatted=0.27, ...)
     """
 
@@ -186,20 +186,20 @@ class ExamScores:
     no_answer_rate: float | None = None
     timeout_rate: float | None = None
     pass_at: dict[str, Estimate] | None = None  # "1", "2", "4", ... "k": unbiased pass@that
-    correct: Split | None = None  # None: no completion was
-    wrong: Split | None = None
+    correct: OutcomeStats | None = None  # None: no completion was
+    wrong: OutcomeStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """One exam.
+    """One evaluation.
 
-    Example: EvalResult(total=ExamScores(...), by_source={"gsm8k": ExamScores(...)}, step=0,
-    adapter_version=-1, confidence=0.95, interval="exact", temperature=0.0, ...)
+    Example: EvalResult(total=EvaluationScores(...), by_source={"gsm8k": EvaluationScores(...)},
+    step=0, adapter_version=-1, confidence=0.95, interval="exact", temperature=0.0, ...)
     """
 
-    total: ExamScores
-    by_source: dict[str, ExamScores]
+    total: EvaluationScores
+    by_source: dict[str, EvaluationScores]
     step: int | None  # training steps done; None: outside a run
     adapter_version: int  # -1: the base model without adapter
     confidence: float  # of the intervals
@@ -208,7 +208,7 @@ class EvalResult:
     top_p: float
     max_tokens: int
     seed: int
-    seconds: float  # of sampling and grading, over all calls of a resumed exam
+    seconds: float  # of sampling and grading, over all calls of a resumed evaluation
     policy: str = ""  # the adapter's fingerprint, or "base"
     notes: tuple[str, ...] = ()  # e.g. which AIME years precede the base model
 
@@ -260,7 +260,9 @@ def key_part(name: str) -> str:
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def exam_scores(problems_N: Sequence[ProblemRecord], confidence: float = 0.95) -> ExamScores:
+def evaluation_scores(
+    problems_N: Sequence[ProblemRecord], confidence: float = 0.95
+) -> EvaluationScores:
     """Scores of N problems with k samples each; a pure function of the records.
 
     Intervals of proportions are exact at the effective number of samples
@@ -271,7 +273,9 @@ def exam_scores(problems_N: Sequence[ProblemRecord], confidence: float = 0.95) -
     """
     k = len(problems_N[0].samples_G) if problems_N else 0
     if k == 0 or any(len(problem.samples_G) != k for problem in problems_N):
-        raise ValueError("exam_scores needs problems with the same number of samples, at least 1")
+        raise ValueError(
+            "evaluation_scores needs problems with the same number of samples, at least 1"
+        )
     samples = [sample for problem in problems_N for sample in problem.samples_G]
     shares_N = [problem.share for problem in problems_N]
     majority_N = [float(problem.is_majority_correct) for problem in problems_N]
@@ -282,7 +286,7 @@ def exam_scores(problems_N: Sequence[ProblemRecord], confidence: float = 0.95) -
     formatted = [sample.correct for sample in samples if sample.has_format]
     everything = _split(samples)
     assert everything is not None
-    return ExamScores(
+    return EvaluationScores(
         num_problems=len(problems_N),
         num_samples=k,
         num_correct=sum(problem.num_correct for problem in problems_N),
@@ -310,12 +314,12 @@ def exam_scores(problems_N: Sequence[ProblemRecord], confidence: float = 0.95) -
 
 def scores_by_source(
     problems_N: Sequence[ProblemRecord], confidence: float = 0.95
-) -> dict[str, ExamScores]:
+) -> dict[str, EvaluationScores]:
     """Scores of each data set by itself, sorted by name."""
     by_source: defaultdict[str, list[ProblemRecord]] = defaultdict(list)
     for problem in problems_N:
         by_source[problem.source].append(problem)
-    return {name: exam_scores(by_source[name], confidence) for name in sorted(by_source)}
+    return {name: evaluation_scores(by_source[name], confidence) for name in sorted(by_source)}
 
 
 def _pass_curve(
@@ -331,12 +335,12 @@ def _pass_curve(
     return curve
 
 
-def _split(samples: Sequence[SampleRecord]) -> Split | None:
+def _split(samples: Sequence[SampleRecord]) -> OutcomeStats | None:
     if not samples:
         return None
     lengths = [sample.num_tokens for sample in samples]
     p50, p90 = (float(quantile) for quantile in np.quantile(lengths, (0.5, 0.9)))
-    return Split(
+    return OutcomeStats(
         num=len(samples),
         tokens_mean=_mean(lengths),
         tokens_p50=p50,
@@ -351,16 +355,16 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _scores_from(raw: dict[str, Any]) -> ExamScores:
+def _scores_from(raw: dict[str, Any]) -> EvaluationScores:
     for key in ("correct", "wrong"):
         if raw.get(key) is not None:
-            raw[key] = Split(**raw[key])
+            raw[key] = OutcomeStats(**raw[key])
     if raw.get("pass_at") is not None:
         raw["pass_at"] = {k: Estimate(**estimate) for k, estimate in raw["pass_at"].items()}
-    return ExamScores(**raw)
+    return EvaluationScores(**raw)
 
 
-def _flat(scores: ExamScores, suffix: str) -> dict[str, float]:
+def _flat(scores: EvaluationScores, suffix: str) -> dict[str, float]:
     numbers: dict[str, float | None] = {
         "accuracy": scores.accuracy,
         "accuracy_low": scores.accuracy_low,

@@ -120,7 +120,7 @@ def has_own_head(model_dir: Path, config: PretrainedConfig) -> bool:
             files |= dict.fromkeys(opened.keys(), path)
     if not any(name.removesuffix(".weight").endswith(HEAD_NAMES) for name in files):
         return False
-    model: Any = lay_out(config)
+    model: Any = build_on_meta(config)
     tied: dict[str, str] = model.all_tied_weights_keys
 
     def read(name: str) -> torch.Tensor:
@@ -134,7 +134,7 @@ def has_own_head(model_dir: Path, config: PretrainedConfig) -> bool:
     )
 
 
-def lay_out(config: PretrainedConfig) -> nn.Module:
+def build_on_meta(config: PretrainedConfig) -> nn.Module:
     """The model without weights, on the meta device."""
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config)

@@ -59,7 +59,7 @@ class TinyRecipe:
     batch_size: int = 32
     lr: float = 2e-3
     num_steps: int = 1000  # of the optimizer; over the problems again and again
-    num_exam: int = 400  # held-out problems, for the accuracy
+    num_eval: int = 400  # held-out problems, for the accuracy
     num_threads: int = 2  # fixed: another number sums in another order
     seed: int = 0
     # Share of the sums in the solutions that are made wrong, anew in each of `num_copies` copies of
@@ -90,7 +90,7 @@ _FAST = TinyRecipe(
     init_std=0.1,
     lr=3e-3,
     num_steps=425,
-    num_exam=200,
+    num_eval=200,
     num_threads=1,
 )
 
@@ -109,7 +109,7 @@ RECIPES: dict[str, TinyRecipe] = {
         description="Llama of 0.14 M parameters for studies: one-digit sums, "
         "often wrong, by chance",
         num_steps=1600,
-        num_exam=400,
+        num_eval=400,
         noise=0.25,
         num_copies=4,
     ),
@@ -127,7 +127,7 @@ def make_tiny_model(target: Path, recipe: TinyRecipe) -> float:
     started = time.monotonic()
     target.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(recipe)
-    data = DataSection(train=recipe.sources, held_out=recipe.num_exam)
+    data = DataSection(train=recipe.sources, held_out=recipe.num_eval)
     prompts = load_prompts(data, tokenizer, recipe.context_length, 128, recipe.seed)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(recipe.num_threads)
@@ -143,7 +143,7 @@ def make_tiny_model(target: Path, recipe: TinyRecipe) -> float:
     tokenizer.save_pretrained(target)
     facts = {
         "accuracy": accuracy,
-        "num_exam": len(prompts.eval),
+        "num_eval": len(prompts.eval),
         "seconds": round(time.monotonic() - started, 1),
         "recipe": {**asdict(recipe), "sources": [one.model_dump() for one in recipe.sources]},
     }

@@ -25,7 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rl_lora.nn import block_attention
 from rl_lora.nn.block_attention import Blocks
-from rl_lora.nn.segments import Layout
+from rl_lora.nn.segments import AttentionLayout
 
 NAME = "rl_lora_shared_prompt"
 
@@ -33,7 +33,7 @@ _state = threading.local()  # learner threads work on different microbatches at 
 
 
 @contextlib.contextmanager
-def using(layout: Layout | None) -> Iterator[None]:
+def using(layout: AttentionLayout | None) -> Iterator[None]:
     """This thread's forward passes attend by the layout."""
     before = getattr(_state, "layout", None)
     _state.layout = layout
@@ -52,7 +52,7 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 
 def attend(
-    query_THD: Tensor, key_TJD: Tensor, value_TJD: Tensor, layout: Layout, scale: float
+    query_THD: Tensor, key_TJD: Tensor, value_TJD: Tensor, layout: AttentionLayout, scale: float
 ) -> Tensor:
     """[T, H, D] outputs; J key heads, each serving H / J query heads."""
     outputs = []
@@ -102,7 +102,7 @@ class _Attend(torch.autograd.Function):
         query_THD: Tensor,
         key_TJD: Tensor,
         value_TJD: Tensor,
-        layout: Layout,
+        layout: AttentionLayout,
         scale: float,
     ) -> Tensor:
         """[T, H, D]."""
@@ -129,7 +129,7 @@ class _Attend(torch.autograd.Function):
         return (*torch.autograd.grad(out_THD, inputs, grad_THD), None, None)
 
 
-def _blocks(query_THD: Tensor, key_TJD: Tensor, layout: Layout) -> Blocks | None:
+def _blocks(query_THD: Tensor, key_TJD: Tensor, layout: AttentionLayout) -> Blocks | None:
     """The layout's blocks, made once for all layers; None where SDPA is the faster way."""
     if query_THD.device.type != "cpu" or query_THD.dtype != torch.float32:
         return None
@@ -159,7 +159,7 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' interface: [1, heads, T, D] in, [1, T, heads, D] out."""
-    layout: Layout | None = getattr(_state, "layout", None)
+    layout: AttentionLayout | None = getattr(_state, "layout", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout is None and query.shape[2] == 1:
         return attend_last(query, key, value, attention_mask, scale).transpose(1, 2), None

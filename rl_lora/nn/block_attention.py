@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rl_lora.nn.segments import Bucket, Layout
+from rl_lora.nn.segments import AttentionLayout, Bucket
 
 BLOCK_ELEMENTS = 2**19  # probabilities of a block, 2 MiB; more segments make more blocks
 SEGMENT_ELEMENTS = 2**21  # of one segment, at most: beyond, SDPA's kernel is the faster one
@@ -49,7 +49,7 @@ class Blocks:
     output_rows: Tensor
 
 
-def make_blocks(layout: Layout, num_key_heads: int, num_groups: int) -> Blocks | None:
+def make_blocks(layout: AttentionLayout, num_key_heads: int, num_groups: int) -> Blocks | None:
     """The layout's blocks; None where a segment is too long for them to pay."""
     num_heads = num_key_heads * num_groups
     blocks: list[Block] = []

@@ -16,7 +16,7 @@ from torch import Tensor
 _WASTE = 1.3  # a bucket's padded block may be this much larger than what is needed
 # Query-key pairs that a bucket may waste besides, by kind of device: a GPU computes so many (1 Mi
 # pairs of 16 heads of 64 are 4 GFLOP) sooner than it launches the kernels of one bucket more.
-SLACK = {"cpu": 0, "cuda": 2**20}
+MAX_WASTED_PAIRS = {"cpu": 0, "cuda": 2**20}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +47,28 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class AttentionLayout:
     """All buckets of a row, and where in their concatenated outputs each token's output lies."""
 
     buckets: tuple[Bucket, ...]
     output_T: Tensor  # int64 [T]
 
-    def to(self, device: torch.device) -> Layout:
+    def to(self, device: torch.device) -> AttentionLayout:
         """The layout with its tensors on the device."""
         buckets = tuple(
             Bucket(b.query_SQ.to(device), b.key_SK.to(device), b.mask_S1QK.to(device))
             for b in self.buckets
         )
-        return Layout(buckets, self.output_T.to(device))
+        return AttentionLayout(buckets, self.output_T.to(device))
 
 
-def make_layout(segments: Sequence[Segment], num_tokens: int, slack: int = 0) -> Layout:
-    """Buckets of segments that cover a row of num_tokens tokens; slack: see SLACK."""
+def make_layout(
+    segments: Sequence[Segment], num_tokens: int, max_wasted_pairs: int = 0
+) -> AttentionLayout:
+    """Buckets of segments that cover a row of num_tokens tokens; max_wasted_pairs: see
+    MAX_WASTED_PAIRS."""
     buckets, output_T, offset = [], torch.empty(num_tokens, dtype=torch.int64), 0
-    for together in _alike(segments, slack):
+    for together in _alike(segments, max_wasted_pairs):
         bucket = _bucket(together)
         num_queries = bucket.query_SQ.shape[1]
         for index, segment in enumerate(together):
@@ -74,10 +77,10 @@ def make_layout(segments: Sequence[Segment], num_tokens: int, slack: int = 0) ->
             output_T[segment.start : end] = torch.arange(first, first + segment.length)
         offset += bucket.query_SQ.numel()
         buckets.append(bucket)
-    return Layout(tuple(buckets), output_T)
+    return AttentionLayout(tuple(buckets), output_T)
 
 
-def _alike(segments: Sequence[Segment], slack: int) -> Iterator[list[Segment]]:
+def _alike(segments: Sequence[Segment], max_wasted_pairs: int) -> Iterator[list[Segment]]:
     """Runs of segments, sorted by length, whose common block wastes little."""
     together: list[Segment] = []
     for segment in sorted(segments, key=lambda s: (s.length, s.prefix_length)):
@@ -85,7 +88,7 @@ def _alike(segments: Sequence[Segment], slack: int) -> Iterator[list[Segment]]:
         needed = sum(s.length * (s.prefix_length + s.length) for s in trial)
         num_keys = max(s.prefix_length + s.length for s in trial)
         computed = len(trial) * segment.length * num_keys
-        if together and computed > _WASTE * needed and computed - needed > slack:
+        if together and computed > _WASTE * needed and computed - needed > max_wasted_pairs:
             yield together
             trial = [segment]
         together = trial

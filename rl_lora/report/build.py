@@ -10,7 +10,7 @@ from rl_lora.report.blocks import Section
 from rl_lora.report.figures import make_sections
 from rl_lora.report.page import Page, packed_size
 from rl_lora.report.records import RunRecord, read_runs
-from rl_lora.report.summary import exam_table, make_tiles, run_table, settings_section
+from rl_lora.report.summary import evaluation_table, make_tiles, run_table, settings_section
 from rl_lora.report.terminal import printable
 from rl_lora.report.text import Formulas, segments
 from rl_lora.report.transcripts import (
@@ -46,11 +46,11 @@ def build_page(folders: Sequence[Path]) -> tuple[Page, bytes]:
 
 def _page(runs: Sequence[RunRecord], sample: Sample, head_chars: int, tail_chars: int) -> Page:
     sections = make_sections(runs)
-    table = exam_table(runs)
+    table = evaluation_table(runs)
     if len(runs) > 1:
         sections.insert(0, Section("runs", "Runs", tables=[run_table(runs)]))
     if table is not None:
-        sections.append(Section("exams", "Exams on record", tables=[table]))
+        sections.append(Section("evaluations", "Evaluations on record", tables=[table]))
     sections.append(settings_section(runs))
     labels = [run.label for run in runs]
     notes = [
@@ -107,11 +107,12 @@ def _sample_note(sample: Sample, head_chars: int, tail_chars: int) -> str:
     else:
         text = (
             f"A seeded sample of {num:,} of the {sample.num_read:,} transcripts of {source}: of "
-            "each step and exam up to the same number, half correct and half wrong where there are "
-            "enough of both, so that the shares here are not the run's."
+            "each step and evaluation up to the same number, half correct and half wrong where "
+            "there are enough of both, so that the shares here are not the run's."
         )
     if sample.num_strata_skipped:
-        text += f" {sample.num_strata_skipped:,} steps and exams between those shown are left out."
+        text += f" {sample.num_strata_skipped:,} steps and evaluations between those "
+        text += "shown are left out."
     if any(record["completion"].num_cut for record in sample.records):
         text += f" Of long completions the first {head_chars:,} and last {tail_chars:,} characters."
     return text

@@ -1,4 +1,4 @@
-"""The figures of the exams: accuracy with its interval, by training step."""
+"""The figures of the evaluations: accuracy with its interval, by training step."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from collections.abc import Sequence
 import numpy as np
 
 from rl_lora.report.blocks import DASHES, Figure, Trace, band, color, curve, layout, rounded
-from rl_lora.report.records import Exam, RunRecord
+from rl_lora.report.records import Evaluation, RunRecord
 
 
-def exam_figures(runs: Sequence[RunRecord]) -> list[Figure | None]:
-    """Each series of exams over the training steps, and its sources where it has several."""
+def evaluation_figures(runs: Sequence[RunRecord]) -> list[Figure | None]:
+    """Each series of evaluations over the training steps, and its sources where it has several."""
     names = dict.fromkeys(
-        exam.series for run in runs for exam in run.exams if exam.step is not None
+        evaluation.series
+        for run in runs
+        for evaluation in run.evaluations
+        if evaluation.step is not None
     )
     figures: list[Figure | None] = []
     for name in sorted(names):
-        figures.append(_exam_figure(runs, name))
+        figures.append(_evaluation_figure(runs, name))
         if len(runs) == 1:
-            figures.append(_exam_by_source(runs[0], name))
+            figures.append(_evaluation_by_source(runs[0], name))
         else:
             figures += _source_figures(runs, name)
     return figures
 
 
-def exam_title(name: str) -> str:
+def evaluation_title(name: str) -> str:
     """A series' heading. Example: "Held-out accuracy", "AIME 2024"."""
     if not name:
         return "Held-out accuracy"
@@ -34,73 +37,97 @@ def exam_title(name: str) -> str:
     return name
 
 
-def _exam_figure(runs: Sequence[RunRecord], name: str) -> Figure | None:
+def _evaluation_figure(runs: Sequence[RunRecord], name: str) -> Figure | None:
     data: list[Trace] = []
     for index, run in enumerate(runs):
-        exams = run.exams_of(name)
-        if not exams:
+        evaluations = run.evaluations_of(name)
+        if not evaluations:
             continue
         if len(runs) == 1:
-            data += _exam_traces(exams, None, "accuracy", "c0")
-            data += _exam_extras(exams)
+            data += _evaluation_traces(evaluations, None, "accuracy", "c0")
+            data += _evaluation_extras(evaluations)
             data += _base_line(run, name)
         else:
-            data += _exam_traces(exams, None, run.label, color(index))
+            data += _evaluation_traces(evaluations, None, run.label, color(index))
     form = layout("share of the answers", y_format=".0%")
     form["yaxis"]["range"] = [0, _headroom(data)]
-    levels = {exam.result.confidence for run in runs for exam in run.exams_of(name)}
+    levels = {
+        evaluation.result.confidence for run in runs for evaluation in run.evaluations_of(name)
+    }
     note = " and ".join(f"{level:.0%}" for level in sorted(levels))
-    problems = {exam.result.total.num_problems for run in runs for exam in run.exams_of(name)}
+    problems = {
+        evaluation.result.total.num_problems
+        for run in runs
+        for evaluation in run.evaluations_of(name)
+    }
     count = " or ".join(f"{number:,}" for number in sorted(problems))
     sources = sorted(
-        {s for run in runs for exam in run.exams_of(name) for s in exam.result.by_source}
+        {
+            s
+            for run in runs
+            for evaluation in run.evaluations_of(name)
+            for s in evaluation.result.by_source
+        }
     )
     of = f" of {', '.join(sources)}" if 0 < len(sources) <= 6 else ""
     text = f"{count} problems{of}; bands: {note} intervals."
-    return Figure(f"exam_{name or 'held_out'}", exam_title(name), data, form, text)
+    return Figure(f"evaluation_{name or 'held_out'}", evaluation_title(name), data, form, text)
 
 
-def _exam_by_source(run: RunRecord, name: str) -> Figure | None:
-    exams = run.exams_of(name)
-    sources = sorted({source for exam in exams for source in exam.result.by_source})
+def _evaluation_by_source(run: RunRecord, name: str) -> Figure | None:
+    evaluations = run.evaluations_of(name)
+    sources = sorted(
+        {source for evaluation in evaluations for source in evaluation.result.by_source}
+    )
     if not 2 <= len(sources) <= 20:
         return None
     data = []
     for index, source in enumerate(sources):
-        data += _exam_traces(exams, source, source, color(index), DASHES[index % len(DASHES)])
+        data += _evaluation_traces(
+            evaluations, source, source, color(index), DASHES[index % len(DASHES)]
+        )
     form = layout("accuracy", y_format=".0%")
     form["yaxis"]["range"] = [0, _headroom(data)]
-    title = f"{exam_title(name)} by source"
-    note = f"Bands: {exams[-1].result.confidence:.0%} intervals."
-    return Figure(f"exam_{name or 'held_out'}_by_source", title, data, form, note)
+    title = f"{evaluation_title(name)} by source"
+    note = f"Bands: {evaluations[-1].result.confidence:.0%} intervals."
+    return Figure(f"evaluation_{name or 'held_out'}_by_source", title, data, form, note)
 
 
 def _source_figures(runs: Sequence[RunRecord], name: str) -> list[Figure]:
-    """Each source of an exam, with several runs overlaid."""
-    exams = [exam for run in runs for exam in run.exams_of(name)]
-    sources = sorted({source for exam in exams for source in exam.result.by_source})
-    if not 2 <= len(sources) <= 6:  # one is the whole exam; the table has them all
+    """Each source of an evaluation, with several runs overlaid."""
+    evaluations = [evaluation for run in runs for evaluation in run.evaluations_of(name)]
+    sources = sorted(
+        {source for evaluation in evaluations for source in evaluation.result.by_source}
+    )
+    if not 2 <= len(sources) <= 6:  # one is the whole evaluation; the table has them all
         return []
     figures = []
     for place, source in enumerate(sources):
         data = []
         for index, run in enumerate(runs):
-            data += _exam_traces(run.exams_of(name), source, run.label, color(index))
+            data += _evaluation_traces(run.evaluations_of(name), source, run.label, color(index))
         form = layout("accuracy", y_format=".0%")
         form["yaxis"]["range"] = [0, _headroom(data)]
-        figure_id = f"exam_{name or 'held_out'}_source_{place}"
-        note = f"Bands: {exams[-1].result.confidence:.0%} intervals."
-        figures.append(Figure(figure_id, f"{exam_title(name)}: {source}", data, form, note))
+        figure_id = f"evaluation_{name or 'held_out'}_source_{place}"
+        note = f"Bands: {evaluations[-1].result.confidence:.0%} intervals."
+        figures.append(Figure(figure_id, f"{evaluation_title(name)}: {source}", data, form, note))
     return figures
 
 
-def _exam_traces(
-    exams: Sequence[Exam], source: str | None, name: str, shade: str, dash: str = "solid"
+def _evaluation_traces(
+    evaluations: Sequence[Evaluation],
+    source: str | None,
+    name: str,
+    shade: str,
+    dash: str = "solid",
 ) -> list[Trace]:
     """Accuracy with its interval as band and bars, over training steps."""
     points = [
-        (exam.step, exam.result.total if source is None else exam.result.by_source.get(source))
-        for exam in exams
+        (
+            evaluation.step,
+            evaluation.result.total if source is None else evaluation.result.by_source.get(source),
+        )
+        for evaluation in evaluations
     ]
     whole = [(step, scores) for step, scores in points if step is not None and scores is not None]
     if not whole:
@@ -126,10 +153,10 @@ def _exam_traces(
     return [band(steps, low, high, shade, legendgroup=name), line]
 
 
-def _exam_extras(exams: Sequence[Exam]) -> list[Trace]:
+def _evaluation_extras(evaluations: Sequence[Evaluation]) -> list[Trace]:
     """Format, and with several samples a problem pass@k and maj@k."""
-    steps = [float(exam.step) for exam in exams if exam.step is not None]
-    totals = [exam.result.total for exam in exams if exam.step is not None]
+    steps = [float(evaluation.step) for evaluation in evaluations if evaluation.step is not None]
+    totals = [evaluation.result.total for evaluation in evaluations if evaluation.step is not None]
     k = totals[-1].num_samples
     data = [
         curve(
@@ -151,10 +178,10 @@ def _exam_extras(exams: Sequence[Exam]) -> list[Trace]:
 
 
 def _base_line(run: RunRecord, name: str) -> list[Trace]:
-    base = run.exam_named("base" if not name else f"base_{name}")
+    base = run.evaluation_named("base" if not name else f"base_{name}")
     if base is None:
         return []
-    last = max([run.last_step, *(exam.step or 0 for exam in run.exams)])
+    last = max([run.last_step, *(evaluation.step or 0 for evaluation in run.evaluations)])
     accuracy = base.result.accuracy
     line = curve(
         [0, max(1, last)], [accuracy, accuracy], "base model", "muted", dash="longdash", form=".1%"

@@ -17,7 +17,7 @@ from rl_lora.report.blocks import (
     two_panels,
 )
 from rl_lora.report.curves import Series, metric_figure, stacked
-from rl_lora.report.evaluation_figures import exam_figures
+from rl_lora.report.evaluation_figures import evaluation_figures
 from rl_lora.report.records import Record, RunRecord, series, thinned
 
 _PHASES = ("sample", "learn", "eval", "publish", "score", "warm_start")
@@ -27,7 +27,7 @@ _PHASE_COLORS = dict(zip(_PHASES, ("c0", "c1", "c2", "c3", "c4", "c5"), strict=T
 def make_sections(runs: Sequence[RunRecord]) -> list[Section]:
     """All figures that the records have numbers for, in four sections."""
     parts: list[tuple[str, str, list[Callable[[Sequence[RunRecord]], Sequence[Figure | None]]]]] = [
-        ("learning", "Does it learn?", [_reward, exam_figures, _reward_details]),
+        ("learning", "Does it learn?", [_reward, evaluation_figures, _reward_details]),
         ("answers", "How does it answer?", [_length, _groups, _statuses]),
         ("health", "Is the training healthy?", [_mismatch, _optimizer]),
         ("cost", "What does it cost?", [_time, _memory]),

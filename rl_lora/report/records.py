@@ -1,4 +1,4 @@
-"""A run's folder, read for the report: settings, steps, exams. Nothing else is read.
+"""A run's folder, read for the report: settings, steps, evaluations. Nothing else is read.
 
 Runs that stand at step 0, were killed in mid-line, or go on while they are read are all welcome;
 what could not be used is said in `notes`, and never passed over in silence.
@@ -27,14 +27,14 @@ Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Exam:
-    """One exam of a run.
+class Evaluation:
+    """One evaluation of a run.
 
-    Example: Exam(name="step_000010", series="", step=10, result=EvalResult(...))
+    Example: Evaluation(name="step_000010", series="", step=10, result=EvalResult(...))
     """
 
     name: str  # of its files
-    series: str  # what its name has besides the step: "" for the held-out exam, e.g. "aime24"
+    series: str  # what its name has besides the step: "" for the held-out evaluation, e.g. "aime24"
     step: int | None  # training steps done; None: outside the training (base, `rl-lora eval`)
     result: EvalResult
 
@@ -44,7 +44,8 @@ class RunRecord:
     """What a report knows of a run.
 
     Example: RunRecord(label="quickstart", folder=Path("runs/quickstart"), config={"run": {...}},
-    facts={"dtype": "torch.float32", ...}, steps=[{"step": 1, "reward/mean": 0.2}], exams=[...])
+    facts={"dtype": "torch.float32", ...}, steps=[{"step": 1, "reward/mean": 0.2}],
+    evaluations=[...])
     """
 
     label: str  # unique among the runs of one report
@@ -53,7 +54,7 @@ class RunRecord:
     facts: dict[str, Any]  # the rest of run.json: versions, fingerprint, parameters
     steps: list[Record]  # lines of metrics.jsonl, by step
     warm_start: list[Record]
-    exams: list[Exam]  # by series and step
+    evaluations: list[Evaluation]  # by series and step
     notes: list[str] = field(default_factory=list)
 
     def setting(self, section: str, key: str) -> Any:
@@ -66,13 +67,19 @@ class RunRecord:
         """Steps done."""
         return self.steps[-1]["step"] if self.steps else 0
 
-    def exams_of(self, series: str) -> list[Exam]:
-        """The exams of a series that were held during the training, by step."""
-        return [exam for exam in self.exams if exam.series == series and exam.step is not None]
+    def evaluations_of(self, series: str) -> list[Evaluation]:
+        """The evaluations of a series that were held during the training, by step."""
+        return [
+            evaluation
+            for evaluation in self.evaluations
+            if evaluation.series == series and evaluation.step is not None
+        ]
 
-    def exam_named(self, name: str) -> Exam | None:
-        """The exam whose files have the name."""
-        return next((exam for exam in self.exams if exam.name == name), None)
+    def evaluation_named(self, name: str) -> Evaluation | None:
+        """The evaluation whose files have the name."""
+        return next(
+            (evaluation for evaluation in self.evaluations if evaluation.name == name), None
+        )
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -113,7 +120,7 @@ def read_run(folder: Path, label: str | None = None) -> RunRecord:
         facts=facts,
         steps=_read_steps(metrics_path),
         warm_start=_read_steps(folder / "warm_start.jsonl"),
-        exams=_read_exams(folder / "eval", notes),
+        evaluations=_read_evaluations(folder / "eval", notes),
         notes=notes,
     )
 
@@ -171,24 +178,28 @@ def _read_steps(path: Path) -> list[Record]:
     return [steps[step] for step in sorted(steps)]
 
 
-def _read_exams(folder: Path, notes: list[str]) -> list[Exam]:
-    exams = []
+def _read_evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
+    evaluations = []
     for path in sorted(folder.glob("*.json")):
         try:
             result = load_result(path)
         except UserError as error:
-            notes.append(f"exam left out: {error}")
+            notes.append(f"evaluation left out: {error}")
             continue
         match = _EXAM_NAME.fullmatch(path.stem)
         parts = [part for part in (match["before"], match["after"]) if part] if match else []
-        # The base is held against the held-out exam; other exams by hand stand in the table alone.
+        # The base is held against the held-out evaluation; other evaluations by hand stand in the
+        # table alone.
         step = int(match["step"]) if match else result.step
-        exams.append(Exam(path.stem, " ".join(parts) if match else path.stem, step, result))
-    notes += dict.fromkeys(text for e in exams for text in getattr(e.result, "notes", ()))
-    # The base, the exams of the training by series, and those held by hand.
+        evaluations.append(
+            Evaluation(path.stem, " ".join(parts) if match else path.stem, step, result)
+        )
+    notes += dict.fromkeys(text for e in evaluations for text in getattr(e.result, "notes", ()))
+    # The base, the evaluations of the training by series, and those held by hand.
     return sorted(
-        exams,
-        key=lambda exam: (
-            not exam.name.startswith("base"), exam.step is None, exam.series, exam.step or 0
+        evaluations,
+        key=lambda evaluation: (
+            not evaluation.name.startswith("base"), evaluation.step is None, evaluation.series,
+            evaluation.step or 0
         ),
     )  # fmt: skip

@@ -27,7 +27,7 @@ FOLDER = "figures"
 # Okabe and Ito's palette: distinct for all common kinds of colour vision, and line styles differ.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 _SOURCE_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MAX_SETS = 4  # columns of exams.png; the report has more
+_MAX_SETS = 4  # columns of evaluations.png; the report has more
 _ABOVE: Any = {
     "xytext": (-2, 3),
     "textcoords": "offset points",
@@ -54,27 +54,30 @@ Records = Sequence[Mapping[str, Any]]
 class RunRecords:
     """What the figures are drawn from.
 
-    Example: RunRecords(steps=[{"step": 1, "reward/mean": 0.2}], exams=[{"step": 0,
+    Example: RunRecords(steps=[{"step": 1, "reward/mean": 0.2}], evaluations=[{"step": 0,
     "eval/accuracy": 0.1, ...}], base={"eval/accuracy": 0.02, ...})
     """
 
     steps: Records  # lines of metrics.jsonl
-    exams: Records  # of the held-out exams, by step
-    base: Mapping[str, Any] | None  # the exam of the base model without adapter
+    evaluations: Records  # of the held-out evaluations, by step
+    base: Mapping[str, Any] | None  # the evaluation of the base model without adapter
 
 
 def draw_figures(run_folder: Path) -> list[Path]:
-    """Writes RUN/figures/{reward,length,accuracy,exams,overview}.png; returns those drawn.
+    """Writes RUN/figures/{reward,length,accuracy,evaluations,overview}.png; returns those drawn.
 
     A figure whose numbers were never recorded is not drawn; overview.png has reward, length and
-    accuracy side by side. exams.png is there from two exams on: figure 7b of 'LoRA Without Regret'.
+    accuracy side by side. evaluations.png is there from two evaluations on: figure 7b of 'LoRA
+    Without Regret'.
 
     Raises:
-        UserError: the run has neither a step nor an exam on record, or a damaged record.
+        UserError: the run has neither a step nor an evaluation on record, or a damaged record.
     """
     records = read_records(run_folder)
-    if not records.steps and not records.exams:
-        raise UserError(f"{run_folder} holds no step and no exam; figures are drawn after a run")
+    if not records.steps and not records.evaluations:
+        raise UserError(
+            f"{run_folder} holds no step and no evaluation; figures are drawn after a run"
+        )
     panels = [(name, draw) for name, draw, is_there in _PANELS if is_there(records)]
     folder = run_folder / FOLDER
     folder.mkdir(exist_ok=True)
@@ -84,8 +87,8 @@ def draw_figures(run_folder: Path) -> list[Path]:
             figure = Figure(figsize=(6.4, 4.6), layout="constrained")
             draw(figure.add_subplot(), records)
             paths.append(_save(figure, folder / f"{name}.png"))
-        if len(_series(records.exams, "eval/accuracy")[0]) > 1:
-            paths.append(_save(exams_figure(records), folder / "exams.png"))
+        if len(_series(records.evaluations, "eval/accuracy")[0]) > 1:
+            paths.append(_save(evaluations_figure(records), folder / "evaluations.png"))
         if panels:
             layout = ConstrainedLayoutEngine(wspace=0.05)
             figure = Figure(figsize=(5.2 * len(panels), 4.4), layout=layout)
@@ -97,25 +100,25 @@ def draw_figures(run_folder: Path) -> list[Path]:
 
 
 def read_records(run_folder: Path) -> RunRecords:
-    """Steps from metrics.jsonl; exams from there and from eval/step_*.json, which win.
+    """Steps from metrics.jsonl; evaluations from there and from eval/step_*.json, which win.
 
     Raises:
         UserError: a record is damaged, naming it.
     """
     metrics_path, eval_folder = run_folder / METRICS_FILE, run_folder / "eval"
     steps = jsonl.read_lines(metrics_path) if metrics_path.is_file() else []
-    exams: dict[int, Mapping[str, Any]] = {
+    evaluations: dict[int, Mapping[str, Any]] = {
         record["step"]: record for record in steps if "eval/accuracy" in record
     }
     for path in sorted(eval_folder.glob("step_*.json")):
         result = load_result(path)
         if result.step is not None:
-            exams[result.step] = _exam_record(result)
+            evaluations[result.step] = _evaluation_record(result)
     base = eval_folder / "base.json"
     return RunRecords(
         steps=steps,
-        exams=[exams[step] for step in sorted(exams)],
-        base=_exam_record(load_result(base)) if base.is_file() else None,
+        evaluations=[evaluations[step] for step in sorted(evaluations)],
+        base=_evaluation_record(load_result(base)) if base.is_file() else None,
     )
 
 
@@ -159,10 +162,10 @@ def draw_accuracy(axes: Axes, records: RunRecords) -> None:
 
     The base model's accuracy (before a warm start) is a horizontal line.
     """
-    exams = records.exams
-    steps, accuracies = _series(exams, "eval/accuracy")
-    _, lows = _series(exams, "eval/accuracy_low")
-    _, highs = _series(exams, "eval/accuracy_high")
+    evaluations = records.evaluations
+    steps, accuracies = _series(evaluations, "eval/accuracy")
+    _, lows = _series(evaluations, "eval/accuracy_low")
+    _, highs = _series(evaluations, "eval/accuracy_high")
     axes.plot(steps, accuracies, color=BLUE, marker="o", label="accuracy", zorder=3)
     if len(lows) == len(highs) == len(steps):
         # Rounding may put a bound a hair inside, and an error bar's length is not negative.
@@ -171,32 +174,33 @@ def draw_accuracy(axes: Axes, records: RunRecords) -> None:
         axes.errorbar(
             steps, accuracies, yerr=np.stack([below, above]), fmt="none", ecolor=BLUE, capsize=4
         )
-    _line(axes, exams, "eval/accuracy_formatted", "accuracy in the format", ORANGE, "--")
-    _line(axes, exams, "eval/format_rate", "share in the format", GREEN, ":")
+    _line(axes, evaluations, "eval/accuracy_formatted", "accuracy in the format", ORANGE, "--")
+    _line(axes, evaluations, "eval/format_rate", "share in the format", GREEN, ":")
     # More sources than colours: the files have them all.
-    for key, color in zip(_source_keys(exams), _SOURCE_COLORS, strict=False):
-        _line(axes, exams, key, key.removeprefix("eval/accuracy/"), color, "-.")
+    for key, color in zip(_source_keys(evaluations), _SOURCE_COLORS, strict=False):
+        _line(axes, evaluations, key, key.removeprefix("eval/accuracy/"), color, "-.")
     if records.base is not None:
         base = records.base["eval/accuracy"]
         axes.axhline(base, color=GREY, linestyle=(0, (6, 3)), linewidth=1, label="base model")
     axes.set_ylim(0, min(1.03, max(0.1, axes.get_ylim()[1])))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylabel("share of held-out answers")
-    _finish(axes, f"Held-out accuracy{_interval_note(exams)}")
+    _finish(axes, f"Held-out accuracy{_interval_note(evaluations)}")
 
 
-def exams_figure(records: RunRecords) -> Figure:
-    """Exam score over mean length of the chain of thought, by step: a column for each exam set.
+def evaluations_figure(records: RunRecords) -> Figure:
+    """Evaluation score over mean length of the chain of thought, by step: a column for each
+    evaluation set.
 
     Shaded: the intervals. Figure 7b of 'LoRA Without Regret'.
     """
-    sources = [key.removeprefix("eval/accuracy") for key in _source_keys(records.exams)]
+    sources = [key.removeprefix("eval/accuracy") for key in _source_keys(records.evaluations)]
     columns = (sources or [""])[:_MAX_SETS]
     figure = Figure(figsize=(4.6 * len(columns) + 0.6, 6.4), layout="constrained")
     all_axes = figure.subplots(2, len(columns), squeeze=False, sharex=True)
     for column, suffix in enumerate(columns):
         top, bottom = all_axes[0][column], all_axes[1][column]
-        _banded(top, records.exams, "accuracy", suffix, BLUE)
+        _banded(top, records.evaluations, "accuracy", suffix, BLUE)
         base = (records.base or {}).get(f"eval/accuracy{suffix}")
         if base is not None:
             top.axhline(base, color=GREY, linestyle=(0, (6, 3)), linewidth=1)
@@ -204,24 +208,24 @@ def exams_figure(records: RunRecords) -> Figure:
         top.set_ylim(0, min(1.03, max(0.1, top.get_ylim()[1])))
         top.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         top.set_title(suffix.removeprefix("/") or "all problems")
-        _banded(bottom, records.exams, "tokens", suffix, ORANGE, middle="tokens_mean")
+        _banded(bottom, records.evaluations, "tokens", suffix, ORANGE, middle="tokens_mean")
         bottom.set_ylim(0, 1.05 * bottom.get_ylim()[1])
         bottom.set_xlabel("training step")
         bottom.xaxis.set_major_locator(_whole_steps())
-    all_axes[0][0].set_ylabel("exam score")
+    all_axes[0][0].set_ylabel("evaluation score")
     all_axes[1][0].set_ylabel("chain of thought (mean tokens)")
-    figure.suptitle(f"Exams in training{_interval_note(records.exams)}", fontsize=12)
+    figure.suptitle(f"Evaluations in training{_interval_note(records.evaluations)}", fontsize=12)
     return figure
 
 
 def _banded(
-    axes: Axes, exams: Records, name: str, suffix: str, color: str, middle: str | None = None
+    axes: Axes, evaluations: Records, name: str, suffix: str, color: str, middle: str | None = None
 ) -> None:
-    """One number of the exams with its interval, as far as it was recorded."""
+    """One number of the evaluations with its interval, as far as it was recorded."""
     low_key, high_key = f"eval/{name}_low{suffix}", f"eval/{name}_high{suffix}"
-    steps, values = _series(exams, f"eval/{middle or name}{suffix}")
+    steps, values = _series(evaluations, f"eval/{middle or name}{suffix}")
     axes.plot(steps, values, color=color, marker=_marker(steps), markersize=4, zorder=3)
-    whole = [r for r in exams if isinstance(r.get(low_key), int | float)]
+    whole = [r for r in evaluations if isinstance(r.get(low_key), int | float)]
     low_steps, lows = _series(whole, low_key)
     axes.fill_between(low_steps, lows, _series(whole, high_key)[1], color=color, alpha=0.18, lw=0)
 
@@ -231,21 +235,25 @@ _PANELS: tuple[
 ] = (
     ("reward", draw_reward, lambda records: bool(_series(records.steps, "reward/mean")[0])),
     ("length", draw_length, lambda records: bool(_series(records.steps, "cot/tokens_mean")[0])),
-    ("accuracy", draw_accuracy, lambda records: bool(_series(records.exams, "eval/accuracy")[0])),
+    (
+        "accuracy",
+        draw_accuracy,
+        lambda records: bool(_series(records.evaluations, "eval/accuracy")[0]),
+    ),
 )
 
 
-def _exam_record(result: EvalResult) -> dict[str, Any]:
+def _evaluation_record(result: EvalResult) -> dict[str, Any]:
     return {"step": result.step, "confidence": result.confidence, **result.metrics()}
 
 
-def _interval_note(exams: Records) -> str:
-    levels = {record["confidence"] for record in exams if "confidence" in record}
+def _interval_note(evaluations: Records) -> str:
+    levels = {record["confidence"] for record in evaluations if "confidence" in record}
     return f" ({levels.pop():.0%} intervals)" if len(levels) == 1 else ""
 
 
-def _source_keys(exams: Records) -> list[str]:
-    keys = {key for record in exams for key in record if key.startswith("eval/accuracy/")}
+def _source_keys(evaluations: Records) -> list[str]:
+    keys = {key for record in evaluations for key in record if key.startswith("eval/accuracy/")}
     return sorted(keys)
 
 

@@ -1,4 +1,4 @@
-"""The words and numbers around the figures: tiles, tables of runs and exams, settings."""
+"""The words and numbers around the figures: tiles, tables of runs and evaluations, settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rl_lora.config import VARIANT_NAMES, RunConfig
 from rl_lora.evaluation.evaluate import EvalResult
 from rl_lora.report.blocks import Section, Table, Tile
-from rl_lora.report.evaluation_figures import exam_title
+from rl_lora.report.evaluation_figures import evaluation_title
 from rl_lora.report.records import RunRecord, series
 from rl_lora.report.terminal import seconds_text
 
@@ -19,7 +19,9 @@ _WINDOW = 5  # steps, of the reward at the start and at the end
 def make_tiles(run: RunRecord) -> list[Tile]:
     """A run's main numbers, as far as it has them."""
     tiles = [_model_tile(run), _policy_tile(run), _steps_tile(run)]
-    names = dict.fromkeys(exam.series for exam in run.exams if exam.step is not None)
+    names = dict.fromkeys(
+        evaluation.series for evaluation in run.evaluations if evaluation.step is not None
+    )
     tiles += [_accuracy_tile(run, name) for name in sorted(names)]
     rewards = series(run.steps, "reward/mean")[1]
     if rewards:
@@ -40,7 +42,7 @@ def run_table(runs: Sequence[RunRecord]) -> Table:
     columns += ["before", "after", "reward at the end", "time"]
     rows = []
     for run in runs:
-        exams = run.exams_of("")
+        evaluations = run.evaluations_of("")
         rewards = series(run.steps, "reward/mean")[1]
         seconds = series(run.steps, "time/step_s")[1]
         rate = run.setting("optim", "lr")
@@ -51,8 +53,8 @@ def run_table(runs: Sequence[RunRecord]) -> Table:
                 policy_name(run),
                 "–" if rate is None else f"{rate:g}",
                 f"{run.last_step:,}",
-                accuracy_text(exams[0].result) if exams else "–",
-                accuracy_text(exams[-1].result) if len(exams) > 1 else "–",
+                accuracy_text(evaluations[0].result) if evaluations else "–",
+                accuracy_text(evaluations[-1].result) if len(evaluations) > 1 else "–",
                 f"{_mean(rewards[-_WINDOW:]):.3f}" if rewards else "–",
                 seconds_text(sum(seconds)) if seconds else "–",
             ]
@@ -60,20 +62,20 @@ def run_table(runs: Sequence[RunRecord]) -> Table:
     return Table("", columns, rows, [False, False, False] + [True] * 6)
 
 
-def exam_table(runs: Sequence[RunRecord]) -> Table | None:
-    """Every exam on record."""
-    columns = ["exam", "step", "problems", "accuracy", "pass@k", "maj@k"]
+def evaluation_table(runs: Sequence[RunRecord]) -> Table | None:
+    """Every evaluation on record."""
+    columns = ["evaluation", "step", "problems", "accuracy", "pass@k", "maj@k"]
     columns += ["in the format", "length", "truncated"]
     rows = []
     for run in runs:
-        for exam in run.exams:
-            total, k = exam.result.total, exam.result.total.num_samples
+        for evaluation in run.evaluations:
+            total, k = evaluation.result.total, evaluation.result.total.num_samples
             rows.append(
                 [
-                    exam.name,
-                    "–" if exam.step is None else f"{exam.step:,}",
+                    evaluation.name,
+                    "–" if evaluation.step is None else f"{evaluation.step:,}",
                     f"{total.num_problems:,}" + (f" × {k}" if k > 1 else ""),
-                    accuracy_text(exam.result),
+                    accuracy_text(evaluation.result),
                     f"{total.pass_at_k:.1%}" if k > 1 else "–",
                     f"{total.majority_accuracy:.1%}" if k > 1 else "–",
                     f"{total.format_rate:.1%}",
@@ -185,16 +187,18 @@ def _steps_tile(run: RunRecord) -> Tile:
 
 
 def _accuracy_tile(run: RunRecord, name: str) -> Tile | None:
-    results = [exam.result for exam in run.exams_of(name)]
+    results = [evaluation.result for evaluation in run.evaluations_of(name)]
     first, last = results[0], results[-1]
     confidence = f"{last.confidence:.0%} interval"
     if len(results) == 1:
-        return Tile(exam_title(name), f"{last.accuracy:.1%}", f"{_bounds(last)}, {confidence}")
+        return Tile(
+            evaluation_title(name), f"{last.accuracy:.1%}", f"{_bounds(last)}, {confidence}"
+        )
     detail = (
         f"{100 * (last.accuracy - first.accuracy):+.1f} points; {confidence}s "
         f"{_bounds(first)} and {_bounds(last)}"
     )
-    return Tile(exam_title(name), f"{first.accuracy:.1%} → {last.accuracy:.1%}", detail)
+    return Tile(evaluation_title(name), f"{first.accuracy:.1%} → {last.accuracy:.1%}", detail)
 
 
 def _bounds(result: EvalResult) -> str:

@@ -1,4 +1,4 @@
-"""Texts and tables that the terminal shows: exams, comparisons, times.
+"""Texts and tables that the terminal shows: evaluations, comparisons, times.
 
 Text from data or model goes through `printable` and is never taken for markup.
 """
@@ -15,12 +15,12 @@ from rich.text import Text
 
 from rl_lora.evaluation.paired import PairedResult, PairedScores
 from rl_lora.evaluation.regrade import Regrade
-from rl_lora.evaluation.scores import EvalResult, ExamScores, Split
+from rl_lora.evaluation.scores import EvalResult, EvaluationScores, OutcomeStats
 
 _HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _CELL_CHARS = 40
 
-_Cell = Callable[[ExamScores], str]
+_Cell = Callable[[EvaluationScores], str]
 
 
 def printable(text: str, max_chars: int | None = None) -> str:
@@ -55,7 +55,7 @@ def share_text(value: float, low: float | None, high: float | None) -> str:
     return f"{value:.1%} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def accuracy_text(scores: ExamScores) -> str:
+def accuracy_text(scores: EvaluationScores) -> str:
     """The accuracy with its interval."""
     return share_text(scores.accuracy, scores.accuracy_low, scores.accuracy_high)
 
@@ -65,11 +65,13 @@ def accuracy_name(num_samples: int) -> str:
     return "accuracy" if num_samples == 1 else f"accuracy (avg@{num_samples})"
 
 
-# --- exams ----------------------------------------------------------------------------------------
+# --- evaluations
+# ----------------------------------------------------------------------------------------
 
 
-def exam_table(results: Mapping[str, EvalResult], style: box.Box = box.ROUNDED) -> Table:
-    """A column an exam: accuracy with its interval, format, length; a block for each source."""
+def evaluation_table(results: Mapping[str, EvalResult], style: box.Box = box.ROUNDED) -> Table:
+    """A column an evaluation: accuracy with its interval, format, length; a block for each
+    source."""
     confidence = next(iter(results.values())).confidence
     table = Table(title=f"Held-out problems ({confidence:.0%} intervals)", box=style)
     table.add_column("")
@@ -86,7 +88,9 @@ def exam_table(results: Mapping[str, EvalResult], style: box.Box = box.ROUNDED) 
     return table
 
 
-def _add_block(table: Table, source: str | None, columns: Sequence[ExamScores | None]) -> None:
+def _add_block(
+    table: Table, source: str | None, columns: Sequence[EvaluationScores | None]
+) -> None:
     title = "" if source is None else f"{printable(source, 30)}: "
     there = [scores for scores in columns if scores is not None]
     for label, form in _rows(max(scores.num_samples for scores in there)).items():
@@ -97,12 +101,12 @@ def _add_block(table: Table, source: str | None, columns: Sequence[ExamScores | 
     table.add_section()
 
 
-# Rows that say nothing in most exams: left out where every cell is one of these.
+# Rows that say nothing in most evaluations: left out where every cell is one of these.
 _ONLY_IF_ANY = {"no answer": ("-", "0.0%"), "verifier timeouts": ("-", "0.0%")}
 
 
 def _rows(num_samples: int) -> dict[str, _Cell]:
-    """Label -> cell, of an exam with k samples a problem."""
+    """Label -> cell, of an evaluation with k samples a problem."""
     rows: dict[str, _Cell] = {accuracy_name(num_samples): accuracy_text}
     if num_samples > 1:
         rows[f"any of {num_samples} correct (pass@{num_samples})"] = _pass_at_k
@@ -126,20 +130,20 @@ def _rows(num_samples: int) -> dict[str, _Cell]:
     }
 
 
-def _pass_at_k(scores: ExamScores) -> str:
+def _pass_at_k(scores: EvaluationScores) -> str:
     estimate = (scores.pass_at or {}).get(str(scores.num_samples))
     if estimate is None:
         return f"{scores.pass_at_k:.1%}"
     return share_text(estimate.value, estimate.low, estimate.high)
 
 
-def _length(scores: ExamScores) -> str:
+def _length(scores: EvaluationScores) -> str:
     if scores.tokens_low is None or scores.tokens_high is None:
         return f"{scores.tokens_mean:.0f}"
     return f"{scores.tokens_mean:.0f} ({scores.tokens_low:.0f} to {scores.tokens_high:.0f})"
 
 
-def _halves(scores: ExamScores, form: Callable[[Split], str]) -> str:
+def _halves(scores: EvaluationScores, form: Callable[[OutcomeStats], str]) -> str:
     halves = [scores.correct, scores.wrong]
     return " / ".join("-" if split is None else form(split) for split in halves)
 

@@ -22,7 +22,7 @@ from rl_lora.evaluation.scores import EvalResult
 from rl_lora.report.tables import (
     accuracy_name,
     accuracy_text,
-    exam_table,
+    evaluation_table,
     paired_line,
     paired_table,
     phase_table,
@@ -58,17 +58,19 @@ def step_line(metrics: Mapping[str, float]) -> str:
 
 @dataclass
 class _Phase:
-    """Progress of a phase that takes long: an exam, or the sampling of one step."""
+    """Progress of a phase that takes long: an evaluation, or the sampling of one step."""
 
     name: str
     task: TaskID
     total: int
     start: float  # seconds, of perf_counter
     told: float  # when a line was last printed
-    done: float = 0  # completions of a step; problems of an exam, with a part of those in hand
-    first: int = 0  # of an exam: problems done before it started, as it was resumed
-    whole: int = 0  # of an exam: problems done
-    now: int = 0  # of an exam: problems being sampled
+    done: float = (
+        0  # completions of a step; problems of an evaluation, with a part of those in hand
+    )
+    first: int = 0  # of an evaluation: problems done before it started, as it was resumed
+    whole: int = 0  # of an evaluation: problems done
+    now: int = 0  # of an evaluation: problems being sampled
     num_tokens: int = 0  # of the calls of the sampler that are over
     call_tokens: int = 0  # of the one under way
 
@@ -111,7 +113,7 @@ class Display:
             disable=not self._is_live,
         )
         self._task: TaskID | None = None
-        self._exam: _Phase | None = None
+        self._evaluation: _Phase | None = None
         self._sampling: _Phase | None = None
         self._stage = "step"
         self._num_steps = 0
@@ -157,18 +159,23 @@ class Display:
             line = f"{self._stage} {step}/{self._num_steps}  {step_line(metrics)}"
             self._print(line if self._is_live or not eta else f"{line}  {eta}")
 
-    def exam(self, done: int, total: int, now: int) -> None:
+    def evaluation(self, done: int, total: int, now: int) -> None:
         """Progress of an evaluation; fits `evaluate(on_progress=...)`."""
-        if self._exam is None:
-            self._exam = self._new_phase("evaluation", total)
-            self._exam.first = done
-        exam = self._exam
-        exam.num_tokens += exam.call_tokens
-        exam.done, exam.whole, exam.now, exam.call_tokens = done, done, now, 0
-        self._show(exam)
+        if self._evaluation is None:
+            self._evaluation = self._new_phase("evaluation", total)
+            self._evaluation.first = done
+        evaluation = self._evaluation
+        evaluation.num_tokens += evaluation.call_tokens
+        evaluation.done, evaluation.whole, evaluation.now, evaluation.call_tokens = (
+            done,
+            done,
+            now,
+            0,
+        )
+        self._show(evaluation)
         if done >= total:
-            self._progress.remove_task(exam.task)
-            self._exam = None
+            self._progress.remove_task(evaluation.task)
+            self._evaluation = None
 
     def sampling(self, done: int, total: int, num_tokens: int) -> None:
         """Progress of one call of the sampler, in completions; fits its `on_progress`.
@@ -176,11 +183,11 @@ class Display:
         Within an evaluation the evaluation's bar moves on. Call it with 0 done where a step begins
         to sample, so that the speed is counted from there.
         """
-        if self._exam is not None:
-            exam = self._exam
-            exam.call_tokens = num_tokens
-            exam.done = exam.whole + exam.now * done / total
-            self._show(exam)
+        if self._evaluation is not None:
+            evaluation = self._evaluation
+            evaluation.call_tokens = num_tokens
+            evaluation.done = evaluation.whole + evaluation.now * done / total
+            self._show(evaluation)
             return
         if self._sampling is None:
             self._sampling = self._new_phase("sampling", total)
@@ -190,7 +197,7 @@ class Display:
             self._progress.remove_task(self._sampling.task)
             self._sampling = None
 
-    def exam_result(self, name: str, result: EvalResult) -> None:
+    def evaluation_result(self, name: str, result: EvalResult) -> None:
         """One line: `name: accuracy 25.0% (19.2 to 31.6), format 90.0%, ...`."""
         total = result.total
         speed = f", {result.num_tokens / result.seconds:,.0f} tok/s" if result.seconds > 0 else ""
@@ -200,10 +207,10 @@ class Display:
             f"{seconds_text(result.seconds)}{speed}"
         )
 
-    def exams(self, results: Mapping[str, EvalResult]) -> None:
-        """A table with a column for each named exam, quiet or not; nothing for none."""
+    def evaluations(self, results: Mapping[str, EvalResult]) -> None:
+        """A table with a column for each named evaluation, quiet or not; nothing for none."""
         if results:
-            self._console.print(exam_table(results, self._box))
+            self._console.print(evaluation_table(results, self._box))
 
     def comparison(self, result: PairedResult) -> None:
         """The table of a paired comparison, quiet or not."""
@@ -213,18 +220,18 @@ class Display:
 
     def summary(
         self,
-        exams: Mapping[str, EvalResult],
+        evaluations: Mapping[str, EvalResult],
         comparisons: Mapping[str, PairedScores],
         seconds_by_phase: Mapping[str, float],
     ) -> None:
         """The closing tables, quiet or not.
 
         Args:
-            exams: by the policy examined: the base model, before and after RL.
+            evaluations: by the policy evaluated: the base model, before and after RL.
             comparisons: `before to after` and the like -> the paired difference.
             seconds_by_phase: phase -> seconds of the whole run.
         """
-        self.exams(exams)
+        self.evaluations(evaluations)
         for name, scores in comparisons.items():
             self._print(f"{name}: {paired_line(scores)}")
         if seconds_by_phase:

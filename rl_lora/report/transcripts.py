@@ -1,8 +1,9 @@
-"""A bounded, seeded sample of a run's transcripts, read as a stream: rollouts and exam answers.
+"""A bounded, seeded sample of a run's transcripts, read as a stream: rollouts and evaluation
+answers.
 
-Each step's rollouts, and each exam, are a stratum. A stratum gives up to its quota, half correct
-and half wrong where there are enough of both, so that rare answers are seen; the shares of the
-sample are therefore not the run's. Files of any size are read line by line, and long texts keep
+Each step's rollouts, and each evaluation, are a stratum. A stratum gives up to its quota, half
+correct and half wrong where there are enough of both, so that rare answers are seen; the shares of
+the sample are therefore not the run's. Files of any size are read line by line, and long texts keep
 their head and tail.
 """
 
@@ -22,7 +23,7 @@ from rl_lora.report.records import RunRecord, number
 from rl_lora.runs.log import TRANSCRIPTS_FILE
 
 MAX_TRANSCRIPTS = 1200  # of one report
-MAX_STRATUM = 60  # of one step or exam
+MAX_STRATUM = 60  # of one step or evaluation
 HEAD_CHARS, TAIL_CHARS = 2400, 1600  # kept of a completion
 QUESTION_CHARS = 2000
 FIELD_CHARS = 200  # of an answer, a reference, a name
@@ -62,7 +63,7 @@ class Sample:
     num_read: int = 0
     num_damaged: int = 0  # lines that are no transcript
     files: list[str] = field(default_factory=list)
-    num_strata_skipped: int = 0  # steps and exams that gave nothing, there being too many
+    num_strata_skipped: int = 0  # steps and evaluations that gave nothing, there being too many
 
 
 def sample_transcripts(
@@ -70,40 +71,42 @@ def sample_transcripts(
 ) -> Sample:
     """Draws from all files of all runs; the same files and seed give the same sample."""
     sources = [
-        (index, path, exam_name, step)
+        (index, path, evaluation_name, step)
         for index, run in enumerate(runs)
-        for path, exam_name, step in _files(run)
+        for path, evaluation_name, step in _files(run)
     ]
     num_strata = sum(
-        1 if exam_name else max(1, len(runs[index].steps)) for index, _, exam_name, _ in sources
+        1 if evaluation_name else max(1, len(runs[index].steps))
+        for index, _, evaluation_name, _ in sources
     )
     stride = max(1, -(-2 * num_strata // max_transcripts))  # at least two of each stratum taken
     quota = min(MAX_STRATUM, max(2, max_transcripts * stride // max(1, num_strata)))
     sample = Sample([])
     drawn: list[Record] = []
-    for place, (index, path, exam_name, step) in enumerate(sources):
+    for place, (index, path, evaluation_name, step) in enumerate(sources):
         sample.files.append(f"{runs[index].label}/{path.relative_to(runs[index].folder)}")
-        if exam_name and place % stride and place != len(sources) - 1:
+        if evaluation_name and place % stride and place != len(sources) - 1:
             sample.num_strata_skipped += 1
             continue
-        keep_step = stride if not exam_name else 1
-        drawn += _draw(path, index, exam_name, step, quota, keep_step, seed, sample)
+        keep_step = stride if not evaluation_name else 1
+        drawn += _draw(path, index, evaluation_name, step, quota, keep_step, seed, sample)
     sample.records = drawn
     return sample
 
 
 def _files(run: RunRecord) -> Iterator[tuple[Path, str, int | None]]:
-    """(path, exam's name or "", exam's step) of the run's files that are there, plain or gzip."""
+    """(path, evaluation's name or "", evaluation's step) of the run's files that are there, plain
+    or gzip."""
     rollouts = run.folder / TRANSCRIPTS_FILE
     for path in (rollouts, rollouts.with_name(rollouts.name + ".gz")):
         if path.is_file():
             yield path, "", None
             break
-    for exam in run.exams:
+    for evaluation in run.evaluations:
         for suffix in (".jsonl", ".jsonl.gz"):
-            path = run.folder / "eval" / (exam.name + suffix)
+            path = run.folder / "eval" / (evaluation.name + suffix)
             if path.is_file():
-                yield path, exam.name, exam.step
+                yield path, evaluation.name, evaluation.step
                 break
 
 
@@ -131,22 +134,22 @@ class _Reservoir:
 def _draw(
     path: Path,
     run: int,
-    exam_name: str,
-    exam_step: int | None,
+    evaluation_name: str,
+    evaluation_step: int | None,
     quota: int,
     keep_step: int,
     seed: int,
     sample: Sample,
 ) -> list[Record]:
     """The file's part of the sample, in the file's order."""
-    rng = random.Random(f"{seed}/{run}/{exam_name}")
+    rng = random.Random(f"{seed}/{run}/{evaluation_name}")
     reservoirs: dict[float, tuple[_Reservoir, _Reservoir]] = {}
     skipped_steps: set[float] = set()
     for place, raw in enumerate(_transcripts(path, sample)):
         sample.num_read += 1
-        step = exam_step if exam_name else number(raw.get("step"))
+        step = evaluation_step if evaluation_name else number(raw.get("step"))
         key = -1.0 if step is None else float(step)
-        if not exam_name and int(key) % keep_step:
+        if not evaluation_name and int(key) % keep_step:
             skipped_steps.add(key)
             continue
         if key not in reservoirs:
@@ -154,7 +157,7 @@ def _draw(
         reservoir = reservoirs[key][raw.get("correct") is not True]
         slot = reservoir.slot()
         if slot is not None:
-            reservoir.put(slot, place, _record(raw, run, exam_name, step))
+            reservoir.put(slot, place, _record(raw, run, evaluation_name, step))
     sample.num_strata_skipped += len(skipped_steps)
     kept: list[Record] = []
     for key in sorted(reservoirs):
@@ -166,7 +169,7 @@ def _draw(
 
 
 def _transcripts(path: Path, sample: Sample) -> Iterator[Record]:
-    """One raw record a completion, of rollouts and of exam rows alike."""
+    """One raw record a completion, of rollouts and of evaluation rows alike."""
     for row in stream_objects(path):
         if row is None:
             sample.num_damaged += 1
@@ -212,12 +215,12 @@ def _object(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _record(raw: Record, run: int, exam_name: str, step: float | None) -> Record:
+def _record(raw: Record, run: int, evaluation_name: str, step: float | None) -> Record:
     """The fields that the page shows, of bounded length and known types."""
     tokens = number(raw.get("tokens"))
     return {
         "run": run,
-        "origin": exam_name or "training",
+        "origin": evaluation_name or "training",
         "step": step,
         "source": _field(raw.get("source")) or "",
         "problem": _field(raw.get("prompt_id")) or "",

@@ -115,7 +115,7 @@ class RunLog:
     def track(self, step: int, metrics: Mapping[str, float]) -> None:
         """Numbers for the trackers alone, of a step that has or gets no line of its own.
 
-        Such are the exams before the first step and after the last; their record is RUN/eval.
+        Such are the evaluations before the first step and after the last; their record is RUN/eval.
         """
         for tracker in self._trackers:
             tracker.log(step, metrics)

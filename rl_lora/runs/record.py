@@ -101,7 +101,7 @@ def check_same_job(
                 )
 
 
-def anchored(config: SomeSection) -> SomeSection:
+def with_absolute_paths(config: SomeSection) -> SomeSection:
     """A job with its data files, folders and model directory as absolute paths.
 
     So its record can be read, and its adapters be loaded, from another working directory.

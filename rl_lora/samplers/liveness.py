@@ -52,26 +52,30 @@ def check_step(metrics: dict[str, float], dtype: torch.dtype, max_kl: float | No
         )
 
 
-def sample_ages(
-    groups_N: Sequence[RolloutGroup], version: int, *, max_age: int
+def staleness_metrics(
+    groups_N: Sequence[RolloutGroup], version: int, *, max_staleness: int
 ) -> dict[str, float]:
-    """rollouts/age_*: by how many versions the policy that learns is ahead of the sampler.
+    """rollouts/staleness_*: by how many versions the policy that learns is ahead of the sampler.
 
     Args:
         groups_N: the step's rollouts.
         version: of the policy that is about to learn from them.
-        max_age: 0, or with sampling.overlap 1.
+        max_staleness: 0, or with sampling.overlap 1.
 
     Raises:
         StaleAdapterError: a sample is older than that, or of a version still to come.
     """
-    ages = [version - r.completion.adapter_version for g in groups_N for r in g.rollouts_G]
-    if not all(0 <= age <= max_age for age in ages):
+    staleness = [version - r.completion.adapter_version for g in groups_N for r in g.rollouts_G]
+    if not all(0 <= age <= max_staleness for age in staleness):
         raise StaleAdapterError(
-            f"samples of ages {min(ages)} to {max(ages)} for policy version {version}, and ages 0 "
-            f"to {max_age} are allowed: the sampler uses a stale or wrong adapter"
+            f"samples are {min(staleness)} to {max(staleness)} versions older than the policy "
+            f"(version {version}), and 0 to {max_staleness} are allowed: the "
+            "sampler uses a stale or wrong adapter"
         )
-    return {"rollouts/age_mean": sum(ages) / len(ages), "rollouts/age_max": float(max(ages))}
+    return {
+        "rollouts/staleness_mean": sum(staleness) / len(staleness),
+        "rollouts/staleness_max": float(max(staleness)),
+    }
 
 
 def check_version(
@@ -125,7 +129,7 @@ def check_at_start(
             break
     probe = save_adapter(policy, folder, version=PROBE_VERSION, run_name="probe")
     try:
-        sampler.use(probe)
+        sampler.set_adapter(probe)
         probe_sampler = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
         probe_policy = _policy_logprobs(policy, token_ids_N)
     finally:
@@ -133,7 +137,7 @@ def check_at_start(
         _remove(probe)
     found = {"probe": _distance(probe_sampler, probe_policy)}
     if not policy.is_full:
-        sampler.use(None)
+        sampler.set_adapter(None)
         base_sampler = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
         found["base"] = _distance(base_sampler, base_policy)
     found["control"] = _distance(probe_policy, base_policy)

@@ -47,7 +47,7 @@ class TorchSampler:
         self.on_progress = on_progress
         self._version = BASE_VERSION
 
-    def use(self, adapter: Adapter | None) -> None:
+    def set_adapter(self, adapter: Adapter | None) -> None:
         """Takes note of the version; the weights are the policy's own.
 
         Raises:
@@ -128,7 +128,7 @@ class TorchSampler:
             adapter_version=self._version,
         )
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Nothing is held between calls: the cache lives as long as a call."""
 
     def close(self) -> None:

@@ -27,12 +27,12 @@ from rl_lora.runs.inputs import base_inputs, sequence_inputs
 from rl_lora.runs.lock import run_lock
 from rl_lora.runs.log import METRICS_FILE, RunLog
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, speed_metrics
-from rl_lora.runs.record import anchored, write_record
+from rl_lora.runs.record import with_absolute_paths, write_record
 from rl_lora.runs.snapshot import Start, find_start, load_snapshot, save_snapshot
 from rl_lora.sft.data import SftSets, load_sft, step_indices
 from rl_lora.sft.held_out_loss import HeldOutLoss, held_out_loss
 from rl_lora.storage import jsonl
-from rl_lora.storage.directories import disk_errors, whole_directory
+from rl_lora.storage.directories import atomic_directory, disk_errors
 
 if TYPE_CHECKING:
     from rl_lora.policy import Policy
@@ -95,7 +95,7 @@ def fine_tune(
         FloatingPointError: the gradient is not finite.
     """
     check_trainable(config.model, config.lora)
-    config = anchored(config)
+    config = with_absolute_paths(config)
     folder = config.run.folder
     with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
         check_run_folder(folder)
@@ -220,7 +220,7 @@ def _publish(policy: Policy, folder: Path, config: SftConfig) -> None:
     adapter = save_adapter(
         policy, folder / "adapters", version=config.run.num_steps, run_name=config.run.name
     )
-    with whole_directory(folder / "adapter") as scratch:
+    with atomic_directory(folder / "adapter") as scratch:
         for file in adapter.path.iterdir():  # the whole model, in full fine-tuning: not copied
             file.rename(scratch / file.name)
     shutil.rmtree(folder / "adapters", ignore_errors=True)

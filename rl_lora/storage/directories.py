@@ -22,7 +22,7 @@ _OF_THE_DISK = (
 
 
 @contextlib.contextmanager
-def whole_directory(final: Path) -> Iterator[Path]:
+def atomic_directory(final: Path) -> Iterator[Path]:
     """A scratch directory beside `final` that takes its place at the end.
 
     If anything fails, `final` stays as it was and the scratch goes; what a killed process has left

@@ -1,9 +1,9 @@
 """How long a study will take and how much memory, measured: by its finished cells, else by short
 calibration runs, one for each class of cells that differ in rate and seed alone.
 
-A cell's time = set-up (model, data, exams before and after) + steps + tests along the way, each
-from the calibration's own clock. Calibrations run as the cells will: as many at once as there are
-slots.
+A cell's time = set-up (model, data, evaluations before and after) + steps + tests along the way,
+each from the calibration's own clock. Calibrations run as the cells will: as many at once as there
+are slots.
 """
 
 from __future__ import annotations

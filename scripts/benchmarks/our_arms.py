@@ -20,7 +20,7 @@ from benchmarks.workload import Size, config
 from rl_lora.batches import make_samples, pack
 from rl_lora.commands.plan import matmul_counts
 from rl_lora.learner import Learner
-from rl_lora.models.shapes import lay_out
+from rl_lora.models.shapes import build_on_meta
 from rl_lora.policy import Policy
 from rl_lora.prompts import load_prompts
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, Score
@@ -31,7 +31,7 @@ Built = Iterator[tuple[Commands, dict[str, Any]]]
 @contextlib.contextmanager
 def whole_step(size: Size) -> Built:
     """The product's own loop, phase by phase; only lengths and rewards are fixed."""
-    from rl_lora.build import open_job
+    from rl_lora.build import open_run
     from rl_lora.report.terminal import Display
     from rl_lora.rollouts import sample_groups, score_groups
     from rl_lora.train import Run
@@ -40,7 +40,7 @@ def whole_step(size: Size) -> Built:
     with (
         tempfile.TemporaryDirectory() as folder,
         Display(quiet=True) as display,
-        open_job(settings) as job,
+        open_run(settings) as job,
     ):
         run = Run(job, display, Path(folder))
         fix_lengths(job.sampler, size)
@@ -54,7 +54,7 @@ def whole_step(size: Size) -> Built:
                 completions_N_G = sample_groups(
                     job.sampler, prompts_N, run.params(), version=run.step
                 )
-                job.sampler.rest()
+                job.sampler.release_memory()
             with timed(out, "score"):
                 groups_N = score_groups(prompts_N, completions_N_G, job.reward)
             groups_N = with_rewards(groups_N, size.rewards())
@@ -74,13 +74,13 @@ def whole_step(size: Size) -> Built:
             seconds: dict[str, list[float]] = {"lora": [], "base": []}
             adapter = run.publish()
             for name in ("lora", "base") * 2:
-                job.sampler.use(adapter if name == "lora" else None)
+                job.sampler.set_adapter(adapter if name == "lora" else None)
                 if name == "base":
                     job.sampler.token_logprobs([prompts_N[0].token_ids])
                 start = time.perf_counter()
                 job.sampler.sample(prompts_N, run.params())
                 seconds[name].append(time.perf_counter() - start)
-            job.sampler.use(adapter)
+            job.sampler.set_adapter(adapter)
             return seconds
 
         yield {"step": step, "sample_both": sample_both}, {"memory_built": peak_mb()}
@@ -173,7 +173,7 @@ def needed_gflop(policy: Policy, groups_N: list[RolloutGroup]) -> float:
 def formula_per_token(policy: Policy, scored_share: float) -> float:
     """FLOPs a token by the article's count, 2 (2 N^2 + 6 N R) or 2 (3 N^2) a layer, where lm_head
     sees a share of the tokens. It lets every layer pass a gradient on; the first need not."""
-    counts = matmul_counts(lay_out(policy.model.config), policy.lora)
+    counts = matmul_counts(build_on_meta(policy.model.config), policy.lora)
     head = policy.model.get_output_embeddings().weight.numel()
     passes = 3 if policy.is_full else 2
     total = counts.full if policy.is_full else counts.lora

@@ -35,7 +35,7 @@ def with_adapter(context: Context) -> dict[str, Any]:
     figures: dict[str, Any] = {"start_s": round(time.monotonic() - started, 1)}
     with contextlib.closing(sampler):
         for name, version in (("adapter", adapter), ("base", None)):
-            sampler.use(version)
+            sampler.set_adapter(version)
             prompts, groups, speed = measured(sampler, folder, context)
             found = mismatch(policy, prompts[:8], groups[:8], adapter_off=version is None)
             figures[name] = {"tokens_per_s": speed, "kl": found["mismatch/kl"]}

@@ -21,7 +21,7 @@ from gpu_stages.stages import CheckFailedError, Context
 from rl_lora.batches import pack
 from rl_lora.config import AlgorithmSection, OptimSection
 from rl_lora.learner import Learner
-from rl_lora.nn.segments import SLACK
+from rl_lora.nn.segments import MAX_WASTED_PAIRS
 from rl_lora.policy import Policy
 from rl_lora.types import Microbatch, TrainSample
 
@@ -158,7 +158,7 @@ def microbatches(
         max_tokens=sizes.completion[1],
         microbatch_tokens=tokens,
         share_prompts=policy.can_share_prompts,
-        slack=SLACK[policy.device.type],
+        max_wasted_pairs=MAX_WASTED_PAIRS[policy.device.type],
     )
     return batches[:count]
 

@@ -14,7 +14,7 @@ from rl_lora.config import ModelSection, load_config
 from rl_lora.models.resolve import EMBEDDED, convert_embedded, is_at_hand, resolve_model
 from rl_lora.train import train
 
-METRICS = ("mismatch/kl", "mismatch/abs_mean", "reward/mean", "rollouts/age_mean")
+METRICS = ("mismatch/kl", "mismatch/abs_mean", "reward/mean", "rollouts/staleness_mean")
 
 
 def convert(context: Context) -> dict[str, Any]:

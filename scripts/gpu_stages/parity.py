@@ -99,7 +99,7 @@ def _parity(context: Context, dtype: torch.dtype) -> dict[str, Any]:
     adapters = context.work / "adapters" / str(dtype)
 
     def compared(adapter: Adapter | None) -> dict[str, float]:
-        sampler.use(adapter)
+        sampler.set_adapter(adapter)
         groups = sampler.sample(prompts, params)
         found = mismatch(policy, prompts, groups, adapter_off=adapter is None)
         figures[adapter.name if adapter else "base"] = found
@@ -114,13 +114,13 @@ def _parity(context: Context, dtype: torch.dtype) -> dict[str, Any]:
             versions.append(save_adapter(policy, adapters, version=version, run_name="check"))
             compared(versions[-1])
         compared(None)
-        sampler.use(versions[0])  # an old version shows, or the check could not fail
+        sampler.set_adapter(versions[0])  # an old version shows, or the check could not fail
         stale = mismatch(policy, prompts, sampler.sample(prompts, params))
         figures["stale_kl"] = stale["mismatch/kl"]
         if stale["mismatch/kl"] < tolerances(dtype, None)[0]:
             raise CheckFailedError("an old version looks like the new one", figures)
         try:
-            sampler.use(replace(versions[1], fingerprint="other"))
+            sampler.set_adapter(replace(versions[1], fingerprint="other"))
         except StaleAdapterError as error:
             figures["refused"] = str(error)[:60]
         else:

@@ -83,7 +83,7 @@ def test_an_adapter_of_lower_rank_is_served_as_one_of_higher_rank(tmp_path: Path
 
 
 @pytest.mark.parametrize("layers", ["all", "mlp", "attention"])
-def test_an_exam_finds_rank_and_layers_of_an_adapter(layers: str, tmp_path: Path) -> None:
+def test_an_evaluation_finds_rank_and_layers_of_an_adapter(layers: str, tmp_path: Path) -> None:
     policy = make_policy(random_mixtral(tmp_path / "base"), rank=4, layers=layers)
     path = save_adapter(policy, tmp_path / "adapters", version=1, run_name="r").path
     found = common_settings([path])

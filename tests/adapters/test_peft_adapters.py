@@ -109,7 +109,7 @@ def logprobs_of_peft(base: Path, folder: Path) -> torch.Tensor:
     return found
 
 
-def logprobs_examined(base: Path, folder: Path, scratch: Path) -> torch.Tensor:
+def logprobs_evaluated(base: Path, folder: Path, scratch: Path) -> torch.Tensor:
     """As `rl-lora eval --adapter` computes."""
     policy = make_policy(base, **common_settings([folder]))
     path = fitted(folder, policy, scratch)
@@ -149,7 +149,7 @@ def test_adapters_are_examined_and_merged_as_peft_computes(
 ) -> None:
     base = random_llama(tmp_path / "base", tied=tied)
     wanted = saved_by_peft(base, tmp_path / "adapter", **SERVED[kind])
-    assert_same(logprobs_examined(base, tmp_path / "adapter", tmp_path / "scratch"), wanted)
+    assert_same(logprobs_evaluated(base, tmp_path / "adapter", tmp_path / "scratch"), wanted)
     assert_same(logprobs_merged(base, tmp_path / "adapter", tmp_path / "merged"), wanted)
 
 
@@ -201,7 +201,7 @@ def test_half_precision_and_pefts_older_file_are_taken(tmp_path: Path) -> None:
         ((half, logprobs_of_peft(base, half)), (old, wanted))
     ):
         scratch = tmp_path / f"scratch{index}"
-        assert_same(logprobs_examined(base, folder, scratch), expected)
+        assert_same(logprobs_evaluated(base, folder, scratch), expected)
         assert_same(logprobs_merged(base, folder, tmp_path / f"merged{index}"), expected)
 
 

@@ -22,7 +22,7 @@ from rl_lora.commands import export
 from rl_lora.commands.export import export_merged, find_adapter, push_adapter
 from rl_lora.config import parse_config
 from rl_lora.errors import UserError
-from rl_lora.evaluation.scores import EvalResult, ExamScores
+from rl_lora.evaluation.scores import EvalResult, EvaluationScores
 from rl_lora.policy import Policy
 from tests.helpers.tiny_models import VOCAB, make_policy, random_llama, random_qwen3, shake
 
@@ -310,7 +310,7 @@ def test_odd_tensors_in_an_adapter_are_refused(tmp_path: Path) -> None:
 
 
 def scores(correct: int) -> EvalResult:
-    total = ExamScores(
+    total = EvaluationScores(
         num_problems=200,
         num_samples=1,
         num_correct=correct,

@@ -140,10 +140,11 @@ def test_unknown_names_are_user_errors(tmp_path: Path) -> None:
         run(arguments(str(tmp_path / "none.jsonl")))
 
 
-# --- exams ----------------------------------------------------------------------------------------
+# --- evaluations
+# ----------------------------------------------------------------------------------------
 
 
-def write_exam(folder: Path, identity: dict[str, object]) -> Path:
+def write_evaluation(folder: Path, identity: dict[str, object]) -> Path:
     """Two problems, two samples each; the fake reward takes 0.5 for wrong where 1/2 is asked."""
     prompts = [make_prompt("s/0", "7"), make_prompt("s/1", "1/2")]
     sampler = FakeSampler(
@@ -155,8 +156,8 @@ def write_exam(folder: Path, identity: dict[str, object]) -> Path:
     return folder / "eval.jsonl.gz"
 
 
-def test_an_exam_is_graded_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, out = write_exam(tmp_path, {"reward_policy": "math"}), tmp_path / "report.json"
+def test_an_evaluation_is_graded_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = write_evaluation(tmp_path, {"reward_policy": "math"}), tmp_path / "report.json"
     report = regrade(path)
     assert (report.reward, report.policy) == ("math", "math")
     assert (report.old.accuracy, report.new.accuracy) == (1 / 4, 2 / 4)
@@ -175,12 +176,12 @@ def test_an_exam_is_graded_again(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert regrade(tmp_path / "eval.json", policy="gsm8k").policy == "gsm8k"
 
 
-def test_an_exam_is_graded_again_with_its_own_thinking_tags(tmp_path: Path) -> None:
-    path = write_exam(tmp_path, {"thinking_tags": [["\\boxed{7", "</7>"]]})
+def test_an_evaluation_is_graded_again_with_its_own_thinking_tags(tmp_path: Path) -> None:
+    path = write_evaluation(tmp_path, {"thinking_tags": [["\\boxed{7", "</7>"]]})
     assert regrade(path).new.accuracy == 1 / 4  # 0.5; the right 7 opens a thought that never ends
 
 
-def test_an_exam_graded_alike_has_no_change(
+def test_an_evaluation_graded_alike_has_no_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = [make_prompt("s/0", "7")]
@@ -195,18 +196,18 @@ def test_an_exam_graded_alike_has_no_change(
 @pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="needs the extra math-verify"
 )
-def test_an_exam_against_another_judge(tmp_path: Path) -> None:
-    report = grade_file(write_exam(tmp_path, {}), against="math_verify", timeout_s=60)
+def test_an_evaluation_against_another_judge(tmp_path: Path) -> None:
+    report = grade_file(write_evaluation(tmp_path, {}), against="math_verify", timeout_s=60)
     assert (report.num, report.num_compared, report.num_correct) == (4, 4, 2)
     assert report.accuracy == 1.0
 
 
-def test_exams_that_cannot_be_graded(tmp_path: Path) -> None:
-    path = write_exam(tmp_path, {"reward": "os:system"})
+def test_evaluations_that_cannot_be_graded(tmp_path: Path) -> None:
+    path = write_evaluation(tmp_path, {"reward": "os:system"})
     with pytest.raises(UserError, match=r"graded by os:system; say so: --reward"):
         run(arguments(str(path)))
     (tmp_path / "empty.jsonl.gz").touch()
     with pytest.raises(UserError, match="holds no problem yet"):
         run(arguments(str(tmp_path / "empty.jsonl.gz")))
-    with pytest.raises(UserError, match="no such exam"):
+    with pytest.raises(UserError, match="no such evaluation"):
         run(arguments(str(tmp_path / "none.jsonl.gz")))

@@ -56,8 +56,8 @@ def touch(folder: Path, when: float) -> None:
         os.utime(path, (when, when))
 
 
-def write_exam(folder: Path, step: int, num_correct: int) -> None:
-    """An exam of ten problems."""
+def write_evaluation(folder: Path, step: int, num_correct: int) -> None:
+    """An evaluation of ten problems."""
     prompts = [make_prompt(f"s/{index}") for index in range(10)]
     sampler = FakeSampler(lambda prompt, _: "7" if int(prompt.prompt_id[2:]) < num_correct else "8")
     options = {"step": step, "folder": folder / "eval", "name": f"step_{step:06d}"}
@@ -76,8 +76,8 @@ def dead_process() -> dict[str, Any]:
 
 def test_a_running_run_has_its_numbers_and_its_eta(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "q", 20, 12, process=this_process())
-    write_exam(folder, 0, 2)
-    write_exam(folder, 10, 8)
+    write_evaluation(folder, 0, 2)
+    write_evaluation(folder, 10, 8)
     touch(folder, NOW - 5)
     status = read_status(folder, NOW)
     assert (status.state, status.step, status.num_steps) == ("running", 12, 20)
@@ -88,13 +88,13 @@ def test_a_running_run_has_its_numbers_and_its_eta(tmp_path: Path) -> None:
         f"  process {os.getpid()}; last written 5 s ago",
         "  reward 0.120  correct 25.0%  length 188 tokens  truncated 12%",
         "  kl 2.0e-09  1,234 tokens/s  30.0 s a step",
-        "  exam, step 10: accuracy 80.0% (44.4 to 97.5), 10 problems",
+        "  evaluation, step 10: accuracy 80.0% (44.4 to 97.5), 10 problems",
         "  best, step 10: 80.0% (44.4 to 97.5)",
     ]
     # 12 steps in 8 levels, the first the lowest and the last the highest.
     assert lines[6] == "  reward ▁▂▂▃▄▄▅▅▆▇▇█  0.010 to 0.120"
     assert lines[7] == "  length █▇▇▆▅▅▄▄▃▂▂▁  188 to 199"
-    assert lines[8] == "  exam   ▁█  20.0% to 80.0%"
+    assert lines[8] == "  evaluation   ▁█  20.0% to 80.0%"
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def test_long_steps_are_no_stall(tmp_path: Path) -> None:
     assert read_status(folder, NOW).state == "stalled"
 
 
-def test_a_run_is_finished_with_its_adapter_and_its_last_exam(tmp_path: Path) -> None:
+def test_a_run_is_finished_with_its_adapter_and_its_last_evaluation(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "q", 12, 12, process=dead_process())
-    assert read_status(folder, NOW).state == "killed"  # between the last step and the exam
-    write_exam(folder, 12, 8)
+    assert read_status(folder, NOW).state == "killed"  # between the last step and the evaluation
+    write_evaluation(folder, 12, 8)
     assert read_status(folder, NOW).state == "killed"
     (folder / "adapter").mkdir()
     status = read_status(folder, NOW)
@@ -164,11 +164,11 @@ def test_a_run_at_step_0_and_a_half_written_line(tmp_path: Path) -> None:
     assert status_lines(read_status(folder, NOW))[0].endswith("step 0")
 
 
-def test_an_exam_under_way_is_told(tmp_path: Path) -> None:
+def test_an_evaluation_under_way_is_told(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "q", 20, 10, process=this_process())
-    write_exam(folder, 10, 8)
+    write_evaluation(folder, 10, 8)
     (folder / "eval" / "step_000010.json").unlink()
-    assert read_status(folder, NOW).pending == "exam step_000010: 10 of 10 problems so far"
+    assert read_status(folder, NOW).pending == "evaluation step_000010: 10 of 10 problems so far"
 
 
 def test_a_number_that_is_not_finite_is_left_out(tmp_path: Path) -> None:

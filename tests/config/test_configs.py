@@ -37,9 +37,9 @@ ALWAYS_SAID = {"sampling.num_prompts", "sampling.num_samples", "sampling.max_tok
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
-def test_the_five_jobs_and_the_exam_are_shipped() -> None:
+def test_the_five_jobs_and_the_evaluation_are_shipped() -> None:
     expected = {"quickstart", "smoke", "gsm8k_llama31_8b", "math_llama31_8b", "deepmath_qwen3_8b"}
-    assert expected | {"exam_deepmath_qwen3_8b"} <= set(BY_NAME)
+    assert expected | {"eval_deepmath_qwen3_8b"} <= set(BY_NAME)
 
 
 def test_every_file_of_the_folder_parses_by_its_command() -> None:
@@ -50,16 +50,16 @@ def test_every_file_of_the_folder_parses_by_its_command() -> None:
         parsers.get(path.stem.partition("_")[0], load_config)(path)
 
 
-def test_the_exam_is_deepmaths_protocol() -> None:
-    config = load_config(BY_NAME["exam_deepmath_qwen3_8b"])
-    exam = config.eval
-    assert (exam.temperature, exam.top_p, exam.num_samples) == (0.6, 0.95, 16)
-    assert (exam.max_tokens or config.sampling.max_tokens) == 8192
+def test_the_evaluation_is_deepmaths_protocol() -> None:
+    config = load_config(BY_NAME["eval_deepmath_qwen3_8b"])
+    evaluation = config.eval
+    assert (evaluation.temperature, evaluation.top_p, evaluation.num_samples) == (0.6, 0.95, 16)
+    assert (evaluation.max_tokens or config.sampling.max_tokens) == 8192
     assert [source.name for source in config.data.eval][:3] == ["aime24", "aime25", "aime26"]
 
 
 @pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: path.stem)
-def test_a_gpu_gets_the_exam_in_large_chunks(path: Path) -> None:
+def test_a_gpu_gets_the_evaluation_in_large_chunks(path: Path) -> None:
     assert load_config(path).eval.chunk_samples >= 1024
 
 

@@ -299,8 +299,8 @@ def test_folder_without_data_names_the_folders_that_have_some(tmp_path: Path) ->
     )
 
 
-def test_exams_are_not_trained_on_by_mistake() -> None:
-    assert "is an exam" in error_of("aime24")
+def test_evaluations_are_not_trained_on_by_mistake() -> None:
+    assert "is an evaluation" in error_of("aime24")
 
 
 def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +342,7 @@ def test_hub_sets_are_read_by_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 7
 
 
-def test_aime_leaves_out_the_exams_year(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aime_leaves_out_the_evaluations_year(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     rows = [{"Year": year, "Question": f"q{year}", "Answer": "025"} for year in (1983, 2023, 2024)]
@@ -402,10 +402,10 @@ def test_a_seed_makes_the_same_rows_and_neighbours_share_none() -> None:
 
 def test_generator_makes_distinct_rows_and_none_of_the_excluded() -> None:
     source = SourceSection(name="generated:chain_sum", num_rows=150, options={"max_digits": 1})
-    exam = {question_key(row.question) for row in load_source(source, "eval").rows}
-    train = {question_key(row.question) for row in load_source(source, "train", exam).rows}
-    assert len(exam) == len(train) == 150
-    assert not exam & train
+    evaluation = {question_key(row.question) for row in load_source(source, "eval").rows}
+    train = {question_key(row.question) for row in load_source(source, "train", evaluation).rows}
+    assert len(evaluation) == len(train) == 150
+    assert not evaluation & train
 
 
 def test_small_space_of_problems_ends_and_is_counted() -> None:

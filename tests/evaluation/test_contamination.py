@@ -1,4 +1,4 @@
-"""Which exams precede a base model, by names and dates."""
+"""Which evaluations precede a base model, by names and dates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from datetime import date
 import pytest
 
 from rl_lora.config import ModelSection
-from rl_lora.evaluation.contamination import FAMILIES, contamination_notes, exam_date, release_date
+from rl_lora.evaluation.contamination import (
+    FAMILIES,
+    contamination_notes,
+    evaluation_date,
+    release_date,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,15 +56,15 @@ def test_an_unknown_name_has_no_date_unless_the_config_says_it(name: str) -> Non
         ("math", "math", 2021),
     ],
 )
-def test_the_day_on_which_an_exam_was_public(source: str, title: str, year: int) -> None:
-    found = exam_date(source)
+def test_the_day_on_which_an_evaluation_was_public(source: str, title: str, year: int) -> None:
+    found = evaluation_date(source)
     assert found is not None
     assert (found[0], found[1].year) == (title, year)
 
 
 @pytest.mark.parametrize("source", ["chain_sum", "mine", "aimeless", "aftermath"])
 def test_own_and_generated_problems_have_no_date(source: str) -> None:
-    assert exam_date(source) is None
+    assert evaluation_date(source) is None
 
 
 def test_the_notes_of_qwen3() -> None:

@@ -1,4 +1,4 @@
-"""Intervals on published and hand-computed numbers; the exam on a scripted sampler."""
+"""Intervals on published and hand-computed numbers; the evaluation on a scripted sampler."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from rewards import load_reward
 from rl_lora.config import EvalSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.evaluation.evaluate import evaluate, problem_record, remove_results_after
-from rl_lora.evaluation.files import read_exam
+from rl_lora.evaluation.files import read_evaluation
 from rl_lora.evaluation.intervals import (
     bootstrap_interval,
     clustered_interval,
@@ -21,7 +21,7 @@ from rl_lora.evaluation.intervals import (
     pass_at,
     wilson_interval,
 )
-from rl_lora.evaluation.scores import EvalResult, ExamScores, exam_scores, load_result
+from rl_lora.evaluation.scores import EvalResult, EvaluationScores, evaluation_scores, load_result
 from rl_lora.storage.jsonl import read_lines
 from rl_lora.types import Prompt, RolloutGroup
 from tests.helpers.fakes import FakeReward, FakeSampler, make_group, make_prompt, make_rollout
@@ -30,10 +30,10 @@ GREEDY = EvalSection()
 BOXED = r"\boxed{7}"
 
 
-def run_exam(
+def run_evaluation(
     texts: list[str], section: EvalSection = GREEDY, folder: Path | None = None
 ) -> EvalResult:
-    """An exam of one problem a text; the reference is 7."""
+    """An evaluation of one problem a text; the reference is 7."""
     prompts = [make_prompt(f"sum/{index}") for index in range(len(texts))]
     script = {f"sum/{index}": [text] for index, text in enumerate(texts)}
     return evaluate(
@@ -128,7 +128,7 @@ def test_clustered_interval_by_hand() -> None:
 
 
 def test_clustered_interval_covers_the_truth_where_plain_counting_does_not() -> None:
-    """30 problems of very different difficulty, 8 samples each, 300 exams."""
+    """30 problems of very different difficulty, 8 samples each, 300 evaluations."""
     rng = np.random.default_rng(0)
     clustered = plain = 0
     for _ in range(300):
@@ -170,11 +170,11 @@ def test_pass_at_by_hand() -> None:
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def scores_of(groups: Sequence[RolloutGroup]) -> ExamScores:
-    return exam_scores([problem_record(group) for group in groups])
+def scores_of(groups: Sequence[RolloutGroup]) -> EvaluationScores:
+    return evaluation_scores([problem_record(group) for group in groups])
 
 
-def test_exam_scores_by_hand() -> None:
+def test_evaluation_scores_by_hand() -> None:
     groups = [
         RolloutGroup(
             make_prompt("a"),
@@ -234,16 +234,17 @@ def test_formatted_accuracy_without_formatted_completions_is_none() -> None:
 
 
 @pytest.mark.parametrize("groups", [[], [make_group([])], [make_group([1]), make_group([1, 0])]])
-def test_exam_scores_refuses_uneven_groups(groups: list[RolloutGroup]) -> None:
+def test_evaluation_scores_refuses_uneven_groups(groups: list[RolloutGroup]) -> None:
     with pytest.raises(ValueError, match="same number of samples"):
         scores_of(groups)
 
 
-# --- the exam -------------------------------------------------------------------------------------
+# --- the evaluation
+# -------------------------------------------------------------------------------------
 
 
 def test_evaluate_scores_and_writes(tmp_path: Path) -> None:
-    result = run_exam([BOXED, "7", "8", r"\boxed{8}"], folder=tmp_path)
+    result = run_evaluation([BOXED, "7", "8", r"\boxed{8}"], folder=tmp_path)
     assert result.accuracy == 0.5
     assert (result.total.accuracy_low, result.total.accuracy_high) == exact_interval(2, 4)
     assert result.total.format_rate == 0.5
@@ -316,7 +317,7 @@ def test_evaluate_by_source() -> None:
 SAMPLED = EvalSection(num_samples=2, temperature=1.0, chunk_samples=4)
 
 
-def sampled_exam(
+def sampled_evaluation(
     folder: Path, *, last: int = 9, seed: int = 0, restart: bool = False
 ) -> EvalResult:
     """Seven problems by chunks of two; the engine dies at problem `last`."""
@@ -341,7 +342,7 @@ def sampled_exam(
 
 
 def unlike_seconds(folder: Path) -> tuple[list[dict[str, object]], dict[str, object]]:
-    """(rows, result) of an exam without its times."""
+    """(rows, result) of an evaluation without its times."""
     rows = [
         {key: value for key, value in row.items() if key != "seconds"}
         for row in read_lines(folder / "eval.jsonl.gz")
@@ -350,43 +351,45 @@ def unlike_seconds(folder: Path) -> tuple[list[dict[str, object]], dict[str, obj
     return rows, {key: value for key, value in result.items() if key != "seconds"}
 
 
-def test_a_killed_exam_goes_on_and_ends_as_an_unbroken_one(tmp_path: Path) -> None:
-    sampled_exam(tmp_path / "whole")
+def test_a_killed_evaluation_goes_on_and_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+    sampled_evaluation(tmp_path / "whole")
     broken = tmp_path / "broken"
     with pytest.raises(RuntimeError, match="the engine died"):
-        sampled_exam(broken, last=5)
+        sampled_evaluation(broken, last=5)
     assert len(read_lines(broken / "eval.jsonl.gz")) == 4
     assert not (broken / "eval.json").exists()
-    sampled_exam(broken)
+    sampled_evaluation(broken)
     assert unlike_seconds(broken) == unlike_seconds(tmp_path / "whole")
 
 
 def test_a_file_torn_at_any_byte_goes_on(tmp_path: Path) -> None:
-    sampled_exam(tmp_path / "whole")
+    sampled_evaluation(tmp_path / "whole")
     whole = (tmp_path / "whole" / "eval.jsonl.gz").read_bytes()
     torn = tmp_path / "torn"
     torn.mkdir()
     for size in range(0, len(whole), 97):
         (torn / "eval.jsonl.gz").write_bytes(whole[:size])
-        sampled_exam(torn)
+        sampled_evaluation(torn)
         assert unlike_seconds(torn) == unlike_seconds(tmp_path / "whole")
     assert len(gzip.decompress((torn / "eval.jsonl.gz").read_bytes()).splitlines()) == 7
 
 
-def test_an_exam_of_other_settings_is_refused_or_started_over(tmp_path: Path) -> None:
-    first = sampled_exam(tmp_path)
-    with pytest.raises(UserError, match=r"holds an exam with seed = 0, not 1; choose another"):
-        sampled_exam(tmp_path, seed=1)
+def test_an_evaluation_of_other_settings_is_refused_or_started_over(tmp_path: Path) -> None:
+    first = sampled_evaluation(tmp_path)
+    with pytest.raises(
+        UserError, match=r"holds an evaluation with seed = 0, not 1; choose another"
+    ):
+        sampled_evaluation(tmp_path, seed=1)
     assert load_result(tmp_path / "eval.json") == first
-    assert sampled_exam(tmp_path, seed=1, restart=True).seed == 1
-    settings, problems = read_exam(tmp_path / "eval.jsonl.gz")
+    assert sampled_evaluation(tmp_path, seed=1, restart=True).seed == 1
+    settings, problems = read_evaluation(tmp_path / "eval.jsonl.gz")
     assert (settings["seed"], settings["policy"], settings["adapter_version"]) == (1, "abc", 5)
     assert len(problems) == 7
 
 
 def test_hostile_completions_break_no_row(tmp_path: Path) -> None:
     hostile = "\x00\x1b[2J\ud800\u2028\r\n\x9b31m" + r"\boxed{7}"
-    result = run_exam([hostile], folder=tmp_path)
+    result = run_evaluation([hostile], folder=tmp_path)
     text = gzip.decompress((tmp_path / "eval.jsonl.gz").read_bytes()).decode("ascii")
     assert text.count("\n") == 1
     assert "\x1b" not in text
@@ -395,15 +398,15 @@ def test_hostile_completions_break_no_row(tmp_path: Path) -> None:
     assert result.accuracy == 1.0
 
 
-def test_evaluate_refuses_bad_exams(tmp_path: Path) -> None:
+def test_evaluate_refuses_bad_evaluations(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no problem"):
-        run_exam([])
+        run_evaluation([])
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        run_exam(["7"], folder=tmp_path / "file")
+        run_evaluation(["7"], folder=tmp_path / "file")
 
 
-def test_a_change_of_adapter_during_the_exam_is_an_error() -> None:
+def test_a_change_of_adapter_during_the_evaluation_is_an_error() -> None:
     sampler = FakeSampler(lambda prompt, index: "7", adapter_version=3)
 
     def change(done: int, total: int, now: int) -> None:
@@ -439,7 +442,7 @@ def test_results_of_steps_that_are_run_again_are_removed(tmp_path: Path) -> None
     assert remove_results_after(tmp_path / "absent", 0) == []
 
 
-def test_an_exam_with_the_real_verifier(tmp_path: Path) -> None:
+def test_an_evaluation_with_the_real_verifier(tmp_path: Path) -> None:
     prompts = [make_prompt(f"sum/{index}") for index in range(4)]
     texts = [r"so \boxed{\frac{14}{2}}", "the answer is 7", "#### 8", "no idea"]
     sampler = FakeSampler({f"sum/{index}": [text] for index, text in enumerate(texts)})

@@ -10,12 +10,17 @@ from scipy import stats
 from rl_lora.config import EvalSection
 from rl_lora.errors import UserError
 from rl_lora.evaluation.evaluate import evaluate
-from rl_lora.evaluation.paired import compare_exams, difference_interval, mcnemar_p, sign_flip_p
+from rl_lora.evaluation.paired import (
+    compare_evaluations,
+    difference_interval,
+    mcnemar_p,
+    sign_flip_p,
+)
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
 
 
-def write_exam(folder: Path, name: str, texts: list[list[str]], num_samples: int = 1) -> Path:
-    """An exam of one problem a list of texts; the reference is 7."""
+def write_evaluation(folder: Path, name: str, texts: list[list[str]], num_samples: int = 1) -> Path:
+    """An evaluation of one problem a list of texts; the reference is 7."""
     section = EvalSection(num_samples=num_samples, temperature=1.0)
     prompts = [make_prompt(f"s/{n}", source=("a", "b")[n % 2]) for n in range(len(texts))]
     sampler = FakeSampler({f"s/{n}": one for n, one in enumerate(texts)})
@@ -76,10 +81,12 @@ def test_the_difference_s_interval() -> None:
     assert (low, high) == pytest.approx((1 - 2 * u, 1))
 
 
-def test_two_exams_by_hand(tmp_path: Path) -> None:
-    first = write_exam(tmp_path, "base", [["8", "8"], ["7", "8"], ["7", "7"], ["8", "8"]], 2)
-    second = write_exam(tmp_path, "adapter", [["7", "7"], ["7", "7"], ["7", "8"], ["8", "8"]], 2)
-    result = compare_exams(first, tmp_path / "adapter.json")
+def test_two_evaluations_by_hand(tmp_path: Path) -> None:
+    first = write_evaluation(tmp_path, "base", [["8", "8"], ["7", "8"], ["7", "7"], ["8", "8"]], 2)
+    second = write_evaluation(
+        tmp_path, "adapter", [["7", "7"], ["7", "7"], ["7", "8"], ["8", "8"]], 2
+    )
+    result = compare_evaluations(first, tmp_path / "adapter.json")
     total = result.total
     assert (result.first, result.second, result.has_common_seeds) == ("base", "adapter", True)
     assert (total.first, total.second, total.difference) == (3 / 8, 5 / 8, 0.25)
@@ -91,16 +98,16 @@ def test_two_exams_by_hand(tmp_path: Path) -> None:
     assert total.low < 0.25 < total.high
     assert {name: s.difference for name, s in result.by_source.items()} == {"a": 0.25, "b": 0.25}
     result.save(tmp_path / "paired.json")
-    assert compare_exams(second, second).total.difference == 0
+    assert compare_evaluations(second, second).total.difference == 0
 
 
-def test_exams_that_do_not_compare_are_named(tmp_path: Path) -> None:
-    first = write_exam(tmp_path, "one", [["7"], ["7"]])
-    other = write_exam(tmp_path, "other", [["7"]])
+def test_evaluations_that_do_not_compare_are_named(tmp_path: Path) -> None:
+    first = write_evaluation(tmp_path, "one", [["7"], ["7"]])
+    other = write_evaluation(tmp_path, "other", [["7"]])
     with pytest.raises(UserError, match=r"not of the same problems: s/1 differs"):
-        compare_exams(first, other)
-    more = write_exam(tmp_path, "more", [["7", "7"], ["7", "7"]], 2)
+        compare_evaluations(first, other)
+    more = write_evaluation(tmp_path, "more", [["7", "7"], ["7", "7"]], 2)
     with pytest.raises(UserError, match="have 1 and 2 samples a problem"):
-        compare_exams(first, more)
-    with pytest.raises(UserError, match="no such exam"):
-        compare_exams(first, tmp_path / "none")
+        compare_evaluations(first, more)
+    with pytest.raises(UserError, match="no such evaluation"):
+        compare_evaluations(first, tmp_path / "none")

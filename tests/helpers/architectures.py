@@ -143,9 +143,9 @@ def document() -> str:
         *(f"| {row.name} | {row.models} | {row.advice} |" for row in REFUSED),
         "",
         "Mixtures of experts (Mixtral, OLMoE, Qwen 2 and 3 MoE) have tests of their own",
-        "(`tests/*/test_*expert*.py`); with adapters on experts they need the torch back end or a GPU.",
-        "Models that are quantized, that bring code of their own (`auto_map`) or whose type this",
-        "transformers does not know are refused by name.",
+        "(`tests/*/test_*expert*.py`); with adapters on experts they need the torch back end or a",
+        "GPU. Models that are quantized, that bring code of their own (`auto_map`) or whose type",
+        "this transformers does not know are refused by name.",
         "",
     ]
     return "\n".join(lines)

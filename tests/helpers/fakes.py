@@ -84,7 +84,7 @@ class FakeSampler:
         self.is_closed = False
         self.num_rests = 0
 
-    def use(self, adapter: Adapter | None) -> None:
+    def set_adapter(self, adapter: Adapter | None) -> None:
         self.adapter_version = -1 if adapter is None else adapter.version
 
     def sample(
@@ -118,7 +118,7 @@ class FakeSampler:
     def token_logprobs(self, token_ids_N: Sequence[Sequence[int]]) -> list[list[float]]:
         return [[-0.5] * (len(token_ids) - 1) for token_ids in token_ids_N]
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         self.num_rests += 1
 
     def close(self) -> None:

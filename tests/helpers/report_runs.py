@@ -69,7 +69,9 @@ def transcript(step: int, index: int, completion: str, **more: Any) -> dict[str,
     }
 
 
-def exam_scores(num_correct: int, num_problems: int = 100, num_samples: int = 1) -> dict[str, Any]:
+def evaluation_scores(
+    num_correct: int, num_problems: int = 100, num_samples: int = 1
+) -> dict[str, Any]:
     accuracy = num_correct / num_problems
     return {
         "num_problems": num_problems,
@@ -88,11 +90,14 @@ def exam_scores(num_correct: int, num_problems: int = 100, num_samples: int = 1)
     }
 
 
-def write_exam(folder: Path, name: str, step: int | None, num_correct: int) -> None:
+def write_evaluation(folder: Path, name: str, step: int | None, num_correct: int) -> None:
     (folder / "eval").mkdir(exist_ok=True)
     result = {
-        "total": exam_scores(num_correct),
-        "by_source": {"sums": exam_scores(num_correct), "words": exam_scores(num_correct)},
+        "total": evaluation_scores(num_correct),
+        "by_source": {
+            "sums": evaluation_scores(num_correct),
+            "words": evaluation_scores(num_correct),
+        },
         "step": step,
         "adapter_version": -1 if step is None else step,
         "confidence": 0.95,
@@ -112,7 +117,8 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def write_run(folder: Path, num_steps: int = 12, **settings: Any) -> Path:
-    """A run with settings, steps and transcripts of which some are hostile; exams at 0 and 10."""
+    """A run with settings, steps and transcripts of which some are hostile; evaluations at 0 and
+    10."""
     folder.mkdir(parents=True)
     raw = {"run": {"name": folder.name, "num_steps": 20}, "lora": {"rank": 8}, **settings}
     config = RunConfig.model_validate(raw).model_dump(mode="json")
@@ -133,8 +139,8 @@ def write_run(folder: Path, num_steps: int = 12, **settings: Any) -> Path:
             for index in range(8)
         ),
     )
-    write_exam(folder, "base", None, 5)
+    write_evaluation(folder, "base", None, 5)
     for step, num_correct in ((0, 10), (10, 40)):
         if step <= num_steps:
-            write_exam(folder, f"step_{step:06d}", step, num_correct)
+            write_evaluation(folder, f"step_{step:06d}", step, num_correct)
     return folder

@@ -27,7 +27,7 @@ from rl_lora.models.tiny import (
 from rl_lora.prompts import load_prompts, render_text
 
 SOURCES = tuple(s.model_copy(update={"num_rows": 60}) for s in RECIPES["tiny-fast"].sources)
-QUICK = dataclasses.replace(RECIPES["tiny-fast"], sources=SOURCES, num_steps=2, num_exam=4)
+QUICK = dataclasses.replace(RECIPES["tiny-fast"], sources=SOURCES, num_steps=2, num_eval=4)
 
 
 @pytest.fixture(scope="module")

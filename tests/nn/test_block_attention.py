@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rl_lora.batches import pack
 from rl_lora.nn import attention, block_attention
-from rl_lora.nn.segments import Layout, Segment, make_layout
+from rl_lora.nn.segments import AttentionLayout, Segment, make_layout
 from rl_lora.types import TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama, shake
 
@@ -20,16 +20,18 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def two_families(slack: int = 0) -> Layout:
+def two_families(max_wasted_pairs: int = 0) -> AttentionLayout:
     """A prompt of 3 with completions of 2 and 4, then a prompt of 1 with one of 3."""
     segments = [
         *(Segment(0, 3), Segment(3, 2, 0, 3), Segment(5, 4, 0, 3)),
         *(Segment(9, 1), Segment(10, 3, 9, 1)),
     ]
-    return make_layout(segments, 13, slack)
+    return make_layout(segments, 13, max_wasted_pairs)
 
 
-def outputs_and_gradients(function: Any, layout: Layout, heads: tuple[int, int]) -> list[Tensor]:
+def outputs_and_gradients(
+    function: Any, layout: AttentionLayout, heads: tuple[int, int]
+) -> list[Tensor]:
     num_tokens = len(layout.output_T)
     shapes = [(num_tokens, count, 8) for count in (heads[0], heads[1], heads[1])]
     inputs = [random(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
@@ -39,13 +41,16 @@ def outputs_and_gradients(function: Any, layout: Layout, heads: tuple[int, int])
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
-@pytest.mark.parametrize("slack", [0, 10, 1000])  # 1,000: one bucket, padded
+@pytest.mark.parametrize("max_wasted_pairs", [0, 10, 1000])  # 1,000: one bucket, padded
 @pytest.mark.parametrize("block_elements", [1, 2**19])  # 1: a block for each segment
 def test_values_and_gradients_are_sdpas(
-    heads: tuple[int, int], slack: int, block_elements: int, monkeypatch: pytest.MonkeyPatch
+    heads: tuple[int, int],
+    max_wasted_pairs: int,
+    block_elements: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(block_attention, "BLOCK_ELEMENTS", block_elements)
-    layout = two_families(slack)
+    layout = two_families(max_wasted_pairs)
     blocks = block_attention.make_blocks(layout, heads[1], heads[0] // heads[1])
     assert blocks is not None
     assert len(blocks.blocks) == (5 if block_elements == 1 else len(layout.buckets))

@@ -116,8 +116,10 @@ def test_adapters_are_off_for_one_thread_alone() -> None:
         assert torch.allclose(out, base) is is_off
 
 
-@pytest.mark.parametrize(("slack", "num_buckets"), [(0, 4), (10, 3), (1000, 1)])
-def test_attention_by_segments_is_that_of_separate_sequences(slack: int, num_buckets: int) -> None:
+@pytest.mark.parametrize(("max_wasted_pairs", "num_buckets"), [(0, 4), (10, 3), (1000, 1)])
+def test_attention_by_segments_is_that_of_separate_sequences(
+    max_wasted_pairs: int, num_buckets: int
+) -> None:
     """Prompt of 3 with completions of 2 and 4, then a prompt of 1 with one of 3; grouped heads."""
     segments = [
         *(Segment(0, 3), Segment(3, 2, 0, 3), Segment(5, 4, 0, 3)),
@@ -125,7 +127,7 @@ def test_attention_by_segments_is_that_of_separate_sequences(slack: int, num_buc
     ]
     sequences = [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6, 7, 8], [9, 10, 11, 12]]
     query_THD, key_TJD, value_TJD = random(13, 4, 8), random(13, 2, 8, seed=1), random(13, 2, 8)
-    layout = make_layout(segments, 13, slack)
+    layout = make_layout(segments, 13, max_wasted_pairs)
     assert len(layout.buckets) == num_buckets
     out_THD = attention.attend(query_THD, key_TJD, value_TJD, layout, 0.3)
     for ids in sequences:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from rl_lora.adapters.files import open_adapter, save_adapter
 from rl_lora.adapters.peft_files import lora_settings
 from rl_lora.batches import pack
-from rl_lora.commands.eval import exam
+from rl_lora.commands.eval import evaluation
 from rl_lora.commands.plan import matmul_counts, parameter_counts
 from rl_lora.config import (
     VARIANT_NAMES,
@@ -29,7 +29,7 @@ from rl_lora.config import (
 )
 from rl_lora.errors import UserError
 from rl_lora.learner import Learner, parameter_groups
-from rl_lora.models.shapes import lay_out
+from rl_lora.models.shapes import build_on_meta
 from rl_lora.nn.lora import LoraLinear, target_names
 from rl_lora.nn.variants import (
     _subspace,
@@ -395,15 +395,15 @@ def test_dora_with_the_torch_sampler_is_a_job() -> None:
     assert RunConfig().lora.variant == "lora"
 
 
-def test_an_exam_of_dora_in_vllm_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_an_evaluation_of_dora_in_vllm_is_refused_before_any_work(tmp_path: Path) -> None:
     path = random_llama(tmp_path / "model")
     adapter = save_adapter(
         make_policy(path, variant="dora"), tmp_path / "a", version=1, run_name="r"
     )
-    config = tmp_path / "exam.toml"
+    config = tmp_path / "evaluation.toml"
     config.write_text(f'[model]\nname = "{path}"\n')
     with pytest.raises(UserError, match=r'v000001: .*vLLM serves no DoRA.*backend="torch"'):
-        exam(config, [f"run.output_dir={tmp_path}"], str(adapter.path), "x")
+        evaluation(config, [f"run.output_dir={tmp_path}"], str(adapter.path), "x")
     assert not (tmp_path / "run").exists()
 
 
@@ -413,7 +413,7 @@ def test_experts_have_plain_lora_alone(variant: str) -> None:
         vocab_size=97, hidden_size=32, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
-    model = lay_out(config)
+    model = build_on_meta(config)
     section = LoraSection(rank=2, variant=variant)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"lora\.variant='{variant}': the experts of Mixtral"):
         target_names(model, section)

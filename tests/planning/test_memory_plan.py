@@ -15,7 +15,7 @@ from transformers import LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 from rl_lora.commands.plan import matmul_counts, memory_table, parameter_counts, print_plan
 from rl_lora.config import LoraSection, ModelSection, RunConfig, parse_config
 from rl_lora.errors import UserError
-from rl_lora.models.shapes import KNOWN_SHAPES, known_config, lay_out, load_model_config
+from rl_lora.models.shapes import KNOWN_SHAPES, build_on_meta, known_config, load_model_config
 from rl_lora.models.tiny import RECIPES, build_model
 from rl_lora.planning.memory import (
     ASSUMED_GPU_BYTES,
@@ -59,7 +59,7 @@ LM_HEAD = 4096 + 128256
 def test_adapters_of_llama_8b_have_the_articles_sizes(
     layers: Any, rank: int, by_hand: int, article: float
 ) -> None:
-    counts = parameter_counts(lay_out(LLAMA_8B), LoraSection(layers=layers, rank=rank))
+    counts = parameter_counts(build_on_meta(LLAMA_8B), LoraSection(layers=layers, rank=rank))
     assert counts.base == 8_030_261_248  # as published
     assert counts.adapter == by_hand
     assert counts.adapter_with_lm_head == by_hand + rank * LM_HEAD
@@ -69,7 +69,7 @@ def test_adapters_of_llama_8b_have_the_articles_sizes(
 
 
 def test_lm_head_and_full_mode_change_what_trains() -> None:
-    model = lay_out(LLAMA_8B)
+    model = build_on_meta(LLAMA_8B)
     with_head = parameter_counts(model, LoraSection(rank=1, lm_head=True))
     assert with_head.trainable == ATTENTION + MLP + LM_HEAD
     assert with_head.num_targets == 32 * 7 + 1
@@ -86,7 +86,7 @@ def test_counts_equal_those_of_the_real_policy(
     path = make(tmp_path)
     section = LoraSection(rank=3, layers=layers, lm_head=lm_head)
     config, _ = load_model_config(ModelSection(name=str(path)), path)
-    counts = parameter_counts(lay_out(config), section)
+    counts = parameter_counts(build_on_meta(config), section)
     policy = make_policy(path, rank=3, layers=layers, lm_head=lm_head)
     assert counts.trainable == sum(p.numel() for p in policy.trainable().values())
     frozen = sum(p.numel() for p in policy.model.parameters() if not p.requires_grad)
@@ -96,7 +96,7 @@ def test_counts_equal_those_of_the_real_policy(
 
 def test_known_shapes_have_the_published_sizes() -> None:
     sizes = {
-        name: parameter_counts(lay_out(config_class(**shape)), LoraSection()).base
+        name: parameter_counts(build_on_meta(config_class(**shape)), LoraSection()).base
         for name, (config_class, shape) in KNOWN_SHAPES.items()
     }
     assert sizes == {
@@ -118,11 +118,11 @@ def test_multiply_adds_are_the_articles_formula() -> None:
     )
     weights = 2 * (2 * 64 + 2 * 32 + 3 * 128) + 80
     sides = 2 * (2 * 16 + 2 * 12 + 3 * 24)  # sum of d_in + d_out over the adapted layers
-    counts = matmul_counts(lay_out(config), LoraSection(rank=5))
+    counts = matmul_counts(build_on_meta(config), LoraSection(rank=5))
     assert counts.full == 3 * weights
     assert counts.lora == 2 * weights + 3 * 5 * sides
     # For one square layer of size N this is 2 N^2 + 6 N R; at rank 1 of a large model, 2/3.
-    assert matmul_counts(lay_out(LLAMA_8B), LoraSection(rank=1)).ratio == pytest.approx(
+    assert matmul_counts(build_on_meta(LLAMA_8B), LoraSection(rank=1)).ratio == pytest.approx(
         2 / 3, abs=2e-3
     )
 
@@ -141,7 +141,7 @@ def test_memory_plan_adds_up_by_hand() -> None:
             "sampling": {"max_tokens": 256, "num_prompts": 4, "num_samples": 8},
         }
     )
-    counts = parameter_counts(lay_out(LLAMA_8B), config.lora)
+    counts = parameter_counts(build_on_meta(LLAMA_8B), config.lora)
     parts = memory_plan(config, LLAMA_8B, counts.base, counts.trainable, 64 * 2**30)
     assert [(part.part, part.num_bytes) for part in parts if part.part != "activations"] == [
         ("base weights", 2 * 8_030_261_248),
@@ -161,7 +161,7 @@ def test_kv_cache_of_a_gpu_is_what_vllms_share_leaves() -> None:
     config = parse_config(
         {"model": {"name": "x", "device": "cuda", "dtype": "bfloat16"}, "sampling": settings}
     )
-    counts = parameter_counts(lay_out(LLAMA_8B), config.lora)
+    counts = parameter_counts(build_on_meta(LLAMA_8B), config.lora)
     cache = memory_plan(config, LLAMA_8B, counts.base, counts.trainable, 80 * 2**30)[-1]
     assert cache.num_bytes == 40 * 2**30 - 2 * counts.base
     # 256 sequences of 1024 + 8192 tokens would like 288 GiB.
@@ -182,7 +182,7 @@ def test_memory_plan_of_full_training_follows_the_models_dtype() -> None:
             "algorithm": {"kl": "loss", "kl_weight": 0.1},
         }
     )
-    counts = parameter_counts(lay_out(LLAMA_8B), config.lora)
+    counts = parameter_counts(build_on_meta(LLAMA_8B), config.lora)
     sizes: dict[str, list[int]] = {}
     for part in memory_plan(config, LLAMA_8B, counts.base, counts.trainable):
         sizes.setdefault(part.part, []).append(part.num_bytes)
@@ -279,7 +279,7 @@ def test_tiny_model_that_is_not_made_yet_has_its_recipes_shape() -> None:
     made = sum(parameter.numel() for parameter in build_model(recipe, tokenizer).parameters())
     known = known_config("tiny-fast")
     assert known is not None
-    assert parameter_counts(lay_out(known), LoraSection()).base == made
+    assert parameter_counts(build_on_meta(known), LoraSection()).base == made
 
 
 def test_kv_cache_is_bounded_by_what_vllm_sets_aside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +288,7 @@ def test_kv_cache_is_bounded_by_what_vllm_sets_aside(monkeypatch: pytest.MonkeyP
     config = parse_config({"model": {"device": "cpu", "dtype": "float32"}})
     known = known_config("smollm2-135m-instruct")
     assert known is not None
-    counts = parameter_counts(lay_out(known), config.lora)
+    counts = parameter_counts(build_on_meta(known), config.lora)
     cache = memory_plan(config, known, counts.base, counts.trainable)[-1]
     assert cache.num_bytes == 2**30  # a quarter of what is free
     # A sequence of 1280 tokens takes 2 x 30 x 3 x 64 x 4 bytes a token.
@@ -357,7 +357,7 @@ QWEN3_30B_A3B = Qwen3MoeConfig(
 
 
 def test_a_mixtures_experts_share_the_rank() -> None:
-    model = lay_out(QWEN3_30B_A3B)
+    model = build_on_meta(QWEN3_30B_A3B)
     counts = parameter_counts(model, LoraSection(rank=8))
     assert counts.base == 30_532_122_624  # published: 30.5B in all, 3.3B active
     expert = 3 * 2048 * 768
@@ -374,7 +374,7 @@ def test_a_mixtures_experts_share_the_rank() -> None:
 
 
 def test_multiply_adds_of_a_mixture_are_those_of_its_active_experts() -> None:
-    matmuls = matmul_counts(lay_out(QWEN3_30B_A3B), LoraSection(rank=8))
+    matmuls = matmul_counts(build_on_meta(QWEN3_30B_A3B), LoraSection(rank=8))
     linear = 48 * (2 * 2048 * 4096 + 2 * 2048 * 512) + 2048 * 151936
     weights = linear + 48 * 8 * 3 * 2048 * 768
     sides = 48 * (8 * (2 * (2048 + 4096) + 2 * (2048 + 512)) + 8 * 3 * (2048 + 768))
@@ -387,7 +387,7 @@ def test_counts_of_a_mixture_are_those_of_the_policy(make: Any, tmp_path: Path) 
     path = make(tmp_path / "model")
     policy = make_policy(path, rank=4)
     config, _ = load_model_config(ModelSection(name=str(path)), path)
-    counts = parameter_counts(lay_out(config), policy.lora)
+    counts = parameter_counts(build_on_meta(config), policy.lora)
     assert counts.trainable == sum(p.numel() for p in policy.trainable().values())
     assert counts.trainable == sum(t.numel() for t in policy.adapter_tensors().values())
     assert 2 * counts.num_targets == len(policy.adapter_tensors())

@@ -26,7 +26,7 @@ from rl_lora.report.records import read_run, read_runs, thinned
 from rl_lora.report.summary import make_tiles, settings_section
 from rl_lora.report.text import Formulas, segments, visible
 from rl_lora.report.transcripts import CutText, sample_transcripts, stream_objects
-from tests.helpers.report_runs import SCRIPT, transcript, write_exam, write_lines, write_run
+from tests.helpers.report_runs import SCRIPT, transcript, write_evaluation, write_lines, write_run
 
 
 def figures_of(*folders: Path) -> dict[str, Any]:
@@ -50,18 +50,24 @@ def plain(value: Any) -> Any:
 def test_every_figure_is_valid_for_plotly(tmp_path: Path) -> None:
     first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b", num_steps=3)
     single, both = figures_of(first), figures_of(first, second)
-    wanted = {"reward", "reward_by_source", "exam_held_out", "exam_held_out_by_source", "length"}
+    wanted = {
+        "reward",
+        "reward_by_source",
+        "evaluation_held_out",
+        "evaluation_held_out_by_source",
+        "length",
+    }
     wanted |= {"groups", "statuses", "kl", "ratio", "entropy", "time", "speed", "memory"}
     assert set(single) == wanted
-    left_out = {"reward_by_source", "exam_held_out_by_source", "statuses"}
-    by_source = {"exam_held_out_source_0", "exam_held_out_source_1"}
+    left_out = {"reward_by_source", "evaluation_held_out_by_source", "statuses"}
+    by_source = {"evaluation_held_out_source_0", "evaluation_held_out_source_1"}
     assert set(both) == wanted - left_out | by_source
     for figure in [*single.values(), *both.values()]:
         plotly.graph_objects.Figure(plain(figure.data), plain(figure.layout))  # raises on errors
 
 
-def test_exam_figure_has_the_results_and_their_intervals(tmp_path: Path) -> None:
-    data = figures_of(write_run(tmp_path / "a"))["exam_held_out"].data
+def test_evaluation_figure_has_the_results_and_their_intervals(tmp_path: Path) -> None:
+    data = figures_of(write_run(tmp_path / "a"))["evaluation_held_out"].data
     area, line = data[:2]
     assert (line["x"], line["y"]) == ([0, 10], [0.1, 0.4])
     assert (area["x"], area["y"]) == ([0, 10, 10, 0], [0.15, 0.45, 0.35, 0.05])
@@ -69,10 +75,10 @@ def test_exam_figure_has_the_results_and_their_intervals(tmp_path: Path) -> None
     assert base["y"] == [0.05, 0.05]
 
 
-def test_an_exam_series_has_a_figure_of_its_own(tmp_path: Path) -> None:
+def test_an_evaluation_series_has_a_figure_of_its_own(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
-    write_exam(folder, "step_000010_aime24", 10, 7)
-    figure = figures_of(folder)["exam_aime24"]
+    write_evaluation(folder, "step_000010_aime24", 10, 7)
+    figure = figures_of(folder)["evaluation_aime24"]
     assert figure.title == "AIME 2024"
     assert figure.data[1]["y"] == [0.07]
 
@@ -191,7 +197,7 @@ def test_gzip_torn_and_damaged_files(tmp_path: Path) -> None:
     assert list(stream_objects(plain_path)) == [{"n": 1}, None, None, None, {"n": 2}]
 
 
-def test_exam_rows_of_both_kinds_are_read(tmp_path: Path) -> None:
+def test_evaluation_rows_of_both_kinds_are_read(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     row: dict[str, Any] = {"prompt_id": "p", "source": "sums", "question": "q", "reference": "3"}
     row["samples"] = [{"completion": f"c{i}", "correct": i == 0, "tokens": 3} for i in range(2)]
@@ -306,7 +312,7 @@ def test_the_server_follows_the_run_and_answers_no_other_host(tmp_path: Path) ->
         before = get("version")
         assert before.decode() in get("").decode()
         assert not report.refresh()  # nothing has changed
-        write_exam(folder, "step_000012", 12, 90)
+        write_evaluation(folder, "step_000012", 12, 90)
         deadline = time.monotonic() + 60
         while not report.refresh() and time.monotonic() < deadline:
             time.sleep(0.05)

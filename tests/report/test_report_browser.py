@@ -15,7 +15,13 @@ import pytest
 from rl_lora.commands.report import write_report
 from rl_lora.report.live import LiveReport, make_server
 from rl_lora.storage import jsonl
-from tests.helpers.report_runs import step_metrics, transcript, write_exam, write_lines, write_run
+from tests.helpers.report_runs import (
+    step_metrics,
+    transcript,
+    write_evaluation,
+    write_lines,
+    write_run,
+)
 
 pytest.importorskip("playwright", reason="needs playwright (extra: dev)")
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -169,7 +175,7 @@ def test_live_page_keeps_filters_and_scroll(browser: Browser, tmp_path: Path) ->
         page.evaluate("window.scrollTo(0, 700)")
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(jsonl.to_line(step_metrics(13)))
-        write_exam(folder, "step_000012", 12, 80)
+        write_evaluation(folder, "step_000012", 12, 80)
         deadline = time.monotonic() + 60
         while not live.refresh() and time.monotonic() < deadline:
             time.sleep(0.05)

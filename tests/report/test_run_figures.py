@@ -19,7 +19,7 @@ from rl_lora.report.run_figures import (
     draw_figures,
     draw_length,
     draw_reward,
-    exams_figure,
+    evaluations_figure,
     read_records,
 )
 from rl_lora.runs.log import RunLog
@@ -42,8 +42,8 @@ def write_run(folder: Path, steps: dict[int, dict[str, Any]]) -> None:
             log.write(step, metrics)
 
 
-def write_exam(folder: Path, name: str, step: int | None, num_correct: int) -> None:
-    """An exam of ten problems of two sources."""
+def write_evaluation(folder: Path, name: str, step: int | None, num_correct: int) -> None:
+    """An evaluation of ten problems of two sources."""
     prompts = [make_prompt(f"s/{index}", source=("a", "b")[index % 2]) for index in range(10)]
     sampler = FakeSampler(lambda prompt, _: "7" if int(prompt.prompt_id[2:]) < num_correct else "8")
     evaluate(
@@ -84,15 +84,15 @@ def size(path: Path) -> tuple[int, int]:
 
 def test_a_run_gets_all_figures(tmp_path: Path) -> None:
     write_run(tmp_path, dict.fromkeys((1, 2, 3), STEP))
-    write_exam(tmp_path, "base", None, 0)
-    write_exam(tmp_path, "step_000000", 0, 2)
-    write_exam(tmp_path, "step_000003", 3, 8)
+    write_evaluation(tmp_path, "base", None, 0)
+    write_evaluation(tmp_path, "step_000000", 0, 2)
+    write_evaluation(tmp_path, "step_000003", 3, 8)
     paths = draw_figures(tmp_path)
     assert [path.name for path in paths] == [
         "reward.png",
         "length.png",
         "accuracy.png",
-        "exams.png",
+        "evaluations.png",
         "overview.png",
     ]
     assert {path.parent for path in paths} == {tmp_path / "figures"}
@@ -101,21 +101,21 @@ def test_a_run_gets_all_figures(tmp_path: Path) -> None:
     assert draw_figures(tmp_path) == paths  # and again, over the old ones
 
 
-def test_one_step_and_no_exam(tmp_path: Path) -> None:
+def test_one_step_and_no_evaluation(tmp_path: Path) -> None:
     write_run(tmp_path, {1: {"reward/mean": 0.5}})
     assert [path.name for path in draw_figures(tmp_path)] == ["reward.png", "overview.png"]
 
 
-def test_exams_without_a_step(tmp_path: Path) -> None:
-    write_exam(tmp_path, "step_000000", 0, 2)
+def test_evaluations_without_a_step(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, "step_000000", 0, 2)
     assert [path.name for path in draw_figures(tmp_path)] == ["accuracy.png", "overview.png"]
 
 
 def test_a_run_without_any_record(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no step and no exam"):
+    with pytest.raises(UserError, match="holds no step and no evaluation"):
         draw_figures(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "half')
-    with pytest.raises(UserError, match="holds no step and no exam"):
+    with pytest.raises(UserError, match="holds no step and no evaluation"):
         draw_figures(tmp_path)
 
 
@@ -160,10 +160,10 @@ def test_long_runs_are_smoothed_over_the_raw_line() -> None:
 
 
 def test_accuracy_has_interval_bars_sources_and_the_base(tmp_path: Path) -> None:
-    write_exam(tmp_path, "base", None, 1)
-    write_exam(tmp_path, "step_000000", 0, 3)
-    write_exam(tmp_path, "step_000010", 10, 8)
-    write_exam(tmp_path, "by-hand", None, 10)  # an exam that is no point of the run
+    write_evaluation(tmp_path, "base", None, 1)
+    write_evaluation(tmp_path, "step_000000", 0, 3)
+    write_evaluation(tmp_path, "step_000010", 10, 8)
+    write_evaluation(tmp_path, "by-hand", None, 10)  # an evaluation that is no point of the run
     axes = new_axes()
     draw_accuracy(axes, read_records(tmp_path))
     assert points(axes, "accuracy") == [(0, 0.3), (10, 0.8)]
@@ -183,11 +183,11 @@ def test_accuracy_has_interval_bars_sources_and_the_base(tmp_path: Path) -> None
     assert labels(axes)[0] == "accuracy"
 
 
-def test_exam_score_and_length_by_step_for_each_set(tmp_path: Path) -> None:
-    write_exam(tmp_path, "base", None, 1)
-    write_exam(tmp_path, "step_000000", 0, 3)
-    write_exam(tmp_path, "step_000010", 10, 8)
-    figure = exams_figure(read_records(tmp_path))
+def test_evaluation_score_and_length_by_step_for_each_set(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, "base", None, 1)
+    write_evaluation(tmp_path, "step_000000", 0, 3)
+    write_evaluation(tmp_path, "step_000010", 10, 8)
+    figure = evaluations_figure(read_records(tmp_path))
     score_a, score_b, length_a, _ = figure.axes
     assert (score_a.get_title(), score_b.get_title()) == ("a", "b")
 
@@ -205,18 +205,20 @@ def test_exam_score_and_length_by_step_for_each_set(tmp_path: Path) -> None:
     assert [text.get_text() for text in score_a.texts] == ["base model"]
 
 
-def test_exams_on_record_in_the_metrics_alone(tmp_path: Path) -> None:
+def test_evaluations_on_record_in_the_metrics_alone(tmp_path: Path) -> None:
     write_run(tmp_path, {2: {"eval/accuracy": 0.25}, 4: {"eval/accuracy": 0.5}})
-    write_exam(tmp_path, "step_000004", 4, 8)  # the result file wins
+    write_evaluation(tmp_path, "step_000004", 4, 8)  # the result file wins
     records = read_records(tmp_path)
-    assert [(exam["step"], exam["eval/accuracy"]) for exam in records.exams] == [
+    assert [
+        (evaluation["step"], evaluation["eval/accuracy"]) for evaluation in records.evaluations
+    ] == [
         (2, 0.25),
         (4, 0.8),
     ]
     draw_figures(tmp_path)
 
 
-def test_a_damaged_exam_is_named(tmp_path: Path) -> None:
+def test_a_damaged_evaluation_is_named(tmp_path: Path) -> None:
     write_run(tmp_path, {1: STEP})
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "step_000001.json").write_text("{")

@@ -11,10 +11,16 @@ from rich.console import Console
 
 from rl_lora.config import EvalSection
 from rl_lora.evaluation.evaluate import evaluate
-from rl_lora.evaluation.files import read_exam
+from rl_lora.evaluation.files import read_evaluation
 from rl_lora.evaluation.paired import PairedScores, paired_scores
 from rl_lora.evaluation.scores import EvalResult
-from rl_lora.report.tables import exam_table, paired_line, phase_table, printable, seconds_text
+from rl_lora.report.tables import (
+    evaluation_table,
+    paired_line,
+    phase_table,
+    printable,
+    seconds_text,
+)
 from rl_lora.report.terminal import (
     Display,
     step_line,
@@ -37,7 +43,7 @@ def make_console(is_terminal: bool) -> tuple[Console, io.StringIO]:
     return Console(file=file, force_terminal=is_terminal, width=120, highlight=False), file
 
 
-def exam_of(texts: Sequence[str], sources: Sequence[str] = ("sum",)) -> EvalResult:
+def evaluation_of(texts: Sequence[str], sources: Sequence[str] = ("sum",)) -> EvalResult:
     prompts = [
         make_prompt(f"p/{index}", source=sources[index % len(sources)])
         for index in range(len(texts))
@@ -61,12 +67,12 @@ def paired_of(first: Sequence[str], second: Sequence[str]) -> PairedScores:
                 seed=0,
                 folder=Path(folder),
             )
-            problems.append(read_exam(Path(folder) / "eval.jsonl.gz")[1])
+            problems.append(read_evaluation(Path(folder) / "eval.jsonl.gz")[1])
     return paired_scores(list(zip(*problems, strict=True)))
 
 
-BEFORE = exam_of(["7"] * 4 + ["8"] * 36)
-AFTER = exam_of([r"\boxed{7}"] * 20 + [r"\boxed{8}"] * 20)
+BEFORE = evaluation_of(["7"] * 4 + ["8"] * 36)
+AFTER = evaluation_of([r"\boxed{7}"] * 20 + [r"\boxed{8}"] * 20)
 PAIRED = paired_of(["7"] * 4 + ["8"] * 36, ["7"] * 20 + ["8"] * 20)
 
 
@@ -117,10 +123,10 @@ def run_two_steps(display: Display) -> None:
         display.note("loaded \x1b[31m[bold]x[/bold]")
         display.stage("training", num_steps=2)
         for done in (0, 1, 2):
-            display.exam(done, 2, min(1, 2 - done))
+            display.evaluation(done, 2, min(1, 2 - done))
         display.step(1, METRICS)
         display.step(2, METRICS)
-        display.exam_result("before", BEFORE)
+        display.evaluation_result("before", BEFORE)
 
 
 def test_a_file_gets_one_plain_line_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +154,7 @@ def test_a_file_gets_a_line_of_a_long_evaluation_now_and_then(
     console, file = make_console(is_terminal=False)
     with Display(console=console) as display:
         for done in range(0, 101, 10):
-            display.exam(done, 100, 10)
+            display.evaluation(done, 100, 10)
             now[0] += 12
     assert file.getvalue().splitlines() == [
         "evaluation 30/100  1 min 24 s left",
@@ -167,7 +173,7 @@ def test_sampling_shows_its_speed_within_a_long_phase(monkeypatch: pytest.Monkey
         display.sampling(2, 8, 800)  # 20 tokens a second; 6 of 8 at 20 s each two... 120 s
         now[0] = 50.0
         display.sampling(8, 8, 3000)
-        display.exam(0, 4, 2)
+        display.evaluation(0, 4, 2)
         now[0] = 90.0
         display.sampling(1, 2, 400)  # half of the two problems in hand: 1 of 4 in 40 s
     assert file.getvalue().splitlines() == [
@@ -233,8 +239,8 @@ def printed(display_width: int, *tables: object) -> str:
     return file.getvalue()
 
 
-def test_exam_table_shows_accuracy_and_format_apart() -> None:
-    text = printed(120, exam_table({"before": BEFORE, "after": AFTER}))
+def test_evaluation_table_shows_accuracy_and_format_apart() -> None:
+    text = printed(120, evaluation_table({"before": BEFORE, "after": AFTER}))
     rows = {
         cells[0]: cells[1:]
         for line in text.splitlines()
@@ -247,9 +253,9 @@ def test_exam_table_shows_accuracy_and_format_apart() -> None:
     assert "95% intervals" in text
 
 
-def test_exam_table_by_source() -> None:
-    result = exam_of(["7", "8", "7", "8"], sources=("aime24", "[red]evil\x1b[0m"))
-    text = printed(120, exam_table({"after": result}))
+def test_evaluation_table_by_source() -> None:
+    result = evaluation_of(["7", "8", "7", "8"], sources=("aime24", "[red]evil\x1b[0m"))
+    text = printed(120, evaluation_table({"after": result}))
     assert "aime24: accuracy" in text
     assert "100.0% (15.8 to 100.0)" in text
     assert "[red]evil\\x1b[0m: accuracy" in text
@@ -257,11 +263,11 @@ def test_exam_table_by_source() -> None:
 
 def test_summary_with_the_base_model_compares_both(capsys: pytest.CaptureFixture[str]) -> None:
     with Display() as display:
-        exams = {"base model": BEFORE, "before": BEFORE, "after": AFTER}
+        evaluations = {"base model": BEFORE, "before": BEFORE, "after": AFTER}
         pairs = {"base model to after": PAIRED, "before to after": PAIRED}
-        display.summary(exams, pairs, {"sample": 30.0, "learn": 10.0})
+        display.summary(evaluations, pairs, {"sample": 30.0, "learn": 10.0})
         display.summary({}, {}, {})
-        display.exams({"aime24": AFTER})
+        display.evaluations({"aime24": AFTER})
     text = capsys.readouterr().out
     assert not has_control_characters(text)
     assert text.isascii()

@@ -19,7 +19,7 @@ from rl_lora.errors import UserError
 from rl_lora.runs.checkpoint import latest_checkpoint, load_checkpoint
 from rl_lora.runs.log import RunLog
 from rl_lora.storage import jsonl
-from rl_lora.storage.directories import disk_errors, whole_directory
+from rl_lora.storage.directories import atomic_directory, disk_errors
 from tests.runs.test_resume import result, run
 
 NO_SPACE = "No space left on device"
@@ -64,8 +64,8 @@ WRITERS = {
     "a checkpoint": ("rl_lora.train.save_snapshot", 3, 8192),
     "a step's line": ("rl_lora.runs.log.RunLog.write", 3, 0),
     "the run's record": ("rl_lora.train.write_record", 1, 0),
-    "an exam's problems": ("rl_lora.storage.jsonl.append_compressed", 2, 0),
-    "an exam's result": ("rl_lora.evaluation.scores.EvalResult.save", 2, 0),
+    "an evaluation's problems": ("rl_lora.storage.jsonl.append_compressed", 2, 0),
+    "an evaluation's result": ("rl_lora.evaluation.scores.EvalResult.save", 2, 0),
     "the best adapter": ("rl_lora.train.keep_best", 1, 4096),
     "the last adapter": ("rl_lora.train._finish", 1, 4096),
 }
@@ -173,15 +173,15 @@ def test_a_copy_of_a_directory_tells_the_disks_error(
 
 def test_a_directory_is_replaced_whole_or_stays(tmp_path: Path) -> None:
     final = tmp_path / "adapter"
-    with whole_directory(final) as scratch:
+    with atomic_directory(final) as scratch:
         (scratch / "a").write_text("1")
     for name in (".adapter.99", ".adapter.replaced"):  # left by a kill
         (tmp_path / name).mkdir()
-    with pytest.raises(FileNotFoundError), whole_directory(final) as scratch:
+    with pytest.raises(FileNotFoundError), atomic_directory(final) as scratch:
         (scratch / "a").write_text((tmp_path / "not there").read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert (final / "a").read_text() == "1"
-    with whole_directory(final) as scratch:
+    with atomic_directory(final) as scratch:
         (scratch / "b").write_text("2")
     assert [path.name for path in final.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -27,7 +27,7 @@ from rl_lora.runs.inputs import (
     check_base,
     prompt_inputs,
 )
-from rl_lora.runs.record import anchored
+from rl_lora.runs.record import with_absolute_paths
 from tests.helpers.fakes import make_prompt
 from tests.helpers.tiny_models import make_policy, random_llama
 from tests.sft.test_sft import TINY
@@ -164,7 +164,7 @@ def assert_says(line: str, message: str) -> None:
     assert re.search(message, line), line
 
 
-def test_an_exam_of_other_problems_is_not_compared_with_the_old_ones(runs: Path) -> None:
+def test_an_evaluation_of_other_problems_is_not_compared_with_the_old_ones(runs: Path) -> None:
     kept = runs.with_name("kept")
     shutil.copytree(runs, kept)
     try:
@@ -249,10 +249,10 @@ def test_what_stays_and_what_becomes_a_path(
     for name in ("tiny-fast", "Qwen/Qwen3-8B-Base", "./nowhere"):
         assert absolute_model(name) == name
     config = load_config(SMOKE, ["data=rows", "data.eval=['rows', 'held_out']", "model.name=model"])
-    moved = anchored(config)
+    moved = with_absolute_paths(config)
     assert [source.name for source in moved.data.eval] == [str(tmp_path / "rows"), "held_out"]
     assert moved.model.name == str(tmp_path / "model")
-    assert anchored(moved) == moved
+    assert with_absolute_paths(moved) == moved
 
 
 def test_a_run_made_with_relative_paths_is_read_from_anywhere(

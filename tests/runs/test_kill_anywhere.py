@@ -20,7 +20,7 @@ import torch
 
 from tests.runs.test_resume import result, run
 
-# Start-up, first test or exam, checkpoints, publishes, lines, the best and the last adapter.
+# Start-up, first test or evaluation, checkpoints, publishes, lines, the best and the last adapter.
 NUM_KILLS = int(os.environ.get("RL_LORA_NUM_KILLS", "3"))
 
 

@@ -222,11 +222,11 @@ def test_every_command_that_writes_is_refused_and_touches_nothing(
     else:
         arguments += [f"run.output_dir={tmp_path}"]
     if command == "eval":
-        file = ".exam_exam.lock"
+        file = ".evaluation_evaluation.lock"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "rewa')
     (folder / "eval").mkdir()
-    (folder / "eval" / "exam.json").write_text("{}")
+    (folder / "eval" / "evaluation.json").write_text("{}")
     with other_process(folder, file) as process:
         before = snapshot_of(folder)
         assert main(arguments) == 2

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from rl_lora.runs import machine as system
-from rl_lora.runs.machine import SystemMeter
+from rl_lora.runs.machine import MachineMeter
 
 
 def burn(seconds: float) -> float:
@@ -22,7 +22,7 @@ def burn(seconds: float) -> float:
 
 
 def test_the_process_s_own_seconds_are_counted() -> None:
-    with SystemMeter() as meter:
+    with MachineMeter() as meter:
         start = time.perf_counter()
         spent = burn(0.2)
         elapsed = time.perf_counter() - start
@@ -39,7 +39,7 @@ def test_the_process_s_own_seconds_are_counted() -> None:
 
 def test_children_are_counted() -> None:
     code = "import time\nx = bytearray(80_000_000)\nprint('', flush=True)\ntime.sleep(60)"
-    with SystemMeter() as meter:
+    with MachineMeter() as meter:
         alone = meter.take()["system/resident_mb"]
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         try:
@@ -57,7 +57,7 @@ def test_a_gpu_s_use_is_the_mean_of_what_was_seen(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(system, "_GPU_POLL_S", 0.01)
     monkeypatch.setattr(system.torch.cuda, "utilization", lambda index: next(seen, 30))
     monkeypatch.setattr(system.torch.cuda, "device_memory_used", lambda index: 5_000_000)
-    with SystemMeter() as meter:
+    with MachineMeter() as meter:
         time.sleep(0.3)
         metrics = meter.take()
         assert metrics["system/gpu0_memory_mb"] == 5.0
@@ -70,5 +70,5 @@ def test_a_gpu_s_use_is_the_mean_of_what_was_seen(monkeypatch: pytest.MonkeyPatc
 
 def test_without_a_gpu_there_are_no_gpu_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system.torch.cuda, "is_available", lambda: False)
-    with SystemMeter() as meter:
+    with MachineMeter() as meter:
         assert not [key for key in meter.take() if "gpu" in key]

@@ -57,7 +57,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def result(run_folder: Path) -> tuple[list[dict[str, Any]], dict[str, list[float]], list[str]]:
-    """Metrics but for the machine's, the adapter, and the names of the exams."""
+    """Metrics but for the machine's, the adapter, and the names of the evaluations."""
     tensors = load_tensors(run_folder / "adapter")
     names = sorted(path.name for path in (run_folder / "eval").glob("*.json"))
     return (
@@ -125,7 +125,7 @@ def kill_at(
         ("sft", "sft.train:save_adapter:1"),  # all steps done, nothing published
         ("rl", "1"),
         ("rl", "3"),
-        ("rl", "train:evaluate:1"),  # before the first exam
+        ("rl", "train:evaluate:1"),  # before the first evaluation
         ("rl", "train:save_adapter:3"),  # a step that is learned and not published
         ("rl", "train:_finish:1"),  # all done but the adapter's last place
     ],
@@ -214,18 +214,19 @@ def test_a_complete_supervised_run_is_only_reported(
 def test_a_new_start_takes_nothing_over_from_another_job_that_was_killed_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after its first exam and before its first step: a start without --resume is let in."""
+    """Killed after its first evaluation and before its first step: a start without --resume is let
+    in."""
     kill_at(monkeypatch, "1", "rl", tmp_path, "run.name=x", "run.seed=7", "eval.max_tokens=3")
     assert (tmp_path / "x" / "eval" / "step_000000.json").is_file()
     run("rl", tmp_path, "run.name=x", "run.num_steps=1")
     run("rl", tmp_path, "run.name=y", "run.num_steps=1")
     assert result(tmp_path / "x") == result(tmp_path / "y")
-    exams = [
+    evaluations = [
         json.loads((tmp_path / name / "eval" / "step_000000.json").read_text()) for name in "xy"
     ]
-    for exam in exams:
-        exam.pop("seconds")
-    assert exams[0] == exams[1]
+    for evaluation in evaluations:
+        evaluation.pop("seconds")
+    assert evaluations[0] == evaluations[1]
     (tmp_path / "x" / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="holds an older run: resume it"):
         run("rl", tmp_path, "run.name=x", "run.num_steps=1")
@@ -317,8 +318,8 @@ def test_an_open_dtype_is_decided_once(
     run(arm, tmp_path, "run.name=parts", "model.dtype=float32", resume=True)
     if arm == "rl":
         assert main(["eval", str(tmp_path / "whole"), "--name", "own"]) == 0
-        exams = [tmp_path / "whole" / "eval" / f"{n}.json" for n in ("own", "step_000004")]
-        own, last = (json.loads(path.read_text()) for path in exams)
+        evaluations = [tmp_path / "whole" / "eval" / f"{n}.json" for n in ("own", "step_000004")]
+        own, last = (json.loads(path.read_text()) for path in evaluations)
         assert own["total"] == last["total"]
 
 

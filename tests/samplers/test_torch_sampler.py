@@ -50,7 +50,7 @@ def make(tmp_path: Path, end_ids: tuple[int, ...] = (2,), **options: int) -> Tor
     policy = make_policy(random_llama(tmp_path / "model"))
     shake(policy)
     sampler = TorchSampler(policy, IdTokenizer(), end_ids, context_length=64, **options)  # type: ignore[arg-type]
-    sampler.use(save_adapter(policy, tmp_path / "adapters", version=4, run_name="r"))
+    sampler.set_adapter(save_adapter(policy, tmp_path / "adapters", version=4, run_name="r"))
     return sampler
 
 
@@ -204,7 +204,7 @@ def test_a_models_turns_end_where_its_template_ends_them(tmp_path: Path) -> None
 def test_base_is_sampled_with_the_adapter_off(tmp_path: Path) -> None:
     sampler = make(tmp_path)
     with_adapter = sampler.token_logprobs([PROMPTS[2].token_ids])
-    sampler.use(None)
+    sampler.set_adapter(None)
     base = sampler.token_logprobs([PROMPTS[2].token_ids])
     assert base != with_adapter
     completion = sampler.sample(PROMPTS, SampleParams(1, 4, 1.0))[2][0]
@@ -245,7 +245,7 @@ def test_a_stale_handle_is_refused(tmp_path: Path) -> None:
     old = save_adapter(sampler.policy, tmp_path / "old", version=5, run_name="r")
     shake(sampler.policy)
     with pytest.raises(StaleAdapterError, match="not those of r-v000005"):
-        sampler.use(old)
+        sampler.set_adapter(old)
 
 
 def test_completions_of_another_version_stop_the_run(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ sampler = sampler_of(LoraSection(mode="full"))
 print("base", difference(sampler, policy))
 shake(policy)
 print("old", difference(sampler, policy))
-sampler.use(save_adapter(policy, folder, version=1, run_name="r"))
+sampler.set_adapter(save_adapter(policy, folder, version=1, run_name="r"))
 print("new", difference(sampler, policy))
 """
 
@@ -66,7 +66,7 @@ vllm_sampler.check_mixture = lambda *arguments: None
 policy = make_policy(model, rank=2, layers=sys.argv[3])
 shake(policy)
 sampler = sampler_of(policy.lora)
-sampler.use(save_adapter(policy, folder, version=1, run_name="r"))
+sampler.set_adapter(save_adapter(policy, folder, version=1, run_name="r"))
 print("adapter", difference(sampler, policy))
 """
 

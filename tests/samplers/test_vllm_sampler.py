@@ -132,7 +132,7 @@ def test_full_weights_are_replaced_and_the_engine_is_freed(model_dir: Path, tmp_
         torch.testing.assert_close(base, expected, atol=1e-4, rtol=0)
 
         sampler.sample(PROMPTS, PARAMS)  # fills the prefix cache with the base's keys and values
-        sampler.use(adapter)
+        sampler.set_adapter(adapter)
         groups = sampler.sample(PROMPTS, PARAMS)
         assert {c.adapter_version for group in groups for c in group} == {1}
         assert differences(tied_dir, adapter, groups, PARAMS.temperature).mean() < 1e-5
@@ -141,10 +141,10 @@ def test_full_weights_are_replaced_and_the_engine_is_freed(model_dir: Path, tmp_
         torch.testing.assert_close(changed, expected, atol=1e-4, rtol=0)
         assert (changed - base).abs().mean() > 1e-2
 
-        sampler.use(None)
+        sampler.set_adapter(None)
         assert sampler.token_logprobs([ids])[0] == base.tolist()
         with pytest.raises(ValueError, match="is_full"):
-            sampler.use(replace(adapter, is_full=False))
+            sampler.set_adapter(replace(adapter, is_full=False))
         with pytest.raises(RuntimeError, match=r"close\(\) it first"):
             make_sampler(model_dir)
 
@@ -227,7 +227,7 @@ def opened(
 
 @pytest.fixture
 def sampler(opened: tuple[VllmSampler, State, State]) -> VllmSampler:
-    opened[0].use(None)
+    opened[0].set_adapter(None)
     return opened[0]
 
 
@@ -243,19 +243,19 @@ def test_memory_given_back_changes_nothing(
     results: dict[bool, list[Any]] = {False: [], True: []}
     for rests in results:
         for version in (None, adapter, adapter, None):
-            sampler.use(version)
+            sampler.set_adapter(version)
             for _ in range(2):
                 results[rests].append([_ids(group) for group in sampler.sample(PROMPTS, PARAMS)])
                 results[rests].append(sampler.token_logprobs([PROMPTS[0].token_ids]))
                 if rests:
-                    sampler.rest()
+                    sampler.release_memory()
     assert results[False] == results[True]
 
 
 def test_weights_that_were_dropped_are_not_computed_with(sampler: VllmSampler) -> None:
     if not is_merged(sampler):
         pytest.skip("only merged weights are dropped")
-    sampler.rest()
+    sampler.release_memory()
     (model,) = sampler._engine.apply_model(lambda model: model)
     with pytest.raises(RuntimeError, match="dropped"):
         model.lm_head.cpu_linear(torch.zeros(1, 4), None, None)
@@ -277,7 +277,7 @@ def test_logprobs_are_those_of_transformers_and_peft(
     sampler: VllmSampler, model_dir: Path, tmp_path: Path
 ) -> None:
     for adapter in (None, publish(model_dir, tmp_path, 1), publish(model_dir, tmp_path, 2)):
-        sampler.use(adapter)
+        sampler.set_adapter(adapter)
         groups = sampler.sample(PROMPTS, PARAMS)
         errors = differences(model_dir, adapter, groups, PARAMS.temperature)
         assert errors.mean() < 1e-5
@@ -299,7 +299,7 @@ def test_an_adapter_on_lm_head_and_the_base_after_it(
     )
     ids = PROMPTS[2].token_ids
     for version in (adapter, None):
-        sampler.use(version)
+        sampler.set_adapter(version)
         groups = sampler.sample(PROMPTS, PARAMS)
         assert differences(model_dir, version, groups, PARAMS.temperature).max() < 1e-4
         scored = torch.tensor(sampler.token_logprobs([ids])[0])
@@ -341,7 +341,7 @@ def test_many_publishes_leave_one_adapter_in_the_engine(
     seen = set()
     for version in range(100, 130):
         shake(policy, seed=version, size=0.05)
-        sampler.use(save_adapter(policy, tmp_path, version=version, run_name="many"))
+        sampler.set_adapter(save_adapter(policy, tmp_path, version=version, run_name="many"))
         seen.add(tuple(sampler.token_logprobs([PROMPTS[0].token_ids])[0]))
     assert len(seen) == 30  # every version was really in use
     gc.collect()
@@ -355,7 +355,7 @@ def test_a_version_can_be_taken_up_again(
     first, second = publish(model_dir, tmp_path, 10), publish(model_dir, tmp_path, 11)
     scored = []
     for adapter in (first, None, first, second, first):
-        sampler.use(adapter)
+        sampler.set_adapter(adapter)
         scored.append(sampler.token_logprobs([PROMPTS[0].token_ids])[0])
     assert scored[0] == scored[2] == scored[4]
     assert scored[0] != scored[1]
@@ -371,9 +371,9 @@ def test_a_wrong_adapter_shows_in_the_logprobs(
     stale = replace(right, name="test-stale", path=wrong.path)
     if is_merged(sampler):  # reads the weights itself
         with pytest.raises(StaleAdapterError, match="was changed after test-stale was published"):
-            sampler.use(stale)
+            sampler.set_adapter(stale)
         return
-    sampler.use(stale)
+    sampler.set_adapter(stale)
     ids = PROMPTS[2].token_ids
     found = torch.tensor(sampler.token_logprobs([ids])[0])
     true = publish(model_dir, tmp_path / "again", 20)
@@ -385,9 +385,9 @@ def test_a_name_used_for_other_weights_is_refused(
     sampler: VllmSampler, model_dir: Path, tmp_path: Path
 ) -> None:
     adapter = publish(model_dir, tmp_path, 30)
-    sampler.use(adapter)
+    sampler.set_adapter(adapter)
     with pytest.raises(StaleAdapterError, match=r"test-v000030.*used before"):
-        sampler.use(replace(adapter, fingerprint="other"))
+        sampler.set_adapter(replace(adapter, fingerprint="other"))
 
 
 def test_an_answer_under_another_adapter_is_refused() -> None:
@@ -477,17 +477,17 @@ def test_requests_out_of_bounds(sampler: VllmSampler) -> None:
 def test_missing_adapters(sampler: VllmSampler, model_dir: Path, tmp_path: Path) -> None:
     adapter = publish(model_dir, tmp_path, 40)
     with pytest.raises(UserError, match="nowhere does not exist"):
-        sampler.use(replace(adapter, path=tmp_path / "nowhere"))
+        sampler.set_adapter(replace(adapter, path=tmp_path / "nowhere"))
     (adapter.path / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
-        sampler.use(adapter)
+        sampler.set_adapter(adapter)
 
 
 def test_an_adapter_that_does_not_fit(
     sampler: VllmSampler, model_dir: Path, tmp_path: Path
 ) -> None:
     right, wrong = publish(model_dir, tmp_path, 41), publish(model_dir, tmp_path, 42, rank=4)
-    sampler.use(right)
+    sampler.set_adapter(right)
     before = sampler.token_logprobs([PROMPTS[0].token_ids])
     if is_merged(sampler):  # of any rank, but of this model
         tensors = load_file(wrong.path / "adapter_model.safetensors")
@@ -499,7 +499,7 @@ def test_an_adapter_that_does_not_fit(
     else:
         complaint = r"v000042: LoRA rank 4 is greater than max_lora_rank 1"
     with pytest.raises(UserError, match=complaint):
-        sampler.use(wrong)
+        sampler.set_adapter(wrong)
     assert sampler.token_logprobs([PROMPTS[0].token_ids]) == before
 
 
@@ -669,7 +669,7 @@ def test_a_job_asks_for_compilation_once_and_only_where_the_config_leaves_it_ope
     assert eager(long, "cpu") is False
     assert len(notes) == 1
     assert "sampling.eager=true" in notes[0]
-    assert eager(long, "cpu", num_steps=0) is None  # an exam
+    assert eager(long, "cpu", num_steps=0) is None  # an evaluation
     assert eager(long, "cuda") is None
     assert eager(long.model_copy(update={"eager": True}), "cpu") is True
     assert eager(long.model_copy(update={"backend": "torch"}), "cpu") is None

@@ -29,10 +29,10 @@ def test_adapters_of_variants_are_served_as_peft_serves_them(tmp_path: Path) -> 
     with contextlib.closing(make_sampler(model, lora=lora)) as sampler:
         for version, (variant, rank) in enumerate({"pissa": 8, "olora": 2, "rslora": 8}.items()):
             adapter = publish(model, tmp_path / "a", version, rank=rank, variant=variant)
-            sampler.use(adapter)
+            sampler.set_adapter(adapter)
             groups = sampler.sample(PROMPTS, PARAMS)
             assert differences(model, adapter, groups, PARAMS.temperature).max() < 1e-3, variant
             assert differences(model, None, groups, PARAMS.temperature).max() > 1e-2  # a control
         dora = publish(model, tmp_path / "a", 9, variant="dora")
         with pytest.raises(UserError, match="DoRA"):
-            sampler.use(dora)
+            sampler.set_adapter(dora)

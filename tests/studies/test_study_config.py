@@ -128,11 +128,11 @@ def test_shipped_studies_are_named_after_their_files_and_sweep_every_condition(p
 
 def test_layers_of_the_study_have_equal_parameters() -> None:
     from rl_lora.commands.plan import parameter_counts
-    from rl_lora.models.shapes import known_config, lay_out
+    from rl_lora.models.shapes import build_on_meta, known_config
 
     shape = known_config("tiny-fast")
     assert shape is not None
-    model = lay_out(shape)
+    model = build_on_meta(shape)
     cells = cells_of(load_study(next(path for path in CONFIGS if path.stem == "study_sft_layers")))
     counts = {
         (cell.config.lora.layers, cell.config.lora.rank): parameter_counts(

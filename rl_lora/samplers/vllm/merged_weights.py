@@ -72,7 +72,7 @@ class MergedWeights:
         self._wanted: dict[str, LowRank] = {}
         self._is_loaded = True  # the base, as vLLM loaded it
 
-    def want(self, terms: dict[str, LowRank]) -> None:
+    def set_target(self, terms: dict[str, LowRank]) -> None:
         """What the next `ensure` loads.
 
         Raises:
@@ -82,7 +82,7 @@ class MergedWeights:
         self._is_loaded = self._is_loaded and not terms and not self._wanted
         self._wanted = terms
 
-    def ensure(self) -> bool:
+    def load(self) -> bool:
         """Packs the base plus the terms wanted, if that is not what is packed; whether it did."""
         if self._is_loaded:
             return False
@@ -113,7 +113,7 @@ class MergedWeights:
             _pack(module, weights_OI[0] if len(weights_OI) == 1 else torch.cat(weights_OI))
         self._is_loaded = True
 
-    def drop(self) -> None:
+    def unload(self) -> None:
         """Frees the packed weights; the engine cannot run before the next `ensure`."""
         self._is_loaded = False
         for module, _ in self._layers:

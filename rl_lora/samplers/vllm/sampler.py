@@ -120,9 +120,9 @@ class VllmSampler:
             self._engine = make_engine(vllm, settings(is_merged=False), self._on_cpu)
         self._tokenizer = self._engine.get_tokenizer()
         VllmSampler._open = weakref.ref(self)
-        self.rest()
+        self.release_memory()
 
-    def use(self, adapter: Adapter | None) -> None:
+    def set_adapter(self, adapter: Adapter | None) -> None:
         """Samples from this version from now on; None: from the base alone.
 
         Raises:
@@ -142,7 +142,7 @@ class VllmSampler:
         elif self._merged is not None:
             if adapter is not None:
                 self._check_name(adapter)
-            self._merged.want(read_terms(adapter) if adapter else {})
+            self._merged.set_target(read_terms(adapter) if adapter else {})
         elif adapter is not None:
             request = self._lora_request(adapter)
             try:
@@ -225,13 +225,13 @@ class VllmSampler:
             logprobs_N.append(list(scored.logprobs))
         return logprobs_N
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """On a CPU, gives back the memory that sampling alone needs: the KV cache's pages, and the
         merged weights, which the next call makes anew in half a percent of a step."""
         if not self._on_cpu or self._live_engine().has_unfinished_requests():
             return
         if self._merged is not None:
-            self._merged.drop()
+            self._merged.unload()
         self._reset_cache()
         self._engine.collective_rpc(forget_cache)
         cpu_memory.trim()
@@ -256,7 +256,7 @@ class VllmSampler:
         if self._rests:
             cpu_memory.trim()  # what the learner has left
             self._rests = False
-        if self._merged is not None and self._merged.ensure():
+        if self._merged is not None and self._merged.load():
             self._reset_cache()
 
     def _live_engine(self) -> Any:
@@ -265,7 +265,7 @@ class VllmSampler:
         return self._engine
 
     def _check_name(self, adapter: Adapter) -> int:
-        """vLLM's number for the adapter's name. Raises StaleAdapterError as `use` says."""
+        """vLLM's number for the adapter's name. Raises StaleAdapterError as `set_adapter` says."""
         known = self._known.setdefault(adapter.name, (len(self._known) + 1, adapter.fingerprint))
         if known[1] != adapter.fingerprint:
             raise StaleAdapterError(

@@ -136,7 +136,9 @@ def _evaluate_missing(
     """(every problem's record in the prompts' order, the one adapter version that answered)."""
     prompts_N, params = evaluation.prompts_N, evaluation.params
     done = dict(file.done) if file is not None else {}
-    versions = {v for v in (file and file.adapter_version,) if v is not None}
+    versions: set[int] = set()
+    if file is not None and file.adapter_version is not None:
+        versions.add(file.adapter_version)
     left = [prompt for prompt in prompts_N if prompt.prompt_id not in done]
     chunk = max(1, evaluation.chunk_samples // params.num_samples)
     for first in range(0, len(left), chunk):

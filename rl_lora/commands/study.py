@@ -18,6 +18,16 @@ PLATEAU_TOLERANCE = {"sft": 0.02, "rl": 0.05}
 _FILE_WIDTH = 120  # characters, where the output is no terminal
 
 
+EXAMPLES = (
+    "rl-lora study configs/study_rl_rank.toml --dry-run",
+    "rl-lora study configs/study_rl_rank.toml study.seeds=[0,1]",
+    "rl-lora study configs/study_rl_rank.toml --table",
+    "rl-lora study configs/study_rl_rank.toml --retry",
+    "rl-lora report runs/studies/rl_rank --study",
+)
+AFTER_INTERRUPT = "; run the same command again to continue where it stopped"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("config", type=Path, help="a TOML file, e.g. configs/study_rl_rank.toml")

@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import FunctionReward, Reward, load_reward
-from rl_lora.config import DataSection, LoraSection, ModelSection, RunConfig, SamplingSection
+from rl_lora.config import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    OptimSection,
+    RunConfig,
+    SamplingSection,
+)
 from rl_lora.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from rl_lora.learner import Learner
     from rl_lora.policy import Policy
     from rl_lora.prompts import PromptSets
     from rl_lora.sampler import Sampler
@@ -89,9 +97,9 @@ def open_run(
         check_rows((prompt.token_ids for prompt in problems), tokenizer, model_dir)
         made_up = tokenizer.encode(MADE_UP, add_special_tokens=False)
         check_reward(reward, problems[0], made_up)
-        from rl_lora.policy import Policy
+        from rl_lora.policy import open_policy
 
-        policy = Policy(
+        policy = open_policy(
             model_dir,
             config.model,
             config.lora,
@@ -181,6 +189,29 @@ def open_model(
     if lora is not None:
         check_architecture(config, lora, model_dir)
     return model_dir, load_tokenizer(model_dir), context_length(config)
+
+
+def make_learner(
+    policy: Policy, optim: OptimSection, *, num_steps: int, temperature: float = 1.0
+) -> Learner:
+    """The learner of [optim]; num_steps: optimizer steps of the whole run, for the schedule.
+
+    Raises:
+        UserError: full fine-tuning in bfloat16.
+    """
+    from rl_lora.learner import Learner, Schedule
+
+    return Learner(
+        policy,
+        optim.lr,
+        schedule=Schedule(optim.schedule, optim.warmup_steps, num_steps),
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        grad_clip=optim.grad_clip,
+        lora_plus_ratio=optim.lora_plus_ratio,
+        temperature=temperature,
+    )
 
 
 def make_reward(config: RunConfig) -> Reward:

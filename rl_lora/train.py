@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_lora.adapters.files import remove_old, save_adapter, saved_version
-from rl_lora.advantages import ADVANTAGES
-from rl_lora.batches import make_samples, pack
-from rl_lora.build import RunContext, check_run_folder, evaluation_identity, open_run
+from rl_lora.batches import pack
+from rl_lora.build import (
+    RunContext,
+    check_run_folder,
+    evaluation_identity,
+    make_learner,
+    open_run,
+)
 from rl_lora.config import RunConfig
-from rl_lora.errors import StaleAdapterError
+from rl_lora.config.algorithm import load_algorithm
 from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
 from rl_lora.evaluation.contamination import contamination_notes
 from rl_lora.evaluation.evaluate import evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult, load_result
-from rl_lora.learner import Learner
-from rl_lora.nn.segments import MAX_WASTED_PAIRS
 from rl_lora.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.overlap import Batch, RolloutWorker, step_params
 from rl_lora.policy import check_trainable
@@ -53,12 +56,12 @@ class Run:
         config = job.config
         self.job, self.display, self.folder = job, display, folder
         self.inputs = inputs or {}  # hashes of base and data, for record and checkpoints
-        self.learner = Learner(
+        self.loss, self.advantage = load_algorithm(config.algorithm)
+        self.learner = make_learner(
             job.policy,
             config.optim,
-            config.algorithm,
-            temperature=config.sampling.temperature,
             num_steps=config.run.num_steps * config.optim.num_updates,
+            temperature=config.sampling.temperature,
         )
         self.stream = PromptStream(job.prompts.train, config.run.seed)
         self.position = self.stream.state_dict()  # of the next step's prompts
@@ -183,19 +186,24 @@ class Run:
         """Advantages, microbatches, optimizer step, and the check that the sampler was right."""
         config, policy = self.job.config, self.job.policy
         staleness = staleness_metrics(groups_N, self.step, max_staleness=int(self.overlaps))
-        rewards_N_G, kl = self.learner.penalised_rewards(groups_N, config.optim.microbatch_tokens)
-        advantages_N_G = ADVANTAGES[config.algorithm.advantage](rewards_N_G)
+        algorithm, kl = config.algorithm, {}
+        rewards_N_G = [group.rewards_G for group in groups_N]
+        if algorithm.kl == "reward":
+            rewards_N_G, kl = self.learner.penalised_rewards(
+                groups_N, algorithm.kl_weight, config.optim.microbatch_tokens
+            )
+        cap = config.sampling.max_tokens
         updates = pack(
-            make_samples(groups_N, advantages_N_G),
-            denominator=config.algorithm.denominator,
-            max_tokens=config.sampling.max_tokens,
+            groups_N,
+            self.advantage(rewards_N_G),
+            denominator=cap if algorithm.denominator == "max_tokens" else algorithm.denominator,
             microbatch_tokens=config.optim.microbatch_tokens,
             num_updates=config.optim.num_updates,
             share_prompts=config.optim.share_prompts and policy.can_share_prompts,
-            keep_zero_advantage=config.algorithm.kl == "loss",
-            max_wasted_pairs=MAX_WASTED_PAIRS.get(policy.device.type, 0),
+            keep_zero_advantage=algorithm.kl == "loss",
         )
-        metrics = self.learner.update(updates)
+        kl_weight = algorithm.kl_weight if algorithm.kl == "loss" else 0.0
+        metrics = self.learner.update(updates, self.loss, kl_weight=kl_weight)
         cpu_memory.trim()
         if not staleness[
             "rollouts/staleness_max"
@@ -225,6 +233,7 @@ def train(
         StaleAdapterError: the sampler does not sample from the learner's weights.
     """
     check_trainable(config.model, config.lora)
+    load_algorithm(config.algorithm)  # a bad one ends the job here, before anything is loaded
     config = with_absolute_paths(config)
     folder = config.run.folder
     with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
@@ -311,7 +320,7 @@ def _warm_up(run: Run) -> None:
             "from the base model"
         )
         return
-    if not job.policy.is_full:
+    if job.policy.has_base:
         run.evaluation("base", adapter_off=True)
     with (
         RunLog(run.folder, resume_step=-1, metrics_file="warm_start.jsonl") as log,
@@ -389,9 +398,7 @@ def _last_evaluation(run: Run, log: RunLog) -> EvalResult:
 
 def _finish(run: Run) -> None:
     """The proof that the base was not written to, and the adapter where users look for it."""
-    expected = run.inputs["base"]["fingerprint"]
-    if not run.job.policy.is_full and run.job.policy.base_fingerprint() != expected:
-        raise StaleAdapterError("the base model's weights changed during the run")
+    run.job.policy.check_base(run.inputs["base"]["fingerprint"])
     with atomic_directory(run.folder / "adapter") as scratch:
         last = run.folder / "adapters" / f"v{run.step:06d}"
         shutil.copytree(last, scratch, dirs_exist_ok=True)

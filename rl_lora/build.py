@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rewards import FunctionReward, Reward, load_reward
-from rl_lora.config import DataSection, LoraSection, ModelSection, RunConfig, SamplingSection
+from rl_lora.config import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    OptimSection,
+    RunConfig,
+    SamplingSection,
+)
+from rl_lora.config.algorithm import load_algorithm
 from rl_lora.errors import UserError
 from rl_lora.seeds import mix_seed
 from rl_lora.types import SampleParams
@@ -20,7 +28,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from rl_lora.advantages import AdvantageFn
     from rl_lora.evaluation.evaluate import Evaluation
+    from rl_lora.learner import Learner
+    from rl_lora.losses import LossFn
     from rl_lora.policy import Policy
     from rl_lora.prompts import PromptSets
     from rl_lora.sampler import Sampler
@@ -31,7 +42,8 @@ class RunContext:
     """What training and evaluation share.
 
     Example: RunContext(config=RunConfig(...), model_dir=Path(...), tokenizer=...,
-    prompts=PromptSets(...), end_ids=(2,), reward=..., policy=..., sampler=...)
+    prompts=PromptSets(...), end_ids=(2,), reward=..., policy=..., loss=ppo,
+    advantage=grpo, sampler=...)
     """
 
     config: RunConfig
@@ -41,6 +53,8 @@ class RunContext:
     end_ids: tuple[int, ...]
     reward: Reward
     policy: Policy
+    loss: LossFn
+    advantage: AdvantageFn
     sampler: Sampler
 
 
@@ -66,6 +80,7 @@ def open_run(
     Raises:
         UserError: anything wrong in the config, the model directory or the data.
     """
+    loss, advantage = load_algorithm(config.algorithm)
     reward = make_reward(config)
     with contextlib.ExitStack() as stack:
         stack.callback(reward.close)
@@ -91,9 +106,9 @@ def open_run(
         check_rows((prompt.token_ids for prompt in problems), tokenizer, model_dir)
         made_up = tokenizer.encode(MADE_UP, add_special_tokens=False)
         check_reward(reward, problems[0], made_up)
-        from rl_lora.policy import Policy
+        from rl_lora.policy import open_policy
 
-        policy = Policy(
+        policy = open_policy(
             model_dir,
             config.model,
             config.lora,
@@ -115,7 +130,18 @@ def open_run(
             on_progress=on_progress,
         )
         stack.callback(sampler.close)
-        yield RunContext(config, model_dir, tokenizer, prompts, end_ids, reward, policy, sampler)
+        yield RunContext(
+            config=config,
+            model_dir=model_dir,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            end_ids=end_ids,
+            reward=reward,
+            policy=policy,
+            loss=loss,
+            advantage=advantage,
+            sampler=sampler,
+        )
 
 
 def check_vllm(model_dir: Path, config: RunConfig) -> None:
@@ -183,6 +209,29 @@ def open_model(
     if lora is not None:
         check_architecture(config, lora, model_dir)
     return model_dir, load_tokenizer(model_dir), context_length(config)
+
+
+def make_learner(
+    policy: Policy, optim: OptimSection, *, num_steps: int, temperature: float = 1.0
+) -> Learner:
+    """The learner of [optim]; num_steps: optimizer steps of the whole run, for the schedule.
+
+    Raises:
+        UserError: full fine-tuning in bfloat16.
+    """
+    from rl_lora.learner import Learner, Schedule
+
+    return Learner(
+        policy,
+        optim.lr,
+        schedule=Schedule(optim.schedule, optim.warmup_steps, num_steps),
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        grad_clip=optim.grad_clip,
+        lora_plus_ratio=optim.lora_plus_ratio,
+        temperature=temperature,
+    )
 
 
 def make_reward(config: RunConfig) -> Reward:
@@ -263,7 +312,8 @@ def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None
             temperature=config.eval.temperature,
             top_p=config.eval.top_p,
             stop=config.sampling.stop,
-            seed=mix_seed(config.run.seed, "evaluation"),
+            # The word of the first version: another one would change the samples, and every figure.
+            seed=mix_seed(config.run.seed, "exam"),
         ),
         chunk_samples=config.eval.chunk_samples,
         identity=identity | ({"thinking_tags": tags} if tags else {}),

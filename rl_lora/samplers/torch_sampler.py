@@ -57,7 +57,7 @@ class TorchSampler:
             adapter.fingerprint
         ):
             raise StaleAdapterError(f"the policy's weights are not those of {adapter.name}")
-        if adapter is None and self.policy.is_full:
+        if adapter is None and not self.policy.has_base:
             raise UserError("lora.mode='full' has no adapter to switch off")
         self._version = BASE_VERSION if adapter is None else adapter.version
 
@@ -88,7 +88,7 @@ class TorchSampler:
         for start in range(0, len(prompts_N), at_once):
             chunk = slice(start, start + at_once)
             rows = _Rows(prompts_N[chunk], seeds_N_G[chunk], params, self.policy.device)
-            if self._version == BASE_VERSION and not self.policy.is_full:
+            if self._version == BASE_VERSION and self.policy.has_base:
                 with self.policy.adapter_off():
                     done = _decode(self, rows, params, cache)
             else:

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
-from rl_lora.adapters.export import export_merged
 from rl_lora.adapters.files import save_adapter
 from rl_lora.build import open_model
 from rl_lora.config import LoraSection, ModelSection, SamplingSection, load_config
@@ -21,6 +20,7 @@ from rl_lora.errors import UserError
 from rl_lora.models.resolve import check_model_dir, check_rows, load_tokenizer, resolve_model
 from rl_lora.models.shapes import has_own_head, load_model_config
 from rl_lora.models.tiny import RECIPES, train_tokenizer
+from rl_lora.runs.export import export_merged
 from rl_lora.samplers.vllm.settings import engine_settings
 from rl_lora.train import train
 from tests.helpers.tiny_models import VOCAB, make_policy, random_llama, shake

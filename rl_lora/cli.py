@@ -231,16 +231,18 @@ def _sft(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from rl_lora.commands.eval import evaluation
+    from rl_lora.commands.eval import EvalRequest, evaluation
 
     evaluation(
-        arguments.target,
-        arguments.overrides,
-        arguments.adapter,
-        arguments.name,
-        against=arguments.against,
-        overwrite=arguments.overwrite,
-        accept_changed_data=arguments.accept_changed_data,
+        EvalRequest(
+            arguments.target,
+            arguments.overrides,
+            arguments.adapter,
+            arguments.name,
+            against=arguments.against,
+            overwrite=arguments.overwrite,
+            accept_changed_data=arguments.accept_changed_data,
+        )
     )
     return 0
 

@@ -78,8 +78,7 @@ def loop(parts: Parts, state: State) -> None:
                 stats = learn(parts.job, parts.learner, groups_N, state.step)
             state.step, state.position = state.step + 1, batch.position
             with timer.phase("publish"):
-                publish(parts.job, state)
-                worker.offer(state.adapter)
+                worker.offer(publish(parts.job, state))
             metrics = rollout_metrics(groups_N) | stats | batch.metrics()
             if has_evaluation := is_due(config.eval_every, state.step):
                 metrics |= evaluate_policy(parts, state).metrics()
@@ -88,11 +87,9 @@ def loop(parts: Parts, state: State) -> None:
             parts.log.transcripts(state.step, groups_N)
             parts.log.write(state.step, metrics)
             parts.display.step(state.step, metrics)
-            is_last, is_best = (
-                state.step == config.num_steps,
-                has_evaluation and is_best_step(parts, state),
-            )
+            is_last = state.step == config.num_steps
             # RUN/best must not come from a step that a resumed run repeats.
+            is_best = has_evaluation and is_best_step(parts, state)
             if is_last or is_best or is_due(config.checkpoint_every, state.step):
                 save(parts.job, parts.learner, state, parts.inputs)
             if has_evaluation:
@@ -247,7 +244,7 @@ def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
     max_kl = job.config.sampling.max_kl
     probe = check_at_start(job.policy, job.sampler, job.prompts.eval[:4], folder / "probe", max_kl)
     parts.display.note(
-        "the sampler has the learner's weights: mean |difference| of log-probs "
+        "sampler serves the learner's weights: mean |difference| of log-probs "
         + ", ".join(f"{name} {value:.1e}" for name, value in probe.items())
         + " nats"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import inspect
 import shutil
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import FunctionReward, Reward, load_reward
-from rl_lora.config import LoraSection, ModelSection, RunConfig, SamplingSection
+from rewards.load import import_function
+from rl_lora.config import LoraSection, ModelSection, OptimSection, RunConfig, SamplingSection
 from rl_lora.config.checks import SAMPLERS
 from rl_lora.errors import UserError
 from rl_lora.seeds import mix_seed
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rl_lora.evaluation.evaluate import Evaluation
+    from rl_lora.learner import Learner
     from rl_lora.policy import Policy
     from rl_lora.prompts import PromptSets
     from rl_lora.sampler import Sampler
@@ -72,7 +73,7 @@ def open_run(
     reward = make_reward(config)
     with contextlib.ExitStack() as stack:
         stack.callback(reward.close)
-        from rl_lora.policy import Policy
+        from rl_lora.policy import open_policy
         from rl_lora.samplers.end_tokens import end_token_ids
 
         load_sampler_class(config.sampling.backend)
@@ -82,7 +83,7 @@ def open_run(
         prompts = _load_prompts(config, reward, model_dir, tokenizer, context)
         for note in prompts.notes:
             on_note(note)
-        policy = Policy(
+        policy = open_policy(
             model_dir,
             config.model,
             config.lora,
@@ -199,6 +200,29 @@ def open_model(
     return model_dir, load_tokenizer(model_dir), context_length(config)
 
 
+def make_learner(
+    policy: Policy, optim: OptimSection, *, num_steps: int, temperature: float = 1.0
+) -> Learner:
+    """The learner of [optim]; num_steps: optimizer steps of the whole run, for the schedule.
+
+    Raises:
+        UserError: full fine-tuning in bfloat16.
+    """
+    from rl_lora.learner import Learner, Schedule
+
+    return Learner(
+        policy,
+        optim.lr,
+        schedule=Schedule(optim.schedule, optim.warmup_steps, num_steps),
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        grad_clip=optim.grad_clip,
+        lora_plus_ratio=optim.lora_plus_ratio,
+        temperature=temperature,
+    )
+
+
 def make_reward(config: RunConfig) -> Reward:
     """The reward of the config. Raises UserError if its name or policy is unknown."""
     section = config.reward
@@ -219,18 +243,12 @@ def load_sampler_class(backend: str) -> Callable[..., Sampler]:
     """The class of `sampling.backend`: a row of SAMPLERS, or the user's own "module:Class".
 
     Raises:
-        UserError: the module cannot be imported, or has no such class.
+        UserError: no such module, or no such class in it.
     """
-    module_name, _, class_name = SAMPLERS.get(backend, backend).partition(":")
     try:
-        found: Callable[..., Sampler] | None = getattr(
-            importlib.import_module(module_name), class_name, None
-        )
-    except ImportError as error:
-        raise UserError(f"sampling.backend={backend!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise UserError(f"sampling.backend={backend!r}: {module_name} has no class {class_name}")
-    return found
+        return import_function(SAMPLERS.get(backend, backend), "sampling.backend")
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def make_sampler(

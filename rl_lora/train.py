@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.advantages import ADVANTAGES
-from rl_lora.batches import make_samples, pack
-from rl_lora.build import RunContext, check_run_folder, make_evaluation, open_run
+from rl_lora.advantages import AdvantageFn
+from rl_lora.batches import pack
+from rl_lora.build import RunContext, check_run_folder, make_evaluation, make_learner, open_run
 from rl_lora.config import RunConfig
-from rl_lora.errors import StaleAdapterError
+from rl_lora.config.algorithm import load_algorithm
 from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult
 from rl_lora.learner import Learner
-from rl_lora.nn.segments import MAX_WASTED_PAIRS
+from rl_lora.losses import LossFn
 from rl_lora.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.overlap import Request, RolloutWorker, step_params
 from rl_lora.policy import check_trainable
@@ -47,13 +47,14 @@ if TYPE_CHECKING:
 class Parts:
     """The objects that a run's steps work with, the same from start to end.
 
-    Example: Parts(job=RunContext(...), learner=Learner(...), worker=RolloutWorker(...),
-    evaluation=Evaluation(...), display=Display(), log=RunLog(...), timer=PhaseTimer(),
-    inputs={"base": {...}, "data": {...}})
+    Example: Parts(job=RunContext(...), learner=Learner(...), functions=(ppo, group_mean),
+    worker=RolloutWorker(...), evaluation=Evaluation(...), display=Display(), log=RunLog(...),
+    timer=PhaseTimer(), inputs={"base": {...}, "data": {...}})
     """
 
     job: RunContext
     learner: Learner
+    functions: tuple[LossFn, AdvantageFn]
     worker: RolloutWorker
     evaluation: Evaluation
     display: Display
@@ -75,7 +76,7 @@ def loop(parts: Parts, state: State) -> None:
             with timer.phase("score"):  # of what is not scored yet
                 groups_N = batch.scoring.groups()
             with timer.phase("learn"):
-                stats = learn(parts.job, parts.learner, groups_N, state.step)
+                stats = learn(parts.job, parts.learner, parts.functions, groups_N, state.step)
             state.step, state.position = state.step + 1, batch.position
             with timer.phase("publish"):
                 worker.offer(publish(parts.job, state))
@@ -97,38 +98,48 @@ def loop(parts: Parts, state: State) -> None:
 
 
 def learn(
-    job: RunContext, learner: Learner, groups_N: list[RolloutGroup], version: int
+    job: RunContext,
+    learner: Learner,
+    functions: tuple[LossFn, AdvantageFn],
+    groups_N: list[RolloutGroup],
+    version: int,
 ) -> dict[str, float]:
     """Advantages, microbatches and the optimizer step; checks that the sampler was right.
 
     Args:
         job: the run's policy and settings.
         learner: of that policy.
+        functions: the loss and the advantage.
         groups_N: the step's rollouts.
         version: of the policy that learns from them.
 
     Raises:
         StaleAdapterError: the rollouts are not from the version that they should be from.
     """
-    config, policy = job.config, job.policy
+    config, algorithm = job.config, job.config.algorithm
     max_staleness = int(config.sampling.overlap)
     staleness = staleness_metrics(groups_N, version, max_staleness=max_staleness)
-    rewards_N_G, kl = learner.penalised_rewards(groups_N, config.optim.microbatch_tokens)
-    advantages_N_G = ADVANTAGES[config.algorithm.advantage](rewards_N_G)
+    loss, advantage = functions
+    rewards_N_G, kl = [group.rewards_G for group in groups_N], {}
+    if algorithm.kl == "reward":
+        rewards_N_G, kl = learner.penalised_rewards(
+            groups_N, algorithm.kl_weight, config.optim.microbatch_tokens
+        )
+    cap = config.sampling.max_tokens
     updates = pack(
-        make_samples(groups_N, advantages_N_G),
-        denominator=config.algorithm.denominator,
-        max_tokens=config.sampling.max_tokens,
+        groups_N,
+        advantage(rewards_N_G),
+        denominator=cap if algorithm.denominator == "max_tokens" else algorithm.denominator,
         microbatch_tokens=config.optim.microbatch_tokens,
         num_updates=config.optim.num_updates,
-        share_prompts=config.optim.share_prompts and policy.can_share_prompts,
-        keep_zero_advantage=config.algorithm.kl == "loss",
-        max_wasted_pairs=MAX_WASTED_PAIRS.get(policy.device.type, 0),
+        share_prompts=config.optim.share_prompts and job.policy.can_share_prompts,
+        keep_zero_advantage=algorithm.kl == "loss",
     )
-    metrics = learner.update(updates)
+    kl_weight = algorithm.kl_weight if algorithm.kl == "loss" else 0.0
+    metrics = learner.update(updates, loss, kl_weight=kl_weight)
     cpu_memory.trim()
     if not staleness["rollouts/staleness_max"]:  # the worker has checked the sampler of older ones
-        check_step(metrics, policy.dtype, config.sampling.max_kl)
+        check_step(metrics, job.policy.dtype, config.sampling.max_kl)
     return metrics | kl | staleness
 
 
@@ -154,6 +165,7 @@ def train(
         StaleAdapterError: the sampler does not use the learner's weights.
     """
     check_trainable(config.model, config.lora)
+    load_algorithm(config.algorithm)  # a bad one ends the job here, before anything is loaded
     config = with_absolute_paths(config)
     folder = config.run.folder
     with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
@@ -206,12 +218,11 @@ def open_parts(
             config, on_loaded=on_loaded, on_note=display.note, on_progress=display.sampling
         ) as job,
     ):
-        learner = Learner(
+        learner = make_learner(
             job.policy,
             config.optim,
-            config.algorithm,
-            temperature=config.sampling.temperature,
             num_steps=config.run.num_steps * config.optim.num_updates,
+            temperature=config.sampling.temperature,
         )
         stream = PromptStream(job.prompts.train, config.run.seed)
         probes, max_kl = job.prompts.eval[:4], config.sampling.max_kl
@@ -222,8 +233,17 @@ def open_parts(
             overlap=config.sampling.overlap,
             check=lambda: check_version(job.policy, job.sampler, probes, max_kl),
         )
-        evaluation = make_evaluation(job, display.evaluation)
-        parts = Parts(job, learner, worker, evaluation, display, log, PhaseTimer(), inputs)
+        parts = Parts(
+            job=job,
+            learner=learner,
+            functions=load_algorithm(config.algorithm),
+            worker=worker,
+            evaluation=make_evaluation(job, display.evaluation),
+            display=display,
+            log=log,
+            timer=PhaseTimer(),
+            inputs=inputs,
+        )
         yield parts, prepare(parts, stream, start)
 
 
@@ -279,7 +299,7 @@ def warm_up(parts: Parts, state: State) -> None:
             "from the base model"
         )
         return
-    if not job.policy.is_full:
+    if job.policy.has_base:
         evaluate_policy(parts, state, is_base=True)
     with (
         RunLog(config.run.folder, resume_step=-1, metrics_file="warm_start.jsonl") as log,
@@ -358,10 +378,8 @@ def update_best(parts: Parts, state: State) -> None:
 
 def finish(parts: Parts, state: State) -> None:
     """Proves that the base was never written to, and copies the last version to RUN/adapter."""
-    folder, policy = parts.job.config.run.folder, parts.job.policy
-    expected = parts.inputs["base"]["fingerprint"]
-    if not policy.is_full and policy.base_fingerprint() != expected:
-        raise StaleAdapterError("the base model's weights changed during the run")
+    folder = parts.job.config.run.folder
+    parts.job.policy.check_base(parts.inputs["base"]["fingerprint"])
     with atomic_directory(folder / "adapter") as scratch:
         last = folder / "adapters" / f"v{state.step:06d}"
         shutil.copytree(last, scratch, dirs_exist_ok=True)

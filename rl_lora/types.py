@@ -15,7 +15,7 @@ from rewards import Score
 if TYPE_CHECKING:
     import torch
 
-from rl_lora.nn.segments import AttentionLayout
+from rl_lora.nn.segments import Segment
 
 __all__ = [
     "Adapter",
@@ -124,13 +124,13 @@ class TrainSample:
 class Microbatch:
     """Rows of tokens, and the flat list of completion tokens to score in them.
 
-    Letters: B rows, T positions, C completion tokens of the microbatch. Either one row without
-    padding holds prompts, each followed by its completions, with attention by `layout`; or each row
-    is a prompt with one completion, right-padded, under plain causal attention. Token c is
-    predicted by the hidden state at [row_C[c], column_C[c]], the one before its own (for a
-    completion's first token, the prompt's last): `batches` makes this shift, and nothing else does.
-    `weights_C` holds the mask and the step-wide denominator: a loss is sum(weights_C * loss_C), and
-    the microbatches' losses add up to the whole batch's loss.
+    Letters: B rows, T positions, C completion tokens and S sequences of the microbatch. Either one
+    row without padding holds prompts, each followed by its completions, which see the prompt and
+    themselves (`segments`); or each row is a prompt with one completion, right-padded, under plain
+    causal attention. Token c is predicted by the hidden state at [row_C[c], column_C[c]], the one
+    before its own (for a completion's first token: the prompt's last): `batches` makes this shift,
+    and nothing else does. `weights_C` holds the mask and the step-wide denominator: a loss is
+    sum(weights_C * loss_C), and microbatch losses add up to the whole batch's loss.
 
     Example: one sequence of prompt (1, 5) and completion (7, 2): token_ids_BT=[[1, 5, 7, 2]],
     row_C=[0, 0], column_C=[1, 2], target_ids_C=[7, 2], sequence_C=[0, 0].
@@ -138,7 +138,7 @@ class Microbatch:
 
     token_ids_BT: torch.Tensor  # int64; padding is 0, and no real token attends to it
     position_BT: torch.Tensor | None  # int64; None: 0, 1, 2, ... in every row
-    layout: AttentionLayout | None  # what attends to what in the one row; None: causal attention
+    segments: tuple[Segment, ...] | None  # of the one row; None: plain causal attention
     row_C: torch.Tensor  # int64, row of token_ids_BT
     column_C: torch.Tensor  # int64, position whose hidden state predicts the token
     target_ids_C: torch.Tensor  # int64
@@ -146,10 +146,15 @@ class Microbatch:
     advantages_C: torch.Tensor  # float32
     weights_C: torch.Tensor  # float32; 1/denominator of the step
     sequence_C: torch.Tensor  # int64, number of the token's completion: 0, 1, ... in the microbatch
-    num_sequences: int  # completions
-    num_tokens: int  # computed tokens, without padding
+    samples_S: tuple[TrainSample, ...]  # its sequences, in the order of sequence_C
+    num_tokens: int  # real tokens that are computed, without padding
     # float32, nats, of the policy when the step began; None: it has not moved since
     old_logprobs_C: torch.Tensor | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """Completions."""
+        return len(self.samples_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +162,7 @@ class Adapter:
     """A published version of the policy's weights, as `Sampler.set_adapter` takes it.
 
     Example: Adapter(version=3, name="quickstart-v000003", path=Path("runs/q/adapters/v000003"),
-    fingerprint="9f2c...", rank=1, is_full=False)
+    fingerprint="9f2c...", rank=1)
     """
 
     version: int  # 0 at start, one more after each step; never reused within a run
@@ -165,4 +170,8 @@ class Adapter:
     path: Path  # PEFT directory, or for full fine-tuning a safetensors directory
     fingerprint: str  # sha256 over names and bytes of the tensors
     rank: int  # 0 for full fine-tuning
-    is_full: bool = field(default=False)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is a whole model."""
+        return self.rank == 0

@@ -81,8 +81,11 @@ def test_a_sampler_from_outside_the_package_trains(
     [
         ("vlm", "did you mean 'vllm'.*or your own as 'module:Class'"),
         ("own:", "or your own as 'module:Class'"),
-        ("no_such_module:Sampler", "sampling.backend='no_such_module:Sampler' cannot be imported"),
-        ("json:Sampler", "json has no class Sampler"),
+        (
+            "no_such_module:Sampler",
+            "sampling.backend 'no_such_module:Sampler': no module 'no_such_module'",
+        ),
+        ("json:Sampler", "module 'json' has no function 'Sampler'"),
     ],
 )
 def test_a_sampler_that_is_not_there_is_told_at_once(

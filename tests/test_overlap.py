@@ -17,7 +17,7 @@ from rl_lora.adapters.files import load_tensors, saved_version
 from rl_lora.config import RunConfig, load_config
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.overlap import Request, RolloutWorker
-from rl_lora.policy import Policy
+from rl_lora.policy import Policy, open_policy
 from rl_lora.runs.log import RunLog
 from rl_lora.sampler import OnGroup
 from rl_lora.samplers.liveness import staleness_metrics
@@ -52,7 +52,7 @@ class OwnWeights(TorchSampler):
 
     def __init__(self, policy: Policy, **options: Any) -> None:
         section = load_config(SMOKE).model
-        own = Policy(policy.model_dir, section, policy.lora, seed=0)
+        own = open_policy(policy.model_dir, section, policy.lora, seed=0)
         super().__init__(own, **options)
         self.lock = threading.Lock()
         self.calls: list[tuple[int, int]] = []

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rl_lora.adapters.files import is_lora_dir, load_tensors
-from rl_lora.adapters.model_card import CARD_FILE, card_text, read_facts, write_card
 from rl_lora.adapters.patch import Patch, load_patch, mismatch, named_base
 from rl_lora.adapters.peft_files import (
     ADAPTER_FILE,
@@ -34,6 +33,7 @@ from rl_lora.config import ModelSection
 from rl_lora.errors import UserError
 from rl_lora.models.hub import adapter_path
 from rl_lora.models.resolve import check_model_dir, resolve_model
+from rl_lora.report.model_card import CARD_FILE, card_text, read_facts, write_card
 
 _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")

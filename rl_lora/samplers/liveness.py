@@ -136,7 +136,7 @@ def check_at_start(
         policy.load_tensors(saved)
         _remove(probe)
     found = {"probe": _distance(probe_sampler, probe_policy)}
-    if not policy.is_full:
+    if policy.has_base:
         sampler.set_adapter(None)
         base_sampler = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
         found["base"] = _distance(base_sampler, base_policy)
@@ -158,7 +158,7 @@ def check_at_start(
 def _shake(policy: Policy, shift: float) -> None:
     """Random B (or, in full mode, noise on the weights)."""
     generator = torch.Generator().manual_seed(0)
-    if policy.is_full:
+    if not policy.has_base:
         for parameter in policy.trainable().values():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             parameter.add_(noise * parameter.float().std().nan_to_num().to(parameter) * shift)
@@ -187,7 +187,7 @@ def _policy_logprobs(
     out = []
     for ids in token_ids_N:
         batch = to_device(whole_sequence(ids), policy.device)
-        if adapter_off and not policy.is_full:
+        if adapter_off and policy.has_base:
             out.append(policy.reference_logprobs(batch, temperature=1.0))
         else:
             out.append(policy.token_logprobs(batch, temperature=1.0)[0])

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rl_lora.adapters.files import fingerprint
 from rl_lora.batches import to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.models.resolve import context_length, load_tokenizer
+from rl_lora.models.resolve import context_length
 from rl_lora.policy import Policy
 from rl_lora.sampler import BASE_VERSION, OnGroup, Stops
 from rl_lora.samplers.end_tokens import end_token_ids as model_end_token_ids
@@ -55,7 +55,7 @@ class TorchSampler:
             on_progress: takes (completions done, in all, tokens sampled).
         """
         self.policy = policy
-        self.tokenizer = tokenizer or load_tokenizer(policy.model_dir)
+        self.tokenizer = tokenizer or policy.tokenizer
         if end_token_ids is None:
             end_token_ids = model_end_token_ids(policy.model_dir, self.tokenizer)
         self.end_ids = frozenset(end_token_ids)
@@ -74,7 +74,7 @@ class TorchSampler:
             adapter.fingerprint
         ):
             raise StaleAdapterError(f"the policy's weights are not those of {adapter.name}")
-        if adapter is None and self.policy.is_full:
+        if adapter is None and not self.policy.has_base:
             raise UserError("lora.mode='full' has no adapter to switch off")
         self._version = BASE_VERSION if adapter is None else adapter.version
 
@@ -105,7 +105,7 @@ class TorchSampler:
         for start in range(0, len(prompts_N), at_once):
             chunk = slice(start, start + at_once)
             rows = _Rows(prompts_N[chunk], seeds_N_G[chunk], params, self.policy.device)
-            if self._version == BASE_VERSION and not self.policy.is_full:
+            if self._version == BASE_VERSION and self.policy.has_base:
                 with self.policy.adapter_off():
                     done = _decode(self, rows, params, cache)
             else:

@@ -18,13 +18,13 @@ import torch
 from gpu_stages.models import END, make_model, make_policy, shake
 from gpu_stages.stages import CheckFailedError, Context
 from rl_lora.adapters.files import save_adapter
-from rl_lora.batches import pack, to_device
+from rl_lora.batches import pack_samples, to_device
 from rl_lora.config import LoraSection
 from rl_lora.errors import StaleAdapterError
-from rl_lora.learner import TokenRecord
 from rl_lora.policy import Policy
 from rl_lora.samplers.liveness import check_at_start, check_step, tolerances
 from rl_lora.samplers.vllm.sampler import EngineOptions, VllmSampler
+from rl_lora.step_stats import StepStats
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams, TrainSample
 
 
@@ -77,8 +77,8 @@ def mismatch(
         for prompt, group in zip(prompts_N, groups_N, strict=True)
         for c in group
     ]
-    (batches,) = pack(samples, denominator="tokens", max_tokens=1, microbatch_tokens=4096)
-    record = TokenRecord()
+    (batches,) = pack_samples(samples, microbatch_tokens=4096)
+    record = StepStats()
     with torch.no_grad(), policy.adapter_off() if adapter_off else contextlib.nullcontext():
         for batch in batches:
             batch = to_device(batch, policy.device)

@@ -21,7 +21,7 @@ import torch
 
 from rl_lora.adapters.files import save_adapter
 from rl_lora.config import LoraSection, ModelSection
-from rl_lora.policy import Policy
+from rl_lora.policy import open_policy
 from rl_lora.samplers.vllm.process import import_vllm, process_kept
 from rl_lora.samplers.vllm.settings import EngineOptions, engine_settings, lora_settings
 
@@ -183,7 +183,7 @@ def hot_loaded(vllm: SimpleNamespace, path: Path, folder: Path, number: int) -> 
     from vllm.model_executor.model_loader import get_model
 
     section = ModelSection(name=str(path), device="cpu", dtype="bfloat16")
-    policy = Policy(path, section, LoraSection(rank=1), seed=0)
+    policy = open_policy(path, section, LoraSection(rank=1), seed=0)
     generator = torch.Generator().manual_seed(number)
     with torch.no_grad():
         for parameter in policy.trainable().values():

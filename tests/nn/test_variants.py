@@ -15,14 +15,12 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from rl_lora.adapters.files import open_adapter, save_adapter
 from rl_lora.adapters.peft_files import lora_settings
-from rl_lora.batches import pack
+from rl_lora.batches import pack_samples
 from rl_lora.commands.eval import EvalRequest, evaluation
 from rl_lora.commands.plan import matmul_counts, parameter_counts
 from rl_lora.config import (
     VARIANT_NAMES,
-    AlgorithmSection,
     LoraSection,
-    OptimSection,
     RunConfig,
     parse_config,
 )
@@ -68,12 +66,12 @@ def batch() -> list[Microbatch]:
         TrainSample((5, 6, 7), (8, 9, 2), (0.0,) * 3, 1.0, 0),
         TrainSample((11, 12), (13, 14, 2), (0.0,) * 3, 1.0, 0),
     ]
-    (batches,) = pack(samples, denominator="tokens", max_tokens=8, microbatch_tokens=1000)
+    (batches,) = pack_samples(samples, microbatch_tokens=1000)
     return batches
 
 
 def make_learner(policy: Policy, **optim: Any) -> Learner:
-    return Learner(policy, OptimSection(**optim), AlgorithmSection(), temperature=1.0, num_steps=10)
+    return Learner(policy, **optim)
 
 
 @torch.no_grad()

@@ -274,13 +274,13 @@ class StuckSampler(TorchSampler):
 
 def test_check_at_start_passes_a_live_sampler_and_leaves_no_trace(tmp_path: Path) -> None:
     sampler = make(tmp_path)
-    before = {n: t.clone() for n, t in sampler.policy.adapter_tensors().items()}
+    before = {n: t.clone() for n, t in sampler.policy.published_tensors().items()}
     found = check_at_start(sampler.policy, sampler, PROMPTS[::2], tmp_path / "probe", None)
     assert found["probe"] < 1e-5
     assert found["base"] < 1e-5
     assert found["control"] > 0.01
     assert not list((tmp_path / "probe").glob("v*"))
-    assert all(torch.equal(before[n], t) for n, t in sampler.policy.adapter_tensors().items())
+    assert all(torch.equal(before[n], t) for n, t in sampler.policy.published_tensors().items())
 
 
 def test_check_at_start_catches_a_sampler_that_ignores_its_adapter(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_sampler_from_outside_the_package_trains(
         ("own:", "or your own as 'module:Class'"),
         (
             "no_such_module:Sampler",
-            "sampling.backend 'no_such_module:Sampler': no module 'no_such_module'",
+            "'no_such_module:Sampler': no module 'no_such_module'",
         ),
         ("json:Sampler", "module 'json' has no function 'Sampler'"),
     ],

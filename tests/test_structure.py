@@ -20,7 +20,7 @@ MODULES = {
 RANKS = """
     errors seeds advantages losses config nn types storage data
     sampler prompts scoring rollouts overlap batches models adapters policy step_stats learner
-    evaluation samplers runs report planning build sft outcome train
+    evaluation samplers runs report planning build sft outcome state train
     studies commands cli
 """.split()
 REWARD_RANKS = "types rules parsing extraction equality workers grading user_function load".split()

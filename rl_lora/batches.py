@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ def to_device(batch: Microbatch, device: torch.device) -> Microbatch:
     """The microbatch with its tensors on the device."""
     if batch.token_ids_BT.device == device:
         return batch
-    tensors = {
+    tensors: dict[str, Any] = {
         name: value.to(device, non_blocking=True)
         for name in Microbatch.__slots__
         if isinstance(value := getattr(batch, name), Tensor)

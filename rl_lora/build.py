@@ -8,14 +8,18 @@ import inspect
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import FunctionReward, Reward, load_reward
 from rewards.load import import_function
+from rl_lora.advantages import AdvantageFn
 from rl_lora.config import LoraSection, ModelSection, OptimSection, RunConfig, SamplingSection
+from rl_lora.config.algorithm import load_algorithm
 from rl_lora.config.checks import SAMPLERS
 from rl_lora.errors import UserError
+from rl_lora.losses import LossFn
 from rl_lora.seeds import mix_seed
 from rl_lora.types import SampleParams
 
@@ -46,6 +50,11 @@ class RunContext:
     reward: Reward
     policy: Policy
     sampler: Sampler
+
+    @cached_property
+    def algorithm(self) -> tuple[LossFn, AdvantageFn]:
+        """The loss and the advantage of [algorithm]; UserError as `load_algorithm`."""
+        return load_algorithm(self.config.algorithm)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.advantages import AdvantageFn
 from rl_lora.batches import pack
 from rl_lora.build import RunContext, check_run_folder, make_evaluation, make_learner, open_run
 from rl_lora.config import RunConfig
@@ -16,8 +15,6 @@ from rl_lora.config.algorithm import load_algorithm
 from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult
-from rl_lora.learner import Learner
-from rl_lora.losses import LossFn
 from rl_lora.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.overlap import Request, RolloutWorker, step_params
 from rl_lora.policy import check_trainable
@@ -40,6 +37,7 @@ from rl_lora.storage.directories import atomic_directory, disk_errors
 from rl_lora.types import RolloutGroup
 
 if TYPE_CHECKING:
+    from rl_lora.learner import Learner
     from rl_lora.policy import Policy
 
 
@@ -47,14 +45,13 @@ if TYPE_CHECKING:
 class Parts:
     """The objects that a run's steps work with, the same from start to end.
 
-    Example: Parts(job=RunContext(...), learner=Learner(...), functions=(ppo, group_mean),
-    worker=RolloutWorker(...), evaluation=Evaluation(...), display=Display(), log=RunLog(...),
-    timer=PhaseTimer(), inputs={"base": {...}, "data": {...}})
+    Example: Parts(job=RunContext(...), learner=Learner(...), worker=RolloutWorker(...),
+    evaluation=Evaluation(...), display=Display(), log=RunLog(...), timer=PhaseTimer(),
+    inputs={"base": {...}, "data": {...}})
     """
 
     job: RunContext
     learner: Learner
-    functions: tuple[LossFn, AdvantageFn]
     worker: RolloutWorker
     evaluation: Evaluation
     display: Display
@@ -76,7 +73,7 @@ def loop(parts: Parts, state: State) -> None:
             with timer.phase("score"):  # of what is not scored yet
                 groups_N = batch.scoring.groups()
             with timer.phase("learn"):
-                stats = learn(parts.job, parts.learner, parts.functions, groups_N, state.step)
+                stats = learn(parts.job, parts.learner, groups_N, state.step)
             state.step, state.position = state.step + 1, batch.position
             with timer.phase("publish"):
                 worker.offer(publish(parts.job, state))
@@ -98,29 +95,24 @@ def loop(parts: Parts, state: State) -> None:
 
 
 def learn(
-    job: RunContext,
-    learner: Learner,
-    functions: tuple[LossFn, AdvantageFn],
-    groups_N: list[RolloutGroup],
-    version: int,
+    job: RunContext, learner: Learner, groups_N: list[RolloutGroup], version: int
 ) -> dict[str, float]:
     """Advantages, microbatches and the optimizer step; checks that the sampler was right.
 
     Args:
         job: the run's policy and settings.
         learner: of that policy.
-        functions: the loss and the advantage.
         groups_N: the step's rollouts.
         version: of the policy that learns from them.
 
     Raises:
         StaleAdapterError: the rollouts are not from the version that they should be from.
     """
-    config, algorithm = job.config, job.config.algorithm
+    config, policy = job.config, job.policy
     max_staleness = int(config.sampling.overlap)
     staleness = staleness_metrics(groups_N, version, max_staleness=max_staleness)
-    loss, advantage = functions
-    rewards_N_G, kl = [group.rewards_G for group in groups_N], {}
+    algorithm, (loss, advantage) = config.algorithm, job.algorithm
+    rewards_N_G, kl = [group.rewards_G for group in groups_N], dict[str, float]()
     if algorithm.kl == "reward":
         rewards_N_G, kl = learner.penalised_rewards(
             groups_N, algorithm.kl_weight, config.optim.microbatch_tokens
@@ -132,14 +124,14 @@ def learn(
         denominator=cap if algorithm.denominator == "max_tokens" else algorithm.denominator,
         microbatch_tokens=config.optim.microbatch_tokens,
         num_updates=config.optim.num_updates,
-        share_prompts=config.optim.share_prompts and job.policy.can_share_prompts,
+        share_prompts=config.optim.share_prompts and policy.can_share_prompts,
         keep_zero_advantage=algorithm.kl == "loss",
     )
     kl_weight = algorithm.kl_weight if algorithm.kl == "loss" else 0.0
     metrics = learner.update(updates, loss, kl_weight=kl_weight)
     cpu_memory.trim()
     if not staleness["rollouts/staleness_max"]:  # the worker has checked the sampler of older ones
-        check_step(metrics, job.policy.dtype, config.sampling.max_kl)
+        check_step(metrics, policy.dtype, config.sampling.max_kl)
     return metrics | kl | staleness
 
 
@@ -165,7 +157,7 @@ def train(
         StaleAdapterError: the sampler does not use the learner's weights.
     """
     check_trainable(config.model, config.lora)
-    load_algorithm(config.algorithm)  # a bad one ends the job here, before anything is loaded
+    load_algorithm(config.algorithm)  # fails early, before anything is loaded
     config = with_absolute_paths(config)
     folder = config.run.folder
     with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
@@ -233,17 +225,8 @@ def open_parts(
             overlap=config.sampling.overlap,
             check=lambda: check_version(job.policy, job.sampler, probes, max_kl),
         )
-        parts = Parts(
-            job=job,
-            learner=learner,
-            functions=load_algorithm(config.algorithm),
-            worker=worker,
-            evaluation=make_evaluation(job, display.evaluation),
-            display=display,
-            log=log,
-            timer=PhaseTimer(),
-            inputs=inputs,
-        )
+        evaluation = make_evaluation(job, display.evaluation)
+        parts = Parts(job, learner, worker, evaluation, display, log, PhaseTimer(), inputs)
         yield parts, prepare(parts, stream, start)
 
 
@@ -378,8 +361,8 @@ def update_best(parts: Parts, state: State) -> None:
 
 def finish(parts: Parts, state: State) -> None:
     """Proves that the base was never written to, and copies the last version to RUN/adapter."""
-    folder = parts.job.config.run.folder
-    parts.job.policy.check_base(parts.inputs["base"]["fingerprint"])
+    folder, policy = parts.job.config.run.folder, parts.job.policy
+    policy.check_base(parts.inputs["base"]["fingerprint"])
     with atomic_directory(folder / "adapter") as scratch:
         last = folder / "adapters" / f"v{state.step:06d}"
         shutil.copytree(last, scratch, dirs_exist_ok=True)

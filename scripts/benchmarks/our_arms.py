@@ -32,7 +32,6 @@ Built = Iterator[tuple[Commands, dict[str, Any]]]
 def whole_step(size: Size) -> Built:
     """The product's own loop, phase by phase; only lengths and rewards are fixed."""
     from rl_lora.build import open_run
-    from rl_lora.config.algorithm import load_algorithm
     from rl_lora.overlap import step_params
     from rl_lora.rollouts import sample_groups, score_groups
     from rl_lora.state import State, publish
@@ -43,7 +42,6 @@ def whole_step(size: Size) -> Built:
         open_run(config(size, **{"run.output_dir": folder})) as job,
     ):
         settings, state = job.config, State(position={})
-        functions = load_algorithm(settings.algorithm)
         learner = make_learner(
             job.policy,
             settings.optim,
@@ -74,7 +72,7 @@ def whole_step(size: Size) -> Built:
                 groups_N = score_groups(prompts_N, completions_N_G, job.reward)
             groups_N = with_rewards(groups_N, size.rewards())
             with timed(out, "learn"):
-                metrics = learn(job, learner, functions, groups_N, state.step)
+                metrics = learn(job, learner, groups_N, state.step)
             state.step += 1
             with timed(out, "publish"):
                 publish_and_set()

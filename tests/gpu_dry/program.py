@@ -21,6 +21,7 @@ import torch
 
 from rl_lora.adapters.files import save_adapter
 from rl_lora.config import LoraSection, ModelSection
+from rl_lora.nn.lora import lora_layers
 from rl_lora.policy import open_policy
 from rl_lora.samplers.vllm.process import import_vllm, process_kept
 from rl_lora.samplers.vllm.settings import EngineOptions, engine_settings, lora_settings
@@ -205,7 +206,7 @@ def hot_loaded(vllm: SimpleNamespace, path: Path, folder: Path, number: int) -> 
         "model": type(model).__name__,
         "is_added": is_added,
         "adapters": sorted(manager.list_adapters()),
-        "unequal": unequal(manager._adapter_manager.modules, dict(policy._lora_layers)),
+        "unequal": unequal(manager._adapter_manager.modules, dict(list(lora_layers(policy.model)))),
     }
 
 

@@ -143,7 +143,7 @@ def test_full_weights_are_replaced_and_the_engine_is_freed(model_dir: Path, tmp_
         sampler.set_adapter(None)
         assert sampler.token_logprobs([ids])[0] == base.tolist()
         with pytest.raises(ValueError, match="is_full"):
-            sampler.set_adapter(replace(adapter, is_full=False))
+            sampler.set_adapter(replace(adapter, rank=1))
         with pytest.raises(RuntimeError, match=r"close\(\) it first"):
             make_sampler(model_dir)
 

@@ -9,18 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rl_lora.batches import pack
-from rl_lora.build import (
-    RunContext,
-    check_run_folder,
-    make_evaluation,
-    make_learner,
-    open_run,
-)
+from rl_lora.build import RunContext, check_run_folder, make_evaluation, make_learner, open_run
 from rl_lora.config import RunConfig
+from rl_lora.config.algorithm import load_algorithm
 from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult
-from rl_lora.learner import Learner
 from rl_lora.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.overlap import Request, RolloutWorker, step_params
 from rl_lora.policy import check_trainable
@@ -43,6 +37,7 @@ from rl_lora.storage.directories import atomic_directory, disk_errors
 from rl_lora.types import RolloutGroup
 
 if TYPE_CHECKING:
+    from rl_lora.learner import Learner
     from rl_lora.policy import Policy
 
 
@@ -81,8 +76,7 @@ def loop(parts: Parts, state: State) -> None:
                 stats = learn(parts.job, parts.learner, groups_N, state.step)
             state.step, state.position = state.step + 1, batch.position
             with timer.phase("publish"):
-                publish(parts.job, state)
-                worker.offer(state.adapter)
+                worker.offer(publish(parts.job, state))
             metrics = rollout_metrics(groups_N) | stats | batch.metrics()
             if has_evaluation := is_due(config.eval_every, state.step):
                 metrics |= evaluate_policy(parts, state).metrics()
@@ -91,11 +85,9 @@ def loop(parts: Parts, state: State) -> None:
             parts.log.transcripts(state.step, groups_N)
             parts.log.write(state.step, metrics)
             parts.display.step(state.step, metrics)
-            is_last, is_best = (
-                state.step == config.num_steps,
-                has_evaluation and is_best_step(parts, state),
-            )
+            is_last = state.step == config.num_steps
             # RUN/best must not come from a step that a resumed run repeats.
+            is_best = has_evaluation and is_best_step(parts, state)
             if is_last or is_best or is_due(config.checkpoint_every, state.step):
                 save(parts.job, parts.learner, state, parts.inputs)
             if has_evaluation:
@@ -108,7 +100,7 @@ def learn(
     """Advantages, microbatches and the optimizer step; checks that the sampler was right.
 
     Args:
-        job: the run's policy, settings, loss and advantage.
+        job: the run's policy and settings.
         learner: of that policy.
         groups_N: the step's rollouts.
         version: of the policy that learns from them.
@@ -117,15 +109,16 @@ def learn(
         StaleAdapterError: the rollouts are not from the version that they should be from.
     """
     config, policy = job.config, job.policy
-    algorithm, cap = config.algorithm, config.sampling.max_tokens
     max_staleness = int(config.sampling.overlap)
     staleness = staleness_metrics(groups_N, version, max_staleness=max_staleness)
+    algorithm = config.algorithm
     rewards_N_G = [group.rewards_G for group in groups_N]
     kl: dict[str, float] = {}
     if algorithm.kl == "reward":
         rewards_N_G, kl = learner.penalised_rewards(
             groups_N, algorithm.kl_weight, config.optim.microbatch_tokens
         )
+    cap = config.sampling.max_tokens
     updates = pack(
         groups_N,
         job.advantage(rewards_N_G),
@@ -165,6 +158,7 @@ def train(
         StaleAdapterError: the sampler does not use the learner's weights.
     """
     check_trainable(config.model, config.lora)
+    load_algorithm(config.algorithm)  # fails early, before anything is loaded
     config = with_absolute_paths(config)
     folder = config.run.folder
     with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
@@ -254,7 +248,7 @@ def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
     max_kl = job.config.sampling.max_kl
     probe = check_at_start(job.policy, job.sampler, job.prompts.eval[:4], folder / "probe", max_kl)
     parts.display.note(
-        "the sampler has the learner's weights: mean |difference| of log-probs "
+        "sampler serves the learner's weights: mean |difference| of log-probs "
         + ", ".join(f"{name} {value:.1e}" for name, value in probe.items())
         + " nats"
     )
@@ -368,8 +362,8 @@ def update_best(parts: Parts, state: State) -> None:
 
 def finish(parts: Parts, state: State) -> None:
     """Proves that the base was never written to, and copies the last version to RUN/adapter."""
-    folder = parts.job.config.run.folder
-    parts.job.policy.check_base(parts.inputs["base"]["fingerprint"])
+    folder, policy = parts.job.config.run.folder, parts.job.policy
+    policy.check_base(parts.inputs["base"]["fingerprint"])
     with atomic_directory(folder / "adapter") as scratch:
         last = folder / "adapters" / f"v{state.step:06d}"
         shutil.copytree(last, scratch, dirs_exist_ok=True)

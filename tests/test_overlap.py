@@ -48,10 +48,12 @@ class OwnWeights(TorchSampler):
     `calls` has the version and the seed of each batch that was sampled in the other thread.
     """
 
-    def __init__(self, policy: Policy, tokenizer: Any, end_ids: Any, **options: Any) -> None:
+    has_own_weights = True
+
+    def __init__(self, policy: Policy, **options: Any) -> None:
         section = load_config(SMOKE).model
         own = open_policy(policy.model_dir, section, policy.lora, seed=0)
-        super().__init__(own, tokenizer, end_ids, **options)
+        super().__init__(own, **options)
         self.lock = threading.Lock()
         self.calls: list[tuple[int, int]] = []
         self.num_rests = 0
@@ -100,8 +102,8 @@ def samplers(monkeypatch: pytest.MonkeyPatch) -> list[OwnWeights]:
     """The samplers that jobs have made."""
     made: list[OwnWeights] = []
 
-    def make(section: Any, policy: Policy, tokenizer: Any, end_ids: Any, **options: Any) -> Any:
-        made.append(OwnWeights(policy, tokenizer, end_ids, **options))
+    def make(section: Any, policy: Policy, **options: Any) -> Any:
+        made.append(OwnWeights(policy, **options))
         return made[-1]
 
     monkeypatch.setattr(job, "make_sampler", make)

@@ -163,7 +163,7 @@ def test_rows_without_solutions_leave_the_warm_start_out(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = smoke(tmp_path, f"data={tmp_path}/rows.jsonl", "warm_start.num_steps=2")
     train(config, quiet=True)
-    assert "the warm start is left out" in capsys.readouterr().out
+    assert "the warm start is skipped" in capsys.readouterr().out
     assert len(metrics_of(tmp_path / "smoke")) == 3
     assert not (tmp_path / "smoke/warm_start.jsonl").exists()
 

@@ -54,11 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: as `adapters.export` does, or an adapter that names no base model.
     """
+    from rl_lora.adapters.export import export_merged, find_adapter, push_adapter
+    from rl_lora.adapters.model_card import write_card
     from rl_lora.adapters.patch import named_base
     from rl_lora.config import ModelSection
     from rl_lora.models.resolve import resolve_model
-    from rl_lora.runs.export import export_merged, find_adapter, push_adapter
-    from rl_lora.runs.model_card import write_card
 
     adapter_dir = find_adapter(arguments.source)
     if arguments.merged is not None:

@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from rl_lora.adapters import export
+from rl_lora.adapters.export import export_merged, find_adapter, push_adapter
 from rl_lora.adapters.files import save_adapter
+from rl_lora.adapters.model_card import card_text, read_facts, write_card
 from rl_lora.cli import main
 from rl_lora.config import parse_config
 from rl_lora.errors import UserError
 from rl_lora.evaluation.scores import EvalResult, EvaluationScores
 from rl_lora.policy import Policy
-from rl_lora.runs import export
-from rl_lora.runs.export import export_merged, find_adapter, push_adapter
-from rl_lora.runs.model_card import card_text, read_facts, write_card
 from tests.helpers.tiny_models import VOCAB, make_policy, random_llama, random_qwen3, shake
 
 IDS = torch.tensor([[1, 5, 9, 33, 2, 7]])

@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rl_lora.adapters.files import is_lora_dir, load_tensors
+from rl_lora.adapters.model_card import CARD_FILE, card_text, read_facts, run_config
 from rl_lora.adapters.patch import Patch, load_patch, mismatch
 from rl_lora.adapters.peft_files import ADAPTER_FILE
 from rl_lora.data.chat_template import end_of_turn
 from rl_lora.errors import UserError
 from rl_lora.models.hub import adapter_path
 from rl_lora.models.resolve import check_model_dir, load_tokenizer
-from rl_lora.runs.model_card import CARD_FILE, card_text, read_facts, run_config
 from rl_lora.storage.directories import atomic_directory
 
 _INDEX_FILE = "model.safetensors.index.json"

@@ -18,8 +18,8 @@ from typing import Any
 from rl_lora.errors import StaleAdapterError, UserError
 
 EXAMPLES = (
-    "rl-lora train configs/quickstart.toml",
-    "rl-lora train configs/quickstart.toml lora.rank=8 run.name=rank8 --dry-run",
+    "rl-lora train quickstart",
+    "rl-lora train quickstart lora.rank=8 run.name=rank8 --dry-run",
     "rl-lora status runs/quickstart",
     "rl-lora eval runs/quickstart --against base --name vs-base",
     "rl-lora report runs/quickstart",

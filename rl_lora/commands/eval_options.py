@@ -12,7 +12,7 @@ EXAMPLES = (
     "rl-lora eval runs/smoke --adapter best --name best",
     "rl-lora eval runs/smoke --against base --name vs-base",
     "rl-lora eval runs/smoke data.eval=my_test.jsonl --name my-test",
-    "rl-lora eval configs/smoke.toml --name base --overwrite",
+    "rl-lora eval smoke --name base --overwrite",
 )
 AFTER_INTERRUPT = RERUN_HINT
 
@@ -20,14 +20,17 @@ AFTER_INTERRUPT = RERUN_HINT
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument(
-        "target", type=Path, metavar="RUN_OR_CONFIG", help="a run folder or a TOML file"
+        "target",
+        type=Path,
+        metavar="RUN_OR_CONFIG",
+        help="a run folder, a TOML file, or a shipped config's name",
     )
     add_overrides(parser)
     parser.add_argument(
         "--adapter",
         metavar="ADAPTER",
         help="adapter directory or hub id, 'best' or 'last' of the run, or 'base' for the base "
-        "model (default: the run's last adapter; the base model for a TOML file)",
+        "model (default: the run's last adapter; the base model for a config)",
     )
     parser.add_argument(
         "--against",

@@ -14,10 +14,15 @@ def add_job_arguments(parser: argparse.ArgumentParser, *, example: str, plan: st
 
     Args:
         parser: the command's.
-        example: a config file to name in the help.
+        example: a shipped config to name in the help.
         plan: what --dry-run prints.
     """
-    parser.add_argument("config", type=Path, metavar="CONFIG", help=f"a TOML file, e.g. {example}")
+    parser.add_argument(
+        "config",
+        type=Path,
+        metavar="CONFIG",
+        help=f"a TOML file, or a shipped config's name, e.g. {example}",
+    )
     add_overrides(parser)
     parser.add_argument(
         "--resume",

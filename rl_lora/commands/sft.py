@@ -7,10 +7,10 @@ import argparse
 from rl_lora.commands.job_arguments import RESUME_HINT, add_job_arguments
 
 EXAMPLES = (
-    "rl-lora sft configs/sft_tiny.toml",
-    "rl-lora sft configs/sft_tiny.toml --dry-run",
-    "rl-lora sft configs/sft_tiny.toml lora.rank=8 run.name=sft-rank8",
-    "rl-lora sft configs/sft_tiny.toml data=chats.jsonl run.name=sft-mine",
+    "rl-lora sft sft_tiny",
+    "rl-lora sft sft_tiny --dry-run",
+    "rl-lora sft sft_tiny lora.rank=8 run.name=sft-rank8",
+    "rl-lora sft sft_tiny data=chats.jsonl run.name=sft-mine",
 )
 AFTER_INTERRUPT = RESUME_HINT
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add_job_arguments(
         parser,
-        example="configs/sft_tiny.toml",
+        example="sft_tiny",
         plan="settings, adapter capacity and the memory plan",
     )
 

@@ -19,10 +19,10 @@ _FILE_WIDTH = 120  # characters, where the output is no terminal
 
 
 EXAMPLES = (
-    "rl-lora study configs/study_rl_rank.toml --dry-run",
-    "rl-lora study configs/study_rl_rank.toml study.seeds=[0,1]",
-    "rl-lora study configs/study_rl_rank.toml --table",
-    "rl-lora study configs/study_rl_rank.toml --retry",
+    "rl-lora study study_rl_rank --dry-run",
+    "rl-lora study study_rl_rank study.seeds=[0,1]",
+    "rl-lora study study_rl_rank --table",
+    "rl-lora study study_rl_rank --retry",
     "rl-lora report runs/studies/rl_rank --study",
 )
 AFTER_INTERRUPT = "; run the same command again to continue where it stopped"
@@ -30,7 +30,9 @@ AFTER_INTERRUPT = "; run the same command again to continue where it stopped"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("config", type=Path, help="a TOML file, e.g. configs/study_rl_rank.toml")
+    parser.add_argument(
+        "config", type=Path, help="a TOML file, or a shipped study's name, e.g. study_rl_rank"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="e.g. study.seeds=[0,1]"
     )

@@ -7,12 +7,12 @@ import argparse
 from rl_lora.commands.job_arguments import RESUME_HINT, add_job_arguments
 
 EXAMPLES = (
-    "rl-lora train configs/smoke.toml",
-    "rl-lora train configs/quickstart.toml --dry-run",
-    "rl-lora train configs/quickstart.toml lora.rank=8 run.name=rank8",
-    "rl-lora train configs/quickstart.toml lora.rank=8 run.name=rank8 --resume",
-    "rl-lora train configs/smoke.toml data=my.jsonl run.name=mine reward.name=my_reward:score",
-    "rl-lora train configs/math_llama31_8b.toml --dry-run --gpu-memory 80",
+    "rl-lora train smoke",
+    "rl-lora train quickstart --dry-run",
+    "rl-lora train quickstart lora.rank=8 run.name=rank8",
+    "rl-lora train quickstart lora.rank=8 run.name=rank8 --resume",
+    "rl-lora train smoke data=my.jsonl run.name=mine reward.name=my_reward:score",
+    "rl-lora train math_llama31_8b --dry-run --gpu-memory 80",
 )
 AFTER_INTERRUPT = RESUME_HINT
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add_job_arguments(
         parser,
-        example="configs/quickstart.toml",
+        example="quickstart",
         plan="settings, parameter counts and the memory plan",
     )
     parser.add_argument(

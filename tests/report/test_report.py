@@ -133,7 +133,7 @@ def test_a_run_at_step_0_and_a_killed_one(tmp_path: Path) -> None:
     early.mkdir()
     (early / "run.json").write_text("{}")
     page, _ = build_page([early])
-    assert "early has no step on record yet" in page.notes
+    assert "early has not finished a step yet" in page.notes
     killed = write_run(tmp_path / "killed")
     for name in ("metrics.jsonl", "transcripts.jsonl"):
         with (killed / name).open("a") as file:
@@ -148,7 +148,7 @@ def test_what_is_no_run_is_one_clear_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(tmp_path)]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "absent"), "--watch"]) == 2
     folder = write_run(tmp_path / "a")
     with pytest.raises(UserError, match="given twice"):

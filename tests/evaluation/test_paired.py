@@ -10,7 +10,6 @@ from scipy import stats
 from rl_lora.cli import main
 from rl_lora.config import EvalSection
 from rl_lora.errors import UserError
-from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.paired import (
     compare_evaluations,
     difference_interval,
@@ -18,6 +17,7 @@ from rl_lora.evaluation.paired import (
     sign_flip_p,
 )
 from rl_lora.storage.jsonl import append_compressed, read_lines
+from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
 
 

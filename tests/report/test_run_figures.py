@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from rl_lora.config import EvalSection
 from rl_lora.errors import UserError
-from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.intervals import exact_interval
 from rl_lora.report import blocks
 from rl_lora.report.evaluation_figures import evaluation_figure
@@ -19,6 +18,7 @@ from rl_lora.report.figures import length_figure, reward_figure
 from rl_lora.report.records import read_run
 from rl_lora.report.run_figures import draw, draw_figures, evaluations_sheet
 from rl_lora.runs.log import RunLog
+from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
 
 STEP = {

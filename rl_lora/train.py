@@ -25,14 +25,19 @@ from rl_lora.policy import check_trainable
 from rl_lora.prompts import PromptSets, PromptStream
 from rl_lora.report.run_figures import draw_figures
 from rl_lora.report.terminal import Display
-from rl_lora.runs.checkpoint import checkpoint_steps, drop_after
+from rl_lora.runs.checkpoint import (
+    checkpoint_steps,
+    drop_after,
+    load_checkpoint,
+    save_checkpoint,
+)
 from rl_lora.runs.inputs import base_inputs, prompt_inputs
 from rl_lora.runs.lock import run_lock
 from rl_lora.runs.log import RunLog
 from rl_lora.runs.machine import MachineMeter
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
 from rl_lora.runs.record import with_absolute_paths, write_record
-from rl_lora.runs.snapshot import Start, find_start, load_snapshot, save_snapshot
+from rl_lora.runs.start import Start, find_start
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.liveness import check_at_start, check_step, check_version, staleness_metrics
 from rl_lora.seeds import mix_seed
@@ -123,12 +128,12 @@ class Run:
     def save(self) -> None:
         """One atomic checkpoint, and the older ones pruned."""
         more = {"previous": self.previous and self.previous.fingerprint, "stream": self.position}
-        save_snapshot(self.step, self.learner, self.job.config, inputs=self.inputs, **more)
+        save_checkpoint(self.step, self.learner, self.job.config, inputs=self.inputs, **more)
 
     def restore(self, start: Start) -> None:
         """Takes a checkpoint's state over. Raises UserError where it is broken."""
         assert start.checkpoint is not None
-        state = load_snapshot(start.checkpoint, self.learner, self.job.config)
+        state = load_checkpoint(start.checkpoint, self.learner)
         stream, num_prompts = state["stream"], len(self.job.prompts.train)
         if start.has_other_data("train", self.inputs) and stream["num_prompts"] != num_prompts:
             # Other rows, which the user has accepted: a new epoch of them.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -34,6 +33,8 @@ from rl_lora.config import ModelSection
 from rl_lora.errors import UserError
 from rl_lora.models.hub import adapter_path
 from rl_lora.models.resolve import check_model_dir, resolve_model
+from rl_lora.storage.directories import atomic_directory
+from rl_lora.storage.jsonl import write_json
 
 _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -73,7 +74,7 @@ def export_merged(
     files = sorted(model_dir.glob("*.safetensors"))
     if not files:
         raise UserError(f"model directory {model_dir} has no *.safetensors; convert its weights")
-    with _atomic_directory(out_dir) as scratch:
+    with _written_whole(out_dir) as scratch:
         for source in model_dir.iterdir():
             if source.is_file() and not _is_left_out(source.name):
                 shutil.copyfile(source, scratch / source.name)
@@ -84,7 +85,7 @@ def export_merged(
             )
         if len(files) > 1:
             index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
-            _write_json(scratch / _INDEX_FILE, index)
+            write_json(scratch / _INDEX_FILE, index)
         _rewrite_config(scratch / "config.json", dtype, unties=patch.unties or not patch.is_tied)
         if patch.lora:
             card = card_text(read_facts(adapter_dir), merged=True)
@@ -117,7 +118,7 @@ def push_adapter(
         peft = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
         # A path of this machine means nothing elsewhere.
         peft["base_model_name_or_path"] = facts.base_hub_id
-        _write_json(staging / "adapter_config.json", peft)
+        write_json(staging / "adapter_config.json", peft)
         (staging / CARD_FILE).write_text(card_text(facts), encoding="utf-8")
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -221,7 +222,7 @@ def _rewrite_config(path: Path, dtype: str | None, *, unties: bool) -> None:
         config["dtype"] = dtype
     if unties and config.get("tie_word_embeddings", True):
         config["tie_word_embeddings"] = False
-    _write_json(path, config)
+    write_json(path, config)
 
 
 def _check_target(out_dir: Path, model_dir: Path) -> None:
@@ -232,22 +233,14 @@ def _check_target(out_dir: Path, model_dir: Path) -> None:
 
 
 @contextmanager
-def _atomic_directory(target: Path) -> Iterator[Path]:
-    """A scratch directory that becomes `target` at the end, or goes if anything fails."""
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+def _written_whole(target: Path) -> Iterator[Path]:
+    """`atomic_directory`, the disk's errors as the user's."""
     try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        scratch.rename(target)
+        with atomic_directory(target) as scratch:
+            yield scratch
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _is_left_out(name: str) -> bool:
     return name.startswith(".") or name == CARD_FILE or name.endswith(_WEIGHT_SUFFIXES)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -10,18 +10,17 @@ touch it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rl_lora.errors import UserError
 from rl_lora.evaluation.scores import load_result
+from rl_lora.storage.directories import atomic_directory, recover_directory
+from rl_lora.storage.jsonl import write_json
 
 FOLDER = "best"
 BEST_FILE = "choice.json"
-_REPLACED = ".best_replaced"
-_PARTIAL = ".best_partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +72,8 @@ def read_best(run_folder: Path) -> BestCheckpoint | None:
     Raises:
         UserError: the record is damaged.
     """
-    final, replaced = run_folder / FOLDER, run_folder / _REPLACED
-    if replaced.is_dir() and not final.is_dir():
-        replaced.rename(final)
+    final = run_folder / FOLDER
+    recover_directory(final)
     path = final / BEST_FILE
     if not path.is_file():
         return None
@@ -100,23 +98,9 @@ def keep_best(run_folder: Path, adapter_dir: Path, step: int) -> BestCheckpoint 
     best, kept = best_evaluation(run_folder, step), read_best(run_folder)
     if best is None or best.step != step or best == kept:
         return None
-    final, replaced = run_folder / FOLDER, run_folder / _REPLACED
-    partial = run_folder / _PARTIAL
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        shutil.copytree(adapter_dir, partial)
-        with (partial / BEST_FILE).open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(best), indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk is not to be kept full
-        raise
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with atomic_directory(run_folder / FOLDER, is_durable=True) as scratch:
+        shutil.copytree(adapter_dir, scratch, dirs_exist_ok=True)
+        write_json(scratch / BEST_FILE, asdict(best))
     return best
 
 

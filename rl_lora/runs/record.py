@@ -55,8 +55,7 @@ def write_record(config: RunConfig | SftConfig, policy: Policy, inputs: dict[str
         "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
         "process": {"pid": os.getpid(), "host": platform.node(), "started": time.time()},
     }
-    path = config.run.folder / RECORD_FILE
-    jsonl.write_text_atomically(path, json.dumps(record, indent=2) + "\n")
+    jsonl.write_json(config.run.folder / RECORD_FILE, record)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

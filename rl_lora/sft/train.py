@@ -22,13 +22,13 @@ from rl_lora.learner import Learner
 from rl_lora.models.resolve import check_rows
 from rl_lora.policy import check_trainable
 from rl_lora.report.terminal import Display
-from rl_lora.runs.checkpoint import drop_after
+from rl_lora.runs.checkpoint import drop_after, load_checkpoint, save_checkpoint
 from rl_lora.runs.inputs import base_inputs, sequence_inputs
 from rl_lora.runs.lock import run_lock
 from rl_lora.runs.log import METRICS_FILE, RunLog
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, speed_metrics
 from rl_lora.runs.record import with_absolute_paths, write_record
-from rl_lora.runs.snapshot import Start, find_start, load_snapshot, save_snapshot
+from rl_lora.runs.start import Start, find_start
 from rl_lora.sft.data import SftSets, load_sft, step_indices
 from rl_lora.sft.held_out_loss import HeldOutLoss, held_out_loss
 from rl_lora.storage import jsonl
@@ -139,12 +139,12 @@ def _run(
         job = _Job(config, learner, sets, inputs, log, display)
         write_record(config, policy, inputs)
         if start.checkpoint is not None:
-            load_snapshot(start.checkpoint, learner, config)
+            load_checkpoint(start.checkpoint, learner)
             drop_after(folder, start.state["step"])
             display.note(f"resumed from {start.checkpoint}")
         else:
             log.write(0, _test(job).metrics())
-            save_snapshot(0, learner, config, inputs=inputs)
+            save_checkpoint(0, learner, config, inputs=inputs)
         _loop(job, start.state.get("step", 0))
         if not policy.is_full and policy.base_fingerprint() != inputs["base"]["fingerprint"]:
             raise StaleAdapterError("the base model's weights changed during the run")
@@ -188,7 +188,7 @@ def _loop(job: _Job, step: int) -> None:
         job.log.write(step, metrics | speed_metrics(metrics))
         job.display.step(step, metrics)
         if step % run.checkpoint_every == 0 or step == run.num_steps:
-            save_snapshot(step, job.learner, config, inputs=job.inputs)
+            save_checkpoint(step, job.learner, config, inputs=job.inputs)
 
 
 def _step(job: _Job, indices: list[int]) -> dict[str, float]:

@@ -106,6 +106,11 @@ def write_text_atomically(path: Path, text: str) -> None:
         raise
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Replaces the file by the value as indented strict JSON, or leaves the old one if killed."""
+    write_text_atomically(path, json.dumps(storable(value), allow_nan=False, indent=2) + "\n")
+
+
 def append_compressed(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Appends the records as one gzip member, forced to disk: all of them are there, or none.
 

@@ -116,8 +116,7 @@ def calibrate(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, Timing]:
         num_threads=study.study.num_threads,
         on_end=on_end,
     )
-    stored = {name: asdict(timing) for name, timing in known.items()}
-    jsonl.write_text_atomically(file, json.dumps(stored, indent=1) + "\n")
+    jsonl.write_json(file, {name: asdict(timing) for name, timing in known.items()})
     return known
 
 

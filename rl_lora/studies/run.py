@@ -92,7 +92,7 @@ def run_cell(
         outcome = {"error": f"{error.what}; {fix}", "failure": "crashed"}
     except (UserError, StaleAdapterError) as error:
         outcome = {"error": str(error), "failure": "crashed"}
-    jsonl.write_text_atomically(Path(outcome_file), json.dumps(outcome))
+    jsonl.write_json(Path(outcome_file), outcome)
 
 
 def _end_with_parent() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,7 +123,7 @@ def kill_at(
         ("sft", "0"),  # before anything is on record
         ("sft", "1"),
         ("sft", "3"),
-        ("sft", "sft.train:save_snapshot:1"),  # between the first line and the first checkpoint
+        ("sft", "sft.train:save_checkpoint:1"),  # between the first line and the first checkpoint
         ("sft", "sft.train:save_adapter:1"),  # all steps done, nothing published
         ("rl", "1"),
         ("rl", "3"),
@@ -156,14 +158,11 @@ def test_a_warm_start_that_was_killed_begins_again(
 
 
 def leave_what_kills_leave(folder: Path) -> None:
-    """Of a save over a step, of a deletion, of a publish, of the best adapter, of a line."""
-    newest = latest_checkpoint(folder)
-    assert newest is not None
-    newest.rename(newest.with_name(newest.name + ".replaced"))
-    for name in (f".partial_{newest.name}", f".partial_deleted_{newest.name}.replaced"):
-        (newest.parent / name).mkdir()
-        (newest.parent / name / "tensors.safetensors").write_bytes(b"half")
-    for name in ("adapters/.v000003.99", ".adapter.99", ".best_partial"):
+    """Of a checkpoint, of a deletion, of a publish, of the best adapter, of a line."""
+    for name in (".step_000003.99", ".step_000001.deleted"):
+        (folder / "checkpoints" / name).mkdir()
+        (folder / "checkpoints" / name / "tensors.safetensors").write_bytes(b"half")
+    for name in ("adapters/.v000003.99", ".adapter.99", ".best.99"):
         (folder / name).mkdir(parents=True)
         (folder / name / "adapter_model.safetensors").write_bytes(b"half")
     for name in ("metrics.jsonl", "transcripts.jsonl"):
@@ -178,11 +177,10 @@ def test_what_kills_leave_is_in_nobodys_way(tmp_path: Path, whole: Callable[[str
     run("rl", tmp_path, "run.name=killed", resume=True)
     metrics, adapter, _ = result(tmp_path / "killed")
     assert (metrics, adapter) == whole("rl")[:2]
-    left = [path for path in (tmp_path / "killed").rglob("*") if path.parent.name != "checkpoints"]
+    left = (tmp_path / "killed").rglob("*")
     assert not [path for path in left if path.name.startswith(".")]
-    # The older checkpoint is whole, and counts for run.keep_last by whatever name it has.
     names = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
-    assert names == ["step_000002.replaced", "step_000004"]
+    assert names == ["step_000002", "step_000004"]
 
 
 def test_a_longer_run_that_dies_at_its_end_is_not_complete_with_the_shorter_ones_adapter(
@@ -228,8 +226,34 @@ def test_a_new_start_takes_nothing_over_from_another_job_that_was_killed_early(
         evaluation.pop("seconds")
     assert evaluations[0] == evaluations[1]
     (tmp_path / "x" / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match="holds an older run: resume it"):
+    with pytest.raises(UserError, match="holds an older run: add --resume"):
         run("rl", tmp_path, "run.name=x", "run.num_steps=1")
+
+
+def test_no_step_draws_from_the_global_generators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[str], Any]
+) -> None:
+    """So checkpoints need not hold their states: resumed with others, a run ends the same."""
+    states: list[tuple[Any, ...]] = []
+    write = RunLog.write
+
+    def look(self: RunLog, step: int, metrics: Any) -> None:
+        numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 (under test)
+        states.append((random.getstate(), repr(numpy_state), torch.get_rng_state().tolist()))
+        write(self, step, metrics)
+
+    for arm in ("rl", "sft"):
+        run(arm, tmp_path, f"run.name={arm}", "run.num_steps=2")
+        random.seed(arm)
+        np.random.seed(len(arm))  # noqa: NPY002
+        torch.manual_seed(len(arm))
+        with monkeypatch.context() as patch:
+            patch.setattr(RunLog, "write", look)
+            run(arm, tmp_path, f"run.name={arm}", resume=True)
+        assert result(tmp_path / arm)[:2] == whole(arm)[:2]
+        first, second = states
+        assert first == second
+        states.clear()
 
 
 # --- studies --------------------------------------------------------------------------------------
@@ -331,9 +355,10 @@ def test_older_runs_without_these_records_resume(
     run("sft", tmp_path, "run.name=old", "run.num_steps=2")
     path = latest_checkpoint(tmp_path / "old")
     assert path is not None
-    tensors, state = checkpoint.load_checkpoint(path)
+    tensors, state = checkpoint.read_checkpoint(path)
     del state["inputs"]
-    checkpoint.save_checkpoint(tmp_path / "old", 2, tensors, state)
+    tensors["rng/torch"] = torch.get_rng_state()
+    checkpoint.write_checkpoint(tmp_path / "old", 2, tensors, state)
     shutil.rmtree(tmp_path / "old" / "adapter")
     run("sft", tmp_path, "run.name=old", resume=True)
     assert result(tmp_path / "old")[1] == whole("sft")[1]

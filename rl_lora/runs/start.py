@@ -1,0 +1,84 @@
+"""Where a run starts: at its newest checkpoint, or at its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rl_lora.config import SomeSection
+from rl_lora.errors import UserError
+from rl_lora.runs.checkpoint import checkpoint_steps, latest_checkpoint, read_state
+from rl_lora.runs.inputs import check_base, check_data, data_difference
+from rl_lora.runs.record import check_same_job, with_dtype
+
+if TYPE_CHECKING:
+    from rl_lora.config import RunConfig
+    from rl_lora.config.sft import SftConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Example: Start(checkpoint=Path("runs/q/checkpoints/step_000012"), log_step=12, state={...})
+    """
+
+    checkpoint: Path | None
+    log_step: int | None  # last step whose records stay; -1: none stay; None: there must be none
+    state: dict[str, Any]  # the checkpoint's; empty without one
+
+    def restarted(self, config: SomeSection) -> SomeSection:
+        """The job with model.dtype="auto" replaced by the dtype that the run began with.
+
+        On a CPU "auto" is decided by a timing, which may come out differently now.
+        """
+        dtype = recorded_dtype(self.state)
+        return config if dtype is None else with_dtype(config, dtype)
+
+    def check_inputs(self, inputs: Mapping[str, Any], run: Path) -> None:
+        """Raises UserError if base or data differ from what the checkpoint's run began with."""
+        if (old := self.state.get("inputs")) is not None:
+            check_base(old["base"], inputs["base"], run)
+            check_data(old["data"], inputs["data"], run)
+
+    def has_other_data(self, part: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether "train" or "eval" differs from what the checkpoint's run began with."""
+        old = self.state.get("inputs", {}).get("data", {}).get(part)
+        return old is not None and data_difference(old, inputs["data"][part]) is not None
+
+
+def recorded_dtype(state: Mapping[str, Any]) -> str | None:
+    """What model.dtype came to in a checkpoint's run; None if an older one does not say."""
+    dtype: str | None = state.get("inputs", {}).get("base", {}).get("dtype")
+    return dtype
+
+
+def find_start(config: RunConfig | SftConfig, *, resume: bool) -> Start:
+    """With `resume` the newest checkpoint, else a new start in a folder without an older run.
+
+    Raises:
+        UserError: without `resume`, the folder has an older run's checkpoints; with it, they are of
+            another job or of more steps than run.num_steps.
+    """
+    run = config.run
+    if not resume:
+        if max(checkpoint_steps(run.folder), default=0):
+            raise UserError(
+                f"{run.folder} holds an older run: add --resume, choose another run.name, or "
+                "delete it"
+            )
+        return Start(None, None, {})
+    path = latest_checkpoint(run.folder)
+    if path is None:
+        return Start(None, -1, {})
+    state = read_state(path)
+    check_same_job(state["config"], config, path, recorded_dtype(state))
+    step = int(state["step"])
+    if step > run.num_steps:
+        raise UserError(
+            f"{run.folder} has done {step} steps, more than run.num_steps={run.num_steps}; set "
+            f"run.num_steps={step} or more to resume it, or choose another run.name"
+        )
+    return Start(path, step, state)

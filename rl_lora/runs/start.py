@@ -11,7 +11,7 @@ from rl_lora.config import SomeSection
 from rl_lora.errors import UserError
 from rl_lora.runs.checkpoint import checkpoint_steps, latest_checkpoint, read_state
 from rl_lora.runs.inputs import check_base, check_data, data_difference
-from rl_lora.runs.record import check_same_job, with_dtype
+from rl_lora.runs.record import RECORD_FILE, check_same_job, read_record, with_dtype
 
 if TYPE_CHECKING:
     from rl_lora.config import RunConfig
@@ -34,37 +34,40 @@ class Start:
 
         On a CPU "auto" is decided by a timing, which may come out differently now.
         """
-        dtype = recorded_dtype(self.state)
-        return config if dtype is None else with_dtype(config, dtype)
+        return with_dtype(config, recorded_dtype(self.state)) if self.state else config
 
     def check_inputs(self, inputs: Mapping[str, Any], run: Path) -> None:
         """Raises UserError if base or data differ from what the checkpoint's run began with."""
-        if (old := self.state.get("inputs")) is not None:
+        if self.state:
+            old = self.state["inputs"]
             check_base(old["base"], inputs["base"], run)
             check_data(old["data"], inputs["data"], run)
 
     def has_other_data(self, part: str, inputs: Mapping[str, Any]) -> bool:
         """Whether "train" or "eval" differs from what the checkpoint's run began with."""
-        old = self.state.get("inputs", {}).get("data", {}).get(part)
-        return old is not None and data_difference(old, inputs["data"][part]) is not None
+        if not self.state:
+            return False
+        old = self.state["inputs"]["data"][part]
+        return data_difference(old, inputs["data"][part]) is not None
 
 
-def recorded_dtype(state: Mapping[str, Any]) -> str | None:
-    """What model.dtype came to in a checkpoint's run; None if an older one does not say."""
-    dtype: str | None = state.get("inputs", {}).get("base", {}).get("dtype")
-    return dtype
+def recorded_dtype(state: Mapping[str, Any]) -> str:
+    """The dtype that a checkpoint's run computes in, e.g. "float32"."""
+    return str(state["inputs"]["base"]["dtype"])
 
 
 def find_start(config: RunConfig | SftConfig, *, resume: bool) -> Start:
     """With `resume` the newest checkpoint, else a new start in a folder without an older run.
 
     Raises:
-        UserError: without `resume`, the folder has an older run's checkpoints; with it, they are of
-            another job or of more steps than run.num_steps.
+        UserError: without `resume`, the folder has an older run's checkpoints; with it, they belong
+            to another job, have more steps than run.num_steps, or are an earlier version's.
     """
     run = config.run
     if not resume:
         if max(checkpoint_steps(run.folder), default=0):
+            if (run.folder / RECORD_FILE).is_file():
+                read_record(run.folder)  # an earlier version's run cannot be resumed
             raise UserError(
                 f"{run.folder} holds an older run: add --resume, choose another run.name, or "
                 "delete it"
@@ -73,6 +76,7 @@ def find_start(config: RunConfig | SftConfig, *, resume: bool) -> Start:
     path = latest_checkpoint(run.folder)
     if path is None:
         return Start(None, -1, {})
+    read_record(run.folder)
     state = read_state(path)
     check_same_job(state["config"], config, path, recorded_dtype(state))
     step = int(state["step"])

@@ -1,8 +1,8 @@
-"""The supervised loop: a batch, one optimizer step by log loss, the test loss along the way.
+"""The supervised loop: a batch, one optimizer step on the log loss, the test loss along the way.
 
-The test's steps lie at equal ratios (1, 2, 4, ...), as the article's learning curves go by log
-steps. Metrics: `sft/loss` (nats a completion token of the step's batch, before the step) and
-`test/nll` with its 95 % interval.
+Tests come at geometrically spaced steps (1, 2, 4, ...), for learning curves over log steps.
+Metrics: `sft/loss` (nats per completion token of the step's batch, before the step) and `test/nll`
+with its 95 % interval.
 """
 
 from __future__ import annotations
@@ -40,20 +40,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SftOutcome:
-    """What a supervised run ends with.
+    """The result of a supervised run.
 
     Example: SftOutcome(folder=Path("runs/sft"), before=2.31, after=1.62)
     """
 
     folder: Path
-    before: float  # test NLL of the base, nats a token
+    before: float  # test loss of the base, nats per token
     after: float
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What the loop works with."""
-
     config: SftConfig
     learner: Learner
     sets: SftSets
@@ -63,8 +61,8 @@ class _Job:
 
 
 def curve_steps(num_steps: int, num_tests: int, every: int = 0) -> list[int]:
-    """Steps after which the test is held: num_tests of them at equal ratios, the last one with
-    them, and every `every`-th (0: none)."""
+    """Steps after which the test loss is measured: num_tests at equal ratios up to the last step,
+    and every `every`-th (0: none)."""
     if num_steps == 0:
         return []
     ratio = num_steps ** (1 / num_tests)
@@ -85,13 +83,12 @@ def fine_tune(
 
     Args:
         config: the job.
-        resume: go on from the newest checkpoint, if there is one; a complete run is only reported.
+        resume: continue from the newest checkpoint, if any; a complete run is only reported.
         quiet: print only warnings and the summary.
-        accept_changed_data: go on although base or data are others than when the run began.
+        accept_changed_data: continue even if base or data have changed since the run began.
 
     Raises:
-        UserError: bad input, an older run in the way, another process at work in the folder, or a
-            full disk.
+        UserError: bad input, an older run in the folder, another process using it, or a full disk.
         FloatingPointError: the gradient is not finite.
     """
     check_trainable(config.model, config.lora)
@@ -108,7 +105,7 @@ def fine_tune(
         else:
             outcome = _run(start.restarted(config), start, display, accept_changed_data)
         display.note(
-            f"test loss {outcome.before:.4f} before, {outcome.after:.4f} after (nats a token); "
+            f"test loss {outcome.before:.4f} before, {outcome.after:.4f} after (nats per token); "
             f"everything is in {folder}"
         )
     return outcome
@@ -140,9 +137,9 @@ def _run(
         write_record(config, policy, inputs)
         if start.checkpoint is not None:
             load_checkpoint(start.checkpoint, learner)
-            drop_after(folder, start.state["step"])
             display.note(f"resumed from {start.checkpoint}")
-        else:
+        drop_after(folder, start.state.get("step", -1))
+        if start.checkpoint is None:
             log.write(0, _test(job).metrics())
             save_checkpoint(0, learner, config, inputs=inputs)
         _loop(job, start.state.get("step", 0))
@@ -216,12 +213,12 @@ def _test(job: _Job) -> HeldOutLoss:
 
 
 def _publish(policy: Policy, folder: Path, config: SftConfig) -> None:
-    """The adapter (or the weights) where users look for it."""
+    """Writes RUN/adapter, which has the whole model in full fine-tuning."""
     adapter = save_adapter(
         policy, folder / "adapters", version=config.run.num_steps, run_name=config.run.name
     )
     with atomic_directory(folder / "adapter") as scratch:
-        for file in adapter.path.iterdir():  # the whole model, in full fine-tuning: not copied
+        for file in adapter.path.iterdir():  # moved, not copied: a full model is large
             file.rename(scratch / file.name)
     shutil.rmtree(folder / "adapters", ignore_errors=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,12 @@ from rl_lora.cli import main
 from rl_lora.config import RunConfig, load_config, parse_as
 from rl_lora.config.sft import SftConfig, load_sft_config
 from rl_lora.errors import UserError
-from rl_lora.runs.checkpoint import checkpoint_steps, latest_checkpoint
+from rl_lora.runs.checkpoint import (
+    checkpoint_steps,
+    latest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from rl_lora.runs.log import RunLog
 from rl_lora.runs.record import read_record
 from rl_lora.sft.train import fine_tune
@@ -347,18 +351,62 @@ def test_an_open_dtype_is_decided_once(
         assert own["total"] == last["total"]
 
 
-def test_older_runs_without_these_records_resume(
+# --- earlier versions -----------------------------------------------------------------------------
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("rl", tmp_path, "run.name=old", "run.num_steps=1")
+    folder = tmp_path / "old"
+    record = json.loads((folder / "run.json").read_text())
+    assert record.pop("format") == 2
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    settings = [*RARELY, *SIZES["rl"], f"run.output_dir={tmp_path}", "run.name=old"]
+    train_it = ["train", str(SMOKE), *settings, "run.num_steps=2"]
+    anew = "start again under another run.name, or delete it"
+    commands = {
+        (*train_it, "--resume"): anew,
+        tuple(train_it): anew,
+        ("eval", str(folder)): f"rl-lora eval CONFIG --adapter {folder / 'adapter'}",
+    }
+    for version, words in (({}, "an earlier version: its metrics"), ({"format": 3}, "a later")):
+        (folder / "run.json").write_text(json.dumps(record | version))
+        before[folder / "run.json"] = (folder / "run.json").stat().st_mtime_ns
+        for command, fix in commands.items():
+            capsys.readouterr()
+            assert main(list(command)) == 2
+            (line,) = capsys.readouterr().err.strip().splitlines()
+            assert f"{folder} was made by {words}" in line
+            assert line.endswith(fix)
+    assert main(["status", str(folder)]) == 0
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p != folder} == {
+        p: time for p, time in before.items() if p != folder
+    }
+
+
+def test_a_study_names_its_cell_of_an_earlier_version(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = raw_study(tmp_path)
+    cell = cells_of(parse_as(StudyConfig, raw))[0]
+    run_folder = tmp_path / "s" / "cells" / cell.key
+    (run_folder / "checkpoints" / "step_000001").mkdir(parents=True)
+    (run_folder / "run.json").write_text("{}")
+    assert main(["study", str(write_study(tmp_path, raw))]) == 2
+    error = capsys.readouterr().err
+    assert f"{run_folder} was made by an earlier version" in error
+    assert "delete it, and the cell starts again" in error
+
+
+def test_random_states_in_a_checkpoint_are_ignored(
     tmp_path: Path, whole: Callable[[str], Any]
 ) -> None:
-    from rl_lora.runs import checkpoint
-
     run("sft", tmp_path, "run.name=old", "run.num_steps=2")
     path = latest_checkpoint(tmp_path / "old")
     assert path is not None
-    tensors, state = checkpoint.read_checkpoint(path)
-    del state["inputs"]
+    tensors, state = read_checkpoint(path)
     tensors["rng/torch"] = torch.get_rng_state()
-    checkpoint.write_checkpoint(tmp_path / "old", 2, tensors, state)
-    shutil.rmtree(tmp_path / "old" / "adapter")
+    write_checkpoint(tmp_path / "old", 2, tensors, state)
     run("sft", tmp_path, "run.name=old", resume=True)
     assert result(tmp_path / "old")[1] == whole("sft")[1]

@@ -1,4 +1,4 @@
-r"""Congruences: x \equiv 2 \pmod 5, and the families x = 5k + 2 that say the same."""
+r"""Congruences: x \equiv 2 \pmod 5, and equivalent families such as x = 5k + 2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _INTEGERS = frozenset("kKnNmltsjq")
 
 
 def equal_congruences(gold: Node, answer: Node, equal: Equal) -> bool:
-    """Same unknown, same modulus, same residue. A residue without its modulus is something else."""
+    """Same unknown, modulus and residue? A residue without its modulus is not a congruence."""
     left, right = _as_congruence(gold), _as_congruence(answer)
     if left is None or right is None:
         return False
@@ -46,7 +46,7 @@ def _is_multiple(left: Node, right: Node, modulus: Node, equal: Equal) -> bool:
 
 
 def _as_congruence(node: Node) -> Node | None:
-    """The congruence that a node is or stands for; its left side is a text where it has none."""
+    """The node as a congruence, with an empty text for a missing left side; None if impossible."""
     nameless = Node("text")
     if node.kind == "congruence":
         return node

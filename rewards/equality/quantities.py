@@ -1,4 +1,4 @@
-"""Equality of quantities: 45 km/h is 12.5 m/s; 3 apples are no oranges."""
+"""Equality of quantities: 45 km/h is 12.5 m/s; 3 apples are not 3 oranges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rewards.parsing.quantities import quantity_of_product
 from rewards.parsing.units import Unit, read_unit
 
 Equal = Callable[[Node, Node], bool]
-# Words beside an unknown unit that say nothing of it.
+# Words next to an unknown unit that do not matter.
 _IDLE = frozenset(
     "the in total altogether overall all each of together exactly about approximately"
     " different possible".split()
@@ -22,7 +22,7 @@ _ANGLE = Unit((("degree", 1),), Fraction(1))
 
 
 def equal_quantities(gold: Node, answer: Node, equal: Equal, *, is_strict: bool) -> bool:
-    """At least one of them is a unit node. `is_strict`: a gold's unit has to be given."""
+    """Compare, at least one side with a unit. `is_strict`: the answer must have the gold's unit."""
     if gold.kind != answer.kind:
         read = [
             side if side.kind == "unit" else quantity_of_product(side) for side in (gold, answer)
@@ -69,7 +69,7 @@ def _same_dimension(left: str, right: str) -> bool:
 
 
 def _same_words(left: str, right: str) -> bool:
-    """Unknown units: the same head word; a rate and an exponent have to agree."""
+    """Do unknown units have the same head word, and the same rate and exponent, if any?"""
     exponents = {match[1] for match in map(_EXPONENT.search, (left, right)) if match is not None}
     if len(exponents) > 1:
         return False
@@ -86,7 +86,7 @@ def _same_words(left: str, right: str) -> bool:
 
 
 def _same_start(left: str, right: str) -> bool:
-    """A known unit and a longer text: inches, inches wide; or units of no name."""
+    """Does one unit begin with the other: inches, inches wide? "units" matches any name."""
     ours, theirs = _words(left), _words(right)
     if _GENERIC & {*ours, *theirs}:
         return _same_words(left, right)
@@ -98,7 +98,7 @@ _EXPONENT = re.compile(r"\^\s*\{?\s*(\d+)|\b(?:(?P<square>square|sq)|cubic)\b")
 
 
 def _words(name: str) -> list[str]:
-    """Its words in lower case and singular."""
+    """The words of a unit's name in lower case and singular."""
     words = re.findall(r"[a-z]+|/", name.lower())
     words = [word for word in words if word not in _IDLE or len(words) == 1]
     return [re.sub(r"(?<=[a-z]{2})(?:ies|y|es|s)$", "", word) for word in words]

@@ -1,4 +1,4 @@
-"""Where the conclusion of a text ends: its closing remarks and checks, its last sentence."""
+"""Closing remarks and checks, which follow the conclusion of a text."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 
 from rewards.extraction.wording import is_value, stated
 
-MAX_REMARKS = 12  # closing sentences that are passed over
+MAX_REMARKS = 12  # closing sentences that are skipped
 MAX_SENTENCE = 1000
-TAIL = 6000  # so much of the end is looked through for a check
+TAIL = 6000  # characters at the end that are searched for a check
 
 _REMARK = re.compile(
     r"\W*(?:would you|do you|did you|want me|shall i|should i|can i|may i|let me know|feel free"
@@ -65,7 +65,7 @@ def _is_remark(sentence: str) -> bool:
 
 
 def last_sentence(text: str) -> int:
-    """Where the last sentence or line begins; no further back than MAX_SENTENCE."""
+    """Start of the last sentence or line, at most MAX_SENTENCE characters back."""
     stop = len(text) - 1
     low = max(stop - MAX_SENTENCE, 0)
     begins = [

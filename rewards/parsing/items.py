@@ -54,7 +54,7 @@ _INCH = re.compile(r"(?:(?<=^square )|(?<=^cubic )|^)in(?=$|\^)")
 
 
 class ItemParser(StructureParser):
-    """Reads a value with the words around it."""
+    """Parses a value with the words around it."""
 
     def _at_closer(self, closers: tuple[str, ...]) -> bool:
         if self.at("end"):
@@ -64,10 +64,7 @@ class ItemParser(StructureParser):
     def _at_separator(self) -> bool:
         return self.at("op", ",", ";") or self.at("word", *SEPARATOR_WORDS)
 
-    # --- one item --------------------------------------------------------------------------
-
     def parse_item(self, closers: tuple[str, ...]) -> Node | None:
-        """One item of a list; None where it only qualifies the others."""
         if self.at("sym", "a", "A") and self.following.text in ARTICLED:
             self.next()  # a third of 5
         if self.at("word") or self.at("text"):
@@ -105,7 +102,7 @@ class ItemParser(StructureParser):
         return Node("unit", (node,), unit) if unit and node.kind != "unit" else node
 
     def _accept_currency(self) -> str:
-        """The unit of a sign of currency in front of a number; empty where there is none."""
+        """The unit of a currency sign before a number, or an empty string."""
         if self.at("op", "-") and self.following.text in CURRENCIES:
             following = self.following
             self.tokens[self.index + 1] = self.token  # -$5 is $-5
@@ -115,7 +112,7 @@ class ItemParser(StructureParser):
         return ""
 
     def _denied(self, words: list[str], closers: tuple[str, ...]) -> Node | None:
-        """Not equal to 5 is read; other denials are no answer. Qualifiers may hold them."""
+        """Parse "not equal to 5"; other denials are not answers, except inside a qualifier."""
         if words[0] in QUALIFIER_WORDS:
             self._skip_qualifier(closers)
             return None
@@ -146,9 +143,9 @@ class ItemParser(StructureParser):
         return words
 
     def _skip_qualifier(self, closers: tuple[str, ...]) -> None:
-        """Pass over "where n is an integer"; the symbols it speaks of count as bound.
+        """Skip "where n is an integer"; the symbols in it count as bound.
 
-        A condition that can be read, "for x > 0", is kept beside the formula.
+        A condition that can be parsed, such as "for x > 0", is kept with the formula.
         """
         start, is_plain = self.index, self.token.text.lower() in _PLAIN_QUALIFIERS
         if is_plain and self._read_condition(closers):
@@ -159,14 +156,14 @@ class ItemParser(StructureParser):
         while not self._at_closer(closers):
             token = self.next()
             if token.text.lower() in _ALTERNATIVE_WORDS:
-                raise ParseError  # "42 if n is even, else 43" gives no one value
+                raise ParseError  # "42 if n is even, else 43" is not one value
             if token.kind == "num" and not is_plain:
                 raise ParseError  # 5 by 7
             if token.kind == "sym":
                 self.bound.add(token.text)
 
     def _skip_condition(self, value: Node, closers: tuple[str, ...]) -> None:
-        """The qualifier behind a value. Raises ParseError for "5 if x > 0", "5 when n is odd"."""
+        """Skip the qualifier after a value. Raises ParseError for "5 if x > 0"."""
         is_case = self.token.text.lower() in ("if", "when", "unless")
         num_before, start = len(self.conditions), self.index
         self._skip_qualifier(closers)
@@ -195,7 +192,7 @@ class ItemParser(StructureParser):
         return True
 
     def _parse_suffix(self, node: Node, closers: tuple[str, ...]) -> Node:
-        """Units, ordinals, qualifiers and end marks behind a value."""
+        """Apply units, ordinals, qualifiers and end marks after a value."""
         if self.token.kind == "end":
             return node
         if self.token.kind == "op" and self.token.text in CURRENCIES:
@@ -225,7 +222,7 @@ class ItemParser(StructureParser):
         if is_ordinal and not {word.lower() for word in words} <= NUMBERED:
             raise ParseError  # the 5th prime
         if is_ordinal and not words:
-            return Node("text", name=f"{node.number}th")  # no 5; but the 5th day is day 5
+            return Node("text", name=f"{node.number}th")  # not 5; but the 5th day is day 5
         while words and words[0].lower() in SCALE_WORDS:
             node = Node("mul", (node, number_node(SCALE_WORDS[words.pop(0).lower()])))
         while (operation := trailing_operation(words)) is not None:
@@ -249,7 +246,7 @@ class ItemParser(StructureParser):
         return self._parse_rest(node, closers) if self.at("num") else node
 
     def _parse_rest(self, first: Node | None, closers: tuple[str, ...]) -> Node:
-        """The 20 min of 3 h 20 min."""
+        """A compound quantity, parsed up to `first`: 3 h 20 min."""
         rest = self.parse_item(closers)
         if rest is not None and rest.kind != "unit":
             rest = quantity_of_product(rest)
@@ -259,7 +256,7 @@ class ItemParser(StructureParser):
         return whole
 
     def _read_suffix(self, closers: tuple[str, ...]) -> list[str]:
-        """The words behind a value, without braces and the marks of ordinals."""
+        """The words after a value, without braces and ordinal suffixes."""
         pieces: list[str] = []
         while not self._at_closer(closers) and not self._at_separator():
             token = self.token
@@ -282,7 +279,7 @@ class ItemParser(StructureParser):
         return [piece for piece in pieces if piece not in (*ORDINALS, "{", "}")]
 
     def _parse_open_end(self, node: Node) -> Node:
-        """5 or more; 5 and a half. Anything else behind "or" and "and" is another item."""
+        """5 or more; 5 and a half. Anything else after "or" and "and" is another item."""
         words, kinds = [], []
         for token in self.tokens[self.index + 1 : self.index + 4]:
             words.append(token.text.lower())
@@ -319,7 +316,7 @@ class ItemParser(StructureParser):
 
 
 def _text_or_number(words: list[str]) -> Node:
-    """A number word is its number; other words are text."""
+    """The number that the words spell, else a text."""
     if " ".join(words) in _ALL_REALS:
         return Node("sym", name="\\mathbb{R}")
     for start in range(min(len(words), 6)):

@@ -1,4 +1,4 @@
-"""Literal tables: LaTeX commands, function names, words and units."""
+"""Tables of LaTeX commands, function names and words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FUNCTIONS: dict[str, str] = {
     "deg": "degree", "ker": "ker", "cbrt": "cbrt", "sgn": "sgn", "sign": "sgn", "GCD": "gcd",
     "LCM": "lcm", "erf": "erf",
 }  # fmt: skip
-# Named, but their value is the task: never accepted in place of the value.
+# Functions that a question asks to evaluate: not accepted in place of their value.
 OPEN_FUNCTIONS = frozenset(
     {"gcd", "lcm", "det", "min", "max", "mod", "lim", "sup", "inf", "tr", "rank", "dim", "ker"}
     | {"degree", "arg", "re", "im", "erf"}
@@ -98,7 +98,7 @@ NUMBER_WORDS = {
 } | {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80}
 SCALE_WORDS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 NUMBER_WORDS |= {"ninety": 90, "hundred": 100, "thousand": 1000, "none": 0}
-# Short words that would otherwise read as products of letters.
+# Short words that would otherwise be products of letters.
 WORDS = (
     frozenset(
         "and or for if is are the of to in on at by as it no yes not odd even all any none only"
@@ -113,7 +113,7 @@ WORDS = (
     | frozenset(NUMBER_WORDS)
 )
 
-# Words in front of a value that say nothing of it.
+# Words before a value that do not change it.
 FILLER_WORDS = frozenset(
     "only exactly about approximately roughly around just the a an is are be equals answer"
     " answers value values solution solutions of set final total numbers number integers"

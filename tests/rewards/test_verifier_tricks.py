@@ -1,4 +1,4 @@
-"""Authored answers: equal ones in many spellings, unequal ones, tricks that earn nothing."""
+"""Authored answers: equal ones in many spellings, unequal ones, and tricks that are wrong."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_completions_that_earn_nothing(completion: str, reference: str) -> None:
     assert not score(completion, reference).correct
 
 
-def test_a_golds_task_may_be_answered_by_itself() -> None:
+def test_a_gold_that_is_a_task_equals_itself() -> None:
     assert verify(r"\gcd(a, b)", r"\gcd(a,b)").correct
     assert verify(r"\sum_{k=0}^{n} F_k F_{n-k}", r"\sum_{k=0}^{n} F_{n-k} F_k").correct
     assert not verify(r"\sum_{k=0}^{n} F_k", r"\sum_{k=0}^{n-1} F_k").correct
@@ -96,8 +96,8 @@ def test_status_says_why(gold: str, answer: str, status: str) -> None:
         ("First some steps.\nSo x = 7 +", "7"),
     ],
 )
-def test_an_answer_that_was_cut_off_is_none(completion: str, gold: str) -> None:
-    """What a policy that ran into its token cap was paid for."""
+def test_a_truncated_answer_earns_nothing(completion: str, gold: str) -> None:
+    """A policy was rewarded for these when it reached the token limit."""
     assert not score(completion, gold, rules="gsm8k").correct
 
 
@@ -140,8 +140,8 @@ def test_contradicting_boxes_are_named() -> None:
         ("8", r"\frac{5 + 7 + 4}{2}"),
     ],
 )
-def test_a_sum_left_to_do_is_no_answer_to_a_number(gold: str, answer: str) -> None:
-    """What a policy in training found: copying the question into the box."""
+def test_unevaluated_arithmetic_does_not_answer_a_number(gold: str, answer: str) -> None:
+    """A policy in training found that it could copy the question into the box."""
     assert verify(gold, answer).status == "unevaluated"
     assert not score(f"\\boxed{{{answer}}}", gold).correct
     assert verify(gold, answer, rules=GradingRules(accept_sums=True)).correct

@@ -75,20 +75,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_training(commands: Any) -> None:
     train = commands.add_parser("train", help="train a policy from a config file")
-    _add_job(train, "configs/quickstart.toml", "settings, parameter counts, memory plan")
+    _add_job(train, "quickstart", "settings, parameter counts, memory plan")
     train.add_argument(
         "--gpu-memory", type=float, metavar="GIB", help="of the GPU that a dry run plans for"
     )
     train.set_defaults(command=_train)
 
     sft = commands.add_parser("sft", help="fine-tune by log loss on chats or completions")
-    _add_job(sft, "configs/sft_tiny.toml", "settings, capacity and memory plan")
+    _add_job(sft, "sft_tiny", "settings, capacity and memory plan")
     sft.set_defaults(command=_sft)
 
 
 def _add_job(parser: argparse.ArgumentParser, example: str, plan: str) -> None:
     """What both kinds of training take."""
-    parser.add_argument("config", type=Path, help=f"a TOML file, e.g. {example}")
+    parser.add_argument(
+        "config", type=Path, help=f"a TOML file, or a shipped config's name, e.g. {example}"
+    )
     _add_overrides(parser)
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint, if there is one"
@@ -110,7 +112,9 @@ def _add_evaluations(commands: Any) -> None:
     from rl_lora.commands import grade
 
     evaluate = commands.add_parser("eval", help="evaluate a run's adapter, or a config's base")
-    evaluate.add_argument("target", type=Path, help="a run folder or a TOML file")
+    evaluate.add_argument(
+        "target", type=Path, help="a run folder, a TOML file, or a shipped config's name"
+    )
     _add_overrides(evaluate)
     evaluate.add_argument(
         "--adapter",

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from rl_lora import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -54,13 +59,68 @@ def test_locks_hold_what_the_project_asks_for(backend: str) -> None:
             assert requirement.specifier.contains(version), f"{requirement}: {version}"
 
 
-def test_every_package_is_installed() -> None:
-    found = {
-        ".".join(path.parent.relative_to(ROOT).parts)
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built in a copy of what it is made from."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("rl_lora", "rewards", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip("wheel", "--no-build-isolation", "--wheel-dir", str(source / "dist"), str(source))
+    (found,) = (source / "dist").iterdir()
+    return found
+
+
+def pip(command: str, *arguments: str) -> None:
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"]
+    subprocess.run([sys.executable, "-m", "pip", command, *options, *arguments], check=True)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_all_modules_configs_and_assets(wheel: Path) -> None:
+    expected = {
+        str(path.relative_to(ROOT))
         for package in ("rl_lora", "rewards")
-        for path in (ROOT / package).rglob("__init__.py")
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
     }
-    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == found
+    expected |= {f"rl_lora/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == expected
+    assert {"rl_lora/py.typed", "rewards/py.typed", "rl_lora/configs/quickstart.toml"} <= names
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_trains_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    pip("install", "--target", str(target), str(wheel))
+    elsewhere.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+
+    def run(*command: str) -> str:
+        result = subprocess.run(
+            command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    imported = run(sys.executable, "-c", "import rl_lora, rewards; print(rl_lora, rewards)")
+    assert imported.count(str(target)) == 2
+    rl_lora = str(target / "bin" / "rl-lora")
+    assert run(rl_lora, "--version").split() == ["rl-lora", PROJECT["version"]]
+    short = ["run.num_steps=2", "data.held_out=8", "sampling.num_prompts=2"]
+    assert "training 2/2" in run(rl_lora, "train", "smoke", *short)
+    assert (elsewhere / "runs" / "smoke" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_one_version_and_one_license() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {PROJECT['version']}\n" in citation
+    assert __version__ == PROJECT["version"]
+    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nlicense: {PROJECT['license']}\n" in citation
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
 def test_cpu_lock_leaves_out_what_breaks_beside_a_cpu_torch() -> None:

@@ -20,7 +20,9 @@ _FILE_WIDTH = 120  # characters, where the output is no terminal
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("config", type=Path, help="a TOML file, e.g. configs/study_rl_rank.toml")
+    parser.add_argument(
+        "config", type=Path, help="a TOML file, or a shipped study's name, e.g. study_rl_rank"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="e.g. study.seeds=[0,1]"
     )

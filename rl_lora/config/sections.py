@@ -20,6 +20,7 @@ from rl_lora.config.checks import (
     check_variant,
 )
 from rl_lora.config.overrides import apply_overrides
+from rl_lora.config.shipped import find_config
 from rl_lora.errors import UserError, nearest
 
 
@@ -321,8 +322,7 @@ def read_settings(
     """
     raw: dict[str, Any] = {}
     if path is not None:
-        if not path.is_file():
-            raise UserError(f"config file {path} does not exist; see configs/ for the shipped ones")
+        path = find_config(path)
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:  # no TOML, no UTF-8, or a number of too many digits

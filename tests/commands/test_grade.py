@@ -204,7 +204,7 @@ def test_an_evaluation_against_another_judge(tmp_path: Path) -> None:
 
 def test_evaluations_that_cannot_be_graded(tmp_path: Path) -> None:
     path = write_evaluation(tmp_path, {"reward": "os:system"})
-    with pytest.raises(UserError, match=r"graded by os:system; say so: --reward"):
+    with pytest.raises(UserError, match=r"was graded by 'os:system'; say so: --reward"):
         run(arguments(str(path)))
     (tmp_path / "empty.jsonl.gz").touch()
     with pytest.raises(UserError, match="holds no problem yet"):

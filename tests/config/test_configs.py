@@ -292,9 +292,20 @@ def test_numbers_beyond_float32_are_refused(key: str) -> None:
         load_config(None, [f"{key}=1e300"])
 
 
-def test_missing_file_says_where_configs_are(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nope\.toml does not exist; see configs/"):
+def test_missing_file_names_the_shipped_configs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nope\.toml does not exist; .* smoke, "):
         load_config(tmp_path / "nope.toml")
+
+
+def test_a_shipped_config_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(Path("smoke")) == load_config(BY_NAME["smoke"])
+    with pytest.raises(UserError, match="did you mean 'quickstart'"):
+        load_config(Path("quickstrt"))
+    with pytest.raises(UserError, match="other/smoke does not exist"):
+        load_config(Path("other/smoke"))
+    Path("smoke").write_text("run.num_steps = 7")  # the user's own file comes first
+    assert load_config(Path("smoke")).run.num_steps == 7
 
 
 @pytest.mark.parametrize("content", [b"[lora\nrank = 1", b"rank = = 1", b"\xff\xfe"])

@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--math-golds", type=Path, help="JSONL with an 'answer' field")
     parser.add_argument("--seconds", type=float, default=3.0, help="per speed measurement")
     parser.add_argument("--hostile-seconds", type=float, default=300.0)
-    parser.add_argument("--only-ours", action="store_true", help="leave Math-Verify out")
+    parser.add_argument("--only-ours", action="store_true", help="skip Math-Verify")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     report = compare(args)

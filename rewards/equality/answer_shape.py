@@ -31,14 +31,14 @@ def renamings(
     is_option = gold.kind == "sym" and gold.name.upper() in tuple("ABCDE")
     if not rules.rename_bound or (gold.kind == "sym" and not is_option):
         return
-    ours = sorted(symbols(gold) - symbols(answer))
-    theirs = sorted(symbols(answer) - symbols(gold))
-    if not 0 < len(theirs) == len(ours) <= 3:
+    gold_names = sorted(symbols(gold) - symbols(answer))
+    answer_names = sorted(symbols(answer) - symbols(gold))
+    if not 0 < len(answer_names) == len(gold_names) <= 3:
         return
     is_shared = _are_families(gold, answer)
-    are_tuples = _runs_through(gold, ours) and _runs_through(answer, theirs)
-    for order in itertools.permutations(ours):
-        pairs = list(zip(theirs, order, strict=True))
+    are_tuples = _runs_through(gold, gold_names) and _runs_through(answer, answer_names)
+    for order in itertools.permutations(gold_names):
+        pairs = list(zip(answer_names, order, strict=True))
         if all(
             rules.rename_free
             or a.lower() == b.lower()
@@ -217,10 +217,12 @@ def name_of(item: Node) -> Node | None:
 
 def names_clash(gold: Node, answer: Node) -> bool:
     """Do both sides have names, and one of them a name that the other has not?"""
-    ours, theirs = (
+    gold_names, answer_names = (
         [name_of(item) for item in items_of(side)] if side.args else [] for side in (gold, answer)
     )
-    left, right = ([name for name in names if name is not None] for names in (ours, theirs))
+    left, right = (
+        [name for name in names if name is not None] for names in (gold_names, answer_names)
+    )
     if not left or not right:
         return False
     return not all(

@@ -26,10 +26,11 @@ from rewards.equality.answer_shape import (
 )
 from rewards.equality.congruences import equal_congruences
 from rewards.equality.exact import Undecided
+from rewards.equality.line import NotARegion, equal_regions
 from rewards.equality.matrices import reduce_matrices
 from rewards.equality.pieces import is_piecewise, same_pieces
 from rewards.equality.quantities import equal_quantities
-from rewards.equality.real_sets import NotARegion, equal_regions, to_region
+from rewards.equality.real_sets import to_region
 from rewards.equality.relations import (
     ascending,
     bind_arguments,
@@ -165,11 +166,15 @@ class Comparison:
 
     def _equal_formulas(self, gold: Node, answer: Node) -> bool | None:
         """Compare formulas with a domain, which one side may omit. None if neither has one."""
-        left, ours = split_conditions(gold)
-        right, theirs = split_conditions(answer)
-        if not ours and not theirs:
+        left, gold_conditions = split_conditions(gold)
+        right, answer_conditions = split_conditions(answer)
+        if not gold_conditions and not answer_conditions:
             return None
-        if ours and theirs and not self._same_multiset(ours, theirs):
+        if (
+            gold_conditions
+            and answer_conditions
+            and not self._same_multiset(gold_conditions, answer_conditions)
+        ):
             return False
         return self.equal(left, right)
 

@@ -20,12 +20,12 @@ def equal_congruences(gold: Node, answer: Node, equal: Equal) -> bool:
         return False
     if not equal(left.args[2], right.args[2]):
         return False
-    for ours in _orders(left):
-        for theirs in _orders(right):
-            has_names = None not in (ours[0], theirs[0])
-            if has_names and not equal(*[name for name in (ours[0], theirs[0]) if name]):
+    for left_order in _orders(left):
+        for right_order in _orders(right):
+            has_names = None not in (left_order[0], right_order[0])
+            if has_names and not equal(*[name for name in (left_order[0], right_order[0]) if name]):
                 continue
-            if _is_multiple(ours[1], theirs[1], left.args[2], equal):
+            if _is_multiple(left_order[1], right_order[1], left.args[2], equal):
                 return True
     return False
 

@@ -6,7 +6,8 @@ import functools
 import re
 from typing import NamedTuple
 
-from rewards.extraction.extract import extract_boxes, last_formula, last_number, phrase_of
+from rewards.extraction.extract import extract_boxes, phrase_of
+from rewards.extraction.unannounced import last_formula, last_number
 from rewards.parsing.nodes import LimitExceeded, Node, ParseError
 from rewards.parsing.parser import Parsed, parse
 from rewards.parsing.phrases import states_value

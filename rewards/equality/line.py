@@ -13,6 +13,7 @@ from rewards.equality.numeric import FLOATS, is_real, value_of
 from rewards.parsing.nodes import INFINITY, Node, negative, symbols
 
 MAX_PIECES = 64
+End = tuple[Node, bool, float]  # the end of a piece, is it closed, its value
 
 
 class NotARegion(Exception):
@@ -121,30 +122,32 @@ def intersect(left: Region, right: Region) -> Region:
 
 
 def _meet(a: Piece, b: Piece) -> Piece | None:
-    """The intersection; symbolic ends can only be compared with infinite ones."""
-    if math.isinf(a.low_value) or b.low_value > a.low_value:
-        low, is_low_closed, low_value = b.low, b.is_low_closed, b.low_value
-    elif math.isinf(b.low_value) or a.low_value > b.low_value:
-        low, is_low_closed, low_value = a.low, a.is_low_closed, a.low_value
-    elif a.low_value == b.low_value:
-        low, low_value = a.low, a.low_value
-        is_low_closed = a.is_low_closed and b.is_low_closed
-    else:
-        raise NotARegion
-    if math.isinf(a.high_value) or b.high_value < a.high_value:
-        high, is_high_closed, high_value = b.high, b.is_high_closed, b.high_value
-    elif math.isinf(b.high_value) or a.high_value < b.high_value:
-        high, is_high_closed, high_value = a.high, a.is_high_closed, a.high_value
-    elif a.high_value == b.high_value:
-        high, high_value = a.high, a.high_value
-        is_high_closed = a.is_high_closed and b.is_high_closed
-    else:
-        raise NotARegion
+    """The intersection of two pieces; None if it is empty."""
+    low, is_low_closed, low_value = _inner_end(
+        (a.low, a.is_low_closed, a.low_value), (b.low, b.is_low_closed, b.low_value), 1
+    )
+    high, is_high_closed, high_value = _inner_end(
+        (a.high, a.is_high_closed, a.high_value), (b.high, b.is_high_closed, b.high_value), -1
+    )
     if low_value > high_value:
         return None
     if low_value == high_value and not (is_low_closed and is_high_closed):
         return None
     return Piece(low, is_low_closed, high, is_high_closed, low_value, high_value)
+
+
+def _inner_end(a: End, b: End, sign: int) -> End:
+    """The larger of two ends, or the smaller for sign = -1.
+
+    A symbolic end can only be compared with an infinite one; else raises NotARegion.
+    """
+    if math.isinf(a[2]) or sign * b[2] > sign * a[2]:
+        return b
+    if math.isinf(b[2]) or sign * a[2] > sign * b[2]:
+        return a
+    if a[2] == b[2]:
+        return a[0], a[1] and b[1], a[2]
+    raise NotARegion
 
 
 def complement(region: Region) -> Region:

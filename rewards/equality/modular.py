@@ -11,13 +11,12 @@ from __future__ import annotations
 import random
 from fractions import Fraction
 
-from rewards.equality.exact import Undecided, exact
+from rewards.equality.exact import MAX_FACTORIAL, Undecided, exact
 from rewards.parsing.nodes import Node, symbols
 
 PRIME = 2**61 - 31  # 1 modulo 4, so that -1 has a root
 SQRT_MINUS_ONE = 583529827753931384
 _SALT = random.SystemRandom().getrandbits(60)
-MAX_FACTORIAL = 1000
 MAX_POINTS = 12  # (-1)^k and (-1)^n agree at every other point
 _COMMUTATIVE = frozenset({"gcd", "lcm", "max", "min"})
 

@@ -64,8 +64,8 @@ def _in_base(quantity: Node) -> Node:
 
 
 def _same_dimension(left: str, right: str) -> bool:
-    ours, theirs = read_unit(left), read_unit(right)
-    return ours is not None and theirs is not None and ours.dimension == theirs.dimension
+    one, other = read_unit(left), read_unit(right)
+    return one is not None and other is not None and one.dimension == other.dimension
 
 
 def _same_words(left: str, right: str) -> bool:
@@ -73,25 +73,25 @@ def _same_words(left: str, right: str) -> bool:
     exponents = {match[1] for match in map(_EXPONENT.search, (left, right)) if match is not None}
     if len(exponents) > 1:
         return False
-    ours, theirs = _words(left), _words(right)
-    if _RATES & (set(ours) ^ set(theirs)):
+    one, other = _words(left), _words(right)
+    if _RATES & (set(one) ^ set(other)):
         return False
-    if not ours or not theirs or set(ours) == set(theirs) or _GENERIC & {*ours, *theirs}:
+    if not one or not other or set(one) == set(other) or _GENERIC & {*one, *other}:
         return True
-    if _RATES & {*ours, *theirs}:
+    if _RATES & {*one, *other}:
         return False
-    if min(len(ours[-1]), len(theirs[-1]), len(ours[0]), len(theirs[0])) < 2:
+    if min(len(one[-1]), len(other[-1]), len(one[0]), len(other[0])) < 2:
         return False
-    return ours[-1] == theirs[-1] or ours[0] == theirs[0] and 1 in (len(ours), len(theirs))
+    return one[-1] == other[-1] or one[0] == other[0] and 1 in (len(one), len(other))
 
 
 def _same_start(left: str, right: str) -> bool:
     """Does one unit begin with the other: inches, inches wide? "units" matches any name."""
-    ours, theirs = _words(left), _words(right)
-    if _GENERIC & {*ours, *theirs}:
+    one, other = _words(left), _words(right)
+    if _GENERIC & {*one, *other}:
         return _same_words(left, right)
-    size = min(len(ours), len(theirs))
-    return ours[:size] == theirs[:size] and not _RATES & {*ours[size:], *theirs[size:]}
+    size = min(len(one), len(other))
+    return one[:size] == other[:size] and not _RATES & {*one[size:], *other[size:]}
 
 
 _EXPONENT = re.compile(r"\^\s*\{?\s*(\d+)|\b(?:(?P<square>square|sq)|cubic)\b")

@@ -16,7 +16,6 @@ from rewards.equality.line import (
     NotARegion,
     Region,
     complement,
-    equal_regions,
     intersect,
     make_piece,
     normalised,
@@ -24,7 +23,6 @@ from rewards.equality.line import (
 )
 from rewards.parsing.nodes import UNNAMED, Node, number_node
 
-__all__ = ["NotARegion", "equal_regions", "to_region"]
 _INTEGERS = {"\\mathbb{Z}": None, "\\mathbb{N}": 1, "\\mathbb{Z}^+": 1}  # and the least one
 _WHOLE_LINE = ("\\mathbb{R}", "\\mathbb R", "R")
 

@@ -125,8 +125,8 @@ def compatible_names(left: Node, right: Node) -> bool:
         return True
     kinds = {left.kind, right.kind}
     if kinds == {"text"}:
-        ours, theirs = set(left.name.split()), set(right.name.split())
-        return ours <= theirs or theirs <= ours
+        left_words, right_words = set(left.name.split()), set(right.name.split())
+        return left_words <= right_words or right_words <= left_words
     if "text" in kinds:
         return True  # the area and S
     if "open" in kinds:

@@ -20,15 +20,14 @@ from rewards.types import Verdict
 
 MAX_EVALUATED = 5000
 
+_SAME_NAMES = (
+    "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth asinh acosh atanh"
+    " log exp floor factorial factorial2 gcd lcm"
+)
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan, "cot": sympy.cot, "sec": sympy.sec,
-    "csc": sympy.csc, "asin": sympy.asin, "acos": sympy.acos, "atan": sympy.atan,
-    "acot": sympy.acot, "asec": sympy.asec, "acsc": sympy.acsc, "sinh": sympy.sinh,
-    "cosh": sympy.cosh, "tanh": sympy.tanh, "coth": sympy.coth, "asinh": sympy.asinh,
-    "acosh": sympy.acosh, "atanh": sympy.atanh, "ln": sympy.log, "log": sympy.log,
-    "exp": sympy.exp, "abs": sympy.Abs, "floor": sympy.floor, "ceil": sympy.ceiling,
-    "factorial": sympy.factorial, "factorial2": sympy.factorial2, "binom": sympy.binomial,
-    "gcd": sympy.gcd, "lcm": sympy.lcm, "max": sympy.Max, "min": sympy.Min, "mod": sympy.Mod,
+    **{name: getattr(sympy, name) for name in _SAME_NAMES.split()},
+    "ln": sympy.log, "abs": sympy.Abs, "ceil": sympy.ceiling, "binom": sympy.binomial,
+    "max": sympy.Max, "min": sympy.Min, "mod": sympy.Mod,
 }  # fmt: skip
 _CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "inf": sympy.oo}
 

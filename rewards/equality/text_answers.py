@@ -7,11 +7,7 @@ import re
 from rewards.parsing.nodes import Node
 
 _ARTICLES = frozenset({"the", "a", "an"})
-_NOTHING = frozenset(
-    {"no solution", "no solutions", "none", "empty set", "no real solution", "no real solutions"}
-    | {"does not exist", "no such numbers exist", "no such number exists", "no integer solutions"}
-    | {"there are no solutions", "there is no solution", "there are no such numbers", "dne"}
-)
+_NOTHING = frozenset({"none", "empty set", "does not exist", "dne"})
 _OPTION = re.compile(r"(?:option|choice)\s+\(?([a-j])\)?", re.IGNORECASE)
 _NONE_EXIST = re.compile(
     r"(?:there (?:is|are|exists?) )?(?:no|0|zero) (?:such |real |integer |possible |valid )?"

@@ -18,7 +18,7 @@ from rewards.extraction.languages import (
     NEGATION,
     starts_a_word,
 )
-from rewards.extraction.wording import MAX_STATED, is_value, stated
+from rewards.extraction.wording import MAX_STATED, SO, VALUE, is_value, stated
 
 Method = Literal["boxed", "hashes", "tag", "phrase", "bold", "math", "none"]
 
@@ -95,10 +95,7 @@ _REFUSED = re.compile(
     r"|integer|value|sum|product|difference|ratio|letter|option|one|same|following)\b",
     re.IGNORECASE,
 )
-_VALUE = (
-    r"(?:\$[^$\n]{1,200}\$|\\\([^\n]{1,200}?\\\)|\*\*[^*\n]{1,100}\*\*"
-    r"|[-+−]?(?:\\?[$€£])?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?|\(?\b[A-J]\b\)?)"
-)
+_VALUE = rf"(?:\\\([^\n]{{1,200}}?\\\)|{VALUE})"
 _ENDS_IN_VALUE = re.compile(rf"(?:^|[^\w.,/$])({_VALUE})(?:\s[a-z]+){{0,2}}[\s,*]*$")
 _IS_THE = re.compile(
     r"\s(?:is|are)(?:\s+(?:therefore|thus|hence|indeed|then|clearly|also))?\s+(?:the|our|my)\s+"
@@ -114,7 +111,7 @@ _DENIED = re.compile(
 _OF_VALUE = re.compile(rf"s?\s+of\s+(?={_VALUE}(?![\w^]))")
 _LETTER = r"(?:\*\*|\$|\\text(?:bf)?\{|\\mathbf\{|\(){0,3}(?P<letter>[A-J])(?:\}|\*\*|\$|\)){0,3}"
 _LONE_LETTER = re.compile(
-    rf"[\s*_]*(?:(?i:so|thus|hence|therefore|∴)[\s,:]+)?"
+    rf"[\s*_]*(?:(?i:{SO}|∴)[\s,:]+)?"
     r"(?:(?i:it's|it is|it must be|(?:i|i'd|i would|we|i'll) (?:pick|choose|say|go with"
     r"|select))\s+)?"
     rf"(?:(?i:option|choice)\s+)?{_LETTER}(?:,?\s(?:because|since|as)\s.*|[\s.*_]*)"

@@ -57,12 +57,14 @@ _ABANDONED_AFTER = re.compile(
 _PLACEHOLDER = re.compile(
     r"[\s.?…_]*|(?:\\text\s*\{)?\s*(?:your |the |final )*answer(?: here)?\s*\}?|\\[lc]?dots\s*"
 )
-_BESIDE = r"(?P<other>\$[^$\n]{1,80}\$|[-+]?\\?[$€£]?\d[\d.,/]*|\(?\b[A-J]\b\)?|\\frac\S{1,40})"
+_OTHER_ANSWER = (
+    r"(?P<other>\$[^$\n]{1,80}\$|[-+]?\\?[$€£]?\d[\d.,/]*|\(?\b[A-J]\b\)?|\\frac\S{1,40})"
+)
 _OR_AFTER = re.compile(
     r"[\s$)\\\].,*]*(?:\\text\s*\{)?[\s(,]*or\s+(?:maybe |perhaps |possibly |else |even )?\}?\s*"
-    + _BESIDE
+    + _OTHER_ANSWER
 )
-_OR_BEFORE = re.compile(_BESIDE + r"[\s,*)]*(?:\\text\s*\{)?\s*or\s*\}?[\s$(\\\[*]*$")
+_OR_BEFORE = re.compile(_OTHER_ANSWER + r"[\s,*)]*(?:\\text\s*\{)?\s*or\s*\}?[\s$(\\\[*]*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +195,9 @@ def box_group(text: str) -> BoxGroup | None:
     start, last_end, content = stated[-1]
     if len(stated) == 1 and "or" not in text[max(start - 100, 0) : last_end + 40]:
         return BoxGroup((content.strip(),), False, is_formatted, last_end)
-    beside = _OR_AFTER.match(text, last_end)
-    group = [content] if beside is None else [beside["other"], content]
-    is_either = beside is not None
+    following = _OR_AFTER.match(text, last_end)
+    group = [content] if following is None else [following["other"], content]
+    is_either = following is not None
     for earlier in reversed(stated[:-1]):
         between = text[earlier[1] : start]
         kind = _kind_of_joint(between)

@@ -30,10 +30,8 @@ from rewards.extraction.boxes import BoxGroup, box_group, find_boxes, opener, op
 from rewards.extraction.languages import DIGITS, HAS_DIGITS
 from rewards.extraction.retractions import hedged_values, revision
 from rewards.extraction.thinking import ExtraTags, after_thinking
-from rewards.extraction.unannounced import last_formula, last_number, unannounced
+from rewards.extraction.unannounced import unannounced
 from rewards.extraction.wording import asked_value, num_prose_words, opens_a_value
-
-__all__ = ["Extraction", "extract", "extract_boxes", "last_formula", "last_number", "phrase_of"]
 
 MAX_SHORT_WORDS = 3  # of an answer in words, such as 'no real solution'
 # Alternatives or a condition: such a sentence must not be reduced to one value.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rewards.extraction.wording import is_value, stated
+from rewards.extraction.wording import SO, is_value, stated
 
 MAX_REMARKS = 12  # closing sentences that are skipped
 MAX_SENTENCE = 1000
@@ -32,9 +32,7 @@ _EXPLANATION = re.compile(
     r"|why)\b",
     re.IGNORECASE,
 )
-_CONCLUSION = re.compile(
-    r"\b(?:so|thus|hence|therefore|in total|altogether|finally)\b", re.IGNORECASE
-)
+_CONCLUSION = re.compile(rf"\b(?:{SO}|in total|altogether|finally)\b", re.IGNORECASE)
 
 
 def without_remarks(text: str) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from rewards.extraction.wording import VALUE
+
 MAX_AFTERMATH = 600  # characters after a statement that are checked
 MIN_AFTERMATH = 4  # "or 6"
 
-_VALUE = (
-    r"(?P<value>\$[^$\n]{1,200}\$|\*\*[^*\n]{1,100}\*\*"
-    r"|[-+−]?(?:\\?[$€£])?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?|\(?\b[A-J]\b\)?)"
-)
+_VALUE = f"(?P<value>{VALUE})"
 _START = r"[\s$*_)\\\].,;!…}]*"
 _TAKEN_BACK = re.compile(
     _START + r"(?:(?:oh|hmm+|wait|no|oops|actually|but|sorry|however|hold on)[\s,.!…—–-]+)*"

@@ -11,7 +11,14 @@ import re
 from rewards.extraction.boxes import MAX_BOX_CHARS
 from rewards.extraction.languages import DIGITS, HAS_DIGITS
 from rewards.extraction.remarks import MAX_SENTENCE, TAIL, last_sentence, without_remarks
-from rewards.extraction.wording import asked_value, is_aside, is_value, num_prose_words, stated
+from rewards.extraction.wording import (
+    SO,
+    asked_value,
+    is_aside,
+    is_value,
+    num_prose_words,
+    stated,
+)
 
 MAX_WHOLE_CHARS = 200
 MAX_NUMBER_CHARS = 400
@@ -22,7 +29,7 @@ _NUMBER = re.compile(
 _DIGITS = frozenset("0123456789")
 _NUMBER_CHARS = frozenset("0123456789.,/$€£%\\-−+ \t\n")
 _LEAD_IN = re.compile(
-    r"^(?:(?:∴|⇒|=>|→|⟹)\s*|(?:(?:so|thus|hence|therefore),?|it's|it is|it equals|that's|that makes"
+    rf"^(?:(?:∴|⇒|=>|→|⟹)\s*|(?:(?:{SO}),?|it's|it is|it equals|that's|that makes"
     r"|(?:we|i) get|this gives)\s+(?!that\b|is\b|are\b))+",
     re.IGNORECASE,
 )
@@ -46,7 +53,7 @@ _JUDGED = re.compile(
 )
 _REASON = re.compile(r"\**[,;:]?\s+(?:since|because|as)\b")
 _YES_NO = re.compile(
-    r"[\s*_(]*(?:\W*(?:so|thus|hence|therefore)\W+)?(?P<word>yes|no|true|false)\b(?=\**\s*[,.;:!—–-]|\**\s*$)",
+    rf"[\s*_(]*(?:\W*(?:{SO})\W+)?(?P<word>yes|no|true|false)\b(?=\**\s*[,.;:!—–-]|\**\s*$)",
     re.IGNORECASE,
 )
 _LEADING_WORDS = re.compile(
@@ -91,6 +98,8 @@ _SUPPOSED = re.compile(
 _OPERATOR_BEFORE = re.compile(r"[\d)\]}]\s*(?:[-+*/×·−]|x|\\times|\\cdot)\s*$")
 _SUM_BEFORE = re.compile(r"(?:[\d.,()+*/×·−x\s-]|\\times|\\cdot)*$")
 _UNFINISHED = re.compile(r"\s*(?:=|\\approx|[-+*/×·−])\s*$")
+# A last line such as 1 = -1.
+_EQUATED = re.compile(r"(?:^|\n)\s*(?P<left>[-−]?\d{1,30})\s*=\s*(?P<right>[-−]?\d{1,30})[\s.]*$")
 _ALTERNATIVE = re.compile(
     r"(?:between\s+)?(?:\$-?\d[\d.,]*\$|[-−]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?)(?:\s[a-z]+)?"
     r"(?:\s*,?\s*(?:(?:or|and/or|или|oder|ou|o)\s+|或者?|または|또는)"
@@ -309,6 +318,8 @@ def _last_maths(text: str) -> str | None:
             end, content = number
             if _UNFINISHED.match(text, end):
                 return None  # 7 = ..., and the text ends
+            if _is_false_equation(text):
+                return None
             content = _with_sum(text, end, content)
             start = opening = end - len(content)
             stop = end
@@ -319,6 +330,15 @@ def _last_maths(text: str) -> str | None:
             return _widened(text, opening, stop, content.strip())
         text = text[:opening]
     return None
+
+
+def _is_false_equation(text: str) -> bool:
+    """Does the text end with an equation between two different integers?"""
+    match = _EQUATED.search(text, max(len(text) - MAX_WHOLE_CHARS, 0))
+    if match is None:
+        return False
+    left, right = (int(match[name].replace("−", "-")) for name in ("left", "right"))
+    return left != right
 
 
 def _with_sum(text: str, end: int, number: str) -> str:

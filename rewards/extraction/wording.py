@@ -21,6 +21,12 @@ from rewards.parsing.units import is_unit
 
 MAX_STATED = 2000
 MAX_VALUE = 300  # characters of a stated value
+SO = "so|thus|hence|therefore"
+# A formula, bold text, a number with its currency or percent sign, or an option's letter.
+VALUE = (
+    r"\$[^$\n]{1,200}\$|\*\*[^*\n]{1,100}\*\*"
+    r"|[-+−]?(?:\\?[$€£])?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?|\(?\b[A-J]\b\)?"
+)
 
 _SENTENCE_END = re.compile(
     r"(?<!\bvs)(?<!\bSt)(?<!\.)\.(?=\s+[A-Z\"'(]|\s*$)|(?<![\d)])[!?](?=\s+[A-Z\"'(])"

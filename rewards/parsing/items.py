@@ -10,7 +10,9 @@ from rewards.parsing.phrases import (
     ARTICLED,
     DENIALS,
     NUMBERED,
+    OR_MORE,
     ORDINALS,
+    TRAILING,
     VERBS,
     apply,
     comparison_of,
@@ -19,8 +21,6 @@ from rewards.parsing.phrases import (
     joins_number,
     leading_operations,
     number_of,
-    open_end,
-    trailing_operation,
 )
 from rewards.parsing.quantities import compound, quantity_of_product, temperature
 from rewards.parsing.structures import StructureParser
@@ -72,7 +72,7 @@ class ItemParser(StructureParser):
             if self._at_closer(closers) or self._at_separator():
                 return self._parse_open_end(_text_or_number(words))
             if self.token.text == "(" and self.following.kind == "num":
-                return self._parse_said_twice(words)
+                return self._parse_repeated(words)
             if words[-1] in _EXCEPT and " ".join(words[:-1]) in _ALL_REALS:
                 items, _, _ = self.parse_items(closers)
                 return Node("minus", (Node("sym", name="\\mathbb{R}"), Node("set", tuple(items))))
@@ -92,10 +92,7 @@ class ItemParser(StructureParser):
             operations = leading_operations(words)
             if operations is None:
                 raise ParseError
-            value = self.parse_item(closers)
-            if value is None:
-                raise ParseError
-            return apply(operations, value)
+            return apply(operations, self._parse_value(closers))
         unit = self._accept_currency()
         node = self.parse_relation()
         node = self._parse_suffix(node, closers)
@@ -117,16 +114,18 @@ class ItemParser(StructureParser):
             self._skip_qualifier(closers)
             return None
         operations = leading_operations(words)
-        value = self.parse_item(closers) if operations else None
-        if operations is None or value is None:
+        if not operations:
             raise ParseError
-        return apply(operations, value)
+        return apply(operations, self._parse_value(closers))
 
     def _labelled(self, words: list[str], closers: tuple[str, ...]) -> Node:
+        return Node("label", (self._parse_value(closers),), " ".join(words).lower())
+
+    def _parse_value(self, closers: tuple[str, ...]) -> Node:
         value = self.parse_item(closers)
         if value is None:
             raise ParseError
-        return Node("label", (value,), " ".join(words).lower())
+        return value
 
     def _read_words(self) -> list[str]:
         words: list[str] = []
@@ -225,14 +224,14 @@ class ItemParser(StructureParser):
             return Node("text", name=f"{node.number}th")  # not 5; but the 5th day is day 5
         while words and words[0].lower() in SCALE_WORDS:
             node = Node("mul", (node, number_node(SCALE_WORDS[words.pop(0).lower()])))
-        while (operation := trailing_operation(words)) is not None:
-            node, words = apply([operation], node), words[1:]
+        while words and words[0].lower() in TRAILING:
+            node, words = apply([TRAILING[words[0].lower()]], node), words[1:]
         if not words:
             return node
         if words[0] == "(" and words[-1] == ")":
-            said = number_of([word.lower() for word in words[1:-1]])
-            if said is not None and not said[1]:
-                if node != number_node(said[0]):
+            spelled = number_of([word.lower() for word in words[1:-1]])
+            if spelled is not None and not spelled[1]:
+                if node != number_node(spelled[0]):
                     raise ParseError
                 return node  # 5 (five)
         name = " ".join(words).replace(" ^ ", "^").replace(" / ", "/")
@@ -285,7 +284,7 @@ class ItemParser(StructureParser):
             words.append(token.text.lower())
             kinds.append(token.kind)
         if self.at("word", "or") and kinds[0] == "word":
-            operator = open_end(words[:1])
+            operator = OR_MORE.get(words[0])
             if operator is not None and kinds[1:2] != ["word"]:
                 self.index += 2
                 return Node("rel", (UNNAMED, node), operator)
@@ -296,13 +295,13 @@ class ItemParser(StructureParser):
                 return Node("num", number=node.number + fraction)
         return node
 
-    def _parse_said_twice(self, words: list[str]) -> Node:
+    def _parse_repeated(self, words: list[str]) -> Node:
         """five (5)."""
-        said = _text_or_number(words)
+        spelled = _text_or_number(words)
         self.next()
         value = self.parse_sum()
         self.expect("close", ")")
-        if said != value:
+        if spelled != value:
             raise ParseError
         return value
 
@@ -321,10 +320,10 @@ def _text_or_number(words: list[str]) -> Node:
         return Node("sym", name="\\mathbb{R}")
     for start in range(min(len(words), 6)):
         operations = leading_operations(words[:start])
-        said = number_of(words[start:])
-        if operations is None or said is None:
+        spelled = number_of(words[start:])
+        if operations is None or spelled is None:
             continue
-        value, rest = said
+        value, rest = spelled
         if is_loaded(rest):
             break
         node = apply(operations, number_node(value))

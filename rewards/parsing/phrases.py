@@ -47,9 +47,9 @@ _LEADING = {
     for name, phrases in table.items()
     for phrase in phrases.split("|")
 }
-_TRAILING = {"squared": "square", "cubed": "cube", "factorial": "factorial", "doubled": "double"}
-_OR_MORE = dict.fromkeys(("more", "greater", "higher", "above", "larger"), ">=")
-_OR_MORE |= dict.fromkeys(("less", "fewer", "lower", "below", "smaller"), "<=")
+TRAILING = {"squared": "square", "cubed": "cube", "factorial": "factorial", "doubled": "double"}
+OR_MORE = dict.fromkeys(("more", "greater", "higher", "above", "larger"), ">=")
+OR_MORE |= dict.fromkeys(("less", "fewer", "lower", "below", "smaller"), "<=")
 ORDINALS = ("th", "st", "nd", "rd")
 NUMBERED = frozenset("day month floor grade century place row year week position person".split())
 ARTICLED = frozenset({*_PARTS, *SCALE_WORDS, "total", "minimum", "maximum"})  # after "a"
@@ -117,13 +117,13 @@ def leading_operations(words: list[str]) -> list[str] | None:
 def _part_of(words: list[str], position: int) -> tuple[str, int] | None:
     """(operation, next position) for "half of", "a third of", "two thirds of"."""
     for size in (1, 2):
-        behind = position + size
-        size_words = words[position:behind]
-        if size == 1 and size_words[0] in _PARTS:
-            size_words = ["one", *size_words]
-        fraction = fraction_of(size_words)
-        if fraction is not None and words[behind : behind + 1] == ["of"]:
-            return str(fraction), behind + 1
+        end = position + size
+        part_words = words[position:end]
+        if size == 1 and part_words[0] in _PARTS:
+            part_words = ["one", *part_words]
+        fraction = fraction_of(part_words)
+        if fraction is not None and words[end : end + 1] == ["of"]:
+            return str(fraction), end + 1
     return None
 
 
@@ -169,16 +169,6 @@ def _applied(name: str, value: Node) -> Node:
         return function("root", value, number_node(3))
     factor = {"double": Fraction(2), "triple": Fraction(3)}.get(name)
     return Node("mul", (number_node(Fraction(name) if factor is None else factor), value))
-
-
-def trailing_operation(words: list[str]) -> str | None:
-    """The operation of the first word after a value."""
-    return _TRAILING.get(words[0].lower()) if words else None
-
-
-def open_end(words: list[str]) -> str | None:
-    """The operator of "(or) more", "(or) less"."""
-    return _OR_MORE.get(words[0]) if words else None
 
 
 def comparison_of(words: list[str]) -> str | None:
@@ -231,9 +221,9 @@ def _below_hundred(words: list[str], position: int) -> tuple[int | None, int]:
     value = NUMBER_WORDS.get(words[position])
     if value is None or words[position] in SCALE_WORDS:
         return None, position
-    behind = words[position + 1] if position + 1 < len(words) else ""
-    if value >= 20 and 0 < NUMBER_WORDS.get(behind, 0) < 10:
-        return value + NUMBER_WORDS[behind], position + 2
+    following = words[position + 1] if position + 1 < len(words) else ""
+    if value >= 20 and 0 < NUMBER_WORDS.get(following, 0) < 10:
+        return value + NUMBER_WORDS[following], position + 2
     return value, position + 1
 
 
@@ -252,18 +242,18 @@ def states_value(before: str, after: str) -> bool:
     if after.startswith(ORDINALS) and not set(_words_of(after)[1:]) <= NUMBERED:
         return False  # the 5th prime
     before = _ASIDE.split(before)[-1]  # "it is not 10 which is 20" states 20
-    ours, theirs = _words_of(before), _words_of(after)
-    if DENIALS & {*ours, *theirs}:
+    words_before, words_after = _words_of(before), _words_of(after)
+    if DENIALS & {*words_before, *words_after}:
         return False
-    if theirs and not _AFTERWORDS.match(" ".join(theirs)) and is_loaded(theirs):
+    if words_after and not _AFTERWORDS.match(" ".join(words_after)) and is_loaded(words_after):
         return False
-    while ours and ours[-1] in FILLER_WORDS and ours[-1] not in _STATING:
-        ours.pop()
-    if ours[-1:] == ["to"]:
-        return len(ours) > 1 and ours[-2] in _LEADING_TO
-    if not ours:
+    while words_before and words_before[-1] in FILLER_WORDS and words_before[-1] not in _STATING:
+        words_before.pop()
+    if words_before[-1:] == ["to"]:
+        return len(words_before) > 1 and words_before[-2] in _LEADING_TO
+    if not words_before:
         return re.search(r"\d", before) is None  # 4 to 5
-    return ours[-1] in _STATING or re.search(r"[=:≈]\W*$", before) is not None
+    return words_before[-1] in _STATING or re.search(r"[=:≈]\W*$", before) is not None
 
 
 def _words_of(text: str) -> list[str]:

@@ -49,6 +49,10 @@ _OPERATORS = {
     "<=": "<=", "=<": "<=", ">=": ">=", "!=": "!=", "==": "=", ":=": "=", "**": "^", "=>": "to",
     "->": "to", "*": "*",
 }  # fmt: skip
+_ESCAPED = {  # \# and \_ are ignored
+    "\\{": ("open", "\\{"), "\\}": ("close", "\\}"), "\\%": ("op", "%"),
+    "\\$": ("op", "currency"), "\\|": ("op", "|"), "\\\\": ("op", "row"), "\\&": ("word", "and"),
+}  # fmt: skip
 
 
 def tokenize(text: str) -> list[Token]:
@@ -165,20 +169,9 @@ def _follows_operand(tokens: list[Token]) -> bool:
 
 
 def _read_escaped(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
-    symbol = piece[1]
-    if symbol in "{}":
-        tokens.append(Token("open" if symbol == "{" else "close", piece, is_spaced, start))
-    elif symbol == "%":
-        tokens.append(Token("op", "%", is_spaced, start))
-    elif symbol == "$":
-        tokens.append(Token("op", "currency", is_spaced, start))
-    elif symbol == "|":
-        tokens.append(Token("op", "|", is_spaced, start))
-    elif symbol == "\\":
-        tokens.append(Token("op", "row", is_spaced, start))
-    elif symbol == "&":
-        tokens.append(Token("word", "and", is_spaced, start))
-    # \# and \_ are ignored.
+    if piece in _ESCAPED:
+        kind, text = _ESCAPED[piece]
+        tokens.append(Token(kind, text, is_spaced, start))
 
 
 def _read_command(

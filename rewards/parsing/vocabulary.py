@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-FUNCTIONS: dict[str, str] = {
-    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc",
+_PLAIN_NAMES = (
+    "sin cos tan cot sec csc asin acos atan sinh cosh tanh coth ln log lg exp abs floor ceil cis"
+    " gcd lcm det min max arg mod lim sqrt sup inf tr rank dim ker cbrt sgn erf"
+)
+FUNCTIONS: dict[str, str] = {name: name for name in _PLAIN_NAMES.split()} | {
     "cosec": "csc", "tg": "tan", "ctg": "cot", "arcsin": "asin", "arccos": "acos",
-    "arctan": "atan", "arctg": "atan", "asin": "asin", "acos": "acos", "atan": "atan",
-    "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "sinh": "sinh", "cosh": "cosh",
-    "tanh": "tanh", "coth": "coth", "ln": "ln", "log": "log", "lg": "lg", "exp": "exp",
-    "Sin": "sin", "Cos": "cos", "Tan": "tan", "abs": "abs", "floor": "floor", "ceil": "ceil",
-    "cis": "cis", "arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh", "arsinh": "asinh",
-    "arcosh": "acosh", "artanh": "atanh", "gcd": "gcd", "lcm": "lcm", "det": "det", "min": "min",
-    "max": "max", "Re": "re", "Im": "im", "arg": "arg", "mod": "mod", "lim": "lim",
-    "sqrt": "sqrt", "sup": "sup", "inf": "inf", "tr": "tr", "rank": "rank", "dim": "dim",
-    "deg": "degree", "ker": "ker", "cbrt": "cbrt", "sgn": "sgn", "sign": "sgn", "GCD": "gcd",
-    "LCM": "lcm", "erf": "erf",
+    "arctan": "atan", "arctg": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc",
+    "Sin": "sin", "Cos": "cos", "Tan": "tan", "arcsinh": "asinh", "arccosh": "acosh",
+    "arctanh": "atanh", "arsinh": "asinh", "arcosh": "acosh", "artanh": "atanh", "Re": "re",
+    "Im": "im", "deg": "degree", "sign": "sgn", "GCD": "gcd", "LCM": "lcm",
 }  # fmt: skip
 # Functions that a question asks to evaluate: not accepted in place of their value.
 OPEN_FUNCTIONS = frozenset(

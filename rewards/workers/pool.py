@@ -57,8 +57,8 @@ class Worker:
             "rewards.workers.worker",
             str(os.getpid()),
             str(memory_mb),
+            json.dumps(warm_up),
         ]
-        command.append(json.dumps(warm_up))
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -15,21 +15,9 @@ import struct
 import sys
 import threading
 import time
-from typing import Any, BinaryIO
+from typing import Any
 
 MAX_FRAME_BYTES = 1 << 20
-
-
-def read_exactly(stream: BinaryIO, size: int) -> bytes:
-    """`size` bytes, or fewer at end of file."""
-    chunks: list[bytes] = []
-    while size > 0:
-        chunk = stream.read(size)
-        if not chunk:
-            break
-        chunks.append(chunk)
-        size -= len(chunk)
-    return b"".join(chunks)
 
 
 def encode(message: dict[str, Any]) -> bytes:
@@ -94,13 +82,13 @@ def main() -> None:
     responses.write(encode({"ready": True}))
     responses.flush()
     while True:
-        header = read_exactly(requests, 4)
+        header = requests.read(4)
         if len(header) < 4:
             return
         (size,) = struct.unpack(">I", header)
         if size > MAX_FRAME_BYTES:
             return
-        request = json.loads(read_exactly(requests, size))
+        request = json.loads(requests.read(size))
         limit_cpu(float(request["timeout_s"]))
         responses.write(encode(handle(request)))
         responses.flush()

@@ -94,10 +94,13 @@ def test_status_says_why(gold: str, answer: str, status: str) -> None:
         ("First some steps.\nSo we get 7 - 2", "-2"),
         ("First some steps.\nSo we get 3 * 5", "5"),
         ("First some steps.\nSo x = 7 +", "7"),
+        ("7 = 8\n0 = 1\nundefined\n1 = -1", "-1"),
+        ("First some steps.\n3 = 5.", "5"),
+        ("First some steps.\n3 = 5.", "3"),
     ],
 )
-def test_a_truncated_answer_earns_nothing(completion: str, gold: str) -> None:
-    """A policy was rewarded for these when it reached the token limit."""
+def test_a_truncated_or_false_ending_earns_nothing(completion: str, gold: str) -> None:
+    """Policies in training were rewarded for such endings, most of them at the token limit."""
     assert not score(completion, gold, rules="gsm8k").correct
 
 
@@ -107,6 +110,8 @@ def test_a_truncated_answer_earns_nothing(completion: str, gold: str) -> None:
         ("First some steps.\nSo we get 7 + 2 = 9", "9"),
         ("First some steps.\nSo we get -2", "-2"),
         ("2 + 2 = 4\n4 + 2 = 6\n6 = 6\n", "6"),
+        ("First some steps.\n-6 = -6", "-6"),
+        ("First some steps.\nx = 6", "6"),
         ("First some steps.\n20 - 10 = 10 dollars left", "10"),
         ("20 - 10 = 10 dollars left", "10"),
         ("Of her 20 dollars she keeps 3 -- and that is all she has.", "3"),

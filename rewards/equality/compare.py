@@ -78,7 +78,10 @@ class Comparison:
         self.num_comparisons = 0
 
     def compare(self, gold: Parsed, answer: Parsed) -> bool:
-        """Raises Undecided, Contradiction, LimitExceeded and ParseError."""
+        """Is the answer equal to the gold, also without labels or with other symbols?
+
+        Raises Undecided, Contradiction, LimitExceeded and ParseError.
+        """
         left, right = reduce_matrices(gold.node), reduce_matrices(answer.node)
         if self.equal(left, right):
             return True

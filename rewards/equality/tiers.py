@@ -84,7 +84,7 @@ def _plain_outcome(gold: str, answer: str, rules: GradingRules) -> Outcome | Non
     """The outcome for strings and plain numbers, the most common answers; None for others."""
     gold, answer = gold.strip(), answer.strip()
     if not gold:
-        raise ValueError("the gold answer is empty: give the reference of this prompt")
+        raise ValueError("the gold answer is empty: pass the prompt's reference")
     is_plain_gold = _INTEGER.fullmatch(gold) is not None
     if is_plain_gold and _INTEGER.fullmatch(answer):
         number = int(answer)

@@ -191,8 +191,7 @@ class ExpressionParser(FunctionParser):
             node = self.parse_exponent()
         else:
             node = self.parse_primary()
-            if self.at("op", "^") and not self.at("end"):
-                self.next()
+            if self.accept("op", "^"):
                 node = Node("pow", (node, self.parse_exponent()))
         self.depth -= 1
         return node

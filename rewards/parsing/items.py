@@ -148,9 +148,8 @@ class ItemParser(StructureParser):
         """
         start, is_plain = self.index, self.token.text.lower() in _PLAIN_QUALIFIERS
         if is_plain and self._read_condition(closers):
-            stop, self.index = self.index, start
-            self.bound |= {token.text for token in self.tokens[start:stop] if token.kind == "sym"}
-            self.index = stop
+            skipped = self.tokens[start : self.index]
+            self.bound |= {token.text for token in skipped if token.kind == "sym"}
             return
         while not self._at_closer(closers):
             token = self.next()

@@ -66,9 +66,9 @@ class StructureParser(ExpressionParser):
 
     def _mark_called_head(self) -> None:
         """`T(10) = 2`: a letter with parentheses before a relation sign is a function value."""
+        self._called_head = -1
         index = self.index
         if self.tokens[index].kind != "sym" or self.tokens[index + 1].text != "(":
-            self._called_head = -1
             return
         depth = 0
         for position in range(index + 1, len(self.tokens)):
@@ -80,10 +80,9 @@ class StructureParser(ExpressionParser):
                 is_plain = all(t.kind in ("sym", "num") or t.text in (",", "-") for t in content)
                 is_own = any(t.text == self.tokens[index].text for t in content)
                 is_relation = follower.kind == "op" and follower.text in _HEAD_RELATIONS
-                is_head = is_relation and is_plain and not is_own
-                self._called_head = index if is_head else -1
+                if is_relation and is_plain and not is_own:
+                    self._called_head = index
                 return
-        self._called_head = -1
 
     _called_head = -1
     num_attempts = 0  # at reading braces as a set-builder

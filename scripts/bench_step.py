@@ -28,7 +28,7 @@ from benchmarks.growth import against_formula, fits, records, sweep_tables  # no
 from benchmarks.run import compare, has_trl, measure, sweep  # noqa: E402
 from benchmarks.workload import Size  # noqa: E402
 
-BASELINE = ROOT / "benchmarks" / "baseline.json"
+BASELINE = ROOT / "scripts" / "benchmarks" / "baseline.json"
 SWEEPS = {
     "samples": [Size(num_samples=n) for n in (2, 4, 8)],
     "tokens": [Size(max_tokens=n) for n in (24, 48, 96, 192)],

@@ -293,7 +293,7 @@ def _curve_lines(status: Status, sparks: str) -> list[str]:
         if len(numbers) > 1:
             low, high = form.format(min(numbers)), form.format(max(numbers))
             curve = sparkline(values, _SPARK_WIDTH, sparks)
-            lines.append(f"{label:6s} {curve}  {low} to {high}")
+            lines.append(f"{label:10s} {curve}  {low} to {high}")
     return lines
 
 

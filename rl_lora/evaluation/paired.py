@@ -1,10 +1,10 @@
-"""Two evaluations of the same problems, held against each other problem by problem.
+"""Paired comparison of two evaluations of the same problems.
 
 The difference is the mean over problems of d = share correct (second) - share correct (first). Its
-interval resamples problems (bootstrap, seeded). The p-value is that of the sign-flip test on d:
-under the null hypothesis the two policies could be exchanged within each problem. With one sample a
-problem that is McNemar's exact test. With more, McNemar's test needs one verdict a problem and is
-made on the majority's; it is given beside the sign-flip test, which loses nothing.
+interval is a seeded bootstrap over problems. The p-value is that of the sign-flip test on d: under
+the null hypothesis the two policies are exchangeable within each problem. With one sample per
+problem that is McNemar's exact test. With several, McNemar's test needs one verdict per problem and
+takes the majority's; it is reported next to the sign-flip test, which uses every sample.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class McNemar:
     Example: McNemar(verdict="only sample", only_first=3, only_second=21, p_value=0.00028)
     """
 
-    verdict: str  # what one verdict a problem is: the only sample's, or the majority's
-    only_first: int  # problems that the first policy alone has right
+    verdict: str  # whose verdict counts for a problem: the only sample's, or the majority's
+    only_first: int  # problems that only the first policy solves
     only_second: int
     p_value: float  # two-sided, binomial
 
@@ -60,8 +60,8 @@ class PairedScores:
     difference: float  # second - first
     low: float
     high: float
-    interval: str  # bootstrap; exact: no two problems differ in d, which leaves nothing to resample
-    num_won: int  # problems on which the second policy has more samples right
+    interval: str  # "bootstrap", or "exact" if d is the same for all problems
+    num_won: int  # problems on which the second policy has more correct samples
     num_lost: int
     num_tied: int
     p_value: float  # two-sided, sign-flip test over problems
@@ -81,7 +81,7 @@ class PairedResult:
     total: PairedScores
     by_source: dict[str, PairedScores]
     confidence: float
-    has_common_seeds: bool  # the same settings and random numbers for both policies
+    has_common_seeds: bool  # both policies sampled with the same settings and random numbers
     notes: tuple[str, ...] = ()
 
     def save(self, path: Path) -> None:
@@ -100,14 +100,14 @@ def compare_evaluations(
     """Compares two evaluations on disk; nothing is sampled.
 
     Args:
-        first: NAME.jsonl.gz or NAME.json of the evaluation to compare with.
-        second: of the evaluation that is held against it.
-        names: of the two policies; None: those of the files.
+        first: NAME.jsonl.gz or NAME.json of the baseline.
+        second: NAME.jsonl.gz or NAME.json of the policy compared with it.
+        names: names of the two policies; None: the files' names.
         confidence: of the intervals.
         seed: of the bootstrap.
 
     Raises:
-        UserError: no such evaluation, or evaluations of other problems or numbers of samples.
+        UserError: no such evaluation, or the two differ in problems or number of samples.
     """
     first, second = find_evaluation(first), find_evaluation(second)
     settings_1, problems_1 = read_evaluation(first)
@@ -128,17 +128,19 @@ def compare_evaluations(
         },
         confidence=confidence,
         has_common_seeds=difference is None,
-        notes=() if difference is None else (f"the evaluations were sampled unlike: {difference}",),
+        notes=()
+        if difference is None
+        else (f"the evaluations were sampled differently: {difference}",),
     )
 
 
 def paired_scores(
     pairs_N: Sequence[tuple[ProblemRecord, ProblemRecord]], confidence: float = 0.95, seed: int = 0
 ) -> PairedScores:
-    """Scores of N problems, each evaluated under both policies with k samples; a pure function.
+    """Scores of N problems, each evaluated under both policies with k samples.
 
     Raises:
-        ValueError: no problem, or different numbers of samples.
+        ValueError: there is no problem, or the numbers of samples differ.
     """
     num_samples = len(pairs_N[0][0].samples_G) if pairs_N else 0
     if not num_samples or any(len(p.samples_G) != num_samples for pair in pairs_N for p in pair):
@@ -179,9 +181,9 @@ def difference_interval(
 ) -> tuple[float, float, str]:
     """(low, high, method) of the mean of gains / k over problems.
 
-    A bootstrap over problems. Where all gains are the same (as on an evaluation that neither policy
-    can do) it would have no width; then up to a share u of all problems may differ from the d seen,
-    u being the exact upper limit for 0 of N, and each of those by anything in -1..1.
+    A bootstrap over problems. If all gains are equal (e.g. neither policy solves anything) it would
+    have zero width. Then, with u the exact upper limit for 0 of N, a share of up to u of all
+    problems may have another d, anywhere in -1..1.
     """
     shares_N = [gain / num_samples for gain in gains_N]
     if len(set(gains_N)) > 1:
@@ -193,8 +195,9 @@ def difference_interval(
 def sign_flip_p(gains_N: Sequence[int]) -> float:
     """Two-sided p-value of sum(gains) under random signs: exact, over all 2^N sign patterns.
 
-    (Fisher 1935, 'The Design of Experiments', section 21.) Gains are whole numbers, so that the
-    distribution of the sum follows by adding one problem at a time.
+    (Fisher 1935, 'The Design of Experiments', section 21.) Gains are integers, so the distribution
+    of the sum follows by convolution, one problem at a time; scipy's `permutation_test` enumerates
+    the patterns, which is out of reach from some 20 problems on.
     """
     sizes = [abs(gain) for gain in gains_N if gain]
     reach = sum(sizes)
@@ -208,10 +211,11 @@ def sign_flip_p(gains_N: Sequence[int]) -> float:
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Two-sided exact p-value of McNemar's test (1947): binomial at 1/2 on the unlike pairs."""
+    """Two-sided exact p-value of McNemar's test (1947): binomial at 1/2 on the discordant pairs."""
+    from scipy import stats  # slow to import, and `rl-lora status` needs no test
+
     num = only_first + only_second
-    tail = sum(math.comb(num, i) for i in range(min(only_first, only_second) + 1))
-    return min(1.0, 2 * tail / 2**num)
+    return float(stats.binomtest(only_first, num, 0.5).pvalue) if num else 1.0
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def _check_same(
 ) -> None:
     for path, problems in ((first, problems_1), (second, problems_2)):
         if not problems:
-            raise UserError(f"{path} holds no problem yet; let rl-lora eval end")
+            raise UserError(f"{path} has no problems yet; wait for rl-lora eval to finish")
     questions_1, questions_2 = (
         {problem.prompt_id: (problem.question, problem.reference) for problem in problems}
         for problems in (problems_1, problems_2)
@@ -234,21 +238,21 @@ def _check_same(
         if questions_1.get(prompt_id) != questions_2.get(prompt_id):
             raise UserError(
                 f"{first} ({len(problems_1)} problems) and {second} ({len(problems_2)}) are not of "
-                f"the same problems: {prompt_id} differs or is in one alone; evaluate both "
-                "policies on one data.eval"
+                f"the same problems: {prompt_id} differs or is in only one of them; evaluate both "
+                "policies with the same data.eval"
             )
     num_samples = {len(problem.samples_G) for problem in (*problems_1, *problems_2)}
     if len(num_samples) > 1:
         raise UserError(
-            f"{first} and {second} have {' and '.join(map(str, sorted(num_samples)))} samples a "
-            "problem; evaluate both with one eval.num_samples"
+            f"{first} and {second} have {' and '.join(map(str, sorted(num_samples)))} samples per "
+            "problem; evaluate both with the same eval.num_samples"
         )
 
 
 def _sampling_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
-    """The first setting of sampling in which the evaluations differ; None: they are alike."""
+    """The first sampling setting in which the evaluations differ, in words; None: none does."""
     if not first or not second:
-        return "a file is of an older version, which does not say how"
+        return "a file of an older version does not record its settings"
     return settings_difference(
         *({key: settings.get(key) for key in SAMPLING_KEYS} for settings in (first, second))
     )

@@ -13,9 +13,9 @@ from rewards import load_reward
 from rl_lora.commands.grade import add_arguments, grade_file, run
 from rl_lora.config import EvalSection
 from rl_lora.errors import UserError
-from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.intervals import exact_interval
 from rl_lora.evaluation.regrade import Change, regrade
+from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
 
 
@@ -204,7 +204,7 @@ def test_an_evaluation_against_another_judge(tmp_path: Path) -> None:
 
 def test_evaluations_that_cannot_be_graded(tmp_path: Path) -> None:
     path = write_evaluation(tmp_path, {"reward": "os:system"})
-    with pytest.raises(UserError, match=r"graded by os:system; say so: --reward"):
+    with pytest.raises(UserError, match=r"was graded by 'os:system'; say so: --reward"):
         run(arguments(str(path)))
     (tmp_path / "empty.jsonl.gz").touch()
     with pytest.raises(UserError, match="holds no problem yet"):

@@ -18,7 +18,7 @@ from rl_lora import cli
 from rl_lora.commands.status import read_status, sparkline, status_lines
 from rl_lora.config import EvalSection, parse_config
 from rl_lora.errors import UserError
-from rl_lora.evaluation.evaluate import evaluate
+from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,9 +92,9 @@ def test_a_running_run_has_its_numbers_and_its_eta(tmp_path: Path) -> None:
         "  best, step 10: 80.0% (44.4 to 97.5)",
     ]
     # 12 steps in 8 levels, the first the lowest and the last the highest.
-    assert lines[6] == "  reward ▁▂▂▃▄▄▅▅▆▇▇█  0.010 to 0.120"
-    assert lines[7] == "  length █▇▇▆▅▅▄▄▃▂▂▁  188 to 199"
-    assert lines[8] == "  evaluation   ▁█  20.0% to 80.0%"
+    assert lines[6] == "  reward     ▁▂▂▃▄▄▅▅▆▇▇█  0.010 to 0.120"
+    assert lines[7] == "  length     █▇▇▆▅▅▄▄▃▂▂▁  188 to 199"
+    assert lines[8] == "  evaluation ▁█  20.0% to 80.0%"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_number_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
         file.write('{"step": 3, "reward/mean": null, "cot/tokens_mean": 5}\n')
     lines = status_lines(read_status(folder, NOW))
     assert not any("reward 0.020" in line for line in lines)
-    assert any(line == "  reward ▁█   0.010 to 0.020" for line in lines)
+    assert any(line == "  reward     ▁█   0.010 to 0.020" for line in lines)
 
 
 def test_every_line_fits_80_columns(tmp_path: Path) -> None:
@@ -232,4 +232,4 @@ def test_without_torch_and_on_an_ascii_terminal(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "step 12 of 20" in done.stdout
-    assert "reward _..-==++*%%#  0.010 to 0.120" in done.stdout
+    assert "reward     _..-==++*%%#  0.010 to 0.120" in done.stdout

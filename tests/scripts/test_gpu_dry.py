@@ -63,10 +63,11 @@ def test_the_cuda_path_up_to_the_kernels(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**COMMON)).to(torch.bfloat16).save_pretrained(tmp_path / "llama")
     Qwen3ForCausalLM(Qwen3Config(**COMMON)).to(torch.bfloat16).save_pretrained(tmp_path / "qwen3")
     plugin = ROOT / "tests" / "gpu_dry" / "plugin"
+    path = ":".join(str(folder) for folder in (ROOT, ROOT / "scripts", plugin))
     result = subprocess.run(
         [python, "-m", "tests.gpu_dry.program", tmp_path],
         cwd=ROOT,
-        env=os.environ | {"LD_LIBRARY_PATH": str(stub), "PYTHONPATH": f"{ROOT}:{plugin}"},
+        env=os.environ | {"LD_LIBRARY_PATH": str(stub), "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,

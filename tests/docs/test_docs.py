@@ -89,6 +89,17 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @each_page
+def test_files_named_in_the_text_exist(page: Path) -> None:
+    named = re.findall(
+        r"`(?:python3?(?:\.\d+)? )?((?:tests|scripts|docs|configs|requirements|rewards|notebooks)"
+        r"/[\w./-]*)",
+        page.read_text(),
+    )
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+@each_page
 def test_make_targets_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"\bmake ([a-z][a-z-]+)\b", "\n".join(_code(page.read_text()))):
@@ -135,7 +146,9 @@ def test_contributing_names_every_package_and_module() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "lines"), [("README.md", 150), ("CONTRIBUTING.md", 170)], ids=["readme", "contributing"]
+    ("page", "lines"),
+    [("README.md", 150), ("CONTRIBUTING.md", 170)],
+    ids=["readme", "contributing"],
 )
 def test_the_first_pages_stay_short(page: str, lines: int) -> None:
     assert len((ROOT / page).read_text().splitlines()) <= lines

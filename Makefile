@@ -57,7 +57,6 @@ check: lint test
 
 # The site of docs/ in build/site; a warning is an error, and nothing is fetched.
 docs: $(INSTALLED)
-	$(BIN)/python scripts/docs_configuration.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 

@@ -1,5 +1,4 @@
-"""`rl-lora eval` and `compare`: the evaluation by itself, of a run's adapter, any adapter, or the
-base.
+"""`rl-lora eval`: the evaluation by itself, of a run's adapter, any adapter, or the base.
 
 With `--against` two policies are evaluated in one engine, on the same problems and random numbers.
 """
@@ -21,7 +20,7 @@ from rl_lora.config.overrides import apply_overrides
 from rl_lora.errors import UserError
 from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.files import SUFFIX
-from rl_lora.evaluation.paired import PairedResult, compare_evaluations
+from rl_lora.evaluation.paired import compare_evaluations
 from rl_lora.evaluation.scores import EvalResult
 from rl_lora.models.hub import adapter_path
 from rl_lora.prompts import HELD_OUT, PromptSets
@@ -118,20 +117,6 @@ def evaluation(
             results[file] = _evaluate(job, policy, folder, file, display)
         _report(display, folder, dict(zip(names, policies, strict=True)), results)
     return results[name]
-
-
-def compare(first: Path, second: Path, save: Path | None) -> PairedResult:
-    """Compares two evaluations on disk, prints the table, and writes JSON where `save` says.
-
-    Raises:
-        UserError: no such evaluations, or evaluations of different problems.
-    """
-    result = compare_evaluations(first, second)
-    with Display() as display:
-        display.comparison(result)
-    if save is not None:
-        result.save(save)
-    return result
 
 
 def _evaluate(

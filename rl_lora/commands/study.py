@@ -18,6 +18,16 @@ PLATEAU_TOLERANCE = {"sft": 0.02, "rl": 0.05}
 _FILE_WIDTH = 120  # characters, where the output is no terminal
 
 
+EXAMPLES = (
+    "rl-lora study study_rl_rank --dry-run",
+    "rl-lora study study_rl_rank study.seeds=[0,1]",
+    "rl-lora study study_rl_rank --table",
+    "rl-lora study study_rl_rank --retry",
+    "rl-lora report runs/studies/rl_rank --study",
+)
+AFTER_INTERRUPT = "; run the same command again to continue where it stopped"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument(

@@ -160,7 +160,7 @@ class Run:
                 self.job.reward,
                 config.eval,
                 max_tokens=config.sampling.max_tokens,
-                seed=mix_seed(config.run.seed, "evaluation"),
+                seed=mix_seed(config.run.seed, "exam"),  # another label, other samples
                 stop=config.sampling.stop,
                 step=None if adapter_off else self.step,
                 folder=folder,

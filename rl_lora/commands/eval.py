@@ -155,7 +155,7 @@ def _evaluate(
             job.reward,
             config.eval,
             max_tokens=config.sampling.max_tokens,
-            seed=mix_seed(config.run.seed, "evaluation"),
+            seed=mix_seed(config.run.seed, "exam"),  # another label, other samples
             stop=config.sampling.stop,
             folder=folder / "eval",
             name=name,

@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(LOCK))
 
 .DEFAULT_GOAL := env
-.PHONY: env quickstart test test-fast lint format check bench lock gpu-dry clean
+.PHONY: env quickstart test test-fast lint format check docs bench lock gpu-dry clean
 
 env: $(INSTALLED)
 
@@ -50,6 +50,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 check: lint test
+
+# The site of docs/ in build/site; a warning is an error, and nothing is fetched.
+docs: $(INSTALLED)
+	$(BIN)/python scripts/docs_configuration.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 # Ratios of one run against scripts/benchmarks/baseline.json; fails on a loss of over 15 %. 20 minutes. TRL
 # comes without its dependencies: they are all here.

@@ -1,7 +1,7 @@
 """The packages of the wheel; everything else is in pyproject.toml.
 
-Configs are kept at the top of the checkout and shipped inside rl_lora, which pyproject.toml alone cannot say
-next to automatic discovery.
+Configs are kept at the top of the checkout and shipped inside rl_lora, which pyproject.toml
+cannot say without listing every package by hand.
 """
 
 from setuptools import find_packages, setup

@@ -8,20 +8,22 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rewards import FunctionReward, Reward, load_reward
 from rl_lora.config import DataSection, LoraSection, ModelSection, RunConfig, SamplingSection
 from rl_lora.errors import UserError
+from rl_lora.seeds import mix_seed
+from rl_lora.types import SampleParams
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from rl_lora.evaluation.evaluate import Evaluation
     from rl_lora.policy import Policy
     from rl_lora.prompts import PromptSets
     from rl_lora.sampler import Sampler
-    from rl_lora.types import Adapter
 
 
 @dataclass(frozen=True)
@@ -234,19 +236,40 @@ def make_sampler(
     )
 
 
-def evaluation_identity(job: RunContext, adapter: Adapter | None) -> dict[str, Any]:
-    """What an evaluation's samples and verdicts depend on beside the problems and the sampling."""
-    reward = job.config.reward
-    tags = [list(pair) for pair in reward.thinking_tags]
-    return {
-        "policy": "base" if adapter is None else adapter.fingerprint,
-        "base_model": job.config.model.name,
-        "backend": job.config.sampling.backend,
+def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None]) -> Evaluation:
+    """The held-out evaluation of a job's policies.
+
+    on_progress: takes (problems done, in all, being sampled now).
+    """
+    from rl_lora.evaluation.contamination import contamination_notes
+    from rl_lora.evaluation.evaluate import Evaluation
+
+    config, prompts_N = job.config, job.prompts.eval
+    reward, tags = config.reward, [list(pair) for pair in config.reward.thinking_tags]
+    identity = {
+        "base_model": config.model.name,
+        "backend": config.sampling.backend,
         "dtype": str(job.policy.dtype).removeprefix("torch."),
         "reward": reward.name,
         "reward_policy": reward.policy,
         "format_weight": reward.format_weight,
-    } | ({"thinking_tags": tags} if tags else {})
+    }
+    return Evaluation(
+        prompts_N=prompts_N,
+        reward=job.reward,
+        params=SampleParams(
+            num_samples=config.eval.num_samples,
+            max_tokens=config.eval.max_tokens or config.sampling.max_tokens,
+            temperature=config.eval.temperature,
+            top_p=config.eval.top_p,
+            stop=config.sampling.stop,
+            seed=mix_seed(config.run.seed, "exam"),  # another label, other samples
+        ),
+        chunk_samples=config.eval.chunk_samples,
+        identity=identity | ({"thinking_tags": tags} if tags else {}),
+        notes=contamination_notes(config.model, (prompt.source for prompt in prompts_N)),
+        on_progress=on_progress,
+    )
 
 
 def end_token_ids(

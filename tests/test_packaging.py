@@ -73,11 +73,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pip(command: str, *arguments: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check"]
-        + ["--no-deps", "--no-index", *arguments],
-        check=True,
-    )
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"]
+    subprocess.run([sys.executable, "-m", "pip", command, *options, *arguments], check=True)
 
 
 @pytest.mark.slow

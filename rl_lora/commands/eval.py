@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 
 from rl_lora.adapters import files as adapters
 from rl_lora.adapters.resize import common_settings, fitted
-from rl_lora.build import RunContext, check_run_folder, evaluation_identity, open_run
+from rl_lora.build import RunContext, check_run_folder, make_evaluation, open_run
 from rl_lora.config import RunConfig, load_config, parse_config
 from rl_lora.config.checks import check_served
 from rl_lora.config.overrides import apply_overrides
 from rl_lora.errors import UserError
-from rl_lora.evaluation.contamination import contamination_notes
 from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.files import SUFFIX
 from rl_lora.evaluation.paired import PairedResult, compare_evaluations
@@ -30,7 +29,6 @@ from rl_lora.report.terminal import Display
 from rl_lora.runs.inputs import base_inputs, check_base, check_data, prompt_inputs
 from rl_lora.runs.lock import run_lock
 from rl_lora.runs.record import read_record, with_absolute_paths, with_dtype
-from rl_lora.seeds import mix_seed
 from rl_lora.storage.directories import disk_errors
 
 if TYPE_CHECKING:
@@ -139,7 +137,6 @@ def compare(first: Path, second: Path, save: Path | None) -> PairedResult:
 def _evaluate(
     job: RunContext, policy: EvalTarget, folder: Path, name: str, display: Display
 ) -> EvalResult:
-    config, prompts_N = job.config, job.prompts.eval
     scratch = folder / "eval" / f".{name}_adapter"
     handle = None
     if policy.adapter is not None:
@@ -151,17 +148,9 @@ def _evaluate(
         job.sampler.set_adapter(handle)
         result = evaluate(
             job.sampler,
-            prompts_N,
-            job.reward,
-            config.eval,
-            max_tokens=config.sampling.max_tokens,
-            seed=mix_seed(config.run.seed, "exam"),  # another label, other samples
-            stop=config.sampling.stop,
-            folder=folder / "eval",
-            name=name,
-            identity=evaluation_identity(job, handle),
-            notes=contamination_notes(config.model, (prompt.source for prompt in prompts_N)),
-            on_progress=display.evaluation,
+            make_evaluation(job, display.evaluation),
+            folder / "eval" / name,
+            policy="base" if handle is None else handle.fingerprint,
         )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

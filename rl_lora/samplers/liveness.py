@@ -68,9 +68,9 @@ def staleness_metrics(
     staleness = [version - r.completion.adapter_version for g in groups_N for r in g.rollouts_G]
     if not all(0 <= age <= max_staleness for age in staleness):
         raise StaleAdapterError(
-            f"samples are {min(staleness)} to {max(staleness)} versions older than the policy "
-            f"(version {version}), and 0 to {max_staleness} are allowed: the "
-            "sampler uses a stale or wrong adapter"
+            f"samples have staleness {min(staleness)} to {max(staleness)} for policy "
+            f"version {version}, and staleness 0 to {max_staleness} is allowed: the sampler uses a "
+            "stale or wrong adapter"
         )
     return {
         "rollouts/staleness_mean": sum(staleness) / len(staleness),

@@ -32,19 +32,30 @@ Built = Iterator[tuple[Commands, dict[str, Any]]]
 def whole_step(size: Size) -> Built:
     """The product's own loop, phase by phase; only lengths and rewards are fixed."""
     from rl_lora.build import open_run
-    from rl_lora.report.terminal import Display
+    from rl_lora.overlap import step_params
     from rl_lora.rollouts import sample_groups, score_groups
-    from rl_lora.train import Run
+    from rl_lora.state import State, publish
+    from rl_lora.train import learn
 
-    settings = config(size)
     with (
         tempfile.TemporaryDirectory() as folder,
-        Display(quiet=True) as display,
-        open_run(settings) as job,
+        open_run(config(size, **{"run.output_dir": folder})) as job,
     ):
-        run = Run(job, display, Path(folder))
+        settings, state = job.config, State(position={})
+        learner = Learner(
+            job.policy,
+            settings.optim,
+            settings.algorithm,
+            temperature=settings.sampling.temperature,
+            num_steps=settings.run.num_steps,
+        )
         fix_lengths(job.sampler, size)
-        run.publish()
+
+        def publish_and_set() -> None:
+            publish(job, state)
+            job.sampler.set_adapter(state.adapter)
+
+        publish_and_set()
         prompts_N = job.prompts.train[: size.num_prompts]
 
         def step() -> dict[str, Any]:
@@ -52,17 +63,20 @@ def whole_step(size: Size) -> Built:
             start = time.perf_counter()
             with timed(out, "sample"):
                 completions_N_G = sample_groups(
-                    job.sampler, prompts_N, run.params(), version=run.step
+                    job.sampler,
+                    prompts_N,
+                    step_params(settings, state.step + 1),
+                    version=state.step,
                 )
                 job.sampler.release_memory()
             with timed(out, "score"):
                 groups_N = score_groups(prompts_N, completions_N_G, job.reward)
             groups_N = with_rewards(groups_N, size.rewards())
             with timed(out, "learn"):
-                metrics = run.learn(groups_N)
-            run.step += 1
+                metrics = learn(job, learner, groups_N, state.step)
+            state.step += 1
             with timed(out, "publish"):
-                run.publish()
+                publish_and_set()
             out["step"] = time.perf_counter() - start
             return out | {"tokens": count_tokens(groups_N), "kl": metrics["mismatch/kl"]}
 
@@ -72,15 +86,15 @@ def whole_step(size: Size) -> Built:
             The adapter's time has in it what taking a new version up costs; the base's has not.
             """
             seconds: dict[str, list[float]] = {"lora": [], "base": []}
-            adapter = run.publish()
+            publish_and_set()
             for name in ("lora", "base") * 2:
-                job.sampler.set_adapter(adapter if name == "lora" else None)
+                job.sampler.set_adapter(state.adapter if name == "lora" else None)
                 if name == "base":
                     job.sampler.token_logprobs([prompts_N[0].token_ids])
                 start = time.perf_counter()
-                job.sampler.sample(prompts_N, run.params())
+                job.sampler.sample(prompts_N, step_params(settings, state.step + 1))
                 seconds[name].append(time.perf_counter() - start)
-            job.sampler.set_adapter(adapter)
+            job.sampler.set_adapter(state.adapter)
             return seconds
 
         yield {"step": step, "sample_both": sample_both}, {"memory_built": peak_mb()}

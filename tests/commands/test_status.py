@@ -18,7 +18,7 @@ from rl_lora import cli
 from rl_lora.commands.status import read_status, sparkline, status_lines
 from rl_lora.config import EvalSection, parse_config
 from rl_lora.errors import UserError
-from rl_lora.evaluation.evaluate import evaluate
+from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,8 +16,8 @@ from rl_lora.evaluation.best import (
     keep_best,
     read_best,
 )
-from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.intervals import exact_interval
+from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
 
 

@@ -9,13 +9,13 @@ from scipy import stats
 
 from rl_lora.config import EvalSection
 from rl_lora.errors import UserError
-from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.paired import (
     compare_evaluations,
     difference_interval,
     mcnemar_p,
     sign_flip_p,
 )
+from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
 
 

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from rl_lora.config import EvalSection
 from rl_lora.errors import UserError
-from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.intervals import exact_interval
 from rl_lora.report.run_figures import (
     RunRecords,
@@ -23,6 +22,7 @@ from rl_lora.report.run_figures import (
     read_records,
 )
 from rl_lora.runs.log import RunLog
+from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
 
 STEP = {

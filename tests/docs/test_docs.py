@@ -1,0 +1,124 @@
+"""README.md, CONTRIBUTING.md and docs/ work as printed: commands, settings, code, links."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import docs_configuration
+import pytest
+
+from rl_lora import cli
+from rl_lora.config import load_config
+from rl_lora.config.sft import load_sft_config
+from rl_lora.config.shipped import shipped_configs
+from rl_lora.studies.config import load_study
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LOADERS = {"train": load_config, "sft": load_sft_config, "study": load_study}
+GENERATED = {"configuration.md", "architectures.md"}
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks(text: str, language: str) -> Iterator[str]:
+    """The fenced blocks of a language ("": of none)."""
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        if match.group(1) == language:
+            yield match.group(2)
+
+
+def commands(page: Path) -> list[str]:
+    """The `rl-lora` commands of a page's blocks."""
+    text = page.read_text()
+    text = "\n".join(block for name in ("", "bash") for block in blocks(text, name))
+    lines = text.replace("\\\n", " ").splitlines()
+    return [
+        line.removeprefix("$ ").removeprefix(".venv/bin/")
+        for line in lines
+        if re.match(r"(\$ )?(\.venv/bin/)?rl-lora ", line)
+    ]
+
+
+@each_page
+def test_commands_parse_with_their_settings(page: Path) -> None:
+    for line in commands(page):
+        words = shlex.split(line, comments=True)[1:]
+        arguments = cli._parse(words)
+        if words[0] in LOADERS:
+            LOADERS[words[0]](arguments.config, arguments.overrides)
+        elif words[0] == "eval":
+            job = arguments.target if str(arguments.target) in shipped_configs() else None
+            load_config(job, arguments.overrides)
+
+
+def test_there_are_commands_to_check() -> None:
+    assert sum(len(commands(page)) for page in PAGES) > 40
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in GENERATED], ids=lambda page: page.name
+)
+def test_settings_in_the_text_exist(page: Path) -> None:
+    sections = r"run|model|lora|data|sampling|reward|algorithm|optim|warm_start|eval"
+    setting = re.compile(rf"`((?:{sections})\.(\w+))(=[^`]*)?`")
+    for match in setting.finditer(page.read_text()):
+        key, _, value = match.groups()
+        section = docs_configuration.RunConfig.model_fields[key.split(".")[0]].annotation
+        known = getattr(section, "model_fields", {})
+        assert match.group(2) in known or key in ("data.train", "data.eval"), key
+        if value and page.name != "gpu-check.md":
+            _value_is_of_its_field(key, value[1:])
+
+
+def _value_is_of_its_field(key: str, value: str) -> None:
+    partners = {"algorithm.kl": ["algorithm.kl_weight=0.1"], "lora.mode": ["model.dtype=float32"]}
+    overrides = [f"{key}={value}", *partners.get(key, [])]
+    if "overlap" not in key:
+        overrides.append("sampling.backend=torch")
+    load_config(None, overrides)
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in target and not target.startswith("#"):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+@each_page
+def test_make_targets_exist(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([a-z][a-z-]+)\b", "\n".join(_code(page.read_text()))):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def _code(text: str) -> Iterator[str]:
+    yield from blocks(text, "")
+    yield from blocks(text, "bash")
+    yield from re.findall(r"`([^`\n]+)`", text)
+
+
+def test_the_verifiers_example_runs() -> None:
+    (example,) = blocks((ROOT / "docs" / "verifier.md").read_text(), "python")
+    exec(compile(example, "docs/verifier.md", "exec"), {})  # noqa: S102 - our own page
+
+
+def test_the_example_rewards_run() -> None:
+    text = (ROOT / "docs" / "rewards.md").read_text()
+    names: dict[str, object] = {}
+    for example in blocks(text, "python"):
+        exec(compile(example, "docs/rewards.md", "exec"), names)  # noqa: S102 - our own page
+    one, batch = names["short_and_right"], names["by_difficulty"]
+    assert callable(one)
+    assert callable(batch)
+    assert one("so 42", "42") == pytest.approx(0.995)
+    assert batch(["so 42", "no"], ["42", "7"], [3, 5]) == [3, 0]
+
+
+def test_the_configuration_page_is_current() -> None:
+    assert docs_configuration.PAGE.read_text() == docs_configuration.page(), (
+        "run `python scripts/docs_configuration.py`"
+    )

@@ -34,11 +34,13 @@ quickstart: $(INSTALLED)
 	$(BIN)/rl-lora train configs/quickstart.toml \
 	  $(if $(STEPS),run.num_steps=$(STEPS) run.name=quickstart-$(STEPS)) --resume
 
+# Two processes share out the test files, the longest first (tests/conftest.py); ARGS="-n 0": one.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONG_FILES, TESTS
+
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -80,6 +82,10 @@ def test_folders_and_files_are_small() -> None:
         assert len(list(folder.glob("*.py"))) <= MAX_FILES, folder
     for path in WITH_SCRIPTS:
         assert len(path.read_text().splitlines()) <= MAX_FILE_LINES, path
+
+
+def test_the_long_test_files_exist() -> None:
+    assert [name for name in LONG_FILES if not (TESTS / name).is_file()] == []
 
 
 def over_limits(source: str) -> list[str]:

@@ -8,7 +8,6 @@ import inspect
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,8 @@ class RunContext:
     """What training and evaluation share.
 
     Example: RunContext(config=RunConfig(...), model_dir=Path(...), tokenizer=...,
-    prompts=PromptSets(...), end_ids=(2,), reward=..., policy=..., sampler=...)
+    prompts=PromptSets(...), end_ids=(2,), reward=..., policy=..., loss=ppo,
+    advantage=grpo, sampler=...)
     """
 
     config: RunConfig
@@ -49,12 +49,9 @@ class RunContext:
     end_ids: tuple[int, ...]
     reward: Reward
     policy: Policy
+    loss: LossFn
+    advantage: AdvantageFn
     sampler: Sampler
-
-    @cached_property
-    def algorithm(self) -> tuple[LossFn, AdvantageFn]:
-        """The loss and the advantage of [algorithm]; UserError as `load_algorithm`."""
-        return load_algorithm(self.config.algorithm)
 
 
 @contextlib.contextmanager
@@ -79,6 +76,7 @@ def open_run(
     Raises:
         UserError: anything wrong in the config, the model directory or the data.
     """
+    loss, advantage = load_algorithm(config.algorithm)
     reward = make_reward(config)
     with contextlib.ExitStack() as stack:
         stack.callback(reward.close)
@@ -114,7 +112,18 @@ def open_run(
             on_progress=on_progress,
         )
         stack.callback(sampler.close)
-        yield RunContext(config, model_dir, tokenizer, prompts, end_ids, reward, policy, sampler)
+        yield RunContext(
+            config=config,
+            model_dir=model_dir,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            end_ids=end_ids,
+            reward=reward,
+            policy=policy,
+            loss=loss,
+            advantage=advantage,
+            sampler=sampler,
+        )
 
 
 def _load_prompts(
@@ -330,7 +339,7 @@ def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None
             temperature=config.eval.temperature,
             top_p=config.eval.top_p,
             stop=config.sampling.stop,
-            seed=mix_seed(config.run.seed, "evaluation"),
+            seed=mix_seed(config.run.seed, "exam"),  # a label; another one changes the samples
         ),
         chunk_samples=config.eval.chunk_samples,
         identity=identity | ({"thinking_tags": tags} if tags else {}),

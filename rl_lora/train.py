@@ -111,8 +111,9 @@ def learn(
     config, policy = job.config, job.policy
     max_staleness = int(config.sampling.overlap)
     staleness = staleness_metrics(groups_N, version, max_staleness=max_staleness)
-    algorithm, (loss, advantage) = config.algorithm, job.algorithm
-    rewards_N_G, kl = [group.rewards_G for group in groups_N], dict[str, float]()
+    algorithm = config.algorithm
+    rewards_N_G = [group.rewards_G for group in groups_N]
+    kl: dict[str, float] = {}
     if algorithm.kl == "reward":
         rewards_N_G, kl = learner.penalised_rewards(
             groups_N, algorithm.kl_weight, config.optim.microbatch_tokens
@@ -120,7 +121,7 @@ def learn(
     cap = config.sampling.max_tokens
     updates = pack(
         groups_N,
-        advantage(rewards_N_G),
+        job.advantage(rewards_N_G),
         denominator=cap if algorithm.denominator == "max_tokens" else algorithm.denominator,
         microbatch_tokens=config.optim.microbatch_tokens,
         num_updates=config.optim.num_updates,
@@ -128,7 +129,7 @@ def learn(
         keep_zero_advantage=algorithm.kl == "loss",
     )
     kl_weight = algorithm.kl_weight if algorithm.kl == "loss" else 0.0
-    metrics = learner.update(updates, loss, kl_weight=kl_weight)
+    metrics = learner.update(updates, job.loss, kl_weight=kl_weight)
     cpu_memory.trim()
     if not staleness["rollouts/staleness_max"]:  # the worker has checked the sampler of older ones
         check_step(metrics, policy.dtype, config.sampling.max_kl)

@@ -63,14 +63,14 @@ def load_reward(
 
 
 def import_function(name: str, what: str = "reward") -> UserFunction:
-    """The function of "module:function"; the module may be in the working directory.
+    """Import "module:function"; the module may be in the working directory.
 
     Args:
         name: "module:function".
-        what: what it is used as, for the messages.
+        what: what it is used for, for error messages.
 
     Raises:
-        ValueError: no such module or function, naming the nearest one.
+        ValueError: there is no such module or function; names the closest one.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:

@@ -1,7 +1,7 @@
-"""Data sets -> prompts, rendered and tokenised once; and the seeded, resumable stream of them.
+"""Turns data sets into prompts, rendered and tokenized once, and streams them by seed.
 
-The evaluation and the training rows share no question. What was dropped on the way is told in one
-line a data set (`PromptSets.notes`).
+Evaluation and training rows share no question. `PromptSets.notes` says per data set what was
+dropped.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from rl_lora.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HELD_OUT = "held_out"  # in data.eval: rows kept from the training sources
+HELD_OUT = "held_out"  # in data.eval: rows held out from the training sources
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSets:
-    """The problems to train on and the evaluation.
+    """The prompts for training and evaluation.
 
     Example: PromptSets(train=[Prompt(...)], eval=[Prompt(...)], notes=["gsm8k: 7473 of 7473 ..."])
     """
 
     train: list[Prompt]
     eval: list[Prompt]
-    notes: list[str]  # one line a data set: rows kept, and why the others were dropped
+    notes: list[str]  # a line per data set: rows kept, and why others were dropped
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A row with the names that its prompt will carry."""
+    """A row with the names for its prompt."""
 
     prompt_id: str
     label: str
     row: DataRow
-    key: str  # of what is asked, whatever the system message
-    full_key: str  # the system message with it
+    key: str  # `question_key` without the system message
+    full_key: str  # `question_key` with it
 
 
 def load_prompts(
@@ -70,48 +70,27 @@ def load_prompts(
 ) -> PromptSets:
     """Loads, cleans, splits and renders all data sets of a job.
 
-    Without data.eval, `data.held_out` rows make the evaluation: drawn by seed from the test parts
-    of the training sources that have one, and from the training rows of the others. With a source
-    named "held_out" in data.eval they come beside the other sets.
+    Without data.eval, the evaluation is `data.held_out` rows, drawn by seed from the test parts of
+    training sources that have one, and from the training rows of the others. A source named
+    "held_out" in data.eval adds these rows to the other sets.
 
     Args:
-        data: the sources and how their questions are rendered.
+        data: sources and rendering.
         tokenizer: the base model's.
-        context_length: positions that the model takes, prompt and completion together.
-        max_new_tokens: cap of a completion; the prompt must leave room for it.
-        seed: of the rows held out.
-        max_eval_tokens: cap of a completion in the evaluation; None: max_new_tokens.
-        with_columns: keep the rows' columns in the prompts, for a reward that takes them.
+        context_length: the model's maximum, prompt and completion together, in tokens.
+        max_new_tokens: longest completion; the prompt must leave room for it.
+        seed: of the choice of held-out rows.
+        max_eval_tokens: longest completion in the evaluation; None: max_new_tokens.
+        with_columns: keep the rows' columns in the prompts, for a reward that uses them.
 
     Raises:
-        UserError: a source that cannot be used, too few rows, a chat template that is not there or
-            does not take a row, half a character, or a prompt that is too long. Prompts are never
-            cut.
+        UserError: an unusable source, too few rows, a missing chat template or one that rejects a
+            row, invalid text, or a prompt that is too long. Prompts are never truncated.
     """
     if not data.train and not data.eval:
-        raise UserError("data.train and data.eval name no data set; set data.train, e.g. gsm8k")
+        raise UserError("data.train and data.eval are empty; set data.train, e.g. data.train=gsm8k")
     renderer = _Renderer(data, tokenizer, with_columns=with_columns)
-    collected = _Collected()
-    named = [source for source in data.eval if source.name != HELD_OUT]
-    has_held_out = len(named) < len(data.eval) or not data.eval
-    if has_held_out and not data.train:
-        raise UserError("data.eval has 'held_out', but data.train has no rows to keep; set it")
-    for source in named:
-        collected.add(source, "eval")
-    eval_keys = {item.key for item in collected.eval}
-    pool: list[_Item] = []
-    for source in data.train:
-        collected.add(source, "train", exclude=eval_keys)
-        if has_held_out and has_eval_part(source):
-            # num_rows is of the training rows.
-            pool += collected.read(source.model_copy(update={"num_rows": None}), "eval")
-        elif has_held_out:
-            pool += collected.last
-    if pool:
-        # A problem of a named set that is drawn again is asked once.
-        drawn = _held_out(pool, data.held_out, seed)
-        collected.eval = [*(i for i in drawn if i.key not in eval_keys), *collected.eval]
-    collected.drop_overlap()
+    collected = _collect(data, seed)
     eval_tokens = max_eval_tokens or max_new_tokens
     asked = [item.row.asked(with_system=True) for item in (*collected.train, *collected.eval)]
     markup = markup_note(asked, tokenizer) if data.template == "chat" else None
@@ -122,8 +101,34 @@ def load_prompts(
     )
 
 
+def _collect(data: DataSection, seed: int) -> _Collected:
+    """The rows of all sources, split into training and evaluation."""
+    collected = _Collected()
+    named = [source for source in data.eval if source.name != HELD_OUT]
+    has_held_out = len(named) < len(data.eval) or not data.eval
+    if has_held_out and not data.train:
+        raise UserError("data.eval has 'held_out', but data.train is empty; set data.train")
+    for source in named:
+        collected.add(source, "eval")
+    eval_keys = {item.key for item in collected.eval}
+    pool: list[_Item] = []
+    for source in data.train:
+        collected.add(source, "train", exclude=eval_keys)
+        if has_held_out and has_eval_part(source):
+            # num_rows applies to the training rows.
+            pool += collected.read(source.model_copy(update={"num_rows": None}), "eval")
+        elif has_held_out:
+            pool += collected.last
+    if pool:
+        # A problem that is also in a named set is asked once.
+        drawn = _held_out(pool, data.held_out, seed)
+        collected.eval = [*(i for i in drawn if i.key not in eval_keys), *collected.eval]
+    collected.drop_overlap()
+    return collected
+
+
 class _Collected:
-    """Items of all sources so far, with the account of each."""
+    """Items of all sources so far, and counts for the notes."""
 
     def __init__(self) -> None:
         self.train: list[_Item] = []
@@ -142,7 +147,7 @@ class _Collected:
     def read(
         self, source: SourceSection, role: Role, exclude: set[str] | frozenset[str] = frozenset()
     ) -> list[_Item]:
-        """Items with ids of their own; training questions that an earlier set has are left out."""
+        """Items with unique ids, without training questions of an earlier set."""
         loaded = load_source(source, role, exclude)
         label = loaded.label
         base = label if role == "train" else f"{label}-eval"
@@ -162,15 +167,15 @@ class _Collected:
         return items
 
     def drop_overlap(self) -> None:
-        """Training rows whose question is in the evaluation go."""
+        """Removes training rows whose question is in the evaluation."""
         eval_keys = {item.key for item in self.eval}
         eval_ids = {item.prompt_id for item in self.eval}
         num_before = len(self.train)
         kept = [item for item in self.train if item.key not in eval_keys]
         if num_before and not kept:
             raise UserError(
-                "no training row is left: the evaluation has all of their questions; give "
-                "data.eval another set, or lower data.held_out or the evaluation's num_rows"
+                "no training row is left, as the evaluation has all of their questions; set "
+                "another data.eval, or lower data.held_out or the evaluation's num_rows"
             )
         self.train = kept
         for role, loaded, items in self._accounts:
@@ -203,9 +208,9 @@ class _Collected:
 
 def _held_out(pool: list[_Item], num_rows: int, seed: int) -> list[_Item]:
     if len(pool) <= num_rows:
+        fix = "lower it, or set data.eval" if len(pool) > 1 else "set data.eval"
         raise UserError(
-            f"data.held_out={num_rows} leaves nothing of the {len(pool)} rows there are; lower it, "
-            "or give data.eval"
+            f"data.held_out={num_rows} leaves none of the {len(pool)} rows for training; {fix}"
         )
     drawn = random.Random(mix_seed("held_out", seed)).sample(range(len(pool)), num_rows)
     unique = {pool[index].full_key: pool[index] for index in sorted(drawn)}
@@ -216,19 +221,19 @@ def _held_out(pool: list[_Item], num_rows: int, seed: int) -> list[_Item]:
 
 
 class _Renderer:
-    """Rows -> prompts, by the settings of one job."""
+    """Renders rows as prompts by the settings of a job."""
 
     def __init__(
         self, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, with_columns: bool = False
     ) -> None:
-        """Raises UserError for settings of the other template, or no chat template."""
+        """Raises UserError for settings of the other template, or a missing chat template."""
         is_chat = data.template == "chat"
         self._data, self._tokenizer, self._with_columns = data, tokenizer, with_columns
         self._chat = ChatTemplate(tokenizer, data.chat_template_kwargs) if is_chat else None
         if not is_chat and data.system is not None:
             raise UserError("data.system needs data.template='chat'; put the text in data.few_shot")
         if not is_chat and data.chat_template_kwargs:
-            raise UserError("data.chat_template_kwargs needs data.template='chat'; leave it out")
+            raise UserError("data.chat_template_kwargs needs data.template='chat'; remove it")
         if is_chat and data.few_shot:
             raise UserError("data.few_shot needs data.template='base'; put the text in data.system")
 
@@ -247,7 +252,7 @@ class _Renderer:
         )
 
     def prompts(self, items: Sequence[_Item], limit: int) -> list[Prompt]:
-        """One prompt an item, each of at most `limit` tokens."""
+        """One prompt per item, each of at most `limit` tokens."""
         if not items:
             return []
         texts = [self.text(item.row, f"prompt {item.prompt_id}") for item in items]
@@ -260,7 +265,7 @@ class _Renderer:
         prompts = []
         for item, token_ids in zip(items, ids, strict=True):
             row = item.row
-            assert row.reference is not None  # `loaders` dropped the others
+            assert row.reference is not None  # `sources` dropped the others
             prompts.append(
                 Prompt(
                     prompt_id=item.prompt_id,
@@ -276,14 +281,14 @@ class _Renderer:
 
 
 def render_text(question: str, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The prompt as text: chat markup with the turn opened, or few-shot text and question."""
+    """The prompt as text: chat markup with an open turn, or few-shot text and question."""
     return _Renderer(data, tokenizer).text(DataRow(question, None), "the prompt")
 
 
 def _check_lengths(
     items: Sequence[_Item], num_tokens_N: Sequence[int], max_prompt_tokens: int, limit: int
 ) -> None:
-    """Raises UserError for the longest prompt, if it is too long."""
+    """Raises UserError naming the longest prompt if it is too long."""
     longest = max(range(len(items)), key=lambda index: num_tokens_N[index])
     num_tokens = num_tokens_N[longest]
     if num_tokens <= min(max_prompt_tokens, limit):
@@ -291,15 +296,15 @@ def _check_lengths(
     num_over = sum(number > min(max_prompt_tokens, limit) for number in num_tokens_N)
     who = f"prompt {items[longest].prompt_id} has {num_tokens} tokens"
     if num_over > 1:
-        who += f" (and {num_over - 1} more are too long)"
+        who += f" (of {num_over} that are too long)"
     if num_tokens > limit:
         raise UserError(
-            f"{who}: the model's context leaves {limit} beside sampling.max_tokens (in the "
-            "evaluation eval.max_tokens); lower that, or take the row out of the data"
+            f"{who}, and the model's context leaves {limit} after sampling.max_tokens (in the "
+            "evaluation, eval.max_tokens); lower that, or remove the row from the data"
         )
     raise UserError(
-        f"{who}, over data.max_prompt_tokens={max_prompt_tokens}; raise it, or take the row out of "
-        "the data"
+        f"{who}, more than data.max_prompt_tokens={max_prompt_tokens}; raise it, or remove the row "
+        "from the data"
     )
 
 
@@ -307,29 +312,29 @@ def _check_lengths(
 
 
 class PromptStream:
-    """Prompts without end: every epoch shuffles anew by seed, and a take never repeats a prompt.
+    """Endless prompts, reshuffled every epoch by seed; one take never repeats a prompt.
 
-    (A take of more prompts than there are must repeat; each full round of it is distinct.)
+    (A take of more prompts than there are must repeat; then each full round is distinct.)
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         if not prompts:
-            raise UserError("there is no prompt to train on; set data.train")
+            raise UserError("there are no training prompts; set data.train")
         self._prompts = list(prompts)
         self._seed = seed
         self._epoch = 0
         self._position = 0  # in the epoch's order
-        # Rows of this epoch that a take over its start had to skip, as it had them already.
+        # Rows of this epoch skipped by a take across its start, which already had them.
         self._owed: list[int] = []
         self._order = self._shuffled()
 
     @property
     def epoch(self) -> int:
-        """Full passes over the prompts so far."""
+        """Number of full passes over the prompts so far."""
         return self._epoch
 
     def take(self, num_prompts: int) -> list[Prompt]:
-        """The next prompts, over the end of an epoch if need be."""
+        """The next prompts, across the end of an epoch if necessary."""
         taken: list[Prompt] = []
         seen: set[int] = set()
         while len(taken) < num_prompts:
@@ -341,7 +346,7 @@ class PromptStream:
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the stream, for a checkpoint."""
+        """The position in the stream, for a checkpoint."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -351,7 +356,7 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on exactly where `state_dict` was taken.
+        """Continues exactly where `state_dict` was taken.
 
         Raises:
             UserError: the checkpoint is of another seed or another number of prompts.
@@ -360,7 +365,7 @@ class PromptStream:
             if state[key] != now:
                 raise UserError(
                     f"the checkpoint's prompt stream has {key}={state[key]}, this job {now}; "
-                    "resume with the run's own data settings"
+                    "resume with the run's original data and seed settings"
                 )
         self._epoch, self._position = state["epoch"], state["position"]
         self._owed = list(state["owed"])

@@ -20,7 +20,7 @@ MODULES = {
 RANKS = """
     errors seeds config nn types storage data
     sampler prompts scoring rollouts overlap advantages batches losses models policy learner
-    evaluation adapters samplers runs report planning build sft outcome train
+    evaluation adapters samplers runs report export planning build sft outcome train
     studies commands cli
 """.split()
 REWARD_RANKS = "types rules parsing extraction equality workers grading user_function load".split()

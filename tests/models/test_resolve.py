@@ -75,7 +75,9 @@ def test_directory_without_config(model_dir: Path) -> None:
 
 def test_directory_without_weights(model_dir: Path) -> None:
     (model_dir / "model.safetensors").unlink()
-    assert error_of(model_dir) == f"model directory {model_dir} has no weights (*.safetensors)"
+    assert error_of(model_dir) == (
+        f"model directory {model_dir} has no weights (*.safetensors); download it with its weights"
+    )
 
 
 def test_directory_without_a_shard(model_dir: Path) -> None:
@@ -141,7 +143,7 @@ def test_mistyped_own_name_names_the_nearest(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_name_that_can_be_no_hub_id() -> None:
-    assert "is no directory and no hub id" in error_of("a b")
+    assert "is neither a directory nor a hub id" in error_of("a b")
 
 
 # --- names of our own -----------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -66,7 +68,7 @@ def load_reward(
     known = load_rules(rules)
     check_tags(thinking_tags)
     if ":" in name:
-        return FunctionReward(name, _import_function(name))
+        return FunctionReward(name, import_function(name))
     if name not in REWARDS:
         near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)
         raise ValueError(
@@ -93,10 +95,21 @@ def _require_math_verify() -> None:
         )
 
 
-def _import_function(name: str) -> UserFunction:
+def import_function(name: str, what: str = "reward") -> UserFunction:
+    """The function of "module:function"; the module may be in the working directory.
+
+    Args:
+        name: "module:function".
+        what: what it is used as, for the messages.
+
+    Raises:
+        ValueError: no such module or function, naming the nearest one.
+    """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
-        raise ValueError(f"reward {name!r} is not of the form 'module:function'")
+        raise ValueError(f"{what} {name!r} is not of the form 'module:function'")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last: it hides nothing
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -104,14 +117,15 @@ def _import_function(name: str) -> UserFunction:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise
         raise ValueError(
-            f"reward {name!r}: no module {error.name!r}; is its folder on PYTHONPATH?"
+            f"{what} {name!r}: no module {error.name!r}; run in its folder, or put that on "
+            "PYTHONPATH"
         ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
         near = difflib.get_close_matches(function_name, dir(module), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"reward {name!r}: module {module_name!r} has no function {function_name!r}{hint}"
+            f"{what} {name!r}: module {module_name!r} has no function {function_name!r}{hint}"
         )
     checked: UserFunction = function
     return checked

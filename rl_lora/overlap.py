@@ -1,24 +1,24 @@
-"""RolloutWorker of samples with their scores under way; the next one in a thread while others
-learn.
+"""One batch of scored rollouts per step; with overlap it is sampled while the learner works.
 
-One-step off-policy (`sampling.overlap`): while the learner works on step k, the batch of step k + 1
-is sampled from version k - 1, the newest that there is. The losses need no change: importance
-sampling takes the policy's ratio to the sampler's own log-probs, whatever version the sampler had;
-PPO, GSPO and CISPO bound the policy's way within the step, and the version between is in their
-truncated weight. (The KL to the base, `algorithm.kl`, stays an average over the sampler's tokens,
-as with several updates a batch.)
+One-step off-policy (`sampling.overlap`): while the learner works on step k, a thread samples the
+batch of step k + 1 from version k - 1, the newest there is. The losses stay as they are: importance
+sampling uses the ratio of the policy to the sampler's own log-probs, whichever version the sampler
+had. PPO, GSPO and CISPO bound how far the policy moves within the step, and their truncated weight
+accounts for the version in between. (The KL to the base, `algorithm.kl`, remains an average over
+the sampler's tokens, as it is with several updates per batch.)
 
-The sampler belongs to one thread at a time: whoever calls it otherwise (`set_adapter`, an
-evaluation, `release_memory`) waits for the batch under way with `wait`. The thread has its own
-gradient mode, switches and, on a GPU, stream; PyTorch's random state it leaves to the main thread.
+The sampler belongs to one thread at a time: before anything else uses it (`set_adapter`, an
+evaluation, `release_memory`), `wait` waits for the batch being sampled. The thread has its own
+gradient mode, switches and, on a GPU, stream; it leaves PyTorch's random state to the main thread.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -31,36 +31,63 @@ from rl_lora.types import Adapter, Prompt, SampleParams
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One step's completions; their scores may still be under way.
+class Request:
+    """What one step samples.
 
-    Example: Batch(version=3, scoring=Scoring(...), sampler_s=12.5)
+    Example: Request(prompts_N=[Prompt(...)], params=SampleParams(...), position={"epoch": 0, ...})
+    """
+
+    prompts_N: list[Prompt]
+    params: SampleParams
+    position: dict[str, Any] = field(default_factory=dict)  # of the prompt stream, after these
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's completions; some may still be waiting for their scores.
+
+    Example: Batch(version=3, scoring=Scoring(...), position={"epoch": 0, ...}, sampler_s=12.5)
     """
 
     version: int  # of the adapter that sampled it
     scoring: Scoring
-    sampler_s: float  # the sampler's own seconds, whether or not anybody waited
-    checks: dict[str, float] = field(default_factory=dict)  # of the sampler, as metrics
+    position: dict[str, Any]  # of the prompt stream, after this batch's prompts
+    sampler_s: float  # the sampler's own seconds, whether or not anyone waited for it
+    checks: dict[str, float] = field(default_factory=dict)  # metrics of the check of the sampler
 
     def metrics(self) -> dict[str, float]:
-        """Seconds that sampler and scoring thread have worked, and the checks."""
+        """Seconds that the sampler and the scoring thread worked, and the checks."""
         own = {"system/sampler_s": self.sampler_s, "system/scorer_s": self.scoring.seconds}
         return own | self.checks
 
 
 class RolloutWorker:
-    """Makes a batch here (`sample`) or beside the caller (`start`, then `pop`).
+    """Makes the batches of a run's steps; a context manager, whose end stops any sampling.
 
-    A context manager; what is under way at its end is stopped at the next finished group.
+    Args:
+        sampler: this worker's from now on: everything else goes through `set_adapter` or `wait`.
+        reward: scores the completions, in a thread of its own.
+        requests: one per step, drawn when its sampling starts.
+        overlap: sample the next step's batch while the caller learns from this one.
+        check: with overlap, called when the sampler has the newest version; returns metrics.
     """
 
-    def __init__(self, sampler: Sampler, reward: Reward) -> None:
-        self._sampler, self._reward = sampler, reward
+    def __init__(
+        self,
+        sampler: Sampler,
+        reward: Reward,
+        requests: Iterator[Request],
+        *,
+        overlap: bool = False,
+        check: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        self._sampler, self._reward, self._requests = sampler, reward, requests
+        self._overlap, self._check = overlap, check
         self._scorer = scoring_thread()
         self._thread = ThreadPoolExecutor(
             1, "sampler", initializer=_set_up_thread, initargs=(torch.get_num_threads(),)
         )
-        self._in_use: Adapter | None = None  # None: the base, or not known
+        self._in_use: Adapter | None = None  # None: the base, or unknown
         self._under_way: Future[Batch] | None = None
         self._scoring: Scoring | None = None
 
@@ -73,63 +100,82 @@ class RolloutWorker:
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._scorer.shutdown(wait=True, cancel_futures=True)
 
+    def next_batch(self, adapter: Adapter, previous: Adapter | None = None) -> Batch:
+        """The next step's batch, sampled from `adapter`.
+
+        With overlap it was sampled from `previous` (from `adapter` if there is none), and sampling
+        of the one after it, from `adapter`, starts now.
+
+        Raises:
+            StaleAdapterError: the sampler had another version.
+            Exception: whatever sampling or scoring raised.
+        """
+        if not self._overlap:
+            self.ensure_adapter(adapter)
+            request = next(self._requests)
+            batch = self._make(request, self._new_scoring(request), adapter.version)
+            self._sampler.release_memory()  # for the learner
+            return batch
+        if self._under_way is None:  # the first in this process; a resumed run samples it again
+            oldest = previous or adapter
+            self.ensure_adapter(oldest)
+            self.start(oldest.version)  # in the thread as well: it would round differently here
+        batch = self.pop()
+        self.ensure_adapter(adapter)
+        batch = replace(batch, checks=self._check())
+        if not self.start(adapter.version):
+            self._sampler.release_memory()
+        return batch
+
+    def offer(self, adapter: Adapter) -> None:
+        """Switches the sampler to this version unless it is sampling; `next_batch` does it then."""
+        if self._under_way is None:
+            self.ensure_adapter(adapter)
+
     def set_adapter(self, adapter: Adapter | None) -> None:
-        """The sampler on this version, or on the base, once it has sampled what it has in hand."""
+        """Switches the sampler to this version, or to the base, once it has finished its batch."""
         self.wait()
         self._sampler.set_adapter(adapter)
         self._in_use = adapter
 
     def ensure_adapter(self, adapter: Adapter | None) -> None:
-        """As `set_adapter`; nothing is done where the sampler is on it already."""
+        """As `set_adapter`, which is skipped if the sampler has this version already."""
         if adapter is None or adapter != self._in_use:
             self.set_adapter(adapter)
 
-    def sample(self, prompts_N: Sequence[Prompt], params: SampleParams, version: int) -> Batch:
-        """A batch of the adapter version in use.
-
-        Raises:
-            StaleAdapterError: the sampler had another version.
-            Exception: what sampling or scoring has raised.
-        """
-        return self._make(Scoring(prompts_N, self._reward, self._scorer), params, version)
-
-    def start(self, prompts_N: Sequence[Prompt], params: SampleParams, version: int) -> None:
-        """Begins a batch of the version in use; the sampler is the thread's until `wait`."""
+    def start(self, version: int) -> bool:
+        """Starts sampling the next request from the version in use; False: there is none left."""
         assert self._under_way is None, "one batch at a time"
-        self._scoring = Scoring(prompts_N, self._reward, self._scorer)
-        self._under_way = self._thread.submit(self._make, self._scoring, params, version)
-
-    def sample_in_thread(
-        self, prompts_N: Sequence[Prompt], params: SampleParams, version: int
-    ) -> Batch:
-        """As `sample`, in the thread that batches ahead are sampled in, so that it rounds alike."""
-        self.start(prompts_N, params, version)
-        batch = self.pop()
-        assert batch is not None
-        return batch
+        if (request := next(self._requests, None)) is None:
+            return False
+        self._scoring = self._new_scoring(request)
+        self._under_way = self._thread.submit(self._make, request, self._scoring, version)
+        return True
 
     def wait(self) -> None:
-        """Waits until the sampler is free. Raises what sampling has raised, if it has."""
+        """Waits until the sampler is free. Raises what sampling raised."""
         if self._under_way is not None:
             self._under_way.result()
 
-    def pop(self) -> Batch | None:
-        """The batch that was started, once it is sampled; None: none was. Raises as `sample`."""
-        if self._under_way is None:
-            return None
+    def pop(self) -> Batch:
+        """The batch that was started, once it is sampled. Raises as `next_batch`."""
+        assert self._under_way is not None, "no batch was started"
         batch, self._under_way = self._under_way.result(), None
         return batch
 
-    def _make(self, scoring: Scoring, params: SampleParams, version: int) -> Batch:
+    def _new_scoring(self, request: Request) -> Scoring:
+        return Scoring(request.prompts_N, self._reward, self._scorer)
+
+    def _make(self, request: Request, scoring: Scoring, version: int) -> Batch:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # the version was loaded on another thread's stream
         start = time.perf_counter()
-        sample_and_score(self._sampler, scoring, params, version=version)
-        return Batch(version, scoring, time.perf_counter() - start)
+        sample_and_score(self._sampler, scoring, request.params, version=version)
+        return Batch(version, scoring, request.position, time.perf_counter() - start)
 
 
 def step_params(config: RunConfig, step: int) -> SampleParams:
-    """How step `step` samples; its seed follows from the run's and the step's number."""
+    """How step `step` samples; its seed is derived from the run's seed and the step."""
     sampling = config.sampling
     return SampleParams(
         num_samples=sampling.num_samples,
@@ -141,9 +187,9 @@ def step_params(config: RunConfig, step: int) -> SampleParams:
 
 
 def _set_up_thread(num_threads: int) -> None:
-    """PyTorch's threads as in the main thread, and a stream beside the learner's on a GPU.
+    """The main thread's number of PyTorch threads and, on a GPU, a second stream.
 
-    By default a new thread would take over what the learner has set for its workers of the moment.
+    By default a new thread would inherit what the learner has set for its own workers right now.
     """
     torch.set_num_threads(num_threads)
     if torch.cuda.is_initialized():

@@ -7,12 +7,11 @@ dropped.
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.config import DataSection, SourceSection
+from rl_lora.config import DataSection, parse_as
 from rl_lora.data.chat_template import (
     ChatTemplate,
     check_characters,
@@ -21,18 +20,16 @@ from rl_lora.data.chat_template import (
     markup_note,
 )
 from rl_lora.data.chats import finish_solution
+from rl_lora.data.collect import Collected, Item, collect
+from rl_lora.data.files import Role
 from rl_lora.data.messages import Message, plain_text, read_tools, with_question
-from rl_lora.data.references import alternatives
 from rl_lora.data.row_formats import DataRow
-from rl_lora.data.sources import LoadedSet, Role, has_eval_part, load_source, question_key
 from rl_lora.errors import UserError
 from rl_lora.seeds import mix_seed
 from rl_lora.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-HELD_OUT = "held_out"  # in data.eval: rows held out from the training sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +44,8 @@ class PromptSets:
     notes: list[str]  # a line per data set: rows kept, and why others were dropped
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A row with the names for its prompt."""
-
-    prompt_id: str
-    label: str
-    row: DataRow
-    key: str  # `question_key` without the system message
-    full_key: str  # `question_key` with it
-
-
-def load_prompts(
+# limits: what a job knows of its data, each from another section
+def load_prompt_sets(
     data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     context_length: int,
@@ -90,7 +77,7 @@ def load_prompts(
     if not data.train and not data.eval:
         raise UserError("data.train and data.eval are empty; set data.train, e.g. data.train=gsm8k")
     renderer = _Renderer(data, tokenizer, with_columns=with_columns)
-    collected = _collect(data, seed)
+    collected = collect(data, seed)
     eval_tokens = max_eval_tokens or max_new_tokens
     asked = [item.row.asked(with_system=True) for item in (*collected.train, *collected.eval)]
     markup = markup_note(asked, tokenizer) if data.template == "chat" else None
@@ -101,120 +88,33 @@ def load_prompts(
     )
 
 
-def _collect(data: DataSection, seed: int) -> _Collected:
-    """The rows of all sources, split into training and evaluation."""
-    collected = _Collected()
-    named = [source for source in data.eval if source.name != HELD_OUT]
-    has_held_out = len(named) < len(data.eval) or not data.eval
-    if has_held_out and not data.train:
-        raise UserError("data.eval has 'held_out', but data.train is empty; set data.train")
-    for source in named:
-        collected.add(source, "eval")
-    eval_keys = {item.key for item in collected.eval}
-    pool: list[_Item] = []
-    for source in data.train:
-        collected.add(source, "train", exclude=eval_keys)
-        if has_held_out and has_eval_part(source):
-            # num_rows applies to the training rows.
-            pool += collected.read(source.model_copy(update={"num_rows": None}), "eval")
-        elif has_held_out:
-            pool += collected.last
-    if pool:
-        # A problem that is also in a named set is asked once.
-        drawn = _held_out(pool, data.held_out, seed)
-        collected.eval = [*(i for i in drawn if i.key not in eval_keys), *collected.eval]
-    collected.drop_overlap()
-    return collected
+def load_prompts(
+    source: str | Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    role: Role = "train",
+    seed: int = 0,
+    **settings: Any,
+) -> PromptStream:
+    """All problems of one data set as a shuffled stream; `take(n)` returns the next n.
 
+    Args:
+        source: a data set's name, file, folder or generator, as in `data.train`; or a dict with
+            its settings, e.g. {"name": "gsm8k", "num_rows": 100}.
+        tokenizer: the base model's; its chat template renders the problems.
+        role: "train" or "eval", the part of the data set if it has both.
+        seed: of the order.
+        settings: other keys of [data], e.g. template="base", instruction="" or system="...".
 
-class _Collected:
-    """Items of all sources so far, and counts for the notes."""
-
-    def __init__(self) -> None:
-        self.train: list[_Item] = []
-        self.eval: list[_Item] = []
-        self.last: list[_Item] = []  # of the source added last
-        self._accounts: list[tuple[str, LoadedSet, list[_Item]]] = []
-        self._prefixes: Counter[str] = Counter()
-        self._seen: set[str] = set()  # questions of the training sources
-
-    def add(
-        self, source: SourceSection, role: Role, exclude: set[str] | frozenset[str] = frozenset()
-    ) -> None:
-        self.last = self.read(source, role, exclude)
-        (self.train if role == "train" else self.eval).extend(self.last)
-
-    def read(
-        self, source: SourceSection, role: Role, exclude: set[str] | frozenset[str] = frozenset()
-    ) -> list[_Item]:
-        """Items with unique ids, without training questions of an earlier set."""
-        loaded = load_source(source, role, exclude)
-        label = loaded.label
-        base = label if role == "train" else f"{label}-eval"
-        self._prefixes[base] += 1
-        prefix = base if self._prefixes[base] == 1 else f"{base}.{self._prefixes[base]}"
-        items = []
-        for row in loaded.rows:
-            key, full_key = (question_key(row.asked(with_system=one)) for one in (False, True))
-            item = _Item(f"{prefix}/{row.row}", label, row, key, full_key)
-            if role == "train" and item.full_key in self._seen:
-                loaded.dropped["in an earlier set"] = loaded.dropped.get("in an earlier set", 0) + 1
-            else:
-                items.append(item)
-                if role == "train":
-                    self._seen.add(item.full_key)
-        self._accounts.append((role, loaded, items))
-        return items
-
-    def drop_overlap(self) -> None:
-        """Removes training rows whose question is in the evaluation."""
-        eval_keys = {item.key for item in self.eval}
-        eval_ids = {item.prompt_id for item in self.eval}
-        num_before = len(self.train)
-        kept = [item for item in self.train if item.key not in eval_keys]
-        if num_before and not kept:
-            raise UserError(
-                "no training row is left, as the evaluation has all of their questions; set "
-                "another data.eval, or lower data.held_out or the evaluation's num_rows"
-            )
-        self.train = kept
-        for role, loaded, items in self._accounts:
-            shared = [item for item in items if item.key in eval_keys]
-            held_out = sum(item.prompt_id in eval_ids for item in shared)
-            if role == "train" and held_out:
-                loaded.dropped["held out for the evaluation"] = held_out
-            if role == "train" and len(shared) > held_out:
-                loaded.dropped["also in the evaluation"] = len(shared) - held_out
-
-    def notes(self) -> list[str]:
-        train_ids = {item.prompt_id for item in self.train}
-        eval_ids = {item.prompt_id for item in self.eval}
-        lines = []
-        for role, loaded, items in self._accounts:
-            ids = train_ids if role == "train" else eval_ids
-            num_kept = sum(item.prompt_id in ids for item in items)
-            reasons = dict(loaded.dropped)
-            if role == "eval" and num_kept < len(items):
-                reasons["not drawn (data.held_out)"] = len(items) - num_kept
-            why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
-            num_lists = sum(len(alternatives(item.row.reference or "")) > 1 for item in items)
-            lines.append(
-                f"{loaded.label} ({role}): {num_kept} of {loaded.num_read} rows"
-                + (f"; dropped: {why}" if why else "")
-                + (f"; {num_lists} with several answers, any of which counts" if num_lists else "")
-            )
-        return lines
-
-
-def _held_out(pool: list[_Item], num_rows: int, seed: int) -> list[_Item]:
-    if len(pool) <= num_rows:
-        fix = "lower it, or set data.eval" if len(pool) > 1 else "set data.eval"
-        raise UserError(
-            f"data.held_out={num_rows} leaves none of the {len(pool)} rows for training; {fix}"
-        )
-    drawn = random.Random(mix_seed("held_out", seed)).sample(range(len(pool)), num_rows)
-    unique = {pool[index].full_key: pool[index] for index in sorted(drawn)}
-    return list(unique.values())
+    Raises:
+        UserError: a bad setting, an unusable data set, or a prompt that is too long.
+    """
+    data = parse_as(DataSection, {role: source, **settings})
+    renderer, collected = _Renderer(data, tokenizer), Collected()
+    for section in data.train or data.eval:
+        collected.add(section, role)
+    items = [*collected.train, *collected.eval]
+    return PromptStream(renderer.prompts(items, data.max_prompt_tokens), seed)
 
 
 # --- rendering ------------------------------------------------------------------------------------
@@ -251,7 +151,7 @@ class _Renderer:
             messages, who, opens_turn=True, tools=read_tools(row.columns.get("tools"))
         )
 
-    def prompts(self, items: Sequence[_Item], limit: int) -> list[Prompt]:
+    def prompts(self, items: Sequence[Item], limit: int) -> list[Prompt]:
         """One prompt per item, each of at most `limit` tokens."""
         if not items:
             return []
@@ -286,7 +186,7 @@ def render_text(question: str, data: DataSection, tokenizer: PreTrainedTokenizer
 
 
 def _check_lengths(
-    items: Sequence[_Item], num_tokens_N: Sequence[int], max_prompt_tokens: int, limit: int
+    items: Sequence[Item], num_tokens_N: Sequence[int], max_prompt_tokens: int, limit: int
 ) -> None:
     """Raises UserError naming the longest prompt if it is too long."""
     longest = max(range(len(items)), key=lambda index: num_tokens_N[index])
@@ -327,6 +227,11 @@ class PromptStream:
         # Rows of this epoch skipped by a take across its start, which already had them.
         self._owed: list[int] = []
         self._order = self._shuffled()
+
+    @property
+    def prompts_N(self) -> list[Prompt]:
+        """All prompts, in the data set's order."""
+        return list(self._prompts)
 
     @property
     def epoch(self) -> int:

@@ -2,206 +2,138 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.adapters.files import remove_old, save_adapter, saved_version
-from rl_lora.advantages import ADVANTAGES
-from rl_lora.batches import make_samples, pack
-from rl_lora.build import RunContext, check_run_folder, evaluation_identity, open_run
+from rl_lora.batches import pack
+from rl_lora.build import RunContext, check_run_folder, make_evaluation, make_learner, open_run
 from rl_lora.config import RunConfig
-from rl_lora.errors import StaleAdapterError
+from rl_lora.config.algorithm import load_algorithm
 from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
-from rl_lora.evaluation.contamination import contamination_notes
-from rl_lora.evaluation.evaluate import evaluate, remove_results_after, set_aside
-from rl_lora.evaluation.scores import EvalResult, load_result
-from rl_lora.learner import Learner
-from rl_lora.nn.segments import MAX_WASTED_PAIRS
+from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
+from rl_lora.evaluation.scores import EvalResult
 from rl_lora.outcome import Outcome, evaluation_name, finished, result_of, summary
-from rl_lora.overlap import Batch, RolloutWorker, step_params
+from rl_lora.overlap import Request, RolloutWorker, step_params
 from rl_lora.policy import check_trainable
 from rl_lora.prompts import PromptSets, PromptStream
 from rl_lora.report.run_figures import draw_figures
 from rl_lora.report.terminal import Display
-from rl_lora.runs.checkpoint import checkpoint_steps, drop_after
+from rl_lora.runs.checkpoint import drop_after
 from rl_lora.runs.inputs import base_inputs, prompt_inputs
 from rl_lora.runs.lock import run_lock
 from rl_lora.runs.log import RunLog
 from rl_lora.runs.machine import MachineMeter
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
 from rl_lora.runs.record import with_absolute_paths, write_record
-from rl_lora.runs.snapshot import Start, find_start, load_snapshot, save_snapshot
+from rl_lora.runs.snapshot import Start, find_start
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.liveness import check_at_start, check_step, check_version, staleness_metrics
-from rl_lora.seeds import mix_seed
 from rl_lora.sft.warm_start import has_solutions, warm_start
+from rl_lora.state import State, publish, restore, save
 from rl_lora.storage.directories import atomic_directory, disk_errors
-from rl_lora.types import Adapter, Prompt, RolloutGroup, SampleParams
+from rl_lora.types import RolloutGroup
 
 if TYPE_CHECKING:
+    from rl_lora.learner import Learner
     from rl_lora.policy import Policy
 
 
-class Run:
-    """The state of one run between steps: what a checkpoint holds, and where it is written."""
+@dataclass(frozen=True)
+class Parts:
+    """The objects that a run's steps work with, the same from start to end.
 
-    def __init__(
-        self, job: RunContext, display: Display, folder: Path, inputs: dict[str, Any] | None = None
-    ) -> None:
-        config = job.config
-        self.job, self.display, self.folder = job, display, folder
-        self.inputs = inputs or {}  # hashes of base and data, for record and checkpoints
-        self.learner = Learner(
-            job.policy,
-            config.optim,
-            config.algorithm,
-            temperature=config.sampling.temperature,
-            num_steps=config.run.num_steps * config.optim.num_updates,
+    Example: Parts(job=RunContext(...), learner=Learner(...), worker=RolloutWorker(...),
+    evaluation=Evaluation(...), display=Display(), log=RunLog(...), timer=PhaseTimer(),
+    inputs={"base": {...}, "data": {...}})
+    """
+
+    job: RunContext
+    learner: Learner
+    worker: RolloutWorker
+    evaluation: Evaluation
+    display: Display
+    log: RunLog
+    timer: PhaseTimer
+    inputs: dict[str, Any]  # hashes of base model and data, for the record and checkpoints
+
+
+def loop(parts: Parts, state: State) -> None:
+    """Step k learns from samples of version k - 1 (with overlap k - 2) and publishes version k."""
+    config, worker, timer = parts.job.config.run, parts.worker, parts.timer
+    parts.display.stage("training", config.num_steps, state.step)
+    timer.take()
+    with MachineMeter() as meter, worker:
+        while state.step < config.num_steps:
+            assert state.adapter is not None
+            with timer.phase("sample"):
+                batch = worker.next_batch(state.adapter, state.previous)
+            with timer.phase("score"):  # of what is not scored yet
+                groups_N = batch.scoring.groups()
+            with timer.phase("learn"):
+                stats = learn(parts.job, parts.learner, groups_N, state.step)
+            state.step, state.position = state.step + 1, batch.position
+            with timer.phase("publish"):
+                worker.offer(publish(parts.job, state))
+            metrics = rollout_metrics(groups_N) | stats | batch.metrics()
+            if has_evaluation := is_due(config.eval_every, state.step):
+                metrics |= evaluate_policy(parts, state).metrics()
+            metrics |= timer.take() | memory_metrics() | meter.take()
+            metrics |= speed_metrics(metrics)
+            parts.log.transcripts(state.step, groups_N)
+            parts.log.write(state.step, metrics)
+            parts.display.step(state.step, metrics)
+            is_last = state.step == config.num_steps
+            # RUN/best must not come from a step that a resumed run repeats.
+            is_best = has_evaluation and is_best_step(parts, state)
+            if is_last or is_best or is_due(config.checkpoint_every, state.step):
+                save(parts.job, parts.learner, state, parts.inputs)
+            if has_evaluation:
+                update_best(parts, state)
+
+
+def learn(
+    job: RunContext, learner: Learner, groups_N: list[RolloutGroup], version: int
+) -> dict[str, float]:
+    """Advantages, microbatches and the optimizer step; checks that the sampler was right.
+
+    Args:
+        job: the run's policy and settings.
+        learner: of that policy.
+        groups_N: the step's rollouts.
+        version: of the policy that learns from them.
+
+    Raises:
+        StaleAdapterError: the rollouts are not from the version that they should be from.
+    """
+    config, policy = job.config, job.policy
+    max_staleness = int(config.sampling.overlap)
+    staleness = staleness_metrics(groups_N, version, max_staleness=max_staleness)
+    algorithm = config.algorithm
+    rewards_N_G = [group.rewards_G for group in groups_N]
+    kl: dict[str, float] = {}
+    if algorithm.kl == "reward":
+        rewards_N_G, kl = learner.penalised_rewards(
+            groups_N, algorithm.kl_weight, config.optim.microbatch_tokens
         )
-        self.stream = PromptStream(job.prompts.train, config.run.seed)
-        self.position = self.stream.state_dict()  # of the next step's prompts
-        self.worker = RolloutWorker(job.sampler, job.reward)
-        self.overlaps = config.sampling.overlap
-        self.timer = PhaseTimer()
-        self.step = 0  # steps done, which is the adapter's version
-        self.adapter: Adapter | None = None  # published last; None: before the first one is
-        self.previous: Adapter | None = None  # the version before it
-
-    def publish(self) -> Adapter:
-        """Writes the policy's present version; the sampler takes it, at once if it is free."""
-        adapters = self.folder / "adapters"
-        adapter = save_adapter(
-            self.job.policy, adapters, version=self.step, run_name=self.job.config.run.name
-        )
-        if self.adapter is not None:
-            self.previous = self.adapter
-        self.adapter = adapter
-        if not self.overlaps:
-            self.worker.set_adapter(adapter)
-        keep = {self.step, self.step - 1}
-        if self.overlaps:  # what a run that is resumed from a checkpoint samples from first
-            keep |= {step - 1 for step in checkpoint_steps(self.folder)}
-        remove_old(adapters, keep=keep)
-        return adapter
-
-    def next_batch(self) -> Batch:
-        """The batch to learn from; with sampling.overlap the one after it is sampled from now on.
-
-        Step k samples from version k - 1, with overlap from version k - 2 (the first from 0).
-        """
-        job, worker, version = self.job, self.worker, self.step
-        if not self.overlaps:
-            batch = worker.sample(*self._request(), version)
-        elif (batch_or_none := worker.pop()) is not None:
-            batch = batch_or_none
-        else:  # this process's first: what was under way at a kill is sampled again
-            worker.ensure_adapter(self.previous or self.adapter)
-            batch = worker.sample_in_thread(*self._request(), max(0, version - 1))
-        self.position = self.stream.state_dict()
-        if self.overlaps:
-            worker.ensure_adapter(self.adapter)
-            probes, max_kl = job.prompts.eval[:4], job.config.sampling.max_kl
-            batch = replace(batch, checks=check_version(job.policy, job.sampler, probes, max_kl))
-        if self.overlaps and self.step + 1 < job.config.run.num_steps:
-            worker.start(*self._request(ahead=1), version)
-        else:
-            job.sampler.release_memory()  # the learner's turn
-        return batch
-
-    def _request(self, ahead: int = 0) -> tuple[list[Prompt], SampleParams]:
-        """Prompts and settings of the next step's batch, or of the one after it."""
-        prompts_N = self.stream.take(self.job.config.sampling.num_prompts)
-        self.display.sampling(0, len(prompts_N) * self.job.config.sampling.num_samples, 0)
-        return prompts_N, self.params(ahead)
-
-    def params(self, ahead: int = 0) -> SampleParams:
-        """How the next step samples, or the one after it."""
-        return step_params(self.job.config, self.step + 1 + ahead)
-
-    def save(self) -> None:
-        """One atomic checkpoint, and the older ones pruned."""
-        more = {"previous": self.previous and self.previous.fingerprint, "stream": self.position}
-        save_snapshot(self.step, self.learner, self.job.config, inputs=self.inputs, **more)
-
-    def restore(self, start: Start) -> None:
-        """Takes a checkpoint's state over. Raises UserError where it is broken."""
-        assert start.checkpoint is not None
-        state = load_snapshot(start.checkpoint, self.learner, self.job.config)
-        stream, num_prompts = state["stream"], len(self.job.prompts.train)
-        if start.has_other_data("train", self.inputs) and stream["num_prompts"] != num_prompts:
-            # Other rows, which the user has accepted: a new epoch of them.
-            stream |= {"epoch": stream["epoch"] + 1, "position": 0, "owed": []}
-            stream |= {"num_prompts": num_prompts}
-        self.stream.load_state_dict(stream)
-        self.position = self.stream.state_dict()
-        self.step = state["step"]
-        if self.overlaps and self.step:
-            before = self.folder / "adapters" / f"v{self.step - 1:06d}"
-            self.previous = saved_version(before, state["previous"])
-
-    def evaluation(self, name: str, *, adapter_off: bool = False) -> EvalResult:
-        """The held-out evaluation; a result that is already in the run folder is not made again."""
-        folder = self.folder / "eval"
-        if (folder / f"{name}.json").is_file():
-            return load_result(folder / f"{name}.json")
-        config = self.job.config
-        if adapter_off:
-            self.worker.set_adapter(None)
-        else:
-            with self.timer.phase("sample"):
-                self.worker.ensure_adapter(self.adapter)
-        prompts_N = self.job.prompts.eval
-        with self.timer.phase("eval"):
-            result = evaluate(
-                self.job.sampler,
-                prompts_N,
-                self.job.reward,
-                config.eval,
-                max_tokens=config.sampling.max_tokens,
-                seed=mix_seed(config.run.seed, "evaluation"),
-                stop=config.sampling.stop,
-                step=None if adapter_off else self.step,
-                folder=folder,
-                name=name,
-                identity=evaluation_identity(self.job, None if adapter_off else self.adapter),
-                notes=contamination_notes(config.model, (prompt.source for prompt in prompts_N)),
-                restart=True,  # what another history of the run left is worth nothing
-                on_progress=self.display.evaluation,
-            )
-        self.display.evaluation_result(name, result)
-        return result
-
-    def keep_best(self) -> None:
-        """RUN/best, if the present step's evaluation is the best one."""
-        adapter = self.folder / "adapters" / f"v{self.step:06d}"
-        if (best := keep_best(self.folder, adapter, self.step)) is not None and self.step:
-            self.display.note(f"best so far: step {best.step}, accuracy {best.accuracy:.1%}")
-
-    def learn(self, groups_N: list[RolloutGroup]) -> dict[str, float]:
-        """Advantages, microbatches, optimizer step, and the check that the sampler was right."""
-        config, policy = self.job.config, self.job.policy
-        staleness = staleness_metrics(groups_N, self.step, max_staleness=int(self.overlaps))
-        rewards_N_G, kl = self.learner.penalised_rewards(groups_N, config.optim.microbatch_tokens)
-        advantages_N_G = ADVANTAGES[config.algorithm.advantage](rewards_N_G)
-        updates = pack(
-            make_samples(groups_N, advantages_N_G),
-            denominator=config.algorithm.denominator,
-            max_tokens=config.sampling.max_tokens,
-            microbatch_tokens=config.optim.microbatch_tokens,
-            num_updates=config.optim.num_updates,
-            share_prompts=config.optim.share_prompts and policy.can_share_prompts,
-            keep_zero_advantage=config.algorithm.kl == "loss",
-            max_wasted_pairs=MAX_WASTED_PAIRS.get(policy.device.type, 0),
-        )
-        metrics = self.learner.update(updates)
-        cpu_memory.trim()
-        if not staleness[
-            "rollouts/staleness_max"
-        ]:  # older ones: `next_batch` has checked the sampler
-            check_step(metrics, policy.dtype, config.sampling.max_kl)
-        return metrics | kl | staleness
+    cap = config.sampling.max_tokens
+    updates = pack(
+        groups_N,
+        job.advantage(rewards_N_G),
+        denominator=cap if algorithm.denominator == "max_tokens" else algorithm.denominator,
+        microbatch_tokens=config.optim.microbatch_tokens,
+        num_updates=config.optim.num_updates,
+        share_prompts=config.optim.share_prompts and policy.can_share_prompts,
+        keep_zero_advantage=algorithm.kl == "loss",
+    )
+    kl_weight = algorithm.kl_weight if algorithm.kl == "loss" else 0.0
+    metrics = learner.update(updates, job.loss, kl_weight=kl_weight)
+    cpu_memory.trim()
+    if not staleness["rollouts/staleness_max"]:  # the worker has checked the sampler of older ones
+        check_step(metrics, policy.dtype, config.sampling.max_kl)
+    return metrics | kl | staleness
 
 
 def train(
@@ -211,20 +143,22 @@ def train(
     quiet: bool = False,
     accept_changed_data: bool = False,
 ) -> Outcome:
-    """Runs a job to its end and leaves everything in its run folder.
+    """Runs a training job to its end and writes everything to its run folder.
 
     Args:
         config: the job.
-        resume: go on from the newest checkpoint, if there is one; a complete run is only reported.
+        resume: continue from the newest checkpoint if there is one; a complete run is only
+            reported.
         quiet: print only warnings and the summary.
-        accept_changed_data: go on although base or data are others than when the run began.
+        accept_changed_data: resume although the base model or the data have changed.
 
     Raises:
-        UserError: bad input, an older run in the way, another process at work in the folder, or a
-            full disk.
-        StaleAdapterError: the sampler does not sample from the learner's weights.
+        UserError: bad input, an older run in the folder, another process that uses the folder, or
+            a full disk.
+        StaleAdapterError: the sampler does not use the learner's weights.
     """
     check_trainable(config.model, config.lora)
+    load_algorithm(config.algorithm)  # fails early, before anything is loaded
     config = with_absolute_paths(config)
     folder = config.run.folder
     with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
@@ -237,161 +171,199 @@ def train(
             summary(display, outcome, {})
             return outcome
         config = start.restarted(config)
-        found: dict[str, Any] = {}
-
-        def on_loaded(policy: Policy, prompts: PromptSets) -> None:
-            data = {"train": prompt_inputs(prompts.train), "eval": prompt_inputs(prompts.eval)}
-            found.update(base=base_inputs(policy), data=data)
-            if not accept_changed_data:
-                start.check_inputs(found, folder)
-
-        with (
-            RunLog(
-                folder,
-                config.run.loggers,
-                config.run.transcripts_per_step,
-                resume_step=start.log_step,
-                config=config.model_dump(mode="json"),
-            ) as log,
-            open_run(
-                config, on_loaded=on_loaded, on_note=display.note, on_progress=display.sampling
-            ) as job,
-        ):
-            run = Run(job, display, folder, found)
-            prepare(run, start)
-            before = _first_evaluation(run, log)
-            loop(run, log)
-            after = _last_evaluation(run, log)
-            _finish(run)
+        with open_parts(config, start, display, accept_changed_data) as (parts, state):
+            before = evaluate_at_end(parts, state) if not state.step else None
+            loop(parts, state)
+            after = evaluate_at_end(parts, state)
+            finish(parts, state)
         draw_figures(folder)
-        outcome = Outcome(folder, before, after)
-        summary(display, outcome, run.timer.total_s)
+        outcome = Outcome(folder, before or result_of(folder, evaluation_name(0)), after)
+        summary(display, outcome, parts.timer.total_s)
         display.note(f"everything is in {folder}")
     return outcome
 
 
-def prepare(run: Run, start: Start) -> None:
-    """The sampler's proof, then the checkpoint's state or the warm start; publishes a version."""
-    job, config = run.job, run.job.config
-    write_record(config, job.policy, run.inputs)
-    probe = check_at_start(
-        job.policy, job.sampler, job.prompts.eval[:4], run.folder / "probe", config.sampling.max_kl
-    )
-    run.display.note(
+# --- before the first step ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_parts(
+    config: RunConfig, start: Start, display: Display, accept_changed_data: bool
+) -> Iterator[tuple[Parts, State]]:
+    """Builds everything for a run that starts or resumes, and closes it at the end."""
+    inputs: dict[str, Any] = {}
+
+    def on_loaded(policy: Policy, prompts: PromptSets) -> None:
+        data = {"train": prompt_inputs(prompts.train), "eval": prompt_inputs(prompts.eval)}
+        inputs.update(base=base_inputs(policy), data=data)
+        if not accept_changed_data:
+            start.check_inputs(inputs, config.run.folder)
+
+    with (
+        RunLog(
+            config.run.folder,
+            config.run.loggers,
+            config.run.transcripts_per_step,
+            resume_step=start.log_step,
+            config=config.model_dump(mode="json"),
+        ) as log,
+        open_run(
+            config, on_loaded=on_loaded, on_note=display.note, on_progress=display.sampling
+        ) as job,
+    ):
+        learner = make_learner(
+            job.policy,
+            config.optim,
+            num_steps=config.run.num_steps * config.optim.num_updates,
+            temperature=config.sampling.temperature,
+        )
+        stream = PromptStream(job.prompts.train, config.run.seed)
+        probes, max_kl = job.prompts.eval[:4], config.sampling.max_kl
+        worker = RolloutWorker(
+            job.sampler,
+            job.reward,
+            requests(config, stream, start.state.get("step", 0), display),
+            overlap=config.sampling.overlap,
+            check=lambda: check_version(job.policy, job.sampler, probes, max_kl),
+        )
+        evaluation = make_evaluation(job, display.evaluation)
+        parts = Parts(job, learner, worker, evaluation, display, log, PhaseTimer(), inputs)
+        yield parts, prepare(parts, stream, start)
+
+
+def requests(
+    config: RunConfig, stream: PromptStream, num_done: int, display: Display
+) -> Iterator[Request]:
+    """What steps num_done + 1, num_done + 2, ... sample, each drawn from the stream when needed."""
+    for step in range(num_done + 1, config.run.num_steps + 1):
+        prompts_N = stream.take(config.sampling.num_prompts)
+        display.sampling(0, len(prompts_N) * config.sampling.num_samples, 0)
+        yield Request(prompts_N, step_params(config, step), stream.state_dict())
+
+
+def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
+    """Checks the sampler, restores the checkpoint or runs the warm start, publishes a version."""
+    job, folder = parts.job, parts.job.config.run.folder
+    write_record(job.config, job.policy, parts.inputs)
+    max_kl = job.config.sampling.max_kl
+    probe = check_at_start(job.policy, job.sampler, job.prompts.eval[:4], folder / "probe", max_kl)
+    parts.display.note(
         "sampler serves the learner's weights: mean |difference| of log-probs "
         + ", ".join(f"{name} {value:.1e}" for name, value in probe.items())
         + " nats"
     )
+    state = State(stream.state_dict())
     if start.checkpoint is not None:
-        if start.has_other_data("eval", run.inputs):
-            set_aside(run.folder / "eval", start.state["step"])
-        run.restore(start)
-        run.display.note(f"resumed from {start.checkpoint}")
-    kept = -1 if start.checkpoint is None else run.step
-    drop_after(run.folder, kept)  # steps that are run again are another history
-    remove_results_after(run.folder / "eval", kept)
-    drop_best_after(run.folder, kept)
+        if start.has_other_data("eval", parts.inputs):
+            set_aside(folder / "eval", start.state["step"])
+        state = restore(job, parts.learner, stream, start, parts.inputs)
+        parts.display.note(f"resumed from {start.checkpoint}")
+    kept = -1 if start.checkpoint is None else state.step
+    drop_after(folder, kept)  # the steps after it are repeated, maybe with other results
+    remove_results_after(folder / "eval", kept)
+    drop_best_after(folder, kept)
     if start.checkpoint is None:
-        _warm_up(run)
-    run.publish()
+        warm_up(parts, state)
+    publish(job, state)
     if start.checkpoint is None:
-        run.save()
+        save(job, parts.learner, state, parts.inputs)
     else:
-        run.keep_best()  # a kill may have come between an evaluation and this
+        update_best(parts, state)  # a kill may have come between an evaluation and this
+    return state
 
 
-def _warm_up(run: Run) -> None:
-    """The supervised steps before the first one of RL, if the job has them."""
-    job, config = run.job, run.job.config
+def warm_up(parts: Parts, state: State) -> None:
+    """The supervised steps before RL, if the job has any."""
+    job, config = parts.job, parts.job.config
     if not config.warm_start.num_steps:
         return
     if not has_solutions(job.prompts.train):
-        run.display.warn(
-            "no row of data.train has a worked solution: the warm start is left out, and RL starts "
+        parts.display.warn(
+            "no row of data.train has a worked solution: the warm start is skipped, and RL starts "
             "from the base model"
         )
         return
-    if not job.policy.is_full:
-        run.evaluation("base", adapter_off=True)
+    if job.policy.has_base:
+        evaluate_policy(parts, state, is_base=True)
     with (
-        RunLog(run.folder, resume_step=-1, metrics_file="warm_start.jsonl") as log,
-        run.timer.phase("warm_start"),
+        RunLog(config.run.folder, resume_step=-1, metrics_file="warm_start.jsonl") as log,
+        parts.timer.phase("warm_start"),
     ):
-        run.display.stage("warm start", config.warm_start.num_steps)
+        parts.display.stage("warm start", config.warm_start.num_steps)
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
             log.write(step, metrics)
-            run.display.step(step, metrics)
+            parts.display.step(step, metrics)
 
-        warm_start(run.learner, job.prompts.train, job.tokenizer, config, on_step)
-
-
-def loop(run: Run, log: RunLog) -> None:
-    """Step k learns from samples of version k - 1, with overlap k - 2, and publishes version k."""
-    timer, config = run.timer, run.job.config.run
-    run.display.stage("training", config.num_steps, run.step)
-    timer.take()
-    with MachineMeter() as meter, run.worker:
-        while run.step < config.num_steps:
-            with timer.phase("sample"):
-                batch = run.next_batch()
-            with timer.phase("score"):  # what is left of it
-                groups_N = batch.scoring.groups()
-            with timer.phase("learn"):
-                stats = run.learn(groups_N)
-            run.step += 1
-            with timer.phase("publish"):
-                run.publish()
-            metrics = rollout_metrics(groups_N) | stats | batch.metrics()
-            if has_evaluation := bool(config.eval_every) and run.step % config.eval_every == 0:
-                metrics |= run.evaluation(evaluation_name(run.step)).metrics()
-            metrics |= timer.take() | memory_metrics() | meter.take()
-            metrics |= speed_metrics(metrics)
-            log.transcripts(run.step, groups_N)
-            log.write(run.step, metrics)
-            run.display.step(run.step, metrics)
-            is_last = run.step == config.num_steps
-            # RUN/best is never of a step that a resumed run goes through again.
-            if (
-                run.step % config.checkpoint_every == 0
-                or is_last
-                or (has_evaluation and _is_best(run))
-            ):
-                run.save()
-            if has_evaluation:
-                run.keep_best()
+        warm_start(parts.learner, job.prompts.train, job.tokenizer, config, on_step)
 
 
-def _is_best(run: Run) -> bool:
-    best = best_evaluation(run.folder, run.step)
-    return best is not None and best.step == run.step
+# --- evaluations, and the end ---------------------------------------------------------------------
 
 
-def _first_evaluation(run: Run, log: RunLog) -> EvalResult | None:
-    """The policy before RL; for the trackers it is the curve's point at step 0."""
-    if run.step > 0:
-        return result_of(run.folder, evaluation_name(0))
-    result = run.evaluation(evaluation_name(0))
-    log.track(0, result.metrics())
-    run.keep_best()
+def evaluate_policy(parts: Parts, state: State, *, is_base: bool = False) -> EvalResult:
+    """The held-out evaluation of the newest version, or of the base model with the adapter off.
+
+    A result that is in the run folder already is only loaded.
+    """
+    name = "base" if is_base else evaluation_name(state.step)
+    path = parts.job.config.run.folder / "eval" / name
+    if (result := result_of(parts.job.config.run.folder, name)) is not None:
+        return result
+    if is_base:
+        parts.worker.set_adapter(None)
+    else:
+        with parts.timer.phase("sample"):
+            parts.worker.ensure_adapter(state.adapter)
+    with parts.timer.phase("eval"):
+        result = evaluate(
+            parts.job.sampler,
+            parts.evaluation,
+            path,
+            policy="base" if is_base or state.adapter is None else state.adapter.fingerprint,
+            step=None if is_base else state.step,
+            restart=True,  # a file that another history of this run left is of no use
+        )
+    parts.display.evaluation_result(name, result)
     return result
 
 
-def _last_evaluation(run: Run, log: RunLog) -> EvalResult:
-    """The policy at the end, if the loop has not evaluated it."""
-    is_new = result_of(run.folder, evaluation_name(run.step)) is None
-    result = run.evaluation(evaluation_name(run.step))
-    if is_new:
-        log.track(run.step, result.metrics())
-        run.keep_best()
+def evaluate_at_end(parts: Parts, state: State) -> EvalResult:
+    """The evaluation before the first step or after the last, unless the loop has done it.
+
+    Trackers get its numbers here, since it has no line in metrics.jsonl.
+    """
+    is_new = result_of(parts.job.config.run.folder, evaluation_name(state.step)) is None
+    result = evaluate_policy(parts, state)
+    if is_new or not state.step:
+        parts.log.track(state.step, result.metrics())
+        update_best(parts, state)
     return result
 
 
-def _finish(run: Run) -> None:
-    """The proof that the base was not written to, and the adapter where users look for it."""
-    expected = run.inputs["base"]["fingerprint"]
-    if not run.job.policy.is_full and run.job.policy.base_fingerprint() != expected:
-        raise StaleAdapterError("the base model's weights changed during the run")
-    with atomic_directory(run.folder / "adapter") as scratch:
-        last = run.folder / "adapters" / f"v{run.step:06d}"
+def is_due(every: int, step: int) -> bool:
+    """Whether something done every so many steps (0: never) is done after this one."""
+    return bool(every) and step % every == 0
+
+
+def is_best_step(parts: Parts, state: State) -> bool:
+    """Whether the present step has the best evaluation so far."""
+    best = best_evaluation(parts.job.config.run.folder, state.step)
+    return best is not None and best.step == state.step
+
+
+def update_best(parts: Parts, state: State) -> None:
+    """Copies the present version to RUN/best if its evaluation is the best so far."""
+    folder = parts.job.config.run.folder
+    adapter = folder / "adapters" / f"v{state.step:06d}"
+    if (best := keep_best(folder, adapter, state.step)) is not None and state.step:
+        parts.display.note(f"best so far: step {best.step}, accuracy {best.accuracy:.1%}")
+
+
+def finish(parts: Parts, state: State) -> None:
+    """Proves that the base was never written to, and copies the last version to RUN/adapter."""
+    folder, policy = parts.job.config.run.folder, parts.job.policy
+    policy.check_base(parts.inputs["base"]["fingerprint"])
+    with atomic_directory(folder / "adapter") as scratch:
+        last = folder / "adapters" / f"v{state.step:06d}"
         shutil.copytree(last, scratch, dirs_exist_ok=True)

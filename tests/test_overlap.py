@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,17 @@ import pytest
 import torch
 
 from rl_lora import build as job
+from rl_lora import train as loop
 from rl_lora.adapters.files import load_tensors, saved_version
 from rl_lora.config import RunConfig, load_config
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.overlap import RolloutWorker
-from rl_lora.policy import Policy
+from rl_lora.overlap import Request, RolloutWorker
+from rl_lora.policy import Policy, open_policy
 from rl_lora.runs.log import RunLog
 from rl_lora.sampler import OnGroup
 from rl_lora.samplers.liveness import staleness_metrics
 from rl_lora.samplers.torch_sampler import TorchSampler
-from rl_lora.train import Run, train
+from rl_lora.train import train
 from rl_lora.types import Adapter, Completion, Prompt, RolloutGroup, SampleParams
 from tests.helpers.fakes import FakeReward, FakeSampler, make_group, make_prompt, make_rollout
 from tests.test_train import SMOKE, metrics_of
@@ -30,6 +31,10 @@ SHORT = ["run.num_steps=4", "data.held_out=4", "sampling.num_prompts=3", "sampli
 SHORT += ["sampling.num_samples=4", "optim.lr=1e-2"]
 WAIT_S = 60.0  # for what comes soon, or never
 PARAMS = SampleParams(num_samples=2, max_tokens=64, temperature=1.0, seed=1)
+
+
+def one_request() -> Iterator[Request]:
+    return iter([Request([make_prompt()], PARAMS, {"position": 1})])
 
 
 def config(folder: Path, *overrides: str) -> RunConfig:
@@ -43,10 +48,12 @@ class OwnWeights(TorchSampler):
     `calls` has the version and the seed of each batch that was sampled in the other thread.
     """
 
-    def __init__(self, policy: Policy, tokenizer: Any, end_ids: Any, **options: Any) -> None:
+    has_own_weights = True
+
+    def __init__(self, policy: Policy, **options: Any) -> None:
         section = load_config(SMOKE).model
-        own = Policy(policy.model_dir, section, policy.lora, seed=0)
-        super().__init__(own, tokenizer, end_ids, **options)
+        own = open_policy(policy.model_dir, section, policy.lora, seed=0)
+        super().__init__(own, **options)
         self.lock = threading.Lock()
         self.calls: list[tuple[int, int]] = []
         self.num_rests = 0
@@ -95,8 +102,8 @@ def samplers(monkeypatch: pytest.MonkeyPatch) -> list[OwnWeights]:
     """The samplers that jobs have made."""
     made: list[OwnWeights] = []
 
-    def make(section: Any, policy: Policy, tokenizer: Any, end_ids: Any, **options: Any) -> Any:
-        made.append(OwnWeights(policy, tokenizer, end_ids, **options))
+    def make(section: Any, policy: Policy, **options: Any) -> Any:
+        made.append(OwnWeights(policy, **options))
         return made[-1]
 
     monkeypatch.setattr(job, "make_sampler", make)
@@ -108,18 +115,18 @@ def test_a_batch_is_sampled_while_the_one_before_is_learned_from(
 ) -> None:
     """Neither side gets on alone: the sampler waits for the learner to begin, and it for it."""
     meeting = threading.Barrier(2, timeout=WAIT_S)
-    learn = Run.learn
+    learn = loop.learn
 
-    def meet_and_learn(run: Run, groups_N: list[RolloutGroup]) -> dict[str, float]:
-        if run.step < 3:  # the last step has nobody beside it
+    def meet_and_learn(*arguments: Any) -> dict[str, float]:
+        if arguments[-1] < 3:  # while the last step learns, nothing is sampled
             meeting.wait()
-        return learn(run, groups_N)
+        return learn(*arguments)
 
     def on_batch(self: OwnWeights, number: int) -> None:
         if number > 1:
             meeting.wait()
 
-    monkeypatch.setattr(Run, "learn", meet_and_learn)
+    monkeypatch.setattr(loop, "learn", meet_and_learn)
     monkeypatch.setattr(OwnWeights, "on_batch", on_batch)
     train(config(tmp_path, "run.eval_every=2"), quiet=True)
     rows = metrics_of(tmp_path / "smoke")
@@ -208,21 +215,30 @@ class Endless(FakeSampler):
 
 def test_the_end_of_a_run_ends_the_sampling() -> None:
     sampler = Endless(lambda prompt, index: "7")
-    with RolloutWorker(sampler, FakeReward()) as batches:
-        batches.start([make_prompt()], PARAMS, -1)
+    with RolloutWorker(sampler, FakeReward(), one_request()) as worker:
+        assert worker.start(-1)
         while not sampler.calls:
             time.sleep(0.01)
     assert sampler.was_ended
 
 
 def test_a_batch_of_another_version_is_refused_whoever_waits_for_it() -> None:
-    with RolloutWorker(FakeSampler(lambda prompt, index: "7"), FakeReward()) as batches:
-        assert batches.pop() is None
-        batches.start([make_prompt()], PARAMS, 5)
+    sampler = FakeSampler(lambda prompt, index: "7")
+    with RolloutWorker(sampler, FakeReward(), one_request()) as worker:
+        assert worker.start(5)
         with pytest.raises(StaleAdapterError, match="version 5 was asked for"):
-            batches.wait()
+            worker.wait()
         with pytest.raises(StaleAdapterError):
-            batches.pop()
+            worker.pop()
+
+
+def test_the_worker_stops_where_the_requests_do() -> None:
+    sampler = FakeSampler(lambda prompt, index: "7")
+    with RolloutWorker(sampler, FakeReward(), one_request()) as worker:
+        assert worker.start(-1)
+        assert worker.pop().position == {"position": 1}
+        assert not worker.start(-1)
+    assert len(sampler.calls) == 1
 
 
 def test_ages_are_counted_and_limited() -> None:

@@ -1,8 +1,8 @@
-"""The held-out evaluation: samples and grades every problem under the adapter in use, and can go
-on.
+"""The held-out evaluation: samples and grades every problem under the sampler's adapter.
 
-Accuracy is the mean over problems of the share of correct samples (avg@k, the mean pass@1). The
-records and the scores are `results`', the file is `evaluation_files`'.
+Accuracy is the mean over problems of the fraction of correct samples (avg@k, the mean pass@1).
+`evaluation.scores` has the records and scores, `evaluation.files` the file that a killed evaluation
+resumes from.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rewards import Reward
-from rl_lora.config import EvalSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.evaluation.files import EvaluationFile, problems_key
 from rl_lora.evaluation.scores import (
@@ -32,6 +32,7 @@ from rl_lora.types import Prompt, RolloutGroup, SampleParams
 
 __all__ = [
     "EvalResult",
+    "Evaluation",
     "EvaluationScores",
     "evaluate",
     "load_result",
@@ -42,107 +43,128 @@ __all__ = [
 Progress = Callable[[int, int, int], None]  # (problems done, in all, being sampled now)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What policies are evaluated on, and how: the same for each of them.
+
+    Example: Evaluation(prompts_N=[Prompt(...)], reward=load_reward("math"),
+    params=SampleParams(num_samples=1, max_tokens=256, temperature=0.0, seed=3))
+    """
+
+    prompts_N: Sequence[Prompt]  # the problems; their sources may differ
+    reward: Reward
+    params: SampleParams  # the same seed gives the same samples, whatever the chunks
+    chunk_samples: int = 256  # completions sampled, graded and saved at a time
+    confidence: float = 0.95  # of the intervals
+    # What else samples and verdicts depend on: the base model, the reward, ...
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # for the result
+    on_progress: Progress = lambda done, total, now: None
+
+    def settings(self, policy: str) -> dict[str, Any]:
+        """All that the samples and verdicts of a policy depend on; the file's first line."""
+        params = self.params
+        return {
+            "problems": problems_key(self.prompts_N),
+            "num_problems": len(self.prompts_N),
+            "num_samples": params.num_samples,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "max_tokens": params.max_tokens,
+            "stop": list(params.stop),
+            "seed": params.seed,
+            "policy": policy,
+            **self.identity,
+        }
+
+
 def evaluate(
     sampler: Sampler,
-    prompts_N: Sequence[Prompt],
-    reward: Reward,
-    section: EvalSection,
+    evaluation: Evaluation,
+    path: Path | None = None,
     *,
-    max_tokens: int,
-    seed: int,
-    stop: tuple[str, ...] = (),
+    policy: str = "",
     step: int | None = None,
-    folder: Path | None = None,
-    name: str = "eval",
-    confidence: float = 0.95,
-    identity: Mapping[str, Any] | None = None,
-    notes: tuple[str, ...] = (),
     restart: bool = False,
-    on_progress: Progress | None = None,
 ) -> EvalResult:
     """Samples and grades every problem that the evaluation's file does not have yet.
 
     Args:
-        sampler: anything that keeps the Sampler protocol.
-        prompts_N: the problems; their sources may differ.
-        reward: scores completions against references.
-        section: samples a problem, temperature, top_p, cap, and completions asked for in one call.
-        max_tokens: cap of a completion where section.max_tokens is None.
-        seed: of the evaluation; the same seed gives the same samples whatever the chunks, as far as
-        the
-            sampler seeds each sample by `sample_seed`.
-        stop: strings that end a completion.
+        sampler: with the adapter to evaluate already set.
+        evaluation: the problems and how they are sampled and graded.
+        path: FOLDER/NAME: writes NAME.jsonl.gz (one line per problem, chunk by chunk) and
+            NAME.json (the result, at the end) to FOLDER. An evaluation that was killed resumes if
+            its settings are the same. None: nothing is written.
+        policy: which weights are evaluated: an adapter's fingerprint, or "base".
         step: training steps done, for the record.
-        folder: where NAME.jsonl.gz (a line a problem, written chunk by chunk) and NAME.json (the
-            result, written at the end) go; None: nowhere.
-        name: of the files. A file of a killed evaluation with the same settings is gone on with.
-        confidence: of the intervals.
-        identity: what else the samples and verdicts depend on: "policy" (the adapter's fingerprint
-            or "base"), the base model, the reward, ...
-        notes: for the result.
-        restart: start over where the file is of other settings; else that is an error.
-        on_progress: called with (problems done, problems in all, problems being sampled).
+        restart: start over if the file has other settings, which is an error otherwise.
 
     Raises:
-        UserError: no problem, a folder that cannot be written, or an evaluation of other settings
-        in it. StaleAdapterError: completions of more than one adapter version.
+        UserError: no problems, a folder that cannot be written, or a file with other settings.
+        StaleAdapterError: the completions come from more than one adapter version.
     """
+    params, prompts_N = evaluation.params, evaluation.prompts_N
     if not prompts_N:
-        raise UserError("evaluation: there is no problem to evaluate on; check data.eval")
-    params = SampleParams(
-        num_samples=section.num_samples,
-        max_tokens=section.max_tokens or max_tokens,
-        temperature=section.temperature,
-        top_p=section.top_p,
-        stop=stop,
-        seed=seed,
-    )
+        raise UserError("evaluation: there are no problems; check data.eval")
     file = None
-    if folder is not None:
-        settings = evaluation_settings(prompts_N, params, identity or {})
-        file = EvaluationFile(folder, name, settings, restart=restart)
-    evaluation = _Exam(sampler, reward, params, file)
-    chunk = max(1, section.chunk_samples // section.num_samples)
-    problems_N = evaluation.run(prompts_N, chunk, on_progress or (lambda done, total, now: None))
+    if path is not None:
+        file = EvaluationFile(path.parent, path.name, evaluation.settings(policy), restart=restart)
+    problems_N, version = _evaluate_missing(sampler, evaluation, file)
     result = EvalResult(
-        total=evaluation_scores(problems_N, confidence),
-        by_source=scores_by_source(problems_N, confidence),
+        total=evaluation_scores(problems_N, evaluation.confidence),
+        by_source=scores_by_source(problems_N, evaluation.confidence),
         step=step,
-        adapter_version=evaluation.version,
-        confidence=confidence,
-        interval="exact" if section.num_samples == 1 else "clustered_exact",
+        adapter_version=version,
+        confidence=evaluation.confidence,
+        interval="exact" if params.num_samples == 1 else "clustered_exact",
         temperature=params.temperature,
         top_p=params.top_p,
         max_tokens=params.max_tokens,
         seed=params.seed,
         seconds=sum(problem.seconds for problem in problems_N),
-        policy=str((identity or {}).get("policy", "")),
-        notes=notes,
+        policy=policy,
+        notes=evaluation.notes,
     )
-    if folder is not None:
-        result.save(folder / f"{name}.json")
+    if path is not None:
+        result.save(path.with_name(f"{path.name}.json"))
     return result
 
 
-def evaluation_settings(
-    prompts_N: Sequence[Prompt], params: SampleParams, identity: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What an evaluation's samples and verdicts depend on; the first line of its file."""
-    return {
-        "problems": problems_key(prompts_N),
-        "num_problems": len(prompts_N),
-        "num_samples": params.num_samples,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "max_tokens": params.max_tokens,
-        "stop": list(params.stop),
-        "seed": params.seed,
-        **identity,
-    }
+def _evaluate_missing(
+    sampler: Sampler, evaluation: Evaluation, file: EvaluationFile | None
+) -> tuple[list[ProblemRecord], int]:
+    """(every problem's record in the prompts' order, the one adapter version that answered)."""
+    prompts_N, params = evaluation.prompts_N, evaluation.params
+    done = dict(file.done) if file is not None else {}
+    versions: set[int] = set()
+    if file is not None and file.adapter_version is not None:
+        versions.add(file.adapter_version)
+    left = [prompt for prompt in prompts_N if prompt.prompt_id not in done]
+    chunk = max(1, evaluation.chunk_samples // params.num_samples)
+    for first in range(0, len(left), chunk):
+        prompts = left[first : first + chunk]
+        evaluation.on_progress(len(done), len(prompts_N), len(prompts))
+        start = time.perf_counter()
+        with scoring_thread() as thread:
+            scoring = Scoring(prompts, evaluation.reward, thread)
+            groups = sample_and_score(sampler, scoring, params, version=None).groups()
+        versions |= {r.completion.adapter_version for g in groups for r in g.rollouts_G}
+        if len(versions) > 1:
+            raise StaleAdapterError(
+                f"the sampler changed its adapter during an evaluation: versions {sorted(versions)}"
+            )
+        seconds = (time.perf_counter() - start) / len(prompts)
+        problems = [problem_record(group, seconds) for group in groups]
+        if file is not None:
+            file.append(problems, *versions)
+        done |= {problem.prompt_id: problem for problem in problems}
+    evaluation.on_progress(len(done), len(prompts_N), 0)
+    (version,) = versions
+    return [done[prompt.prompt_id] for prompt in prompts_N], version
 
 
 def problem_record(group: RolloutGroup, seconds: float = 0.0) -> ProblemRecord:
-    """The record of one graded problem, exactly as it will be read from the file."""
+    """The record of one graded problem, exactly as it will read back from the file."""
     row = {
         "prompt_id": group.prompt.prompt_id,
         "source": group.prompt.source,
@@ -169,10 +191,10 @@ def problem_record(group: RolloutGroup, seconds: float = 0.0) -> ProblemRecord:
 def remove_results_after(folder: Path, step: int) -> list[Path]:
     """Deletes step_N.json of later steps; returns what was deleted.
 
-    For a run that goes on from `step`: the evaluations of steps that it runs again may be of
-    another policy. Their completions stay, and are taken over if the policy turns out to be the
-    same. A run that begins (step -1) may have another base than one that was killed early:
-    base.json goes, too.
+    A run that resumes from `step` repeats the later steps, maybe with a different result. The
+    completions stay on disk and are reused if the policy turns out to be the same. A run that
+    starts over (step -1) may have another base model than one that was killed early, so base.json
+    is deleted as well.
     """
     removed = []
     for path in sorted(folder.glob("*.json")):
@@ -184,58 +206,10 @@ def remove_results_after(folder: Path, step: int) -> list[Path]:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Renames RUN/eval to RUN/eval_until_STEP: evaluations of other problems, not to be
-    compared."""
+    """Renames RUN/eval to RUN/eval_until_STEP: its problems differ, so it must not be compared."""
     if not folder.is_dir():
         return
     aside, number = folder.with_name(f"{folder.name}_until_{step:06d}"), 2
-    while aside.exists():  # of a resumption that was killed before its first checkpoint
+    while aside.exists():  # from a resume that was killed before its first checkpoint
         aside, number = folder.with_name(f"{folder.name}_until_{step:06d}_{number}"), number + 1
     folder.rename(aside)
-
-
-class _Exam:
-    """The state of one evaluation: what is done, and of which adapter version."""
-
-    def __init__(
-        self, sampler: Sampler, reward: Reward, params: SampleParams, file: EvaluationFile | None
-    ) -> None:
-        self._sampler, self._reward, self._params, self._file = sampler, reward, params, file
-        self._versions = set[int]()
-        if file is not None and file.adapter_version is not None:
-            self._versions.add(file.adapter_version)
-
-    @property
-    def version(self) -> int:
-        """The one adapter version that all completions came from."""
-        (version,) = self._versions
-        return version
-
-    def run(self, prompts_N: Sequence[Prompt], chunk: int, report: Progress) -> list[ProblemRecord]:
-        """Every problem's record, in the prompts' order."""
-        done = dict(self._file.done) if self._file is not None else {}
-        left = [prompt for prompt in prompts_N if prompt.prompt_id not in done]
-        for first in range(0, len(left), chunk):
-            prompts = left[first : first + chunk]
-            report(len(done), len(prompts_N), len(prompts))
-            problems = self._evaluate(prompts)
-            done |= {problem.prompt_id: problem for problem in problems}
-        report(len(done), len(prompts_N), 0)
-        return [done[prompt.prompt_id] for prompt in prompts_N]
-
-    def _evaluate(self, prompts: Sequence[Prompt]) -> list[ProblemRecord]:
-        start = time.perf_counter()
-        with scoring_thread() as thread:
-            scoring = Scoring(prompts, self._reward, thread)
-            groups = sample_and_score(self._sampler, scoring, self._params, version=None).groups()
-        self._versions |= {r.completion.adapter_version for g in groups for r in g.rollouts_G}
-        if len(self._versions) > 1:
-            raise StaleAdapterError(
-                "the sampler changed its adapter during an evaluation: versions "
-                f"{sorted(self._versions)}"
-            )
-        seconds = (time.perf_counter() - start) / len(prompts)
-        problems = [problem_record(group, seconds) for group in groups]
-        if self._file is not None:
-            self._file.append(problems, self.version)
-        return problems

@@ -292,8 +292,8 @@ def _check_sha256(path: Path, expected: str, fix: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise UserError(
-            f"{path.name} has sha256 {found}, not {expected} as the file that this version was "
-            f"tested with; {fix}"
+            f"{path.name} has sha256 {found}, not the pinned {expected}: it is not the file "
+            f"that this version was tested with; {fix}"
         )
 
 

@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.probe import Commands, matmul_peak, peak_mb, peak_reset
 from benchmarks.workload import Size, config
-from rl_lora.batches import make_samples, pack
+from rl_lora.batches import pack
+from rl_lora.build import make_learner
 from rl_lora.commands.plan import matmul_counts
-from rl_lora.learner import Learner
 from rl_lora.models.shapes import build_on_meta
-from rl_lora.policy import Policy
-from rl_lora.prompts import load_prompts
+from rl_lora.policy import Policy, open_policy
+from rl_lora.prompts import load_prompt_sets
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, Score
 
 Built = Iterator[tuple[Commands, dict[str, Any]]]
@@ -32,19 +32,29 @@ Built = Iterator[tuple[Commands, dict[str, Any]]]
 def whole_step(size: Size) -> Built:
     """The product's own loop, phase by phase; only lengths and rewards are fixed."""
     from rl_lora.build import open_run
-    from rl_lora.report.terminal import Display
+    from rl_lora.overlap import step_params
     from rl_lora.rollouts import sample_groups, score_groups
-    from rl_lora.train import Run
+    from rl_lora.state import State, publish
+    from rl_lora.train import learn
 
-    settings = config(size)
     with (
         tempfile.TemporaryDirectory() as folder,
-        Display(quiet=True) as display,
-        open_run(settings) as job,
+        open_run(config(size, **{"run.output_dir": folder})) as job,
     ):
-        run = Run(job, display, Path(folder))
+        settings, state = job.config, State(position={})
+        learner = make_learner(
+            job.policy,
+            settings.optim,
+            num_steps=settings.run.num_steps,
+            temperature=settings.sampling.temperature,
+        )
         fix_lengths(job.sampler, size)
-        run.publish()
+
+        def publish_and_set() -> None:
+            publish(job, state)
+            job.sampler.set_adapter(state.adapter)
+
+        publish_and_set()
         prompts_N = job.prompts.train[: size.num_prompts]
 
         def step() -> dict[str, Any]:
@@ -52,17 +62,20 @@ def whole_step(size: Size) -> Built:
             start = time.perf_counter()
             with timed(out, "sample"):
                 completions_N_G = sample_groups(
-                    job.sampler, prompts_N, run.params(), version=run.step
+                    job.sampler,
+                    prompts_N,
+                    step_params(settings, state.step + 1),
+                    version=state.step,
                 )
                 job.sampler.release_memory()
             with timed(out, "score"):
                 groups_N = score_groups(prompts_N, completions_N_G, job.reward)
             groups_N = with_rewards(groups_N, size.rewards())
             with timed(out, "learn"):
-                metrics = run.learn(groups_N)
-            run.step += 1
+                metrics = learn(job, learner, groups_N, state.step)
+            state.step += 1
             with timed(out, "publish"):
-                run.publish()
+                publish_and_set()
             out["step"] = time.perf_counter() - start
             return out | {"tokens": count_tokens(groups_N), "kl": metrics["mismatch/kl"]}
 
@@ -72,15 +85,15 @@ def whole_step(size: Size) -> Built:
             The adapter's time has in it what taking a new version up costs; the base's has not.
             """
             seconds: dict[str, list[float]] = {"lora": [], "base": []}
-            adapter = run.publish()
+            publish_and_set()
             for name in ("lora", "base") * 2:
-                job.sampler.set_adapter(adapter if name == "lora" else None)
+                job.sampler.set_adapter(state.adapter if name == "lora" else None)
                 if name == "base":
                     job.sampler.token_logprobs([prompts_N[0].token_ids])
                 start = time.perf_counter()
-                job.sampler.sample(prompts_N, run.params())
+                job.sampler.sample(prompts_N, step_params(settings, state.step + 1))
                 seconds[name].append(time.perf_counter() - start)
-            job.sampler.set_adapter(adapter)
+            job.sampler.set_adapter(state.adapter)
             return seconds
 
         yield {"step": step, "sample_both": sample_both}, {"memory_built": peak_mb()}
@@ -91,16 +104,15 @@ def learner(size: Size, mode: str = "lora") -> Built:
     """The learning phase alone, on made-up completions of the workload's lengths."""
     settings = config(size, mode=mode)
     prompts_N, _, model_dir = bench_prompts(size)
-    policy = Policy(model_dir, settings.model, settings.lora, seed=0)
-    learns = Learner(policy, settings.optim, settings.algorithm, temperature=1.0, num_steps=1000)
+    policy = open_policy(model_dir, settings.model, settings.lora, seed=0)
+    learns = make_learner(policy, settings.optim, num_steps=1000)
     groups_N = made_up_groups(prompts_N, size)
 
     def updates() -> Any:
         advantages_N_G = [[r - 0.5 for r in group.rewards_G] for group in groups_N]
         return pack(
-            make_samples(groups_N, advantages_N_G),
-            denominator="tokens",
-            max_tokens=size.max_tokens,
+            groups_N,
+            advantages_N_G,
             microbatch_tokens=settings.optim.microbatch_tokens,
             share_prompts=True,
         )
@@ -133,7 +145,9 @@ def learner(size: Size, mode: str = "lora") -> Built:
         products = sum(n for name, n in by_name.items() if "mm" in name)
         vocab, width = policy.model.get_output_embeddings().weight.shape
         scored = sum(len(b.target_ids_C) for b in batches[0])
-        remade = 2 * scored * vocab * width if policy.is_full else 0  # logits, a second time
+        remade = (
+            2 * scored * vocab * width if policy.lora.mode == "full" else 0
+        )  # logits, a second time
         per_token = (products - remade) / batches[0][0].num_tokens
         share = scored / batches[0][0].num_tokens
         return {
@@ -175,8 +189,8 @@ def formula_per_token(policy: Policy, scored_share: float) -> float:
     sees a share of the tokens. It lets every layer pass a gradient on; the first need not."""
     counts = matmul_counts(build_on_meta(policy.model.config), policy.lora)
     head = policy.model.get_output_embeddings().weight.numel()
-    passes = 3 if policy.is_full else 2
-    total = counts.full if policy.is_full else counts.lora
+    passes = 3 if policy.lora.mode == "full" else 2
+    total = counts.full if policy.lora.mode == "full" else counts.lora
     return 2 * (total - passes * head * (1 - scored_share))
 
 
@@ -246,7 +260,7 @@ def bench_prompts(size: Size) -> tuple[list[Prompt], Any, Path]:
     settings = config(size)
     model_dir = resolve_model(settings.model)
     tokenizer = load_tokenizer(model_dir)
-    prompts = load_prompts(
+    prompts = load_prompt_sets(
         settings.data, tokenizer, 2048, size.max_tokens, settings.run.seed
     ).train[: size.num_prompts]
     return list(prompts), tokenizer, model_dir

@@ -13,9 +13,9 @@ from rewards import load_reward
 from rl_lora.commands.grade import add_arguments, grade_file, run
 from rl_lora.config import EvalSection
 from rl_lora.errors import UserError
-from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.intervals import exact_interval
 from rl_lora.evaluation.regrade import Change, regrade
+from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
 
 

@@ -12,7 +12,7 @@ from scipy import stats
 from rewards import load_reward
 from rl_lora.config import EvalSection
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.evaluation.evaluate import evaluate, problem_record, remove_results_after
+from rl_lora.evaluation.evaluate import problem_record, remove_results_after
 from rl_lora.evaluation.files import read_evaluation
 from rl_lora.evaluation.intervals import (
     bootstrap_interval,
@@ -23,6 +23,7 @@ from rl_lora.evaluation.intervals import (
 from rl_lora.evaluation.scores import EvalResult, EvaluationScores, evaluation_scores, load_result
 from rl_lora.storage.jsonl import read_lines
 from rl_lora.types import Prompt, RolloutGroup
+from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_group, make_prompt, make_rollout
 
 GREEDY = EvalSection()
@@ -220,7 +221,7 @@ def test_evaluate_scores_and_writes(tmp_path: Path) -> None:
     assert rows[0]["samples"][0]["completion"] == BOXED
 
 
-def test_evaluate_passes_the_sections_settings_on() -> None:
+def test_evaluate_samples_as_it_is_asked() -> None:
     sampler = FakeSampler(lambda prompt, index: "7")
     section = EvalSection(num_samples=4, temperature=0.6, top_p=0.95, max_tokens=10)
     result = evaluate(

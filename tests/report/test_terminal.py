@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from rl_lora.config import EvalSection
-from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.files import read_evaluation
 from rl_lora.evaluation.paired import PairedScores, paired_scores
 from rl_lora.evaluation.scores import EvalResult
@@ -25,6 +24,7 @@ from rl_lora.report.terminal import (
     Display,
     step_line,
 )
+from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
 
 METRICS = {

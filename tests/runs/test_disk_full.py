@@ -59,15 +59,15 @@ def fill(disk: Path, free: int = 0) -> None:
 
 # Before which call of what the disk is filled, and how many bytes are left.
 WRITERS = {
-    "publish, nothing left": ("rl_lora.train.save_adapter", 3, 0),
-    "publish, half of it fits": ("rl_lora.train.save_adapter", 3, 8192),
-    "a checkpoint": ("rl_lora.train.save_snapshot", 3, 8192),
+    "publish, nothing left": ("rl_lora.state.save_adapter", 3, 0),
+    "publish, half of it fits": ("rl_lora.state.save_adapter", 3, 8192),
+    "a checkpoint": ("rl_lora.state.save_snapshot", 3, 8192),
     "a step's line": ("rl_lora.runs.log.RunLog.write", 3, 0),
     "the run's record": ("rl_lora.train.write_record", 1, 0),
     "an evaluation's problems": ("rl_lora.storage.jsonl.append_compressed", 2, 0),
     "an evaluation's result": ("rl_lora.evaluation.scores.EvalResult.save", 2, 0),
     "the best adapter": ("rl_lora.train.keep_best", 1, 4096),
-    "the last adapter": ("rl_lora.train._finish", 1, 4096),
+    "the last adapter": ("rl_lora.train.finish", 1, 4096),
 }
 
 

@@ -1,0 +1,77 @@
+"""The state of a run between two steps: its published versions and its checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rl_lora.adapters.files import remove_old, save_adapter, saved_version
+from rl_lora.build import RunContext
+from rl_lora.learner import Learner
+from rl_lora.prompts import PromptStream
+from rl_lora.runs.checkpoint import checkpoint_steps
+from rl_lora.runs.snapshot import Start, load_snapshot, save_snapshot
+from rl_lora.types import Adapter
+
+
+@dataclass
+class State:
+    """Where a run is between two steps: with the learner's own state, all that a checkpoint holds.
+
+    Example: State(position={"epoch": 0, "position": 32, ...}, step=2, adapter=Adapter(version=2,
+    ...), previous=Adapter(version=1, ...))
+    """
+
+    position: dict[str, Any]  # of the prompt stream, where the next step's prompts begin
+    step: int = 0  # steps done, which is also the version of the adapter
+    adapter: Adapter | None = None  # the newest version; None: not published yet
+    previous: Adapter | None = None  # the version before it, which overlap samples from
+
+
+def publish(job: RunContext, state: State) -> Adapter:
+    """Writes the policy as the present step's version, and deletes versions no longer needed."""
+    folder, config = job.config.run.folder, job.config
+    adapters = folder / "adapters"
+    adapter = save_adapter(job.policy, adapters, version=state.step, run_name=config.run.name)
+    if state.adapter is not None:
+        state.previous = state.adapter
+    state.adapter = adapter
+    keep = {state.step, state.step - 1}
+    if config.sampling.overlap:  # a run resumed from a checkpoint samples from the version before
+        keep |= {step - 1 for step in checkpoint_steps(folder)}
+    remove_old(adapters, keep=keep)
+    return adapter
+
+
+def save(job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]) -> None:
+    """Writes a checkpoint atomically, and deletes the oldest ones.
+
+    Args:
+        job: the run.
+        learner: whose policy, optimizer and step count are saved.
+        state: the rest that is saved.
+        inputs: hashes of base model and data, which `restore` compares.
+    """
+    previous = state.previous and state.previous.fingerprint
+    more = {"previous": previous, "stream": state.position, "inputs": inputs}
+    save_snapshot(state.step, learner, job.config, **more)
+
+
+def restore(
+    job: RunContext, learner: Learner, stream: PromptStream, start: Start, inputs: dict[str, Any]
+) -> State:
+    """Loads what `save` wrote into learner and stream. Raises UserError if it is damaged."""
+    assert start.checkpoint is not None
+    config = job.config
+    saved = load_snapshot(start.checkpoint, learner, config)
+    position, num_prompts = saved["stream"], len(job.prompts.train)
+    if start.has_other_data("train", inputs) and position["num_prompts"] != num_prompts:
+        # The user has accepted other rows: a new epoch begins with them.
+        position |= {"epoch": position["epoch"] + 1, "position": 0, "owed": []}
+        position |= {"num_prompts": num_prompts}
+    stream.load_state_dict(position)
+    state = State(stream.state_dict(), saved["step"])
+    if config.sampling.overlap and state.step:
+        before = config.run.folder / "adapters" / f"v{state.step - 1:06d}"
+        state.previous = saved_version(before, saved["previous"])
+    return state

@@ -25,7 +25,7 @@ from rl_lora.seeds import sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
 _SEQUENCES_AT_ONCE = 128
-_COMPACT_BELOW = 0.75  # the live share of rows under which finished rows are dropped
+_COMPACT_BELOW = 0.75  # share of live rows below which finished rows are dropped
 
 
 class TorchSampler:
@@ -129,7 +129,7 @@ class TorchSampler:
     def completion(
         self, token_ids: Sequence[int], logprobs: Sequence[float], max_tokens: int, stopped: bool
     ) -> Completion:
-        """One finished row as a record."""
+        """The record of one finished row."""
         ended = stopped or (bool(token_ids) and token_ids[-1] in self.end_ids)
         return Completion(
             token_ids=tuple(token_ids),
@@ -140,7 +140,7 @@ class TorchSampler:
         )
 
     def release_memory(self) -> None:
-        """Nothing is held between calls: the cache lives as long as a call."""
+        """Nothing to free: the cache only lives during a call."""
 
     def close(self) -> None:
         """Nothing to free: the weights are the policy's."""

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rl_lora import build as job
-from rl_lora.models import device as devices
 from rl_lora.config import parse_config
 from rl_lora.errors import UserError
+from rl_lora.models import device as devices
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from rl_lora.runs.log import RunLog
 from rl_lora.runs.machine import MachineMeter
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
 from rl_lora.runs.record import with_absolute_paths, write_record
-from rl_lora.runs.snapshot import Start, find_start
+from rl_lora.runs.start import Start, find_start
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.liveness import check_at_start, check_step, check_version, staleness_metrics
 from rl_lora.sft.warm_start import has_solutions, warm_start
@@ -76,8 +76,7 @@ def loop(parts: Parts, state: State) -> None:
                 stats = learn(parts.job, parts.learner, groups_N, state.step)
             state.step, state.position = state.step + 1, batch.position
             with timer.phase("publish"):
-                publish(parts.job, state)
-                worker.offer(state.adapter)
+                worker.offer(publish(parts.job, state))
             metrics = rollout_metrics(groups_N) | stats | batch.metrics()
             if has_evaluation := is_due(config.eval_every, state.step):
                 metrics |= evaluate_policy(parts, state).metrics()
@@ -86,11 +85,9 @@ def loop(parts: Parts, state: State) -> None:
             parts.log.transcripts(state.step, groups_N)
             parts.log.write(state.step, metrics)
             parts.display.step(state.step, metrics)
-            is_last, is_best = (
-                state.step == config.num_steps,
-                has_evaluation and is_best_step(parts, state),
-            )
+            is_last = state.step == config.num_steps
             # RUN/best must not come from a step that a resumed run repeats.
+            is_best = has_evaluation and is_best_step(parts, state)
             if is_last or is_best or is_due(config.checkpoint_every, state.step):
                 save(parts.job, parts.learner, state, parts.inputs)
             if has_evaluation:
@@ -114,8 +111,9 @@ def learn(
     config, policy = job.config, job.policy
     max_staleness = int(config.sampling.overlap)
     staleness = staleness_metrics(groups_N, version, max_staleness=max_staleness)
-    algorithm, (loss, advantage) = config.algorithm, job.algorithm
-    rewards_N_G, kl = [group.rewards_G for group in groups_N], dict[str, float]()
+    algorithm = config.algorithm
+    rewards_N_G = [group.rewards_G for group in groups_N]
+    kl: dict[str, float] = {}
     if algorithm.kl == "reward":
         rewards_N_G, kl = learner.penalised_rewards(
             groups_N, algorithm.kl_weight, config.optim.microbatch_tokens
@@ -123,7 +121,7 @@ def learn(
     cap = config.sampling.max_tokens
     updates = pack(
         groups_N,
-        advantage(rewards_N_G),
+        job.advantage(rewards_N_G),
         denominator=cap if algorithm.denominator == "max_tokens" else algorithm.denominator,
         microbatch_tokens=config.optim.microbatch_tokens,
         num_updates=config.optim.num_updates,
@@ -131,7 +129,7 @@ def learn(
         keep_zero_advantage=algorithm.kl == "loss",
     )
     kl_weight = algorithm.kl_weight if algorithm.kl == "loss" else 0.0
-    metrics = learner.update(updates, loss, kl_weight=kl_weight)
+    metrics = learner.update(updates, job.loss, kl_weight=kl_weight)
     cpu_memory.trim()
     if not staleness["rollouts/staleness_max"]:  # the worker has checked the sampler of older ones
         check_step(metrics, policy.dtype, config.sampling.max_kl)
@@ -250,7 +248,7 @@ def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
     max_kl = job.config.sampling.max_kl
     probe = check_at_start(job.policy, job.sampler, job.prompts.eval[:4], folder / "probe", max_kl)
     parts.display.note(
-        "the sampler has the learner's weights: mean |difference| of log-probs "
+        "sampler serves the learner's weights: mean |difference| of log-probs "
         + ", ".join(f"{name} {value:.1e}" for name, value in probe.items())
         + " nats"
     )

@@ -95,6 +95,9 @@ def test_a_run_leaves_its_records(tmp_path: Path) -> None:
         "adapter/adapter_config.json",
     ):
         assert (run / name).stat().st_size > 0, name
+    # Of run.seed=0, since the first version: with another, accuracies would not be comparable.
+    result = json.loads((run / "eval/step_000000.json").read_text())
+    assert result["seed"] == 8_583_769_739_768_140_073
     assert list(run.rglob("events.out.tfevents*"))
     assert sorted(p.name for p in (run / "adapters").iterdir()) == ["v000002", "v000003"]
 
@@ -163,7 +166,7 @@ def test_rows_without_solutions_leave_the_warm_start_out(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = smoke(tmp_path, f"data={tmp_path}/rows.jsonl", "warm_start.num_steps=2")
     train(config, quiet=True)
-    assert "the warm start is left out" in capsys.readouterr().out
+    assert "the warm start is skipped" in capsys.readouterr().out
     assert len(metrics_of(tmp_path / "smoke")) == 3
     assert not (tmp_path / "smoke/warm_start.jsonl").exists()
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from rl_lora.config.algorithm import check_algorithm
 from rl_lora.config.checks import (
+    check_backend,
     check_full_dtype,
     check_served,
     check_temperatures,
@@ -146,7 +147,7 @@ class DataSection(SourcesSection):
 class SamplingSection(Section):
     """Rollouts. top_p = 1 and no top_k: the importance ratio needs the whole distribution."""
 
-    backend: Literal["vllm", "torch"] = "vllm"
+    backend: str = "vllm"  # vllm, torch, or your own as module:Class (rl_lora.build.make_sampler)
     num_prompts: int = Field(16, ge=1)  # prompts a step
     num_samples: int = Field(8, ge=1)  # G, completions a prompt
     max_tokens: int = Field(256, ge=1)  # cap of a completion
@@ -160,6 +161,8 @@ class SamplingSection(Section):
     memory_fraction: float = Field(0.45, gt=0, le=0.95)  # of the GPU's memory, for vLLM
     max_kl: float | None = Field(None, gt=0)  # nats; None: 1e-4 in float32, 2e-2 in bfloat16
     overlap: bool = False  # samples step k + 1 while step k learns, from version k - 1; for GPUs
+
+    _known_backend = field_validator("backend")(check_backend)
 
     @field_validator("stop")
     @classmethod

@@ -22,7 +22,7 @@ from rl_lora.build import make_learner
 from rl_lora.commands.plan import matmul_counts
 from rl_lora.models.shapes import build_on_meta
 from rl_lora.policy import Policy, open_policy
-from rl_lora.prompts import load_prompts
+from rl_lora.prompts import load_prompt_sets
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, Score
 
 Built = Iterator[tuple[Commands, dict[str, Any]]]
@@ -260,7 +260,7 @@ def bench_prompts(size: Size) -> tuple[list[Prompt], Any, Path]:
     settings = config(size)
     model_dir = resolve_model(settings.model)
     tokenizer = load_tokenizer(model_dir)
-    prompts = load_prompts(
+    prompts = load_prompt_sets(
         settings.data, tokenizer, 2048, size.max_tokens, settings.run.seed
     ).train[: size.num_prompts]
     return list(prompts), tokenizer, model_dir

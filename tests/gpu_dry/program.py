@@ -20,11 +20,11 @@ from unittest import mock
 import torch
 
 from rl_lora.adapters.files import save_adapter
-from rl_lora.config import LoraSection, ModelSection, SamplingSection
+from rl_lora.config import LoraSection, ModelSection
 from rl_lora.nn.lora import lora_layers
 from rl_lora.policy import open_policy
 from rl_lora.samplers.vllm.process import import_vllm, process_kept
-from rl_lora.samplers.vllm.settings import engine_settings
+from rl_lora.samplers.vllm.settings import EngineOptions, engine_settings, lora_settings
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 CONTEXT = 1024
@@ -139,13 +139,12 @@ def engine_config(vllm: SimpleNamespace, path: Path, dtype: torch.dtype, **sampl
     """vLLM's own settings, made of ours."""
     settings = engine_settings(
         path,
-        SamplingSection(**sampling),
-        LoraSection(rank=1),
+        EngineOptions(**sampling),
         dtype=dtype,
         device=CUDA,
         max_model_len=CONTEXT,
-        is_merged=False,
     )
+    settings |= lora_settings(LoraSection(rank=1), dtype)
     return vllm.EngineArgs(**settings).create_engine_config()
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -234,7 +235,7 @@ def test_all_weights_are_published_under_the_names_of_the_models_files(
 
 def test_the_sampler_serves_the_learners_experts(tmp_path: Path) -> None:
     policy = make_policy(random_mixtral(tmp_path / "m"), rank=2)
-    sampler = TorchSampler(policy, tokenizer=None, end_ids=[2], context_length=64)  # type: ignore[arg-type]
+    sampler = TorchSampler(policy, tokenizer=Mock(), end_token_ids=[2], max_model_len=64)
     prompts = [Prompt(str(i), "t", "", "", tuple(range(3 + i, 20 + i))) for i in range(2)]
     before = {name: t.clone() for name, t in policy.published_tensors().items()}
     found = check_at_start(policy, sampler, prompts, tmp_path, max_kl=None)

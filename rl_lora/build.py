@@ -151,7 +151,7 @@ def check_vllm(model_dir: Path, config: RunConfig) -> None:
     """
     import torch
 
-    from rl_lora.policy import pick_device
+    from rl_lora.models.device import pick_device
     from rl_lora.samplers.vllm.engine import check_device
     from rl_lora.samplers.vllm.process import import_vllm
     from rl_lora.samplers.vllm.settings import check_mixture, merges_adapter

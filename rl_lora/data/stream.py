@@ -12,34 +12,34 @@ from rl_lora.types import Prompt
 
 
 class PromptStream:
-    """Prompts without end: every epoch shuffles anew by seed, and a take never repeats a prompt.
+    """Endless prompts, reshuffled every epoch by seed; one take never repeats a prompt.
 
-    (A take of more prompts than there are must repeat; each full round of it is distinct.)
+    (A take of more prompts than there are must repeat; then each full round is distinct.)
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         if not prompts:
-            raise UserError("there is no prompt to train on; set data.train")
+            raise UserError("there are no training prompts; set data.train")
         self._prompts = list(prompts)
         self._seed = seed
         self._epoch = 0
         self._position = 0  # in the epoch's order
-        # Rows of this epoch that a take over its start had to skip, as it had them already.
+        # Rows of this epoch skipped by a take across its start, which already had them.
         self._owed: list[int] = []
         self._order = self._shuffled()
 
     @property
     def prompts_N(self) -> list[Prompt]:
-        """All of them, in the data set's order."""
+        """All prompts, in the data set's order."""
         return list(self._prompts)
 
     @property
     def epoch(self) -> int:
-        """Full passes over the prompts so far."""
+        """Number of full passes over the prompts so far."""
         return self._epoch
 
     def take(self, num_prompts: int) -> list[Prompt]:
-        """The next prompts, over the end of an epoch if need be."""
+        """The next prompts, across the end of an epoch if necessary."""
         taken: list[Prompt] = []
         seen: set[int] = set()
         while len(taken) < num_prompts:
@@ -51,7 +51,7 @@ class PromptStream:
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the stream, for a checkpoint."""
+        """The position in the stream, for a checkpoint."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -61,7 +61,7 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on exactly where `state_dict` was taken.
+        """Continues exactly where `state_dict` was taken.
 
         Raises:
             UserError: the checkpoint is of another seed or another number of prompts.
@@ -70,7 +70,7 @@ class PromptStream:
             if state[key] != now:
                 raise UserError(
                     f"the checkpoint's prompt stream has {key}={state[key]}, this job {now}; "
-                    "resume with the run's own data settings"
+                    "resume with the run's original data and seed settings"
                 )
         self._epoch, self._position = state["epoch"], state["position"]
         self._owed = list(state["owed"])

@@ -1,4 +1,4 @@
-"""`rl-lora report RUN...`: writes the page, or serves it while the run goes on."""
+"""`rl-lora report RUN...`: writes the page, or serves it during the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     """Writes the runs' report: RUN/report.html, or ./report.html for several runs.
 
     Raises:
-        UserError: a folder is no run, or the file cannot be written.
+        UserError: a folder is not a run's, or the file cannot be written.
     """
     page, data = build_page(folders)
     path = output or (folders[0] / FILE_NAME if len(folders) == 1 else Path(FILE_NAME))
@@ -34,7 +34,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
 def run(
     folders: Sequence[Path], output: Path | None = None, *, is_watched: bool, port: int | None
 ) -> int:
-    """The command. Raises UserError for what is not a run."""
+    """The command. Raises UserError for a folder that is not a run's."""
     if is_watched:
         from rl_lora.report.live import serve
 

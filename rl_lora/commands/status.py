@@ -6,6 +6,7 @@ checked only on its own host; elsewhere the age of the files has to do.
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
@@ -80,13 +81,25 @@ class Status:
     best: BestCheckpoint | None
 
 
-def run(runs: Sequence[Path]) -> int:
+EXAMPLES = (
+    "rl-lora status runs/quickstart",
+    "rl-lora status runs/*",
+    "watch -n 5 rl-lora status runs/quickstart",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Prints the status of each run; returns the exit code.
 
     Raises:
         UserError: a folder is not a run's, or a record is damaged.
     """
-    statuses = [read_status(folder) for folder in runs]
+    statuses = [read_status(folder) for folder in arguments.runs]
     blocks = ["\n".join(status_lines(status, _sparks())) for status in statuses]
     encoding = sys.stdout.encoding or "utf-8"
     print("\n\n".join(blocks).encode(encoding, "backslashreplace").decode(encoding))

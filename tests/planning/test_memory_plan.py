@@ -389,8 +389,8 @@ def test_counts_of_a_mixture_are_those_of_the_policy(make: Any, tmp_path: Path) 
     config, _ = load_model_config(ModelSection(name=str(path)), path)
     counts = parameter_counts(build_on_meta(config), policy.lora)
     assert counts.trainable == sum(p.numel() for p in policy.trainable().values())
-    assert counts.trainable == sum(t.numel() for t in policy.adapter_tensors().values())
-    assert 2 * counts.num_targets == len(policy.adapter_tensors())
+    assert counts.trainable == sum(t.numel() for t in policy.published_tensors().values())
+    assert 2 * counts.num_targets == len(policy.published_tensors())
 
 
 def test_the_plan_of_a_mixture_names_what_is_at_work(tmp_path: Path) -> None:

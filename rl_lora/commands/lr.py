@@ -79,9 +79,9 @@ def rule_text(rule: RateRule, origin: str) -> str:
     lines = [
         f"width {rule.hidden}, family {rule.family} (exponent {exponent}), from {origin}",
         "",
-        f"  LoRA, any rank, {SHORT_STEPS} or more steps    {rule.lora:.2e}",
-        f"  LoRA, any rank, shorter runs      {rule.lora_short:.2e}",
-        f"  full fine-tuning                  {rule.full:.2e}",
+        f"  LoRA, any rank, {SHORT_STEPS} or more steps   {rule.lora:.2e}",
+        f"  LoRA, any rank, shorter runs        {rule.lora_short:.2e}",
+        f"  full fine-tuning                    {rule.full:.2e}",
         "",
         f"rule: {BASE_RATE:g} x (2000 / width)^P for full fine-tuning, {LORA_FACTOR:g} times that "
         f"for LoRA, {SHORT_FACTOR:g} times in short runs",

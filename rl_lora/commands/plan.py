@@ -282,7 +282,7 @@ def parameter_table(
     if counts.active != counts.base:
         table.add_row("base, active per token", f"{counts.active:,}")
     variant = "" if lora.variant == "lora" else f"{lora.variant}, "
-    where = f"{variant}rank {lora.rank} on {lora.layers}"
+    where = f"{variant}rank {lora.rank}, {lora.layers} layers"
     table.add_row(f"adapter, {where}, without lm_head", f"{counts.adapter:,}")
     table.add_row(f"adapter, {where}, with lm_head", f"{counts.adapter_with_lm_head:,}")
     share = counts.trainable / counts.base

@@ -83,12 +83,15 @@ def capacity_warning(capacity: Capacity, rank: int | None, multiple_of: int = 1)
     text = (
         f"{who} about {bits_text(capacity.held_bits)}, less than the "
         f"{bits_text(capacity.offered_bits)} that {capacity.num_units:,} {capacity.unit} may "
-        "carry: it may learn more slowly than full fine-tuning"
+        "carry"
     )
     if rank is None:
         return text
     least = rank_that_holds(capacity, rank, multiple_of)
-    return f"{text}; lora.rank={least} or more would hold them"
+    return (
+        f"{text}: learning may be slower than with full fine-tuning; lora.rank={least} or more "
+        "would hold them"
+    )
 
 
 def bits_text(bits: float) -> str:

@@ -112,7 +112,7 @@ def _rows(num_samples: int) -> dict[str, _Cell]:
             scores.majority_accuracy, scores.majority_low, scores.majority_high
         )
     return rows | {
-        "in the asked format": lambda scores: f"{scores.format_rate:.1%}",
+        "in the requested format": lambda scores: f"{scores.format_rate:.1%}",
         "accuracy within the format": lambda scores: _percent(scores.accuracy_formatted),
         "length, tokens": _length,
         "  correct / wrong": lambda scores: _halves(
@@ -173,15 +173,13 @@ def paired_table(result: PairedResult, style: box.Box = box.ROUNDED) -> Table:
     if len(result.by_source) > 1:
         columns |= {printable(source, 30): scores for source, scores in result.by_source.items()}
     first, second = printable(result.first, 30), printable(result.second, 30)
-    table = Table(
-        title=Text(f"{second} compared with {first} ({result.confidence:.0%} intervals, paired)"),
-        box=style,
-    )
+    title = f"{second} compared with {first} ({result.confidence:.0%} intervals, paired)"
+    table = Table(title=Text(title), box=style, min_width=len(title))
     table.add_column("")
     for name in columns:
         table.add_column(Text(name), justify="right")
     k = result.total.num_samples
-    verdict = result.total.mcnemar.verdict
+    of_majority = f" on the {result.total.mcnemar.verdict}" if k > 1 else ""
     rows: dict[str, Callable[[PairedScores], str]] = {
         f"{accuracy_name(k)}, {first}": lambda scores: f"{scores.first:.1%}",
         f"{accuracy_name(k)}, {second}": lambda scores: f"{scores.second:.1%}",
@@ -192,9 +190,9 @@ def paired_table(result: PairedResult, style: box.Box = box.ROUNDED) -> Table:
             f"{scores.num_won} / {scores.num_lost} / {scores.num_tied}"
         ),
         "p, sign-flip over problems": lambda scores: p_text(scores.p_value),
-        f"p, McNemar on the {verdict}": lambda scores: (
+        f"p, McNemar{of_majority}": lambda scores: (
             f"{p_text(scores.mcnemar.p_value)} "
-            f"({scores.mcnemar.only_second} to {scores.mcnemar.only_first})"
+            f"({scores.mcnemar.only_second} vs. {scores.mcnemar.only_first})"
         ),
         "problems": lambda scores: str(scores.num_problems),
     }
@@ -227,7 +225,7 @@ def print_regrade(report: Regrade, num_shown: int, console: Console | None = Non
     old, new = report.old, report.new
     statuses = ", ".join(f"{status} {count}" for status, count in new.statuses.items())
     lines = [
-        f"{new.num_problems} problems x {new.num_samples}, graded by {report.reward} "
+        f"{new.num_problems} problems x {new.num_samples} samples, graded by {report.reward} "
         f"(policy {report.policy}): {statuses}",
         f"{accuracy_name(new.num_samples)} {accuracy_text(old)} -> {accuracy_text(new)} "
         f"({report.confidence:.0%} intervals)",

@@ -77,7 +77,7 @@ def test_the_command_reads_a_directory_with_nothing_but_a_config(
     [
         ([], "name a model, or give both --hidden and --family"),
         (["--hidden", "0", "--family", "llama"], "--hidden 0"),
-        (["--hidden", "64", "--family", "gpt"], "none for 'gpt'"),
+        (["--hidden", "64", "--family", "gpt"], "not for 'gpt'"),
         (["/nowhere/model"], "'/nowhere/model'"),
     ],
 )

@@ -247,7 +247,7 @@ def test_evaluation_table_shows_accuracy_and_format_apart() -> None:
         if len(cells := [cell.strip() for cell in re.split("[│]", line)[1:-1]]) == 3
     }
     assert rows["accuracy"] == ["10.0% (2.8 to 23.7)", "50.0% (33.8 to 66.2)"]
-    assert rows["in the asked format"] == ["0.0%", "100.0%"]
+    assert rows["in the requested format"] == ["0.0%", "100.0%"]
     assert rows["accuracy within the format"] == ["-", "50.0%"]
     assert rows["problems"] == ["40", "40"]
     assert "95% intervals" in text

@@ -35,26 +35,23 @@ _SMOOTHING = 0.2  # weight of the newest step
 _QUIET_LINE_S = 30  # between lines on the progress of a long phase, if there is no bar
 _FILE_WIDTH = 120  # characters, if the output is not a terminal
 
-# Key of a step's metrics, label, format.
-_COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("sft/loss", "loss", "{:.3f}"),
-    ("reward/mean", "reward", "{:.3f}"),
-    ("reward/correct_mean", "correct", "{:.1%}"),
-    ("cot/tokens_mean", "length", "{:.0f}"),
-    ("cot/truncated_rate", "truncated", "{:.0%}"),
-    ("mismatch/kl", "kl", "{:.1e}"),
-    ("speed/sample_tokens_per_s", "tok/s", "{:.0f}"),
-    ("eval/accuracy", "held-out", "{:.1%}"),
-    ("time/step_s", "s", "{:.1f}"),
+# Key of a step's metrics, format.
+_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("sft/loss", "loss {:.3f}"),
+    ("reward/mean", "reward {:.3f}"),
+    ("reward/correct_mean", "correct {:.1%}"),
+    ("cot/tokens_mean", "length {:.0f}"),
+    ("cot/truncated_rate", "truncated {:.0%}"),
+    ("mismatch/kl", "kl {:.1e}"),
+    ("speed/sample_tokens_per_s", "{:.0f} tok/s"),
+    ("eval/accuracy", "held-out {:.1%}"),
+    ("time/step_s", "{:.1f} s"),
 )
 
 
 def step_line(metrics: Mapping[str, float]) -> str:
     """`reward 0.431  correct 31.2%  length 54  ...`, of the numbers present."""
-    parts = [
-        f"{label} {form.format(metrics[key])}" for key, label, form in _COLUMNS if key in metrics
-    ]
-    return "  ".join(parts)
+    return "  ".join(form.format(metrics[key]) for key, form in _COLUMNS if key in metrics)
 
 
 @dataclass

@@ -40,7 +40,7 @@ def test_rates_by_hand(family: str, hidden: int, lora: float) -> None:
 
 
 def test_a_family_without_a_fit_is_refused() -> None:
-    with pytest.raises(UserError, match=r"llama and qwen alone, not for 'mistral'.*--family"):
+    with pytest.raises(UserError, match=r"only for llama and qwen, not for 'mistral'.*--family"):
         rate_rule("mistral", 4096)
 
 

@@ -143,9 +143,10 @@ def target_names(model: nn.Module, section: LoraSection) -> list[str]:
             has_layers = True
             names.append(name)
     if not has_layers and not (is_mixture and section.layers != "attention"):
+        what = "linear layer" if section.layers == "all" else "linear layer of that kind"
+        fix = "lora.mode='full'" if section.layers == "all" else "lora.layers='all'"
         raise UserError(
-            f"lora.layers={section.layers!r}: {type(model).__name__} has no linear layer of that "
-            "kind; use lora.layers='all'"
+            f"lora.layers={section.layers!r}: {type(model).__name__} has no {what}; set {fix}"
         )
     return names
 

@@ -38,11 +38,13 @@ quickstart-intro:
 	@echo "Quickstart: RL teaches SmolLM2-135M sums by a rank-1 adapter, with an evaluation before and"
 	@echo "after; about $(if $(STEPS),3,11) minutes on two cores once installed. An interrupted run resumes."
 
+# Two processes share out the test files, the longest first (tests/conftest.py); ARGS="-n 0": one.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

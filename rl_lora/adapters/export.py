@@ -30,6 +30,7 @@ from rl_lora.errors import UserError
 from rl_lora.models.hub import adapter_path
 from rl_lora.models.resolve import check_model_dir, load_tokenizer
 from rl_lora.storage.directories import atomic_directory
+from rl_lora.storage.jsonl import write_json
 
 _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -83,7 +84,7 @@ def export_merged(
                 )
             if len(files) > 1:
                 index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
-                _write_json(scratch / _INDEX_FILE, index)
+                write_json(scratch / _INDEX_FILE, index)
             unties = patch.unties or not patch.is_tied
             _rewrite_config(scratch / "config.json", dtype, unties=unties)
             _add_turn_end(scratch, adapter_dir)
@@ -120,7 +121,7 @@ def push_adapter(
         peft = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
         # A path of this machine means nothing elsewhere.
         peft["base_model_name_or_path"] = facts.base_hub_id
-        _write_json(staging / "adapter_config.json", peft)
+        write_json(staging / "adapter_config.json", peft)
         (staging / CARD_FILE).write_text(card_text(facts), encoding="utf-8")
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -205,7 +206,7 @@ def _rewrite_config(path: Path, dtype: str | None, *, unties: bool) -> None:
         config["dtype"] = dtype
     if unties and config.get("tie_word_embeddings", True):
         config["tie_word_embeddings"] = False
-    _write_json(path, config)
+    write_json(path, config)
 
 
 def _add_turn_end(model_dir: Path, adapter_dir: Path) -> None:
@@ -225,7 +226,7 @@ def _add_turn_end(model_dir: Path, adapter_dir: Path) -> None:
     ids = known if isinstance(known, list) else [] if known is None else [known]
     if end not in ids:
         kept = settings if is_there else {}
-        _write_json(path, {**kept, "eos_token_id": [*ids, end]})
+        write_json(path, {**kept, "eos_token_id": [*ids, end]})
 
 
 def _check_target(out_dir: Path, model_dir: Path) -> None:
@@ -237,7 +238,3 @@ def _check_target(out_dir: Path, model_dir: Path) -> None:
 
 def _is_left_out(name: str) -> bool:
     return name.startswith(".") or name == CARD_FILE or name.endswith(_WEIGHT_SUFFIXES)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

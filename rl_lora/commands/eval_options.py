@@ -23,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "target",
         type=Path,
         metavar="RUN_OR_CONFIG",
-        help="a run folder, a TOML file, or the name of a shipped one",
+        help="a run folder, a TOML file, or a shipped config's name",
     )
     add_overrides(parser)
     parser.add_argument(
         "--adapter",
         metavar="ADAPTER",
         help="adapter directory or hub id, 'best' or 'last' of the run, or 'base' for the base "
-        "model (default: the run's last adapter; the base model for a TOML file)",
+        "model (default: the run's last adapter; the base model for a config)",
     )
     parser.add_argument(
         "--against",

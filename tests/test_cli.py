@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,11 @@ from transformers import AutoTokenizer
 
 from rl_lora import cli, policy
 from rl_lora.adapters.files import save_adapter
-from rl_lora.config import ModelSection
+from rl_lora.config import ModelSection, load_config
+from rl_lora.config.sft import load_sft_config
 from rl_lora.models.resolve import resolve_model
 from rl_lora.storage.jsonl import read_lines
+from rl_lora.studies.config import load_study
 from tests.helpers.tiny_models import make_policy, random_llama, shake
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,6 +257,51 @@ def test_the_console_command_is_installed_and_quick_to_help() -> None:
         assert command in done.stdout
 
 
+EXAMPLES = sorted(
+    {
+        *cli.EXAMPLES,
+        *(line for one in cli.COMMANDS.values() for line in import_module(one.module).EXAMPLES),
+    }
+)
+
+
+LOADERS = {"train": load_config, "sft": load_sft_config, "study": load_study}
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_examples_in_the_help_are_valid_commands(line: str) -> None:
+    words = shlex.split(line)
+    command, *rest = words[words.index("rl-lora") + 1 :]
+    arguments = cli._parse([command, *rest])
+    assert callable(arguments.command)
+    if command in LOADERS:
+        LOADERS[command](arguments.config, arguments.overrides)
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        ("train", "; run the same command with --resume to continue from the last checkpoint"),
+        ("eval", "; run the same command again to continue where it stopped"),  # has no --resume
+        ("models", ""),
+    ],
+)
+def test_advice_after_an_interrupt_is_one_that_the_command_takes(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    advice: str,
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module(cli.COMMANDS[command].module), "run", interrupted)
+    assert cli.main([command, SMOKE]) == 130
+    assert capsys.readouterr().err == f"rl-lora: interrupted{advice}\n"
+    if "--resume" in advice:
+        assert cli._parse([command, SMOKE, "--resume"]).resume
+
+
 def write_fitting_adapter(folder: Path, **lora: object) -> Path:
     """A random adapter of tiny-fast."""
     path = resolve_model(ModelSection(name="tiny-fast"))
@@ -324,7 +373,8 @@ def test_best_without_an_evaluation_is_refused(
 
 def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path) -> None:
     code = (
-        "import sys; from rl_lora import cli; cli._status = lambda a: print('x' * 10**7) or 0; "
+        "import sys; from rl_lora import cli; from rl_lora.commands import status; "
+        "status.run = lambda a: print('x' * 10**7) or 0; "
         "sys.exit(cli.main(['status', '.']))"
     )
     result = subprocess.run(

@@ -17,7 +17,7 @@ from rl_lora.adapters.files import load_tensors, saved_version
 from rl_lora.config import RunConfig, load_config
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.overlap import Request, RolloutWorker
-from rl_lora.policy import Policy
+from rl_lora.policy import Policy, open_policy
 from rl_lora.runs.log import RunLog
 from rl_lora.sampler import OnGroup
 from rl_lora.samplers.liveness import staleness_metrics
@@ -48,10 +48,12 @@ class OwnWeights(TorchSampler):
     `calls` has the version and the seed of each batch that was sampled in the other thread.
     """
 
-    def __init__(self, policy: Policy, tokenizer: Any, end_ids: Any, **options: Any) -> None:
+    has_own_weights = True
+
+    def __init__(self, policy: Policy, **options: Any) -> None:
         section = load_config(SMOKE).model
-        own = Policy(policy.model_dir, section, policy.lora, seed=0)
-        super().__init__(own, tokenizer, end_ids, **options)
+        own = open_policy(policy.model_dir, section, policy.lora, seed=0)
+        super().__init__(own, **options)
         self.lock = threading.Lock()
         self.calls: list[tuple[int, int]] = []
         self.num_rests = 0
@@ -100,8 +102,8 @@ def samplers(monkeypatch: pytest.MonkeyPatch) -> list[OwnWeights]:
     """The samplers that jobs have made."""
     made: list[OwnWeights] = []
 
-    def make(section: Any, policy: Policy, tokenizer: Any, end_ids: Any, **options: Any) -> Any:
-        made.append(OwnWeights(policy, tokenizer, end_ids, **options))
+    def make(section: Any, policy: Policy, **options: Any) -> Any:
+        made.append(OwnWeights(policy, **options))
         return made[-1]
 
     monkeypatch.setattr(job, "make_sampler", make)

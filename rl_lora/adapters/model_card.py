@@ -74,11 +74,8 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
     trained = manifest.get("trained_as", {})
     rank = peft_rank(peft, manifest)
     run_folder = _run_folder(adapter_dir)
-    config: RunConfig | SftConfig | None = None
     evaluations = None
     if run_folder is not None:
-        raw = (_read_json(run_folder / "run.json") or {}).get("config", {})
-        config = parse_as(SftConfig, raw) if "sft" in raw else parse_config(raw)
         evaluations = _evaluations(run_folder / "eval", int(manifest.get("version", -1)))
     return AdapterFacts(
         base_model=manifest.get("base_model") or peft.get("base_model_name_or_path") or "unknown",
@@ -90,9 +87,22 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
         variant=trained.get("variant") or next(iter(peft_variants(peft)), "lora"),
         trained_rank=trained.get("rank"),
         num_steps=manifest.get("version"),
-        config=config,
+        config=run_config(adapter_dir),
         evaluations=evaluations,
     )
+
+
+def run_config(adapter_dir: Path) -> RunConfig | SftConfig | None:
+    """Settings of the run whose folder an adapter is in; None outside a run folder.
+
+    Raises:
+        UserError: the run's record cannot be read.
+    """
+    run_folder = _run_folder(adapter_dir)
+    if run_folder is None:
+        return None
+    raw = (_read_json(run_folder / "run.json") or {}).get("config", {})
+    return parse_as(SftConfig, raw) if "sft" in raw else parse_config(raw)
 
 
 def card_text(facts: AdapterFacts, *, merged: bool = False) -> str:

@@ -211,6 +211,14 @@ def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
+EXAMPLES = (
+    "rl-lora grade completions.jsonl",
+    "rl-lora grade completions.jsonl --against math_verify --show 50",
+    "rl-lora grade completions.jsonl --reward my_reward:score --json verdicts.json",
+    "rl-lora grade runs/smoke/eval/evaluation.jsonl.gz --policy gsm8k",
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `rl-lora grade`."""
     parser.add_argument(

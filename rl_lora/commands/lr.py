@@ -99,6 +99,13 @@ def rule_text(rule: RateRule, origin: str) -> str:
     return "\n".join(lines)
 
 
+EXAMPLES = (
+    "rl-lora lr meta-llama/Llama-3.1-8B",
+    "rl-lora lr path/to/model",
+    "rl-lora lr --family qwen --hidden 4096",
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument(

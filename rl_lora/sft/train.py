@@ -1,8 +1,8 @@
-"""The supervised loop: a batch, one optimizer step by log loss, the test loss along the way.
+"""The supervised loop: a batch, one optimizer step on the log loss, the test loss along the way.
 
-The test's steps lie at equal ratios (1, 2, 4, ...), as the article's learning curves go by log
-steps. Metrics: `sft/loss` (nats a completion token of the step's batch, before the step) and
-`test/nll` with its 95 % interval.
+Tests come at geometrically spaced steps (1, 2, 4, ...), for learning curves over log steps.
+Metrics: `sft/loss` (nats per completion token of the step's batch, before the step) and `test/nll`
+with its 95 % interval.
 """
 
 from __future__ import annotations
@@ -13,47 +13,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_lora.adapters.files import save_adapter, version_in
-from rl_lora.batches import pack
-from rl_lora.build import check_run_folder, open_model
-from rl_lora.config import AlgorithmSection
+from rl_lora.batches import pack_samples
+from rl_lora.build import check_run_folder, make_learner, open_model
 from rl_lora.config.sft import SftConfig
-from rl_lora.errors import StaleAdapterError
-from rl_lora.learner import Learner
 from rl_lora.models.resolve import check_rows
 from rl_lora.policy import check_trainable
 from rl_lora.report.terminal import Display
-from rl_lora.runs.checkpoint import drop_after
+from rl_lora.runs.checkpoint import drop_after, load_checkpoint, save_checkpoint
 from rl_lora.runs.inputs import base_inputs, sequence_inputs
 from rl_lora.runs.lock import run_lock
 from rl_lora.runs.log import METRICS_FILE, RunLog
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, speed_metrics
 from rl_lora.runs.record import with_absolute_paths, write_record
-from rl_lora.runs.snapshot import Start, find_start, load_snapshot, save_snapshot
+from rl_lora.runs.start import Start, find_start
 from rl_lora.sft.data import SftSets, load_sft, step_indices
 from rl_lora.sft.held_out_loss import HeldOutLoss, held_out_loss
 from rl_lora.storage import jsonl
 from rl_lora.storage.directories import atomic_directory, disk_errors
 
 if TYPE_CHECKING:
+    from rl_lora.learner import Learner
     from rl_lora.policy import Policy
 
 
 @dataclass(frozen=True)
 class SftOutcome:
-    """What a supervised run ends with.
+    """The result of a supervised run.
 
     Example: SftOutcome(folder=Path("runs/sft"), before=2.31, after=1.62)
     """
 
     folder: Path
-    before: float  # test NLL of the base, nats a token
+    before: float  # test loss of the base, nats per token
     after: float
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What the loop works with."""
-
     config: SftConfig
     learner: Learner
     sets: SftSets
@@ -63,8 +59,8 @@ class _Job:
 
 
 def curve_steps(num_steps: int, num_tests: int, every: int = 0) -> list[int]:
-    """Steps after which the test is held: num_tests of them at equal ratios, the last one with
-    them, and every `every`-th (0: none)."""
+    """Steps after which the test loss is measured: num_tests at equal ratios up to the last step,
+    and every `every`-th (0: none)."""
     if num_steps == 0:
         return []
     ratio = num_steps ** (1 / num_tests)
@@ -85,13 +81,12 @@ def fine_tune(
 
     Args:
         config: the job.
-        resume: go on from the newest checkpoint, if there is one; a complete run is only reported.
+        resume: continue from the newest checkpoint, if any; a complete run is only reported.
         quiet: print only warnings and the summary.
-        accept_changed_data: go on although base or data are others than when the run began.
+        accept_changed_data: continue even if base or data have changed since the run began.
 
     Raises:
-        UserError: bad input, an older run in the way, another process at work in the folder, or a
-            full disk.
+        UserError: bad input, an older run in the folder, another process using it, or a full disk.
         FloatingPointError: the gradient is not finite.
     """
     check_trainable(config.model, config.lora)
@@ -108,7 +103,7 @@ def fine_tune(
         else:
             outcome = _run(start.restarted(config), start, display, accept_changed_data)
         display.note(
-            f"test loss {outcome.before:.4f} before, {outcome.after:.4f} after (nats a token); "
+            f"test loss {outcome.before:.4f} before, {outcome.after:.4f} after (nats per token); "
             f"everything is in {folder}"
         )
     return outcome
@@ -129,31 +124,24 @@ def _run(
         inputs: dict[str, Any] = {"base": base_inputs(policy), "data": data}
         if not accept_changed_data:
             start.check_inputs(inputs, folder)
-        learner = Learner(
-            policy,
-            config.optim,
-            AlgorithmSection(),
-            temperature=1.0,
-            num_steps=config.run.num_steps,
-        )
+        learner = make_learner(policy, config.optim, num_steps=config.run.num_steps)
         job = _Job(config, learner, sets, inputs, log, display)
         write_record(config, policy, inputs)
         if start.checkpoint is not None:
-            load_snapshot(start.checkpoint, learner, config)
-            drop_after(folder, start.state["step"])
+            load_checkpoint(start.checkpoint, learner)
             display.note(f"resumed from {start.checkpoint}")
-        else:
+        drop_after(folder, start.state.get("step", -1))
+        if start.checkpoint is None:
             log.write(0, _test(job).metrics())
-            save_snapshot(0, learner, config, inputs=inputs)
+            save_checkpoint(0, learner, config, inputs=inputs)
         _loop(job, start.state.get("step", 0))
-        if not policy.is_full and policy.base_fingerprint() != inputs["base"]["fingerprint"]:
-            raise StaleAdapterError("the base model's weights changed during the run")
+        policy.check_base(inputs["base"]["fingerprint"])
         _publish(policy, folder, config)
     return _outcome(folder)
 
 
 def _prepare(config: SftConfig, display: Display) -> tuple[Policy, SftSets]:
-    from rl_lora.policy import Policy
+    from rl_lora.policy import open_policy
 
     model_dir, tokenizer, context = open_model(config.model, display.note, config.lora)
     sets = load_sft(config.data, tokenizer, context, config.run.seed)
@@ -161,7 +149,7 @@ def _prepare(config: SftConfig, display: Display) -> tuple[Policy, SftSets]:
         display.note(note)
     samples = (row.sample() for row in (*sets.train, *sets.test))
     check_rows((s.prompt_ids + s.completion_ids for s in samples), tokenizer, model_dir)
-    policy = Policy(
+    policy = open_policy(
         model_dir,
         config.model,
         config.lora,
@@ -188,18 +176,13 @@ def _loop(job: _Job, step: int) -> None:
         job.log.write(step, metrics | speed_metrics(metrics))
         job.display.step(step, metrics)
         if step % run.checkpoint_every == 0 or step == run.num_steps:
-            save_snapshot(step, job.learner, config, inputs=job.inputs)
+            save_checkpoint(step, job.learner, config, inputs=job.inputs)
 
 
 def _step(job: _Job, indices: list[int]) -> dict[str, float]:
     config = job.config
     samples = [job.sets.train[index].sample() for index in indices]
-    (microbatches,) = pack(
-        samples,
-        denominator="tokens",
-        max_tokens=config.data.max_tokens,
-        microbatch_tokens=config.optim.microbatch_tokens,
-    )
+    (microbatches,) = pack_samples(samples, microbatch_tokens=config.optim.microbatch_tokens)
     num_tokens = sum(batch.num_tokens for batch in microbatches)
     num_padded = sum(batch.token_ids_BT.numel() for batch in microbatches)
     counts = {
@@ -207,7 +190,7 @@ def _step(job: _Job, indices: list[int]) -> dict[str, float]:
         "learn/completion_tokens": float(sum(len(s.completion_ids) for s in samples)),
         "learn/padding_fraction": 1 - num_tokens / num_padded,
     }
-    return job.learner.fit(microbatches, lr=config.optim.lr) | counts
+    return job.learner.fit(microbatches) | counts
 
 
 def _test(job: _Job) -> HeldOutLoss:
@@ -216,12 +199,12 @@ def _test(job: _Job) -> HeldOutLoss:
 
 
 def _publish(policy: Policy, folder: Path, config: SftConfig) -> None:
-    """The adapter (or the weights) where users look for it."""
+    """Writes RUN/adapter, which has the whole model in full fine-tuning."""
     adapter = save_adapter(
         policy, folder / "adapters", version=config.run.num_steps, run_name=config.run.name
     )
     with atomic_directory(folder / "adapter") as scratch:
-        for file in adapter.path.iterdir():  # the whole model, in full fine-tuning: not copied
+        for file in adapter.path.iterdir():  # moved, not copied: a full model is large
             file.rename(scratch / file.name)
     shutil.rmtree(folder / "adapters", ignore_errors=True)
 

@@ -12,12 +12,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rl_lora.adapters.export import export_merged
 from rl_lora.adapters.files import load_tensors, open_adapter, save_adapter
 from rl_lora.adapters.model_card import card_text, read_facts
 from rl_lora.adapters.peft_files import is_peft_loadable
 from rl_lora.adapters.resize import common_settings, fitted
 from rl_lora.cli import main
-from rl_lora.commands.export import export_merged
 from rl_lora.config import ModelSection, load_config
 from rl_lora.config.sft import load_sft_config
 from rl_lora.errors import UserError

@@ -15,10 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from rl_lora.adapters.export import export_merged, find_adapter
 from rl_lora.adapters.files import load_tensors, open_adapter
 from rl_lora.adapters.peft_files import lora_settings
 from rl_lora.adapters.resize import common_settings, fitted
-from rl_lora.commands.export import export_merged, find_adapter
 from rl_lora.errors import UserError
 from rl_lora.models.hub import adapter_path
 from rl_lora.samplers.vllm.merged_weights import read_terms

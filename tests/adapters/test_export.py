@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -16,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from rl_lora.adapters import export
+from rl_lora.adapters.export import export_merged, find_adapter, push_adapter
 from rl_lora.adapters.files import save_adapter
 from rl_lora.adapters.model_card import card_text, read_facts, write_card
-from rl_lora.commands import export
-from rl_lora.commands.export import export_merged, find_adapter, push_adapter
+from rl_lora.cli import main
 from rl_lora.config import parse_config
 from rl_lora.errors import UserError
 from rl_lora.evaluation.scores import EvalResult, EvaluationScores
@@ -220,6 +220,39 @@ def test_tokenizer_comes_along(tmp_path: Path) -> None:
     merged = export_merged(base, adapter_of(base, tmp_path / "adapters"), tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(merged)("w7 w1")["input_ids"] == [7, 1]
     assert "about the base" not in (merged / "README.md").read_text()
+
+
+MARKUP = (
+    "{% for message in messages %}{{ message.role }} {{ message.content }} w9 {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+@pytest.mark.parametrize(("template", "expected"), [("chat", [2, 9]), ("base", 2)])
+def test_the_merged_model_stops_where_the_template_ends_a_turn(
+    tmp_path: Path, has_file: bool, template: str, expected: object
+) -> None:
+    """As the policy does, whose turns ended so in training; the base's other settings are kept."""
+    base = base_model(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w9"]})
+    tokenizer.chat_template = MARKUP
+    tokenizer.save_pretrained(base)
+    settings: dict[str, object] = {"eos_token_id": 2, "temperature": 0.6, "do_sample": True}
+    (base / "generation_config.json").unlink(missing_ok=True)
+    if has_file:
+        (base / "generation_config.json").write_text(json.dumps(settings))
+    adapter = adapter_of(base, tmp_path / "run" / "adapters")
+    config = {"data": {"train": ["gsm8k"], "template": template}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"config": config}))
+    merged = export_merged(base, adapter, tmp_path / "merged")
+    model = load(merged)
+    assert model.generation_config.eos_token_id == expected
+    if has_file:
+        assert model.generation_config.temperature == 0.6
+    else:
+        assert (merged / "generation_config.json").is_file() == (template == "chat")
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -441,32 +474,27 @@ def test_push_that_the_hub_refuses_is_one_line(tmp_path: Path, error: Exception)
 # --- the command ----------------------------------------------------------------------------------
 
 
-def arguments(source: Path, **changes: Any) -> argparse.Namespace:
-    usual = {"base": None, "merged": None, "dtype": "float32", "push": None, "private": False}
-    return argparse.Namespace(source=source, **(usual | changes))
-
-
 def test_command_merges_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = base_model(tmp_path / "base")
     run = tmp_path / "run"
     adapter_of(base, run / "adapters")
-    assert export.run(arguments(run, merged=tmp_path / "merged")) == 0
+    assert main(["export", str(run), "--merged", str(tmp_path / "merged")]) == 0
     assert capsys.readouterr().out == f"merged model: {tmp_path / 'merged'}\n"
     assert load(tmp_path / "merged") is not None
 
 
 def test_command_takes_a_copy_of_the_base_elsewhere(tmp_path: Path) -> None:
-    run = run_folder(tmp_path)
-    asked = arguments(run, base=str(tmp_path / "base"), merged=tmp_path / "merged")
-    assert export.run(asked) == 0
-    assert "Qwen/Qwen3-8B-Base" in (tmp_path / "merged" / "README.md").read_text()
+    run, merged = run_folder(tmp_path), tmp_path / "merged"
+    base = str(tmp_path / "base")
+    assert main(["export", str(run), "--base", base, "--merged", str(merged)]) == 0
+    assert "Qwen/Qwen3-8B-Base" in (merged / "README.md").read_text()
 
 
 def test_command_without_options_writes_the_card(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_folder(tmp_path)
-    assert export.run(arguments(run)) == 0
+    assert main(["export", str(run)]) == 0
     assert "model card" in capsys.readouterr().out
     assert (run / "adapters" / "v000003" / "README.md").is_file()
 

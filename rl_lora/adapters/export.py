@@ -1,0 +1,240 @@
+"""Exports an adapter: merged into a standalone model directory, or pushed to the hub.
+
+W + (alpha / rank) B A (for DoRA with each row rescaled to its magnitude) is computed once, in
+float32, from the base's stored weights and rounded once to the requested dtype. Merging in place
+during training would round again at every step.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rl_lora.adapters.files import is_lora_dir, load_tensors
+from rl_lora.adapters.model_card import CARD_FILE, card_text, read_facts, run_config
+from rl_lora.adapters.patch import Patch, load_patch, mismatch
+from rl_lora.adapters.peft_files import ADAPTER_FILE
+from rl_lora.data.chat_template import end_of_turn
+from rl_lora.errors import UserError
+from rl_lora.models.hub import adapter_path
+from rl_lora.models.resolve import check_model_dir, load_tokenizer
+from rl_lora.storage.directories import atomic_directory
+from rl_lora.storage.jsonl import write_json
+
+_INDEX_FILE = "model.safetensors.index.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# The hub's client raises its own errors, its transport httpx's.
+_HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__mro__[1:2])
+
+
+def export_merged(
+    model_dir: Path,
+    adapter_dir: Path,
+    out_dir: Path,
+    *,
+    dtype: str | None = None,
+    base_name: str | None = None,
+) -> Path:
+    """Writes base plus adapter as a model directory that needs neither PEFT nor this project.
+
+    One weight file at a time is in memory, and the base's directory is only read. The target
+    appears whole or not at all. An adapter on a tied lm_head unties it from the embedding. A full
+    fine-tuning version is exported the same way, its tensors replacing the base's. For an adapter
+    in a run folder, the token that ends the assistant's turn in the run's chat template is added to
+    generation_config.json's eos_token_id, so that generation stops where the policy learned to.
+
+    Args:
+        model_dir: the base model, with safetensors weights.
+        adapter_dir: a PEFT LoRA directory, or a full fine-tuning version.
+        out_dir: the new directory; it must not exist, or be empty.
+        dtype: "float32", "bfloat16" or "float16"; None: each tensor in the base's own dtype.
+        base_name: the base's name, to be compared with the name in the adapter.
+
+    Raises:
+        UserError: the target is not empty or not writable, the base has no safetensors, or the
+            adapter is of another base model.
+    """
+    check_model_dir(model_dir)
+    _check_target(out_dir, model_dir)
+    patch = load_patch(model_dir, adapter_dir, base_name)
+    files = sorted(model_dir.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model directory {model_dir} has no *.safetensors; convert its weights")
+    try:
+        with atomic_directory(out_dir) as scratch:
+            for source in model_dir.iterdir():
+                if source.is_file() and not _is_left_out(source.name):
+                    shutil.copyfile(source, scratch / source.name)
+            weight_map, num_bytes = _write_weights(files, patch, scratch, _DTYPES.get(dtype or ""))
+            if unused := sorted(patch.names - set(weight_map)):
+                raise UserError(
+                    mismatch(f"the base's files have no {unused[0]}", adapter_dir, model_dir)
+                )
+            if len(files) > 1:
+                index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+                write_json(scratch / _INDEX_FILE, index)
+            unties = patch.unties or not patch.is_tied
+            _rewrite_config(scratch / "config.json", dtype, unties=unties)
+            _add_turn_end(scratch, adapter_dir)
+            if patch.lora:
+                card = card_text(read_facts(adapter_dir), merged=True)
+                (scratch / CARD_FILE).write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {out_dir}: {error.strerror or error}") from error
+    return out_dir
+
+
+def push_adapter(
+    adapter_dir: Path, repo_id: str, *, private: bool = False, api: HfApi | None = None
+) -> str:
+    """Uploads an adapter with its model card; returns the URL of the commit.
+
+    Args:
+        adapter_dir: a PEFT LoRA directory.
+        repo_id: owner/name, created if it does not exist.
+        private: whether a new repository is private.
+        api: the hub's client; None: one with the user's own token.
+
+    Raises:
+        UserError: not an adapter directory, or the hub refuses or cannot be reached.
+    """
+    facts = read_facts(adapter_dir)
+    api = api or HfApi()
+    with tempfile.TemporaryDirectory() as folder:
+        staging = Path(folder)
+        if (adapter_dir / ADAPTER_FILE).is_file():
+            shutil.copyfile(adapter_dir / ADAPTER_FILE, staging / ADAPTER_FILE)
+        else:
+            save_file(load_tensors(adapter_dir), staging / ADAPTER_FILE, metadata={"format": "pt"})
+        peft = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
+        # A path of this machine means nothing elsewhere.
+        peft["base_model_name_or_path"] = facts.base_hub_id
+        write_json(staging / "adapter_config.json", peft)
+        (staging / CARD_FILE).write_text(card_text(facts), encoding="utf-8")
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=staging,
+                commit_message=f"LoRA adapter of rank {facts.rank}",
+            )
+        except _HUB_ERRORS as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"cannot push to {repo_id!r}: {reason}; check the name, the network and "
+                "`hf auth login`"
+            ) from error
+    return str(commit)
+
+
+def find_adapter(source: Path) -> Path:
+    """The adapter directory of a run folder (the final one, else the newest version), a directory
+    or a hub id.
+
+    Raises:
+        UserError: there is no adapter.
+    """
+    source = adapter_path(source)
+    versions = sorted((source / "adapters").glob("v[0-9]*"))
+    for folder in (source, source / "adapter", *reversed(versions)):
+        has_weights = is_lora_dir(folder) or any(folder.glob("*.safetensors"))
+        if has_weights and not (folder / "config.json").is_file():
+            return folder
+    raise UserError(
+        f"{source} holds no adapter; give a run folder, an adapter directory or a hub id"
+    )
+
+
+# --- parts of a merge -----------------------------------------------------------------------------
+
+
+def _write_weights(
+    files: list[Path], patch: Patch, target: Path, dtype: torch.dtype | None
+) -> tuple[dict[str, str], int]:
+    """Writes merged files under the base's file names; returns (tensor -> file, total bytes)."""
+    weight_map: dict[str, str] = {}
+    num_bytes = 0
+    has_embedding = any(patch.embedding in _names_of(file) for file in files)
+    stored = patch.embedding if has_embedding else patch.head  # name of a tied pair in the files
+    for file in files:
+        tensors = {}
+        for name, base in _tensors_of(file):
+            names = [name]
+            if patch.is_tied and name in (patch.embedding, patch.head):
+                if name != stored:
+                    continue  # a copy of the stored one
+                names = [patch.embedding, patch.head] if patch.unties else [patch.embedding]
+            for new in names:
+                tensors[new] = patch.merged(new, base).to(dtype or base.dtype)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(contiguous, target / file.name, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk
+            raise OSError(str(error)) from error
+        weight_map |= dict.fromkeys(tensors, file.name)
+        num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    return weight_map, num_bytes
+
+
+def _names_of(file: Path) -> set[str]:
+    with safe_open(file, framework="pt") as opened:
+        return set(opened.keys())
+
+
+def _tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118  # the handle is not a mapping
+            yield name, opened.get_tensor(name)
+
+
+def _rewrite_config(path: Path, dtype: str | None, *, unties: bool) -> None:
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if dtype is not None:
+        config.pop("torch_dtype", None)  # the key's older name
+        config["dtype"] = dtype
+    if unties and config.get("tie_word_embeddings", True):
+        config["tie_word_embeddings"] = False
+    write_json(path, config)
+
+
+def _add_turn_end(model_dir: Path, adapter_dir: Path) -> None:
+    """Adds the end of the assistant's turn to the end tokens that generation stops at."""
+    config = run_config(adapter_dir)
+    if config is None:  # of another tool: nothing says how its turns end
+        return
+    tokenizer, data = load_tokenizer(model_dir), config.data
+    has_template = bool(tokenizer.chat_template or data.chat_template_kwargs.get("chat_template"))
+    template = data.template if has_template else "base"
+    end = end_of_turn(tokenizer, template, data.chat_template_kwargs)
+    path = model_dir / "generation_config.json"
+    is_there = path.is_file()
+    source = path if is_there else model_dir / "config.json"
+    settings: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    known = settings.get("eos_token_id")
+    ids = known if isinstance(known, list) else [] if known is None else [known]
+    if end not in ids:
+        kept = settings if is_there else {}
+        write_json(path, {**kept, "eos_token_id": [*ids, end]})
+
+
+def _check_target(out_dir: Path, model_dir: Path) -> None:
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UserError(f"{out_dir} exists and is not empty; give another directory")
+    if model_dir.resolve() in out_dir.resolve().parents:
+        raise UserError(f"{out_dir} is inside the base model's directory; give another one")
+
+
+def _is_left_out(name: str) -> bool:
+    return name.startswith(".") or name == CARD_FILE or name.endswith(_WEIGHT_SUFFIXES)

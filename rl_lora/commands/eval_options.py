@@ -1,0 +1,67 @@
+"""The arguments of `rl-lora eval`; `commands.eval`, which loads torch, does the work."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rl_lora.commands.job_arguments import RERUN_HINT, add_changed_data, add_overrides
+
+EXAMPLES = (
+    "rl-lora eval runs/smoke",
+    "rl-lora eval runs/smoke --adapter best --name best",
+    "rl-lora eval runs/smoke --against base --name vs-base",
+    "rl-lora eval runs/smoke data.eval=my_test.jsonl --name my-test",
+    "rl-lora eval smoke --name base --overwrite",
+)
+AFTER_INTERRUPT = RERUN_HINT
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument(
+        "target",
+        type=Path,
+        metavar="RUN_OR_CONFIG",
+        help="a run folder, a TOML file, or a shipped config's name",
+    )
+    add_overrides(parser)
+    parser.add_argument(
+        "--adapter",
+        metavar="ADAPTER",
+        help="adapter directory or hub id, 'best' or 'last' of the run, or 'base' for the base "
+        "model (default: the run's last adapter; the base model for a config)",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="ADAPTER",
+        help="a second adapter to compare with, on the same problems with the same seeds",
+    )
+    parser.add_argument(
+        "--name",
+        default="evaluation",
+        metavar="NAME",
+        help="name of the result files, RUN/eval/NAME.json and .jsonl.gz (default: evaluation)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="discard an existing evaluation of that name instead of continuing it",
+    )
+    add_changed_data(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluates. Raises UserError as `commands.eval.evaluation` does."""
+    from rl_lora.commands.eval import evaluation
+
+    evaluation(
+        arguments.target,
+        arguments.overrides,
+        arguments.adapter,
+        arguments.name,
+        against=arguments.against,
+        overwrite=arguments.overwrite,
+        accept_changed_data=arguments.accept_changed_data,
+    )
+    return 0

@@ -1,0 +1,53 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+RESUME_HINT = "; run the same command with --resume to continue from the last checkpoint"
+RERUN_HINT = "; run the same command again to continue where it stopped"
+
+
+def add_job_arguments(parser: argparse.ArgumentParser, *, example: str, plan: str) -> None:
+    """The arguments of a training job.
+
+    Args:
+        parser: the command's.
+        example: a shipped config to name in the help.
+        plan: what --dry-run prints.
+    """
+    parser.add_argument(
+        "config",
+        type=Path,
+        metavar="CONFIG",
+        help=f"a TOML file, or a shipped config's name, e.g. {example}",
+    )
+    add_overrides(parser)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the newest checkpoint; without one, start from the beginning",
+    )
+    add_changed_data(parser)
+    parser.add_argument("--dry-run", action="store_true", help=f"print {plan}, then exit")
+    parser.add_argument("--quiet", action="store_true", help="print only warnings and the summary")
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """`section.key=value ...`, which take precedence over the config file."""
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings that take precedence over the file's, e.g. lora.rank=8 data=my.jsonl",
+    )
+
+
+def add_changed_data(parser: argparse.ArgumentParser) -> None:
+    """`--accept-changed-data`."""
+    parser.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="continue even though the base model or the data changed since the run began",
+    )

@@ -24,7 +24,7 @@ RETIRED = {
     r"\bnll\.py\b": "held_out_loss",
     r"\bBatches\b|\bahead\.py\b|\brl_lora\.ahead\b": "RolloutWorker, overlap",
     r"\bmax_age\b|\brollouts/age": "staleness",
-    r"\.(rest|settle|serve|use)\(|\bnum_rests\b": "set_adapter, wait, release_memory",
+    r"\.(rest|settle|serve)\(|\bnum_rests\b": "set_adapter, wait, release_memory",
     r"\bChoice\b|\bresults\.Split\b": "BestCheckpoint, OutcomeStats",
     r"\bequality[./](forms|regions|decide|worked_out|words)\b": "answer_shape, tiers, ...",
     # Turns of phrase.

@@ -45,7 +45,18 @@ FILES = ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", ".ci/run"
 SUFFIXES = (".py", ".md", ".toml", ".html", ".js", ".css", ".ipynb", "Makefile", "run")
 # Where a retired word is meant: (path, part of the line).
 ALLOWED = [
-    ("rl_lora/build.py", 'mix_seed(config.run.seed, "exam")'),
+    ("rl_lora/build.py", 'mix_seed(config.run.seed, "exam")'),  # what was drawn stays drawn
+    # What a file of an earlier version has.
+    ("rl_lora/evaluation/best.py", '"exam"'),
+    ("rl_lora/evaluation/files.py", '"exam"'),
+    ("rl_lora/report/records.py", '"figures/exams.png"'),
+    ("rl_lora/report/records.py", "rollouts/age_"),
+    ("rl_lora/runs/record.py", "rollouts/age_"),
+    ("rl_lora/runs/record.py", '"exam"'),
+    ("tests/evaluation/test_paired.py", '"exam"'),
+    ("tests/report/test_report.py", '"exams.png"'),
+    ("tests/report/test_report.py", "figures/exams.png"),
+    ("tests/report/test_report.py", "rollouts/age_"),
 ]
 
 

@@ -61,7 +61,7 @@ class EvalRequest:
     # An adapter directory, "best" or "last" of the run, or "base"; None: the run's last adapter, or
     # the base model if the target is a config.
     adapter: str | None = None
-    name: str = "eval"  # of the files
+    name: str = "evaluation"  # of the files
     against: str | None = None  # a second policy to compare with, given as `adapter`
     overwrite: bool = False  # replace an evaluation of that name
     # Evaluate although the run's base model or problems have changed since it began. Settings that

@@ -1,6 +1,6 @@
 """Writes docs/configuration.md from the settings' classes: `python scripts/docs_configuration.py`.
 
-A key's meaning is the comment beside its field, or the comment lines right above it.
+A key's meaning is the comment next to its field, or the comment lines right above it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def page() -> str:
         "your own function likewise.\n",
         _options_table({**LOSSES, **ADVANTAGES}),
         "## Data sources\n",
-        "Each entry of `data.train` and `data.eval`; a string alone is the `name`.\n",
+        "Each entry of `data.train` and `data.eval`; a plain string is the `name`.\n",
         _table("", SourceSection),
         "## Supervised jobs: `rl-lora sft`\n",
         "`[run]`, `[model]`, `[lora]` and `[optim]` as above; these sections differ:\n",
@@ -149,7 +149,7 @@ def _type(annotation: Any) -> str:
 
 
 def _meanings(section: type[BaseModel]) -> dict[str, str]:
-    """Field -> the comments above and beside it, those of base classes included."""
+    """Field -> the comments above and next to it, those of base classes included."""
     found: dict[str, str] = {}
     for owner in reversed(section.__mro__):
         if not issubclass(owner, BaseModel) or owner is BaseModel:

@@ -1,4 +1,4 @@
-"""VllmSampler on a real vLLM engine over tiny random models, held against transformers and PEFT."""
+"""VllmSampler on a vLLM engine over tiny random models, compared with transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def served(model_dir: Path, lora: LoraSection, device: torch.device = CPU) -> An
 
 
 def publish(model_dir: Path, folder: Path, version: int, **lora: Any) -> Adapter:
-    """A version with random weights of its own."""
+    """A version with its own random weights."""
     policy = make_policy(model_dir, **lora)
     shake(policy, seed=version, size=0.05)
     return save_adapter(policy, folder, version=version, run_name="test")
@@ -470,7 +470,7 @@ def test_requests_out_of_bounds(sampler: VllmSampler) -> None:
     assert len(sampler.token_logprobs([[5] * 64])[0]) == 63
     with pytest.raises(UserError, match=r"temperature 0\.001"):
         sampler.sample(PROMPTS, replace(PARAMS, temperature=0.001))
-    assert len(sampler.sample(PROMPTS, PARAMS)) == 3  # and it goes on
+    assert len(sampler.sample(PROMPTS, PARAMS)) == 3  # and it still works
 
 
 def test_missing_adapters(sampler: VllmSampler, model_dir: Path, tmp_path: Path) -> None:

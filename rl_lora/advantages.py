@@ -1,8 +1,9 @@
 """Rewards to advantages: one pure function each, over the N groups of G rewards of a step.
 
 Every function takes rewards_N_G (a list of groups; groups may differ in size) and returns
-advantages_N_G of the same shape. A group whose rewards are all equal gets exact zeros from each of
-them: it carries no signal, and what rounding leaves of it must not reach the optimizer.
+advantages_N_G of the same shape; keywords are its options, as with losses. A group whose rewards
+are all equal gets exact zeros: it carries no signal, and rounding errors must not reach the
+optimizer.
 """
 
 from __future__ import annotations
@@ -11,20 +12,18 @@ import statistics
 from collections.abc import Callable, Sequence
 
 Groups = Sequence[Sequence[float]]
+AdvantageFn = Callable[..., list[list[float]]]  # of rewards_N_G and the function's own keywords
 _STD_EPS = 1e-6  # keeps a division finite; far below any std of 0/1 rewards
 
 
 def group_mean(rewards_N_G: Groups) -> list[list[float]]:
-    """reward - group mean, no std: the article's choice ('LoRA Without Regret', RL set-up)."""
+    """reward - group mean, no std: the article's choice ('LoRA Without Regret', RL set-up).
+
+    With `algorithm.denominator = "max_tokens"` this is Dr. GRPO (arXiv 2503.20783, section 3.2).
+    """
     return _by_group(
         rewards_N_G, lambda group: [reward - statistics.fmean(group) for reward in group]
     )
-
-
-def dr_grpo(rewards_N_G: Groups) -> list[list[float]]:
-    """Dr. GRPO (arXiv 2503.20783, section 3.2): the group mean again; what sets it apart is the
-    constant denominator, `algorithm.denominator = "max_tokens"`."""
-    return group_mean(rewards_N_G)
 
 
 def grpo(rewards_N_G: Groups) -> list[list[float]]:
@@ -43,7 +42,7 @@ def grpo(rewards_N_G: Groups) -> list[list[float]]:
 def rloo(rewards_N_G: Groups) -> list[list[float]]:
     """reward - mean of the group's other rewards (RLOO, arXiv 2402.14740, equation 6).
 
-    Equals G/(G-1) times `group_mean`.
+    Equals G/(G-1) times `group_mean`. Raises ValueError for a group of one.
     """
 
     def of_group(group: Sequence[float]) -> list[float]:
@@ -56,11 +55,19 @@ def rloo(rewards_N_G: Groups) -> list[list[float]]:
 
 
 def reinforce_pp(rewards_N_G: Groups) -> list[list[float]]:
-    """REINFORCE++-baseline (arXiv 2501.03262): group mean taken off, then divided by the
-    population std of the whole step's advantages (whose mean is zero, each group's being so)."""
+    """REINFORCE++-baseline (arXiv 2501.03262): reward - group mean, divided by the population std
+    of the whole step's advantages (whose mean is zero, as each group's is)."""
     centred_N_G = group_mean(rewards_N_G)
     std = statistics.pstdev(advantage for group in centred_N_G for advantage in group)
     return [[advantage / (std + _STD_EPS) for advantage in group] for group in centred_N_G]
+
+
+ADVANTAGES: dict[str, AdvantageFn] = {
+    "group_mean": group_mean,
+    "grpo": grpo,
+    "rloo": rloo,
+    "reinforce_pp": reinforce_pp,
+}
 
 
 def _by_group(
@@ -71,12 +78,3 @@ def _by_group(
     return [
         [0.0] * len(group) if min(group) == max(group) else formula(group) for group in rewards_N_G
     ]
-
-
-ADVANTAGES: dict[str, Callable[[Groups], list[list[float]]]] = {
-    "group_mean": group_mean,
-    "dr_grpo": dr_grpo,
-    "grpo": grpo,
-    "rloo": rloo,
-    "reinforce_pp": reinforce_pp,
-}

@@ -12,13 +12,14 @@ one big batch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rl_lora.nn.segments import Segment, make_layout
+from rl_lora.nn.segments import Segment
 from rl_lora.types import Microbatch, RolloutGroup, TrainSample
 
 
@@ -40,35 +41,60 @@ def make_samples(
     ]
 
 
+# limits: one keyword each for denominator, microbatch size, updates and layout, all with defaults
 def pack(
-    samples: Sequence[TrainSample],
+    groups_N: Sequence[RolloutGroup],
+    advantages_N_G: Sequence[Sequence[float]],
     *,
-    denominator: str,
-    max_tokens: int,
-    microbatch_tokens: int,
+    denominator: str | int = "tokens",
+    microbatch_tokens: int = 4096,
     num_updates: int = 1,
     share_prompts: bool = False,
     keep_zero_advantage: bool = False,
-    max_wasted_pairs: int = 0,
 ) -> list[list[Microbatch]]:
-    """[num_updates][microbatches] for the learner.
+    """[num_updates][microbatches] for the learner, from scored groups; keywords as
+    `pack_samples`."""
+    return pack_samples(
+        make_samples(groups_N, advantages_N_G),
+        denominator=denominator,
+        microbatch_tokens=microbatch_tokens,
+        num_updates=num_updates,
+        share_prompts=share_prompts,
+        keep_zero_advantage=keep_zero_advantage,
+    )
+
+
+def pack_samples(
+    samples: Sequence[TrainSample],
+    *,
+    denominator: str | int = "tokens",
+    microbatch_tokens: int = 4096,
+    num_updates: int = 1,
+    share_prompts: bool = False,
+    keep_zero_advantage: bool = False,
+) -> list[list[Microbatch]]:
+    """[num_updates][microbatches] for the learner; an update that no sample is left for is empty.
 
     Args:
+        samples: sequences to learn from.
         denominator: "tokens": completion tokens of the update; "sequences": its sequences times the
-            sequence's own length; "max_tokens": its sequences times max_tokens (Dr. GRPO).
-        microbatch_tokens: bound on a microbatch's size with padding; a longer sequence goes alone.
-        share_prompts: completions of one prompt share it, in one row without padding.
-        keep_zero_advantage: keeps samples without gradient (needed for a KL loss). Without it they
-            are skipped, still counted in the denominator; where every sample of an update is such a
-            one, the shortest sequences stay, so that the sampler can still be checked.
-        max_wasted_pairs: query-key pairs that attention over shared prompts may waste
-        (`segments.MAX_WASTED_PAIRS`).
+            sequence's own length; a number: its sequences times that number (Dr. GRPO, with the cap
+            on a completion's tokens).
+        microbatch_tokens: limit on a microbatch's size with padding; a longer sequence gets one to
+            itself.
+        num_updates: optimizer steps that the samples are dealt out to, in turn.
+        share_prompts: completions of one prompt share it, in one row without padding; only for a
+            policy with `can_share_prompts`.
+        keep_zero_advantage: keeps samples without gradient (needed for a KL loss). Otherwise they
+            are skipped but still counted in the denominator; where every sample of an update is
+            such a one, the shortest sequences stay, so that the sampler can still be checked.
     """
     updates = []
-    for chunk in _split(samples, num_updates):
-        weight_of = _weights(chunk, denominator, max_tokens)
+    for first in range(num_updates):
+        chunk = list(itertools.islice(samples, first, None, num_updates))
+        weight_of = _weights(chunk, denominator)
         kept = [s for s in chunk if keep_zero_advantage or s.advantage != 0]
-        if not kept:
+        if chunk and not kept:
             shortest = sorted(chunk, key=lambda s: len(s.prompt_ids) + len(s.completion_ids))
             some = next(_by_budget([_Row(s.prompt_ids, [s]) for s in shortest], microbatch_tokens))
             kept = [sample for row in some for sample in row.samples]
@@ -77,14 +103,7 @@ def pack(
         else:
             rows = sorted((_Row(s.prompt_ids, [s]) for s in kept), key=lambda row: row.width)
             parts = _by_budget(rows, microbatch_tokens)
-        updates.append(
-            [
-                _microbatch(
-                    part, weight_of, is_flat=share_prompts, max_wasted_pairs=max_wasted_pairs
-                )
-                for part in parts
-            ]
-        )
+        updates.append([_microbatch(part, weight_of, is_flat=share_prompts) for part in parts])
     return updates
 
 
@@ -92,7 +111,7 @@ def whole_sequence(token_ids: Sequence[int]) -> Microbatch:
     """A microbatch that scores tokens 1, 2, ... of one sequence given those before."""
     zeros = (0.0,) * (len(token_ids) - 1)
     sample = TrainSample(tuple(token_ids[:1]), tuple(token_ids[1:]), zeros, 1.0, 0)
-    ((batch,),) = pack([sample], denominator="tokens", max_tokens=1, microbatch_tokens=1)
+    ((batch,),) = pack_samples([sample])
     return batch
 
 
@@ -100,22 +119,12 @@ def to_device(batch: Microbatch, device: torch.device) -> Microbatch:
     """The microbatch with its tensors on the device."""
     if batch.token_ids_BT.device == device:
         return batch
-    move: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
-    return Microbatch(
-        token_ids_BT=move(batch.token_ids_BT),
-        position_BT=None if batch.position_BT is None else move(batch.position_BT),
-        layout=None if batch.layout is None else batch.layout.to(device),
-        row_C=move(batch.row_C),
-        column_C=move(batch.column_C),
-        target_ids_C=move(batch.target_ids_C),
-        sampler_logprobs_C=move(batch.sampler_logprobs_C),
-        advantages_C=move(batch.advantages_C),
-        weights_C=move(batch.weights_C),
-        sequence_C=move(batch.sequence_C),
-        num_sequences=batch.num_sequences,
-        num_tokens=batch.num_tokens,
-        old_logprobs_C=None if batch.old_logprobs_C is None else move(batch.old_logprobs_C),
-    )
+    tensors: dict[str, Any] = {
+        name: value.to(device, non_blocking=True)
+        for name in Microbatch.__slots__
+        if isinstance(value := getattr(batch, name), Tensor)
+    }
+    return replace(batch, **tensors)
 
 
 @dataclass
@@ -176,22 +185,18 @@ def _pieces(family: _Row, budget: int) -> Iterator[_Row]:
     yield piece
 
 
-def _split(samples: Sequence[TrainSample], num_updates: int) -> Iterator[list[TrainSample]]:
-    """Round-robin, so that every update sees samples of every group."""
-    for first in range(min(num_updates, len(samples))):
-        yield list(itertools.islice(samples, first, None, num_updates))
-
-
-def _weights(samples: Sequence[TrainSample], denominator: str, max_tokens: int) -> dict[int, float]:
+def _weights(samples: Sequence[TrainSample], denominator: str | int) -> dict[int, float]:
     """Weight of one token, by the length of its completion."""
     lengths = [len(sample.completion_ids) for sample in samples]
+    if not lengths:
+        return {}
     if denominator == "tokens":
         return dict.fromkeys(lengths, 1 / sum(lengths))
     if denominator == "sequences":
         return {length: 1 / (len(lengths) * length) for length in lengths}
-    if denominator == "max_tokens":
-        return dict.fromkeys(lengths, 1 / (len(lengths) * max_tokens))
-    raise ValueError(f"denominator {denominator!r} is none of tokens, sequences, max_tokens")
+    if isinstance(denominator, int):
+        return dict.fromkeys(lengths, 1 / (len(lengths) * denominator))
+    raise ValueError(f"denominator {denominator!r} is none of tokens, sequences or a number")
 
 
 def _by_budget(rows: Sequence[_Row], budget: int) -> Iterator[list[_Row]]:
@@ -206,9 +211,7 @@ def _by_budget(rows: Sequence[_Row], budget: int) -> Iterator[list[_Row]]:
         yield together
 
 
-def _microbatch(
-    rows: Sequence[_Row], weight_of: dict[int, float], *, is_flat: bool, max_wasted_pairs: int = 0
-) -> Microbatch:
+def _microbatch(rows: Sequence[_Row], weight_of: dict[int, float], *, is_flat: bool) -> Microbatch:
     """Rows end to end in one (flat), or one under the other with padding."""
     num_tokens = sum(row.width for row in rows)
     shape = (1, num_tokens) if is_flat else (len(rows), max(row.width for row in rows))
@@ -236,7 +239,7 @@ def _microbatch(
     return Microbatch(
         token_ids_BT=token_ids_BT,
         position_BT=position_BT if is_flat else None,
-        layout=make_layout(segments, num_tokens, max_wasted_pairs) if is_flat else None,
+        segments=tuple(segments) if is_flat else None,
         row_C=torch.tensor(scored.row),
         column_C=torch.tensor(scored.column),
         target_ids_C=torch.tensor(scored.target),
@@ -244,7 +247,7 @@ def _microbatch(
         advantages_C=torch.tensor(scored.advantage, dtype=torch.float32),
         weights_C=torch.tensor(scored.weight, dtype=torch.float32),
         sequence_C=torch.tensor(scored.sequence),
-        num_sequences=scored.num_sequences,
+        samples_S=tuple(sample for row in rows for sample in row.samples),
         num_tokens=num_tokens,
     )
 
@@ -260,7 +263,7 @@ class _Scored:
     advantage: list[float] = field(default_factory=list)
     weight: list[float] = field(default_factory=list)
     sequence: list[int] = field(default_factory=list)
-    num_sequences: int = 0
+    _num_sequences: int = 0
 
     def add(
         self, sample: TrainSample, row: int, prompt_end: int, start: int, weight: float
@@ -273,5 +276,5 @@ class _Scored:
         self.sampler += sample.sampler_logprobs_T
         self.advantage += [sample.advantage] * count
         self.weight += [weight] * count
-        self.sequence += [self.num_sequences] * count
-        self.num_sequences += 1
+        self.sequence += [self._num_sequences] * count
+        self._num_sequences += 1

@@ -1,18 +1,24 @@
-"""Puts a job together from its config: cheap checks first, so bad input costs no long work."""
+"""Builds a run from its config; cheap checks come first, so that bad input fails at once."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rewards import FunctionReward, Reward, load_reward
-from rl_lora.config import DataSection, LoraSection, ModelSection, RunConfig, SamplingSection
+from rewards.load import import_function
+from rl_lora.advantages import AdvantageFn
+from rl_lora.config import LoraSection, ModelSection, OptimSection, RunConfig, SamplingSection
+from rl_lora.config.algorithm import load_algorithm
+from rl_lora.config.checks import SAMPLERS
 from rl_lora.errors import UserError
+from rl_lora.losses import LossFn
 from rl_lora.seeds import mix_seed
 from rl_lora.types import SampleParams
 
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rl_lora.evaluation.evaluate import Evaluation
+    from rl_lora.learner import Learner
     from rl_lora.policy import Policy
     from rl_lora.prompts import PromptSets
     from rl_lora.sampler import Sampler
@@ -31,7 +38,8 @@ class RunContext:
     """What training and evaluation share.
 
     Example: RunContext(config=RunConfig(...), model_dir=Path(...), tokenizer=...,
-    prompts=PromptSets(...), end_ids=(2,), reward=..., policy=..., sampler=...)
+    prompts=PromptSets(...), end_ids=(2,), reward=..., policy=..., loss=ppo,
+    advantage=grpo, sampler=...)
     """
 
     config: RunConfig
@@ -41,6 +49,8 @@ class RunContext:
     end_ids: tuple[int, ...]
     reward: Reward
     policy: Policy
+    loss: LossFn
+    advantage: AdvantageFn
     sampler: Sampler
 
 
@@ -53,47 +63,34 @@ def open_run(
     on_note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> Iterator[RunContext]:
-    """Builds everything and closes it at the end, whatever happens.
+    """Builds everything, and closes it at the end in any case.
 
     Args:
         config: the job.
-        num_steps: RL steps that it samples for; None: run.num_steps.
-        on_loaded: looks at the policy and the problems before the sampler, which takes long, is
-            built; what it raises ends the job.
-        on_note: takes one line on what was loaded.
-        on_progress: takes (completions done, in all, tokens sampled) within a call of the sampler.
+        num_steps: RL steps that will be sampled for; None: run.num_steps.
+        on_loaded: called with policy and prompts before the sampler, which is slow to build; it
+            may raise.
+        on_note: called with one line on each thing that was loaded.
+        on_progress: called by the sampler with (completions done, in all, tokens sampled).
 
     Raises:
         UserError: anything wrong in the config, the model directory or the data.
     """
+    loss, advantage = load_algorithm(config.algorithm)
     reward = make_reward(config)
     with contextlib.ExitStack() as stack:
         stack.callback(reward.close)
-        from rl_lora.models.resolve import check_rows
-        from rl_lora.prompts import load_prompts
-        from rl_lora.rollouts import MADE_UP, check_reward
+        from rl_lora.policy import open_policy
+        from rl_lora.samplers.end_tokens import end_token_ids
 
+        load_sampler_class(config.sampling.backend)
         model_dir, tokenizer, context = open_model(config.model, on_note, config.lora)
         if config.sampling.backend == "vllm":
             check_vllm(model_dir, config)
-        prompts = load_prompts(
-            config.data,
-            tokenizer,
-            context,
-            config.sampling.max_tokens,
-            config.run.seed,
-            max_eval_tokens=config.eval.max_tokens,
-            with_columns=isinstance(reward, FunctionReward) and reward.is_batch,
-        )
+        prompts = _load_prompts(config, reward, model_dir, tokenizer, context)
         for note in prompts.notes:
             on_note(note)
-        problems = (*prompts.train, *prompts.eval)
-        check_rows((prompt.token_ids for prompt in problems), tokenizer, model_dir)
-        made_up = tokenizer.encode(MADE_UP, add_special_tokens=False)
-        check_reward(reward, problems[0], made_up)
-        from rl_lora.policy import Policy
-
-        policy = Policy(
+        policy = open_policy(
             model_dir,
             config.model,
             config.lora,
@@ -102,28 +99,65 @@ def open_run(
             keep_reference=config.algorithm.kl != "none",
         )
         on_loaded(policy, prompts)
-        end_ids = end_token_ids(model_dir, tokenizer, config.data)
+        data = config.data
+        end_ids = end_token_ids(model_dir, tokenizer, data.template, data.chat_template_kwargs)
         longest = max(len(p.token_ids) for p in (*prompts.train, *prompts.eval))
         cap = max(config.sampling.max_tokens, config.eval.max_tokens or 0)
         num_steps = config.run.num_steps if num_steps is None else num_steps
         sampler = make_sampler(
             _with_compilation(config.sampling, policy.device, num_steps, on_note),
             policy,
-            tokenizer,
-            end_ids,
-            context_length=min(context, longest + cap),
+            end_token_ids=end_ids,
+            max_model_len=min(context, longest + cap),
             on_progress=on_progress,
         )
         stack.callback(sampler.close)
-        yield RunContext(config, model_dir, tokenizer, prompts, end_ids, reward, policy, sampler)
+        yield RunContext(
+            config=config,
+            model_dir=model_dir,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            end_ids=end_ids,
+            reward=reward,
+            policy=policy,
+            loss=loss,
+            advantage=advantage,
+            sampler=sampler,
+        )
+
+
+def _load_prompts(
+    config: RunConfig,
+    reward: Reward,
+    model_dir: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+) -> PromptSets:
+    """The job's prompts, checked against the model's vocabulary, and the reward tried on one."""
+    from rl_lora.models.resolve import check_rows
+    from rl_lora.prompts import load_prompt_sets
+    from rl_lora.rollouts import MADE_UP, check_reward
+
+    prompts = load_prompt_sets(
+        config.data,
+        tokenizer,
+        context,
+        config.sampling.max_tokens,
+        config.run.seed,
+        max_eval_tokens=config.eval.max_tokens,
+        with_columns=isinstance(reward, FunctionReward) and reward.is_batch,
+    )
+    problems = (*prompts.train, *prompts.eval)
+    check_rows((prompt.token_ids for prompt in problems), tokenizer, model_dir)
+    check_reward(reward, problems[0], tokenizer.encode(MADE_UP, add_special_tokens=False))
+    return prompts
 
 
 def check_vllm(model_dir: Path, config: RunConfig) -> None:
-    """What vLLM would refuse, told before the data is read and the model is loaded.
+    """Refuses what vLLM would refuse, before the data is read and the model is loaded.
 
     Raises:
-        UserError: the device, the adapter, the model or a setting is none for vLLM, or vLLM is not
-            installed.
+        UserError: vLLM is not installed, or does not support the device, adapter, model or setting.
     """
     import torch
 
@@ -137,9 +171,9 @@ def check_vllm(model_dir: Path, config: RunConfig) -> None:
         import_vllm(device)  # which says how to get it
     check_device(device, config.lora)
     check_mixture(model_dir, device)
-    # dtype auto is float32 or bfloat16 by a timing, and asked again once it is known.
+    # What dtype "auto" is gets measured later; the sampler checks it again then.
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-    merges_adapter(config.sampling, config.lora, dtype=dtype, device=device)
+    merges_adapter(config.sampling.merge_adapter, config.lora, dtype=dtype, device=device)
 
 
 def _with_compilation(
@@ -148,7 +182,7 @@ def _with_compilation(
     num_steps: int,
     on_note: Callable[[str], None],
 ) -> SamplingSection:
-    """With sampling.eager=false where the job leaves it open and is long enough on a CPU."""
+    """With sampling.eager=false if the config leaves it open and the job is long, on a CPU."""
     from rl_lora.samplers.vllm.settings import is_worth_compiling
 
     is_open = section.backend == "vllm" and section.eager is None and device.type == "cpu"
@@ -163,11 +197,10 @@ def _with_compilation(
 def open_model(
     section: ModelSection, on_note: Callable[[str], None], lora: LoraSection | None = None
 ) -> tuple[Path, PreTrainedTokenizerBase, int]:
-    """(directory, tokenizer, context length) of a model, fetched or made where it is not at hand.
+    """(directory, tokenizer, context length) of a model, which is fetched or made if need be.
 
     Raises:
-        UserError: there is no such model, its directory is no model's, or it is one that cannot be
-            trained as `lora` says.
+        UserError: no such model, a directory without a model, or a model that `lora` cannot train.
     """
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -175,7 +208,7 @@ def open_model(
     from rl_lora.models.architectures import check_architecture
     from rl_lora.models.resolve import context_length, is_at_hand, load_tokenizer, resolve_model
 
-    logging.disable_progress_bar()  # of weights that load in a second; it garbles our own
+    logging.disable_progress_bar()  # weights load in a second, and it garbles our own
     if not is_at_hand(section.name):
         on_note(f"model {section.name}: fetched or made once, then kept; a minute or so")
     model_dir = resolve_model(section)
@@ -185,8 +218,31 @@ def open_model(
     return model_dir, load_tokenizer(model_dir), context_length(config)
 
 
+def make_learner(
+    policy: Policy, optim: OptimSection, *, num_steps: int, temperature: float = 1.0
+) -> Learner:
+    """The learner of [optim]; num_steps: optimizer steps of the whole run, for the schedule.
+
+    Raises:
+        UserError: full fine-tuning in bfloat16.
+    """
+    from rl_lora.learner import Learner, Schedule
+
+    return Learner(
+        policy,
+        optim.lr,
+        schedule=Schedule(optim.schedule, optim.warmup_steps, num_steps),
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        grad_clip=optim.grad_clip,
+        lora_plus_ratio=optim.lora_plus_ratio,
+        temperature=temperature,
+    )
+
+
 def make_reward(config: RunConfig) -> Reward:
-    """The reward of the config. Raises UserError where its name or policy is unknown."""
+    """The reward of the config. Raises UserError if its name or policy is unknown."""
     section = config.reward
     try:
         return load_reward(
@@ -201,45 +257,65 @@ def make_reward(config: RunConfig) -> Reward:
         raise UserError(f"config: reward: {error}") from error
 
 
+def load_sampler_class(backend: str) -> Callable[..., Sampler]:
+    """The class of `sampling.backend`: a row of SAMPLERS, or the user's own "module:Class".
+
+    Raises:
+        UserError: no such module, or no such class in it.
+    """
+    try:
+        return import_function(SAMPLERS.get(backend, backend), "sampling.backend")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def make_sampler(
     section: SamplingSection,
     policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    end_ids: tuple[int, ...],
     *,
-    context_length: int,
+    end_token_ids: tuple[int, ...],
+    max_model_len: int,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> Sampler:
-    """The sampler of `sampling.backend`. Raises UserError where vLLM is asked for and missing."""
-    if section.backend == "torch":
-        from rl_lora.samplers.torch_sampler import TorchSampler
+    """The sampler of `sampling.backend`.
 
-        return TorchSampler(
-            policy,
-            tokenizer,
-            end_ids,
-            context_length=context_length,
-            max_num_seqs=section.max_num_seqs,
-            on_progress=on_progress,
+    A user's own class is called with the policy and the keywords of `TorchSampler`; one that has
+    a keyword `engine` also gets vLLM's options.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    from rl_lora.samplers.vllm.settings import EngineOptions
+
+    make = load_sampler_class(section.backend)
+    if section.overlap and not getattr(make, "has_own_weights", False):
+        raise UserError(
+            f"sampling.overlap=true: {section.backend} must have its own copy of the weights, as "
+            "the learner changes the policy's meanwhile; declare has_own_weights = True in the "
+            "class, or leave overlap out"
         )
-    from rl_lora.samplers.vllm.sampler import VllmSampler
-
-    return VllmSampler(
-        policy.model_dir,
-        section,
-        policy.lora,
-        dtype=policy.dtype,
-        device=policy.device,
-        max_model_len=context_length,
-        end_token_ids=end_ids,
+    engine: dict[str, Any] = {}
+    if "engine" in inspect.signature(make).parameters:
+        engine["engine"] = EngineOptions(
+            eager=section.eager,
+            attention_backend=section.attention_backend,
+            merge_adapter=section.merge_adapter,
+            memory_fraction=section.memory_fraction,
+        )
+    return make(
+        policy,
+        end_token_ids=end_token_ids,
+        max_model_len=max_model_len,
+        max_num_seqs=section.max_num_seqs,
         on_progress=on_progress,
+        **engine,
     )
 
 
 def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None]) -> Evaluation:
     """The held-out evaluation of a job's policies.
 
-    on_progress: takes (problems done, in all, being sampled now).
+    on_progress: called with (problems done, in all, being sampled now).
     """
     from rl_lora.evaluation.contamination import contamination_notes
     from rl_lora.evaluation.evaluate import Evaluation
@@ -263,7 +339,7 @@ def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None
             temperature=config.eval.temperature,
             top_p=config.eval.top_p,
             stop=config.sampling.stop,
-            seed=mix_seed(config.run.seed, "evaluation"),
+            seed=mix_seed(config.run.seed, "exam"),  # another label, other samples
         ),
         chunk_samples=config.eval.chunk_samples,
         identity=identity | ({"thinking_tags": tags} if tags else {}),
@@ -272,25 +348,8 @@ def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None
     )
 
 
-def end_token_ids(
-    model_dir: Path, tokenizer: PreTrainedTokenizerBase, data: DataSection
-) -> tuple[int, ...]:
-    """The tokens that end a completion: the tokenizer's, those of generation_config.json, and the
-    one that ends a turn of the chat template, which base models name in neither (Qwen3-8B-Base)."""
-    from transformers import GenerationConfig
-
-    from rl_lora.data.chat_template import end_of_turn
-
-    ids = {int(tokenizer.eos_token_id)}
-    ids.add(end_of_turn(tokenizer, data.template, data.chat_template_kwargs))
-    if (model_dir / "generation_config.json").is_file():
-        ends = GenerationConfig.from_pretrained(model_dir).eos_token_id
-        ids |= set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    return tuple(sorted(ids))
-
-
 def check_run_folder(folder: Path) -> None:
-    """Raises UserError where the run folder cannot be written."""
+    """Raises UserError if the run folder cannot be written to."""
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)

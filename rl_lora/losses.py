@@ -1,18 +1,21 @@
 """Policy-gradient losses: pure functions of flat tensors over the C completion tokens.
 
-Each takes `LossInputs` and returns (loss, num_clipped): the loss is a scalar
+A loss takes `LossInputs` and keyword options, and returns (loss, num_clipped): the loss is a scalar
 sum(weights_C * loss_C), so the mask and the step-wide denominator come in through weights_C and
 nothing is divided here; num_clipped is the number of tokens whose gradient the bounds drop.
-Log-probs are in nats at the sampling temperature.
+Log-probs are in nats at the sampling temperature. To add a loss, write the function and its row in
+`LOSSES`; to use one from outside the package, pass it to `Learner.update` or write
+`algorithm.loss = "module:function"`. Its keywords are its options: [algorithm] sets them by name,
+checked against their annotations. `needs` declares what else it requires.
 
-Two ratios, and which loss takes which:
+Which loss uses which ratio:
 
 - `importance_sampling` and its truncated form: policy / SAMPLER, the very distribution that the
   tokens came from.
-- Losses with bounds (`RATIO_TO_OLD`): the bounded ratio is policy / old, old being the policy
-  itself when the step began, as the papers define it: it is 1 until the policy moves, however the
-  sampler rounds and however old its version is. old / sampler is multiplied on as a weight without
-  gradient, cut off at `algorithm.ratio_cap`: the decoupled objective (arXiv 2110.00641) with
+- Losses with bounds (`ppo`, `gspo`, `cispo`): the bounded ratio is policy / old, old being the
+  policy itself when the step began, as the papers define it: it is 1 until the policy moves,
+  however the sampler rounds and however old its version is. It is multiplied by old / sampler, a
+  weight without gradient, truncated at `ratio_cap`: the decoupled objective (arXiv 2110.00641) with
   truncated importance sampling (Ionides 2008; V-trace, arXiv 1802.01561, section 4.1).
 """
 
@@ -20,11 +23,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
-import torch
-from torch import Tensor
+from pydantic import Field, PositiveFloat
 
-from rl_lora.config import AlgorithmSection
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_LOG_RATIO = 20.0  # nats, of `k3`: e^20 is 5e8, and float32 gradients end at e^88
+LowerBound = Annotated[float, Field(gt=0, le=1)]  # the ratio is at least 1 minus this
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,42 +50,70 @@ class LossInputs:
     weights_C: Tensor  # float32, 1/denominator of the step
     sequence_C: Tensor  # int64, the token's sequence in the microbatch
     num_sequences: int
-    # float32, nats, of the policy when the step began; None: it has not moved since
+    # float32, nats, of the policy when the step began; None: the loss does not declare the need
     old_logprobs_C: Tensor | None = None
 
     def log_ratio_to_old(self) -> Tensor:
         """log (policy / old) [C], with gradient; exactly 0 where the policy has not moved."""
-        old_C = self.old_logprobs_C
-        return self.policy_logprobs_C - (
-            self.policy_logprobs_C.detach() if old_C is None else old_C
-        )
+        return self.policy_logprobs_C - self._old()
 
     def log_ratio_of_old(self) -> Tensor:
         """log (old / sampler) [C], without gradient."""
-        old_C = self.old_logprobs_C
-        return (
-            self.policy_logprobs_C.detach() if old_C is None else old_C
-        ) - self.sampler_logprobs_C
+        return self._old() - self.sampler_logprobs_C
+
+    def _old(self) -> Tensor:
+        if self.old_logprobs_C is None:
+            raise ValueError("this loss uses old_logprobs_C: decorate it @needs(old_logprobs=True)")
+        return self.old_logprobs_C
 
 
-MAX_LOG_RATIO = 20.0  # nats, of `k3`: e^20 is 5e8, and float32 gradients end at e^88
+LossFn = Callable[..., "tuple[Tensor, Tensor | int]"]  # of LossInputs and the loss's own keywords
+AnyLoss = TypeVar("AnyLoss", bound=LossFn)
 
-LossFn = Callable[[LossInputs, AlgorithmSection], tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a loss requires besides `LossInputs`' other fields.
+
+    Example, of GSPO: Needs(old_logprobs=True, denominator="sequences")
+    """
+
+    old_logprobs: bool = False  # costs a forward pass for each update of a step after the first
+    denominator: str | None = None  # the only algorithm.denominator that it is defined with
 
 
-def importance_sampling(x: LossInputs, options: AlgorithmSection) -> tuple[Tensor, Tensor]:
+def needs(
+    *, old_logprobs: bool = False, denominator: str | None = None
+) -> Callable[[AnyLoss], AnyLoss]:
+    """Decorates a loss with its `Needs`."""
+
+    def mark(loss: AnyLoss) -> AnyLoss:
+        loss.needs = Needs(old_logprobs, denominator)  # type: ignore[attr-defined]
+        return loss
+
+    return mark
+
+
+def needs_of(loss: LossFn) -> Needs:
+    """The loss's `Needs`, also of a `functools.partial` of it."""
+    function = loss.func if isinstance(loss, partial) else loss
+    found: Needs = getattr(function, "needs", Needs())
+    return found
+
+
+def importance_sampling(x: LossInputs) -> tuple[Tensor, int]:
     """-sum w * (p_policy / p_sampler) * A, unclipped ('LoRA Without Regret', RL set-up).
 
     Its gradient is ratio * A * grad log p. With on-policy samples the ratio is 1, and this is
     REINFORCE.
     """
     ratio_C = (x.policy_logprobs_C - x.sampler_logprobs_C).exp()
-    return -(x.weights_C * ratio_C * x.advantages_C).sum(), _no_clips(ratio_C)
+    return -(x.weights_C * ratio_C * x.advantages_C).sum(), 0
 
 
 def truncated_importance_sampling(
-    x: LossInputs, options: AlgorithmSection
-) -> tuple[Tensor, Tensor]:
+    x: LossInputs, *, ratio_cap: PositiveFloat = 2.0
+) -> tuple[Tensor, int]:
     """-sum w * min(ratio, cap) * A * log p, the weight without gradient.
 
     Truncated importance sampling (Ionides 2008, 'Truncated Importance Sampling'; in RL V-trace,
@@ -85,43 +121,73 @@ def truncated_importance_sampling(
     above it the token still counts, with the capped weight: no gradient is dropped.
     """
     ratio_C = (x.policy_logprobs_C - x.sampler_logprobs_C).detach().exp()
-    weight_C = ratio_C.clamp(max=options.ratio_cap)
-    loss = -(x.weights_C * weight_C * x.advantages_C * x.policy_logprobs_C).sum()
-    return loss, _no_clips(ratio_C)
+    weight_C = ratio_C.clamp(max=ratio_cap)
+    return -(x.weights_C * weight_C * x.advantages_C * x.policy_logprobs_C).sum(), 0
 
 
-def ppo(x: LossInputs, options: AlgorithmSection) -> tuple[Tensor, Tensor]:
+@needs(old_logprobs=True)
+def ppo(
+    x: LossInputs,
+    *,
+    clip_low: LowerBound = 0.2,
+    clip_high: PositiveFloat = 0.28,
+    ratio_cap: PositiveFloat = 2.0,
+) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate (arXiv 1707.06347, equation 7) with DAPO's separate bounds
     (arXiv 2503.14476, equation 10): min(r A, clip(r, 1 - low, 1 + high) A), r = policy / old, times
-    the truncated weight old / sampler."""
-    ratio_C = x.log_ratio_to_old().exp()
-    return _clipped_surrogate(x, ratio_C, x.log_ratio_of_old(), options)
+    the truncated weight old / sampler. The default bounds are DAPO's."""
+    weight_C = x.log_ratio_of_old().exp().clamp(max=ratio_cap)
+    return _clipped_surrogate(x, x.log_ratio_to_old().exp(), weight_C, clip_low, clip_high)
 
 
-def gspo(x: LossInputs, options: AlgorithmSection) -> tuple[Tensor, Tensor]:
+@needs(old_logprobs=True, denominator="sequences")
+def gspo(
+    x: LossInputs,
+    *,
+    clip_low: LowerBound = 3e-4,
+    clip_high: PositiveFloat = 4e-4,
+    ratio_cap: PositiveFloat = 2.0,
+) -> tuple[Tensor, Tensor]:
     """GSPO (arXiv 2507.18071, equations 5-7): one ratio a sequence, the geometric mean over its
-    tokens, clipped as in PPO; of the weight old / sampler the geometric mean as well.
-
-    Needs algorithm.denominator = "sequences".
-    """
+    tokens, clipped as in PPO; the weight old / sampler is the sequence's geometric mean as well.
+    The default bounds are the paper's (section 5.1)."""
     ratio_C = _sequence_means(x, x.log_ratio_to_old()).exp()
-    return _clipped_surrogate(x, ratio_C, _sequence_means(x, x.log_ratio_of_old()), options)
+    weight_C = _sequence_means(x, x.log_ratio_of_old()).exp().clamp(max=ratio_cap)
+    return _clipped_surrogate(x, ratio_C, weight_C, clip_low, clip_high)
 
 
-def cispo(x: LossInputs, options: AlgorithmSection) -> tuple[Tensor, Tensor]:
+@needs(old_logprobs=True)
+def cispo(
+    x: LossInputs,
+    *,
+    clip_low: LowerBound = 1.0,
+    clip_high: PositiveFloat = 0.28,
+    ratio_cap: PositiveFloat = 2.0,
+) -> tuple[Tensor, int]:
     """CISPO (MiniMax-M1, arXiv 2506.13585, equation 4): the clipped ratio policy / old is a weight
-    without gradient, so no token's gradient is dropped; the truncated weight old / sampler is
-    another one."""
-    low, high = options.clip_bounds
-    weight_C = x.log_ratio_to_old().detach().exp().clamp(1 - low, 1 + high)
-    weight_C = weight_C * _truncated(x.log_ratio_of_old(), options)
-    loss = -(x.weights_C * weight_C * x.advantages_C * x.policy_logprobs_C).sum()
-    return loss, _no_clips(weight_C)
+    without gradient, so no token's gradient is dropped; it is multiplied by the truncated weight
+    old / sampler.
+
+    The paper (section 3.1) has no lower bound and tunes the upper one without giving its value:
+    0.28 is DAPO's for PPO, and our choice here.
+    """
+    weight_C = x.log_ratio_to_old().detach().exp().clamp(1 - clip_low, 1 + clip_high)
+    weight_C = weight_C * x.log_ratio_of_old().exp().clamp(max=ratio_cap)
+    return -(x.weights_C * weight_C * x.advantages_C * x.policy_logprobs_C).sum(), 0
 
 
-def log_loss(x: LossInputs, options: AlgorithmSection | None = None) -> tuple[Tensor, Tensor]:
-    """-sum w * log p: supervised fine-tuning; advantages and the sampler play no part."""
-    return -(x.weights_C * x.policy_logprobs_C).sum(), _no_clips(x.policy_logprobs_C)
+def log_loss(x: LossInputs) -> tuple[Tensor, int]:
+    """-sum w * log p, for supervised fine-tuning; advantages and sampler log-probs are unused."""
+    return -(x.weights_C * x.policy_logprobs_C).sum(), 0
+
+
+LOSSES: dict[str, LossFn] = {
+    "importance_sampling": importance_sampling,
+    "truncated_importance_sampling": truncated_importance_sampling,
+    "ppo": ppo,
+    "gspo": gspo,
+    "cispo": cispo,
+}
 
 
 def kl_penalty(
@@ -140,9 +206,9 @@ def kl_penalty(
 def k3(log_ratio_C: Tensor) -> Tensor:
     """exp(d) - d - 1 in float64: a non-negative estimate of KL(p || q) for tokens from p.
 
-    In float32 all below 4e-9 nats would be rounding, of either sign. Above MAX_LOG_RATIO the
-    exponential is replaced by its tangent there: values and gradients stay finite, and a token that
-    is further off is still pulled back.
+    In float32 everything below 4e-9 nats would be rounding noise of either sign. Above
+    MAX_LOG_RATIO the exponential is replaced by its tangent there: values and gradients stay
+    finite, and a token that is further off is still pulled back.
 
     Args:
         log_ratio_C: d = log q - log p, nats, subtracted in float64.
@@ -152,37 +218,18 @@ def k3(log_ratio_C: Tensor) -> Tensor:
     return bounded_C.expm1() * (1 + d_C - bounded_C) - bounded_C
 
 
-LOSSES: dict[str, LossFn] = {
-    "importance_sampling": importance_sampling,
-    "truncated_importance_sampling": truncated_importance_sampling,
-    "ppo": ppo,
-    "gspo": gspo,
-    "cispo": cispo,
-}
-RATIO_TO_OLD = frozenset({"ppo", "gspo", "cispo"})  # with several updates they need old_logprobs_C
-
-
 def _clipped_surrogate(
-    x: LossInputs, ratio_C: Tensor, log_weight_C: Tensor, options: AlgorithmSection
+    x: LossInputs, ratio_C: Tensor, weight_C: Tensor, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    low, high = options.clip_bounds
     plain_C = ratio_C * x.advantages_C
     clipped_C = ratio_C.clamp(1 - low, 1 + high) * x.advantages_C
-    surrogate_C = torch.minimum(plain_C, clipped_C) * _truncated(log_weight_C, options)
+    surrogate_C = plain_C.minimum(clipped_C) * weight_C
     return -(x.weights_C * surrogate_C).sum(), (clipped_C < plain_C).sum()
-
-
-def _truncated(log_weight_C: Tensor, options: AlgorithmSection) -> Tensor:
-    return log_weight_C.exp().clamp(max=options.ratio_cap)
 
 
 def _sequence_means(x: LossInputs, values_C: Tensor) -> Tensor:
     """[C]: each token's value replaced by the mean over its sequence."""
     zeros_B = values_C.new_zeros(x.num_sequences)
     total_B = zeros_B.index_add(0, x.sequence_C, values_C)
-    count_B = zeros_B.index_add(0, x.sequence_C, torch.ones_like(values_C))
+    count_B = zeros_B.index_add(0, x.sequence_C, values_C.new_ones(values_C.shape))
     return (total_B / count_B.clamp(min=1))[x.sequence_C]
-
-
-def _no_clips(like_C: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.int64, device=like_C.device)

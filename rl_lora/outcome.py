@@ -1,4 +1,4 @@
-"""What a run of reinforcement learning ends with: its evaluations, and the closing tables."""
+"""The outcome of an RL run: its evaluations, and the closing tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rl_lora.runs.start import Start
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ends with.
+    """A finished run.
 
     Example: Outcome(folder=Path("runs/quickstart"), before=EvalResult(...), after=EvalResult(...))
     """
@@ -27,23 +27,23 @@ class Outcome:
 
 
 def finished(config: RunConfig, start: Start) -> Outcome | None:
-    """The outcome of a run whose last step and evaluation are done, else None."""
+    """The outcome of a run that has nothing left to do, else None."""
     folder, num_steps = config.run.folder, config.run.num_steps
     evaluation = folder / "eval" / f"{evaluation_name(num_steps)}.json"
     is_done = start.checkpoint is not None and start.log_step == num_steps
     if not is_done or not evaluation.is_file() or version_in(folder / "adapter") != num_steps:
-        return None  # an adapter of another version is of the run when it was to be shorter
+        return None  # another version: the run was complete with fewer steps
     return Outcome(folder, result_of(folder, evaluation_name(0)), load_result(evaluation))
 
 
 def result_of(folder: Path, name: str) -> EvalResult | None:
-    """An evaluation's result in a run folder, if it was held."""
+    """An evaluation's result in a run folder; None: it has not been evaluated."""
     path = folder / "eval" / f"{name}.json"
     return load_result(path) if path.is_file() else None
 
 
 def evaluation_name(step: int) -> str:
-    """Name of the evaluation that is held after so many steps."""
+    """Name of the evaluation after this many steps."""
     return f"step_{step:06d}"
 
 

@@ -1,8 +1,8 @@
 """The policy: a base model with a LoRA adapter, or with all its weights in training.
 
-Token log-probs come from the completion's hidden states alone, through lm_head in chunks, so no
-[tokens x vocabulary] tensor is kept. The base's weights are never written to in LoRA mode;
-`base_fingerprint` proves it.
+Token log-probs are computed from the completion's hidden states only, through lm_head in chunks, so
+no [tokens x vocabulary] tensor is kept. In LoRA mode the base's weights are never written to, which
+`base_fingerprint` proves.
 """
 
 from __future__ import annotations
@@ -10,31 +10,32 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import tempfile
 import time
-import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rl_lora.batches import pack, to_device
-from rl_lora.config import LoraSection, ModelSection
+from rl_lora.batches import pack_samples, to_device
+from rl_lora.config import LoraSection, ModelSection, parse_as
 from rl_lora.config.checks import check_full_dtype
-from rl_lora.errors import UserError
+from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.models.architectures import check_architecture
+from rl_lora.models.load import load_model
+from rl_lora.models.resolve import load_tokenizer, resolve_model
 from rl_lora.nn import attention
 from rl_lora.nn.experts import adapted_parts, check_rank, expert_tensors, split_experts
-from rl_lora.nn.lora import adapters_off, attach_lora, lora_layers
+from rl_lora.nn.lora import BASE_PREFIX, adapters_off, attach_lora, lora_layers
 from rl_lora.nn.token_logprobs import score_hidden
-from rl_lora.nn.variants import is_shifted
-from rl_lora.types import Microbatch, TrainSample
-
-BASE_PREFIX = ".base."  # a LoraLinear's inner layer, in parameter names
+from rl_lora.nn.variants import is_shifted, served_rank
+from rl_lora.types import Adapter, Microbatch, TrainSample
 
 
 def pick_device(name: str) -> torch.device:
@@ -53,7 +54,7 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of `model.dtype`; auto: bfloat16 where its matmul is faster than float32's.
 
-    A CPU without AMX or AVX512-BF16 emulates bfloat16, so the choice is measured (about 0.1 s).
+    A CPU without AMX or AVX512-BF16 emulates bfloat16, so auto is decided by a timing (0.1 s).
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
@@ -66,7 +67,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def check_trainable(model: ModelSection, lora: LoraSection) -> None:
     """Raises UserError for full fine-tuning where model.dtype="auto" is bfloat16 on the device.
 
-    Before anything is loaded; bfloat16 by name is refused by the settings themselves.
+    For use before anything is loaded; the settings themselves refuse bfloat16 by name.
     """
     if lora.mode == "full" and model.dtype == "auto":
         dtype = pick_dtype(model.dtype, pick_device(model.device))
@@ -84,13 +85,19 @@ def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
     return min(seconds[2:])
 
 
-class Policy:
-    """Base model plus adapter (mode "lora") or the whole model in training (mode "full").
+class Policy(ABC):
+    """A causal language model, what of it is trained, and how it scores tokens.
+
+    `Policy.load` and `open_policy` make the kind that the settings ask for: `LoraPolicy` or
+    `FullPolicy`.
 
     Raises:
         UserError: the model directory holds no causal language model that this class can score.
     """
 
+    has_base: ClassVar[bool]  # whether the base model can be had, by switching the adapter off
+
+    # limits: the settings, and what of them only training needs
     def __init__(
         self,
         model_dir: Path,
@@ -105,68 +112,105 @@ class Policy:
         self.base_name = model.name
         self.base_revision = model.revision
         self.lora = lora
-        self.is_full = lora.mode == "full"
         self.device = pick_device(model.device)
         self.dtype = pick_dtype(model.dtype, self.device)
         config = AutoConfig.from_pretrained(model_dir)
         check_architecture(config, lora, model_dir)
         check_rank(config, lora)
-        self.model: PreTrainedModel = _load(model_dir, self.dtype)
+        self.model: PreTrainedModel = load_model(model_dir, self.dtype)
         self.model.to(self.device)  # type: ignore[arg-type]  # its stubs know no device
         self.can_share_prompts = _can_share_prompts(self.model)
-        self.target_names: list[str] = []
-        if self.is_full:
-            self.model.requires_grad_(True)
-        else:
-            self.target_names = attach_lora(self.model, lora, seed)
-        # Walks over all modules, once: publishing a version asks for them at each step.
-        self._lora_layers = list(lora_layers(self.model))
-        self.expert_names = adapted_parts(self.model)  # of gate, up and down in files; () without
-        self._reference = copy.deepcopy(self.model) if self.is_full and keep_reference else None
+        self.target_names: list[str] = []  # layers with an adapter
+        self.expert_names: tuple[str, ...] = ()  # gate, up and down of adapted experts in files
+        self._make_trainable(seed, keep_reference)
         self._has_checkpoints = checkpoint_activations
         if checkpoint_activations:
             self.model.gradient_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": attention.checkpoint_contexts}
             )
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    @staticmethod
+    def load(
+        name: str,
+        rank: int = 1,
+        *,
+        seed: int = 0,
+        device: str = "auto",
+        dtype: str = "auto",
+        **lora: Any,
+    ) -> Policy:
+        """A policy by its base model's name.
+
+        Args:
+            name: the embedded model, a local directory or a hub id, as `model.name`.
+            rank: of the adapter.
+            seed: of the adapter's start.
+            device, dtype: as `model.device` and `model.dtype`.
+            lora: further keys of [lora], e.g. alpha=16 or mode="full".
+
+        Raises:
+            UserError: there is no such model, or a bad setting.
+        """
+        model = parse_as(ModelSection, {"name": name, "device": device, "dtype": dtype})
+        section = parse_as(LoraSection, {"rank": rank, **lora})
+        return open_policy(resolve_model(model), model, section, seed=seed)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's."""
+        return load_tokenizer(self.model_dir)
+
+    def publish(self, step: int, folder: Path | None = None, run_name: str = "policy") -> Adapter:
+        """Writes the present weights to folder/vNNNNNN, as version `step`; a sampler takes the
+        returned handle.
+
+        Args:
+            step: a number not used before; versions are never overwritten in a sampler's cache.
+            folder: None: a temporary one that lives as long as the policy and keeps two versions.
+            run_name: of the handle, with the version; unique among a sampler's policies.
+
+        Raises:
+            UserError: the disk is full or cannot be written.
+        """
+        from rl_lora.adapters.files import remove_old, save_adapter
+
+        if folder is not None:
+            return save_adapter(self, folder, version=step, run_name=run_name)
+        self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="rl-lora-")
+        adapter = save_adapter(self, Path(self._scratch.name), version=step, run_name=run_name)
+        remove_old(adapter.path.parent, keep={step, step - 1})
+        return adapter
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in a fixed order."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
-    def adapter_tensors(self) -> dict[str, Tensor]:
-        """lora_A [rank, d_in] and lora_B [d_out, rank] under PEFT's names (mode "lora").
+    @abstractmethod
+    def _make_trainable(self, seed: int, keep_reference: bool) -> None: ...
 
-        As they are served: of twice the rank with PiSSA and OLoRA, with magnitudes for DoRA.
-        """
-        tensors = {
-            f"base_model.model.{name}.{part}": tensor.detach()
-            for name, layer in self._lora_layers
-            for part, tensor in layer.published().items()
-        }
-        return tensors | (expert_tensors(self.model) if self.expert_names else {})
+    @property
+    @abstractmethod
+    def published_rank(self) -> int:
+        """Rank of the published adapter; 0 for whole models."""
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """What training goes on from, the policy's own tensors: as published, but with PiSSA and
-        OLoRA the trained factors and the frozen start apart."""
-        if self.is_full or not is_shifted(self.lora.variant):
-            return self.published_tensors()
-        return {
-            f"base_model.model.{name}.{part}": tensor.detach()
-            for name, layer in self._lora_layers
-            for part, tensor in layer.state().items()
-        }
+    @property
+    @abstractmethod
+    def learns_in_parallel(self) -> bool:
+        """Whether microbatches may run at once, each with gradients to itself."""
 
+    @abstractmethod
     def published_tensors(self) -> dict[str, Tensor]:
         """What a version of this policy consists of: the adapter, or the whole state dict."""
-        if not self.is_full:
-            return self.adapter_tensors()
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        state = {n: t for n, t in self.model.state_dict().items() if n not in tied}
-        return split_experts(self.model, state)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What training resumes from, the policy's own tensors: as published, except that PiSSA and
+        OLoRA keep the trained factors and the frozen start apart."""
+        return self.published_tensors()
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Copies `state_tensors` in (a published version's, but with PiSSA and OLoRA); names and
+        """Copies `state_tensors` in (a published version's, except for PiSSA and OLoRA); names and
         shapes must match exactly.
 
         Raises:
@@ -184,22 +228,28 @@ class Policy:
                 )
             tensor.copy_(tensors[name])
 
-    @contextlib.contextmanager
-    def adapter_off(self) -> Iterator[None]:
-        """The base model alone (mode "lora")."""
-        with adapters_off():
-            yield
+    def adapter_off(self) -> AbstractContextManager[None]:
+        """Forward passes inside are the base model's; only where `has_base`."""
+        assert self.has_base, "in full fine-tuning there is no adapter to switch off"
+        return adapters_off()
 
     def token_logprobs(self, batch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
         """(policy_logprobs_C with gradient, entropy_C without), float32, nats.
 
         Both are of the distribution softmax(logits / temperature), the one sampled from.
+
+        Raises:
+            ValueError: the batch shares prompts in a row, which this model cannot compute.
         """
         return _score(self.model, batch, temperature)
 
+    @abstractmethod
+    def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
+        """reference_logprobs_C: the base's, float32, nats."""
+
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Wraps forward and backward passes: activations are checkpointed here, if they are.
+        """Wraps forward and backward passes, in which activations are checkpointed if so set.
 
         transformers checkpoints in training mode only (dropout is 0), where the model would decode
         without its KV cache; so the mode ends with the block.
@@ -211,17 +261,63 @@ class Policy:
         finally:
             self.model.eval()
 
+    @abstractmethod
+    def base_fingerprint(self) -> str:
+        """Hash of the base's weights; in full fine-tuning of the weights as they are now."""
+
+    @abstractmethod
+    def check_base(self, expected: str) -> None:
+        """Raises StaleAdapterError where the base has been written to since its fingerprint was
+        `expected`."""
+
+
+class LoraPolicy(Policy):
+    """A frozen base model with a LoRA adapter in training."""
+
+    has_base = True
+
+    def _make_trainable(self, seed: int, keep_reference: bool) -> None:
+        self.target_names = attach_lora(self.model, self.lora, seed)
+        # Walks over all modules, once: publishing asks for them at each step.
+        self._lora_layers = list(lora_layers(self.model))
+        self.expert_names = adapted_parts(self.model)
+
+    @property
+    def published_rank(self) -> int:
+        """Twice lora.rank with PiSSA and OLoRA."""
+        return served_rank(self.lora)
+
+    @property
+    def learns_in_parallel(self) -> bool:
+        """On a CPU."""
+        return self.device.type == "cpu"
+
+    def published_tensors(self) -> dict[str, Tensor]:
+        """lora_A [rank, d_in] and lora_B [d_out, rank] under PEFT's names, as they are served: of
+        twice the rank with PiSSA and OLoRA, with magnitudes for DoRA."""
+        tensors = {
+            f"base_model.model.{name}.{part}": tensor.detach()
+            for name, layer in self._lora_layers
+            for part, tensor in layer.published().items()
+        }
+        return tensors | (expert_tensors(self.model) if self.expert_names else {})
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        if not is_shifted(self.lora.variant):
+            return self.published_tensors()
+        return {
+            f"base_model.model.{name}.{part}": tensor.detach()
+            for name, layer in self._lora_layers
+            for part, tensor in layer.state().items()
+        }
+
     @torch.no_grad()
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
-        """reference_logprobs_C: the base's, float32, nats."""
-        if self.is_full:
-            assert self._reference is not None, "built without keep_reference"
-            return _score(self._reference, batch, temperature)[0]
         with self.adapter_off():
             return _score(self.model, batch, temperature)[0]
 
     def base_fingerprint(self) -> str:
-        """sha256 over exact integer checksums of the base's weights (mode "lora").
+        """sha256 over exact integer checksums of the base's weights.
 
         The checksums run on the device in wrap-around int64, so they are exact and quick.
         """
@@ -232,101 +328,92 @@ class Policy:
                 digest.update(repr(_checksum(parameter.detach())).encode())
         return digest.hexdigest()
 
-
-def _load(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(model_dir)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of missing tensors, of which `_check_complete` tells
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            config=config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are named below
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"model {model_dir}: not a loadable causal language model: {reason}"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    model: PreTrainedModel = loaded[0]
-    _check_complete(loaded[1], model_dir)
-    model.eval()
-    _align(model)
-    for module in model.modules():  # a policy gradient needs the sampler's very distribution
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (an attribute nn.Module lacks)
-        if hasattr(module, "jitter_noise"):  # of a mixture's router, in training mode
-            setattr(module, "jitter_noise", 0.0)  # noqa: B010
-    _check_lm_head(model, model_dir)
-    return model
+    def check_base(self, expected: str) -> None:
+        if self.base_fingerprint() != expected:
+            raise StaleAdapterError("the base model's weights changed during the run")
 
 
-def _check_complete(loading_info: dict[str, Any], model_dir: Path) -> None:
-    """Raises UserError where weights were drawn at random: the files lack them, or have others."""
-    mismatched = sorted(loading_info["mismatched_keys"])
-    if mismatched:
-        name, found, wanted = mismatched[0]
-        raise UserError(
-            f"model {model_dir}: {name} is {list(found)} in its files and {list(wanted)} by its "
-            f"config.json ({len(mismatched)} such tensors); fetch the model again"
-        )
-    if missing := sorted(loading_info["missing_keys"]):
-        fix = "fetch the model again"
-        if "lm_head" in missing[0]:
-            fix += (
-                ", or set tie_word_embeddings=true in config.json if its lm_head is the embedding"
-            )
-        raise UserError(
-            f"model {model_dir}: its files have no {missing[0]} ({len(missing)} missing); {fix}"
-        )
-    if unused := sorted(loading_info["unexpected_keys"]):
-        warnings.warn(
-            f"model {model_dir}: {len(unused)} tensors of its files belong to no layer of the "
-            f"model and are not used, {unused[0]} first",
-            stacklevel=2,
-        )
+class FullPolicy(Policy):
+    """A model with all its weights in training (lora.mode = "full").
 
-
-@torch.no_grad()
-def _align(model: PreTrainedModel) -> None:
-    """Moves weights that do not begin at a multiple of 64 bytes.
-
-    A file's weights lie where the file has them, or where Python's heap put them, and a matmul
-    rounds by its operands' alignment: the same run would then end in other digits now and then.
+    The base is a copy made before training, with `keep_reference` only.
     """
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    for tensor in tensors:
-        if tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
+
+    has_base = False
+
+    def _make_trainable(self, seed: int, keep_reference: bool) -> None:
+        self.model.requires_grad_(True)
+        self._reference = copy.deepcopy(self.model) if keep_reference else None
+
+    @property
+    def published_rank(self) -> int:
+        return 0
+
+    @property
+    def learns_in_parallel(self) -> bool:
+        """Never: each worker would need memory for gradients of all weights."""
+        return False
+
+    def published_tensors(self) -> dict[str, Tensor]:
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        state = {n: t for n, t in self.model.state_dict().items() if n not in tied}
+        return split_experts(self.model, state)
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
+        assert self._reference is not None, "built without keep_reference"
+        return _score(self._reference, batch, temperature)[0]
+
+    def base_fingerprint(self) -> str:
+        from rl_lora.adapters.files import fingerprint
+
+        return fingerprint(self.published_tensors())
+
+    def check_base(self, expected: str) -> None:
+        """Training changes the weights, as it should."""
 
 
-@torch.no_grad()
-def _check_lm_head(model: PreTrainedModel, model_dir: Path) -> None:
-    """Hidden states through lm_head must give the model's own logits (some models scale or cap)."""
-    token_ids_BT = torch.arange(1, 9).unsqueeze(0)
-    logits_BTV = model(input_ids=token_ids_BT, use_cache=False).logits.float()
-    hidden_BTD = model.base_model(input_ids=token_ids_BT, use_cache=False).last_hidden_state
-    own_BTV = model.get_output_embeddings()(hidden_BTD).float()
-    if not torch.allclose(own_BTV, logits_BTV, atol=1e-2, rtol=1e-2):
-        raise UserError(
-            f"model {model_dir}: its logits are not lm_head(hidden states); models that scale or "
-            "cap their logits are not supported"
-        )
+# limits: as `Policy`
+def open_policy(
+    model_dir: Path,
+    model: ModelSection,
+    lora: LoraSection,
+    *,
+    seed: int,
+    checkpoint_activations: bool = False,
+    keep_reference: bool = False,
+) -> Policy:
+    """The policy of lora.mode over a model directory.
+
+    Args:
+        model_dir: as `resolve_model` finds it.
+        model: its name, device and dtype.
+        lora: the adapter, or lora.mode = "full".
+        seed: of the adapter's start.
+        checkpoint_activations: recompute activations in the backward pass, to save memory.
+        keep_reference: in full fine-tuning, keep a copy of the base for `reference_logprobs`.
+
+    Raises:
+        UserError: the model directory holds no causal language model that can be trained so.
+    """
+    kind = FullPolicy if lora.mode == "full" else LoraPolicy
+    return kind(
+        model_dir,
+        model,
+        lora,
+        seed=seed,
+        checkpoint_activations=checkpoint_activations,
+        keep_reference=keep_reference,
+    )
 
 
 @torch.no_grad()
 def _can_share_prompts(model: PreTrainedModel) -> bool:
-    """Lets the model attend by `attention`, if completions that share a prompt then score as alone.
+    """Sets the model to `attention`, if completions that share a prompt then score as they do in
+    rows to themselves.
 
-    Not so under a sliding window, with positions that go by the place in the row, or in a model
-    outside transformers' attention interface; such a model keeps SDPA, one completion a row.
+    They do not under a sliding window, with positions counted along the row, or in a model outside
+    transformers' attention interface; such a model keeps SDPA, one completion a row.
     """
     window = getattr(model.config, "sliding_window", None)
     if window is not None and getattr(model.config, "use_sliding_window", True):
@@ -337,13 +424,7 @@ def _can_share_prompts(model: PreTrainedModel) -> bool:
     ]
     scores = []
     for share_prompts, attention_name in ((False, "sdpa"), (True, attention.NAME)):
-        ((batch,),) = pack(
-            samples,
-            denominator="tokens",
-            max_tokens=4,
-            microbatch_tokens=64,
-            share_prompts=share_prompts,
-        )
+        ((batch,),) = pack_samples(samples, microbatch_tokens=64, share_prompts=share_prompts)
         model.set_attn_implementation(attention_name)
         batch = to_device(batch, model.device)
         logprobs_C = _score(model, batch, temperature=1.0)[0]
@@ -357,7 +438,9 @@ def _can_share_prompts(model: PreTrainedModel) -> bool:
 
 
 def _score(model: PreTrainedModel, batch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
-    with attention.using(batch.layout):
+    if batch.segments is not None and model.config._attn_implementation != attention.NAME:
+        raise ValueError("this model cannot share prompts in a row: pack with share_prompts=False")
+    with attention.using(batch.segments, batch.token_ids_BT.device):
         hidden_BTD = model.base_model(
             input_ids=batch.token_ids_BT, position_ids=batch.position_BT, use_cache=False
         ).last_hidden_state
@@ -366,11 +449,11 @@ def _score(model: PreTrainedModel, batch: Microbatch, temperature: float) -> tup
 
 
 def take_positions(hidden_BTD: Tensor, row_C: Tensor, column_C: Tensor) -> Tensor:
-    """[C, D]: the hidden states at (row, column), with a gradient that has one order of sums.
+    """[C, D]: the hidden states at (row, column), with a gradient summed in a fixed order.
 
-    A prompt's last position is read once for each of its completions. The gradient of
-    hidden_BTD[row_C, column_C] adds those up on several threads by atomic additions on a CPU, in
-    the order in which they come: two runs of one seed then end in other digits now and then.
+    A prompt's last position is read once for each of its completions. On a CPU the gradient of
+    hidden_BTD[row_C, column_C] adds those up on several threads by atomic additions, in no fixed
+    order: two runs with one seed could then differ in their last digits.
     """
     return hidden_BTD.flatten(0, 1).index_select(0, row_C * hidden_BTD.shape[1] + column_C)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.config import DataSection, SourceSection
+from rl_lora.config import DataSection, SourceSection, parse_as
 from rl_lora.data.chat_template import (
     ChatTemplate,
     check_characters,
@@ -58,7 +58,7 @@ class _Item:
     full_key: str  # the system message with it
 
 
-def load_prompts(
+def load_prompt_sets(
     data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     context_length: int,
@@ -120,6 +120,35 @@ def load_prompts(
         eval=renderer.prompts(collected.eval, context_length - eval_tokens),
         notes=[*collected.notes(), *([markup] if markup else [])],
     )
+
+
+def load_prompts(
+    source: str | Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    role: Role = "train",
+    seed: int = 0,
+    **settings: Any,
+) -> PromptStream:
+    """All problems of one data set, as a shuffled stream: `take` gives the next ones.
+
+    Args:
+        source: a data set's name, a file, a folder or a generator, as in `data.train`; or a dict
+            of one's settings, e.g. {"name": "gsm8k", "num_rows": 100}.
+        tokenizer: of the base model; its chat template renders the problems.
+        role: "train" or "eval": which part of the data set, where it has both.
+        seed: of the order.
+        settings: further keys of [data], e.g. template="base", instruction="" or system="...".
+
+    Raises:
+        UserError: a bad setting, a data set that cannot be used, or a prompt that is too long.
+    """
+    data = parse_as(DataSection, {role: source, **settings})
+    renderer, collected = _Renderer(data, tokenizer), _Collected()
+    for section in data.train or data.eval:
+        collected.add(section, role)
+    items = [*collected.train, *collected.eval]
+    return PromptStream(renderer.prompts(items, data.max_prompt_tokens), seed)
 
 
 class _Collected:
@@ -322,6 +351,11 @@ class PromptStream:
         # Rows of this epoch that a take over its start had to skip, as it had them already.
         self._owed: list[int] = []
         self._order = self._shuffled()
+
+    @property
+    def prompts_N(self) -> list[Prompt]:
+        """All of them, in the data set's order."""
+        return list(self._prompts)
 
     @property
     def epoch(self) -> int:

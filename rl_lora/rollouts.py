@@ -1,13 +1,13 @@
-"""Prompts x sampler x reward -> groups of scored rollouts; scoring goes on beside sampling."""
+"""Prompts x sampler x reward -> groups of scored rollouts; scoring runs while sampling does."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, cast
 
 from rewards import FunctionReward, Reward
 from rl_lora.errors import StaleAdapterError, UserError
@@ -18,6 +18,49 @@ from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, SampleParam
 MADE_UP = "The answer is \\boxed{0}."
 
 
+UserReward = Callable[..., Any]  # fn(completion, reference), or fn(completions, **columns)
+
+
+# limits: the fields of SampleParams by name
+def rollout(
+    sampler: Sampler,
+    prompts_N: Sequence[Prompt],
+    reward: Reward | UserReward,
+    *,
+    num_samples: int = 8,
+    max_tokens: int = 256,
+    temperature: float = 1.0,
+    stop: tuple[str, ...] = (),
+    seed: int = 0,
+) -> list[RolloutGroup]:
+    """One group of num_samples scored completions per prompt, in the prompts' order.
+
+    Args:
+        sampler: with the adapter to sample from set.
+        prompts_N: the problems.
+        reward: `rl_lora.load_reward("math")`, or a function of (completion, reference) that
+            returns a finite number; other forms of function: see `rewards.FunctionReward`.
+        num_samples: completions per prompt.
+        max_tokens: cap of a completion.
+        temperature: 0 is greedy.
+        stop: strings that end a completion.
+        seed: the same one gives the same completions.
+
+    Raises:
+        UserError: a prompt is too long, or the reward failed.
+    """
+    params = SampleParams(num_samples, max_tokens, temperature, stop=stop, seed=seed)
+    with scoring_thread() as thread:
+        scoring = Scoring(prompts_N, _as_reward(reward), thread)
+        return sample_and_score(sampler, scoring, params, version=None).groups()
+
+
+def _as_reward(reward: Reward | UserReward) -> Reward:
+    if hasattr(reward, "score_batch"):
+        return cast("Reward", reward)
+    return FunctionReward(getattr(reward, "__name__", "reward"), reward)
+
+
 def sample_groups(
     sampler: Sampler,
     prompts_N: Sequence[Prompt],
@@ -26,7 +69,7 @@ def sample_groups(
     version: int | None,
     on_group: OnGroup | None = None,
 ) -> list[list[Completion]]:
-    """[N][G] completions, every one of the adapter version asked for; None: of any.
+    """[N][G] completions, all of the adapter version asked for (None: of any).
 
     Raises:
         StaleAdapterError: a completion came from another version.
@@ -36,7 +79,7 @@ def sample_groups(
     if version is not None and found != {version}:
         raise StaleAdapterError(
             f"the sampler answered with adapter version {sorted(found)}, and version {version} was "
-            "asked for; the run stops, for its importance ratios would be wrong"
+            "asked for; the run stops, since its importance ratios would be wrong"
         )
     return completions_N_G
 
@@ -46,10 +89,10 @@ def score_groups(
     completions_N_G: Sequence[Sequence[Completion]],
     reward: Reward,
 ) -> list[RolloutGroup]:
-    """Scores all groups in one call, so that the verifier's workers are used together.
+    """Scores all groups in one call, so that the verifier's workers run in parallel.
 
     Raises:
-        UserError: the reward gave a number that is not finite, or failed.
+        UserError: the reward failed, or returned a number that is not finite.
     """
     texts = [c.text for completions_G in completions_N_G for c in completions_G]
     references = [
@@ -61,8 +104,8 @@ def score_groups(
     for score, reference in zip(scored, references, strict=True):
         if not math.isfinite(score.reward):
             raise UserError(
-                f"the reward gave {score.reward} for an answer to reference {reference!r}; it must "
-                "give a finite number"
+                f"the reward returned {score.reward} for an answer to reference {reference!r}; it "
+                "must return a finite number"
             )
     scores = iter(scored)
     return [
@@ -74,8 +117,8 @@ def score_groups(
 def _rows(
     prompts_N: Sequence[Prompt], completions_N_G: Sequence[Sequence[Completion]]
 ) -> list[Mapping[str, Any]]:
-    """The columns that a user's function may ask for, a row a completion; the data set's own come
-    before those that every problem has."""
+    """One row of columns per completion, for a user's function; the data set's own columns replace
+    those that every problem has."""
     return [
         {
             "question": prompt.question,
@@ -91,15 +134,15 @@ def _rows(
 
 
 def check_reward(reward: Reward, prompt: Prompt, token_ids: Sequence[int]) -> None:
-    """Has a user's own function score a made-up completion, twice, before any is sampled.
+    """Tries a user's own function on a made-up completion, twice, before any is sampled.
 
     Args:
-        reward: any; those of this project are known to work.
-        prompt: of the job.
+        reward: any; those of this project are not tried.
+        prompt: any of the job's.
         token_ids: of MADE_UP.
 
     Raises:
-        UserError: the function fails, or gives what is no reward.
+        UserError: the function fails, or returns something else than a reward.
     """
     if isinstance(reward, FunctionReward):
         completion = Completion(tuple(token_ids), MADE_UP, (0.0,) * len(token_ids), False, 0)
@@ -112,13 +155,13 @@ def scoring_thread() -> ThreadPoolExecutor:
 
 
 class Scoring:
-    """The groups of one batch, scored in the order of their arrival while others are sampled.
+    """Scores the groups of one batch as they arrive, while others are sampled.
 
-    `thread` is an executor with one worker: batches that share it are scored one after the other.
+    `thread` is an executor with one worker: batches that share it are scored one after another.
     """
 
     def __init__(self, prompts_N: Sequence[Prompt], reward: Reward, thread: Executor) -> None:
-        self.seconds = 0.0  # that the thread has worked on this batch
+        self.seconds = 0.0  # of work by the thread on this batch
         self.prompts_N, self._reward, self._thread = prompts_N, reward, thread
         self._waiting: deque[tuple[int, list[Completion]]] = deque()
         self._jobs: list[Future[None]] = []
@@ -129,7 +172,7 @@ class Scoring:
         """The completions of prompt `index`; a sampler's `on_group`.
 
         Raises:
-            Exception: what scoring an earlier group has raised, so that sampling ends at once.
+            Exception: what scoring an earlier group raised, so that sampling ends at once.
             CancelledError: after `stop`.
         """
         if self._is_stopped:
@@ -141,10 +184,10 @@ class Scoring:
         self._jobs.append(self._thread.submit(self._score_waiting))
 
     def groups(self) -> list[RolloutGroup]:
-        """The scored groups in the prompts' order; waits for those that are not done.
+        """The scored groups in the prompts' order, once all are done.
 
         Raises:
-            Exception: what scoring has raised.
+            Exception: what scoring raised.
         """
         for job in self._jobs:
             job.result()
@@ -155,12 +198,12 @@ class Scoring:
         self._is_stopped = True
 
     def cancel(self) -> None:
-        """Scores nothing more; returns once the call of the reward that runs now is over."""
+        """Cancels what is waiting, and returns once the running call of the reward has ended."""
         self._waiting.clear()
         wait(self._jobs)
 
     def _score_waiting(self) -> None:
-        """All that has come by now in one call: the verifier's workers then work side by side."""
+        """Scores everything that has arrived in one call, so that the workers run in parallel."""
         start = time.perf_counter()
         taken: list[tuple[int, list[Completion]]] = []
         while self._waiting:
@@ -177,11 +220,11 @@ class Scoring:
 def sample_and_score(
     sampler: Sampler, scoring: Scoring, params: SampleParams, *, version: int | None
 ) -> Scoring:
-    """Samples all groups, and has each scored in the other thread as soon as it is whole.
+    """Samples all groups; each is scored in the other thread as soon as it is complete.
 
     Raises:
         StaleAdapterError: a completion came from another adapter version than `version`.
-        Exception: what sampling or scoring has raised; the other has ended by then.
+        Exception: what sampling or scoring raised, once the other has ended.
     """
     try:
         sample_groups(sampler, scoring.prompts_N, params, version=version, on_group=scoring.add)

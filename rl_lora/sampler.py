@@ -1,4 +1,4 @@
-"""What a sampler is."""
+"""The protocol of samplers, and what they share."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ OnGroup = Callable[[int, list[Completion]], None]  # index of the prompt, its G 
 
 
 class Sampler(Protocol):
-    """Samples completions from the base model with the adapter in use."""
+    """Samples completions from the base model with the adapter that was set last."""
 
     def set_adapter(self, adapter: Adapter | None) -> None:
-        """Samples from this adapter version from now on; None: from the base alone."""
+        """Samples from this adapter version from now on; None: from the base model."""
 
     def sample(
         self,
@@ -30,7 +30,7 @@ class Sampler(Protocol):
         """[N][G] completions, in the prompts' order.
 
         Log-probs are those of the distribution sampled from: at params.temperature, in nats.
-        `on_group` is called once for each prompt as soon as its group is whole, in any order, in
+        `on_group` is called once per prompt as soon as its group is complete, in any order, in
         the thread of this call; what it raises ends the sampling and is raised here.
         """
 
@@ -39,14 +39,14 @@ class Sampler(Protocol):
         before, under the adapter in use: one fewer than the sequence has tokens."""
 
     def release_memory(self) -> None:
-        """Gives memory back that only sampling needs; the next call takes it again."""
+        """Frees memory that only sampling needs; the next call allocates it again."""
 
     def close(self) -> None:
         """Frees the engine; a second call does nothing."""
 
 
 class Groups:
-    """The completions of one call, which finish in any order, gathered in groups."""
+    """Gathers the completions of one call, which finish in any order, in groups."""
 
     def __init__(self, num_prompts: int, num_samples: int, on_group: OnGroup | None) -> None:
         self._found_N: list[dict[int, Completion]] = [{} for _ in range(num_prompts)]
@@ -75,12 +75,12 @@ class Stops:
     """
 
     token_ids: tuple[int, ...]  # of stops that are one special token
-    texts: tuple[str, ...]  # looked for in the text
-    in_special: bool  # whether that text has the special tokens in it; completions' has not
+    texts: tuple[str, ...]  # searched for in the text
+    in_special: bool  # in text with the special tokens; completions' text has none
 
     @classmethod
     def of(cls, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Stops:
-        """A special token is no part of a completion's text, so that it is known by its id."""
+        """A stop that is a special token is found by its id: it is not in a completion's text."""
         if not stop:
             return cls((), (), False)
         special = {

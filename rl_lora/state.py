@@ -28,8 +28,8 @@ class State:
     previous: Adapter | None = None  # the version before it, which overlap samples from
 
 
-def publish(job: RunContext, state: State) -> None:
-    """Writes the policy as the version of the present step, and deletes versions out of use."""
+def publish(job: RunContext, state: State) -> Adapter:
+    """Writes the policy as the present step's version, and deletes versions no longer needed."""
     folder, config = job.config.run.folder, job.config
     adapters = folder / "adapters"
     adapter = save_adapter(job.policy, adapters, version=state.step, run_name=config.run.name)
@@ -40,6 +40,7 @@ def publish(job: RunContext, state: State) -> None:
     if config.sampling.overlap:  # a run resumed from a checkpoint samples from the version before
         keep |= {step - 1 for step in checkpoint_steps(folder)}
     remove_old(adapters, keep=keep)
+    return adapter
 
 
 def save(job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]) -> None:

@@ -8,16 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.advantages import ADVANTAGES
-from rl_lora.batches import make_samples, pack
-from rl_lora.build import RunContext, check_run_folder, make_evaluation, open_run
+from rl_lora.batches import pack
+from rl_lora.build import RunContext, check_run_folder, make_evaluation, make_learner, open_run
 from rl_lora.config import RunConfig
-from rl_lora.errors import StaleAdapterError
+from rl_lora.config.algorithm import load_algorithm
 from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult
-from rl_lora.learner import Learner
-from rl_lora.nn.segments import MAX_WASTED_PAIRS
 from rl_lora.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.overlap import Request, RolloutWorker, step_params
 from rl_lora.policy import check_trainable
@@ -40,6 +37,7 @@ from rl_lora.storage.directories import atomic_directory, disk_errors
 from rl_lora.types import RolloutGroup
 
 if TYPE_CHECKING:
+    from rl_lora.learner import Learner
     from rl_lora.policy import Policy
 
 
@@ -78,8 +76,7 @@ def loop(parts: Parts, state: State) -> None:
                 stats = learn(parts.job, parts.learner, groups_N, state.step)
             state.step, state.position = state.step + 1, batch.position
             with timer.phase("publish"):
-                publish(parts.job, state)
-                worker.offer(state.adapter)
+                worker.offer(publish(parts.job, state))
             metrics = rollout_metrics(groups_N) | stats | batch.metrics()
             if has_evaluation := is_due(config.eval_every, state.step):
                 metrics |= evaluate_policy(parts, state).metrics()
@@ -88,11 +85,9 @@ def loop(parts: Parts, state: State) -> None:
             parts.log.transcripts(state.step, groups_N)
             parts.log.write(state.step, metrics)
             parts.display.step(state.step, metrics)
-            is_last, is_best = (
-                state.step == config.num_steps,
-                has_evaluation and is_best_step(parts, state),
-            )
+            is_last = state.step == config.num_steps
             # RUN/best must not come from a step that a resumed run repeats.
+            is_best = has_evaluation and is_best_step(parts, state)
             if is_last or is_best or is_due(config.checkpoint_every, state.step):
                 save(parts.job, parts.learner, state, parts.inputs)
             if has_evaluation:
@@ -116,19 +111,25 @@ def learn(
     config, policy = job.config, job.policy
     max_staleness = int(config.sampling.overlap)
     staleness = staleness_metrics(groups_N, version, max_staleness=max_staleness)
-    rewards_N_G, kl = learner.penalised_rewards(groups_N, config.optim.microbatch_tokens)
-    advantages_N_G = ADVANTAGES[config.algorithm.advantage](rewards_N_G)
+    algorithm = config.algorithm
+    rewards_N_G = [group.rewards_G for group in groups_N]
+    kl: dict[str, float] = {}
+    if algorithm.kl == "reward":
+        rewards_N_G, kl = learner.penalised_rewards(
+            groups_N, algorithm.kl_weight, config.optim.microbatch_tokens
+        )
+    cap = config.sampling.max_tokens
     updates = pack(
-        make_samples(groups_N, advantages_N_G),
-        denominator=config.algorithm.denominator,
-        max_tokens=config.sampling.max_tokens,
+        groups_N,
+        job.advantage(rewards_N_G),
+        denominator=cap if algorithm.denominator == "max_tokens" else algorithm.denominator,
         microbatch_tokens=config.optim.microbatch_tokens,
         num_updates=config.optim.num_updates,
         share_prompts=config.optim.share_prompts and policy.can_share_prompts,
-        keep_zero_advantage=config.algorithm.kl == "loss",
-        max_wasted_pairs=MAX_WASTED_PAIRS.get(policy.device.type, 0),
+        keep_zero_advantage=algorithm.kl == "loss",
     )
-    metrics = learner.update(updates)
+    kl_weight = algorithm.kl_weight if algorithm.kl == "loss" else 0.0
+    metrics = learner.update(updates, job.loss, kl_weight=kl_weight)
     cpu_memory.trim()
     if not staleness["rollouts/staleness_max"]:  # the worker has checked the sampler of older ones
         check_step(metrics, policy.dtype, config.sampling.max_kl)
@@ -157,6 +158,7 @@ def train(
         StaleAdapterError: the sampler does not use the learner's weights.
     """
     check_trainable(config.model, config.lora)
+    load_algorithm(config.algorithm)  # fails early, before anything is loaded
     config = with_absolute_paths(config)
     folder = config.run.folder
     with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
@@ -209,12 +211,11 @@ def open_parts(
             config, on_loaded=on_loaded, on_note=display.note, on_progress=display.sampling
         ) as job,
     ):
-        learner = Learner(
+        learner = make_learner(
             job.policy,
             config.optim,
-            config.algorithm,
-            temperature=config.sampling.temperature,
             num_steps=config.run.num_steps * config.optim.num_updates,
+            temperature=config.sampling.temperature,
         )
         stream = PromptStream(job.prompts.train, config.run.seed)
         probes, max_kl = job.prompts.eval[:4], config.sampling.max_kl
@@ -247,7 +248,7 @@ def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
     max_kl = job.config.sampling.max_kl
     probe = check_at_start(job.policy, job.sampler, job.prompts.eval[:4], folder / "probe", max_kl)
     parts.display.note(
-        "the sampler has the learner's weights: mean |difference| of log-probs "
+        "sampler serves the learner's weights: mean |difference| of log-probs "
         + ", ".join(f"{name} {value:.1e}" for name, value in probe.items())
         + " nats"
     )
@@ -282,7 +283,7 @@ def warm_up(parts: Parts, state: State) -> None:
             "from the base model"
         )
         return
-    if not job.policy.is_full:
+    if job.policy.has_base:
         evaluate_policy(parts, state, is_base=True)
     with (
         RunLog(config.run.folder, resume_step=-1, metrics_file="warm_start.jsonl") as log,
@@ -362,9 +363,7 @@ def update_best(parts: Parts, state: State) -> None:
 def finish(parts: Parts, state: State) -> None:
     """Proves that the base was never written to, and copies the last version to RUN/adapter."""
     folder, policy = parts.job.config.run.folder, parts.job.policy
-    expected = parts.inputs["base"]["fingerprint"]
-    if not policy.is_full and policy.base_fingerprint() != expected:
-        raise StaleAdapterError("the base model's weights changed during the run")
+    policy.check_base(parts.inputs["base"]["fingerprint"])
     with atomic_directory(folder / "adapter") as scratch:
         last = folder / "adapters" / f"v{state.step:06d}"
         shutil.copytree(last, scratch, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""The records that travel along the data's path; every module may import this one.
+"""The records passed along the data path; every module may import this one.
 
 prompts -> rollouts (sampler, rewards) -> advantages -> batches -> losses -> learner -> adapter
 """
@@ -15,7 +15,7 @@ from rewards import Score
 if TYPE_CHECKING:
     import torch
 
-from rl_lora.nn.segments import AttentionLayout
+from rl_lora.nn.segments import Segment
 
 __all__ = [
     "Adapter",
@@ -41,10 +41,10 @@ class Prompt:
     prompt_id: str  # unique within a data set; groups are formed by it, never by text
     source: str  # the data set's name, for metrics by source
     question: str  # the bare question, without template or instruction
-    reference: str  # the gold answer; alternatives are parted as `references` says
+    reference: str  # the gold answer; alternatives as `data.references` separates them
     token_ids: tuple[int, ...]  # the rendered prompt, special tokens included
     solution: str = ""  # a worked solution ending in the answer, where the data set has one
-    # The row's columns as read, for a reward that asks for them; else empty.
+    # The row's columns as read, for a reward that asks for them; otherwise empty.
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -55,12 +55,12 @@ class SampleParams:
     Example: SampleParams(num_samples=8, max_tokens=96, temperature=1.0, seed=123)
     """
 
-    num_samples: int  # G, completions a prompt
+    num_samples: int  # G, completions per prompt
     max_tokens: int
     temperature: float  # 0: greedy
     top_p: float = 1.0
     stop: tuple[str, ...] = ()  # strings that end a completion
-    seed: int = 0  # of this batch; each sample's own seed follows by `sampler.sample_seed`
+    seed: int = 0  # of this batch; `seeds.sample_seeds` derives each sample's from it
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,8 @@ class Completion:
 
     token_ids: tuple[int, ...]  # sampled tokens, the end token included if it was sampled
     text: str  # decoded without special tokens
-    sampler_logprobs_T: tuple[float, ...]  # nats, at the sampling temperature, one a token
-    is_truncated: bool  # stopped by the token cap and not by an end token
+    sampler_logprobs_T: tuple[float, ...]  # nats, at the sampling temperature, one per token
+    is_truncated: bool  # ended by the token cap, not by an end token
     adapter_version: int  # the version that sampled it; -1: the base model without adapter
 
 
@@ -116,7 +116,7 @@ class TrainSample:
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     sampler_logprobs_T: tuple[float, ...]  # nats; zeros in supervised fine-tuning (unused there)
-    advantage: float  # one number a sequence, spread over its tokens; 1.0 in supervised fine-tuning
+    advantage: float  # of every token of the sequence; 1.0 in supervised fine-tuning
     adapter_version: int
 
 
@@ -124,21 +124,21 @@ class TrainSample:
 class Microbatch:
     """Rows of tokens, and the flat list of completion tokens to score in them.
 
-    Letters: B rows, T positions, C completion tokens of the microbatch. Either one row without
-    padding holds prompts and after each its completions, which attend by `layout`; or each row is a
-    prompt with one completion, right-padded, under plain causal attention. Token c is predicted by
-    the hidden state at [row_C[c], column_C[c]], the one before its own (for a completion's first
-    token: the prompt's last): the shift is made here (by `batches`) and nowhere else. `weights_C`
-    holds the mask and the step-wide denominator: a loss is sum(weights_C * loss_C), and microbatch
-    losses add up to the whole batch's loss.
+    Letters: B rows, T positions, C completion tokens and S sequences of the microbatch. Either one
+    row without padding holds prompts, each followed by its completions, which see the prompt and
+    themselves (`segments`); or each row is a prompt with one completion, right-padded, under plain
+    causal attention. Token c is predicted by the hidden state at [row_C[c], column_C[c]], the one
+    before its own (for a completion's first token: the prompt's last): `batches` makes this shift,
+    and nothing else does. `weights_C` holds the mask and the step-wide denominator: a loss is
+    sum(weights_C * loss_C), and microbatch losses add up to the whole batch's loss.
 
     Example: one sequence of prompt (1, 5) and completion (7, 2): token_ids_BT=[[1, 5, 7, 2]],
     row_C=[0, 0], column_C=[1, 2], target_ids_C=[7, 2], sequence_C=[0, 0].
     """
 
-    token_ids_BT: torch.Tensor  # int64; padding holds 0, and no real token looks at it
+    token_ids_BT: torch.Tensor  # int64; padding is 0, and no real token attends to it
     position_BT: torch.Tensor | None  # int64; None: 0, 1, 2, ... in every row
-    layout: AttentionLayout | None  # who sees whom in the one row; None: plain causal attention
+    segments: tuple[Segment, ...] | None  # of the one row; None: plain causal attention
     row_C: torch.Tensor  # int64, row of token_ids_BT
     column_C: torch.Tensor  # int64, position whose hidden state predicts the token
     target_ids_C: torch.Tensor  # int64
@@ -146,18 +146,23 @@ class Microbatch:
     advantages_C: torch.Tensor  # float32
     weights_C: torch.Tensor  # float32; 1/denominator of the step
     sequence_C: torch.Tensor  # int64, number of the token's completion: 0, 1, ... in the microbatch
-    num_sequences: int  # completions
+    samples_S: tuple[TrainSample, ...]  # its sequences, in the order of sequence_C
     num_tokens: int  # real tokens that are computed, without padding
     # float32, nats, of the policy when the step began; None: it has not moved since
     old_logprobs_C: torch.Tensor | None = None
 
+    @property
+    def num_sequences(self) -> int:
+        """Completions."""
+        return len(self.samples_S)
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A published version of the policy's weights: what `Sampler.set_adapter` takes.
+    """A published version of the policy's weights, as `Sampler.set_adapter` takes it.
 
     Example: Adapter(version=3, name="quickstart-v000003", path=Path("runs/q/adapters/v000003"),
-    fingerprint="9f2c...", rank=1, is_full=False)
+    fingerprint="9f2c...", rank=1)
     """
 
     version: int  # 0 at start, one more after each step; never reused within a run
@@ -165,4 +170,8 @@ class Adapter:
     path: Path  # PEFT directory, or for full fine-tuning a safetensors directory
     fingerprint: str  # sha256 over names and bytes of the tensors
     rank: int  # 0 for full fine-tuning
-    is_full: bool = field(default=False)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is a whole model."""
+        return self.rank == 0

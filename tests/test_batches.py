@@ -2,8 +2,8 @@
 
 import pytest
 
-from rl_lora.batches import pack
-from rl_lora.nn.segments import AttentionLayout
+from rl_lora.batches import pack_samples
+from rl_lora.nn.segments import AttentionLayout, make_layout
 from rl_lora.types import Microbatch, TrainSample
 
 
@@ -19,8 +19,8 @@ def sample(num_prompt: int, num_completion: int, advantage: float = 1.0) -> Trai
 
 
 def pack_one(samples: list[TrainSample], **options: object) -> list[Microbatch]:
-    defaults = {"denominator": "tokens", "max_tokens": 8, "microbatch_tokens": 64}
-    (microbatches,) = pack(samples, **(defaults | options))  # type: ignore[arg-type]
+    defaults = {"microbatch_tokens": 64}
+    (microbatches,) = pack_samples(samples, **(defaults | options))  # type: ignore[arg-type]
     return microbatches
 
 
@@ -38,14 +38,14 @@ def test_each_token_is_predicted_one_position_before_its_own() -> None:
 def test_denominators_are_step_wide() -> None:
     samples = [sample(1, 1), sample(1, 3)]
 
-    def weights(denominator: str) -> list[float]:
+    def weights(denominator: str | int) -> list[float]:
         batches = pack_one(samples, denominator=denominator, microbatch_tokens=4)
         assert len(batches) == 2
         return [w for b in batches for w in b.weights_C.tolist()]
 
     assert weights("tokens") == pytest.approx([1 / 4] * 4)
     assert weights("sequences") == pytest.approx([1 / 2] + [1 / 6] * 3)
-    assert weights("max_tokens") == pytest.approx([1 / 16] * 4)
+    assert weights(8) == pytest.approx([1 / 16] * 4)
 
 
 def test_zero_advantage_is_skipped_but_counted() -> None:
@@ -72,16 +72,14 @@ def test_budget_bounds_the_padded_size_and_long_ones_go_alone() -> None:
 
 def test_updates_split_round_robin_with_their_own_denominators() -> None:
     samples = [sample(1, n) for n in (1, 2, 3, 4)]
-    first, second = pack(
-        samples, denominator="tokens", max_tokens=8, microbatch_tokens=64, num_updates=2
-    )
+    first, second = pack_samples(samples, microbatch_tokens=64, num_updates=2)
     assert sorted(set(first[0].weights_C.tolist())) == pytest.approx([1 / 4])
     assert sorted(set(second[0].weights_C.tolist())) == pytest.approx([1 / 6])
 
 
 def test_unknown_denominator_is_an_error() -> None:
     with pytest.raises(ValueError, match="none of tokens"):
-        pack([sample(1, 1)], denominator="words", max_tokens=8, microbatch_tokens=64)
+        pack_samples([sample(1, 1)], denominator="words")
 
 
 def completion_of(
@@ -106,8 +104,8 @@ def test_completions_of_one_prompt_share_it_in_one_row_without_padding() -> None
     assert batch.target_ids_C.tolist() == [20, 21, 23, 22]
     assert batch.advantages_C.tolist() == [1.0, 1.0, -1.0, 2.0]
     assert (batch.num_sequences, batch.num_tokens) == (3, 7)
-    assert batch.layout is not None
-    assert seen_by_token(batch.layout, 7) == [
+    assert batch.segments is not None
+    assert seen_by_token(make_layout(batch.segments), 7) == [
         {0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 1, 4}, {5}, {5, 6},
     ]  # fmt: skip
 
@@ -145,7 +143,7 @@ def test_buckets_waste_little() -> None:
     lengths = [5, 90, 7, 40, 44, 6, 95, 8, 60, 33]
     samples = [completion_of(tuple(range(1, 31)), tuple(range(n)), 1.0) for n in lengths]
     (batch,) = pack_one(samples, share_prompts=True, microbatch_tokens=4096)
-    assert batch.layout is not None
-    computed = sum(b.mask_S1QK.numel() for b in batch.layout.buckets)
+    assert batch.segments is not None
+    computed = sum(b.mask_S1QK.numel() for b in make_layout(batch.segments).buckets)
     needed = 30 * 30 + sum(n * (30 + n) for n in lengths)
     assert needed <= computed <= 1.3 * needed

@@ -13,6 +13,8 @@ from rl_lora import build as job
 from rl_lora import policy
 from rl_lora.config import parse_config
 from rl_lora.errors import UserError
+from rl_lora.train import train
+from tests.test_train import metrics_of, smoke
 
 
 @pytest.mark.parametrize(
@@ -48,3 +50,58 @@ def test_missing_vllm_is_told_before_data_and_model_are_read(
     config = parse_config({"data": "no-such-file.jsonl", "model": {"device": "cpu"}})
     with pytest.raises(UserError, match="vLLM is not installed"):
         job.check_vllm(Path("/nowhere"), config)
+
+
+OWN_SAMPLER = """
+from rl_lora.samplers.torch_sampler import TorchSampler
+
+class CountingSampler(TorchSampler):
+    num_batches = 0
+
+    def sample(self, prompts_N, params, on_group=None):
+        CountingSampler.num_batches += 1
+        return super().sample(prompts_N, params, on_group)
+"""
+
+
+def test_a_sampler_from_outside_the_package_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_sampler.py").write_text(OWN_SAMPLER)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = ["run.num_steps=1", "sampling.num_prompts=2", "sampling.max_tokens=8"]
+    settings += ["data.held_out=2", "sampling.backend=own_sampler:CountingSampler"]
+    train(smoke(tmp_path, *settings), quiet=True)
+    assert sys.modules["own_sampler"].CountingSampler.num_batches == 3  # a step, two evaluations
+    assert len(metrics_of(tmp_path / "smoke")) == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "told"),
+    [
+        ("vlm", "did you mean 'vllm'.*or your own as 'module:Class'"),
+        ("own:", "or your own as 'module:Class'"),
+        (
+            "no_such_module:Sampler",
+            "'no_such_module:Sampler': no module 'no_such_module'",
+        ),
+        ("json:Sampler", "module 'json' has no function 'Sampler'"),
+    ],
+)
+def test_a_sampler_that_is_not_there_is_told_at_once(
+    tmp_path: Path, backend: str, told: str
+) -> None:
+    with (
+        pytest.raises(UserError, match=told),
+        job.open_run(smoke(tmp_path, f"sampling.backend={backend}", "data.train=no-such.jsonl")),
+    ):
+        pass
+
+
+def test_overlap_needs_a_sampler_that_says_it_has_its_own_weights(tmp_path: Path) -> None:
+    own = "sampling.backend=rl_lora.samplers.torch_sampler:TorchSampler"
+    with (
+        pytest.raises(UserError, match=r"sampling\.overlap=true: .*has_own_weights"),
+        job.open_run(smoke(tmp_path, own, "sampling.overlap=true")),
+    ):
+        pass

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from rl_lora.adapters.files import load_tensors
-from rl_lora.batches import pack, to_device
-from rl_lora.config import AlgorithmSection, LoraSection, ModelSection, OptimSection, load_config
+from rl_lora.batches import pack_samples, to_device
+from rl_lora.config import LoraSection, ModelSection, load_config
 from rl_lora.learner import Learner
+from rl_lora.losses import importance_sampling
 from rl_lora.nn import token_logprobs as logprobs
-from rl_lora.nn.segments import MAX_WASTED_PAIRS
 from rl_lora.planning.memory import machine_bytes
-from rl_lora.policy import Policy, pick_device
+from rl_lora.policy import Policy, open_policy, pick_device
 from rl_lora.train import train
 from rl_lora.types import Microbatch, TrainSample
 from tests.helpers.tiny_models import VOCAB, random_llama, random_qwen3
@@ -52,13 +52,10 @@ def samples() -> list[TrainSample]:
 
 
 def batches(*, share_prompts: bool, tokens: int = 128) -> list[Microbatch]:
-    (update,) = pack(
+    (update,) = pack_samples(
         samples(),
-        denominator="tokens",
-        max_tokens=32,
         microbatch_tokens=tokens,
         share_prompts=share_prompts,
-        max_wasted_pairs=MAX_WASTED_PAIRS["cuda"],
     )
     return update
 
@@ -66,7 +63,7 @@ def batches(*, share_prompts: bool, tokens: int = 128) -> list[Microbatch]:
 def make(path: Path, device: str, *, dtype: str = "float32", **options: Any) -> Policy:
     """A policy whose adapter matters, the same on each device."""
     checkpointed = options.pop("checkpoint_activations", False)
-    policy = Policy(
+    policy = open_policy(
         path,
         ModelSection(name=str(path), device=device, dtype=dtype),  # type: ignore[arg-type]
         LoraSection(**{"rank": 4, **options}),
@@ -83,13 +80,12 @@ def make(path: Path, device: str, *, dtype: str = "float32", **options: Any) -> 
 
 def learn(policy: Policy, *, share_prompts: bool) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics and gradients of one step's passes, on the CPU in float32."""
-    learner = Learner(
-        policy, OptimSection(grad_clip=1e9), AlgorithmSection(), temperature=1.0, num_steps=1
-    )
+    learner = Learner(policy, grad_clip=1e9)
     loss = 0.0
     with policy.training():
         for _, seen in learner._passes(
-            batches(share_prompts=share_prompts), learner._policy_objective
+            batches(share_prompts=share_prompts),
+            lambda batch: learner._policy_objective(batch, importance_sampling, 0.0),
         ):
             loss += seen.loss
     gradients = {name: p.grad.float().cpu() for name, p in policy.trainable().items()}
@@ -158,9 +154,7 @@ def test_the_base_is_the_same_after_a_step_and_its_fingerprint_that_of_the_cpu(
     policy = make(path, DEVICE)
     before = policy.base_fingerprint()
     assert before == make(path, "cpu").base_fingerprint()
-    learner = Learner(
-        policy, OptimSection(lr=1e-2), AlgorithmSection(), temperature=1.0, num_steps=1
-    )
+    learner = Learner(policy, 1e-2)
     learner.update([batches(share_prompts=True)])
     assert policy.base_fingerprint() == before
 

@@ -2,27 +2,28 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from rewards import Score
 from rl_lora.advantages import group_mean
-from rl_lora.batches import make_samples, pack
+from rl_lora.batches import make_samples, pack_samples
 from rl_lora.config import (
-    AlgorithmSection,
     LoraSection,
     ModelSection,
-    OptimSection,
     RunConfig,
     RunSection,
 )
 from rl_lora.errors import UserError
-from rl_lora.learner import Learner, TokenRecord, learning_rate, quantiles
-from rl_lora.losses import LOSSES
-from rl_lora.policy import Policy
+from rl_lora.learner import Learner, Schedule, loss_inputs
+from rl_lora.losses import LOSSES, ppo
+from rl_lora.policy import Policy, open_policy
 from rl_lora.runs.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from rl_lora.step_stats import StepStats, quantiles
 from rl_lora.types import Completion, Microbatch, Prompt, Rollout, RolloutGroup, TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama, shake
 
@@ -37,43 +38,36 @@ def samples_of(
         prompt = tuple(range(5, 5 + num_prompt))
         completion = tuple(range(30, 30 + num_completion))
         raw = TrainSample(prompt, completion, (0.0,) * num_completion, 1.0, 0)
-        ((batch,),) = pack([raw], denominator="tokens", max_tokens=8, microbatch_tokens=99)
+        ((batch,),) = pack_samples([raw], microbatch_tokens=99)
         with torch.no_grad():
             logprobs = tuple(policy.token_logprobs(batch, 1.0)[0].tolist())
         out.append(TrainSample(prompt, completion, logprobs, advantage, 0))
     return out
 
 
-def make_learner(
-    policy: Policy, *, lr: float = 1e-2, num_updates: int = 1, **algorithm: object
-) -> Learner:
-    return Learner(
-        policy,
-        OptimSection(lr=lr, grad_clip=1e9, num_updates=num_updates),
-        AlgorithmSection(**algorithm),  # type: ignore[arg-type]
-        temperature=1.0,
-        num_steps=10,
-    )
+def make_learner(policy: Policy, lr: float = 1e-2) -> Learner:
+    return Learner(policy, lr, grad_clip=1e9)
 
 
-@pytest.mark.parametrize("denominator", ["tokens", "sequences", "max_tokens"])
+@pytest.mark.parametrize("denominator", ["tokens", "sequences", 8])
 @pytest.mark.parametrize("loss", ["importance_sampling", "ppo", "cispo"])
-def test_accumulation_equals_one_big_batch(tmp_path: Path, denominator: str, loss: str) -> None:
+def test_accumulation_equals_one_big_batch(
+    tmp_path: Path, denominator: str | int, loss: str
+) -> None:
     path = random_llama(tmp_path / "model")
     after = []
     for microbatch_tokens in (8, 10_000):
         policy = make_policy(path)
         shake(policy)
-        learner = make_learner(policy, loss=loss, denominator=denominator)
-        updates = pack(
+        learner = make_learner(policy)
+        updates = pack_samples(
             samples_of(policy),
             denominator=denominator,
-            max_tokens=8,
             microbatch_tokens=microbatch_tokens,
         )
         assert len(updates[0]) == (3 if microbatch_tokens == 8 else 1)
-        metrics = learner.update(updates)
-        after.append((metrics["grad/norm"], policy.adapter_tensors()))
+        metrics = learner.update(updates, LOSSES[loss])
+        after.append((metrics["grad/norm"], policy.published_tensors()))
     assert after[0][0] == pytest.approx(after[1][0], rel=1e-5)
     assert after[0][0] > 1e-3
     for name, tensor in after[0][1].items():
@@ -85,7 +79,7 @@ def test_a_step_raises_the_good_and_lowers_the_bad(tmp_path: Path) -> None:
     samples = samples_of(policy, (1.0, -1.0))
     learner = make_learner(policy, lr=3e-3)
     for _ in range(3):
-        learner.update(pack(samples, denominator="tokens", max_tokens=8, microbatch_tokens=99))
+        learner.update(pack_samples(samples, microbatch_tokens=99))
     after = samples_of(policy, (1.0, -1.0))
     assert sum(after[0].sampler_logprobs_T) > sum(samples[0].sampler_logprobs_T)
     assert sum(after[1].sampler_logprobs_T) < sum(samples[1].sampler_logprobs_T)
@@ -94,15 +88,13 @@ def test_a_step_raises_the_good_and_lowers_the_bad(tmp_path: Path) -> None:
 def test_all_tied_takes_no_step_and_says_so(tmp_path: Path) -> None:
     policy = make_policy(random_llama(tmp_path / "model"))
     learner = make_learner(policy)
-    learner.update(
-        pack(samples_of(policy), denominator="tokens", max_tokens=8, microbatch_tokens=99)
-    )
-    before = {n: t.clone() for n, t in policy.adapter_tensors().items()}
+    learner.update(pack_samples(samples_of(policy), microbatch_tokens=99))
+    before = {n: t.clone() for n, t in policy.published_tensors().items()}
     tied = samples_of(policy, (0.0, 0.0))
-    metrics = learner.update(pack(tied, denominator="tokens", max_tokens=8, microbatch_tokens=99))
+    metrics = learner.update(pack_samples(tied, microbatch_tokens=99))
     assert (metrics["learn/updates"], metrics["learn/skipped_updates"]) == (0, 1)
     assert metrics["mismatch/abs_max"] < 1e-5  # still measured
-    assert all(torch.equal(before[n], t) for n, t in policy.adapter_tensors().items())
+    assert all(torch.equal(before[n], t) for n, t in policy.published_tensors().items())
 
 
 def test_base_weights_are_never_written_to(tmp_path: Path) -> None:
@@ -111,22 +103,20 @@ def test_base_weights_are_never_written_to(tmp_path: Path) -> None:
     learner = make_learner(policy)
     for _ in range(3):
         samples = samples_of(policy)
-        learner.update(pack(samples, denominator="tokens", max_tokens=8, microbatch_tokens=99))
+        learner.update(pack_samples(samples, microbatch_tokens=99))
     assert policy.base_fingerprint() == before
     assert learner.parameter_norm() > 0
 
 
 def test_several_updates_measure_mismatch_before_the_first_step(tmp_path: Path) -> None:
     policy = make_policy(random_llama(tmp_path / "model"))
-    learner = make_learner(policy, loss="ppo")
-    updates = pack(
+    learner = make_learner(policy)
+    updates = pack_samples(
         samples_of(policy, (1.0, -1.0, 0.5, 0.5)),
-        denominator="tokens",
-        max_tokens=8,
         microbatch_tokens=99,
         num_updates=2,
     )
-    metrics = learner.update(updates)
+    metrics = learner.update(updates, ppo)
     assert metrics["learn/updates"] == 2
     assert metrics["mismatch/abs_max"] < 1e-5
     assert metrics["ratio/max"] > 1.001  # the second update saw a moved policy
@@ -135,17 +125,15 @@ def test_several_updates_measure_mismatch_before_the_first_step(tmp_path: Path) 
 def test_kl_loss_pulls_back_to_the_base(tmp_path: Path) -> None:
     policy = make_policy(random_llama(tmp_path / "model"))
     shake(policy, size=0.05)
-    learner = make_learner(policy, lr=5e-3, kl="loss", kl_weight=1.0)
+    learner = make_learner(policy, lr=5e-3)
     kls = []
     for _ in range(8):
-        updates = pack(
+        updates = pack_samples(
             samples_of(policy, (0.0, 0.0, 0.0)),  # a step without any other signal
-            denominator="tokens",
-            max_tokens=8,
             microbatch_tokens=99,
             keep_zero_advantage=True,
         )
-        metrics = learner.update(updates)
+        metrics = learner.update(updates, kl_weight=1.0)
         assert (metrics["learn/updates"], metrics["learn/skipped_updates"]) == (1, 0)
         assert metrics["grad/norm"] > 0
         kls.append(metrics["loss/kl"])
@@ -157,10 +145,8 @@ def test_a_tied_steps_gradient_is_the_kls_own(tmp_path: Path) -> None:
     """0.5 nats of log-ratio and more: the numbers by hand, from log-probs of both sides."""
     policy = make_policy(random_llama(tmp_path / "model"))
     shake(policy, size=0.05)
-    (batches,) = pack(
+    (batches,) = pack_samples(
         samples_of(policy, (0.0, 0.0, 0.0)),
-        denominator="tokens",
-        max_tokens=8,
         microbatch_tokens=999,
         keep_zero_advantage=True,
     )
@@ -170,7 +156,7 @@ def test_a_tied_steps_gradient_is_the_kls_own(tmp_path: Path) -> None:
     expected = (batch.weights_C * (d_C.exp() - d_C - 1)).sum()
     gradients = torch.autograd.grad(0.3 * expected, list(policy.trainable().values()))
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    metrics = make_learner(policy, kl="loss", kl_weight=0.3).update([batches])
+    metrics = make_learner(policy).update([batches], kl_weight=0.3)
     assert metrics["loss/kl"] == pytest.approx(float(expected.detach()), rel=1e-4)
     assert metrics["grad/norm"] == pytest.approx(float(norm), rel=1e-4)
 
@@ -187,8 +173,8 @@ def test_reward_penalty_is_the_sequence_kl(tmp_path: Path) -> None:
         )
         for i, s in enumerate(samples)
     ]
-    learner = make_learner(policy, kl="reward", kl_weight=0.1)
-    penalised_N_G, metrics = learner.penalised_rewards(groups, microbatch_tokens=9)
+    learner = make_learner(policy)
+    penalised_N_G, metrics = learner.penalised_rewards(groups, 0.1, microbatch_tokens=9)
     with policy.adapter_off():
         base = samples_of(policy)
     log_ratios = [
@@ -212,17 +198,17 @@ def test_reward_penalty_is_the_sequence_kl(tmp_path: Path) -> None:
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
     policy = make_policy(random_llama(tmp_path / "model"))
     learner = make_learner(policy)
-    before = {n: t.clone() for n, t in policy.adapter_tensors().items()}
+    before = {n: t.clone() for n, t in policy.published_tensors().items()}
     bad = samples_of(policy, (float("inf"),))
     with pytest.raises(FloatingPointError, match=r"lower optim\.lr"):
-        learner.update(pack(bad, denominator="tokens", max_tokens=8, microbatch_tokens=99))
-    assert all(torch.equal(before[n], t) for n, t in policy.adapter_tensors().items())
+        learner.update(pack_samples(bad, microbatch_tokens=99))
+    assert all(torch.equal(before[n], t) for n, t in policy.published_tensors().items())
 
 
 def test_supervised_steps_lower_the_log_loss(tmp_path: Path) -> None:
     policy = make_policy(random_llama(tmp_path / "model"))
     learner = make_learner(policy)
-    ((batch,),) = pack(samples_of(policy), denominator="tokens", max_tokens=8, microbatch_tokens=99)
+    ((batch,),) = pack_samples(samples_of(policy), microbatch_tokens=99)
     losses = [learner.fit([batch], lr=1e-2)["sft/loss"] for _ in range(5)]
     assert losses[-1] < losses[0] - 0.1
 
@@ -233,15 +219,11 @@ def test_a_supervised_stage_before_rl_has_a_constant_rate(tmp_path: Path) -> Non
     for num_steps in (2, 100):
         for is_scheduled in (False, True):
             policy = make_policy(random_llama(tmp_path / f"{num_steps}{is_scheduled}"))
-            optim = OptimSection(lr=1e-2, schedule="linear")
-            learner = Learner(
-                policy, optim, AlgorithmSection(), temperature=1.0, num_steps=num_steps
-            )
-            ((batch,),) = pack(
-                samples_of(policy), denominator="tokens", max_tokens=8, microbatch_tokens=99
-            )
+            schedule = Schedule("linear", num_steps=num_steps)
+            learner = Learner(policy, 1e-2, schedule=schedule)
+            ((batch,),) = pack_samples(samples_of(policy), microbatch_tokens=99)
             for _ in range(2):
-                learner.fit([batch], lr=1e-2, is_scheduled=is_scheduled)
+                learner.fit([batch], None if is_scheduled else 1e-2)
             moved[num_steps, is_scheduled] = learner.parameter_norm()
     assert moved[2, False] == moved[100, False]
     assert moved[2, True] != moved[100, True]
@@ -249,46 +231,40 @@ def test_a_supervised_stage_before_rl_has_a_constant_rate(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_schedule_goes_by_the_step_whether_or_not_it_is_tied(
-    tmp_path: Path, schedule: str
+    tmp_path: Path, schedule: Literal["linear", "cosine"]
 ) -> None:
-    optim = OptimSection(lr=1e-3, schedule=schedule, num_updates=2)  # type: ignore[arg-type]
     rates: dict[str, list[float]] = {}
     for name, tied in {"none": (), "some": (1, 2, 4), "all": range(6)}.items():
         policy = make_policy(random_llama(tmp_path / name))
-        learner = Learner(policy, optim, AlgorithmSection(), temperature=1.0, num_steps=12)
+        learner = Learner(policy, 1e-3, schedule=Schedule(schedule, num_steps=12))
         rates[name] = []
         for step in range(6):
             # Step 3 has one sample, and so one update where the others have two.
             advantages = ((1.0,) if step == 3 else (1.0, -1.0, 0.5)) if step not in tied else (0.0,)
-            updates = pack(
+            updates = pack_samples(
                 samples_of(policy, advantages),
-                denominator="tokens",
-                max_tokens=8,
                 microbatch_tokens=99,
                 num_updates=2,
             )
             metrics = learner.update(updates)
-            assert metrics["learn/updates"] == (0 if step in tied else len(updates))
+            num_updates = sum(bool(microbatches) for microbatches in updates)
+            assert num_updates == min(2, len(advantages))
+            assert metrics["learn/updates"] == (0 if step in tied else num_updates)
             assert learner.num_updates_done == 2 * (step + 1)
-            rates[name].append(learning_rate(optim, learner.num_updates_done, 12))
+            rates[name].append(learner.schedule.rate(1e-3, learner.num_updates_done))
     assert rates["some"] == rates["all"] == rates["none"]
     assert rates["none"][-1] < 0.1 * rates["none"][0]
 
 
 def test_tied_steps_report_their_own_rates_across_a_resume(tmp_path: Path) -> None:
-    config = RunConfig(
-        run=RunSection(output_dir=str(tmp_path)), optim=OptimSection(lr=1.0, schedule="linear")
-    )
+    config = RunConfig(run=RunSection(output_dir=str(tmp_path)))
 
     def make() -> Learner:
-        policy = make_policy(path)
-        return Learner(policy, config.optim, config.algorithm, temperature=1.0, num_steps=4)
+        return Learner(make_policy(path), 1.0, schedule=Schedule("linear", num_steps=4))
 
     path = random_llama(tmp_path / "model")
     learner = make()
-    tied = pack(
-        samples_of(learner.policy, (0.0,)), denominator="tokens", max_tokens=8, microbatch_tokens=99
-    )
+    tied = pack_samples(samples_of(learner.policy, (0.0,)), microbatch_tokens=99)
     assert [learner.update(tied)["optim/lr"] for _ in range(2)] == [1.0, 0.75]
     save_checkpoint(2, learner, config)
     resumed = make()
@@ -299,14 +275,13 @@ def test_tied_steps_report_their_own_rates_across_a_resume(tmp_path: Path) -> No
 
 
 def test_learning_rate_schedules() -> None:
-    constant = OptimSection(lr=1.0)
-    assert [learning_rate(constant, s, 10) for s in (1, 10)] == [1.0, 1.0]
-    warm = OptimSection(lr=1.0, warmup_steps=4, schedule="linear")
-    assert [learning_rate(warm, s, 14) for s in (1, 4, 5, 10, 14)] == pytest.approx(
+    constant = Schedule(num_steps=10)
+    assert [constant.rate(1.0, s) for s in (1, 10)] == [1.0, 1.0]
+    warm = Schedule("linear", warmup_steps=4, num_steps=14)
+    assert [warm.rate(1.0, s) for s in (1, 4, 5, 10, 14)] == pytest.approx(
         [0.25, 1.0, 1.0, 0.5, 0.1]
     )
-    cosine = OptimSection(lr=1.0, schedule="cosine")
-    assert learning_rate(cosine, 6, 10) == pytest.approx(0.5)
+    assert Schedule("cosine", num_steps=10).rate(1.0, 6) == pytest.approx(0.5)
 
 
 def noisy(samples: list[TrainSample], size: float) -> list[TrainSample]:
@@ -334,20 +309,17 @@ def test_a_samplers_rounding_drops_no_token(
     """With noise like bfloat16's, far over GSPO's bounds, and a policy that stands still."""
     path = random_llama(tmp_path / "model")
     model = ModelSection(name=str(path), device="cpu", dtype=dtype)  # type: ignore[arg-type]
-    policy = Policy(path, model, LoraSection(), seed=0)
+    policy = open_policy(path, model, LoraSection(), seed=0)
     shake(policy)
     denominator = "sequences" if loss == "gspo" else "tokens"
-    learner = make_learner(
-        policy, lr=1e-12, num_updates=num_updates, loss=loss, denominator=denominator
-    )
-    updates = pack(
+    learner = make_learner(policy, lr=1e-12)
+    updates = pack_samples(
         noisy(samples_of(policy, (1.0, -1.0, 0.5, -0.5)), 0.02),
         denominator=denominator,
-        max_tokens=8,
         microbatch_tokens=8,
         num_updates=num_updates,
     )
-    metrics = learner.update(updates)
+    metrics = learner.update(updates, LOSSES[loss])
     assert metrics["learn/updates"] == num_updates
     assert metrics["ratio/max"] > 1.01  # to the sampler
     assert metrics["clip/fraction"] == 0
@@ -359,10 +331,10 @@ def test_with_one_update_the_bounds_have_no_say(tmp_path: Path) -> None:
     norms = []
     for bound in (1e-6, 0.5):
         policy = make_policy(path)
-        learner = make_learner(policy, loss="ppo", clip_low=bound, clip_high=bound)
+        learner = make_learner(policy)
         samples = noisy(samples_of(policy), 0.3)
-        updates = pack(samples, denominator="tokens", max_tokens=8, microbatch_tokens=99)
-        metrics = learner.update(updates)
+        updates = pack_samples(samples, microbatch_tokens=99)
+        metrics = learner.update(updates, partial(ppo, clip_low=bound, clip_high=bound))
         assert metrics["clip/fraction"] == 0
         norms.append(metrics["grad/norm"])
     assert norms[0] == norms[1] > 0
@@ -379,11 +351,12 @@ def test_later_updates_are_bounded_against_the_policy_before_the_first_step(
         policy = make_policy(path)
         shake(policy)
         samples = noisy(samples_of(policy, (1.0, 1.0, 1.0)), 0.02)
-        (update,) = pack(samples, denominator="tokens", max_tokens=8, microbatch_tokens=8)
+        (update,) = pack_samples(samples, microbatch_tokens=8)
         assert len(update) == 3
         logprobs.append(torch.cat([policy.token_logprobs(b, 1.0)[0].detach() for b in update]))
-        learner = make_learner(policy, lr=1e-3, loss="ppo", clip_high=bound)
-        fractions.append(learner.update([update] * num_updates)["clip/fraction"])
+        learner = make_learner(policy, lr=1e-3)
+        metrics = learner.update([update] * num_updates, partial(ppo, clip_high=bound))
+        fractions.append(metrics["clip/fraction"])
         if num_updates == 1:  # how far the first step goes, whatever the bounds
             after_C = torch.cat([policy.token_logprobs(b, 1.0)[0].detach() for b in update])
             moves_C = (after_C - logprobs[0]).exp() - 1
@@ -410,7 +383,7 @@ def test_a_step_of_more_than_2_to_the_24_tokens_has_its_metrics() -> None:
     batch = Microbatch(
         token_ids_BT=torch.zeros(1, 2, dtype=torch.int64),
         position_BT=None,
-        layout=None,
+        segments=None,
         row_C=row,
         column_C=row,
         target_ids_C=row,
@@ -418,11 +391,11 @@ def test_a_step_of_more_than_2_to_the_24_tokens_has_its_metrics() -> None:
         advantages_C=row,
         weights_C=row,
         sequence_C=row,
-        num_sequences=1,
+        samples_S=(),
         num_tokens=count,
     )
     policy_C = torch.linspace(0, 1, count).log1p()  # ratios from 1 to 2
-    record = TokenRecord()
+    record = StepStats()
     record.add(batch, policy_C, torch.zeros(()).expand(count))
     metrics = record.metrics()
     expected = {"ratio/p01": 1.01, "ratio/p50": 1.5, "ratio/p99": 1.99}
@@ -433,7 +406,7 @@ def test_the_mismatch_is_exact_below_float32s_rounding(tmp_path: Path) -> None:
     """A spread of s nats is a KL of s^2 / 2: 1e-10 where float32 says 4e-9 or less than nothing."""
     policy = make_policy(random_llama(tmp_path / "model"))
     samples = noisy(samples_of(policy, (1.0, -1.0, 0.5, 0.5)), 1.4e-5)
-    (batches,) = pack(samples, denominator="tokens", max_tokens=8, microbatch_tokens=99)
+    (batches,) = pack_samples(samples, microbatch_tokens=99)
     sampled_C = torch.cat([batch.sampler_logprobs_C for batch in batches]).double()
     own_C = torch.cat([policy.token_logprobs(b, 1.0)[0].detach() for b in batches]).double()
     expected = float((own_C - sampled_C).square().mean()) / 2
@@ -445,10 +418,10 @@ def test_the_mismatch_is_exact_below_float32s_rounding(tmp_path: Path) -> None:
 def test_full_fine_tuning_in_bfloat16_is_refused(tmp_path: Path) -> None:
     path = random_llama(tmp_path / "model")
     model = ModelSection(name=str(path), device="cpu", dtype="bfloat16")
-    policy = Policy(path, model, LoraSection(mode="full"), seed=0)
+    policy = open_policy(path, model, LoraSection(mode="full"), seed=0)
     with pytest.raises(UserError, match=r"set model\.dtype='float32'"):
         make_learner(policy)
-    make_learner(Policy(path, model, LoraSection(), seed=0))  # an adapter is float32 itself
+    make_learner(open_policy(path, model, LoraSection(), seed=0))  # an adapter is float32 itself
 
 
 @pytest.mark.parametrize("loss", ["importance_sampling", "gspo"])
@@ -465,10 +438,9 @@ def test_sharing_a_prompts_row_changes_neither_values_nor_gradients(
             TrainSample((5, 6, 7), (30 + i, 31, 32 + i)[: 1 + i % 3], (-4.0,) * (1 + i % 3), a, 0)
             for i, a in enumerate((1.0, -1.0, 0.5, -0.5, 2.0))
         ] + [TrainSample((8,), (40, 41), (-4.0, -4.0), 1.0, 0)]
-        updates = pack(
+        updates = pack_samples(
             samples,
             denominator=denominator,
-            max_tokens=8,
             microbatch_tokens=40,
             share_prompts=share_prompts,
         )
@@ -481,10 +453,8 @@ def test_sharing_a_prompts_row_changes_neither_values_nor_gradients(
                 key = (int(batch.token_ids_BT[batch.row_C[mine][0], batch.column_C[mine][0]]),)
                 key += tuple(batch.target_ids_C[mine].tolist())
                 logprobs[key] = float(logprobs_C.detach()[mine].sum())
-            value, _ = LOSSES[loss](
-                Learner._inputs(batch, logprobs_C),
-                AlgorithmSection(loss=loss, denominator=denominator),  # type: ignore[arg-type]
-            )
+            x = replace(loss_inputs(batch, logprobs_C), old_logprobs_C=logprobs_C.detach())
+            value, _ = LOSSES[loss](x)
             loss_sum = loss_sum + value
         loss_sum.backward()
         seen.append((logprobs, {n: p.grad for n, p in policy.trainable().items()}))

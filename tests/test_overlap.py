@@ -17,7 +17,7 @@ from rl_lora.adapters.files import load_tensors, saved_version
 from rl_lora.config import RunConfig, load_config
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.overlap import Request, RolloutWorker
-from rl_lora.policy import Policy
+from rl_lora.policy import Policy, open_policy
 from rl_lora.runs.log import RunLog
 from rl_lora.sampler import OnGroup
 from rl_lora.samplers.liveness import staleness_metrics
@@ -48,10 +48,12 @@ class OwnWeights(TorchSampler):
     `calls` has the version and the seed of each batch that was sampled in the other thread.
     """
 
-    def __init__(self, policy: Policy, tokenizer: Any, end_ids: Any, **options: Any) -> None:
+    has_own_weights = True
+
+    def __init__(self, policy: Policy, **options: Any) -> None:
         section = load_config(SMOKE).model
-        own = Policy(policy.model_dir, section, policy.lora, seed=0)
-        super().__init__(own, tokenizer, end_ids, **options)
+        own = open_policy(policy.model_dir, section, policy.lora, seed=0)
+        super().__init__(own, **options)
         self.lock = threading.Lock()
         self.calls: list[tuple[int, int]] = []
         self.num_rests = 0
@@ -100,8 +102,8 @@ def samplers(monkeypatch: pytest.MonkeyPatch) -> list[OwnWeights]:
     """The samplers that jobs have made."""
     made: list[OwnWeights] = []
 
-    def make(section: Any, policy: Policy, tokenizer: Any, end_ids: Any, **options: Any) -> Any:
-        made.append(OwnWeights(policy, tokenizer, end_ids, **options))
+    def make(section: Any, policy: Policy, **options: Any) -> Any:
+        made.append(OwnWeights(policy, **options))
         return made[-1]
 
     monkeypatch.setattr(job, "make_sampler", make)
@@ -239,20 +241,22 @@ def test_the_worker_stops_where_the_requests_do() -> None:
     assert len(sampler.calls) == 1
 
 
-def test_ages_are_counted_and_limited() -> None:
+def test_staleness_is_counted_and_limited() -> None:
     old, new = (make_rollout(1.0, adapter_version=version) for version in (3, 4))
     group = RolloutGroup(make_group([0.0]).prompt, (old, new, new, new))
     assert staleness_metrics([group], 4, max_staleness=1) == {
         "rollouts/staleness_mean": 0.25,
         "rollouts/staleness_max": 1.0,
     }
-    with pytest.raises(
-        StaleAdapterError, match="staleness 0 to 1 for policy version 4, and staleness 0 to 0"
-    ):
+    with pytest.raises(StaleAdapterError, match=r"0 to 1 versions older .*4\), and 0 to 0 are"):
         staleness_metrics([group], 4, max_staleness=0)
-    with pytest.raises(StaleAdapterError, match="staleness 1 to 2 for policy version 5"):
+    with pytest.raises(
+        StaleAdapterError, match=r"1 to 2 versions older than the policy \(version 5"
+    ):
         staleness_metrics([group], 5, max_staleness=1)
-    with pytest.raises(StaleAdapterError, match="staleness -1 to 0 for policy version 3"):
+    with pytest.raises(
+        StaleAdapterError, match=r"-1 to 0 versions older than the policy \(version 3"
+    ):
         staleness_metrics([group], 3, max_staleness=1)
 
 

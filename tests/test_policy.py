@@ -7,19 +7,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rl_lora.batches import pack
+from rl_lora.batches import pack_samples
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
 from rl_lora.nn import attention, block_attention
 from rl_lora.nn.lora import lora_layers
-from rl_lora.policy import Policy, pick_device, pick_dtype, take_positions
+from rl_lora.policy import open_policy, pick_device, pick_dtype, take_positions
 from rl_lora.types import Microbatch, TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama, random_qwen3, shake
 
 
 def batch_of(*sequences: tuple[tuple[int, ...], tuple[int, ...]]) -> Microbatch:
     samples = [TrainSample(p, c, (0.0,) * len(c), 1.0, 0) for p, c in sequences]
-    ((batch,),) = pack(samples, denominator="tokens", max_tokens=8, microbatch_tokens=10_000)
+    ((batch,),) = pack_samples(samples, microbatch_tokens=10_000)
     return batch
 
 
@@ -69,7 +69,7 @@ def test_lora_output_and_gradients_match_peft(tmp_path: Path) -> None:
     peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), config)
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:
-            parameter.data.copy_(policy.adapter_tensors()[name.replace(".default", "")])
+            parameter.data.copy_(policy.published_tensors()[name.replace(".default", "")])
     logprobs_C, _ = policy.token_logprobs(batch_of(((5, 6, 7), (8, 9))), temperature=1.0)
     logprobs_C.sum().backward()
     logits = peft_model(torch.tensor([[5, 6, 7, 8, 9]])).logits[0, 2:4].log_softmax(-1)
@@ -128,7 +128,7 @@ def test_adapter_off_is_the_base(tmp_path: Path) -> None:
 
 def test_start_is_seeded_and_b_is_zero(tmp_path: Path) -> None:
     path = random_llama(tmp_path / "model")
-    first, again, other = (make_policy(path, seed=s).adapter_tensors() for s in (1, 1, 2))
+    first, again, other = (make_policy(path, seed=s).published_tensors() for s in (1, 1, 2))
     assert all(torch.equal(first[n], again[n]) for n in first)
     assert not all(torch.equal(first[n], other[n]) for n in first)
     for name, tensor in first.items():
@@ -169,13 +169,11 @@ def test_checkpointed_activations_change_no_gradient(tmp_path: Path) -> None:
     """Layers are computed again in the backward pass, in whichever thread that is: a GPU's own."""
     path = random_llama(tmp_path / "model")
     samples = [TrainSample(p, c, (0.0,) * len(c), 1.0, 0) for p, c in SEQUENCES]
-    ((batch,),) = pack(
-        samples, denominator="tokens", max_tokens=8, microbatch_tokens=99, share_prompts=True
-    )
+    ((batch,),) = pack_samples(samples, microbatch_tokens=99, share_prompts=True)
     grads, num_calls = [], []
     for flag in (False, True):
         model = ModelSection(name=str(path), device="cpu", dtype="float32")
-        policy = Policy(path, model, LoraSection(), seed=0, checkpoint_activations=flag)
+        policy = open_policy(path, model, LoraSection(), seed=0, checkpoint_activations=flag)
         shake(policy)
         calls: list[int] = []
         policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, c=calls: c.append(1))

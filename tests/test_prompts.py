@@ -16,7 +16,7 @@ from rl_lora.config import DataSection
 from rl_lora.data.chats import finish_solution
 from rl_lora.data.sources import question_key
 from rl_lora.errors import UserError
-from rl_lora.prompts import PromptSets, PromptStream, load_prompts, render_text
+from rl_lora.prompts import PromptSets, PromptStream, load_prompt_sets, render_text
 from rl_lora.types import Prompt
 
 TEMPLATE = (
@@ -48,7 +48,7 @@ def write_rows(path: Path, questions: list[str]) -> str:
 
 
 def load(limit: int = 1000, seed: int = 0, **data: Any) -> PromptSets:
-    return load_prompts(DataSection(**data), word_tokenizer(), limit, 10, seed)
+    return load_prompt_sets(DataSection(**data), word_tokenizer(), limit, 10, seed)
 
 
 def numbered(count: int, word: str = "q") -> list[str]:
@@ -249,7 +249,7 @@ def test_prompt_over_the_limit_is_named_and_never_cut(tmp_path: Path) -> None:
 def test_tokenizer_without_chat_template_says_what_to_set(tmp_path: Path) -> None:
     data = DataSection(train=write_rows(tmp_path / "m.jsonl", numbered(3)), held_out=1)
     with pytest.raises(UserError, match=r"set data\.template='base'"):
-        load_prompts(data, word_tokenizer(None), 1000, 10, 0)
+        load_prompt_sets(data, word_tokenizer(None), 1000, 10, 0)
 
 
 def test_settings_of_the_other_template_are_refused(tmp_path: Path) -> None:
@@ -399,5 +399,5 @@ def test_a_prompt_that_is_too_long_is_told_once(
     tokenizer.model_max_length = 8
     path = write_rows(tmp_path / "m.jsonl", [*numbered(3), "word " * 90])
     with pytest.raises(UserError, match="prompt m/3 has"):
-        load_prompts(DataSection(train=path, held_out=1), tokenizer, 50, 10, 0)  # type: ignore[arg-type]
+        load_prompt_sets(DataSection(train=path, held_out=1), tokenizer, 50, 10, 0)  # type: ignore[arg-type]
     assert "longer than" not in caplog.text

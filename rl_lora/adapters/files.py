@@ -11,6 +11,7 @@ import hashlib
 import pickle
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig
@@ -29,10 +30,12 @@ from rl_lora.errors import UserError
 from rl_lora.models.resolve import list_models
 from rl_lora.nn.experts import expert_rank, num_active_experts
 from rl_lora.nn.variants import scaling_of, served_alpha, served_rank
-from rl_lora.policy import Policy
 from rl_lora.storage.directories import atomic_directory
 from rl_lora.storage.jsonl import write_json
 from rl_lora.types import Adapter
+
+if TYPE_CHECKING:
+    from rl_lora.policy import Policy
 
 OLD_ADAPTER_FILE = "adapter_model.bin"  # as PEFT wrote it before safetensors
 FULL_FILE = "model.safetensors"
@@ -59,8 +62,7 @@ def save_adapter(policy: Policy, folder: Path, *, version: int, run_name: str) -
         name=f"{run_name}-v{version:06d}",
         path=folder / f"v{version:06d}",
         fingerprint=fingerprint(tensors),
-        rank=0 if policy.is_full else served_rank(policy.lora),
-        is_full=policy.is_full,
+        rank=policy.published_rank,
     )
     write_adapter(adapter, tensors, policy)
     return adapter
@@ -129,10 +131,11 @@ def open_adapter(path: Path, policy: Policy, *, name: str | None = None) -> Adap
         UserError: it is of another base model, rank or alpha, or does not match its fingerprint.
     """
     tensors = load_tensors(path)
-    is_full = not is_lora_dir(path)
-    if is_full != policy.is_full:
-        raise UserError(f"{path} is {'a full' if is_full else 'an adapter'} version; set lora.mode")
-    if not is_full:
+    mode = "lora" if is_lora_dir(path) else "full"
+    if mode != policy.lora.mode:
+        what = "an adapter" if mode == "lora" else "a whole model"
+        raise UserError(f"{path} is {what}; set lora.mode={mode!r}")
+    if mode == "lora":
         _check_peft_config(path, policy)
     manifest = read_manifest(path)
     found = fingerprint(tensors)
@@ -146,8 +149,7 @@ def open_adapter(path: Path, policy: Policy, *, name: str | None = None) -> Adap
         name=name or str(manifest.get("name", path.name)),
         path=path,
         fingerprint=found,
-        rank=0 if is_full else served_rank(policy.lora),
-        is_full=is_full,
+        rank=policy.published_rank,
     )
 
 
@@ -169,7 +171,6 @@ def saved_version(path: Path, expected: str) -> Adapter:
         path=path,
         fingerprint=expected,
         rank=int(manifest["rank"]),
-        is_full=bool(manifest["is_full"]),
     )
 
 

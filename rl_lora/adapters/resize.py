@@ -8,7 +8,7 @@ own. Layers that it has not get zeros. W' is the same in exact arithmetic.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,12 @@ from rl_lora.adapters.peft_files import (
 )
 from rl_lora.errors import UserError
 from rl_lora.models.shapes import HEAD_NAMES
+from rl_lora.nn.lora import BASE_PREFIX
 from rl_lora.nn.variants import scaling_of, served_alpha
-from rl_lora.policy import BASE_PREFIX, Policy
 from rl_lora.types import Adapter
+
+if TYPE_CHECKING:
+    from rl_lora.policy import Policy
 
 
 def common_settings(adapter_dirs: list[Path]) -> dict[str, Any]:
@@ -64,7 +67,7 @@ def fitted(path: Path, policy: Policy, scratch: Path) -> Path:
     own_tensors = policy.published_tensors()
     own = {name: tensor.shape for name, tensor in own_tensors.items()}
     tensors = load_tensors(path)
-    if policy.is_full or not is_lora_dir(path):
+    if policy.lora.mode == "full" or not is_lora_dir(path):
         return path
     check_base(path, policy)  # the copy's manifest would name the policy's
     is_whole = (path / ADAPTER_FILE).is_file() and len(tensors) == len(own)

@@ -1,4 +1,4 @@
-"""`rl-lora eval`: the evaluation by itself, of a run's adapter, any adapter, or the base.
+"""`rl-lora eval`: evaluates a run's adapter, any adapter, or the base model.
 
 With `--against` two policies are evaluated in one engine, on the same problems and random numbers.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 
 PAIRED_FOLDER = "paired"
 _BASE_NAMES = ("base", "none")
+_SUFFIXES = (SUFFIX, ".json")
 
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """Whom to evaluate.
+    """Which policy to evaluate.
 
     Example: EvalTarget(label="best", adapter=Path("runs/q/best"))
     """
@@ -48,62 +49,60 @@ class EvalTarget:
     adapter: Path | None  # None: the base model
 
 
-def evaluation(
-    target: Path,
-    overrides: list[str],
-    adapter: str | None,
-    name: str,
-    *,
-    against: str | None = None,
-    overwrite: bool = False,
-    accept_changed_data: bool = False,
-    quiet: bool = False,
-) -> EvalResult:
-    """Evaluates and writes RUN/eval/NAME.jsonl.gz (a line a problem) and NAME.json.
+@dataclass(frozen=True)
+class EvalRequest:
+    """What `rl-lora eval` is asked to do.
 
-    A killed evaluation goes on where it was. With `against` the other policy's evaluation is
+    Example: EvalRequest(target=Path("runs/q"), overrides=["data.eval=aime24"], adapter="best")
+    """
+
+    target: Path  # a run folder (its settings and its last adapter) or a config file
+    overrides: list[str] = field(default_factory=list)  # section.key=value
+    # An adapter directory, "best" or "last" of the run, or "base"; None: the run's last adapter, or
+    # the base model if the target is a config.
+    adapter: str | None = None
+    name: str = "evaluation"  # of the files
+    against: str | None = None  # a second policy to compare with, given as `adapter`
+    overwrite: bool = False  # replace an evaluation of that name
+    # Evaluate although the run's base model or problems have changed since it began. Settings that
+    # the overrides change are not compared.
+    accept_changed_data: bool = False
+    quiet: bool = False  # print only the tables
+
+
+def evaluation(request: EvalRequest) -> EvalResult:
+    """Evaluates and writes RUN/eval/NAME.jsonl.gz (one line per problem) and NAME.json.
+
+    An evaluation that was killed resumes. With `against` the other policy's evaluation is
     NAME-against, and the comparison RUN/paired/NAME.json.
-
-    Args:
-        target: a run folder (its settings and its final adapter) or a config file.
-        overrides: `section.key=value`; `data.eval=aime24` takes another evaluation.
-        adapter: an adapter directory, "best" or "last" of the run, "base" for the base; None: the
-            run's last one, or the base where the target is a config.
-        name: of the files.
-        against: a second policy to compare with, named as `adapter`.
-        overwrite: start over, whatever evaluation of that name there is.
-        accept_changed_data: go on although the run's base or problems are others than when it
-            began; settings that the overrides change are not compared.
-        quiet: print the tables alone.
 
     Raises:
         UserError: no such run, config or adapter, an adapter of another base model, an evaluation
-        of that
-            name with other settings or under way in another process, or a full disk.
+            of that name that has other settings or is being made by another process, or a full
+            disk.
     """
-    config = with_absolute_paths(_settings(target, overrides))
-    policies = [_choose(target, adapter)]
-    if against is not None:
-        policies.insert(0, _choose(target, against))
-    config = _evaluation_config(config, [p.adapter for p in policies if p.adapter is not None])
+    target, name = request.target, request.name
+    targets = {name: _choose(target, request.adapter)}
+    if request.against is not None:
+        targets = {f"{name}-against": _choose(target, request.against), **targets}
+    config = with_absolute_paths(_settings(target, request.overrides))
+    config = _evaluation_config(config, [t.adapter for t in targets.values() if t.adapter])
     folder = target if target.is_dir() else config.run.folder
-    names = [name] if against is None else [f"{name}-against", name]
-    results: dict[str, EvalResult] = {}
+
+    def on_loaded(policy: Policy, prompts: PromptSets) -> None:
+        if target.is_dir() and not request.accept_changed_data:
+            _check_inputs(target, config, policy, prompts)
+
     with ExitStack() as stack:
         stack.enter_context(disk_errors(folder))
-        notes = [stack.enter_context(_lock(folder, file)) for file in names]
+        notes = [stack.enter_context(_lock(folder, file)) for file in targets]
         check_run_folder(folder)
-        if overwrite:
-            for path in [folder / "eval" / f"{n}{end}" for n in names for end in (SUFFIX, ".json")]:
+        if request.overwrite:
+            for path in [folder / "eval" / f"{n}{end}" for n in targets for end in _SUFFIXES]:
                 path.unlink(missing_ok=True)
-        display = stack.enter_context(Display(quiet=quiet))
+        display = stack.enter_context(Display(quiet=request.quiet))
         for note in filter(None, notes):
             display.note(note)
-
-        def on_loaded(policy: Policy, prompts: PromptSets) -> None:
-            if target.is_dir() and not accept_changed_data:
-                _check_inputs(target, config, policy, prompts)
-
         job = stack.enter_context(
             open_run(
                 config,
@@ -113,20 +112,21 @@ def evaluation(
                 on_progress=display.sampling,
             )
         )
-        for policy, file in zip(policies, names, strict=True):
-            results[file] = _evaluate(job, policy, folder, file, display)
-        _report(display, folder, dict(zip(names, policies, strict=True)), results)
+        results = {
+            file: _evaluate(job, chosen, folder, file, display) for file, chosen in targets.items()
+        }
+        _report(display, folder, targets, results)
     return results[name]
 
 
 def _evaluate(
-    job: RunContext, policy: EvalTarget, folder: Path, name: str, display: Display
+    job: RunContext, target: EvalTarget, folder: Path, name: str, display: Display
 ) -> EvalResult:
     scratch = folder / "eval" / f".{name}_adapter"
     handle = None
-    if policy.adapter is not None:
-        path = fitted(policy.adapter, job.policy, scratch)
-        # vLLM knows adapters by name, and two runs of one name have adapters of one name.
+    if target.adapter is not None:
+        path = fitted(target.adapter, job.policy, scratch)
+        # vLLM identifies adapters by name, and two runs of one name share their adapters' names.
         unique = f"evaluation-{adapters.fingerprint(adapters.load_tensors(path))[:16]}"
         handle = adapters.open_adapter(path, job.policy, name=unique)
     try:
@@ -139,23 +139,23 @@ def _evaluate(
         )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    display.evaluation_result(f"{name} ({policy.label})", result)
+    display.evaluation_result(f"{name} ({target.label})", result)
     return result
 
 
 def _report(
     display: Display,
     folder: Path,
-    policies: dict[str, EvalTarget],
+    targets: dict[str, EvalTarget],
     results: dict[str, EvalResult],
 ) -> None:
-    display.evaluations({policies[name].label: result for name, result in results.items()})
-    if len(policies) == 2:
-        first, second = policies
+    display.evaluations({targets[name].label: result for name, result in results.items()})
+    if len(targets) == 2:
+        first, second = targets
         paired = compare_evaluations(
             folder / "eval" / f"{first}{SUFFIX}",
             folder / "eval" / f"{second}{SUFFIX}",
-            (policies[first].label, policies[second].label),
+            (targets[first].label, targets[second].label),
         )
         (folder / PAIRED_FOLDER).mkdir(exist_ok=True)
         paired.save(folder / PAIRED_FOLDER / f"{second}.json")
@@ -167,7 +167,7 @@ def _report(
 
 
 def _settings(target: Path, overrides: list[str]) -> RunConfig:
-    """The job's settings, of a run folder or a config file; of a run in the run's own dtype."""
+    """The settings of a run folder, with the run's dtype, or of a config file."""
     if not target.is_dir():
         return load_config(target, overrides)
     fix = f"evaluate its adapter with a config: rl-lora eval CONFIG --adapter {target / 'adapter'}"
@@ -185,17 +185,16 @@ def _settings(target: Path, overrides: list[str]) -> RunConfig:
 
 
 def _lock(folder: Path, name: str) -> AbstractContextManager[str | None]:
-    """Of one evaluation's files: a run under way may be evaluated, but one evaluation by one
-    process."""
+    """Lock on one evaluation's files; a run in progress may be evaluated meanwhile."""
     file = f".evaluation_{name.replace('/', '_')}.lock"
     return run_lock(folder, file, what=f"the evaluation {name!r} in {folder}")
 
 
 def _check_inputs(run: Path, config: RunConfig, policy: Policy, prompts: PromptSets) -> None:
-    """Raises UserError where base or problems are others than when the run began.
+    """Raises UserError if the base model or the problems have changed since the run began.
 
-    Not compared is what the caller has changed: the base by model.name, the problems by data, seed
-    or model.
+    What the overrides change is not compared: the base with model.name, the problems with data,
+    seed or model.
     """
     record = read_record(run)
     own = with_absolute_paths(parse_config(record["config"]))
@@ -208,18 +207,20 @@ def _check_inputs(run: Path, config: RunConfig, policy: Policy, prompts: PromptS
 
 
 def _choose(target: Path, name: str | None) -> EvalTarget:
-    """The policy that a name stands for; a run folder has "last" and "best"."""
+    """The policy of a name; a run folder has "last" and "best"."""
     if name in _BASE_NAMES or (name is None and not target.is_dir()):
         return EvalTarget("base", None)
     if name not in (None, "last", "best"):
         assert name is not None
         return EvalTarget(name, adapter_path(name))
     if not target.is_dir():
-        raise UserError(f"{target} is no run folder, and has no {name} adapter; give its directory")
+        raise UserError(
+            f"{target} is not a run folder and has no {name} adapter; give the adapter's directory"
+        )
     if name == "best":
         if not (target / "best").is_dir():
             raise UserError(
-                f"{target} has no best adapter yet: no evaluation was held (run.eval_every)"
+                f"{target} has no best adapter yet: nothing was evaluated (run.eval_every)"
             )
         return EvalTarget("best", target / "best")
     versions = sorted((target / "adapters").glob("v[0-9]*"))
@@ -231,7 +232,7 @@ def _choose(target: Path, name: str | None) -> EvalTarget:
 
 
 def _evaluation_config(config: RunConfig, adapter_dirs: list[Path]) -> RunConfig:
-    """The config with what the adapters need, and without data that no evaluation asks for."""
+    """The config with what the adapters need, and without data that the evaluation does not use."""
     update: dict[str, object] = {}
     named = config.data.eval
     if named and all(source.name != HELD_OUT for source in named):

@@ -23,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "target",
         type=Path,
         metavar="RUN_OR_CONFIG",
-        help="a run folder, a TOML file, or the name of a shipped one",
+        help="a run folder, a TOML file, or a shipped config's name",
     )
     add_overrides(parser)
     parser.add_argument(
         "--adapter",
         metavar="ADAPTER",
         help="adapter directory or hub id, 'best' or 'last' of the run, or 'base' for the base "
-        "model (default: the run's last adapter; the base model for a TOML file)",
+        "model (default: the run's last adapter; the base model for a config)",
     )
     parser.add_argument(
         "--against",
@@ -53,15 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluates. Raises UserError as `commands.eval.evaluation` does."""
-    from rl_lora.commands.eval import evaluation
+    from rl_lora.commands.eval import EvalRequest, evaluation
 
     evaluation(
-        arguments.target,
-        arguments.overrides,
-        arguments.adapter,
-        arguments.name,
-        against=arguments.against,
-        overwrite=arguments.overwrite,
-        accept_changed_data=arguments.accept_changed_data,
+        EvalRequest(
+            arguments.target,
+            arguments.overrides,
+            arguments.adapter,
+            arguments.name,
+            arguments.against,
+            overwrite=arguments.overwrite,
+            accept_changed_data=arguments.accept_changed_data,
+        )
     )
     return 0

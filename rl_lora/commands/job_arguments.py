@@ -21,7 +21,7 @@ def add_job_arguments(parser: argparse.ArgumentParser, *, example: str, plan: st
         "config",
         type=Path,
         metavar="CONFIG",
-        help=f"a TOML file, or the name of a shipped one, e.g. {example}",
+        help=f"a TOML file, or a shipped config's name, e.g. {example}",
     )
     add_overrides(parser)
     parser.add_argument(

@@ -191,15 +191,8 @@ def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
     table.add_row("arithmetic, at most", flops_text(flops * seen * config.data.max_tokens))
     console.print(table)
     warn_of_capacity(console, capacity, config.lora, num_active_experts(model_config))
-    parts = learner_memory(
-        config.model,
-        config.lora,
-        config.optim,
-        model_config,
-        counts.base,
-        counts.trainable,
-        max(config.optim.microbatch_tokens, config.data.max_tokens),
-    )
+    microbatch_tokens = max(config.optim.microbatch_tokens, config.data.max_tokens)
+    parts = learner_memory(config, model_config, counts.base, counts.trainable, microbatch_tokens)
     console.print(memory_table(parts, config.model))
 
 

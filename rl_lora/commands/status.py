@@ -1,16 +1,16 @@
-"""`rl-lora status`: how runs stand, told by their files and the process named in run.json.
+"""`rl-lora status`: the state of runs, from their files and the process named in run.json.
 
-Nothing in a run folder is changed, and no torch is loaded. A process can be asked for on its own
-host alone; elsewhere the age of the files has to do.
+Nothing in a run folder is changed, and torch is not loaded. Whether a process is alive can be
+checked only on its own host; elsewhere the age of the files has to do.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,23 +18,28 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rl_lora.errors import UserError
 from rl_lora.evaluation.best import BestCheckpoint, best_evaluation
 from rl_lora.evaluation.files import SUFFIX, read_evaluation
-from rl_lora.evaluation.scores import EvalResult, load_result
+from rl_lora.report.records import (
+    RECORD_FILE,
+    WARM_START_FILE,
+    Record,
+    RunRecord,
+    number,
+    read_run,
+    series,
+)
 from rl_lora.report.tables import accuracy_name, accuracy_text, printable, seconds_text, share_text
 from rl_lora.runs.lock import is_alive
 from rl_lora.runs.log import METRICS_FILE
-from rl_lora.storage import jsonl
 
 WIDTH = 80  # columns that every line fits into
 _SPARK_WIDTH = 40
 _SPARKS, _ASCII_SPARKS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
-_RECENT_STEPS = 10  # that the ETA is made of
-_STALLED_S = 600.0  # without a word in the files; more where steps take long
-_RECORD_FILE = "run.json"
+_RECENT_STEPS = 10  # the ETA is their mean
+_STALLED_S = 600.0  # without a write to the files; more if steps take long
 
-# Rows of (key of a step's metrics, form).
+# Rows of (key of a step's metrics, format).
 _ROWS: tuple[tuple[tuple[str, str], ...], ...] = (
     (
         ("sft/loss", "loss {:.4f}"),
@@ -47,10 +52,10 @@ _ROWS: tuple[tuple[tuple[str, str], ...], ...] = (
     (
         ("mismatch/kl", "kl {:.1e}"),
         ("speed/sample_tokens_per_s", "{:,.0f} tokens/s"),
-        ("time/step_s", "{:.1f} s a step"),
+        ("time/step_s", "{:.1f} s per step"),
     ),
 )
-# Key, label, form of the bounds.
+# Key, label, format of the bounds.
 _CURVES: tuple[tuple[str, str, str], ...] = (
     ("sft/loss", "loss", "{:.3f}"),
     ("reward/mean", "reward", "{:.3f}"),
@@ -60,24 +65,19 @@ _CURVES: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class Status:
-    """How one run stands.
+    """The state of one run.
 
-    Example: Status(folder=Path("runs/q"), state="running", reason="process 4711", step=12,
-    num_steps=20, eta_s=210.0, silent_s=8.0, steps=[{"step": 1, "reward/mean": 0.2}, ...],
-    warm_start=[], evaluations=[EvalResult(...)], pending="", best=BestCheckpoint(...))
+    Example: Status(run=RunRecord(...), state="running", reason="process 4711", num_steps=20,
+    eta_s=210.0, silent_s=8.0, pending="", best=BestCheckpoint(...))
     """
 
-    folder: Path
+    run: RunRecord
     state: str  # running, stalled, killed, finished; unknown: on another host, and silent
     reason: str
-    step: int  # steps done
-    num_steps: int | None  # None: run.json is not there yet
+    num_steps: int | None  # None: there is no run.json yet
     eta_s: float | None
-    silent_s: float  # since a file was written
-    steps: list[dict[str, Any]]
-    warm_start: list[dict[str, Any]]
-    evaluations: list[EvalResult]  # of training steps, in their order
-    pending: str  # the evaluation under way, in words
+    silent_s: float  # since the last write to a file
+    pending: str  # the unfinished evaluation, in words
     best: BestCheckpoint | None
 
 
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the status of each run; returns the exit code.
 
     Raises:
-        UserError: one of the folders is no run folder, or a record is damaged.
+        UserError: a folder is not a run's, or a record is damaged.
     """
     statuses = [read_status(folder) for folder in arguments.runs]
     blocks = ["\n".join(status_lines(status, _sparks())) for status in statuses]
@@ -114,45 +114,29 @@ def read_status(folder: Path, now: float | None = None) -> Status:
         now: seconds since 1970; None: the clock's.
 
     Raises:
-        UserError: no run folder, or a damaged record, naming it. A half-written last line is not
-            damage: it is left out.
+        UserError: as `read_run`.
     """
     now = time.time() if now is None else now
-    record_path, metrics_path = folder / _RECORD_FILE, folder / METRICS_FILE
-    if not record_path.is_file() and not metrics_path.is_file():
-        raise UserError(
-            f"{folder} is no run folder: it has neither {_RECORD_FILE} nor {METRICS_FILE}"
-        )
-    record = _read_record(record_path)
-    steps = jsonl.read_lines(metrics_path) if metrics_path.is_file() else []
-    warm_path = folder / "warm_start.jsonl"
-    warm_start = jsonl.read_lines(warm_path) if warm_path.is_file() else []
-    evaluations = [load_result(path) for path in sorted((folder / "eval").glob("step_[0-9]*.json"))]
-    step = int(steps[-1]["step"]) if steps else 0
-    config = record.get("config", {})
-    num_steps = config.get("run", {}).get("num_steps")
+    run = read_run(folder)
+    num_steps, step = run.setting("run", "num_steps"), run.last_step
     silent_s = max(0.0, now - _last_write(folder))
     is_complete = num_steps is not None and step >= num_steps and (folder / "adapter").is_dir()
-    if "sampling" in config and not any(
-        (evaluation.step or 0) == num_steps for evaluation in evaluations
-    ):
+    if "sampling" in run.config and num_steps not in [one.step for one in run.evaluations_of("")]:
         is_complete = False  # the last evaluation is still to come
-    state, reason = _state(record.get("process"), is_complete, silent_s, _patience(steps))
-    recent = [s for r in steps[-_RECENT_STEPS:] if (s := _number(r, "time/step_s")) is not None]
+    step_s = series(run.steps, "time/step_s")[1]
+    patience_s = max(_STALLED_S, 3 * max(step_s, default=0.0))
+    state, reason = _state(run.facts.get("process"), is_complete, silent_s, patience_s)
+    recent = series(run.steps[-_RECENT_STEPS:], "time/step_s")[1]
     eta_s = None
     if state == "running" and recent and num_steps is not None and step < num_steps:
         eta_s = (num_steps - step) * sum(recent) / len(recent)
     return Status(
-        folder=folder,
+        run=run,
         state=state,
         reason=reason,
-        step=step,
         num_steps=num_steps,
         eta_s=eta_s,
         silent_s=silent_s,
-        steps=steps,
-        warm_start=warm_start,
-        evaluations=[evaluation for evaluation in evaluations if evaluation.step is not None],
         pending="" if is_complete else _pending_evaluation(folder),
         best=best_evaluation(folder, sys.maxsize),
     )
@@ -160,34 +144,37 @@ def read_status(folder: Path, now: float | None = None) -> Status:
 
 def status_lines(status: Status, sparks: str = _SPARKS) -> list[str]:
     """The lines of one run, none longer than 80 characters."""
+    run = status.run
     of = "" if status.num_steps is None else f" of {status.num_steps}"
-    head = f"  {status.state}  step {status.step}{of}"
+    head = f"  {status.state}  step {run.last_step}{of}"
     if status.eta_s is not None:
         head += f"  {seconds_text(status.eta_s)} left"
-    body = [f"{status.reason}; last written {_ago(status.silent_s)} ago"]
-    if status.warm_start and not status.steps:
-        body.append(f"warm start: step {status.warm_start[-1]['step']}")
+    body = [f"{status.reason}; last write {_ago(status.silent_s)} ago"]
+    if run.warm_start and not run.steps:
+        body.append(f"warm start: step {run.warm_start[-1]['step']}")
     for row in _ROWS:
-        # A number that only some steps have, such as a test loss, is the last one there is.
+        # Some numbers, such as a test loss, are not recorded at every step: the newest counts.
         parts = [
             form.format(value)
             for key, form in row
-            if (value := _last(status.steps or status.warm_start, key)) is not None
+            if (value := _last(run.steps or run.warm_start, key)) is not None
         ]
         if parts:
             body.append("  ".join(parts))
     body += _evaluation_lines(status)
-    body += _curve_lines(status, sparks)
-    name = printable(str(status.folder))
+    body += _curve_lines(run, sparks)
+    body += [printable(note) for note in run.notes]
+    name = printable(str(run.folder))
     room = WIDTH - len(head)
     name = name if len(name) <= room else "…" + name[len(name) - room + 1 :]
-    return [name + head, *(_cut(f"  {line}") for line in body)]
+    return [name + head, *(part for line in body for part in _wrapped(line))]
 
 
 def sparkline(values: Sequence[float | None], width: int, sparks: str = _SPARKS) -> str:
     """The curve in one line of up to `width` characters, from its lowest to its highest value.
 
-    More values than characters are averaged in equal parts; a part without a number is a blank.
+    If there are more values than characters, equal parts are averaged; a part without a number is
+    blank.
     """
     parts = _parts(values, width)
     numbers = [part for part in parts if part is not None]
@@ -212,51 +199,32 @@ def _state(
         return "finished", "all steps are done"
     if process is None:
         if silent_s <= patience_s:
-            return "running", "by its files; no process is on record"
-        return "killed", "no process is on record; --resume goes on"
+            return "running", "its files are fresh; no process is on record"
+        return "killed", "no process is on record; continue with --resume"
     pid, host = int(process["pid"]), str(process["host"])
     if host != platform.node():
         name = printable(host, 24)
         if silent_s <= patience_s:
-            return "running", f"by its files; its process {pid} is on {name}"
-        return "unknown", f"silent, and its process {pid} is on {name}"
+            return "running", f"its files are fresh; process {pid} is on {name}"
+        return "unknown", f"no recent write; process {pid} is on {name}"
     if not is_alive(pid, float(process["started"])):
-        return "killed", f"process {pid} is gone; --resume goes on"
+        return "killed", f"process {pid} is gone; continue with --resume"
     if silent_s > patience_s:
-        return "stalled", f"process {pid} lives, but is silent"
+        return "stalled", f"process {pid} is alive, but writes nothing"
     return "running", f"process {pid}"
-
-
-def _patience(steps: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds of silence that are no reason to worry: an evaluation or the start may take long."""
-    longest = max((_number(record, "time/step_s") or 0.0 for record in steps), default=0.0)
-    return max(_STALLED_S, 3 * longest)
 
 
 def _last_write(folder: Path) -> float:
     """When the newest record was written, in seconds since 1970."""
-    files = [folder / name for name in (_RECORD_FILE, METRICS_FILE, "warm_start.jsonl")]
+    files = [folder / name for name in (RECORD_FILE, METRICS_FILE, WARM_START_FILE)]
     files += [*(folder / "eval").glob("*"), *(folder / "checkpoints").glob("*")]
     times = []
     for path in files:
         try:
             times.append(path.stat().st_mtime)
-        except FileNotFoundError:  # not there, or replaced in this moment
+        except FileNotFoundError:  # absent, or being replaced
             continue
     return max(times, default=0.0)
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """run.json; nothing where the run has not come so far."""
-    if not path.is_file():
-        return {}
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{path} is damaged: it is no JSON object")
-    return record
 
 
 # --- lines ----------------------------------------------------------------------------------------
@@ -264,9 +232,8 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _evaluation_lines(status: Status) -> list[str]:
     lines = []
-    if status.evaluations:
-        last = status.evaluations[-1]
-        total = last.total
+    if evaluations := status.run.evaluations_of(""):
+        last, total = evaluations[-1], evaluations[-1].result.total
         lines.append(
             f"evaluation, step {last.step}: {accuracy_name(total.num_samples)} "
             f"{accuracy_text(total)}, {total.num_problems} problems"
@@ -278,7 +245,7 @@ def _evaluation_lines(status: Status) -> list[str]:
 
 
 def _pending_evaluation(folder: Path) -> str:
-    """The newest evaluation without a result; empty where there is none."""
+    """The newest evaluation without a result; empty if there is none."""
     files = [
         path
         for path in (folder / "eval").glob(f"*{SUFFIX}")
@@ -293,20 +260,19 @@ def _pending_evaluation(folder: Path) -> str:
     return f"evaluation {name}: {len(problems)}{of} problems so far"
 
 
-def _curve_lines(status: Status, sparks: str) -> list[str]:
-    """Sparklines with the values at both ends."""
-    records = status.steps or status.warm_start
-    curves = [(label, [_number(r, key) for r in records], form) for key, label, form in _CURVES]
-    curves.append(
-        ("evaluation", [evaluation.accuracy for evaluation in status.evaluations], "{:.1%}")
-    )
+def _curve_lines(run: RunRecord, sparks: str) -> list[str]:
+    """Sparklines, each with its lowest and highest value."""
+    records = run.steps or run.warm_start
+    curves = [(label, [number(r.get(key)) for r in records], form) for key, label, form in _CURVES]
+    accuracies: list[float | None] = [one.result.accuracy for one in run.evaluations_of("")]
+    curves.append(("accuracy", accuracies, "{:.1%}"))
     lines = []
     for label, values, form in curves:
         numbers = [value for value in values if value is not None]
         if len(numbers) > 1:
             low, high = form.format(min(numbers)), form.format(max(numbers))
             curve = sparkline(values, _SPARK_WIDTH, sparks)
-            lines.append(f"{label:10s} {curve}  {low} to {high}")
+            lines.append(f"{label:8s} {curve}  {low} to {high}")
     return lines
 
 
@@ -321,14 +287,9 @@ def _parts(values: Sequence[float | None], width: int) -> list[float | None]:
     return parts
 
 
-def _number(record: Mapping[str, Any], key: str) -> float | None:
-    value = record.get(key)  # NaN and infinities are null
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _last(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """The newest number; a null in the newest step is not covered up by an older one."""
-    return next((_number(record, key) for record in reversed(records) if key in record), None)
+def _last(records: Sequence[Record], key: str) -> float | None:
+    """The newest value, None if that is not finite."""
+    return next((number(record[key]) for record in reversed(records) if key in record), None)
 
 
 def _ago(seconds: float) -> str:
@@ -336,12 +297,13 @@ def _ago(seconds: float) -> str:
     return seconds_text(seconds) if days == 0 else f"{days} day{'' if days == 1 else 's'}"
 
 
-def _cut(line: str) -> str:
-    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+def _wrapped(line: str) -> list[str]:
+    lines = textwrap.wrap(line, WIDTH - 4, drop_whitespace=False, replace_whitespace=False)
+    return [f"  {lines[0]}", *(f"    {more.strip()}" for more in lines[1:])]
 
 
 def _sparks() -> str:
-    """What the terminal's encoding can show."""
+    """The characters that the terminal's encoding has."""
     try:
         _SPARKS.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:

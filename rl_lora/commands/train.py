@@ -12,7 +12,7 @@ EXAMPLES = (
     "rl-lora train quickstart lora.rank=8 run.name=rank8",
     "rl-lora train quickstart lora.rank=8 run.name=rank8 --resume",
     "rl-lora train smoke data=my.jsonl run.name=mine reward.name=my_reward:score",
-    "rl-lora train configs/math_llama31_8b.toml --dry-run --gpu-memory 80",
+    "rl-lora train math_llama31_8b --dry-run --gpu-memory 80",
 )
 AFTER_INTERRUPT = RESUME_HINT
 

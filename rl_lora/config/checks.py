@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rl_lora.errors import UserError
+from rl_lora.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from rl_lora.config import EvalSection, LoraSection, OptimSection, SamplingSection
@@ -13,6 +13,21 @@ _MAX_SERVED_RANK = 512  # vLLM's
 # The lowest temperature over 0 by back end. vLLM takes its own in place of a lower one, silently
 # (0.32, sampling_params); logits over a far lower one are no float32 numbers any more.
 MIN_TEMPERATURE = {"vllm": 0.01, "torch": 1e-6}
+# sampling.backend -> "module:Class", the form in which a user's own class is given as well.
+SAMPLERS = {
+    "vllm": "rl_lora.samplers.vllm.sampler:VllmSampler",
+    "torch": "rl_lora.samplers.torch_sampler:TorchSampler",
+}
+
+
+def check_backend(backend: str) -> str:
+    """The name. Raises ValueError if it is neither a row of SAMPLERS nor "module:Class"."""
+    module, _, name = backend.partition(":")
+    if backend in SAMPLERS or (
+        all(map(str.isidentifier, module.split("."))) and name.isidentifier()
+    ):
+        return backend
+    raise ValueError(f"{nearest(backend, SAMPLERS)}, or your own as 'module:Class'")
 
 
 def check_variant(lora: LoraSection, optim: OptimSection) -> None:
@@ -41,7 +56,7 @@ def check_full_dtype(lora: LoraSection, dtype: str) -> None:
 
 def check_served(lora: LoraSection, sampling: SamplingSection) -> None:
     """Raises ValueError for adapters that the sampler does not serve, and overlap without vLLM."""
-    if sampling.overlap and sampling.backend != "vllm":
+    if sampling.overlap and sampling.backend == "torch":
         raise ValueError(
             "sampling.overlap=true: the torch sampler computes with the weights that the learner "
             'changes meanwhile; set sampling.backend="vllm", or leave overlap out'
@@ -62,7 +77,7 @@ def check_served(lora: LoraSection, sampling: SamplingSection) -> None:
 
 def check_temperatures(sampling: SamplingSection, evaluation: EvalSection) -> None:
     """Raises ValueError for a temperature that the back end cannot sample at."""
-    lowest = MIN_TEMPERATURE[sampling.backend]
+    lowest = MIN_TEMPERATURE.get(sampling.backend, MIN_TEMPERATURE["torch"])
     other = ', or set sampling.backend="torch"' if sampling.backend == "vllm" else ""
     for section, value, greedy in (
         ("sampling", sampling.temperature, ""),

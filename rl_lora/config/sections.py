@@ -13,7 +13,9 @@ from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from rl_lora.config.algorithm import check_algorithm
 from rl_lora.config.checks import (
+    check_backend,
     check_full_dtype,
     check_served,
     check_temperatures,
@@ -145,7 +147,7 @@ class DataSection(SourcesSection):
 class SamplingSection(Section):
     """Rollouts. top_p = 1 and no top_k: the importance ratio needs the whole distribution."""
 
-    backend: Literal["vllm", "torch"] = "vllm"
+    backend: str = "vllm"  # vllm, torch, or your own as module:Class (rl_lora.build.make_sampler)
     num_prompts: int = Field(16, ge=1)  # prompts a step
     num_samples: int = Field(8, ge=1)  # G, completions a prompt
     max_tokens: int = Field(256, ge=1)  # cap of a completion
@@ -159,6 +161,8 @@ class SamplingSection(Section):
     memory_fraction: float = Field(0.45, gt=0, le=0.95)  # of the GPU's memory, for vLLM
     max_kl: float | None = Field(None, gt=0)  # nats; None: 1e-4 in float32, 2e-2 in bfloat16
     overlap: bool = False  # samples step k + 1 while step k learns, from version k - 1; for GPUs
+
+    _known_backend = field_validator("backend")(check_backend)
 
     @field_validator("stop")
     @classmethod
@@ -182,29 +186,30 @@ class RewardSection(Section):
 class AlgorithmSection(Section):
     """Advantage, loss and KL. The defaults are the article's."""
 
-    advantage: Literal["group_mean", "dr_grpo", "grpo", "rloo", "reinforce_pp"] = "group_mean"
-    loss: Literal[
-        "importance_sampling", "truncated_importance_sampling", "ppo", "gspo", "cispo"
-    ] = "importance_sampling"
+    advantage: str = "group_mean"  # a row of rl_lora.advantages.ADVANTAGES, or module:function
+    loss: str = "importance_sampling"  # a row of rl_lora.losses.LOSSES, or module:function
+    # Keywords of the loss and the advantage, e.g. clip_low, clip_high and ratio_cap of ppo. They
+    # may also be written next to the other keys: algorithm.clip_low.
+    options: dict[str, Any] = Field(default_factory=dict)
     denominator: Literal["tokens", "sequences", "max_tokens"] = "tokens"
-    # Of the weight without gradient: truncated_importance_sampling's, and old / sampler of ppo,
-    # gspo and cispo, whose bounds are on the ratio to the policy itself when the step began.
-    ratio_cap: float = Field(2.0, gt=0)
-    clip_low: float | None = Field(None, gt=0, le=1)  # ratio >= 1 - clip_low; None: by the loss
-    clip_high: float | None = Field(None, gt=0)  # ratio <= 1 + clip_high; None: by the loss
-    kl: Literal["none", "loss", "reward"] = "none"  # to the base, the adapter switched off
+    kl: Literal["none", "loss", "reward"] = "none"  # to the base model, without the adapter
     kl_weight: float = Field(0.0, ge=0)
 
-    @property
-    def clip_bounds(self) -> tuple[float, float]:
-        """(low, high) of the loss.
-
-        Defaults: PPO as DAPO (arXiv 2503.14476), GSPO as its paper (arXiv 2507.18071, section 5.1).
-        CISPO's paper (arXiv 2506.13585, section 3.1) has no lower bound and tunes the upper one
-        without naming it: 0.28 is DAPO's for PPO, and our choice here.
-        """
-        low, high = {"gspo": (3e-4, 4e-4), "cispo": (1.0, 0.28)}.get(self.loss, (0.2, 0.28))
-        return self.clip_low or low, self.clip_high or high
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_options(cls, value: Any) -> Any:
+        """Keys that are no field are options; None stands for the function's own default."""
+        if not isinstance(value, dict):
+            return value
+        own = {key: value[key] for key in value if key in cls.model_fields and key != "options"}
+        more = {key: value[key] for key in value if key not in cls.model_fields}
+        options = value.get("options", {})
+        if not isinstance(options, dict):
+            return value
+        if more.get("clip_low", 0) is None and more.get("ratio_cap") == 2.0:
+            del more["ratio_cap"]  # a record written before: every loss had it, as the default
+        given = {key: one for key, one in {**options, **more}.items() if one is not None}
+        return own | {"options": given}
 
 
 class OptimSection(Section):
@@ -217,8 +222,8 @@ class OptimSection(Section):
     eps: float = Field(1e-8, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0)
-    # Optimizer steps a batch. Over 1, clipping has work to do: ppo, gspo and cispo then score the
-    # later updates' tokens once more, before the first step.
+    # Optimizer steps per batch. Above 1 the bounds of ppo, gspo and cispo take effect; these then
+    # score the later updates' tokens once more before the first step.
     num_updates: int = Field(1, ge=1)
     microbatch_tokens: int = Field(4096, ge=1)  # padded tokens in one forward and backward pass
     share_prompts: bool = True  # a prompt is computed once for its completions, to the same result
@@ -229,7 +234,7 @@ class OptimSection(Section):
     @classmethod
     def _decay_rates(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= beta < 1 for beta in value):
-            raise ValueError("each of Adam's betas lies in [0, 1); the article has [0.9, 0.95]")
+            raise ValueError("each of Adam's betas must be in [0, 1); the article uses [0.9, 0.95]")
         return value
 
 
@@ -281,19 +286,11 @@ class RunConfig(Section):
         check_full_dtype(self.lora, self.model.dtype)
         check_served(self.lora, self.sampling)
         check_temperatures(self.sampling, self.eval)
+        check_algorithm(self.algorithm)
         if self.sampling.num_samples < 2:
             raise ValueError(
                 f"sampling.num_samples=1 gives every group one sample, and algorithm.advantage="
                 f"{self.algorithm.advantage!r} is then always 0; take num_samples >= 2"
-            )
-        needed = {"dr_grpo": "max_tokens"}.get(self.algorithm.advantage) or (
-            {"gspo": "sequences"}.get(self.algorithm.loss)
-        )
-        if needed and self.algorithm.denominator != needed:
-            name = "advantage='dr_grpo'" if needed == "max_tokens" else "loss='gspo'"
-            raise ValueError(
-                f"algorithm.{name} is defined with algorithm.denominator={needed!r}, "
-                f"not {self.algorithm.denominator!r}; set it"
             )
         if self.algorithm.kl != "none" and self.algorithm.kl_weight == 0:
             raise ValueError(

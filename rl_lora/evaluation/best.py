@@ -1,10 +1,10 @@
-"""The best policy of a run by its held-out evaluation, kept beside the last one.
+"""Keeps a run's best policy, by held-out accuracy, next to its last one.
 
-    RUN/best/             the adapter (or the full weights), as in RUN/adapter
-    RUN/best/choice.json  the evaluation and the step that chose it
+    RUN/best/            the adapter (or the full weights), as in RUN/adapter
+    RUN/best/best.json   the evaluation and the step that chose it
 
-The directory is replaced whole. It is a copy of its own: pruning adapters or checkpoints does not
-touch it.
+The directory is replaced as a whole. It is a copy, so pruning adapters or checkpoints leaves it
+alone.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from rl_lora.storage.directories import atomic_directory, recover_directory
 from rl_lora.storage.jsonl import write_json
 
 FOLDER = "best"
-BEST_FILE = "choice.json"
+BEST_FILE = "best.json"
+_RENAMED_FILE = "choice.json"  # of an earlier version, with "exam" for "evaluation"
 
 
 @dataclass(frozen=True, slots=True)
 class BestCheckpoint:
-    """Which policy is the best so far, and by what.
+    """The best policy so far and the evaluation that chose it.
 
     Example: BestCheckpoint(step=10, evaluation="step_000010", accuracy=0.27, low=0.21, high=0.335,
     num_problems=200, num_samples=1)
     """
 
     step: int  # also the adapter's version
-    evaluation: str  # name of the evaluation in RUN/eval
+    evaluation: str  # its name in RUN/eval
     accuracy: float
     low: float
     high: float
@@ -41,9 +42,9 @@ class BestCheckpoint:
 
 
 def best_evaluation(run_folder: Path, last_step: int) -> BestCheckpoint | None:
-    """The evaluation with the highest accuracy of the steps up to last_step, the earliest on ties.
+    """The most accurate evaluation of the steps up to last_step, the earliest if tied.
 
-    None where no evaluation was held.
+    None if there is no evaluation.
     """
     best: BestCheckpoint | None = None
     for path in sorted((run_folder / "eval").glob("step_[0-9]*.json")):
@@ -65,27 +66,31 @@ def best_evaluation(run_folder: Path, last_step: int) -> BestCheckpoint | None:
 
 
 def read_best(run_folder: Path) -> BestCheckpoint | None:
-    """What is in RUN/best; None where there is nothing.
+    """The record of RUN/best; None if there is none.
 
-    A replacement that a kill cut short is made good.
+    A replacement interrupted by a kill is rolled back.
 
     Raises:
-        UserError: the record is damaged.
+        UserError: the record is damaged, or was written by an earlier version.
     """
     final = run_folder / FOLDER
     recover_directory(final)
     path = final / BEST_FILE
+    if (final / _RENAMED_FILE).is_file() and not path.is_file():
+        raise UserError(
+            f"{final} was written by an earlier version ({_RENAMED_FILE} is {BEST_FILE} now, and "
+            f'its "exam" is "evaluation"); delete {final} to continue'
+        )
     if not path.is_file():
         return None
     try:
         return BestCheckpoint(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete {final} to go on") from error
+        raise UserError(f"{path} is damaged ({error}); delete {final} to continue") from error
 
 
 def keep_best(run_folder: Path, adapter_dir: Path, step: int) -> BestCheckpoint | None:
-    """Puts the policy of `step` in RUN/best if its evaluation is the run's best; returns that
-    choice.
+    """Copies the policy of `step` to RUN/best if its evaluation is the run's best.
 
     Args:
         run_folder: the run's folder, with its evaluations up to this step.
@@ -93,7 +98,7 @@ def keep_best(run_folder: Path, adapter_dir: Path, step: int) -> BestCheckpoint 
         step: steps done.
 
     Returns:
-        what is new in RUN/best; None where nothing changed.
+        the new record of RUN/best; None if nothing changed.
     """
     best, kept = best_evaluation(run_folder, step), read_best(run_folder)
     if best is None or best.step != step or best == kept:
@@ -105,7 +110,7 @@ def keep_best(run_folder: Path, adapter_dir: Path, step: int) -> BestCheckpoint 
 
 
 def drop_best_after(run_folder: Path, step: int) -> bool:
-    """Deletes RUN/best if it is of a later step, which is going to be run again."""
+    """Deletes RUN/best if it is from a later step, which is going to run again."""
     kept = read_best(run_folder)
     if kept is None or kept.step <= step:
         return False

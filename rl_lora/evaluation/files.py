@@ -1,11 +1,11 @@
-"""The file of an evaluation: one line a problem; it survives a kill, and the evaluation goes on.
+"""An evaluation's file: one line per problem. A killed evaluation resumes from it.
 
-    RUN/eval/NAME.jsonl.gz   {"prompt_id": ..., "samples": [...]} a problem; the first line has the
-                             settings as well, under "evaluation"
-    RUN/eval/NAME.json       the result (`results.EvalResult`), once the evaluation is complete
+    RUN/eval/NAME.jsonl.gz   per problem {"prompt_id": ..., "samples": [...]}; the first line also
+                             has the settings, under "evaluation"
+    RUN/eval/NAME.json       the result (`scores.EvalResult`), once the evaluation is complete
 
-Problems are appended in chunks, each a gzip member (`jsonl.append_compressed`): a kill costs
-the chunk under way at most. Any gzip reader (`zcat`) reads the file.
+Problems are appended in chunks, each a gzip member (`jsonl.append_compressed`), so a kill costs at
+most the current chunk. Any gzip reader (`zcat`) reads the file.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:  # a reader of the files needs no torch
     from rl_lora.types import Prompt
 
 SUFFIX = ".jsonl.gz"
-_OLD_SUFFIX = ".jsonl"  # without settings, not compressed: readable, and never gone on with
-# Two evaluations that agree in these draw the same random numbers for the same problem and sample.
+_PLAIN_SUFFIX = ".jsonl"  # not compressed: readable, but never resumed
+# Evaluations with equal values of these draw the same random numbers for each problem and sample.
 SAMPLING_KEYS = ("num_samples", "temperature", "top_p", "max_tokens", "stop", "seed")
 
 
 class EvaluationFile:
-    """An evaluation on disk that is under way or complete.
+    """An unfinished or complete evaluation on disk.
 
     Args:
-        folder: where NAME.jsonl.gz lies; made if it is not there.
+        folder: the folder of NAME.jsonl.gz; created if needed.
         name: of the evaluation.
-        settings: what the samples depend on; a file of other settings is not gone on with.
-        restart: delete a file of other settings, or any unreadable one; else it is an error.
+        settings: what the samples depend on; only a file with equal settings is resumed.
+        restart: delete an unreadable file, or one with other settings, instead of raising.
 
     Raises:
-        UserError: the folder cannot be written, or a file of other settings is there.
+        UserError: the folder cannot be written, or has a file with other settings.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class EvaluationFile:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if self.path.is_file():
-                self._take_over(restart)
+                self._resume(restart)
             else:
                 self.path.touch()
         except OSError as error:
@@ -60,7 +60,7 @@ class EvaluationFile:
             ) from error
 
     def append(self, problems: Sequence[ProblemRecord], adapter_version: int) -> None:
-        """Adds a chunk of problems, all of it or none."""
+        """Adds a chunk of problems, all or none of them."""
         rows = [problem.to_row() for problem in problems]
         if self.adapter_version is None:
             self.adapter_version = adapter_version
@@ -71,7 +71,7 @@ class EvaluationFile:
         jsonl.append_compressed(self.path, rows)
         self.done |= {problem.prompt_id: problem for problem in problems}
 
-    def _take_over(self, restart: bool) -> None:
+    def _resume(self, restart: bool) -> None:
         if restart and not _is_of(self.path, self._settings):
             self.path.unlink()
             self.path.touch()
@@ -84,35 +84,40 @@ class EvaluationFile:
         if difference := settings_difference(settings, self._settings):
             raise UserError(
                 f"{self.path} holds an evaluation with {difference}; choose another --name, or "
-                "--overwrite"
+                "replace it with --overwrite"
             )
         self.done = {problem.prompt_id: problem for problem in problems}
 
 
 def find_evaluation(path: Path) -> Path:
-    """The file of problems that a path stands for: itself, or the one beside a NAME.json.
+    """The file of problems that a path stands for: itself, or the one next to a NAME.json.
 
     Raises:
         UserError: there is no such file.
     """
-    stem = path.name.removesuffix(SUFFIX).removesuffix(_OLD_SUFFIX).removesuffix(".json")
-    for candidate in (path, path.with_name(stem + SUFFIX), path.with_name(stem + _OLD_SUFFIX)):
-        if candidate.is_file() and candidate.name.endswith((SUFFIX, _OLD_SUFFIX)):
+    stem = path.name.removesuffix(SUFFIX).removesuffix(_PLAIN_SUFFIX).removesuffix(".json")
+    for candidate in (path, path.with_name(stem + SUFFIX), path.with_name(stem + _PLAIN_SUFFIX)):
+        if candidate.is_file() and candidate.name.endswith((SUFFIX, _PLAIN_SUFFIX)):
             return candidate
     raise UserError(
-        f"{path}: no such evaluation; give a file {stem}{SUFFIX} that rl-lora eval wrote"
+        f"{path}: no such evaluation; expected a file {stem}{SUFFIX} written by rl-lora eval"
     )
 
 
 def read_evaluation(path: Path) -> tuple[dict[str, Any], list[ProblemRecord]]:
-    """(settings, problems) of an evaluation's file, compressed or of the older plain kind.
+    """(settings, problems) of an evaluation's file, compressed or plain.
 
-    A last chunk that a kill tore is left out; the settings of an older file are empty.
+    A last chunk torn by a kill is left out. The settings are empty if the file has none.
 
     Raises:
-        UserError: a line is not of an evaluation, naming the file.
+        UserError: the file is not an evaluation's, or was written by an earlier version.
     """
     rows = jsonl.read_lines(path)
+    if rows and "exam" in rows[0]:
+        raise UserError(
+            f'{path} was written by an earlier version ("exam" is called "evaluation" now); '
+            "evaluate again"
+        )
     settings = dict(rows[0].get("evaluation", {})) if rows else {}
     try:
         return settings, [ProblemRecord.from_row(row) for row in rows]
@@ -121,8 +126,7 @@ def read_evaluation(path: Path) -> tuple[dict[str, Any], list[ProblemRecord]]:
 
 
 def is_evaluation(path: Path) -> bool:
-    """Whether a path is of an evaluation, by its name or first line, and not of loose
-    completions."""
+    """Whether a path is an evaluation's, by its name or first line, and not loose completions."""
     stem = path.name.removesuffix(".json")
     if path.name.endswith(SUFFIX) or (
         stem != path.name and path.with_name(stem + SUFFIX).is_file()
@@ -137,7 +141,7 @@ def is_evaluation(path: Path) -> bool:
 
 
 def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """The first setting in which two evaluations differ, in words; None: there is none."""
+    """The first setting in which two evaluations differ, in words; None: none does."""
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             return f"{key} = {_short(old.get(key))}, not {_short(new.get(key))}"
@@ -145,7 +149,7 @@ def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str |
 
 
 def problems_key(prompts_N: Sequence[Prompt]) -> str:
-    """A hash of the problems as they are asked: ids, references and prompt tokens."""
+    """A hash of the problems as asked: ids, references and prompt tokens."""
     digest = hashlib.sha256()
     for prompt in prompts_N:
         digest.update(repr((prompt.prompt_id, prompt.reference, prompt.token_ids)).encode())

@@ -22,7 +22,7 @@ from rl_lora.config import DataSection, SourceSection
 from rl_lora.data.chats import finish_solution
 from rl_lora.data.generators import generated_rows
 from rl_lora.data.row_formats import last_boxed
-from rl_lora.prompts import load_prompts
+from rl_lora.prompts import load_prompt_sets
 from rl_lora.seeds import mix_seed
 from rl_lora.storage.jsonl import write_json
 from rl_lora.types import Prompt
@@ -128,7 +128,7 @@ def make_tiny_model(target: Path, recipe: TinyRecipe) -> float:
     target.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(recipe)
     data = DataSection(train=recipe.sources, held_out=recipe.num_eval)
-    prompts = load_prompts(data, tokenizer, recipe.context_length, 128, recipe.seed)
+    prompts = load_prompt_sets(data, tokenizer, recipe.context_length, 128, recipe.seed)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(recipe.num_threads)
     try:

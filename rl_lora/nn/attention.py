@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rl_lora.nn import block_attention
 from rl_lora.nn.block_attention import Blocks
-from rl_lora.nn.segments import AttentionLayout
+from rl_lora.nn.segments import MAX_WASTED_PAIRS, AttentionLayout, Segment, make_layout
 
 NAME = "rl_lora_shared_prompt"
 
@@ -33,8 +33,25 @@ _state = threading.local()  # learner threads work on different microbatches at 
 
 
 @contextlib.contextmanager
-def using(layout: AttentionLayout | None) -> Iterator[None]:
-    """This thread's forward passes attend by the layout."""
+def using(segments: Sequence[Segment] | None, device: torch.device) -> Iterator[None]:
+    """This thread's forward passes attend by the segments of a row; None: plain causal attention.
+
+    The layout is kept for the next pass over the same row.
+    """
+    if segments is None:
+        layout = None
+    else:
+        kept = getattr(_state, "kept", None)
+        if kept is None or kept[0] is not segments or kept[1] != device:
+            made = make_layout(segments, MAX_WASTED_PAIRS.get(device.type, 0)).to(device)
+            kept = _state.kept = segments, device, made
+        layout = kept[2]
+    with _in_force(layout):
+        yield
+
+
+@contextlib.contextmanager
+def _in_force(layout: AttentionLayout | None) -> Iterator[None]:
     before = getattr(_state, "layout", None)
     _state.layout = layout
     try:
@@ -48,7 +65,7 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
     A GPU's backward pass runs in a thread of autograd's own, in which no layout is in force.
     """
-    return contextlib.nullcontext(), using(getattr(_state, "layout", None))
+    return contextlib.nullcontext(), _in_force(getattr(_state, "layout", None))
 
 
 def attend(

@@ -25,6 +25,7 @@ from rl_lora.seeds import mix_seed
 
 __all__ = ["LoraLinear", "adapters_off", "attach_lora", "lora_layers", "target_names"]
 
+BASE_PREFIX = ".base."  # a LoraLinear's inner layer, in parameter names
 _ATTENTION_PARTS = ("attn", "attention")
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _MLP_PARTS = ("mlp", "feed_forward", "ffn")

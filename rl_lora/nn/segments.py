@@ -62,11 +62,9 @@ class AttentionLayout:
         return AttentionLayout(buckets, self.output_T.to(device))
 
 
-def make_layout(
-    segments: Sequence[Segment], num_tokens: int, max_wasted_pairs: int = 0
-) -> AttentionLayout:
-    """Buckets of segments that cover a row of num_tokens tokens; max_wasted_pairs: see
-    MAX_WASTED_PAIRS."""
+def make_layout(segments: Sequence[Segment], max_wasted_pairs: int = 0) -> AttentionLayout:
+    """Buckets of segments that together cover a row; max_wasted_pairs: see MAX_WASTED_PAIRS."""
+    num_tokens = sum(segment.length for segment in segments)
     buckets, output_T, offset = [], torch.empty(num_tokens, dtype=torch.int64), 0
     for together in _alike(segments, max_wasted_pairs):
         bucket = _bucket(together)

@@ -1,7 +1,7 @@
-"""The parts of a job's memory, learner and sampler, from the model's config and the job's settings.
+"""What a job's learner and sampler need in memory, from the model's config and the settings.
 
-Exact for weights, adapter, gradients, optimizer and KV cache; for activations an estimate (within
-about 30 % of what autograd keeps; a test compares them).
+Exact for weights, adapter, gradients, optimizer and KV cache; an estimate for activations (within
+about 30 % of what autograd keeps, which a test checks).
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
-from rl_lora.config import LoraSection, ModelSection, OptimSection, RunConfig
+from rl_lora.config import RunConfig
 from rl_lora.config.checks import check_full_dtype
+from rl_lora.config.sft import SftConfig
 from rl_lora.nn.variants import is_shifted
 from rl_lora.policy import pick_dtype
 from rl_lora.samplers.vllm.settings import CPU_MEMORY_SHARE, CPU_NUM_SEQS
 
-# Sequences that the engine decodes at once where sampling.max_num_seqs is not set.
+# Sequences that the engine decodes at once if sampling.max_num_seqs is not set.
 _NUM_SEQS = {"cpu": CPU_NUM_SEQS, "cuda": 256}
-_LOGITS_ELEMENTS = 2**24  # a chunk of logits of `policy`
+_LOGITS_ELEMENTS = 2**24  # one chunk of logits in `policy`
 _LOGITS_COPIES = 3  # logits, log-probs, gradient
-ASSUMED_GPU_BYTES = 79 * 2**30  # an "80 GB" card as CUDA reports it, where this machine has none
+ASSUMED_GPU_BYTES = 79 * 2**30  # an "80 GB" card as CUDA reports it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,12 @@ def activation_bytes(
     is_checkpointed: bool,
     joins_swiglu: bool = False,
 ) -> int:
-    """Estimate of what backward needs kept for one microbatch of a decoder-only transformer.
+    """Estimated bytes that one microbatch keeps for backward, in a decoder-only transformer.
 
     Per token and layer: 6 hidden-sized tensors (residuals and norms, partly in float32), queries
-    and attention output, keys and values, and 4 tensors of the gated MLP, of a mixture 4 of each
-    active expert and its input and output; 2 of a dense MLP in place of 4 where `lora_swiglu`
-    computes it. With checkpointing, one hidden-sized tensor a layer and one whole layer at a time.
+    and attention output, keys and values, and 4 tensors of the gated MLP (2 if `lora_swiglu`
+    computes it). A mixture keeps 4 tensors of each active expert, and its input and output. With
+    checkpointing: one hidden-sized tensor per layer, and one whole layer at a time.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -79,54 +80,42 @@ def memory_plan(
 
     Args:
         config: the job.
-        model_config: of its model.
+        model_config: its model's config.json.
         num_base: parameters of the base model.
-        num_trainable: parameters in training.
-        gpu_bytes: the GPU's memory; None: this machine's, or ASSUMED_GPU_BYTES where it has none.
+        num_trainable: trainable parameters.
+        gpu_bytes: the GPU's memory; None: this machine's, or ASSUMED_GPU_BYTES if it has no GPU.
     """
     longest = config.data.max_prompt_tokens + config.sampling.max_tokens
     tokens = max(config.optim.microbatch_tokens, longest)
-    parts = learner_memory(
-        config.model,
-        config.lora,
-        config.optim,
-        model_config,
-        num_base,
-        num_trainable,
-        tokens,
-        keep_reference=config.algorithm.kl != "none",
-    )
+    parts = learner_memory(config, model_config, num_base, num_trainable, tokens)
     return parts + _sampler_memory(config, model_config, num_base, gpu_bytes)
 
 
 def learner_memory(
-    model: ModelSection,
-    lora: LoraSection,
-    optim: OptimSection,
+    config: RunConfig | SftConfig,
     model_config: PretrainedConfig,
     num_base: int,
     num_trainable: int,
     num_tokens: int,
-    *,
-    keep_reference: bool = False,
 ) -> list[MemoryItem]:
-    """Weights, gradients, optimizer and activations of microbatches of num_tokens tokens.
+    """Weights, gradients, optimizer and the activations of a microbatch of num_tokens tokens.
 
     Raises:
         UserError: full fine-tuning in bfloat16.
     """
+    model, lora, optim = config.model, config.lora, config.optim
     dtype = pick_dtype(model.dtype, torch.device(plan_device(model.device)))
     dtype_name = str(dtype).removeprefix("torch.")
     check_full_dtype(lora, dtype_name)
     is_full = lora.mode == "full"
-    # An adapter trains in float32; with all weights in training everything has the model's dtype.
+    # An adapter trains in float32, all weights in the model's dtype.
     size, name = (dtype.itemsize, dtype_name) if is_full else (4, "float32")
     parts = [MemoryItem("base weights", num_base * dtype.itemsize, f"learner, {dtype_name}")]
     if not is_full:
         copies = 2 if is_shifted(lora.variant) else 1
-        note = "float32, with its start" if copies == 2 else "float32"
+        note = "float32, with its initial value" if copies == 2 else "float32"
         parts.append(MemoryItem("adapter", copies * num_trainable * 4, note))
-    elif keep_reference:
+    elif isinstance(config, RunConfig) and config.algorithm.kl != "none":
         parts.append(MemoryItem("reference weights", num_base * dtype.itemsize, "for the KL"))
     checkpointed = ", checkpointed" if optim.checkpoint_activations else ""
     activations = activation_bytes(
@@ -169,25 +158,25 @@ def _sampler_memory(
     if device == "cpu":
         limit = int(CPU_MEMORY_SHARE * psutil.virtual_memory().available)
         taken = min(wanted, limit)
-    else:  # vLLM sets aside its whole share of the GPU, whatever the job needs of it
+    else:  # vLLM reserves its whole share of the GPU, whatever the job needs
         total = gpu_bytes or gpu_memory(device)
         limit = taken = max(0, int(sampling.memory_fraction * total) - weight_bytes)
         note = f"rest of vLLM's {sampling.memory_fraction:.0%} of the GPU; {note}"
     if limit < wanted:
         fitting = limit // (per_token * length)
-        note += f" is {bytes_text(wanted)}; this holds {fitting} of full length at once"
+        note += f" would be {bytes_text(wanted)}; {fitting} of full length fit at once"
     return [*parts, MemoryItem("KV cache", taken, note)]
 
 
 def plan_device(name: str) -> str:
-    """The kind, "cuda" or "cpu", of `model.device`, whether or not this machine has one."""
+    """The kind of `model.device`, "cuda" or "cpu", whether or not this machine has one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return "cuda" if name.startswith("cuda") else "cpu"
 
 
 def machine_bytes(device: str) -> int | None:
-    """Memory of this machine's device; None where it has no such device."""
+    """Memory of this machine's device; None if it has no such device."""
     if device == "cuda":
         if not torch.cuda.is_available():
             return None
@@ -196,7 +185,7 @@ def machine_bytes(device: str) -> int | None:
 
 
 def gpu_memory(device: str) -> int:
-    """What a GPU job is planned for: this machine's GPU, or an 80 GB card."""
+    """Memory to plan for: this machine's GPU, or an 80 GB card if it has none."""
     return machine_bytes(device) or ASSUMED_GPU_BYTES
 
 
@@ -210,7 +199,7 @@ def bytes_text(num_bytes: int) -> str:
 
 
 def _adapted_outputs(text: PretrainedConfig, layers: str) -> int:
-    """Outputs a token of a layer's adapted matrices; DoRA keeps them before their magnitudes."""
+    """Outputs per token of a layer's adapted matrices, which DoRA keeps before scaling them."""
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     attention = (text.num_attention_heads + 2 * heads) * _head_dim(text) + text.hidden_size
     mlp = 2 * text.intermediate_size + text.hidden_size
@@ -218,8 +207,8 @@ def _adapted_outputs(text: PretrainedConfig, layers: str) -> int:
 
 
 def _mlp_elements(text: PretrainedConfig, joins_swiglu: bool) -> int:
-    """What a token keeps of a layer's MLP: 4 tensors of its width (2 where gate and up alone are
-    kept), or 4 of each expert it meets."""
+    """Elements of a layer's MLP kept per token: 4 tensors of its width (2 if only gate and up are
+    kept), or 4 for each of the token's experts."""
     num_active = getattr(text, "num_experts_per_tok", None)
     if not num_active:
         is_swiglu = getattr(text, "hidden_act", "") in ("silu", "swish")

@@ -1,7 +1,8 @@
-"""What a page is made of: tiles, figures, tables, sections; the palette; curves and bands.
+"""The parts of a report: tiles, figures, tables, sections; the palette; curves and bands.
 
-Figures are plotly's own dicts. Colours are names of the palette ("c0", or "c0@0.2" with an opacity)
-that the page replaces by those of its theme, so that one figure serves light and dark.
+Figures are plotly's dicts, which the page hands to plotly and `run_figures` draws with matplotlib.
+Colours are names in the palette ("c0", or "c0@0.2" with an opacity), which each theme of the page
+replaces by its own, so one figure serves light and dark.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 # After Okabe and Ito's palette (distinct for the common kinds of colour vision), in shades with a
-# contrast of at least 3 against each theme's background; dashes and words tell them apart, too.
+# contrast of at least 3 against each theme's background; dashes and labels differ as well.
 LIGHT = {
     "c0": "#0072b2", "c1": "#d55e00", "c2": "#009e73", "c3": "#aa4488", "c4": "#a87900",
     "c5": "#332288", "c6": "#5f6b76", "ink": "#1c2126", "muted": "#5b6570", "line": "#d9dee3",
@@ -26,6 +27,7 @@ DARK = {
 }  # fmt: skip
 NUM_COLORS = 7
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+MAX_MARKERS = 30  # points of a line that has markers
 
 Trace = dict[str, Any]
 
@@ -55,7 +57,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of plain texts under their column names; `is_numeric` columns are set to the right."""
+    """Rows of plain text under their column names; `is_numeric` columns are aligned right."""
 
     title: str
     columns: list[str]
@@ -81,40 +83,32 @@ def color(index: int) -> str:
 
 
 def curve(
-    x: Sequence[float],
-    y: Sequence[float],
+    points: tuple[Sequence[float], Sequence[float]],
     name: str,
     color: str,
     *,
     dash: str = "solid",
     form: str = ".3g",
-    axis: str = "y",
-    unit: str = "",
     **more: Any,
 ) -> Trace:
-    """A line, with markers where there are few points: one point alone draws no line."""
+    """A line through (steps, values), with markers if there are few points."""
+    x, y = points
     return {
         "type": "scatter",
-        "mode": "lines+markers" if len(x) <= 30 else "lines",
+        "mode": "lines+markers" if len(x) <= MAX_MARKERS else "lines",
         "x": rounded(x),
         "y": rounded(y),
         "name": name,
-        "yaxis": axis,
+        "yaxis": "y",
         "line": {"color": color, "dash": dash, "width": 2},
         "marker": {"color": color, "size": 5},
-        "hovertemplate": f"%{{y:{form}}}{unit}",
+        "hovertemplate": f"%{{y:{form}}}",
         **more,
     }
 
 
 def band(
-    x: Sequence[float],
-    low: Sequence[float],
-    high: Sequence[float],
-    color: str,
-    *,
-    axis: str = "y",
-    **more: Any,
+    x: Sequence[float], low: Sequence[float], high: Sequence[float], color: str, **more: Any
 ) -> Trace:
     """The area between low and high."""
     return {
@@ -122,7 +116,7 @@ def band(
         "mode": "lines",
         "x": rounded([*x, *reversed(x)]),
         "y": rounded([*high, *reversed(low)]),
-        "yaxis": axis,
+        "yaxis": "y",
         "fill": "toself",
         "fillcolor": f"{color}@0.16",
         "line": {"width": 0, "color": f"{color}@0"},
@@ -139,17 +133,17 @@ def moving(values: Sequence[float], reach: int) -> tuple[list[float], list[float
 
 
 def smooth_reach(num_steps: int) -> int:
-    """Values on either side of a moving mean; 0: too few steps for one."""
+    """Values on either side in a moving mean; 0: too few steps for one."""
     return 0 if num_steps < 10 else max(2, num_steps // 20)
 
 
 def rounded(values: Sequence[float]) -> list[float]:
-    """Six digits, which no eye tells apart, and which make the page half as large."""
+    """Six digits: as good to the eye, and the page is half as large."""
     return [float(f"{value:.6g}") for value in values]
 
 
 def layout(y_title: str, *, y_format: str = "", x_title: str = "training step") -> dict[str, Any]:
-    """One panel over training steps."""
+    """One panel over training steps (or another x)."""
     return {
         "xaxis": {"title": {"text": x_title}},
         "yaxis": {"title": {"text": y_title}, "tickformat": y_format, "rangemode": "tozero"},
@@ -157,7 +151,7 @@ def layout(y_title: str, *, y_format: str = "", x_title: str = "training step") 
 
 
 def two_panels(upper: dict[str, Any], lower: dict[str, Any]) -> dict[str, Any]:
-    """Two panels one over the other with one axis of steps; curves of the lower one are on "y2"."""
+    """Two stacked panels sharing the x axis; curves of the lower panel are on "y2"."""
     return {
         "xaxis": {"title": {"text": "training step"}, "anchor": "y2"},
         "yaxis": {"domain": [0.42, 1.0], **upper},

@@ -1,4 +1,4 @@
-"""The page of a run, or of several overlaid, from their folders alone."""
+"""Builds the page of one run, or of several overlaid, from their folders."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build_page(folders: Sequence[Path]) -> tuple[Page, bytes]:
     while True:
         page = _page(runs, sample, head_chars, tail_chars)
         data = page.to_json()
-        # Text that does not compress: half of it, until the page is small enough.
+        # Text that does not compress well is halved until the page is small enough.
         if packed_size(data) <= MAX_DATA_BYTES or head_chars < 100:
             return page, data
         head_chars, tail_chars = head_chars // 2, tail_chars // 2
@@ -50,11 +50,13 @@ def _page(runs: Sequence[RunRecord], sample: Sample, head_chars: int, tail_chars
     if len(runs) > 1:
         sections.insert(0, Section("runs", "Runs", tables=[run_table(runs)]))
     if table is not None:
-        sections.append(Section("evaluations", "Evaluations on record", tables=[table]))
+        sections.append(Section("evaluations", "Evaluations", tables=[table]))
     sections.append(settings_section(runs))
     labels = [run.label for run in runs]
     notes = [
-        f"{run.label}: {note}" if len(runs) > 1 else note for run in runs for note in run.notes
+        f"{run.label}: {note}" if len(runs) > 1 else note
+        for run in runs
+        for note in [*run.notes, *_evaluation_notes(run)]
     ]
     return Page(
         title=labels[0] if len(runs) == 1 else f"{len(runs)} runs",
@@ -78,7 +80,7 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
 def _transcripts(
     sample: Sample, labels: Sequence[str], head_chars: int, tail_chars: int
 ) -> dict[str, Any] | None:
-    """The browser's data; the note says what the sample was taken from, and how."""
+    """The data of the transcript browser; its note says how the sample was drawn."""
     if not sample.records:
         return None
     formulas = Formulas()
@@ -106,23 +108,27 @@ def _sample_note(sample: Sample, head_chars: int, tail_chars: int) -> str:
         text = f"All {num:,} transcripts of {source}."
     else:
         text = (
-            f"A seeded sample of {num:,} of the {sample.num_read:,} transcripts of {source}: of "
-            "each step and evaluation up to the same number, half correct and half wrong where "
-            "there are enough of both, so that the shares here are not the run's."
+            f"A seeded sample of {num:,} of the {sample.num_read:,} transcripts of {source}: up to "
+            "the same number of each step and evaluation, half correct and half wrong if there are "
+            "enough of both. Shares in this sample are therefore not the run's."
         )
     if sample.num_strata_skipped:
-        text += f" {sample.num_strata_skipped:,} steps and evaluations between those "
-        text += "shown are left out."
+        text += f" {sample.num_strata_skipped:,} steps and evaluations are left out."
     if any(record["completion"].num_cut for record in sample.records):
-        text += f" Of long completions the first {head_chars:,} and last {tail_chars:,} characters."
+        text += f" Long completions keep their first {head_chars:,} and last {tail_chars:,}"
+        text += " characters."
     return text
+
+
+def _evaluation_notes(run: RunRecord) -> list[str]:
+    return list(dict.fromkeys(note for one in run.evaluations for note in one.result.notes))
 
 
 def _damage_notes(sample: Sample) -> list[str]:
     if not sample.num_damaged:
         return []
-    return [f"transcripts: {sample.num_damaged:,} lines are no transcripts and are left out"]
+    return [f"transcripts: {sample.num_damaged:,} unreadable lines are left out"]
 
 
 def _empty_notes(runs: Sequence[RunRecord]) -> list[str]:
-    return [f"{run.label} has no step on record yet" for run in runs if not run.steps]
+    return [f"{run.label} has not finished a step yet" for run in runs if not run.steps]

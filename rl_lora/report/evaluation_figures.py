@@ -6,23 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rl_lora.evaluation.scores import EvaluationScores
 from rl_lora.report.blocks import DASHES, Figure, Trace, band, color, curve, layout, rounded
 from rl_lora.report.records import Evaluation, RunRecord
 
 
 def evaluation_figures(runs: Sequence[RunRecord]) -> list[Figure | None]:
-    """Each series of evaluations over the training steps, and its sources where it has several."""
-    names = dict.fromkeys(
-        evaluation.series
-        for run in runs
-        for evaluation in run.evaluations
-        if evaluation.step is not None
-    )
+    """Each series of evaluations over the training steps, and its sources if it has several."""
     figures: list[Figure | None] = []
-    for name in sorted(names):
-        figures.append(_evaluation_figure(runs, name))
+    for name in sorted({name for run in runs for name in run.series_names}):
+        figures.append(evaluation_figure(runs, name))
         if len(runs) == 1:
-            figures.append(_evaluation_by_source(runs[0], name))
+            figures.append(_by_source(runs[0], name))
         else:
             figures += _source_figures(runs, name)
     return figures
@@ -37,106 +32,97 @@ def evaluation_title(name: str) -> str:
     return name
 
 
-def _evaluation_figure(runs: Sequence[RunRecord], name: str) -> Figure | None:
+def evaluation_figure(runs: Sequence[RunRecord], name: str) -> Figure | None:
+    """A series' accuracy by step; of one run also the format, pass@k, maj@k and the base model."""
     data: list[Trace] = []
     for index, run in enumerate(runs):
         evaluations = run.evaluations_of(name)
-        if not evaluations:
-            continue
-        if len(runs) == 1:
-            data += _evaluation_traces(evaluations, None, "accuracy", "c0")
-            data += _evaluation_extras(evaluations)
+        if len(runs) > 1:
+            data += _traces(evaluations, None, run.label, color(index))
+        elif evaluations:
+            data += _traces(evaluations, None, "accuracy", "c0")
+            data += _extras(evaluations)
             data += _base_line(run, name)
-        else:
-            data += _evaluation_traces(evaluations, None, run.label, color(index))
-    form = layout("share of the answers", y_format=".0%")
-    form["yaxis"]["range"] = [0, _headroom(data)]
-    levels = {
-        evaluation.result.confidence for run in runs for evaluation in run.evaluations_of(name)
-    }
-    note = " and ".join(f"{level:.0%}" for level in sorted(levels))
-    problems = {
-        evaluation.result.total.num_problems
-        for run in runs
-        for evaluation in run.evaluations_of(name)
-    }
-    count = " or ".join(f"{number:,}" for number in sorted(problems))
-    sources = sorted(
-        {
-            s
-            for run in runs
-            for evaluation in run.evaluations_of(name)
-            for s in evaluation.result.by_source
-        }
-    )
+    if not data:
+        return None
+    results = [one.result for run in runs for one in run.evaluations_of(name)]
+    counts = sorted({result.total.num_problems for result in results})
+    sources = sorted({source for result in results for source in result.by_source})
     of = f" of {', '.join(sources)}" if 0 < len(sources) <= 6 else ""
-    text = f"{count} problems{of}; bands: {note} intervals."
-    return Figure(f"evaluation_{name or 'held_out'}", evaluation_title(name), data, form, text)
-
-
-def _evaluation_by_source(run: RunRecord, name: str) -> Figure | None:
-    evaluations = run.evaluations_of(name)
-    sources = sorted(
-        {source for evaluation in evaluations for source in evaluation.result.by_source}
+    levels = sorted({result.confidence for result in results})
+    note = (
+        f"{' or '.join(f'{count:,}' for count in counts)} problems{of}; "
+        f"bands: {' and '.join(f'{level:.0%}' for level in levels)} intervals."
     )
+    return _figure(_id(name), evaluation_title(name), data, note, "share of completions")
+
+
+def _by_source(run: RunRecord, name: str) -> Figure | None:
+    evaluations = run.evaluations_of(name)
+    sources = _sources(evaluations)
     if not 2 <= len(sources) <= 20:
         return None
     data = []
     for index, source in enumerate(sources):
-        data += _evaluation_traces(
-            evaluations, source, source, color(index), DASHES[index % len(DASHES)]
-        )
-    form = layout("accuracy", y_format=".0%")
-    form["yaxis"]["range"] = [0, _headroom(data)]
+        data += _traces(evaluations, source, source, color(index), DASHES[index % len(DASHES)])
     title = f"{evaluation_title(name)} by source"
-    note = f"Bands: {evaluations[-1].result.confidence:.0%} intervals."
-    return Figure(f"evaluation_{name or 'held_out'}_by_source", title, data, form, note)
+    return _figure(f"{_id(name)}_by_source", title, data, _bands_note(evaluations))
 
 
 def _source_figures(runs: Sequence[RunRecord], name: str) -> list[Figure]:
-    """Each source of an evaluation, with several runs overlaid."""
-    evaluations = [evaluation for run in runs for evaluation in run.evaluations_of(name)]
-    sources = sorted(
-        {source for evaluation in evaluations for source in evaluation.result.by_source}
-    )
+    """Each source of an evaluation, several runs overlaid."""
+    evaluations = [one for run in runs for one in run.evaluations_of(name)]
+    sources = _sources(evaluations)
     if not 2 <= len(sources) <= 6:  # one is the whole evaluation; the table has them all
         return []
     figures = []
     for place, source in enumerate(sources):
         data = []
         for index, run in enumerate(runs):
-            data += _evaluation_traces(run.evaluations_of(name), source, run.label, color(index))
-        form = layout("accuracy", y_format=".0%")
-        form["yaxis"]["range"] = [0, _headroom(data)]
-        figure_id = f"evaluation_{name or 'held_out'}_source_{place}"
-        note = f"Bands: {evaluations[-1].result.confidence:.0%} intervals."
-        figures.append(Figure(figure_id, f"{evaluation_title(name)}: {source}", data, form, note))
+            data += _traces(run.evaluations_of(name), source, run.label, color(index))
+        title = f"{evaluation_title(name)}: {source}"
+        figure_id = f"{_id(name)}_source_{place}"
+        figures.append(_figure(figure_id, title, data, _bands_note(evaluations)))
     return figures
 
 
-def _evaluation_traces(
+def _id(name: str) -> str:
+    return f"evaluation_{name or 'held_out'}"
+
+
+def _sources(evaluations: Sequence[Evaluation]) -> list[str]:
+    return sorted({source for one in evaluations for source in one.result.by_source})
+
+
+def _bands_note(evaluations: Sequence[Evaluation]) -> str:
+    return f"Bands: {evaluations[-1].result.confidence:.0%} intervals."
+
+
+def _figure(
+    figure_id: str, title: str, data: list[Trace], note: str, y_title: str = "accuracy"
+) -> Figure:
+    form = layout(y_title, y_format=".0%")
+    highest = max((max(trace["y"]) for trace in data if trace["y"]), default=0.0)
+    form["yaxis"]["range"] = [0, min(1.03, max(0.1, 1.08 * highest))]
+    return Figure(figure_id, title, data, form, note)
+
+
+def _traces(
     evaluations: Sequence[Evaluation],
     source: str | None,
     name: str,
     shade: str,
     dash: str = "solid",
 ) -> list[Trace]:
-    """Accuracy with its interval as band and bars, over training steps."""
-    points = [
-        (
-            evaluation.step,
-            evaluation.result.total if source is None else evaluation.result.by_source.get(source),
-        )
-        for evaluation in evaluations
-    ]
-    whole = [(step, scores) for step, scores in points if step is not None and scores is not None]
-    if not whole:
+    """Accuracy with its interval as band and bars, over training steps; source None: all."""
+    points = scores_by_step(evaluations, source)
+    if not points:
         return []
-    steps = [float(step) for step, _ in whole]
-    mid = [scores.accuracy for _, scores in whole]
-    low = [scores.accuracy_low for _, scores in whole]
-    high = [scores.accuracy_high for _, scores in whole]
-    line = curve(steps, mid, name, shade, dash=dash, legendgroup=name)
+    steps = [step for step, _ in points]
+    mid = [scores.accuracy for _, scores in points]
+    low = [scores.accuracy_low for _, scores in points]
+    high = [scores.accuracy_high for _, scores in points]
+    line = curve((steps, mid), name, shade, dash=dash, legendgroup=name)
     line["customdata"] = [[f"{lo:.1%}", f"{hi:.1%}"] for lo, hi in zip(low, high, strict=True)]
     line["hovertemplate"] = "%{y:.1%} (%{customdata[0]} to %{customdata[1]})"
     if len(steps) <= 30:
@@ -153,27 +139,37 @@ def _evaluation_traces(
     return [band(steps, low, high, shade, legendgroup=name), line]
 
 
-def _evaluation_extras(evaluations: Sequence[Evaluation]) -> list[Trace]:
-    """Format, and with several samples a problem pass@k and maj@k."""
-    steps = [float(evaluation.step) for evaluation in evaluations if evaluation.step is not None]
-    totals = [evaluation.result.total for evaluation in evaluations if evaluation.step is not None]
-    k = totals[-1].num_samples
-    data = [
-        curve(
-            steps,
-            [scores.format_rate for scores in totals],
-            "in the asked format",
-            "c2",
-            dash="dot",
-            form=".1%",
-        )
+def scores_by_step(
+    evaluations: Sequence[Evaluation], source: str | None
+) -> list[tuple[float, EvaluationScores]]:
+    """(step, scores) of the evaluations that have the source; None: all problems."""
+    points = []
+    for one in evaluations:
+        scores = one.result.total if source is None else one.result.by_source.get(source)
+        if one.step is not None and scores is not None:
+            points.append((float(one.step), scores))
+    return points
+
+
+def _extras(evaluations: Sequence[Evaluation]) -> list[Trace]:
+    """The format, and with several samples per problem pass@k and maj@k."""
+    points = scores_by_step(evaluations, None)
+    k = points[-1][1].num_samples
+    shown = [
+        ("in the requested format", "format_rate", "c2", "dot"),
+        ("accuracy within the format", "accuracy_formatted", "c1", "dash"),
     ]
     if k > 1:
-        for name, values, shade, dash in (
-            (f"pass@{k}", [scores.pass_at_k for scores in totals], "c3", "dash"),
-            (f"maj@{k}", [scores.majority_accuracy for scores in totals], "c4", "dashdot"),
-        ):
-            data.append(curve(steps, values, name, shade, dash=dash, form=".1%"))
+        shown += [
+            (f"pass@{k}", "pass_at_k", "c3", "dash"),
+            (f"maj@{k}", "majority_accuracy", "c4", "dashdot"),
+        ]
+    data = []
+    for name, key, shade, dash in shown:
+        pairs = [(step, value) for step, s in points if (value := getattr(s, key)) is not None]
+        if pairs:
+            steps, values = [step for step, _ in pairs], [value for _, value in pairs]
+            data.append(curve((steps, values), name, shade, dash=dash, form=".1%"))
     return data
 
 
@@ -181,15 +177,8 @@ def _base_line(run: RunRecord, name: str) -> list[Trace]:
     base = run.evaluation_named("base" if not name else f"base_{name}")
     if base is None:
         return []
-    last = max([run.last_step, *(evaluation.step or 0 for evaluation in run.evaluations)])
-    accuracy = base.result.accuracy
-    line = curve(
-        [0, max(1, last)], [accuracy, accuracy], "base model", "muted", dash="longdash", form=".1%"
-    )
+    last = max([1, run.last_step, *(one.step or 0 for one in run.evaluations)])
+    ends = ([0, last], [base.result.accuracy] * 2)
+    line = curve(ends, "base model", "muted", dash="longdash", form=".1%")
     line["mode"] = "lines"
     return [line]
-
-
-def _headroom(data: Sequence[Trace]) -> float:
-    highest = max((max(trace["y"]) for trace in data if trace["y"]), default=0.0)
-    return min(1.03, max(0.1, 1.08 * highest))

@@ -1,8 +1,9 @@
-"""The figures of one run, or of several overlaid."""
+"""The figures of one run, or of several runs overlaid."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from rl_lora.report.blocks import (
     DASHES,
@@ -26,49 +27,44 @@ _PHASE_COLORS = dict(zip(_PHASES, ("c0", "c1", "c2", "c3", "c4", "c5"), strict=T
 
 def make_sections(runs: Sequence[RunRecord]) -> list[Section]:
     """All figures that the records have numbers for, in four sections."""
-    parts: list[tuple[str, str, list[Callable[[Sequence[RunRecord]], Sequence[Figure | None]]]]] = [
-        ("learning", "Does it learn?", [_reward, evaluation_figures, _reward_details]),
-        ("answers", "How does it answer?", [_length, _groups, _statuses]),
-        ("health", "Is the training healthy?", [_mismatch, _optimizer]),
-        ("cost", "What does it cost?", [_time, _memory]),
+    parts: list[tuple[str, str, list[Callable[[Sequence[RunRecord]], Figure | None]]]] = [
+        ("learning", "Does it learn?", [reward_figure]),
+        ("answers", "How does it answer?", [length_figure, _groups, _statuses]),
+        ("health", "Is the training healthy?", [_kl, _ratio, _optimizer]),
+        ("cost", "What does it cost?", [_phases, _speed, _memory]),
     ]
     sections = []
     for section_id, title, makers in parts:
-        figures = [figure for make in makers for figure in make(runs) if figure is not None]
-        if figures:
+        made = [make(runs) for make in makers]
+        if section_id == "learning":
+            made += [*evaluation_figures(runs), _reward_by_source(runs), _warm_start(runs)]
+        if figures := [figure for figure in made if figure is not None]:
             sections.append(Section(section_id, title, figures))
     return sections
 
 
-def _reward(runs: Sequence[RunRecord]) -> list[Figure | None]:
+def reward_figure(runs: Sequence[RunRecord]) -> Figure | None:
+    """Mean reward of each step's rollouts, with the shares correct and in the requested format."""
     curves = [
         Series("reward/mean", "mean reward", "c0", has_band=True),
         Series("reward/correct_mean", "share correct", "c1", "dash", form=".1%"),
-        Series("reward/format_mean", "share in the asked format", "c2", "dot", form=".1%"),
+        Series("reward/format_mean", "share in the requested format", "c2", "dot", form=".1%"),
     ]
     form = layout("mean over the step's samples")
-    return [metric_figure("reward", "Reward in training", runs, curves, form)]
+    return metric_figure("reward", "Reward during training", runs, curves, form)
 
 
-def _reward_details(runs: Sequence[RunRecord]) -> list[Figure | None]:
-    warm = [Series("sft/loss", "log-loss", "c1", form=".3f", unit=" nats")]
-    return [
-        _reward_by_source(runs),
-        metric_figure(
-            "warm_start",
-            "Warm start, before reinforcement learning",
-            runs,
-            warm,
-            layout("log-loss (nats a token)", x_title="supervised step"),
-            records_of=lambda run: run.warm_start,
-        ),
-    ]
+def _warm_start(runs: Sequence[RunRecord]) -> Figure | None:
+    curves = [Series("sft/loss", "log-loss", "c1", form=".3f", unit=" nats")]
+    form = layout("log-loss (nats per token)", x_title="supervised step")
+    warm = [replace(run, steps=run.warm_start) for run in runs]
+    return metric_figure("warm_start", "Warm start before RL", warm, curves, form)
 
 
 def _reward_by_source(runs: Sequence[RunRecord]) -> Figure | None:
     prefix = "reward/mean/"
     keys = sorted({key for run in runs for r in run.steps for key in r if key.startswith(prefix)})
-    if len(runs) > 1 or not 2 <= len(keys) <= 20:  # with several runs they would hide each other
+    if len(runs) > 1 or not 2 <= len(keys) <= 20:  # several runs would hide each other
         return None
     curves = [
         Series(key, key.removeprefix(prefix), color(i), DASHES[i % len(DASHES)], has_band=i < 4)
@@ -78,7 +74,8 @@ def _reward_by_source(runs: Sequence[RunRecord]) -> Figure | None:
     return metric_figure("reward_by_source", "Reward by source", runs, curves, form)
 
 
-def _length(runs: Sequence[RunRecord]) -> list[Figure | None]:
+def length_figure(runs: Sequence[RunRecord]) -> Figure | None:
+    """Mean completion length, split by correct and wrong, and the truncation rate below."""
     curves = [
         Series("cot/tokens_mean", "all", "c6", form=".0f", unit=" tokens"),
         Series("cot/tokens_correct_mean", "correct", "c0", "dash", form=".0f", unit=" tokens"),
@@ -93,36 +90,36 @@ def _length(runs: Sequence[RunRecord]) -> list[Figure | None]:
     caps = {cap for run in runs if (cap := run.setting("sampling", "max_tokens"))}
     if figure is not None and len(caps) == 1:
         cap = caps.pop()
-        note = f"Answers are cut off (truncated) at {cap:,} tokens. {figure.note}"
-        figure = Figure(figure.id, figure.title, figure.data, figure.layout, note)
-    return [figure]
+        note = f"Completions are truncated at {cap:,} tokens. {figure.note}"
+        figure = replace(figure, note=note)
+    return figure
 
 
-def _groups(runs: Sequence[RunRecord]) -> list[Figure | None]:
+def _groups(runs: Sequence[RunRecord]) -> Figure | None:
     names = {"solved_all": "all solved", "mixed": "mixed", "solved_none": "none solved"}
-    title, y_title = "Groups of samples of one problem", "share of the step's groups"
-    note = "A tied group (all rewards equal) teaches nothing."
+    title, y_title = "Groups by outcome", "share of the step's groups"
+    note = "A group is the samples of one problem; a tied one (all rewards equal) has no gradient."
     if len(runs) > 1:
         dashes = zip(("mixed", "solved_all", "solved_none"), DASHES, strict=False)
         curves = [Series(f"groups/{k}_rate", names[k], "c0", d, form=".0%") for k, d in dashes]
-        return [metric_figure("groups", title, runs, curves, layout(y_title, y_format=".0%"))]
+        return metric_figure("groups", title, runs, curves, layout(y_title, y_format=".0%"))
     records, _ = thinned(runs[0].steps)
     shades = {"solved_all": "c0", "mixed": "c2", "solved_none": "c1"}
     shares = {names[key]: (f"groups/{key}_rate", shades[key]) for key in names}
     data = stacked(records, shares, ".0%")
     steps, tied = series(records, "groups/tied_rate")
     if not data or not steps:
-        return []
-    data.append(curve(steps, tied, "tied: no gradient", "ink", dash="dot", form=".0%"))
+        return None
+    data.append(curve((steps, tied), "tied: no gradient", "ink", dash="dot", form=".0%"))
     form = layout(y_title, y_format=".0%") | {"barmode": "stack"}
     form["yaxis"]["range"] = [0, 1.02]
-    return [Figure("groups", title, data, form, note)]
+    return Figure("groups", title, data, form, note)
 
 
-def _statuses(runs: Sequence[RunRecord]) -> list[Figure | None]:
-    """What the verifier said of a step's answers; for one run."""
+def _statuses(runs: Sequence[RunRecord]) -> Figure | None:
+    """The verifier's statuses other than ok; for one run."""
     if len(runs) > 1:
-        return []
+        return None
     records, _ = thinned(runs[0].steps)
     keys = sorted({key for r in records for key in r if key.startswith("score/")})
     keys = [key for key in keys if key != "score/ok"]
@@ -136,32 +133,28 @@ def _statuses(runs: Sequence[RunRecord]) -> list[Figure | None]:
     ]
     data = stacked(scaled, shares, ".1%")
     if not data:
-        return []
-    form = layout("share of the step's answers", y_format=".1~%") | {"barmode": "stack"}
-    note = "Answers that the verifier could not take as they stand; all others are 'ok'."
-    return [Figure("statuses", "The verifier's difficulties", data, form, note)]
+        return None
+    form = layout("share of the step's completions", y_format=".1~%") | {"barmode": "stack"}
+    note = "Completions that the verifier could not grade normally; all others are 'ok'."
+    return Figure("statuses", "Verifier statuses other than ok", data, form, note)
 
 
-def _mismatch(runs: Sequence[RunRecord]) -> list[Figure | None]:
-    kl = [
+def _kl(runs: Sequence[RunRecord]) -> Figure | None:
+    curves = [
         Series("mismatch/kl", "sampler to policy", "c0", form=".2e", unit=" nats"),
         Series("loss/kl", "policy to base", "c1", "dash", form=".2e", unit=" nats"),
         Series("reward/kl", "sampler to base", "c2", "dash", form=".2e", unit=" nats"),
     ]
-    values = [v for run in runs for item in kl for v in series(run.steps, item.key)[1]]
-    form = layout("KL (nats a token)")
+    values = [v for run in runs for item in curves for v in series(run.steps, item.key)[1]]
+    form = layout("KL (nats per token)")
     form["yaxis"] |= {"exponentformat": "power", "tickformat": ""}
     if values and 0 < 10 * min(values) < max(values):
         form["yaxis"] |= {"type": "log", "rangemode": "normal", "dtick": 1}
-    figures = [
-        metric_figure("kl", "Divergence of sampler and policy", runs, kl, form),
-        _ratio(runs),
-    ]
-    return figures
+    return metric_figure("kl", "KL divergences", runs, curves, form)
 
 
 def _ratio(runs: Sequence[RunRecord]) -> Figure | None:
-    """Quantiles of the importance ratio, less 1."""
+    """Quantiles of the importance ratio minus 1."""
     data: list[Trace] = []
     for index, run in enumerate(runs):
         records, _ = thinned(run.steps)
@@ -175,41 +168,42 @@ def _ratio(runs: Sequence[RunRecord]) -> Figure | None:
         name = "median" if len(runs) == 1 else run.label
         group = {"legendgroup": run.label}
         data.append(band(steps, low, high, shade, **group))
-        data.append(curve(steps, mid, name, shade, form="+.2e", **group))
+        data.append(curve((steps, mid), name, shade, form="+.2e", **group))
         if len(runs) == 1:
-            data.append(curve(steps, mean, "mean", "c1", dash="dash", form="+.2e"))
+            data.append(curve((steps, mean), "mean", "c1", dash="dash", form="+.2e"))
     if not data:
         return None
     form = layout("ratio − 1")
     form["yaxis"] |= {"exponentformat": "power", "rangemode": "normal", "zeroline": True}
-    note = "Policy over sampler, a token; 0 is no difference. Band: 1 % to 99 % of the tokens."
+    note = "Policy over sampler, per token; 0: no difference. Band: 1st to 99th percentile."
     return Figure("ratio", "Importance ratio", data, form, note)
 
 
-def _optimizer(runs: Sequence[RunRecord]) -> list[Figure | None]:
+def _optimizer(runs: Sequence[RunRecord]) -> Figure | None:
     curves = [
         Series("entropy/mean", "entropy", "c0", unit=" nats"),
         Series("grad/norm", "gradient norm (below)", "c1", axis="y2"),
     ]
     upper = {"title": {"text": "entropy (nats)"}, "rangemode": "tozero"}
-    lower = {"title": {"text": "grad norm"}, "rangemode": "tozero"}
+    lower = {"title": {"text": "gradient norm"}, "rangemode": "tozero"}
     form = two_panels(upper, lower)
-    return [metric_figure("entropy", "Entropy and gradient", runs, curves, form)]
+    return metric_figure("entropy", "Entropy and gradient norm", runs, curves, form)
 
 
-def _time(runs: Sequence[RunRecord]) -> list[Figure | None]:
-    speed = [
+def _speed(runs: Sequence[RunRecord]) -> Figure | None:
+    curves = [
         Series("speed/sample_tokens_per_s", "sampling", "c0", form=".0f", unit=" tokens/s"),
         Series("speed/learn_tokens_per_s", "learning", "c1", "dash", form=".0f", unit=" tokens/s"),
     ]
-    return [
-        _phases_by_run(runs) if len(runs) > 1 else _phases_by_step(runs[0]),
-        metric_figure("speed", "Speed", runs, speed, layout("tokens a second")),
-    ]
+    return metric_figure("speed", "Throughput", runs, curves, layout("tokens per second"))
+
+
+def _phases(runs: Sequence[RunRecord]) -> Figure | None:
+    return _phases_by_run(runs) if len(runs) > 1 else _phases_by_step(runs[0])
 
 
 def _phase_records(run: RunRecord) -> list[dict[str, float]]:
-    """Each step's seconds by phase, with what lies between the phases as `other`."""
+    """Each step's seconds by phase; `other` is the time between phases."""
     found = []
     for record in run.steps:
         seconds = {
@@ -260,12 +254,15 @@ def _phases_by_run(runs: Sequence[RunRecord]) -> Figure | None:
         }
         for name in names
     ]
-    form = layout("", x_title="mean seconds a step") | {"barmode": "stack", "hovermode": "closest"}
+    form = layout("", x_title="mean seconds per step") | {
+        "barmode": "stack",
+        "hovermode": "closest",
+    }
     form["yaxis"] = {"automargin": True, "autorange": "reversed"}
     return Figure("time", "Seconds by phase", data, form)
 
 
-def _memory(runs: Sequence[RunRecord]) -> list[Figure | None]:
+def _memory(runs: Sequence[RunRecord]) -> Figure | None:
     keys = sorted(
         {key for run in runs for r in run.steps[-1:] for key in r if key[:7] == "memory/"}
     )
@@ -282,5 +279,5 @@ def _memory(runs: Sequence[RunRecord]) -> list[Figure | None]:
         )
         for index, key in enumerate(keys)
     ]
-    note = "Peak resident memory since the start."
-    return [metric_figure("memory", "Memory", runs, curves, layout("peak so far (GB)"), note)]
+    note = "Peak since the start."
+    return metric_figure("memory", "Memory", runs, curves, layout("peak so far (GB)"), note)

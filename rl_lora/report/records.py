@@ -1,7 +1,6 @@
-"""A run's folder, read for the report: settings, steps, evaluations. Nothing else is read.
+"""Reads a run's folder: settings, steps, evaluations; the one reader of reports, figures, status.
 
-Runs that stand at step 0, were killed in mid-line, or go on while they are read are all welcome;
-what could not be used is said in `notes`, and never passed over in silence.
+A run at step 0, one killed in the middle of a line, and one still being written all read well.
 """
 
 from __future__ import annotations
@@ -15,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from rl_lora.errors import UserError
-from rl_lora.evaluation.evaluate import EvalResult, load_result
+from rl_lora.evaluation.scores import EvalResult, load_result
 from rl_lora.runs.log import METRICS_FILE
 from rl_lora.storage import jsonl
 
+RECORD_FILE = "run.json"
+WARM_START_FILE = "warm_start.jsonl"
 MAX_POINTS = 1000  # of a curve: more steps than that are averaged in groups of neighbours
 
-_EXAM_NAME = re.compile(r"(?:(?P<before>.+?)[._-])?step_(?P<step>\d+)(?:[._-](?P<after>.+))?")
+_EVALUATION_NAME = re.compile(r"(?:(?P<before>.+?)[._-])?step_(?P<step>\d+)(?:[._-](?P<after>.+))?")
+_RENAMED_METRIC = "rollouts/age_max"  # of runs before "age" became "staleness"
+_RENAMED_FIGURE = "figures/exams.png"
 
 Record = Mapping[str, Any]
 
@@ -34,31 +37,31 @@ class Evaluation:
     """
 
     name: str  # of its files
-    series: str  # what its name has besides the step: "" for the held-out evaluation, e.g. "aime24"
-    step: int | None  # training steps done; None: outside the training (base, `rl-lora eval`)
+    series: str  # the name without its step: "" for the held-out evaluation, or e.g. "aime24"
+    step: int | None  # training steps done; None: not a step of the run (base, `rl-lora eval`)
     result: EvalResult
 
 
 @dataclass(slots=True)
 class RunRecord:
-    """What a report knows of a run.
+    """A run as its folder records it.
 
     Example: RunRecord(label="quickstart", folder=Path("runs/quickstart"), config={"run": {...}},
-    facts={"dtype": "torch.float32", ...}, steps=[{"step": 1, "reward/mean": 0.2}],
+    facts={"dtype": "torch.float32", ...}, steps=[{"step": 1, "reward/mean": 0.2}], warm_start=[],
     evaluations=[...])
     """
 
-    label: str  # unique among the runs of one report
+    label: str  # unique among the runs of a report
     folder: Path
-    config: dict[str, Any]  # sections of settings, empty where run.json is not there
-    facts: dict[str, Any]  # the rest of run.json: versions, fingerprint, parameters
+    config: dict[str, Any]  # sections of settings; empty without run.json
+    facts: dict[str, Any]  # the rest of run.json: versions, fingerprints, parameters, process
     steps: list[Record]  # lines of metrics.jsonl, by step
     warm_start: list[Record]
-    evaluations: list[Evaluation]  # by series and step
-    notes: list[str] = field(default_factory=list)
+    evaluations: list[Evaluation]  # the base's, those of training by series and step, others
+    notes: list[str] = field(default_factory=list)  # what could not be read, what was renamed
 
     def setting(self, section: str, key: str) -> Any:
-        """A value of the config, None where it has none."""
+        """A value of the config, None if it has none."""
         values = self.config.get(section)
         return values.get(key) if isinstance(values, dict) else None
 
@@ -68,25 +71,24 @@ class RunRecord:
         return self.steps[-1]["step"] if self.steps else 0
 
     def evaluations_of(self, series: str) -> list[Evaluation]:
-        """The evaluations of a series that were held during the training, by step."""
-        return [
-            evaluation
-            for evaluation in self.evaluations
-            if evaluation.series == series and evaluation.step is not None
-        ]
+        """The evaluations of a series made during training, by step."""
+        return [one for one in self.evaluations if one.series == series and one.step is not None]
+
+    @property
+    def series_names(self) -> list[str]:
+        """The series evaluated during training, the held-out evaluation's "" first."""
+        return sorted({one.series for one in self.evaluations if one.step is not None})
 
     def evaluation_named(self, name: str) -> Evaluation | None:
         """The evaluation whose files have the name."""
-        return next(
-            (evaluation for evaluation in self.evaluations if evaluation.name == name), None
-        )
+        return next((one for one in self.evaluations if one.name == name), None)
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """The runs, labelled by their folders' names, or by the paths where two names are the same.
+    """The runs, labelled by their folders' names, or by their paths where names are ambiguous.
 
     Raises:
-        UserError: a folder is no run, is given twice, or has a damaged metrics.jsonl.
+        UserError: a folder is not a run's, is given twice, or has a damaged metrics.jsonl.
     """
     resolved = [folder.resolve() for folder in folders]
     for index, folder in enumerate(resolved):
@@ -94,45 +96,60 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
             raise UserError(f"{folders[index]} is given twice; name each run once")
     names = [folder.name for folder in resolved]
     return [
-        read_run(folder, path.name if names.count(path.name) == 1 else str(folder))
+        read_run(folder, path.name if names.count(path.name) == 1 else str(folder), is_strict=False)
         for folder, path in zip(folders, resolved, strict=True)
     ]
 
 
-def read_run(folder: Path, label: str | None = None) -> RunRecord:
+def read_run(folder: Path, label: str | None = None, *, is_strict: bool = True) -> RunRecord:
     """One run.
 
+    Args:
+        folder: the run's.
+        label: its name; None: the folder's.
+        is_strict: raise for a damaged run.json or evaluation; otherwise leave it out with a note.
+
     Raises:
-        UserError: the folder is no run, or its metrics.jsonl is damaged.
+        UserError: the folder is not a run's, or has a damaged record. A half-written last line is
+            not damage: it is left out.
     """
-    record_path, metrics_path = folder / "run.json", folder / METRICS_FILE
+    record_path, metrics_path = folder / RECORD_FILE, folder / METRICS_FILE
     if not folder.is_dir():
-        raise UserError(f"{folder} is no run folder: it does not exist or is a file")
+        raise UserError(f"{folder} is not a run folder: it does not exist or is a file")
     if not record_path.is_file() and not metrics_path.is_file():
-        raise UserError(f"{folder} is no run folder: it has neither run.json nor {METRICS_FILE}")
-    notes: list[str] = []
-    facts = _read_facts(record_path, notes)
+        raise UserError(
+            f"{folder} is not a run folder: it has neither {RECORD_FILE} nor {METRICS_FILE}"
+        )
+    problems: list[UserError] = []
+    facts = _read_facts(record_path, problems)
+    evaluations = _read_evaluations(folder / "eval", problems)
+    if is_strict and problems:
+        raise problems[0]
+    notes = [f"left out: {problem}" for problem in problems]
+    if not record_path.is_file():
+        notes.append(f"there is no {RECORD_FILE}: the settings are unknown")
+    steps = _read_steps(metrics_path)
     config = facts.pop("config", {})
     return RunRecord(
         label=label or folder.resolve().name,
         folder=folder,
         config=config if isinstance(config, dict) else {},
         facts=facts,
-        steps=_read_steps(metrics_path),
-        warm_start=_read_steps(folder / "warm_start.jsonl"),
-        evaluations=_read_evaluations(folder / "eval", notes),
-        notes=notes,
+        steps=steps,
+        warm_start=_read_steps(folder / WARM_START_FILE),
+        evaluations=evaluations,
+        notes=[*notes, *_renamed(folder, steps)],
     )
 
 
 def number(value: Any) -> float | None:
-    """The value where it is a finite number, else None."""
+    """The value if it is a finite number, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and math.isfinite(value) else None
 
 
 def series(records: Sequence[Record], key: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of the records that have a finite number under the key."""
+    """(steps, values) of the records with a finite number under the key."""
     points = [(r["step"], value) for r in records if (value := number(r.get(key))) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
@@ -156,16 +173,16 @@ def _mean(records: Sequence[Record]) -> Record:
     return means
 
 
-def _read_facts(path: Path, notes: list[str]) -> dict[str, Any]:
+def _read_facts(path: Path, problems: list[UserError]) -> dict[str, Any]:
     if not path.is_file():
-        notes.append("run.json is not there: the settings are not known")
         return {}
     try:
-        facts = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except ValueError:
-        facts = None
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problems.append(UserError(f"{path} is damaged ({error})"))
+        return {}
     if not isinstance(facts, dict):
-        notes.append("run.json is not readable: the settings are not known")
+        problems.append(UserError(f"{path} is damaged: it is not a JSON object"))
         return {}
     return facts
 
@@ -173,33 +190,41 @@ def _read_facts(path: Path, notes: list[str]) -> dict[str, Any]:
 def _read_steps(path: Path) -> list[Record]:
     if not path.is_file():
         return []
-    # A later line of the same step is the one that counts, as on resuming.
+    # If a step occurs twice, as it may after a resume, the later line counts.
     steps = {r["step"]: r for r in jsonl.read_lines(path) if isinstance(r.get("step"), int)}
     return [steps[step] for step in sorted(steps)]
 
 
-def _read_evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
+def _read_evaluations(folder: Path, problems: list[UserError]) -> list[Evaluation]:
     evaluations = []
     for path in sorted(folder.glob("*.json")):
         try:
             result = load_result(path)
         except UserError as error:
-            notes.append(f"evaluation left out: {error}")
+            problems.append(error)
             continue
-        match = _EXAM_NAME.fullmatch(path.stem)
+        match = _EVALUATION_NAME.fullmatch(path.stem)
         parts = [part for part in (match["before"], match["after"]) if part] if match else []
-        # The base is held against the held-out evaluation; other evaluations by hand stand in the
-        # table alone.
         step = int(match["step"]) if match else result.step
         evaluations.append(
             Evaluation(path.stem, " ".join(parts) if match else path.stem, step, result)
         )
-    notes += dict.fromkeys(text for e in evaluations for text in getattr(e.result, "notes", ()))
-    # The base, the evaluations of the training by series, and those held by hand.
     return sorted(
         evaluations,
-        key=lambda evaluation: (
-            not evaluation.name.startswith("base"), evaluation.step is None, evaluation.series,
-            evaluation.step or 0
+        key=lambda one: (
+            not one.name.startswith("base"), one.step is None, one.series, one.step or 0
         ),
     )  # fmt: skip
+
+
+def _renamed(folder: Path, steps: Sequence[Record]) -> list[str]:
+    """One line on the names of an earlier version that the folder has; nothing for a current one.
+
+    The evaluations' own files say it when they are read (`evaluation.files.read_evaluation`).
+    """
+    renamed = []
+    if any(_RENAMED_METRIC in record for record in steps):
+        renamed.append("rollouts/age_* of metrics.jsonl is rollouts/staleness_* now")
+    if (folder / _RENAMED_FIGURE).is_file():
+        renamed.append(f"{_RENAMED_FIGURE} is figures/evaluations.png now")
+    return [f"written by an earlier version: {'; '.join(renamed)}"] if renamed else []

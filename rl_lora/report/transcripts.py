@@ -1,10 +1,9 @@
-"""A bounded, seeded sample of a run's transcripts, read as a stream: rollouts and evaluation
-answers.
+"""A bounded, seeded sample of a run's transcripts, of rollouts and of evaluations.
 
-Each step's rollouts, and each evaluation, are a stratum. A stratum gives up to its quota, half
-correct and half wrong where there are enough of both, so that rare answers are seen; the shares of
-the sample are therefore not the run's. Files of any size are read line by line, and long texts keep
-their head and tail.
+The rollouts of each step form a stratum, and so does each evaluation. A stratum gives up to its
+quota, half correct and half wrong if there are enough of both, so that rare outcomes are seen; the
+shares of the sample are therefore not the run's. Files of any size are streamed line by line, and
+long texts keep their head and tail.
 """
 
 from __future__ import annotations
@@ -22,15 +21,14 @@ from typing import IO, Any, cast
 from rl_lora.report.records import RunRecord, number
 from rl_lora.runs.log import TRANSCRIPTS_FILE
 
-MAX_TRANSCRIPTS = 1200  # of one report
-MAX_STRATUM = 60  # of one step or evaluation
+MAX_TRANSCRIPTS = 1200  # in one report
+MAX_STRATUM = 60  # from one step or evaluation
 HEAD_CHARS, TAIL_CHARS = 2400, 1600  # kept of a completion
 QUESTION_CHARS = 2000
 FIELD_CHARS = 200  # of an answer, a reference, a name
-MAX_LINE_BYTES = 64 * 10**6  # a line over that is left out
+MAX_LINE_BYTES = 64 * 10**6  # a longer line is left out
 
 Record = dict[str, Any]
-Stratum = tuple[int, str, float]  # (run, origin, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +43,10 @@ class CutText:
     tail: str = ""
 
     def cut(self, head_chars: int, tail_chars: int) -> CutText:
-        """The text with at most that many characters at its two ends."""
+        """The text cut to at most that many characters at its ends."""
         if self.num_cut == 0 and len(self.head) <= head_chars + tail_chars:
             return self
-        # An uncut text is all head, and its end is then where the tail is taken from.
+        # An uncut text is all head, so the tail comes from the head's end.
         end = self.tail if self.num_cut else self.head
         head, tail = self.head[:head_chars], end[max(0, len(end) - tail_chars) :]
         total = len(self.head) + self.num_cut + len(self.tail)
@@ -57,61 +55,62 @@ class CutText:
 
 @dataclass(slots=True)
 class Sample:
-    """What the browser of transcripts shows, and what it was taken from."""
+    """The transcripts shown, and where they come from."""
 
     records: list[Record]  # by run, origin, step
     num_read: int = 0
-    num_damaged: int = 0  # lines that are no transcript
+    num_damaged: int = 0  # lines that are not transcripts
     files: list[str] = field(default_factory=list)
-    num_strata_skipped: int = 0  # steps and evaluations that gave nothing, there being too many
+    num_strata_skipped: int = 0  # steps and evaluations left out because there are too many
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A file of transcripts: a run's rollouts, or one of its evaluations."""
+
+    run: int  # index
+    path: Path
+    evaluation: str = ""  # its name; "": rollouts of training
+    step: int | None = None  # the evaluation's
 
 
 def sample_transcripts(
     runs: Sequence[RunRecord], *, max_transcripts: int = MAX_TRANSCRIPTS, seed: int = 0
 ) -> Sample:
     """Draws from all files of all runs; the same files and seed give the same sample."""
-    sources = [
-        (index, path, evaluation_name, step)
-        for index, run in enumerate(runs)
-        for path, evaluation_name, step in _files(run)
-    ]
+    sources = [source for index, run in enumerate(runs) for source in _sources(index, run)]
     num_strata = sum(
-        1 if evaluation_name else max(1, len(runs[index].steps))
-        for index, _, evaluation_name, _ in sources
+        1 if source.evaluation else max(1, len(runs[source.run].steps)) for source in sources
     )
     stride = max(1, -(-2 * num_strata // max_transcripts))  # at least two of each stratum taken
     quota = min(MAX_STRATUM, max(2, max_transcripts * stride // max(1, num_strata)))
     sample = Sample([])
-    drawn: list[Record] = []
-    for place, (index, path, evaluation_name, step) in enumerate(sources):
-        sample.files.append(f"{runs[index].label}/{path.relative_to(runs[index].folder)}")
-        if evaluation_name and place % stride and place != len(sources) - 1:
+    for place, source in enumerate(sources):
+        run = runs[source.run]
+        sample.files.append(f"{run.label}/{source.path.relative_to(run.folder)}")
+        if source.evaluation and place % stride and place != len(sources) - 1:
             sample.num_strata_skipped += 1
-            continue
-        keep_step = stride if not evaluation_name else 1
-        drawn += _draw(path, index, evaluation_name, step, quota, keep_step, seed, sample)
-    sample.records = drawn
+        else:
+            rng = random.Random(f"{seed}/{source.run}/{source.evaluation}")
+            sample.records += _draw(source, quota, stride, rng, sample)
     return sample
 
 
-def _files(run: RunRecord) -> Iterator[tuple[Path, str, int | None]]:
-    """(path, evaluation's name or "", evaluation's step) of the run's files that are there, plain
-    or gzip."""
-    rollouts = run.folder / TRANSCRIPTS_FILE
-    for path in (rollouts, rollouts.with_name(rollouts.name + ".gz")):
-        if path.is_file():
-            yield path, "", None
-            break
-    for evaluation in run.evaluations:
-        for suffix in (".jsonl", ".jsonl.gz"):
-            path = run.folder / "eval" / (evaluation.name + suffix)
+def _sources(index: int, run: RunRecord) -> Iterator[_Source]:
+    """The run's files, plain or gzip."""
+    files: list[tuple[Path, str, int | None]] = [(run.folder / TRANSCRIPTS_FILE, "", None)]
+    files += [
+        (run.folder / "eval" / f"{one.name}.jsonl", one.name, one.step) for one in run.evaluations
+    ]
+    for plain, evaluation, step in files:
+        for path in (plain, plain.with_name(f"{plain.name}.gz")):
             if path.is_file():
-                yield path, evaluation.name, evaluation.step
+                yield _Source(index, path, evaluation, step)
                 break
 
 
 class _Reservoir:
-    """Algorithm R (Vitter 1985, 'Random sampling with a reservoir'), for a stratum's verdict."""
+    """Algorithm R (Vitter 1985, 'Random sampling with a reservoir')."""
 
     def __init__(self, size: int, rng: random.Random) -> None:
         self._size, self._rng = size, rng
@@ -119,7 +118,7 @@ class _Reservoir:
         self.items: list[tuple[int, Record]] = []  # (place in the file, record)
 
     def slot(self) -> int | None:
-        """Where the next item has to go; None: it is not taken."""
+        """The slot of the next item; None: it is not taken."""
         self._num_offered += 1
         if len(self.items) < self._size:
             return len(self.items)
@@ -127,29 +126,21 @@ class _Reservoir:
         return slot if slot < self._size else None
 
     def put(self, slot: int, place: int, record: Record) -> None:
-        """Puts an item into the slot that was given for it."""
+        """Stores an item in the slot that `slot` returned."""
         self.items[slot : slot + 1] = [(place, record)]
 
 
 def _draw(
-    path: Path,
-    run: int,
-    evaluation_name: str,
-    evaluation_step: int | None,
-    quota: int,
-    keep_step: int,
-    seed: int,
-    sample: Sample,
+    source: _Source, quota: int, stride: int, rng: random.Random, sample: Sample
 ) -> list[Record]:
-    """The file's part of the sample, in the file's order."""
-    rng = random.Random(f"{seed}/{run}/{evaluation_name}")
+    """The file's part of the sample, in the file's order; every stride-th step of rollouts."""
     reservoirs: dict[float, tuple[_Reservoir, _Reservoir]] = {}
     skipped_steps: set[float] = set()
-    for place, raw in enumerate(_transcripts(path, sample)):
+    for place, raw in enumerate(_transcripts(source.path, sample)):
         sample.num_read += 1
-        step = evaluation_step if evaluation_name else number(raw.get("step"))
+        step = source.step if source.evaluation else number(raw.get("step"))
         key = -1.0 if step is None else float(step)
-        if not evaluation_name and int(key) % keep_step:
+        if not source.evaluation and int(key) % stride:
             skipped_steps.add(key)
             continue
         if key not in reservoirs:
@@ -157,7 +148,7 @@ def _draw(
         reservoir = reservoirs[key][raw.get("correct") is not True]
         slot = reservoir.slot()
         if slot is not None:
-            reservoir.put(slot, place, _record(raw, run, evaluation_name, step))
+            reservoir.put(slot, place, _record(raw, source, step))
     sample.num_strata_skipped += len(skipped_steps)
     kept: list[Record] = []
     for key in sorted(reservoirs):
@@ -169,14 +160,14 @@ def _draw(
 
 
 def _transcripts(path: Path, sample: Sample) -> Iterator[Record]:
-    """One raw record a completion, of rollouts and of evaluation rows alike."""
+    """One raw record per completion, of rollouts and of evaluation rows alike."""
     for row in stream_objects(path):
         if row is None:
             sample.num_damaged += 1
         elif isinstance(samples := row.get("samples"), list):
-            for answer in samples:
-                if isinstance(answer, dict):
-                    yield {**row, **answer}
+            for one in samples:
+                if isinstance(one, dict):
+                    yield {**row, **one}
                 else:
                     sample.num_damaged += 1
         elif isinstance(row.get("completion"), str):
@@ -186,10 +177,10 @@ def _transcripts(path: Path, sample: Sample) -> Iterator[Record]:
 
 
 def stream_objects(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The objects of a JSONL file, plain or gzip; None for a line that is none.
+    """The objects of a JSONL file, plain or gzip; None for a line that is not an object.
 
-    A last line without its line feed, which a kill cut short or which is being written, is left
-    out. So is the torn end of a gzip file; what stands before it is given.
+    A last line without its line feed (cut short by a kill, or being written) is left out, and so
+    is the torn end of a gzip file.
     """
     with ExitStack() as stack:
         file: IO[bytes] = stack.enter_context(path.open("rb"))
@@ -215,12 +206,12 @@ def _object(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _record(raw: Record, run: int, evaluation_name: str, step: float | None) -> Record:
-    """The fields that the page shows, of bounded length and known types."""
+def _record(raw: Record, source: _Source, step: float | None) -> Record:
+    """The fields that the page shows, with bounded lengths and known types."""
     tokens = number(raw.get("tokens"))
     return {
-        "run": run,
-        "origin": evaluation_name or "training",
+        "run": source.run,
+        "origin": source.evaluation or "training",
         "step": step,
         "source": _field(raw.get("source")) or "",
         "problem": _field(raw.get("prompt_id")) or "",

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.adapters import files as adapter
 from rl_lora.errors import UserError
 from rl_lora.prompts import HELD_OUT
 
@@ -42,14 +41,10 @@ def base_inputs(policy: Policy) -> dict[str, str]:
     The fingerprint is of the weights in the policy's dtype; config is a hash of the settings in the
     model's directory.
     """
-    if policy.is_full:
-        weights = adapter.fingerprint(policy.published_tensors())
-    else:
-        weights = policy.base_fingerprint()
     return {
         "name": policy.base_name,
         "dtype": str(policy.dtype).removeprefix("torch."),
-        "fingerprint": weights,
+        "fingerprint": policy.base_fingerprint(),
         "config": _config_hash(policy.model_dir),
         "directory": str(policy.model_dir.resolve()),
     }

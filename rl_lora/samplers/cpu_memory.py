@@ -1,7 +1,7 @@
-"""Memory given back to the system between the phases of a step (Linux with glibc).
+"""Returns memory to the system between the phases of a step (Linux with glibc).
 
 PyTorch's CPU tensors come from malloc, which keeps what is freed: without this, the sampler's and
-the learner's peaks lie on top of one another although they never work at once.
+the learner's peaks would add up although they never work at the same time.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def trim() -> None:
-    """Gives freed memory of the heap back; does nothing where the C library has no malloc_trim."""
+    """Returns the heap's freed memory; does nothing if the C library has no malloc_trim."""
     if _libc is not None:
         with contextlib.suppress(AttributeError):  # musl has none
             _libc.malloc_trim(0)
 
 
 def forget(tensors: Iterable[Tensor]) -> int:
-    """Gives the pages of the tensors' storages back; what is read there next is zero.
+    """Returns the pages of the tensors' storages to the system; they read as zero afterwards.
 
     Returns:
-        Bytes given back: whole pages of CPU storages, each storage once; 0 off Linux.
+        Bytes returned: whole pages of CPU storages, each storage once; 0 if not on Linux.
 
     Raises:
         OSError: the system refuses.

@@ -1,9 +1,9 @@
-"""Proof that the sampler samples from the learner's adapter, and not from the base or an old one.
+"""Proves that the sampler uses the learner's adapter, and not the base model or an old adapter.
 
-The commonest failure of such systems is silent: the engine goes on with the base or an old adapter.
-There are two checks. At the start both sides score fixed tokens under a probe adapter that really
-changes the model (a fresh one does not: its B is zero), and under the base with the adapter off. At
-each step the sampler's log-probs of the rollouts are held against the policy's; where sampling
+The most common failure of such systems is silent: the engine keeps using the base or an old
+adapter. There are two checks. At the start both sides score fixed tokens under a probe adapter that
+really changes the model (a fresh one does not: its B is zero), and under the base model. At each
+step the sampler's log-probs of the rollouts are compared with the policy's, or, where sampling
 overlaps learning, those of fixed tokens.
 """
 
@@ -25,13 +25,13 @@ from rl_lora.types import Adapter, Prompt, RolloutGroup
 
 PROBE_VERSION = 10**6 - 1  # never reached by training steps; its name is never reused either
 _PROBE_TOKENS = 48  # of each fixed prompt
-# Rough sizes, in relative terms, of the probe's change of a layer's output; the first that will do.
+# Rough relative change of a layer's output by the probe; the first that is large enough is used.
 _PROBE_SHIFTS = (0.05, 0.1, 0.2, 0.4, 0.8)
 _TOLERANCES = {torch.float32: (1e-4, 2e-3), torch.bfloat16: (2e-2, 1e-1)}  # KL, mean |difference|
 
 
 def tolerances(dtype: torch.dtype, max_kl: float | None) -> tuple[float, float]:
-    """(KL, mean absolute difference) in nats a token that a healthy sampler stays under."""
+    """(KL, mean absolute difference) in nats per token that a healthy sampler stays below."""
     kl, absolute = _TOLERANCES[dtype]
     return (max_kl, absolute * (max_kl / kl) ** 0.5) if max_kl is not None else (kl, absolute)
 
@@ -40,7 +40,7 @@ def check_step(metrics: dict[str, float], dtype: torch.dtype, max_kl: float | No
     """Stops a run whose sampler and policy disagree on the step's rollouts.
 
     Raises:
-        StaleAdapterError: the KL or the mean absolute difference is over its tolerance.
+        StaleAdapterError: the KL or the mean absolute difference exceeds its tolerance.
     """
     kl_limit, absolute_limit = tolerances(dtype, max_kl)
     kl, absolute = metrics["mismatch/kl"], metrics["mismatch/abs_mean"]
@@ -55,15 +55,15 @@ def check_step(metrics: dict[str, float], dtype: torch.dtype, max_kl: float | No
 def staleness_metrics(
     groups_N: Sequence[RolloutGroup], version: int, *, max_staleness: int
 ) -> dict[str, float]:
-    """rollouts/staleness_*: by how many versions the policy that learns is ahead of the sampler.
+    """rollouts/staleness_*: how many versions the learning policy is ahead of the sampler.
 
     Args:
         groups_N: the step's rollouts.
-        version: of the policy that is about to learn from them.
-        max_staleness: 0, or with sampling.overlap 1.
+        version: of the policy that will learn from them.
+        max_staleness: 0, or 1 with sampling.overlap.
 
     Raises:
-        StaleAdapterError: a sample is older than that, or of a version still to come.
+        StaleAdapterError: a sample is older than that, or from a future version.
     """
     staleness = [version - r.completion.adapter_version for g in groups_N for r in g.rollouts_G]
     if not all(0 <= age <= max_staleness for age in staleness):
@@ -81,16 +81,16 @@ def staleness_metrics(
 def check_version(
     policy: Policy, sampler: Sampler, prompts: Sequence[Prompt], max_kl: float | None
 ) -> dict[str, float]:
-    """Fixed tokens under the version in use, on both sides: `check_step` for overlapped sampling.
+    """Compares fixed tokens under the current version: `check_step` for overlapped sampling.
 
-    Rollouts of the version before differ from the policy by the policy's own last step, of which no
-    bound is known beforehand; on the same version the sides have to agree as ever.
+    Rollouts of the version before differ from the policy by its last step, which has no known
+    bound; on the same version both sides must agree.
 
     Returns:
-        mismatch/live_abs_mean: mean |difference| in nats a token.
+        mismatch/live_abs_mean: mean |difference| in nats per token.
 
     Raises:
-        StaleAdapterError: it is over its tolerance.
+        StaleAdapterError: it exceeds its tolerance.
     """
     token_ids_N = [prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts]
     _, limit = tolerances(policy.dtype, max_kl)
@@ -108,12 +108,12 @@ def check_version(
 def check_at_start(
     policy: Policy, sampler: Sampler, prompts: Sequence[Prompt], folder: Path, max_kl: float | None
 ) -> dict[str, float]:
-    """Fixed tokens under a probe adapter and under the base, on both sides.
+    """Compares fixed tokens under a probe adapter and under the base model, on both sides.
 
-    The policy's own adapter is as before afterwards, and the probe's files are gone.
+    Afterwards the policy's own adapter is as before, and the probe's files are deleted.
 
     Returns:
-        mean |difference| in nats a token: probe, base, and probe against base (the control).
+        mean |difference| in nats per token: probe, base, and probe against base (the control).
 
     Raises:
         StaleAdapterError: a side disagrees, or the probe changes nothing.
@@ -122,7 +122,7 @@ def check_at_start(
     _, limit = tolerances(policy.dtype, max_kl)
     saved = {name: tensor.clone() for name, tensor in policy.state_tensors().items()}
     base_policy = _policy_logprobs(policy, token_ids_N, adapter_off=True)
-    for shift in _PROBE_SHIFTS:  # in bfloat16 the limit is wide, and the probe must be far over it
+    for shift in _PROBE_SHIFTS:  # the probe must be far above the limit, which is wide in bfloat16
         policy.load_tensors(saved)
         _shake(policy, shift)
         if _distance(_policy_logprobs(policy, token_ids_N), base_policy) > 5 * limit:
@@ -136,13 +136,15 @@ def check_at_start(
         policy.load_tensors(saved)
         _remove(probe)
     found = {"probe": _distance(probe_sampler, probe_policy)}
-    if not policy.is_full:
+    if policy.has_base:
         sampler.set_adapter(None)
         base_sampler = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
         found["base"] = _distance(base_sampler, base_policy)
     found["control"] = _distance(probe_policy, base_policy)
     if found["control"] < 5 * limit:
-        raise StaleAdapterError(f"the probe adapter changes the policy too little to tell: {found}")
+        raise StaleAdapterError(
+            f"the probe adapter changes the policy too little for a check: {found}"
+        )
     worst = max(value for key, value in found.items() if key != "control")
     if not worst < limit:
         raise StaleAdapterError(
@@ -156,13 +158,13 @@ def check_at_start(
 def _shake(policy: Policy, shift: float) -> None:
     """Random B (or, in full mode, noise on the weights)."""
     generator = torch.Generator().manual_seed(0)
-    if policy.is_full:
+    if not policy.has_base:
         for parameter in policy.trainable().values():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             parameter.add_(noise * parameter.float().std().nan_to_num().to(parameter) * shift)
     for _, layer in lora_layers(policy.model):
-        # A x has elements of |x| times A's own size, 1 / sqrt(3 d_in) at LoRA's start; this makes
-        # scaling * B A x about shift times |W x| for weights of the layer's own size.
+        # A x has elements of about |x| times the size of A's, 1 / sqrt(3 d_in) at LoRA's start;
+        # this makes scaling * B A x about shift times |W x| for weights of the layer's size.
         size = layer.base.weight.float().std() / layer.lora_A.square().mean().sqrt()
         noise = torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_B)
         layer.lora_B.copy_(
@@ -181,11 +183,11 @@ def _shake(policy: Policy, shift: float) -> None:
 def _policy_logprobs(
     policy: Policy, token_ids_N: Sequence[tuple[int, ...]], *, adapter_off: bool = False
 ) -> torch.Tensor:
-    """Log-probs of tokens 1, 2, ... of each sequence, one after the other, nats."""
+    """Log-probs of tokens 1, 2, ... of each sequence, concatenated, nats."""
     out = []
     for ids in token_ids_N:
         batch = to_device(whole_sequence(ids), policy.device)
-        if adapter_off and not policy.is_full:
+        if adapter_off and policy.has_base:
             out.append(policy.reference_logprobs(batch, temperature=1.0))
         else:
             out.append(policy.token_logprobs(batch, temperature=1.0)[0])

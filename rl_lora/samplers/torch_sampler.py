@@ -1,7 +1,7 @@
 """The reference sampler: batched decoding with a KV cache on the learner's own weights.
 
 For parity tests and for machines without vLLM. Each sample draws from its own seeded stream by the
-inverse CDF, so two runs with one seed give the same samples whatever the batch's make-up (up to
+inverse CDF, so two runs with one seed give the same samples however they are batched (up to
 rounding of the log-probs).
 """
 
@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from rl_lora.adapters.files import fingerprint
 from rl_lora.batches import to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.models.resolve import context_length
 from rl_lora.policy import Policy
 from rl_lora.sampler import BASE_VERSION, OnGroup, Stops
+from rl_lora.samplers.end_tokens import end_token_ids as model_end_token_ids
 from rl_lora.samplers.kv_cache import KvCache, front
 from rl_lora.seeds import sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
@@ -29,26 +31,41 @@ _COMPACT_BELOW = 0.75  # the live share of rows under which finished rows are dr
 class TorchSampler:
     """Samples with the policy object that is being trained."""
 
+    has_own_weights = False
+
     def __init__(
         self,
         policy: Policy,
-        tokenizer: PreTrainedTokenizerBase,
-        end_ids: Sequence[int],
         *,
-        context_length: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        end_token_ids: Sequence[int] | None = None,
+        max_model_len: int | None = None,
         max_num_seqs: int | None = None,
         on_progress: Callable[[int, int, int], None] | None = None,
     ) -> None:
+        """Loads nothing: the weights are the policy's.
+
+        Args:
+            policy: sampled from.
+            tokenizer: None: the policy's.
+            end_token_ids: tokens that end a completion; None: those of the model directory.
+            max_model_len: tokens of prompt and completion together, at most; None: the model's
+                context.
+            max_num_seqs: sequences decoded at once; None: 128.
+            on_progress: takes (completions done, in all, tokens sampled).
+        """
         self.policy = policy
-        self.tokenizer = tokenizer
-        self.end_ids = frozenset(end_ids)
-        self.context_length = context_length
+        self.tokenizer = tokenizer or policy.tokenizer
+        if end_token_ids is None:
+            end_token_ids = model_end_token_ids(policy.model_dir, self.tokenizer)
+        self.end_ids = frozenset(end_token_ids)
+        self.max_model_len = max_model_len or context_length(policy.model.config)
         self.max_num_seqs = max_num_seqs or _SEQUENCES_AT_ONCE
         self.on_progress = on_progress
         self._version = BASE_VERSION
 
     def set_adapter(self, adapter: Adapter | None) -> None:
-        """Takes note of the version; the weights are the policy's own.
+        """Notes the version; the weights are the policy's own.
 
         Raises:
             StaleAdapterError: the policy's weights are not that version's.
@@ -57,7 +74,7 @@ class TorchSampler:
             adapter.fingerprint
         ):
             raise StaleAdapterError(f"the policy's weights are not those of {adapter.name}")
-        if adapter is None and self.policy.is_full:
+        if adapter is None and not self.policy.has_base:
             raise UserError("lora.mode='full' has no adapter to switch off")
         self._version = BASE_VERSION if adapter is None else adapter.version
 
@@ -74,11 +91,11 @@ class TorchSampler:
             UserError: a prompt leaves no room for max_tokens.
         """
         for prompt in prompts_N:
-            if len(prompt.token_ids) + params.max_tokens > self.context_length:
+            if len(prompt.token_ids) + params.max_tokens > self.max_model_len:
                 raise UserError(
                     f"prompt {prompt.prompt_id} has {len(prompt.token_ids)} tokens; with "
                     f"max_tokens={params.max_tokens} it exceeds the context of "
-                    f"{self.context_length}"
+                    f"{self.max_model_len}"
                 )
         at_once = max(1, self.max_num_seqs // params.num_samples)
         out: list[list[Completion]] = []
@@ -88,7 +105,7 @@ class TorchSampler:
         for start in range(0, len(prompts_N), at_once):
             chunk = slice(start, start + at_once)
             rows = _Rows(prompts_N[chunk], seeds_N_G[chunk], params, self.policy.device)
-            if self._version == BASE_VERSION and not self.policy.is_full:
+            if self._version == BASE_VERSION and self.policy.has_base:
                 with self.policy.adapter_off():
                     done = _decode(self, rows, params, cache)
             else:

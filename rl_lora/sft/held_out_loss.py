@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import torch
 
-from rl_lora.batches import pack, to_device
+from rl_lora.batches import pack_samples, to_device
 from rl_lora.policy import Policy
 from rl_lora.types import TrainSample
 
@@ -43,9 +43,7 @@ def sequence_nll(
     """(nll_N in nats, num_tokens_N) of each sequence's completion, in the order of microbatches."""
     nlls: list[float] = []
     counts: list[int] = []
-    (batches,) = pack(
-        samples, denominator="tokens", max_tokens=1, microbatch_tokens=microbatch_tokens
-    )
+    (batches,) = pack_samples(samples, microbatch_tokens=microbatch_tokens)
     for batch in batches:
         moved = to_device(batch, policy.device)
         logprobs_C, _ = policy.token_logprobs(moved, temperature=1.0)

@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_lora.adapters.files import save_adapter, version_in
-from rl_lora.batches import pack
-from rl_lora.build import check_run_folder, open_model
-from rl_lora.config import AlgorithmSection
+from rl_lora.batches import pack_samples
+from rl_lora.build import check_run_folder, make_learner, open_model
 from rl_lora.config.sft import SftConfig
-from rl_lora.errors import StaleAdapterError
-from rl_lora.learner import Learner
 from rl_lora.models.resolve import check_rows
 from rl_lora.policy import check_trainable
 from rl_lora.report.terminal import Display
@@ -35,6 +32,7 @@ from rl_lora.storage import jsonl
 from rl_lora.storage.directories import atomic_directory, disk_errors
 
 if TYPE_CHECKING:
+    from rl_lora.learner import Learner
     from rl_lora.policy import Policy
 
 
@@ -126,13 +124,7 @@ def _run(
         inputs: dict[str, Any] = {"base": base_inputs(policy), "data": data}
         if not accept_changed_data:
             start.check_inputs(inputs, folder)
-        learner = Learner(
-            policy,
-            config.optim,
-            AlgorithmSection(),
-            temperature=1.0,
-            num_steps=config.run.num_steps,
-        )
+        learner = make_learner(policy, config.optim, num_steps=config.run.num_steps)
         job = _Job(config, learner, sets, inputs, log, display)
         write_record(config, policy, inputs)
         if start.checkpoint is not None:
@@ -143,14 +135,13 @@ def _run(
             log.write(0, _test(job).metrics())
             save_checkpoint(0, learner, config, inputs=inputs)
         _loop(job, start.state.get("step", 0))
-        if not policy.is_full and policy.base_fingerprint() != inputs["base"]["fingerprint"]:
-            raise StaleAdapterError("the base model's weights changed during the run")
+        policy.check_base(inputs["base"]["fingerprint"])
         _publish(policy, folder, config)
     return _outcome(folder)
 
 
 def _prepare(config: SftConfig, display: Display) -> tuple[Policy, SftSets]:
-    from rl_lora.policy import Policy
+    from rl_lora.policy import open_policy
 
     model_dir, tokenizer, context = open_model(config.model, display.note, config.lora)
     sets = load_sft(config.data, tokenizer, context, config.run.seed)
@@ -158,7 +149,7 @@ def _prepare(config: SftConfig, display: Display) -> tuple[Policy, SftSets]:
         display.note(note)
     samples = (row.sample() for row in (*sets.train, *sets.test))
     check_rows((s.prompt_ids + s.completion_ids for s in samples), tokenizer, model_dir)
-    policy = Policy(
+    policy = open_policy(
         model_dir,
         config.model,
         config.lora,
@@ -191,12 +182,7 @@ def _loop(job: _Job, step: int) -> None:
 def _step(job: _Job, indices: list[int]) -> dict[str, float]:
     config = job.config
     samples = [job.sets.train[index].sample() for index in indices]
-    (microbatches,) = pack(
-        samples,
-        denominator="tokens",
-        max_tokens=config.data.max_tokens,
-        microbatch_tokens=config.optim.microbatch_tokens,
-    )
+    (microbatches,) = pack_samples(samples, microbatch_tokens=config.optim.microbatch_tokens)
     num_tokens = sum(batch.num_tokens for batch in microbatches)
     num_padded = sum(batch.token_ids_BT.numel() for batch in microbatches)
     counts = {
@@ -204,7 +190,7 @@ def _step(job: _Job, indices: list[int]) -> dict[str, float]:
         "learn/completion_tokens": float(sum(len(s.completion_ids) for s in samples)),
         "learn/padding_fraction": 1 - num_tokens / num_padded,
     }
-    return job.learner.fit(microbatches, lr=config.optim.lr) | counts
+    return job.learner.fit(microbatches) | counts
 
 
 def _test(job: _Job) -> HeldOutLoss:

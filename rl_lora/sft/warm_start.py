@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from rl_lora.batches import pack
+from rl_lora.batches import pack_samples
 from rl_lora.config import RunConfig
 from rl_lora.data.chat_template import end_of_turn
 from rl_lora.learner import Learner
@@ -66,11 +66,6 @@ def warm_start(
             order += rng.sample(solved, len(solved))
         batch, order = order[: section.batch_size], order[section.batch_size :]
         samples = [solution_sample(p, tokenizer, end_id) for p in batch]
-        (microbatches,) = pack(
-            samples,
-            denominator="tokens",
-            max_tokens=config.sampling.max_tokens,
-            microbatch_tokens=config.optim.microbatch_tokens,
-        )
-        on_step(step, learner.fit(microbatches, lr=section.lr, is_scheduled=False))
+        (microbatches,) = pack_samples(samples, microbatch_tokens=config.optim.microbatch_tokens)
+        on_step(step, learner.fit(microbatches, lr=section.lr))
     learner.restart()

@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.probe import Commands, matmul_peak, peak_mb, peak_reset
 from benchmarks.workload import Size, config
-from rl_lora.batches import make_samples, pack
+from rl_lora.batches import pack
+from rl_lora.build import make_learner
 from rl_lora.commands.plan import matmul_counts
-from rl_lora.learner import Learner
 from rl_lora.models.shapes import build_on_meta
-from rl_lora.policy import Policy
-from rl_lora.prompts import load_prompts
+from rl_lora.policy import Policy, open_policy
+from rl_lora.prompts import load_prompt_sets
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, Score
 
 Built = Iterator[tuple[Commands, dict[str, Any]]]
@@ -42,12 +42,11 @@ def whole_step(size: Size) -> Built:
         open_run(config(size, **{"run.output_dir": folder})) as job,
     ):
         settings, state = job.config, State(position={})
-        learner = Learner(
+        learner = make_learner(
             job.policy,
             settings.optim,
-            settings.algorithm,
-            temperature=settings.sampling.temperature,
             num_steps=settings.run.num_steps,
+            temperature=settings.sampling.temperature,
         )
         fix_lengths(job.sampler, size)
 
@@ -105,16 +104,15 @@ def learner(size: Size, mode: str = "lora") -> Built:
     """The learning phase alone, on made-up completions of the workload's lengths."""
     settings = config(size, mode=mode)
     prompts_N, _, model_dir = bench_prompts(size)
-    policy = Policy(model_dir, settings.model, settings.lora, seed=0)
-    learns = Learner(policy, settings.optim, settings.algorithm, temperature=1.0, num_steps=1000)
+    policy = open_policy(model_dir, settings.model, settings.lora, seed=0)
+    learns = make_learner(policy, settings.optim, num_steps=1000)
     groups_N = made_up_groups(prompts_N, size)
 
     def updates() -> Any:
         advantages_N_G = [[r - 0.5 for r in group.rewards_G] for group in groups_N]
         return pack(
-            make_samples(groups_N, advantages_N_G),
-            denominator="tokens",
-            max_tokens=size.max_tokens,
+            groups_N,
+            advantages_N_G,
             microbatch_tokens=settings.optim.microbatch_tokens,
             share_prompts=True,
         )
@@ -147,7 +145,9 @@ def learner(size: Size, mode: str = "lora") -> Built:
         products = sum(n for name, n in by_name.items() if "mm" in name)
         vocab, width = policy.model.get_output_embeddings().weight.shape
         scored = sum(len(b.target_ids_C) for b in batches[0])
-        remade = 2 * scored * vocab * width if policy.is_full else 0  # logits, a second time
+        remade = (
+            2 * scored * vocab * width if policy.lora.mode == "full" else 0
+        )  # logits, a second time
         per_token = (products - remade) / batches[0][0].num_tokens
         share = scored / batches[0][0].num_tokens
         return {
@@ -189,8 +189,8 @@ def formula_per_token(policy: Policy, scored_share: float) -> float:
     sees a share of the tokens. It lets every layer pass a gradient on; the first need not."""
     counts = matmul_counts(build_on_meta(policy.model.config), policy.lora)
     head = policy.model.get_output_embeddings().weight.numel()
-    passes = 3 if policy.is_full else 2
-    total = counts.full if policy.is_full else counts.lora
+    passes = 3 if policy.lora.mode == "full" else 2
+    total = counts.full if policy.lora.mode == "full" else counts.lora
     return 2 * (total - passes * head * (1 - scored_share))
 
 
@@ -260,7 +260,7 @@ def bench_prompts(size: Size) -> tuple[list[Prompt], Any, Path]:
     settings = config(size)
     model_dir = resolve_model(settings.model)
     tokenizer = load_tokenizer(model_dir)
-    prompts = load_prompts(
+    prompts = load_prompt_sets(
         settings.data, tokenizer, 2048, size.max_tokens, settings.run.seed
     ).train[: size.num_prompts]
     return list(prompts), tokenizer, model_dir

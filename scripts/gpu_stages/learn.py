@@ -18,10 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from gpu_stages.models import make_model, make_policy
 from gpu_stages.stages import CheckFailedError, Context
-from rl_lora.batches import pack
-from rl_lora.config import AlgorithmSection, OptimSection
+from rl_lora.batches import pack_samples
 from rl_lora.learner import Learner
-from rl_lora.nn.segments import MAX_WASTED_PAIRS
 from rl_lora.policy import Policy
 from rl_lora.types import Microbatch, TrainSample
 
@@ -74,7 +72,7 @@ def _learn(
     layers = policy.model.config.num_hidden_layers
     figures: dict[str, Any] = {"layers": layers, "peak_tflops": peak / 1e12}
     failed = []
-    learner = Learner(policy, OptimSection(), AlgorithmSection(), temperature=1.0, num_steps=1000)
+    learner = Learner(policy)
     for tokens in sizes.tokens:
         try:
             found = timed(learner, sizes, tokens, peak)
@@ -152,13 +150,8 @@ def microbatches(
             total += len(completion)
             advantage = number - (GROUP - 1) / 2
             samples.append(TrainSample(prompt, completion, (-8.0,) * len(completion), advantage, 0))
-    (batches,) = pack(
-        samples,
-        denominator="tokens",
-        max_tokens=sizes.completion[1],
-        microbatch_tokens=tokens,
-        share_prompts=policy.can_share_prompts,
-        max_wasted_pairs=MAX_WASTED_PAIRS[policy.device.type],
+    (batches,) = pack_samples(
+        samples, microbatch_tokens=tokens, share_prompts=policy.can_share_prompts
     )
     return batches[:count]
 

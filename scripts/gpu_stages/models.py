@@ -18,7 +18,7 @@ from transformers import (
 
 from gpu_stages.stages import Context
 from rl_lora.config import LoraSection, ModelSection
-from rl_lora.policy import Policy
+from rl_lora.policy import Policy, open_policy
 
 END = 2
 
@@ -122,7 +122,7 @@ def make_policy(folder: Path, context: Context, dtype: torch.dtype) -> Policy:
         device=str(context.device),
         dtype="float32" if dtype == torch.float32 else "bfloat16",
     )
-    return Policy(folder, section, LoraSection(rank=1), seed=0)
+    return open_policy(folder, section, LoraSection(rank=1), seed=0)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ import torch
 from gpu_stages.models import END, make_model, make_policy, shake
 from gpu_stages.stages import CheckFailedError, Context
 from rl_lora.adapters.files import save_adapter
-from rl_lora.batches import pack, to_device
-from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.batches import pack_samples, to_device
+from rl_lora.config import LoraSection
 from rl_lora.errors import StaleAdapterError
-from rl_lora.learner import TokenRecord
 from rl_lora.policy import Policy
 from rl_lora.samplers.liveness import check_at_start, check_step, tolerances
-from rl_lora.samplers.vllm.sampler import VllmSampler
+from rl_lora.samplers.vllm.sampler import EngineOptions, VllmSampler
+from rl_lora.step_stats import StepStats
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams, TrainSample
 
 
@@ -41,19 +42,17 @@ def make_sampler(
     folder: Path, context: Context, dtype: torch.dtype, *, lora: LoraSection, eager: bool | None
 ) -> VllmSampler:
     """An engine for 1,024 tokens; GPU_CHECK_ATTENTION in the environment names its kernels."""
+    policy: Any = SimpleNamespace(model_dir=folder, lora=lora, dtype=dtype, device=context.device)
     return VllmSampler(
-        folder,
-        SamplingSection(
+        policy,
+        max_model_len=1024 if context.is_gpu else 128,
+        max_num_seqs=256 if context.is_gpu else 16,
+        end_token_ids=[END],
+        engine=EngineOptions(
             eager=eager,
             merge_adapter=False if lora.mode == "lora" else None,
             attention_backend=os.environ.get("GPU_CHECK_ATTENTION"),
-            max_num_seqs=256 if context.is_gpu else 16,
         ),
-        lora,
-        dtype=dtype,
-        device=context.device,
-        max_model_len=1024 if context.is_gpu else 128,
-        end_token_ids=[END],
     )
 
 
@@ -78,8 +77,8 @@ def mismatch(
         for prompt, group in zip(prompts_N, groups_N, strict=True)
         for c in group
     ]
-    (batches,) = pack(samples, denominator="tokens", max_tokens=1, microbatch_tokens=4096)
-    record = TokenRecord()
+    (batches,) = pack_samples(samples, microbatch_tokens=4096)
+    record = StepStats()
     with torch.no_grad(), policy.adapter_off() if adapter_off else contextlib.nullcontext():
         for batch in batches:
             batch = to_device(batch, policy.device)

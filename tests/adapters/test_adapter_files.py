@@ -56,7 +56,7 @@ def test_round_trip_keeps_every_bit_and_the_fingerprint(tmp_path: Path) -> None:
     other = make_policy(path, seed=5)
     again = open_adapter(adapter.path, other)
     assert again == adapter
-    assert fingerprint(other.adapter_tensors()) == adapter.fingerprint
+    assert fingerprint(other.published_tensors()) == adapter.fingerprint
     assert fingerprint(load_tensors(adapter.path)) == adapter.fingerprint
 
 
@@ -92,7 +92,7 @@ def test_refusals_name_the_thing_and_the_fix(tmp_path: Path) -> None:
     (adapter.path / "rl_lora.json").unlink()  # as PEFT would have written it
     with pytest.raises(UserError, match=r"another base model or rank: .* needs"):
         open_adapter(adapter.path, make_policy(other, rank=2))
-    with pytest.raises(UserError, match=r"is an adapter version; set lora.mode"):
+    with pytest.raises(UserError, match=r"is an adapter; set lora.mode='lora'"):
         open_adapter(adapter.path, make_policy(path, mode="full"))
     with pytest.raises(UserError, match="holds neither"):
         open_adapter(tmp_path / "nowhere", policy)

@@ -80,21 +80,21 @@ def test_a_running_run_has_its_numbers_and_its_eta(tmp_path: Path) -> None:
     write_evaluation(folder, 10, 8)
     touch(folder, NOW - 5)
     status = read_status(folder, NOW)
-    assert (status.state, status.step, status.num_steps) == ("running", 12, 20)
+    assert (status.state, status.run.last_step, status.num_steps) == ("running", 12, 20)
     assert status.eta_s == 8 * 30
     lines = status_lines(status)
     assert lines[0].endswith("q  running  step 12 of 20  4 min 00 s left")
     assert lines[1:6] == [
-        f"  process {os.getpid()}; last written 5 s ago",
+        f"  process {os.getpid()}; last write 5 s ago",
         "  reward 0.120  correct 25.0%  length 188 tokens  truncated 12%",
-        "  kl 2.0e-09  1,234 tokens/s  30.0 s a step",
+        "  kl 2.0e-09  1,234 tokens/s  30.0 s per step",
         "  evaluation, step 10: accuracy 80.0% (44.4 to 97.5), 10 problems",
         "  best, step 10: 80.0% (44.4 to 97.5)",
     ]
     # 12 steps in 8 levels, the first the lowest and the last the highest.
-    assert lines[6] == "  reward     ▁▂▂▃▄▄▅▅▆▇▇█  0.010 to 0.120"
-    assert lines[7] == "  length     █▇▇▆▅▅▄▄▃▂▂▁  188 to 199"
-    assert lines[8] == "  evaluation ▁█  20.0% to 80.0%"
+    assert lines[6] == "  reward   ▁▂▂▃▄▄▅▅▆▇▇█  0.010 to 0.120"
+    assert lines[7] == "  length   █▇▇▆▅▅▄▄▃▂▂▁  188 to 199"
+    assert lines[8] == "  accuracy ▁█  20.0% to 80.0%"
 
 
 @pytest.mark.parametrize(
@@ -159,12 +159,12 @@ def test_a_run_at_step_0_and_a_half_written_line(tmp_path: Path) -> None:
     whole = write_run(tmp_path / "w", 20, 3, process=this_process())
     with (whole / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "reward/mea')
-    assert read_status(whole, NOW).step == 3
+    assert read_status(whole, NOW).run.last_step == 3
     (folder / "run.json").unlink()  # RunLog opens metrics.jsonl before run.json is written
     assert status_lines(read_status(folder, NOW))[0].endswith("step 0")
 
 
-def test_an_evaluation_under_way_is_told(tmp_path: Path) -> None:
+def test_an_evaluation_under_way_is_shown(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "q", 20, 10, process=this_process())
     write_evaluation(folder, 10, 8)
     (folder / "eval" / "step_000010.json").unlink()
@@ -177,7 +177,7 @@ def test_a_number_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
         file.write('{"step": 3, "reward/mean": null, "cot/tokens_mean": 5}\n')
     lines = status_lines(read_status(folder, NOW))
     assert not any("reward 0.020" in line for line in lines)
-    assert any(line == "  reward     ▁█   0.010 to 0.020" for line in lines)
+    assert any(line == "  reward   ▁█   0.010 to 0.020" for line in lines)
 
 
 def test_every_line_fits_80_columns(tmp_path: Path) -> None:
@@ -208,7 +208,8 @@ def test_the_command_line_takes_several_runs_and_refuses_other_folders(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == (
-        f"rl-lora: error: {tmp_path} is no run folder: it has neither run.json nor metrics.jsonl\n"
+        f"rl-lora: error: {tmp_path} is not a run folder: "
+        "it has neither run.json nor metrics.jsonl\n"
     )
     (tmp_path / "a" / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json is damaged"):
@@ -232,4 +233,4 @@ def test_without_torch_and_on_an_ascii_terminal(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "step 12 of 20" in done.stdout
-    assert "reward     _..-==++*%%#  0.010 to 0.120" in done.stdout
+    assert "reward   _..-==++*%%#  0.010 to 0.120" in done.stdout

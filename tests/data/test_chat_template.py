@@ -11,14 +11,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from rl_lora.build import end_token_ids
 from rl_lora.config import DataSection, load_config
 from rl_lora.config.sft import SftDataSection
 from rl_lora.data.chat_template import ChatTemplate, encode_prompts, end_of_turn
 from rl_lora.data.messages import Message
 from rl_lora.errors import UserError
-from rl_lora.prompts import load_prompts
+from rl_lora.prompts import load_prompt_sets
 from rl_lora.sampler import Stops
+from rl_lora.samplers.end_tokens import end_token_ids
 from rl_lora.sft.data import load_sft
 from rl_lora.sft.warm_start import solution_sample
 from rl_lora.types import Prompt
@@ -107,7 +107,7 @@ def prompt_texts(
     test = write(folder / "test.jsonl", [{"question": "else", "answer": "1"}])
     train = write(folder / "train.jsonl", rows)
     section = DataSection(train=str(train), eval=str(test), instruction="", **data)
-    sets = load_prompts(section, tokenizer, 4096, 10, 0)
+    sets = load_prompt_sets(section, tokenizer, 4096, 10, 0)
     return [str(tokenizer.decode(list(prompt.token_ids))) for prompt in sets.train]
 
 
@@ -135,11 +135,9 @@ def test_the_end_of_a_turn_is_the_templates(
     number = 256 + MARKS.index(end)
     assert end_of_turn(tokenizer, "chat", {}) == number
     assert end_of_turn(tokenizer, "base", {}) == tokenizer.eos_token_id
-    ends = end_token_ids(tmp_path, tokenizer, DataSection())
+    ends = end_token_ids(tmp_path, tokenizer)
     assert set(ends) == {number, tokenizer.eos_token_id}
-    assert end_token_ids(tmp_path, tokenizer, DataSection(template="base")) == (
-        tokenizer.eos_token_id,
-    )
+    assert end_token_ids(tmp_path, tokenizer, "base") == (tokenizer.eos_token_id,)
     rows = [
         {
             "messages": [
@@ -205,7 +203,7 @@ def test_every_message_of_a_prompt_is_rendered(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [{"asked": {"text": conversation}, "gold": "3"}])
     other = write(tmp_path / "test.jsonl", [{"question": "else", "answer": "1"}])
     data = DataSection(train=(named,), eval=str(other), instruction="")  # type: ignore[arg-type]
-    (prompt,) = load_prompts(data, tokenizer, 4096, 10, 0).train
+    (prompt,) = load_prompt_sets(data, tokenizer, 4096, 10, 0).train
     assert tokenizer.decode(list(prompt.token_ids)) == expected
 
 

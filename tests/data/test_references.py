@@ -13,7 +13,7 @@ from rl_lora.commands.grade import grade_file
 from rl_lora.config import DataSection
 from rl_lora.data.chats import finish_solution
 from rl_lora.data.references import alternatives, join_alternatives
-from rl_lora.prompts import load_prompts
+from rl_lora.prompts import load_prompt_sets
 from rl_lora.rollouts import score_groups
 from rl_lora.scoring import score_best
 from rl_lora.types import Completion, Prompt
@@ -92,7 +92,7 @@ def test_prompts_tell_how_many_rows_have_alternatives(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataSection(train=str(path), held_out=1)  # type: ignore[arg-type]
-    sets = load_prompts(data, word_tokenizer(), 1000, 10, 0)
+    sets = load_prompt_sets(data, word_tokenizer(), 1000, 10, 0)
     assert sets.notes[0].endswith("; 1 with several answers, any of which counts")
     assert {p.reference for p in (*sets.train, *sets.eval)} == {"5", "3 ||| -3"}
 

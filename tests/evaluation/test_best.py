@@ -90,6 +90,15 @@ def test_a_resumed_run_drops_what_it_runs_again(tmp_path: Path) -> None:
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     step(tmp_path, 5, 2)
-    (tmp_path / "best" / "choice.json").write_text('{"step": 5}')
-    with pytest.raises(UserError, match=r"choice\.json is damaged"):
+    (tmp_path / "best" / "best.json").write_text('{"step": 5}')
+    with pytest.raises(UserError, match=r"best\.json is damaged"):
         read_best(tmp_path)
+
+
+def test_a_record_of_an_earlier_version_says_what_was_renamed(tmp_path: Path) -> None:
+    step(tmp_path, 5, 2)
+    (tmp_path / "best" / "best.json").rename(tmp_path / "best" / "choice.json")
+    with pytest.raises(UserError, match=r"choice\.json is best\.json now") as caught:
+        read_best(tmp_path)
+    assert "damaged" not in str(caught.value)
+    assert "delete" in str(caught.value)

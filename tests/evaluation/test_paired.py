@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from rl_lora.cli import main
 from rl_lora.config import EvalSection
 from rl_lora.errors import UserError
 from rl_lora.evaluation.paired import (
@@ -15,6 +16,7 @@ from rl_lora.evaluation.paired import (
     mcnemar_p,
     sign_flip_p,
 )
+from rl_lora.storage.jsonl import append_compressed, read_lines
 from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
 
@@ -110,3 +112,20 @@ def test_evaluations_that_do_not_compare_are_named(tmp_path: Path) -> None:
         compare_evaluations(first, more)
     with pytest.raises(UserError, match="no such evaluation"):
         compare_evaluations(first, tmp_path / "none")
+
+
+def test_a_file_of_an_earlier_version_says_what_was_renamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_evaluation(tmp_path, "one", [["7"], ["8"]])
+    first, *others = read_lines(path)
+    path.unlink()
+    append_compressed(path, [{"exam": first.pop("evaluation"), **first}, *others])
+    message = (
+        f'rl-lora: error: {path} was written by an earlier version ("exam" is called "evaluation" '
+        "now); evaluate again\n"
+    )
+    assert main(["compare", str(path), str(path)]) == 2
+    assert capsys.readouterr().err == message
+    assert main(["grade", str(path)]) == 2
+    assert capsys.readouterr().err == message

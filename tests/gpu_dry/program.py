@@ -20,10 +20,11 @@ from unittest import mock
 import torch
 
 from rl_lora.adapters.files import save_adapter
-from rl_lora.config import LoraSection, ModelSection, SamplingSection
-from rl_lora.policy import Policy
+from rl_lora.config import LoraSection, ModelSection
+from rl_lora.nn.lora import lora_layers
+from rl_lora.policy import open_policy
 from rl_lora.samplers.vllm.process import import_vllm, process_kept
-from rl_lora.samplers.vllm.settings import engine_settings
+from rl_lora.samplers.vllm.settings import EngineOptions, engine_settings, lora_settings
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 CONTEXT = 1024
@@ -138,13 +139,12 @@ def engine_config(vllm: SimpleNamespace, path: Path, dtype: torch.dtype, **sampl
     """vLLM's own settings, made of ours."""
     settings = engine_settings(
         path,
-        SamplingSection(**sampling),
-        LoraSection(rank=1),
+        EngineOptions(**sampling),
         dtype=dtype,
         device=CUDA,
         max_model_len=CONTEXT,
-        is_merged=False,
     )
+    settings |= lora_settings(LoraSection(rank=1), dtype)
     return vllm.EngineArgs(**settings).create_engine_config()
 
 
@@ -184,7 +184,7 @@ def hot_loaded(vllm: SimpleNamespace, path: Path, folder: Path, number: int) -> 
     from vllm.model_executor.model_loader import get_model
 
     section = ModelSection(name=str(path), device="cpu", dtype="bfloat16")
-    policy = Policy(path, section, LoraSection(rank=1), seed=0)
+    policy = open_policy(path, section, LoraSection(rank=1), seed=0)
     generator = torch.Generator().manual_seed(number)
     with torch.no_grad():
         for parameter in policy.trainable().values():
@@ -206,7 +206,7 @@ def hot_loaded(vllm: SimpleNamespace, path: Path, folder: Path, number: int) -> 
         "model": type(model).__name__,
         "is_added": is_added,
         "adapters": sorted(manager.list_adapters()),
-        "unequal": unequal(manager._adapter_manager.modules, dict(policy._lora_layers)),
+        "unequal": unequal(manager._adapter_manager.modules, dict(list(lora_layers(policy.model)))),
     }
 
 

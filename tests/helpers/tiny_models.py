@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from rl_lora.config import LoraSection, ModelSection
-from rl_lora.policy import Policy
+from rl_lora.policy import Policy, open_policy
 
 VOCAB = 97
 
@@ -73,7 +73,7 @@ def make_policy(
     """A float32 CPU policy over a model directory."""
     model = ModelSection(name=str(path), device="cpu", dtype="float32")
     section = LoraSection(**lora)  # type: ignore[arg-type]
-    return Policy(path, model, section, seed=seed, keep_reference=keep_reference)
+    return open_policy(path, model, section, seed=seed, keep_reference=keep_reference)
 
 
 @torch.no_grad()

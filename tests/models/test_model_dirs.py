@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 from rl_lora.adapters.export import export_merged
 from rl_lora.adapters.files import save_adapter
 from rl_lora.build import open_model
-from rl_lora.config import LoraSection, ModelSection, SamplingSection, load_config
+from rl_lora.config import LoraSection, ModelSection, load_config
 from rl_lora.errors import UserError
 from rl_lora.models.resolve import check_model_dir, check_rows, load_tokenizer, resolve_model
 from rl_lora.models.shapes import has_own_head, load_model_config
 from rl_lora.models.tiny import RECIPES, train_tokenizer
-from rl_lora.samplers.vllm.settings import engine_settings
+from rl_lora.samplers.vllm.settings import EngineOptions, engine_settings
 from rl_lora.train import train
 from tests.helpers.tiny_models import VOCAB, make_policy, random_llama, shake
 
@@ -239,8 +239,8 @@ def test_has_own_head(tmp_path: Path, model_dir: Path) -> None:
 def test_the_engine_is_told_of_a_head_of_its_own(own_head: Path, tmp_path: Path) -> None:
     def overrides(path: Path) -> Any:
         return engine_settings(
-            path, SamplingSection(), LoraSection(), dtype=torch.float32,
-            device=torch.device("cpu"), max_model_len=64, is_merged=True,
+            path, EngineOptions(), dtype=torch.float32, device=torch.device("cpu"),
+            max_model_len=64,
         ).get("hf_overrides")  # fmt: skip
 
     assert overrides(own_head) == {"tie_word_embeddings": False}

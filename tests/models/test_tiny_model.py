@@ -24,7 +24,7 @@ from rl_lora.models.tiny import (
     noisy_solution,
     train_tokenizer,
 )
-from rl_lora.prompts import load_prompts, render_text
+from rl_lora.prompts import load_prompt_sets, render_text
 
 SOURCES = tuple(s.model_copy(update={"num_rows": 60}) for s in RECIPES["tiny-fast"].sources)
 QUICK = dataclasses.replace(RECIPES["tiny-fast"], sources=SOURCES, num_steps=2, num_eval=4)
@@ -122,7 +122,7 @@ def test_tiny_fast_answers_in_the_format_and_gets_a_part_right() -> None:
         "seed": 7,
         "options": {"max_digits": 1},
     }
-    prompts = load_prompts(DataSection(eval=source), tokenizer, 1024, 64, 0).eval
+    prompts = load_prompt_sets(DataSection(eval=source), tokenizer, 1024, 64, 0).eval
     num_correct = num_boxed = 0
     for prompt in prompts:
         ids = torch.tensor([prompt.token_ids])

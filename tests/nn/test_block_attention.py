@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_lora.batches import pack
+from rl_lora.batches import pack_samples
 from rl_lora.nn import attention, block_attention
 from rl_lora.nn.segments import AttentionLayout, Segment, make_layout
 from rl_lora.types import TrainSample
@@ -26,7 +26,7 @@ def two_families(max_wasted_pairs: int = 0) -> AttentionLayout:
         *(Segment(0, 3), Segment(3, 2, 0, 3), Segment(5, 4, 0, 3)),
         *(Segment(9, 1), Segment(10, 3, 9, 1)),
     ]
-    return make_layout(segments, 13, max_wasted_pairs)
+    return make_layout(segments, max_wasted_pairs)
 
 
 def outputs_and_gradients(
@@ -62,7 +62,7 @@ def test_values_and_gradients_are_sdpas(
 
 def test_a_prompt_of_two_tokens_by_hand() -> None:
     """Logits of the second token are 0 and ln 3: it sees a quarter of the first value."""
-    blocks = block_attention.make_blocks(make_layout([Segment(0, 2)], 2), 1, 1)
+    blocks = block_attention.make_blocks(make_layout([Segment(0, 2)]), 1, 1)
     assert blocks is not None
     query_THD = torch.tensor([[[1.0]], [[1.0]]])
     key_THD = torch.tensor([[[0.0]], [[float(torch.tensor(3.0).log())]]])
@@ -101,9 +101,7 @@ def test_the_policy_takes_them_and_makes_them_once(
     samples = [
         TrainSample((5, 6, 7), tuple(range(30, 30 + n)), (-1.0,) * n, 1.0, 0) for n in (2, 4, 4)
     ]
-    ((batch,),) = pack(
-        samples, denominator="tokens", max_tokens=8, microbatch_tokens=99, share_prompts=True
-    )
+    ((batch,),) = pack_samples(samples, microbatch_tokens=99, share_prompts=True)
     calls: list[str] = []
 
     def spied(name: str) -> Any:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,14 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from rl_lora.adapters.files import load_tensors, open_adapter, save_adapter
 from rl_lora.adapters.peft_files import lora_settings
-from rl_lora.batches import pack, whole_sequence
-from rl_lora.config import AlgorithmSection, LoraSection, ModelSection, OptimSection
+from rl_lora.batches import pack_samples, whole_sequence
+from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
 from rl_lora.learner import Learner
 from rl_lora.nn import attention
 from rl_lora.nn.experts import expert_adapters
 from rl_lora.nn.lora import lora_layers
-from rl_lora.policy import Policy
+from rl_lora.policy import Policy, open_policy
 from rl_lora.samplers.liveness import check_at_start
 from rl_lora.samplers.torch_sampler import TorchSampler
 from rl_lora.types import Microbatch, Prompt, TrainSample
@@ -47,10 +48,8 @@ def batches(*, share_prompts: bool, microbatch_tokens: int = 256) -> list[Microb
         TrainSample((5, 6, 7), completion, (-1.0,) * len(completion), advantage, 0)
         for completion, advantage in (((8, 9, 10, 11), 1.0), ((12, 13), -1.0), ((14, 4, 3), 0.5))
     ]
-    (packed,) = pack(
+    (packed,) = pack_samples(
         samples,
-        denominator="tokens",
-        max_tokens=8,
         microbatch_tokens=microbatch_tokens,
         share_prompts=share_prompts,
     )
@@ -64,7 +63,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 def learner_of(policy: Policy) -> Learner:
-    return Learner(policy, OptimSection(lr=1e-2), AlgorithmSection(), temperature=1.0, num_steps=10)
+    return Learner(policy, 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +118,7 @@ def test_checkpointed_activations_change_no_gradient_and_no_routing(tmp_path: Pa
     path = random_mixtral(tmp_path / "m", router_jitter_noise=0.5)
     grads = []
     for flag in (False, True):
-        policy = Policy(
+        policy = open_policy(
             path,
             ModelSection(name=str(path), device="cpu", dtype="float32"),
             LoraSection(rank=2),
@@ -128,7 +127,7 @@ def test_checkpointed_activations_change_no_gradient_and_no_routing(tmp_path: Pa
         )
         shake(policy)
         (batch,) = batches(share_prompts=True)
-        with policy.training(), attention.using(batch.layout):
+        with policy.training(), attention.using(batch.segments, policy.device):
             policy.token_logprobs(batch, temperature=1.0)[0].sum().backward()
         grads.append({name: p.grad for name, p in policy.trainable().items()})
     for name, expected in grads[0].items():
@@ -159,11 +158,11 @@ def test_training_moves_every_expert_at_work_and_no_base_weight(make: Make, tmp_
     assert any(0 < len(experts) < 4 for experts in used.values())  # some are idle, and stay
     policy.model.zero_grad()
     learner = learner_of(policy)
-    old = {name: t.clone() for name, t in policy.adapter_tensors().items()}
+    old = {name: t.clone() for name, t in policy.published_tensors().items()}
     for _ in range(2):
         metrics = learner.update([batches(share_prompts=True, microbatch_tokens=8)])
         assert metrics["learn/updates"] == 1.0
-    new = policy.adapter_tensors()
+    new = policy.published_tensors()
     assert any(not torch.equal(old[n], new[n]) for n in old if ".experts." in n)
     assert policy.base_fingerprint() == before
 
@@ -208,7 +207,7 @@ def test_names_are_those_of_the_models_files(tmp_path: Path) -> None:
     ):
         path = make(tmp_path / make.__name__)
         assert f"{stem}.weight" in load_tensors_of_base(path)
-        tensors = make_policy(path, rank=4).adapter_tensors()
+        tensors = make_policy(path, rank=4).published_tensors()
         assert tensors[f"base_model.model.{stem}.lora_A.weight"].shape == (2, 24)
         assert tensors[f"base_model.model.{stem}.lora_B.weight"].shape == (32, 2)
 
@@ -236,14 +235,14 @@ def test_all_weights_are_published_under_the_names_of_the_models_files(
 
 def test_the_sampler_serves_the_learners_experts(tmp_path: Path) -> None:
     policy = make_policy(random_mixtral(tmp_path / "m"), rank=2)
-    sampler = TorchSampler(policy, tokenizer=None, end_ids=[2], context_length=64)  # type: ignore[arg-type]
+    sampler = TorchSampler(policy, tokenizer=Mock(), end_token_ids=[2], max_model_len=64)
     prompts = [Prompt(str(i), "t", "", "", tuple(range(3 + i, 20 + i))) for i in range(2)]
-    before = {name: t.clone() for name, t in policy.adapter_tensors().items()}
+    before = {name: t.clone() for name, t in policy.published_tensors().items()}
     found = check_at_start(policy, sampler, prompts, tmp_path, max_kl=None)
     assert found["probe"] < 1e-5
     assert found["base"] < 1e-5
     assert found["control"] > 0.01
-    assert all(torch.equal(before[n], t) for n, t in policy.adapter_tensors().items())
+    assert all(torch.equal(before[n], t) for n, t in policy.published_tensors().items())
 
 
 def test_ranks_and_models_that_do_not_go_get_one_clear_error(tmp_path: Path) -> None:

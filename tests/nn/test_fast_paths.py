@@ -127,7 +127,7 @@ def test_attention_by_segments_is_that_of_separate_sequences(
     ]
     sequences = [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6, 7, 8], [9, 10, 11, 12]]
     query_THD, key_TJD, value_TJD = random(13, 4, 8), random(13, 2, 8, seed=1), random(13, 2, 8)
-    layout = make_layout(segments, 13, max_wasted_pairs)
+    layout = make_layout(segments, max_wasted_pairs)
     assert len(layout.buckets) == num_buckets
     out_THD = attention.attend(query_THD, key_TJD, value_TJD, layout, 0.3)
     for ids in sequences:
@@ -139,7 +139,7 @@ def test_attention_by_segments_is_that_of_separate_sequences(
 
 
 def test_attention_computed_again_in_the_backward_pass_has_the_same_gradients() -> None:
-    layout = make_layout([Segment(0, 3), Segment(3, 2, 0, 3), Segment(5, 4, 0, 3)], 9)
+    layout = make_layout([Segment(0, 3), Segment(3, 2, 0, 3), Segment(5, 4, 0, 3)])
     gradients = []
     for function in (attention.attend, attention._Attend.apply):
         inputs = [random(9, heads, 8, seed=heads).requires_grad_() for heads in (4, 2, 2)]

@@ -15,16 +15,13 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from rl_lora.adapters.files import open_adapter, save_adapter
 from rl_lora.adapters.peft_files import lora_settings
-from rl_lora.batches import pack
-from rl_lora.commands.eval import evaluation
+from rl_lora.batches import pack_samples
+from rl_lora.commands.eval import EvalRequest, evaluation
 from rl_lora.commands.plan import matmul_counts, parameter_counts
 from rl_lora.config import (
     VARIANT_NAMES,
-    AlgorithmSection,
     LoraSection,
-    OptimSection,
     RunConfig,
-    SamplingSection,
     parse_config,
 )
 from rl_lora.errors import UserError
@@ -45,7 +42,7 @@ from rl_lora.nn.variants import (
 from rl_lora.planning.capacity import Capacity, rank_that_holds
 from rl_lora.policy import Policy
 from rl_lora.runs.checkpoint import load_checkpoint, save_checkpoint
-from rl_lora.samplers.vllm.settings import engine_settings
+from rl_lora.samplers.vllm import settings as vllm_settings
 from rl_lora.types import Microbatch, TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama, shake
 
@@ -69,12 +66,12 @@ def batch() -> list[Microbatch]:
         TrainSample((5, 6, 7), (8, 9, 2), (0.0,) * 3, 1.0, 0),
         TrainSample((11, 12), (13, 14, 2), (0.0,) * 3, 1.0, 0),
     ]
-    (batches,) = pack(samples, denominator="tokens", max_tokens=8, microbatch_tokens=1000)
+    (batches,) = pack_samples(samples, microbatch_tokens=1000)
     return batches
 
 
 def make_learner(policy: Policy, **optim: Any) -> Learner:
-    return Learner(policy, OptimSection(**optim), AlgorithmSection(), temperature=1.0, num_steps=10)
+    return Learner(policy, **optim)
 
 
 @torch.no_grad()
@@ -403,7 +400,7 @@ def test_an_evaluation_of_dora_in_vllm_is_refused_before_any_work(tmp_path: Path
     config = tmp_path / "evaluation.toml"
     config.write_text(f'[model]\nname = "{path}"\n')
     with pytest.raises(UserError, match=r'v000001: .*vLLM serves no DoRA.*backend="torch"'):
-        evaluation(config, [f"run.output_dir={tmp_path}"], str(adapter.path), "x")
+        evaluation(EvalRequest(config, [f"run.output_dir={tmp_path}"], str(adapter.path), "x"))
     assert not (tmp_path / "run").exists()
 
 
@@ -442,17 +439,9 @@ def test_an_adapter_of_another_variant_does_not_open(tmp_path: Path) -> None:
 
 
 def test_the_engine_gets_a_slot_for_the_served_rank(tmp_path: Path) -> None:
-    path = random_llama(tmp_path / "model")
     slots = {}
     for variant in ("lora", "pissa"):
-        settings = engine_settings(
-            path,
-            SamplingSection(),
-            LoraSection(rank=8, variant=variant),  # type: ignore[arg-type]
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            max_model_len=64,
-            is_merged=False,
-        )
+        lora = LoraSection(rank=8, variant=variant)  # type: ignore[arg-type]
+        settings = vllm_settings.lora_settings(lora, torch.float32)
         slots[variant] = settings["max_lora_rank"]
     assert slots == {"lora": 8, "pissa": 16}

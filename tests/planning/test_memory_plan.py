@@ -165,8 +165,8 @@ def test_kv_cache_of_a_gpu_is_what_vllms_share_leaves() -> None:
     cache = memory_plan(config, LLAMA_8B, counts.base, counts.trainable, 80 * 2**30)[-1]
     assert cache.num_bytes == 40 * 2**30 - 2 * counts.base
     # 256 sequences of 1024 + 8192 tokens would like 288 GiB.
-    assert "256 sequences x 9216 tokens x 128 KiB is 288.00 GiB" in cache.note
-    assert f"this holds {cache.num_bytes // (131_072 * 9216)} of full length" in cache.note
+    assert "256 sequences x 9216 tokens x 128 KiB would be 288.00 GiB" in cache.note
+    assert f"{cache.num_bytes // (131_072 * 9216)} of full length fit" in cache.note
     # Without a GPU here the plan is for an 80 GB card.
     nowhere = memory_plan(config, LLAMA_8B, counts.base, counts.trainable)[-1]
     if not torch.cuda.is_available():
@@ -292,7 +292,7 @@ def test_kv_cache_is_bounded_by_what_vllm_sets_aside(monkeypatch: pytest.MonkeyP
     cache = memory_plan(config, known, counts.base, counts.trainable)[-1]
     assert cache.num_bytes == 2**30  # a quarter of what is free
     # A sequence of 1280 tokens takes 2 x 30 x 3 x 64 x 4 bytes a token.
-    assert f"holds {2**30 // (1280 * 46_080)} of full length" in cache.note
+    assert f"; {2**30 // (1280 * 46_080)} of full length fit" in cache.note
 
 
 def test_unknown_model_is_one_line_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,8 +389,8 @@ def test_counts_of_a_mixture_are_those_of_the_policy(make: Any, tmp_path: Path) 
     config, _ = load_model_config(ModelSection(name=str(path)), path)
     counts = parameter_counts(build_on_meta(config), policy.lora)
     assert counts.trainable == sum(p.numel() for p in policy.trainable().values())
-    assert counts.trainable == sum(t.numel() for t in policy.adapter_tensors().values())
-    assert 2 * counts.num_targets == len(policy.adapter_tensors())
+    assert counts.trainable == sum(t.numel() for t in policy.published_tensors().values())
+    assert 2 * counts.num_targets == len(policy.published_tensors())
 
 
 def test_the_plan_of_a_mixture_names_what_is_at_work(tmp_path: Path) -> None:

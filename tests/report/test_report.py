@@ -133,7 +133,7 @@ def test_a_run_at_step_0_and_a_killed_one(tmp_path: Path) -> None:
     early.mkdir()
     (early / "run.json").write_text("{}")
     page, _ = build_page([early])
-    assert "early has no step on record yet" in page.notes
+    assert "early has not finished a step yet" in page.notes
     killed = write_run(tmp_path / "killed")
     for name in ("metrics.jsonl", "transcripts.jsonl"):
         with (killed / name).open("a") as file:
@@ -144,11 +144,29 @@ def test_a_run_at_step_0_and_a_killed_one(tmp_path: Path) -> None:
     assert any("step_000011.json is not an evaluation result" in note for note in page.notes)
 
 
+def test_a_run_of_an_earlier_version_says_what_was_renamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "a")
+    assert read_run(folder).notes == []
+    write_lines(folder / "metrics.jsonl", [{"step": 1, "rollouts/age_max": 0.0}])
+    (folder / "figures").mkdir()
+    (folder / "figures" / "exams.png").touch()
+    note = (
+        "written by an earlier version: rollouts/age_* of metrics.jsonl is rollouts/staleness_* "
+        "now; figures/exams.png is figures/evaluations.png now"
+    )
+    assert read_run(folder).notes == [note]
+    assert note in build_page([folder])[0].notes
+    assert main(["status", str(folder)]) == 0
+    assert note in " ".join(capsys.readouterr().out.split())
+
+
 def test_what_is_no_run_is_one_clear_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(tmp_path)]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "absent"), "--watch"]) == 2
     folder = write_run(tmp_path / "a")
     with pytest.raises(UserError, match="given twice"):

@@ -12,15 +12,11 @@ from matplotlib.figure import Figure
 from rl_lora.config import EvalSection
 from rl_lora.errors import UserError
 from rl_lora.evaluation.intervals import exact_interval
-from rl_lora.report.run_figures import (
-    RunRecords,
-    draw_accuracy,
-    draw_figures,
-    draw_length,
-    draw_reward,
-    evaluations_figure,
-    read_records,
-)
+from rl_lora.report import blocks
+from rl_lora.report.evaluation_figures import evaluation_figure
+from rl_lora.report.figures import length_figure, reward_figure
+from rl_lora.report.records import read_run
+from rl_lora.report.run_figures import draw, draw_figures, evaluations_sheet
 from rl_lora.runs.log import RunLog
 from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
@@ -59,9 +55,12 @@ def write_evaluation(folder: Path, name: str, step: int | None, num_correct: int
     )
 
 
-def new_axes() -> Axes:
-    axes: Axes = Figure().add_subplot()
-    return axes
+def drawn(figure: blocks.Figure | None) -> list[Axes]:
+    """The panels of a report's figure."""
+    assert figure is not None
+    sheet = Figure()
+    draw(figure, sheet)
+    return sheet.axes
 
 
 def points(axes: Axes, label: str) -> list[tuple[float, float]]:
@@ -69,9 +68,8 @@ def points(axes: Axes, label: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())]
 
 
-def labels(axes: Axes) -> list[str]:
-    legend = axes.get_legend()
-    assert legend is not None
+def labels(panels: list[Axes]) -> list[str]:
+    (legend,) = panels[0].figure.legends
     return [text.get_text() for text in legend.get_texts()]
 
 
@@ -96,8 +94,8 @@ def test_a_run_gets_all_figures(tmp_path: Path) -> None:
         "overview.png",
     ]
     assert {path.parent for path in paths} == {tmp_path / "figures"}
-    assert size(paths[0]) == (960, 690)
-    assert size(paths[4]) == (2340, 660)
+    assert size(paths[0]) == (960, 750)
+    assert size(paths[4]) == (2340, 750)
     assert draw_figures(tmp_path) == paths  # and again, over the old ones
 
 
@@ -107,87 +105,79 @@ def test_one_step_and_no_evaluation(tmp_path: Path) -> None:
 
 
 def test_evaluations_without_a_step(tmp_path: Path) -> None:
+    write_run(tmp_path, {})
     write_evaluation(tmp_path, "step_000000", 0, 2)
     assert [path.name for path in draw_figures(tmp_path)] == ["accuracy.png", "overview.png"]
 
 
 def test_a_run_without_any_record(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no step and no evaluation"):
+    with pytest.raises(UserError, match="is not a run folder"):
         draw_figures(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "half')
-    with pytest.raises(UserError, match="holds no step and no evaluation"):
+    with pytest.raises(UserError, match="no step and no evaluation yet"):
         draw_figures(tmp_path)
 
 
-def test_reward_lines_skip_missing_and_null_numbers() -> None:
-    records = RunRecords(
-        [
-            {"step": 1, "reward/mean": 0.5, "reward/format_mean": 0.9},
-            {"step": 2, "reward/mean": None},
-            {"step": 3, "reward/mean": 0.7},
-        ],
-        [],
-        None,
-    )
-    axes = new_axes()
-    draw_reward(axes, records)
-    assert points(axes, "mean reward") == [(1, 0.5), (3, 0.7)]
-    assert points(axes, "share in the format") == [(1, 0.9)]
-    assert labels(axes) == ["mean reward", "share in the format"]
-    assert axes.get_xlabel() == "training step"
+def test_reward_lines_skip_missing_and_null_numbers(tmp_path: Path) -> None:
+    first, second = {"reward/mean": 0.5, "reward/format_mean": 0.9}, {"reward/mean": float("nan")}
+    write_run(tmp_path, {1: first, 2: second, 3: {"reward/mean": 0.7}})
+    panels = drawn(reward_figure([read_run(tmp_path)]))
+    assert points(panels[0], "mean reward") == [(1, 0.5), (3, 0.7)]
+    assert points(panels[0], "share in the requested format") == [(1, 0.9)]
+    assert labels(panels) == ["mean reward", "share in the requested format"]
+    assert panels[0].get_xlabel() == "training step"
 
 
-def test_length_has_its_unit_and_the_truncation_rate() -> None:
-    axes = new_axes()
-    draw_length(axes, RunRecords([{"step": 1, **STEP}, {"step": 2, **STEP}], [], None))
-    assert "tokens" in axes.get_ylabel()
-    assert points(axes, "correct") == [(1, 35), (2, 35)]
-    assert labels(axes) == ["all", "correct", "wrong", "truncated (right)"]
-    (right,) = [other for other in axes.figure.axes if other is not axes]
-    assert [float(y) for y in right.get_lines()[0].get_ydata()] == [0.1, 0.1]
-    assert right.get_ylim() == (0, 1)
+def test_length_has_its_unit_and_the_truncation_rate_below(tmp_path: Path) -> None:
+    write_run(tmp_path, {1: STEP, 2: STEP})
+    panels = drawn(length_figure([read_run(tmp_path)]))
+    upper, lower = panels
+    assert "tokens" in upper.get_ylabel()
+    assert points(upper, "correct") == [(1, 35), (2, 35)]
+    assert points(lower, "truncated (below)") == [(1, 0.1), (2, 0.1)]
+    assert labels(panels) == ["all", "correct", "wrong", "truncated (below)"]
+    assert upper.get_ylim()[0] == lower.get_ylim()[0] == 0
 
 
-def test_long_runs_are_smoothed_over_the_raw_line() -> None:
-    steps = [{"step": step, "reward/mean": float(step % 2)} for step in range(1, 101)]
-    axes = new_axes()
-    draw_reward(axes, RunRecords(steps, [], None))
-    smooth = points(axes, "mean reward")
+def test_long_runs_are_smoothed_over_the_raw_line(tmp_path: Path) -> None:
+    write_run(tmp_path, {step: {"reward/mean": float(step % 2)} for step in range(1, 101)})
+    panels = drawn(reward_figure([read_run(tmp_path)]))
+    smooth = points(panels[0], "mean reward")
     assert len(smooth) == 100
     assert all(abs(y - 0.5) < 0.05 for _, y in smooth[5:-5])  # 11 steps: 5/11 or 6/11
-    raw = axes.get_lines()[0]
+    raw = panels[0].get_lines()[0]
     assert [float(y) for y in raw.get_ydata()] == [float(step % 2) for step in range(1, 101)]
+    assert labels(panels) == ["mean reward"]
 
 
-def test_accuracy_has_interval_bars_sources_and_the_base(tmp_path: Path) -> None:
+def test_accuracy_has_interval_bars_and_the_base(tmp_path: Path) -> None:
+    write_run(tmp_path, {10: STEP})
     write_evaluation(tmp_path, "base", None, 1)
     write_evaluation(tmp_path, "step_000000", 0, 3)
     write_evaluation(tmp_path, "step_000010", 10, 8)
-    write_evaluation(tmp_path, "by-hand", None, 10)  # an evaluation that is no point of the run
-    axes = new_axes()
-    draw_accuracy(axes, read_records(tmp_path))
-    assert points(axes, "accuracy") == [(0, 0.3), (10, 0.8)]
+    write_evaluation(tmp_path, "by-hand", None, 10)  # an evaluation outside the training
+    panels = drawn(evaluation_figure([read_run(tmp_path)], ""))
+    assert points(panels[0], "accuracy") == [(0, 0.3), (10, 0.8)]
     (bars,) = [
         collection.get_segments()
-        for collection in axes.collections
+        for collection in panels[0].collections
         if hasattr(collection, "get_segments")
     ]
     for segment, (step, num_correct) in zip(bars, [(0, 3), (10, 8)], strict=True):
         low, high = exact_interval(num_correct, 10)
-        assert segment.ravel().tolist() == pytest.approx([step, low, step, high])
-    assert points(axes, "a") == [(0, 0.4), (10, 0.8)]
-    assert points(axes, "b") == [(0, 0.2), (10, 0.8)]
-    (base,) = [line for line in axes.get_lines() if line.get_label() == "base model"]
-    assert list(base.get_ydata()) == [0.1, 0.1]
-    assert "95% intervals" in axes.get_title()
-    assert labels(axes)[0] == "accuracy"
+        assert segment.ravel().tolist() == pytest.approx([step, low, step, high], rel=1e-5)
+    assert points(panels[0], "base model") == [(0, 0.1), (10, 0.1)]
+    assert labels(panels)[0] == "accuracy"
+    (legend,) = panels[0].figure.legends
+    assert "95% intervals" in legend.get_title().get_text()
 
 
 def test_evaluation_score_and_length_by_step_for_each_set(tmp_path: Path) -> None:
+    write_run(tmp_path, {10: STEP})
     write_evaluation(tmp_path, "base", None, 1)
     write_evaluation(tmp_path, "step_000000", 0, 3)
     write_evaluation(tmp_path, "step_000010", 10, 8)
-    figure = evaluations_figure(read_records(tmp_path))
+    figure = evaluations_sheet(read_run(tmp_path))
     score_a, score_b, length_a, _ = figure.axes
     assert (score_a.get_title(), score_b.get_title()) == ("a", "b")
 
@@ -203,19 +193,6 @@ def test_evaluation_score_and_length_by_step_for_each_set(tmp_path: Path) -> Non
     assert [0, round(low, 6)] in corners
     assert [0, round(high, 6)] in corners
     assert [text.get_text() for text in score_a.texts] == ["base model"]
-
-
-def test_evaluations_on_record_in_the_metrics_alone(tmp_path: Path) -> None:
-    write_run(tmp_path, {2: {"eval/accuracy": 0.25}, 4: {"eval/accuracy": 0.5}})
-    write_evaluation(tmp_path, "step_000004", 4, 8)  # the result file wins
-    records = read_records(tmp_path)
-    assert [
-        (evaluation["step"], evaluation["eval/accuracy"]) for evaluation in records.evaluations
-    ] == [
-        (2, 0.25),
-        (4, 0.8),
-    ]
-    draw_figures(tmp_path)
 
 
 def test_a_damaged_evaluation_is_named(tmp_path: Path) -> None:

@@ -132,8 +132,8 @@ def kill_at(
         ("rl", "1"),
         ("rl", "3"),
         ("rl", "train:evaluate:1"),  # before the first evaluation
-        ("rl", "train:save_adapter:3"),  # a step that is learned and not published
-        ("rl", "train:_finish:1"),  # all done but the adapter's last place
+        ("rl", "state:save_adapter:3"),  # a step that is learned and not published
+        ("rl", "train:finish:1"),  # all done but the adapter's last place
     ],
 )
 def test_a_run_killed_before_its_first_periodic_checkpoint_goes_on(
@@ -190,7 +190,7 @@ def test_what_kills_leave_is_in_nobodys_way(tmp_path: Path, whole: Callable[[str
 def test_a_longer_run_that_dies_at_its_end_is_not_complete_with_the_shorter_ones_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[str], Any]
 ) -> None:
-    for arm, where in (("rl", "train:_finish:1"), ("sft", "sft.train:_publish:1")):
+    for arm, where in (("rl", "train:finish:1"), ("sft", "sft.train:_publish:1")):
         run(arm, tmp_path, f"run.name={arm}", "run.num_steps=2")
         with monkeypatch.context() as patch:
             module, name, _ = where.split(":")

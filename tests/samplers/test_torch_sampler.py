@@ -15,7 +15,6 @@ import torch
 from tokenizers import AddedToken
 
 from rl_lora.adapters.files import save_adapter
-from rl_lora.build import end_token_ids
 from rl_lora.config import DataSection, ModelSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.models.resolve import load_tokenizer, resolve_model
@@ -23,6 +22,7 @@ from rl_lora.policy import Policy
 from rl_lora.prompts import render_text
 from rl_lora.rollouts import sample_groups
 from rl_lora.sampler import BASE_VERSION
+from rl_lora.samplers.end_tokens import end_token_ids
 from rl_lora.samplers.liveness import check_at_start, check_step, tolerances
 from rl_lora.samplers.torch_sampler import TorchSampler, _draw
 from rl_lora.seeds import mix_seed, sample_seed, sample_seeds
@@ -39,6 +39,7 @@ class IdTokenizer:
         return " ".join(str(i) for i in ids)
 
 
+TOKENIZER: Any = IdTokenizer()
 PROMPTS = [
     Prompt("p/0", "s", "q", "1", (5, 6, 7)),
     Prompt("p/1", "s", "q", "1", (11,)),
@@ -49,7 +50,9 @@ PROMPTS = [
 def make(tmp_path: Path, end_ids: tuple[int, ...] = (2,), **options: int) -> TorchSampler:
     policy = make_policy(random_llama(tmp_path / "model"))
     shake(policy)
-    sampler = TorchSampler(policy, IdTokenizer(), end_ids, context_length=64, **options)  # type: ignore[arg-type]
+    sampler = TorchSampler(
+        policy, tokenizer=TOKENIZER, end_token_ids=end_ids, max_model_len=64, **options
+    )
     sampler.set_adapter(save_adapter(policy, tmp_path / "adapters", version=4, run_name="r"))
     return sampler
 
@@ -187,18 +190,17 @@ def test_a_models_turns_end_where_its_template_ends_them(tmp_path: Path) -> None
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     prompt = Prompt("p/0", "s", "q", "7", ids)
 
-    def sample(data: DataSection, stop: tuple[str, ...] = ()) -> Completion:
-        ends = end_token_ids(model_dir, tokenizer, data)
-        sampler = TorchSampler(policy, tokenizer, ends, context_length=96)
+    def sample(template: str | None, stop: tuple[str, ...] = ()) -> Completion:
+        ends = end_token_ids(model_dir, tokenizer, template)
+        sampler = TorchSampler(policy, tokenizer=tokenizer, end_token_ids=ends, max_model_len=96)
         return sampler.sample([prompt], SampleParams(1, 40, 0.0, stop=stop))[0][0]
 
-    answer = sample(DataSection())
+    answer = sample(None)
     assert re.fullmatch(r"4 \+ \d = (\d+)\n\\boxed\{\1\}", answer.text)
     assert not answer.is_truncated
     assert tokenizer.convert_ids_to_tokens(answer.token_ids[-1]) == "<|end|>"
-    base = DataSection(template="base")
-    assert sample(base).is_truncated
-    assert sample(base, ("<|end|>",)) == answer
+    assert sample("base").is_truncated
+    assert sample("base", ("<|end|>",)) == answer
 
 
 def test_base_is_sampled_with_the_adapter_off(tmp_path: Path) -> None:
@@ -272,18 +274,18 @@ class StuckSampler(TorchSampler):
 
 def test_check_at_start_passes_a_live_sampler_and_leaves_no_trace(tmp_path: Path) -> None:
     sampler = make(tmp_path)
-    before = {n: t.clone() for n, t in sampler.policy.adapter_tensors().items()}
+    before = {n: t.clone() for n, t in sampler.policy.published_tensors().items()}
     found = check_at_start(sampler.policy, sampler, PROMPTS[::2], tmp_path / "probe", None)
     assert found["probe"] < 1e-5
     assert found["base"] < 1e-5
     assert found["control"] > 0.01
     assert not list((tmp_path / "probe").glob("v*"))
-    assert all(torch.equal(before[n], t) for n, t in sampler.policy.adapter_tensors().items())
+    assert all(torch.equal(before[n], t) for n, t in sampler.policy.published_tensors().items())
 
 
 def test_check_at_start_catches_a_sampler_that_ignores_its_adapter(tmp_path: Path) -> None:
     policy = make_policy(random_llama(tmp_path / "model"))
-    sampler = StuckSampler(policy, IdTokenizer(), (2,), context_length=64)  # type: ignore[arg-type]
+    sampler = StuckSampler(policy, tokenizer=TOKENIZER, end_token_ids=(2,), max_model_len=64)
     sampler.frozen = make_policy(tmp_path / "model")
     with pytest.raises(StaleAdapterError, match="does not serve the learner's weights"):
         check_at_start(policy, sampler, PROMPTS[::2], tmp_path / "probe", None)

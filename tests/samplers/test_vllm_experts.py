@@ -30,11 +30,12 @@ pytestmark = [
 PRELUDE = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from rl_lora.samplers.vllm import sampler as vllm_sampler
 from rl_lora.adapters.files import save_adapter
 from rl_lora.batches import whole_sequence
-from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.config import LoraSection
 from rl_lora.samplers.vllm.sampler import VllmSampler
 from tests.helpers.tiny_models import make_policy, shake
 
@@ -42,8 +43,9 @@ model, folder = Path(sys.argv[1]), Path(sys.argv[2])
 ids = tuple(range(3, 40))
 
 def sampler_of(lora):
-    return VllmSampler(model, SamplingSection(max_num_seqs=4), lora, dtype=torch.float32,
-        device=torch.device("cpu"), max_model_len=64, end_token_ids=[2])
+    policy = SimpleNamespace(model_dir=model, lora=lora, dtype=torch.float32,
+        device=torch.device("cpu"))
+    return VllmSampler(policy, max_num_seqs=4, max_model_len=64, end_token_ids=[2])
 
 def difference(sampler, policy):
     own = policy.token_logprobs(whole_sequence(ids), 1.0)[0].detach()

@@ -33,8 +33,10 @@ from rl_lora.samplers.vllm.process import import_vllm, process_kept
 from rl_lora.samplers.vllm.sampler import VllmSampler, _check_adapter
 from rl_lora.samplers.vllm.settings import (
     RANK_SLOTS,
+    EngineOptions,
     cpu_cache_bytes,
     engine_settings,
+    lora_settings,
     merges_adapter,
 )
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
@@ -66,18 +68,15 @@ def make_model(folder: Path, **options: Any) -> Path:
 
 
 def make_sampler(model_dir: Path, **options: Any) -> VllmSampler:
-    lora = options.pop("lora", LoraSection(rank=1))
-    sampling = {name: options.pop(name, None) for name in ("merge_adapter", "eager")}
-    return VllmSampler(
-        model_dir,
-        SamplingSection(max_num_seqs=16, **sampling),
-        lora,
-        dtype=torch.float32,
-        device=CPU,
-        max_model_len=CONTEXT,
-        end_token_ids=[END],
-        **options,
-    )
+    engine = {name: options.pop(name, None) for name in ("merge_adapter", "eager")}
+    policy = served(model_dir, options.pop("lora", LoraSection(rank=1)))
+    options = {"max_model_len": CONTEXT, "max_num_seqs": 16, "end_token_ids": [END]} | options
+    return VllmSampler(policy, engine=EngineOptions(**engine), **options)
+
+
+def served(model_dir: Path, lora: LoraSection, device: torch.device = CPU) -> Any:
+    """What the sampler looks at in a policy."""
+    return SimpleNamespace(model_dir=model_dir, lora=lora, dtype=torch.float32, device=device)
 
 
 def publish(model_dir: Path, folder: Path, version: int, **lora: Any) -> Adapter:
@@ -144,7 +143,7 @@ def test_full_weights_are_replaced_and_the_engine_is_freed(model_dir: Path, tmp_
         sampler.set_adapter(None)
         assert sampler.token_logprobs([ids])[0] == base.tolist()
         with pytest.raises(ValueError, match="is_full"):
-            sampler.set_adapter(replace(adapter, is_full=False))
+            sampler.set_adapter(replace(adapter, rank=1))
         with pytest.raises(RuntimeError, match=r"close\(\) it first"):
             make_sampler(model_dir)
 
@@ -520,14 +519,7 @@ def test_bad_model_directories(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config\.json"):
         make_sampler(tmp_path)
     with pytest.raises(UserError, match="500 tokens exceed the model's context of 128"):
-        VllmSampler(
-            model_dir,
-            SamplingSection(),
-            LoraSection(),
-            dtype=torch.float32,
-            device=CPU,
-            max_model_len=500,
-        )
+        make_sampler(model_dir, max_model_len=500)
 
 
 def test_settings_that_gpus_do_not_take(model_dir: Path) -> None:
@@ -535,11 +527,7 @@ def test_settings_that_gpus_do_not_take(model_dir: Path) -> None:
     for device, lm_head, message in bad:
         with pytest.raises(UserError, match=message):
             VllmSampler(
-                model_dir,
-                SamplingSection(),
-                LoraSection(lm_head=lm_head),
-                dtype=torch.float32,
-                device=torch.device(device),
+                served(model_dir, LoraSection(lm_head=lm_head), torch.device(device)),
                 max_model_len=CONTEXT,
             )
 
@@ -559,16 +547,17 @@ def test_process_kept_restores_after_an_error() -> None:
     assert _process_state() == before
 
 
-def settings_of(model_dir: Path, device: str, rank: int, **sampling: Any) -> dict[str, Any]:
+def settings_of(
+    model_dir: Path, device: str, rank: int, *, max_num_seqs: int | None = None, **options: Any
+) -> dict[str, Any]:
     return engine_settings(
         model_dir,
-        SamplingSection(**sampling),
-        LoraSection(rank=rank),
+        EngineOptions(**options),
         dtype=torch.bfloat16,
         device=torch.device(device),
         max_model_len=CONTEXT,
-        is_merged=False,
-    )
+        max_num_seqs=max_num_seqs,
+    ) | lora_settings(LoraSection(rank=rank), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -584,7 +573,7 @@ def test_where_adapters_are_merged(
     device: str, dtype: torch.dtype, asked: bool | None, expected: bool
 ) -> None:
     merges = merges_adapter(
-        SamplingSection(merge_adapter=asked),
+        asked,
         LoraSection(),
         dtype=dtype,
         device=torch.device(device),
@@ -594,9 +583,7 @@ def test_where_adapters_are_merged(
 
 def test_a_merge_that_would_round_is_refused() -> None:
     with pytest.raises(UserError, match=r"merge_adapter=true with torch.bfloat16 on cpu"):
-        merges_adapter(
-            SamplingSection(merge_adapter=True), LoraSection(), dtype=torch.bfloat16, device=CPU
-        )
+        merges_adapter(True, LoraSection(), dtype=torch.bfloat16, device=CPU)
 
 
 def test_engine_settings(model_dir: Path) -> None:

@@ -23,7 +23,7 @@ from gpu_stages.stages import STAGES, CheckFailedError, Context, Stage, chosen
 from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
-from rl_lora.batches import pack
+from rl_lora.batches import pack_samples
 from rl_lora.errors import UserError
 from rl_lora.models import resolve as models
 from rl_lora.types import TrainSample
@@ -198,10 +198,8 @@ def test_the_needed_operations_of_a_microbatch() -> None:
     ]
 
     def flops(count: int, share_prompts: bool) -> float:
-        ((batch,),) = pack(
+        ((batch,),) = pack_samples(
             samples[:count],
-            denominator="tokens",
-            max_tokens=4,
             microbatch_tokens=64,
             share_prompts=share_prompts,
         )

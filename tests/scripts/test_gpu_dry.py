@@ -16,10 +16,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.config import LoraSection
 from rl_lora.errors import UserError
 from rl_lora.samplers.vllm.process import VERSIONS, check_versions, import_vllm, process_kept
-from rl_lora.samplers.vllm.settings import engine_settings
+from rl_lora.samplers.vllm.settings import EngineOptions, engine_settings, lora_settings
 from tests.gpu_dry.program import unknown_calls
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,13 +92,11 @@ def test_the_other_release_takes_the_same_calls_and_settings(tmp_path: Path) -> 
     vllm = import_vllm(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = engine_settings(
         tmp_path,
-        SamplingSection(attention_backend="TRITON_ATTN"),
-        LoraSection(),
+        EngineOptions(attention_backend="TRITON_ATTN"),
         dtype=torch.bfloat16,
         device=torch.device("cuda"),
         max_model_len=64,
-        is_merged=False,
-    )
+    ) | lora_settings(LoraSection(), torch.bfloat16)
     with process_kept():
         assert unknown_calls(vllm) == []
         assert vllm.EngineArgs(**settings).compilation_config.cudagraph_specialize_lora

@@ -24,7 +24,7 @@ from benchmarks.run import learning_row, phase_row
 from rich.console import Console
 
 from rl_lora.config import LoraSection, ModelSection
-from rl_lora.policy import Policy
+from rl_lora.policy import open_policy
 from tests.helpers.tiny_models import random_llama
 
 RANKS = (1, 8, 64, 256)
@@ -101,10 +101,10 @@ def test_the_formula_of_a_model_is_the_articles_count(tmp_path: Path) -> None:
     head = 97 * 64
     model_dir = random_llama(tmp_path)
     model = ModelSection(name=str(model_dir), dtype="float32", device="cpu")
-    lora = Policy(model_dir, model, LoraSection(rank=3), seed=0)
+    lora = open_policy(model_dir, model, LoraSection(rank=3), seed=0)
     assert formula_per_token(lora, 1.0) == 2 * (2 * (inner + head) + 3 * 3 * ends)
     assert formula_per_token(lora, 0.25) == 2 * (2 * inner + 2 * head / 4 + 3 * 3 * ends)
-    full = Policy(model_dir, model, LoraSection(mode="full"), seed=0)
+    full = open_policy(model_dir, model, LoraSection(mode="full"), seed=0)
     assert formula_per_token(full, 0.5) == 2 * (3 * inner + 3 * head / 2)
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from rl_lora.adapters.files import load_tensors
-from rl_lora.batches import pack
+from rl_lora.batches import pack_samples
 from rl_lora.cli import main
 from rl_lora.config import ModelSection, parse_as
 from rl_lora.config.sft import SftConfig, SftDataSection, load_sft_config
@@ -230,7 +230,7 @@ def test_a_step_moves_the_policy_by_the_completions_gradient_alone(tmp_path: Pat
     policy = make_policy(random_llama(tmp_path), rank=2)
     shake(policy)
     sample = TrainSample((1, 5, 9), (7, 2), (0.0,) * 2, 1.0, 0)
-    ((batch,),) = pack([sample], denominator="tokens", max_tokens=8, microbatch_tokens=64)
+    ((batch,),) = pack_samples([sample], microbatch_tokens=64)
     assert batch.target_ids_C.tolist() == [7, 2]
     assert batch.weights_C.tolist() == [0.5, 0.5]
 

@@ -1,13 +1,14 @@
 """LoRA on vLLM's CPU back end by plain matrix products, for batches that share one adapter.
 
-vLLM's own CPU path (vllm/lora/ops/torch_ops) gathers a copy of A and B for every token before an
-einsum, tokens x width x rank numbers for each layer, and slows decoding down to a third of the
-base's speed. Here all sequences of a step sample from one adapter version, so that two matmuls a
-layer do. A batch of several adapters takes vLLM's path.
+Used where adapters are not merged into the weights: in bfloat16, and with
+sampling.merge_adapter=false. vLLM's own CPU path (vllm/lora/ops/torch_ops) gathers a copy of A and
+B for every token before an einsum (tokens x width x rank numbers per layer), which slows decoding
+to a third of the base's speed. Here all sequences of a step use one adapter version, so that two
+matmuls per layer are enough. A batch with several adapters takes vLLM's path.
 
-Two defects of that path do not occur here: `add_lora_logits` gives sequences without adapter the
-last adapter's lm_head (index -1), and fails on prompt log-probs, which need more rows of logits
-than there are sequences.
+Two defects of that path are avoided: `add_lora_logits` gives sequences without an adapter the last
+adapter's lm_head (index -1), and fails on prompt log-probs, which need more rows of logits than
+there are sequences.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from vllm.platforms import current_platform
 
 NO_ADAPTER = -1
 
-# What is overridden below, as vLLM 0.32 declares it. Another signature: another vLLM, hands off.
+# What is overridden below, as vLLM 0.32 declares it; a vLLM with other signatures is left as it is.
 _SIGNATURES = {
     "update_metadata": ["self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs"],
     "add_lora_embedding": ["self", "y", "x", "lora_b_stacked", "add_inputs", "kwargs"],
@@ -55,7 +56,7 @@ class MatmulPunicaWrapper(PunicaWrapperCPU):
         vocab_size: int,
         **kwargs: Any,
     ) -> None:
-        """Notes which adapter slot serves the coming batch, if one does."""
+        """Notes which adapter slot the next batch uses, if it is only one."""
         super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
         lora_ids = set(mapping.index_mapping) | set(mapping.prompt_mapping)
         self._slot = None
@@ -63,6 +64,7 @@ class MatmulPunicaWrapper(PunicaWrapperCPU):
             (lora_id,) = lora_ids
             self._slot = lora_index_to_id.index(lora_id) if lora_id > 0 else NO_ADAPTER
 
+    # limits: vLLM's signature
     def add_lora_linear(
         self,
         y: Tensor,
@@ -121,7 +123,7 @@ class MatmulPunicaWrapper(PunicaWrapperCPU):
             super().add_lora_logits(
                 y, x, lora_a_stacked, lora_b_stacked, scale, buffer=buffer, **kwargs
             )
-        # Most adapters leave lm_head alone, and its row of logits is the widest of all.
+        # Most adapters do not touch lm_head, whose rows are the widest of all.
         elif self._slot != NO_ADAPTER and bool(_of_slot(lora_b_stacked, self._slot).any()):
             y_TO = y.view(-1, y.shape[-1])
             x_TI = x.view(-1, x.shape[-1])
@@ -136,7 +138,7 @@ def _of_slot(stacked: Tensor, slot: int) -> Tensor:
 def _add_product(
     y_TO: Tensor, x_TI: Tensor, a_L1RI: Tensor, b_L1OR: Tensor, slot: int, scale: float
 ) -> None:
-    """In float32 up to the sum, as vLLM's kernels do it; y may be a view and is changed."""
+    """Adds the product to y, which may be a view; in float32 up to the sum, as vLLM's kernels."""
     hidden_TR = x_TI.float() @ _of_slot(a_L1RI, slot).float().T
     b_OR = _of_slot(b_L1OR, slot)
     width = min(y_TO.shape[1], b_OR.shape[0])  # either may be padded
@@ -148,7 +150,7 @@ def _add_product(
 
 
 def is_supported() -> bool:
-    """Whether this vLLM declares the overridden methods as the one that this was written for."""
+    """Whether this vLLM declares the overridden methods as listed above."""
     return all(
         list(inspect.signature(getattr(PunicaWrapperCPU, name)).parameters) == names
         for name, names in _SIGNATURES.items()
@@ -157,9 +159,9 @@ def is_supported() -> bool:
 
 @contextmanager
 def installed() -> Iterator[bool]:
-    """Engines made inside take `MatmulPunicaWrapper`; yields whether they do.
+    """Engines made inside use `MatmulPunicaWrapper`; yields whether they do.
 
-    The wrapper's class is looked up through the platform, once, when an engine is made.
+    vLLM asks the platform for the wrapper's class once, when an engine is made.
     """
     platform = type(current_platform)
     if not current_platform.is_cpu() or not is_supported():

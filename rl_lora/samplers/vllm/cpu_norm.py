@@ -1,9 +1,9 @@
 """RMSNorm on vLLM's CPU back end by vLLM's own kernels for CPUs.
 
-vLLM 0.32 has them but chooses among its kernels on GPUs alone; on a CPU an engine that is not
-compiled normalizes by eight PyTorch operators, 60 times a step: a twentieth of a decoding step of
-many sequences, a tenth of one of few (LOG.md). They are registered here through vLLM's own registry
-of implementations, under a name of our own.
+vLLM 0.32 has such kernels but only chooses among kernels on GPUs; on a CPU an engine that is not
+compiled normalizes with eight PyTorch operators, 60 times per step: 5 % of a decoding step with
+many sequences, 10 % with few (LOG.md). They are registered here through vLLM's own registry of
+implementations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WIDTH_UNIT = 64  # the kernels take whole vectors, of 8 to 32 elements by machin
 def rms_norm(
     x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> Tensor:
-    """x / rms(x) * weight; vLLM's names, since it compares the signature with its own."""
+    """x / rms(x) * weight. vLLM compares the signature with its own, so the names are vLLM's."""
     out = torch.empty(x.shape, dtype=x.dtype)
     torch.ops._C.rms_norm(out, x, weight, epsilon)
     return out
@@ -39,7 +39,7 @@ def fused_add_rms_norm(
 
 
 def priorities() -> dict[str, list[str]]:
-    """vLLM's setting `ir_op_priority`, the kernels registered; empty where this vLLM has none."""
+    """Registers the kernels; returns vLLM's setting `ir_op_priority`, empty if it has none."""
     try:
         import vllm._custom_ops  # noqa: F401  # loads the kernels
         from vllm.ir import ops
@@ -61,7 +61,7 @@ def priorities() -> dict[str, list[str]]:
 def _whole_rows(
     x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> bool:
-    """What the kernel computes: of the whole width, rows of one dtype without gaps."""
+    """Whether the kernel can compute it: the whole width, one dtype, rows without gaps."""
     return variance_size is None and _fits(x, weight)
 
 

@@ -1,9 +1,9 @@
-"""One random token a row of logits on vLLM's CPU back end, in two passes instead of eight.
+"""One random token per row of logits on vLLM's CPU back end, in two passes instead of eight.
 
-vLLM draws Gumbel noise for every logit in one thread, then takes log_softmax of all rows, their
-top-k of none and the rank of each chosen token: a tenth of a decoding step. Nobody here asks for
-more than the token and its log-prob, so that a softmax, its sums by block and one uniform number a
-row do. The distribution is the same; the draws for a seed are others.
+vLLM draws Gumbel noise for every logit in one thread, then takes log_softmax of all rows, an empty
+top-k and the rank of each chosen token: 10 % of a decoding step. Only the token and its log-prob
+are needed here, so a softmax, its sums by block and one uniform number per row are enough. The
+distribution is the same; a seed gives other draws.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def draw(logits_TV: Tensor, uniform_T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _below(target: Tensor, end: Tensor) -> Tensor:
-    """The target, in [0, end): rounding may have put it at the end or past it."""
+    """The target, clamped to [0, end): rounding may have moved it to the end or past it."""
     return torch.minimum(target.clamp(min=0), torch.nextafter(end, torch.zeros_like(end)))
 
 
 class OnePassSampler(Sampler):
-    """vLLM's sampler where every request samples at random from its whole distribution.
+    """vLLM's sampler, faster where every request samples from its whole distribution.
 
-    Any other batch (greedy, top_p, top_k, several log-probs a token) takes vLLM's own path.
+    Any other batch (greedy, top_p, top_k, several log-probs per token) takes vLLM's own path.
     """
 
     def sample(
@@ -70,7 +70,7 @@ class OnePassSampler(Sampler):
         sampling_metadata: Any,
         logprobs_mode_override: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens [T], and the log-probs of those alone [T, 1] where vLLM's are [T, V]."""
+        """Tokens [T] and only their log-probs, [T, 1], where vLLM's are [T, V]."""
         mode = logprobs_mode_override or self.logprobs_mode
         if not (_is_plain(sampling_metadata, logits) and mode == "processed_logprobs"):
             found: tuple[Tensor, Tensor | None] = super().sample(
@@ -90,7 +90,7 @@ class OnePassSampler(Sampler):
 
     @staticmethod
     def gather_logprobs(logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> LogprobsTensors:
-        """Of `sample`'s [T, 1] as they are, with rank 0, which no token has: nobody counted it."""
+        """`sample`'s [T, 1] as they are, with rank 0 (ranks are not counted)."""
         if logprobs.shape[1] != 1 or num_logprobs != 0:
             return Sampler.gather_logprobs(logprobs, num_logprobs, token_ids)
         ranks_T = torch.zeros(len(token_ids), dtype=torch.int64)
@@ -110,7 +110,7 @@ def _is_plain(metadata: Any, logits: Tensor) -> bool:
 
 
 def install(worker: Any) -> bool:
-    """Puts the sampler in place of vLLM's in a worker of the CPU; whether it could."""
+    """Replaces vLLM's sampler in a CPU worker; returns whether it could."""
     runner = worker.model_runner
     if type(getattr(runner, "sampler", None)) is not Sampler:
         return False

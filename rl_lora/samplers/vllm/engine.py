@@ -1,4 +1,4 @@
-"""A vLLM engine made, and what is done to one that vLLM has no call for."""
+"""Makes a vLLM engine, and does to one what vLLM has no call for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.config import LoraSection
 from rl_lora.errors import UserError
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.vllm.kept_classes import classes_kept
@@ -21,7 +21,7 @@ from rl_lora.types import Adapter
 
 
 def check_device(device: torch.device, lora: LoraSection) -> None:
-    """Raises UserError for a device or an adapter that vLLM does not serve right."""
+    """Raises UserError for a device or an adapter that vLLM does not serve correctly."""
     if device.index:
         raise UserError(
             f"model.device={str(device)!r}: vLLM takes the first visible GPU; set "
@@ -36,7 +36,7 @@ def check_device(device: torch.device, lora: LoraSection) -> None:
 
 
 def make_engine(vllm: SimpleNamespace, settings: dict[str, Any], on_cpu: bool) -> Any:
-    """A vllm.LLMEngine. Raises UserError where vLLM refuses the model or a setting."""
+    """A vllm.LLMEngine. Raises UserError if vLLM refuses the model or a setting."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_kept())
         settle_classes = stack.enter_context(classes_kept())
@@ -64,22 +64,22 @@ def make_engine(vllm: SimpleNamespace, settings: dict[str, Any], on_cpu: bool) -
             ) from error
         except ValueError as error:
             reason, fix = one_line(error), "sampling.backend=torch serves any of transformers"
-            if "Free memory" in reason:  # other processes hold the GPU
+            if "Free memory" in reason:  # other processes use the GPU
                 fix = "end what else runs on the GPU, or lower sampling.memory_fraction"
             raise UserError(f"vLLM does not serve {settings['model']}: {reason}; {fix}") from error
 
 
-def merged_weights(engine: Any, model_dir: Path, sampling: SamplingSection) -> MergedWeights | None:
-    """None where the engine's layers are not known well enough to merge into, with a warning.
+def merged_weights(engine: Any, model_dir: Path, *, is_required: bool) -> MergedWeights | None:
+    """Weights to merge adapters into; None, with a warning, if the engine has unknown layers.
 
     Raises:
-        UserError: so, and sampling.merge_adapter asks for it.
+        UserError: it has, and is_required.
     """
     (model,) = engine.apply_model(lambda model: model)
     try:
         return MergedWeights(model, model_dir)
     except LookupError as error:
-        if sampling.merge_adapter:
+        if is_required:
             raise UserError(
                 f"sampling.merge_adapter=true: {error.args[0]}, of {model_dir}; leave it out"
             ) from error
@@ -91,15 +91,15 @@ def merged_weights(engine: Any, model_dir: Path, sampling: SamplingSection) -> M
 
 
 def forget_cache(worker: Any) -> None:
-    """Gives the pages of a worker's KV cache back; the blocks are zero, as at the start."""
+    """Returns the pages of a worker's KV cache to the system; its blocks are zero afterwards."""
     cpu_memory.forget(worker.model_runner.kv_caches)
 
 
 def repack_head(model: torch.nn.Module) -> None:
-    """Packs a tied lm_head anew.
+    """Packs a tied lm_head again.
 
-    On CPU vLLM computes with a packed copy of each weight. `reload_weights` packs those that it
-    finds in the file, and a tied lm_head is not among them: it would go on with its old copy.
+    On a CPU vLLM computes with a packed copy of each weight. `reload_weights` packs those that it
+    finds in the file; a tied lm_head is not among them and would keep its old copy.
     """
     for module in model.modules():
         if type(module).__name__ == "ParallelLMHead":
@@ -107,7 +107,7 @@ def repack_head(model: torch.nn.Module) -> None:
 
 
 def check_files(adapter: Adapter) -> None:
-    """Raises UserError where a published version's directory or weights are missing."""
+    """Raises UserError if a published version's directory or weights are missing."""
     if not adapter.path.is_dir():
         raise UserError(f"adapter directory {adapter.path} does not exist")
     if adapter.is_full:
@@ -120,6 +120,6 @@ def check_files(adapter: Adapter) -> None:
 
 
 def one_line(error: ValueError) -> str:
-    """The complaint's first sentence; of a validation error the first complaint's."""
+    """The error's first sentence; for a validation error, that of its first error."""
     text = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
     return " ".join(text.removeprefix("Value error, ").split()).split(". ")[0]

@@ -1,10 +1,10 @@
-"""transformers' classes kept as they are where vLLM makes an engine out of them.
+"""Keeps transformers' classes as they are when vLLM makes an engine from them.
 
-A model that vLLM has no code of its own for is served by transformers' code, and for that vLLM
-(0.32) decorates the decoder's class in place for torch.compile: it gets another `__init__`, another
-`__call__` and another base class. The learner's model is of the same class, was made before, and
-lacks what the new `__call__` looks at; and a later one could not even be made. The decoration goes
-to a subclass here, which only the engine's module is of.
+A model that vLLM does not implement itself runs transformers' code, and for that vLLM (0.32)
+decorates the decoder's class in place for torch.compile: it gets another `__init__`, another
+`__call__` and another base class. The learner's model has the same class, was made before, and
+lacks what the new `__call__` needs; a later one could not even be made. Here the decoration is
+moved to a subclass that only the engine's module uses.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import nn
 
-_OWNER = "vllm"  # classes of this package are vLLM's to decorate
+_OWNER = "vllm"  # vLLM may decorate the classes of its own package
 
 
 @dataclass(frozen=True, slots=True)
 class _Decorated:
-    """A class that vLLM has decorated, and what it was before.
+    """A class that vLLM has decorated, and its state before.
 
     Example: _Decorated(cls=Olmo2Model, bases=(Olmo2PreTrainedModel,), own={"__init__": ...})
     """
@@ -31,7 +31,7 @@ class _Decorated:
     own: dict[str, Any]  # vars(cls) before
 
     def undo(self) -> type:
-        """The class as it was; a subclass of it that is as vLLM has made it."""
+        """Restores the class; returns a subclass of it as vLLM made it."""
         added = tuple(base for base in self.cls.__bases__ if base not in self.bases)
         missing = object()
         new = {k: v for k, v in vars(self.cls).items() if self.own.get(k, missing) is not v}
@@ -48,16 +48,16 @@ class _Decorated:
 
 @contextmanager
 def classes_kept() -> Iterator[Callable[[Any], None]]:
-    """Classes that vLLM decorates inside are as before at the end.
+    """Restores the classes that vLLM decorates inside.
 
-    Yields a function that takes the engine, to be called inside: modules of its model of such a
-    class become those of a subclass that has vLLM's decoration.
+    Yields a function to be called inside with the engine: modules of its model that have such a
+    class get the subclass with vLLM's decoration.
     """
     from vllm.compilation import decorators
 
     found: list[_Decorated] = []
     original = getattr(decorators, "_support_torch_compile", None)
-    if original is None:  # another vLLM than those this was written for (0.26 and 0.32)
+    if original is None:  # neither vLLM 0.26 nor 0.32, which this was written for
         yield lambda engine: None
         return
 

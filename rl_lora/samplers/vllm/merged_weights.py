@@ -1,12 +1,12 @@
-"""The adapter added to the engine's own copy of the weights, on a CPU in float32.
+"""Adds the adapter to the engine's own copy of the weights, on a CPU in float32.
 
-vLLM computes with packed copies of the weights there. They are made anew for each adapter version
-from the model's files: W + scaling * B A, so that nothing drifts, neither the files nor the
-learner's weights are touched, and decoding costs what it costs without adapter. In a narrower dtype
-the sum would round the adapter away (an update is often below bfloat16's step); vLLM's own LoRA
-layers serve there.
+vLLM computes with packed copies of the weights there. For each adapter version they are made again
+from the model's files, as W + scaling * B A: nothing drifts, neither the files nor the learner's
+weights are touched, and decoding is as fast as without an adapter. In a narrower dtype the sum
+would round the adapter away (an update is often below bfloat16's step), so that vLLM's LoRA layers
+are used.
 
-The packed copies can be dropped while the learner works (`drop`); making them takes half a percent
+The packed copies can be freed while the learner works (`unload`); making them takes half a percent
 of a step (LOG.md).
 """
 
@@ -30,8 +30,8 @@ def read_terms(adapter: Adapter) -> dict[str, LowRank]:
     """An adapter's terms, from its directory.
 
     Raises:
-        UserError: it cannot be read, or is no LoRA or rsLoRA of linear layers.
-        StaleAdapterError: the directory holds other weights than the handle says.
+        UserError: it cannot be read, or is not a LoRA or rsLoRA of linear layers.
+        StaleAdapterError: the directory's weights are not those of the handle.
     """
     settings = lora_settings(adapter.path)
     if settings["variant"] == "dora":
@@ -46,17 +46,17 @@ def read_terms(adapter: Adapter) -> dict[str, LowRank]:
 
 
 class MergedWeights:
-    """The linear layers of an engine's model, made anew from the model's files.
+    """The linear layers of an engine's model, packed again from the model's files.
 
-    Letters: O outputs, I inputs of one layer of the files; the engine joins q, k and v, or gate and
-    up, in one.
+    Letters: O outputs, I inputs of one layer in the files; the engine joins q, k and v, or gate and
+    up, in one layer.
     """
 
     def __init__(self, model: nn.Module, model_dir: Path) -> None:
         """Finds each linear layer's weights in the model's files.
 
         Raises:
-            LookupError: a layer that this knows no weights for; the engine is as it was.
+            LookupError: a layer whose weights are unknown; the engine is unchanged.
         """
         self._files = _files_by_tensor(model_dir)
         self._layers = [
@@ -73,17 +73,17 @@ class MergedWeights:
         self._is_loaded = True  # the base, as vLLM loaded it
 
     def set_target(self, terms: dict[str, LowRank]) -> None:
-        """What the next `ensure` loads.
+        """Sets what the next `load` packs.
 
         Raises:
-            UserError: a term is of a layer that the model has not, or of another size.
+            UserError: a term for a layer that the model lacks, or of another size.
         """
         self._check(terms)
         self._is_loaded = self._is_loaded and not terms and not self._wanted
         self._wanted = terms
 
     def load(self) -> bool:
-        """Packs the base plus the terms wanted, if that is not what is packed; whether it did."""
+        """Packs the base plus the target's terms unless that is done; returns whether it did."""
         if self._is_loaded:
             return False
         self._load(self._wanted)
@@ -92,7 +92,7 @@ class MergedWeights:
     def _check(self, terms: dict[str, LowRank]) -> None:
         for name, term in terms.items():
             if name not in self._weight_of:
-                raise UserError(f"the adapter is of a layer {name!r} that the model has not")
+                raise UserError(f"the adapter has a layer {name!r}, which the model lacks")
             shape = self._files[self._weight_of[name]][1]
             found = [term.b_OR.shape[0], term.a_RI.shape[1]]
             if found != shape:
@@ -103,7 +103,7 @@ class MergedWeights:
         for module, parts in self._layers:
             weights_OI = []
             for part in parts:
-                # Opened anew each time: what is read of a file stays resident until it is closed.
+                # Opened each time: what was read stays resident until the file is closed.
                 with safe_open(self._files[part.weight][0], framework="pt") as opened:
                     weight_OI = opened.get_tensor(part.weight).float()
                     if (term := terms.get(part.layer)) is not None:
@@ -114,14 +114,14 @@ class MergedWeights:
         self._is_loaded = True
 
     def unload(self) -> None:
-        """Frees the packed weights; the engine cannot run before the next `ensure`."""
+        """Frees the packed weights; the engine cannot run before the next `load`."""
         self._is_loaded = False
         for module, _ in self._layers:
             module.cpu_linear = _refuse
 
 
 class _Part(NamedTuple):
-    """One of the files' layers in a layer of the engine: its name and its weight's."""
+    """A layer of the files within a layer of the engine: its name, and its weight's."""
 
     layer: str
     weight: str
@@ -130,7 +130,7 @@ class _Part(NamedTuple):
 def _joined(model: nn.Module, name: str, files: Container[str]) -> list[str]:
     """Names in the files of the layers that the engine's layer joins.
 
-    The files may have them joined already (GLM 4), whatever the engine's mapping says.
+    The files may already have them joined (GLM 4), which the engine's mapping does not say.
     """
     if f"{name}.weight" in files:
         return [name]
@@ -140,7 +140,7 @@ def _joined(model: nn.Module, name: str, files: Container[str]) -> list[str]:
 
 
 def _linear_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """The engine's layers that compute with a packed weight, lm_head too."""
+    """The engine's layers that compute with a packed weight, including lm_head."""
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -159,7 +159,7 @@ def _linear_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _pack(module: Any, weight_OI: Tensor) -> None:
-    """vLLM's own packing; the plain weight is let go. A tied lm_head keeps the embedding's."""
+    """vLLM's own packing; the plain weight is dropped. A tied lm_head keeps the embedding's."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     kept = module.weight
@@ -169,13 +169,13 @@ def _pack(module: Any, weight_OI: Tensor) -> None:
 
 
 def _padded(module: Any, weight_OI: Tensor) -> Tensor:
-    """With rows of zeros up to the engine's vocabulary, where the layer has one."""
+    """With rows of zeros up to the engine's vocabulary, if the layer has one."""
     missing = getattr(module, "num_embeddings_padded", weight_OI.shape[0]) - weight_OI.shape[0]
     return nn.functional.pad(weight_OI, (0, 0, 0, missing)) if missing else weight_OI
 
 
 def _weight(layer: str, files: dict[str, tuple[Path, list[int]]]) -> str:
-    """Name of a layer's weight in the files; of a tied lm_head, that of the embedding.
+    """Name of a layer's weight in the files; for a tied lm_head, the embedding's.
 
     Raises:
         LookupError: the files have no such weight.
@@ -192,7 +192,7 @@ def _files_by_tensor(model_dir: Path) -> dict[str, tuple[Path, list[int]]]:
     found = {}
     for path in sorted(model_dir.glob("*.safetensors")):
         with safe_open(path, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  # no dict
+            for name in opened.keys():  # noqa: SIM118  # not a dict
                 found[name] = path, opened.get_slice(name).get_shape()
     return found
 

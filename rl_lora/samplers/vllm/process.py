@@ -1,4 +1,4 @@
-"""vLLM inside the learner's process: how it is imported, and what it must not leave changed."""
+"""vLLM inside the learner's process: imports it, and restores what it changes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import torch
 from rl_lora.errors import UserError
 from rl_lora.samplers.vllm.settings import head_size, text_config
 
-# The releases that this project was tested with, and the PyTorch that each is built against.
-# pyproject.toml's extra `gpu` says the same.
+# The releases this project was tested with, and the PyTorch that each is built against;
+# pyproject.toml's extra `gpu` must agree.
 VERSIONS = {"0.26": "2.11", "0.32": "2.13"}
 
 # Read by vLLM at import or when an engine is made; the user's own values win.
@@ -30,18 +30,18 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # the sampler checks the length itself
-    # It cannot give the log-probs of the distribution sampled from, which are always asked for, and
-    # vLLM does not start where it is chosen and not installed.
+    # It cannot return log-probs of the distribution sampled from, which are always needed, and vLLM
+    # does not start if it is chosen but not installed.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_USE_DEEP_GEMM": "0",  # kernels for fp8 weights, compiled and warmed up at the start
-    # One process: without these, a machine without network looks for an address in vain.
+    # One process: without these, a machine without network would search for an address.
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
 }
 
 
 def import_vllm(device: torch.device) -> SimpleNamespace:
-    """The parts of vLLM that the sampler takes.
+    """The parts of vLLM that the sampler uses.
 
     Raises:
         UserError: vLLM is not installed, does not import, or is built for another device.
@@ -78,9 +78,9 @@ def import_vllm(device: torch.device) -> SimpleNamespace:
 
 
 def check_versions(vllm_version: str, torch_version: str, fix: str) -> None:
-    """Raises UserError for a pair that VERSIONS has not, as '0.26.0' and '2.11.0+cu130'.
+    """Raises UserError for a pair that is not in VERSIONS, e.g. '0.26.0' and '2.11.0+cu130'.
 
-    The sampler and its CPU parts ask vLLM for more than its public interface.
+    The sampler and its CPU parts use more of vLLM than its public interface.
     """
     found = [".".join(text.split(".")[:2]) for text in (vllm_version, torch_version)]
     if VERSIONS.get(found[0]) != found[1]:
@@ -94,17 +94,17 @@ def check_versions(vllm_version: str, torch_version: str, fix: str) -> None:
 def keep_float32_exact() -> None:
     """Makes Triton multiply float32 as float32, for the life of the process.
 
-    vLLM's attention and LoRA kernels for float32 leave Triton its default on NVIDIA GPUs, TF32 with
-    10 bits. Kernels are compiled at their first use, so that the setting has to stay; products of
-    other dtypes do not know it, and the user's own value wins.
+    vLLM's attention and LoRA kernels for float32 keep Triton's default on NVIDIA GPUs, TF32 with 10
+    bits. Kernels are compiled at their first use, so the setting must stay; it does not affect
+    products of other dtypes, and the user's own value wins.
     """
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 
 def check_cpu_heads(model_dir: Path) -> None:
-    """Raises UserError where vLLM's attention kernels for CPU do not serve the model's heads.
+    """Raises UserError if vLLM's attention kernels for CPUs do not support the model's heads.
 
-    vLLM itself finds out at the first sample.
+    vLLM itself only finds out at the first sample.
     """
     with process_kept():
         backend = importlib.import_module("vllm.v1.attention.backends.cpu_attn")
@@ -119,13 +119,13 @@ def check_cpu_heads(model_dir: Path) -> None:
 
 @contextlib.contextmanager
 def process_kept() -> Iterator[None]:
-    """Puts back what vLLM changes in the process that it runs in.
+    """Restores what vLLM changes in its process.
 
     Environment (LD_PRELOAD and thread settings would reach every later child process), CPU
-    affinity, PyTorch's number of threads, `torch.set_num_threads` (vLLM's CPU worker replaces it by
-    a function that does nothing), the random state of Python, NumPy and PyTorch (an engine seeds
-    all three), warnings, cuDNN's attention (vLLM's import switches it off in PyTorch), and the
-    memory policy: the CPU worker binds the process to one NUMA node.
+    affinity, PyTorch's number of threads, `torch.set_num_threads` (vLLM's CPU worker replaces it
+    with a function that does nothing), the random state of Python, NumPy and PyTorch (an engine
+    seeds all three), warnings, cuDNN's attention (vLLM's import switches it off in PyTorch), and
+    the memory policy: the CPU worker binds the process to one NUMA node.
     """
     environment = dict(os.environ)
     num_threads = torch.get_num_threads()
@@ -159,10 +159,10 @@ def process_kept() -> Iterator[None]:
 
 
 def torch_random_state_kept() -> contextlib.AbstractContextManager[None]:
-    """Puts PyTorch's random state back, of the CPU and of GPUs in use.
+    """Restores PyTorch's random state, of the CPU and of GPUs in use; only in the main thread.
 
-    In the main thread alone: the state is the process's, and another thread that put it back would
-    undo what the main thread draws meanwhile. Seeded requests draw from their own generators.
+    The state belongs to the process: another thread that restored it would undo what the main
+    thread draws meanwhile. Seeded requests draw from their own generators.
     """
     if threading.current_thread() is not threading.main_thread():
         return contextlib.nullcontext()
@@ -175,7 +175,7 @@ def torch_random_state_kept() -> contextlib.AbstractContextManager[None]:
 def _memory_unbound() -> Iterator[None]:
     """Inside, `init_cpu_memory_env` of vLLM's CPU worker does nothing.
 
-    It binds all memory of the process, the learner's too, to one NUMA node for good.
+    It would bind all memory of the process, also the learner's, to one NUMA node for good.
     """
     operators: Any = torch.ops._C
     saved = operators.__dict__.get("init_cpu_memory_env")

@@ -1,9 +1,9 @@
 """Sampling with vLLM in the learner's own process.
 
-One process, because two whose OpenMP threads fight for the same cores lose more than the hand-over
-of an adapter costs, and because the weights of full fine-tuning are then replaced without a copy.
+One process, because two whose OpenMP threads compete for the same cores lose more than handing over
+an adapter costs, and because the weights of full fine-tuning are then replaced without a copy.
 vLLM is imported when the first sampler is made; what it changes in the process (environment,
-threads, random state) is put back (`vllm_process`).
+threads, random state) is restored (`process`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
+from transformers import AutoConfig
 
-from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.config import LoraSection
 from rl_lora.config.checks import MIN_TEMPERATURE
 from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.models.resolve import context_length
 from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, Stops
 from rl_lora.samplers import cpu_memory
+from rl_lora.samplers.end_tokens import end_token_ids as model_end_token_ids
 from rl_lora.samplers.vllm.engine import (
     check_device,
     check_files,
@@ -43,57 +46,85 @@ from rl_lora.samplers.vllm.process import (
 from rl_lora.samplers.vllm.settings import (
     CPU_MEMORY_SHARE,
     CPU_NUM_SEQS,
+    EngineOptions,
     check_mixture,
     check_model,
     engine_settings,
+    lora_settings,
     merges_adapter,
 )
 from rl_lora.seeds import sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
-__all__ = ["CPU_MEMORY_SHARE", "CPU_NUM_SEQS", "OnProgress", "VllmSampler"]
+__all__ = ["CPU_MEMORY_SHARE", "CPU_NUM_SEQS", "EngineOptions", "OnProgress", "VllmSampler"]
 
 OnProgress = Callable[[int, int, int], None]  # samples done, samples in all, tokens in those done
 
 
-class VllmSampler:
-    """A `Sampler` on an in-process vLLM engine. One may be open at a time."""
+_CONTEXT = 2048  # tokens of prompt and completion, unless max_model_len says otherwise
 
+
+class ServedPolicy(Protocol):
+    """What a sampler needs to know of a `Policy`."""
+
+    @property
+    def model_dir(self) -> Path:
+        """Has config.json, safetensors and tokenizer."""
+
+    @property
+    def lora(self) -> LoraSection:
+        """Rank and kind of its adapters; mode "full": whole weights instead."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base weights, and in the engine also of KV cache and adapter."""
+
+    @property
+    def device(self) -> torch.device:
+        """cpu, or the GPU that PyTorch numbers 0."""
+
+
+class VllmSampler:
+    """A `Sampler` on an in-process vLLM engine; only one may be open at a time."""
+
+    has_own_weights = True
     _open: ClassVar[weakref.ref[VllmSampler] | None] = None  # vLLM's state is one per process
 
     def __init__(
         self,
-        model_dir: Path,
-        sampling: SamplingSection,
-        lora: LoraSection,
+        policy: ServedPolicy,
         *,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_model_len: int,
-        end_token_ids: Sequence[int] = (),
+        end_token_ids: Sequence[int] | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
         on_progress: OnProgress | None = None,
+        engine: EngineOptions | None = None,
     ) -> None:
-        """Loads the base model into an engine.
+        """Loads the policy's base model into an engine.
 
         Args:
-            model_dir: local directory with config.json, safetensors and tokenizer.
-            sampling: its max_num_seqs, eager and memory_fraction count here.
-            lora: mode full makes an engine without adapters, for whole weights.
-            dtype: of the base weights, the KV cache and the adapter's copy in the engine.
-            device: cpu, or the GPU that PyTorch numbers 0.
-            max_model_len: tokens of prompt and completion together, at most.
-            end_token_ids: tokens that end a completion; empty: those of the model directory.
+            policy: whose versions are served.
+            end_token_ids: tokens that end a completion; None: those of the model directory.
+            max_model_len: tokens of prompt and completion together, at most; None: 2,048, or the
+                model's context if that is shorter.
+            max_num_seqs: sequences decoded at once; None: as suits the machine.
             on_progress: called after each finished sample.
+            engine: further options; None: the defaults.
 
         Raises:
             UserError: vLLM is not installed, built for another device or does not serve the model;
                 no such directory; or a context longer than the model's.
         """
+        model_dir, lora, device = policy.model_dir, policy.lora, policy.device
+        engine = engine or EngineOptions()
+        if max_model_len is None:
+            max_model_len = min(_CONTEXT, context_length(AutoConfig.from_pretrained(model_dir)))
         check_model(model_dir, max_model_len)
         check_device(device, lora)
         check_mixture(model_dir, device)
         vllm = import_vllm(device)
-        if device.type == "cpu":
+        self._on_cpu = device.type == "cpu"
+        if self._on_cpu:
             check_cpu_heads(model_dir)
         if VllmSampler._open is not None and VllmSampler._open() is not None:
             raise RuntimeError("another VllmSampler is open in this process; close() it first")
@@ -101,33 +132,43 @@ class VllmSampler:
         self.on_progress = on_progress
         self._model_dir = model_dir
         self._is_full = lora.mode == "full"
-        self._end_token_ids = list(end_token_ids)
         self._adapter: Adapter | None = None
         self._known: dict[str, tuple[int, str]] = {}  # adapter name -> (vLLM's id, fingerprint)
         self._vllm = vllm
-        self._on_cpu = device.type == "cpu"
         self._rests = False
-        merges = merges_adapter(sampling, lora, dtype=dtype, device=device)
-        settings = partial(
-            engine_settings, model_dir, sampling, lora, dtype=dtype, device=device,
+        settings = engine_settings(
+            model_dir,
+            engine,
+            dtype=policy.dtype,
+            device=device,
             max_model_len=max_model_len,
-        )  # fmt: skip
-        self._runs_eager = bool(settings(is_merged=merges)["enforce_eager"])
-        self._engine = make_engine(vllm, settings(is_merged=merges), self._on_cpu)
-        self._merged = merged_weights(self._engine, model_dir, sampling) if merges else None
-        if merges and self._merged is None:
-            self._shut_down()
-            self._engine = make_engine(vllm, settings(is_merged=False), self._on_cpu)
+            max_num_seqs=max_num_seqs,
+        )
+        self._runs_eager = bool(settings["enforce_eager"])
+        make = partial(make_engine, vllm, on_cpu=self._on_cpu)
+        layers = lora_settings(lora, policy.dtype)
+        merges = merges_adapter(engine.merge_adapter, lora, dtype=policy.dtype, device=device)
+        self._engine = make(settings if merges else settings | layers)
+        self._merged = None
+        if merges:
+            is_required = bool(engine.merge_adapter)
+            self._merged = merged_weights(self._engine, model_dir, is_required=is_required)
+            if self._merged is None:
+                self._shut_down()
+                self._engine = make(settings | layers)
         self._tokenizer = self._engine.get_tokenizer()
+        if end_token_ids is None:
+            end_token_ids = model_end_token_ids(model_dir, self._tokenizer)
+        self._end_token_ids = list(end_token_ids)
         VllmSampler._open = weakref.ref(self)
         self.release_memory()
 
     def set_adapter(self, adapter: Adapter | None) -> None:
-        """Samples from this version from now on; None: from the base alone.
+        """Samples from this version from now on; None: from the base model.
 
         Raises:
             UserError: the directory or its weights are missing, or do not fit the base or rank.
-            StaleAdapterError: the name was used before for other weights, or vLLM did not take it.
+            StaleAdapterError: the name was used for other weights, or vLLM did not load it.
         """
         engine = self._live_engine()
         if adapter is not None:
@@ -149,11 +190,11 @@ class VllmSampler:
                 engine.add_lora(request)
             except ValueError as error:
                 raise UserError(
-                    f"vLLM does not take adapter {adapter.path}: {one_line(error)}"
+                    f"vLLM does not load adapter {adapter.path}: {one_line(error)}"
                 ) from error
             if (held := engine.list_loras()) != {request.lora_int_id}:
                 raise StaleAdapterError(
-                    f"vLLM holds adapters {sorted(held)} after {adapter.name} "
+                    f"vLLM has adapters {sorted(held)} after {adapter.name} "
                     f"(id {request.lora_int_id}) was loaded"
                 )
         self._adapter = adapter
@@ -167,15 +208,14 @@ class VllmSampler:
         """[N][G] completions, in the prompts' order, the same ones for the same arguments.
 
         Log-probs are those of the distribution sampled from: at params.temperature (temperature 0:
-        at 1) and after top_p, in nats. Each sample has its own seed, so that it does not depend on
-        what else is in the batch, up to rounding (but for the same prompt, if it stands there
-        before). The tokens that spell a stop string are kept.
-        `on_group` as the protocol says.
+        at 1) and after top_p, in nats. Each sample has its own seed, so that up to rounding it does
+        not depend on the rest of the batch (except for the same prompt further ahead in it). The
+        tokens that spell a stop string are kept.
 
         Raises:
             UserError: a prompt and max_tokens together exceed the context, or a temperature that
                 vLLM would change.
-            StaleAdapterError: vLLM answered under another adapter than the one in use.
+            StaleAdapterError: vLLM answered with another adapter than the one that was set.
         """
         self._check_request(prompts_N, params)
         stops = Stops.of(params.stop, self._tokenizer)
@@ -193,7 +233,7 @@ class VllmSampler:
         return groups.all()
 
     def token_logprobs(self, token_ids_N: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probs of given sequences, in nats at temperature 1, under the adapter in use.
+        """Log-probs of given sequences, in nats at temperature 1, with the adapter that was set.
 
         Those of tokens 1, 2, ... given the tokens before: one fewer than the sequence has tokens.
 
@@ -226,8 +266,8 @@ class VllmSampler:
         return logprobs_N
 
     def release_memory(self) -> None:
-        """On a CPU, gives back the memory that sampling alone needs: the KV cache's pages, and the
-        merged weights, which the next call makes anew in half a percent of a step."""
+        """On a CPU, frees memory that only sampling needs: the KV cache's pages, and the merged
+        weights, which the next call makes again in half a percent of a step."""
         if not self._on_cpu or self._live_engine().has_unfinished_requests():
             return
         if self._merged is not None:
@@ -252,9 +292,9 @@ class VllmSampler:
             gc.collect()
 
     def _wake(self) -> None:
-        """The weights wanted, in an engine that has given its memory back or has other ones."""
+        """Loads the target weights if they were freed or replaced."""
         if self._rests:
-            cpu_memory.trim()  # what the learner has left
+            cpu_memory.trim()  # what the learner freed
             self._rests = False
         if self._merged is not None and self._merged.load():
             self._reset_cache()
@@ -270,7 +310,7 @@ class VllmSampler:
         if known[1] != adapter.fingerprint:
             raise StaleAdapterError(
                 f"adapter name {adapter.name!r} was used before for other weights; vLLM's prefix "
-                "cache goes by the name, so that each version needs its own"
+                "cache is keyed by the name, so each version needs its own"
             )
         return known[0]
 
@@ -278,7 +318,7 @@ class VllmSampler:
         return self._vllm.LoRARequest(adapter.name, self._check_name(adapter), str(adapter.path))
 
     def _load_full(self, adapter: Adapter | None) -> None:
-        """Replaces the engine's weights, and forgets what was computed with the old ones."""
+        """Replaces the engine's weights and clears the prefix cache."""
         path = self._model_dir if adapter is None else adapter.path
         with process_kept():
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
@@ -293,8 +333,8 @@ class VllmSampler:
     def _check_request(self, prompts_N: Sequence[Prompt], params: SampleParams) -> None:
         if 0 < params.temperature < (lowest := MIN_TEMPERATURE["vllm"]):
             raise UserError(
-                f"temperature {params.temperature} is below {lowest}, which vLLM would take "
-                "instead; take 0 (greedy) or a higher one"
+                f"temperature {params.temperature} is below {lowest}, which vLLM would use "
+                "instead; use 0 (greedy) or a higher one"
             )
         for prompt in prompts_N:
             num_tokens = len(prompt.token_ids) + params.max_tokens
@@ -313,8 +353,8 @@ class VllmSampler:
             max_tokens=params.max_tokens,
             stop=list(stops.texts) or None,
             stop_token_ids=[*self._end_token_ids, *stops.token_ids],
-            skip_special_tokens=not stops.in_special,  # of the text that stops are looked for in
-            ignore_eos=bool(self._end_token_ids),
+            skip_special_tokens=not stops.in_special,  # in the text searched for stops
+            ignore_eos=True,  # it is among stop_token_ids
             seed=seed,
             logprobs=0,
             flat_logprobs=True,
@@ -328,7 +368,7 @@ class VllmSampler:
         on_progress: OnProgress | None,
         on_output: Callable[[Any], None] | None = None,
     ) -> dict[str, Any]:
-        """The final output of each request, each checked to come from the adapter in use."""
+        """The final output of each request, checked to come from the adapter that was set."""
         engine = self._live_engine()
         self._wake()
         has_own_layers = not self._is_full and self._merged is None
@@ -358,10 +398,10 @@ class VllmSampler:
 
     @contextlib.contextmanager
     def _compiler_stance(self) -> Iterator[None]:
-        """No compilation in an eager engine on CPU.
+        """No compilation in an eager engine on a CPU.
 
-        vLLM compiles the ranking of log-probs, which nobody asks for here, at the first sample,
-        and that takes 14 s on two cores.
+        At the first sample vLLM compiles the ranking of log-probs, which is not used here; that
+        takes 14 s on two cores.
         """
         if self._runs_eager and self._on_cpu:
             with torch.compiler.set_stance("force_eager"):
@@ -391,7 +431,7 @@ class _Request:
 
 
 def _check_adapter(answered: Any, wanted: Any) -> None:
-    """An output names the adapter that served it: the one wanted, or the sampler is stale."""
+    """Raises StaleAdapterError if an output names another adapter than the one wanted."""
     found = None if answered is None else (answered.lora_name, answered.lora_int_id)
     expected = None if wanted is None else (wanted.lora_name, wanted.lora_int_id)
     if found != expected:

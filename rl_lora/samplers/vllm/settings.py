@@ -1,4 +1,4 @@
-"""What vLLM is told about the machine: slots, memory, batch sizes. vLLM itself is not imported."""
+"""vLLM's engine arguments for a model and a machine. vLLM itself is not imported."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +20,51 @@ from rl_lora.models.shapes import has_own_head
 from rl_lora.nn.experts import NUM_EXPERTS_KEYS
 from rl_lora.nn.variants import served_rank
 
-RANK_SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM rounds an adapter's rank up to one
+RANK_SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM rounds ranks up to one of these
 CPU_NUM_SEQS = 128  # sequences decoded at once
-CPU_BATCHED_TOKENS = 2048  # tokens of one step
-GPU_BATCHED_TOKENS = 2048  # vLLM's least for a step, and it refuses more sequences than tokens
+CPU_BATCHED_TOKENS = 2048  # tokens per step
+GPU_BATCHED_TOKENS = 2048  # vLLM's minimum per step; it refuses more sequences than tokens
 CPU_BLOCK_SIZE = 32  # tokens of a KV cache block, the unit of prefix caching
-CPU_COMPILED_STEPS = 20_000  # decoding steps from which on compiling the model pays on a CPU
+CPU_COMPILED_STEPS = 20_000  # decoding steps above which compiling the model pays on a CPU
 CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the KV cache
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of a vLLM engine; the defaults suit most machines.
+
+    Example: EngineOptions(eager=True, memory_fraction=0.3)
+    """
+
+    eager: bool | None = None  # without compilation and CUDA graphs; None: on a CPU
+    attention_backend: str | None = None  # on a GPU, e.g. TRITON_ATTN; None: vLLM's choice
+    # Add the adapter to vLLM's own copy of the weights; None: on a CPU in float32.
+    merge_adapter: bool | None = None
+    memory_fraction: float = 0.45  # of the GPU's memory
 
 
 def engine_settings(
     model_dir: Path,
-    sampling: SamplingSection,
-    lora: LoraSection,
+    options: EngineOptions,
     *,
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,
-    is_merged: bool,
+    max_num_seqs: int | None = None,
 ) -> dict[str, Any]:
-    """Engine arguments of vLLM for the machine (LOG.md has the measurements).
-
-    is_merged: adapters are added to the engine's weights, so that it needs no LoRA layers.
+    """vLLM's engine arguments, without those for LoRA layers (LOG.md has the measurements).
 
     Raises:
         UserError: not even one sequence of max_model_len tokens fits into memory (CPU).
     """
     on_cpu = device.type == "cpu"
+    num_seqs = max_num_seqs or (CPU_NUM_SEQS if on_cpu else 256)
     settings: dict[str, Any] = {
         "model": str(model_dir),
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": max_model_len + 1,  # a sequence is scored as a prompt with one token more
-        "max_num_seqs": sampling.max_num_seqs or (CPU_NUM_SEQS if on_cpu else 256),
-        "enforce_eager": on_cpu if sampling.eager is None else sampling.eager,
+        "max_num_seqs": num_seqs,
+        "enforce_eager": on_cpu if options.eager is None else options.eager,
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": 1,
@@ -59,47 +72,60 @@ def engine_settings(
         "use_tqdm_on_load": False,
         "seed": 0,
     }
-    if on_cpu:
-        settings["block_size"] = CPU_BLOCK_SIZE
-        # A prompt cut over two steps makes vLLM wind its seeded generator back, and a generator of
-        # the CPU cannot ("CPU Generator does not use offset"): prompts go whole.
-        settings["enable_chunked_prefill"] = False
-        settings["max_num_batched_tokens"] = max(
-            CPU_BATCHED_TOKENS, settings["max_num_seqs"], settings["max_model_len"]
-        )
-        settings["kv_cache_memory_bytes"] = cpu_cache_bytes(
-            text_config(model_dir),
-            dtype=dtype,
-            max_model_len=max_model_len,
-            num_seqs=settings["max_num_seqs"],
-            free_bytes=psutil.virtual_memory().available,
-        )
-    else:
-        settings["gpu_memory_utilization"] = sampling.memory_fraction
-        if settings["max_num_seqs"] > GPU_BATCHED_TOKENS:
-            settings["max_num_batched_tokens"] = settings["max_num_seqs"]
-        # Graphs of their own for batches without adapter, which then skip its kernels.
-        settings["compilation_config"] = {"cudagraph_specialize_lora": True}
-        if sampling.attention_backend is not None:
-            settings["attention_backend"] = sampling.attention_backend
     if has_own_head(model_dir, AutoConfig.from_pretrained(model_dir)):
-        # vLLM goes by the config and would take the embedding, the learner by the files.
+        # vLLM goes by the config and would use the embedding; the learner goes by the files.
         settings["hf_overrides"] = {"tie_word_embeddings": False}
-    if lora.mode == "lora" and not is_merged:
-        rank = served_rank(lora)
-        settings["enable_lora"] = True
-        settings["max_lora_rank"] = next(slot for slot in RANK_SLOTS if slot >= rank)
-        settings["max_loras"] = 1
-        settings["lora_dtype"] = dtype
+    if not on_cpu:
+        return settings | _gpu_settings(options, num_seqs)
+    cache_bytes = cpu_cache_bytes(
+        text_config(model_dir),
+        dtype=dtype,
+        max_model_len=max_model_len,
+        num_seqs=num_seqs,
+        free_bytes=psutil.virtual_memory().available,
+    )
+    return settings | {
+        "block_size": CPU_BLOCK_SIZE,
+        # A prompt split over two steps makes vLLM rewind its seeded generator, which a CPU
+        # generator cannot do ("CPU Generator does not use offset"): prompts are not split.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, num_seqs, max_model_len + 1),
+        "kv_cache_memory_bytes": cache_bytes,
+    }
+
+
+def _gpu_settings(options: EngineOptions, num_seqs: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "gpu_memory_utilization": options.memory_fraction,
+        # Separate graphs for batches without an adapter, which then skip its kernels.
+        "compilation_config": {"cudagraph_specialize_lora": True},
+    }
+    if num_seqs > GPU_BATCHED_TOKENS:
+        settings["max_num_batched_tokens"] = num_seqs
+    if options.attention_backend is not None:
+        settings["attention_backend"] = options.attention_backend
     return settings
 
 
-def is_worth_compiling(sampling: SamplingSection, num_steps: int) -> bool:
-    """Whether a training job of num_steps RL steps on a CPU gains by a compiled model.
+def lora_settings(lora: LoraSection, dtype: torch.dtype) -> dict[str, Any]:
+    """Engine arguments for LoRA layers in the engine; none in full fine-tuning."""
+    if lora.mode != "lora":
+        return {}
+    rank = served_rank(lora)
+    return {
+        "enable_lora": True,
+        "max_lora_rank": next(slot for slot in RANK_SLOTS if slot >= rank),
+        "max_loras": 1,
+        "lora_dtype": dtype,
+    }
 
-    A decoding step, of few or of many sequences, takes 10 ms less then (30 layers), and the start
-    75 s more, which 7,500 decoding steps earn back (LOG.md). Both grow with the number of layers,
-    neither with their width. A machine without C++ compiler and Python's headers cannot.
+
+def is_worth_compiling(sampling: SamplingSection, num_steps: int) -> bool:
+    """Whether compiling the model pays on a CPU for a training job of num_steps RL steps.
+
+    It makes a decoding step 10 ms shorter, whatever the number of sequences (30 layers), and the
+    start 75 s longer: 7,500 decoding steps make up for that (LOG.md). Both grow with the number of
+    layers, not with their width. Compiling needs a C++ compiler and Python's headers.
     """
     num_sequences = sampling.num_prompts * sampling.num_samples
     num_batches = -(-num_sequences // (sampling.max_num_seqs or CPU_NUM_SEQS))
@@ -110,22 +136,22 @@ def is_worth_compiling(sampling: SamplingSection, num_steps: int) -> bool:
 
 
 def merges_adapter(
-    sampling: SamplingSection, lora: LoraSection, *, dtype: torch.dtype, device: torch.device
+    merge_adapter: bool | None, lora: LoraSection, *, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether the engine adds adapters to its own copy of the weights (`vllm_merge`).
+    """Whether the engine adds adapters to its own copy of the weights (`merged_weights`).
 
     Raises:
-        UserError: that is asked for where the sum would round the adapter away, or on a GPU.
+        UserError: merge_adapter is true where the sum would round the adapter away, or on a GPU.
     """
     if lora.mode != "lora":
         return False
     fits = device.type == "cpu" and dtype == torch.float32
-    if sampling.merge_adapter and not fits:
+    if merge_adapter and not fits:
         raise UserError(
-            f"sampling.merge_adapter=true with {dtype} on {device.type}: it is for float32 on a "
-            "CPU, where it rounds nothing away; leave it out, or set model.dtype='float32'"
+            f"sampling.merge_adapter=true with {dtype} on {device.type}: merging is for float32 on "
+            "a CPU, where it rounds nothing away; leave it out, or set model.dtype='float32'"
         )
-    return fits if sampling.merge_adapter is None else sampling.merge_adapter
+    return fits if merge_adapter is None else merge_adapter
 
 
 def cpu_cache_bytes(
@@ -162,8 +188,8 @@ def read_config(model_dir: Path) -> dict[str, Any]:
 
 
 def text_config(model_dir: Path) -> PretrainedConfig:
-    """The language model's part of a directory's config, under transformers' names: its files may
-    have others (GPT-2's n_embd is hidden_size)."""
+    """The language model's part of a directory's config, under transformers' names, which the files
+    need not have (GPT-2's n_embd is hidden_size)."""
     config: PretrainedConfig = AutoConfig.from_pretrained(model_dir).get_text_config()
     return config
 
@@ -175,23 +201,23 @@ def head_size(config: PretrainedConfig) -> int:
 
 
 def check_mixture(model_dir: Path, device: torch.device) -> None:
-    """Raises UserError where the model is a mixture of experts and the device a CPU.
+    """Raises UserError for a mixture of experts on a CPU.
 
-    With adapters in the engine vLLM (0.32) computes any mixture's experts by Triton kernels, also
-    those without an adapter, and the first sample ends in an AttributeError within them; without,
-    it samples with wrong experts once weights are reloaded; see
+    With LoRA layers vLLM (0.32) computes any mixture's experts by Triton kernels, also those
+    without an adapter, and the first sample ends in an AttributeError within them; without LoRA
+    layers it samples with wrong experts once weights are reloaded. See
     tests/samplers/test_vllm_experts.py.
     """
     if device.type == "cpu" and any(read_config(model_dir).get(key) for key in NUM_EXPERTS_KEYS):
         raise UserError(
-            f"model {model_dir} is a mixture of experts, and on a CPU vLLM serves neither adapters "
-            "(those on attention alone included) nor new weights of one; set "
+            f"model {model_dir} is a mixture of experts, for which vLLM on a CPU serves neither "
+            "adapters (not even on attention only) nor new weights; set "
             'sampling.backend="torch"'
         )
 
 
 def check_model(model_dir: Path, max_model_len: int) -> None:
-    """Looks at config.json. Raises UserError where it is missing or its context too short."""
+    """Raises UserError if config.json is missing, or the model's context too short."""
     if not (model_dir / "config.json").is_file():
         raise UserError(f"model directory {model_dir} has no config.json")
     limit = getattr(text_config(model_dir), "max_position_embeddings", None)

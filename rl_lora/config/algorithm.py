@@ -1,0 +1,207 @@
+"""From [algorithm] to functions: a loss and an advantage by name, with their options bound.
+
+A name is a row of `LOSSES` or `ADVANTAGES`, or "module:function" of the user's own. An option is a
+keyword of the function and is checked against its annotation there. Functions of the tables are
+checked when settings are read, a user's own when its job starts (`load_algorithm`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from rewards.load import import_function
+from rl_lora.advantages import ADVANTAGES, AdvantageFn
+from rl_lora.errors import UserError, nearest
+from rl_lora.losses import LOSSES, LossFn, LossInputs, needs_of
+
+if TYPE_CHECKING:
+    from rl_lora.config import AlgorithmSection
+
+Options = dict[str, Any]
+
+
+def check_algorithm(section: AlgorithmSection) -> None:
+    """Checks names and, unless one is "module:function", the options.
+
+    Raises:
+        UserError: an unknown name or option, a bad value, or a denominator that does not fit.
+    """
+    loss = _row("loss", section.loss, LOSSES)
+    advantage = _row("advantage", section.advantage, ADVANTAGES)
+    if loss is not None and advantage is not None:
+        _options(section, loss, advantage)
+
+
+def load_algorithm(section: AlgorithmSection) -> tuple[LossFn, AdvantageFn]:
+    """The loss and the advantage with their options bound; a user's own functions are tried out.
+
+    Raises:
+        UserError: as `check_algorithm`; or a user's function cannot be imported, raises, or does
+            not return what such a function must.
+    """
+    loss = _row("loss", section.loss, LOSSES) or _imported("loss", section.loss)
+    advantage = _row("advantage", section.advantage, ADVANTAGES) or _imported(
+        "advantage", section.advantage
+    )
+    of_loss, of_advantage = _options(section, loss, advantage)
+    loss, advantage = partial(loss, **of_loss), partial(advantage, **of_advantage)
+    if section.loss not in LOSSES:
+        _try_loss(section.loss, loss)
+    if section.advantage not in ADVANTAGES:
+        _try_advantage(section.advantage, advantage)
+    return loss, advantage
+
+
+def _row(
+    kind: str, name: str, table: Mapping[str, Callable[..., Any]]
+) -> Callable[..., Any] | None:
+    """The function of the table; None for "module:function"."""
+    if (kind, name) == ("advantage", "dr_grpo"):
+        raise UserError(
+            'algorithm.advantage="dr_grpo" is group_mean; write advantage="group_mean", '
+            'denominator="max_tokens"'
+        )
+    if name not in table and ":" not in name:
+        raise UserError(
+            f"algorithm.{kind}={name!r} is unknown; {nearest(name, table)} (or your own, as "
+            "'module:function')"
+        )
+    return table.get(name)
+
+
+def _imported(kind: str, name: str) -> Callable[..., Any]:
+    try:
+        return import_function(name, f"algorithm.{kind}")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _options(
+    section: AlgorithmSection, loss: LossFn, advantage: AdvantageFn
+) -> tuple[Options, Options]:
+    """The options of the loss and those of the advantage, checked.
+
+    Raises:
+        UserError: neither has the option, its value is bad, a required one is missing, or the loss
+            is defined with another denominator.
+    """
+    of_loss = _given("loss", section.loss, loss, section.options)
+    of_advantage = _given("advantage", section.advantage, advantage, section.options)
+    if unknown := sorted(section.options.keys() - of_loss.keys() - of_advantage.keys()):
+        key = unknown[0]
+        known = [*_keywords(loss), *_keywords(advantage)]
+        losses = [row for row, function in LOSSES.items() if key in _keywords(function)]
+        names = f"loss {section.loss!r} and advantage {section.advantage!r}"
+        if losses:
+            raise UserError(
+                f"algorithm.{key} = {section.options[key]!r} is an option of {', '.join(losses)}, "
+                f"not of {names}"
+            )
+        hint = nearest(key, [*known, *type(section).model_fields])
+        raise UserError(f"unknown key 'algorithm.{key}'; {hint}")
+    denominator = needs_of(loss).denominator
+    if denominator not in (None, section.denominator):
+        raise UserError(
+            f"algorithm.loss={section.loss!r} is defined with algorithm.denominator="
+            f"{denominator!r}, not {section.denominator!r}; set it"
+        )
+    return of_loss, of_advantage
+
+
+def _given(
+    kind: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]
+) -> Options:
+    """Those of the options that the function has, validated by its annotations."""
+    keywords, out = _keywords(function), {}
+    for key, parameter in keywords.items():
+        if key not in options:
+            if parameter.default is parameter.empty:
+                raise UserError(f"{kind} {name!r} needs the option {key!r}; set algorithm.{key}")
+            continue
+        try:
+            out[key] = TypeAdapter(_annotation(function, parameter)).validate_python(options[key])
+        except ValidationError as error:
+            raise UserError(
+                f"algorithm.{key} = {options[key]!r}: {error.errors()[0]['msg']}"
+            ) from error
+    return out
+
+
+def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(function).parameters
+    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def _annotation(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
+    """The parameter's annotation alone: others may name what only a type checker imports."""
+    if not isinstance(parameter.annotation, str):
+        return Any if parameter.annotation is parameter.empty else parameter.annotation
+    alone = types.SimpleNamespace(__annotations__={"it": parameter.annotation})
+    names = getattr(inspect.unwrap(function), "__globals__", {})
+    return get_type_hints(alone, globalns=names, include_extras=True)["it"]
+
+
+def _try_loss(name: str, loss: LossFn) -> None:
+    """Calls a user's loss on two sequences of two tokens."""
+    import torch
+
+    policy_C = torch.tensor([-0.5, -0.7, -0.4, -0.9], requires_grad=True)
+    x = LossInputs(
+        policy_logprobs_C=policy_C,
+        sampler_logprobs_C=policy_C.detach(),
+        advantages_C=torch.tensor([0.5, 0.5, -0.5, -0.5]),
+        weights_C=torch.full((4,), 0.25),
+        sequence_C=torch.tensor([0, 0, 1, 1]),
+        num_sequences=2,
+        old_logprobs_C=policy_C.detach() if needs_of(loss).old_logprobs else None,
+    )
+    found = _called("loss", name, loss, x)
+    is_pair = isinstance(found, tuple) and len(found) == 2
+    if not (is_pair and isinstance(found[0], torch.Tensor) and found[0].shape == ()):
+        raise UserError(
+            f"algorithm.loss={name!r} must return (loss, num_clipped), a scalar tensor and "
+            f"a count; it returned {_shown(found)}"
+        )
+    if not (found[0].requires_grad and math.isfinite(float(found[0]))):
+        raise UserError(
+            f"algorithm.loss={name!r} returned {_shown(found[0])}; it must be finite and "
+            "carry the gradient of policy_logprobs_C"
+        )
+
+
+def _try_advantage(name: str, advantage: AdvantageFn) -> None:
+    """Calls a user's advantage on a group with signal and a tied one."""
+    rewards_N_G = [[1.0, 0.0, 0.0], [1.0, 1.0]]
+    found = _called("advantage", name, advantage, rewards_N_G)
+    try:
+        is_like = [len(group) for group in found] == [3, 2]
+        is_finite = all(math.isfinite(value) for group in found for value in group)
+    except TypeError:
+        is_like = is_finite = False
+    if not (is_like and is_finite):
+        raise UserError(
+            f"algorithm.advantage={name!r} must return a finite number for each reward, "
+            f"group by group; for {rewards_N_G} it returned {_shown(found)}"
+        )
+
+
+def _called(kind: str, name: str, function: Callable[..., Any], argument: Any) -> Any:
+    try:
+        return function(argument)
+    except Exception as error:  # the user's own code: any
+        raise UserError(
+            f"algorithm.{kind}={name!r} raised {type(error).__name__}: {error} when it was "
+            "tried out on made-up numbers"
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -89,8 +89,7 @@ def test_sigkill_of_every_worker_during_a_batch_loses_no_answer() -> None:
         responses: list[dict[str, object]] = []
         thread = threading.Thread(target=lambda: responses.extend(pool.map([request()] * 30)))
         thread.start()
-        time.sleep(0.1)
-        assert thread.is_alive()
+        assert wait_until(lambda: pool._num_busy == 2)
         for pid in pool.worker_pids:
             os.kill(pid, signal.SIGKILL)
         thread.join()

@@ -199,7 +199,7 @@ def test_a_resumed_run_on_the_gpu_ends_where_an_unbroken_one_does(
     assert max(float((whole[name] - broken[name]).abs().max()) for name in whole) < limit
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="of a CUDA device alone")
+@pytest.mark.skipif(DEVICE != "cuda", reason="only on a CUDA device")
 def test_what_is_found_out_about_the_gpu() -> None:
     assert pick_device("auto").type == "cuda"
     assert (machine_bytes("cuda") or 0) > 2**30

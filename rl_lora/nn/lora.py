@@ -138,10 +138,10 @@ def target_names(model: nn.Module, section: LoraSection) -> list[str]:
             has_layers = True
             names.append(name)
     if not has_layers and not (is_mixture and section.layers != "attention"):
-        other = "lora.mode='full'" if section.layers == "all" else "lora.layers='all'"
+        what = "linear layer" if section.layers == "all" else "linear layer of that kind"
+        fix = "lora.mode='full'" if section.layers == "all" else "lora.layers='all'"
         raise UserError(
-            f"lora.layers={section.layers!r}: {type(model).__name__} has no linear layer of that "
-            f"kind; set {other}"
+            f"lora.layers={section.layers!r}: {type(model).__name__} has no {what}; set {fix}"
         )
     return names
 

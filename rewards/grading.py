@@ -1,4 +1,4 @@
-"""Verdicts and scores: the fast tiers in this process, the rest in the worker pool."""
+"""Verdicts and scores: the fast tiers run in this process, the rest in the worker pool."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from rewards.equality.tiers import decide
 from rewards.extraction.extract import Extraction, extract
 from rewards.extraction.thinking import ExtraTags
 from rewards.rules import RULES, GradingRules, load_rules, split_tolerance, to_wire
-from rewards.types import Score, Verdict
+from rewards.types import Reward, Score, Verdict
 from rewards.workers.pool import WorkerPool
 
 DEFAULT = RULES["default"]
 MAX_RECENT = 64
 
 
-class Grader:
-    """Rules, an engine and its worker pool. Safe to call from any thread. A context manager."""
+class Grader(Reward):
+    """Grading rules, an engine and its worker pool. Thread-safe.
+
+    The reward is 1.0 for a correct answer plus `format_weight` for a balanced ``\\boxed{}``.
+    `engine` decides what the fast tiers leave open: "verify" or "math_verify".
+    """
 
     def __init__(
         self,
@@ -27,25 +31,22 @@ class Grader:
         engine: str = "verify",
         num_workers: int = 1,
         timeout_s: float = 5.0,
-        memory_mb: int = 1024,
         thinking_tags: ExtraTags = (),
+        format_weight: float = 0.0,
     ) -> None:
         self.rules = rules
         self.engine = engine
         self.thinking_tags = thinking_tags
-        self.pool = WorkerPool(num_workers, timeout_s, memory_mb, engine=engine)
+        self.format_weight = format_weight
+        self.pool = WorkerPool(num_workers, timeout_s, engine=engine)
 
     def score_batch(
-        self,
-        completions: Sequence[str],
-        references: Sequence[str | None],
-        *,
-        format_weight: float = 0.0,
+        self, completions: Sequence[str], references: Sequence[str | None]
     ) -> list[Score]:
-        """One Score per completion, order kept. Raises ValueError on unequal lengths.
+        """One Score per completion, in order. Raises ValueError if the lengths differ.
 
-        A reference that is empty, or no text, scores nothing with status "bad_reference". One that
-        ends in "[tolerance 0.1]" accepts values that differ by as much (but in Math-Verify).
+        An empty reference, or one that is not a string, gets status "bad_reference". One that ends
+        in "[tolerance 0.1]" accepts values that differ by up to 0.1 (ignored by Math-Verify).
         """
         if len(completions) != len(references):
             raise ValueError(
@@ -56,7 +57,7 @@ class Grader:
         verdicts = self.verify_batch(references, extractions)
         return [
             Score(
-                reward=float(verdict.correct) + format_weight * extraction.has_format,
+                reward=float(verdict.correct) + self.format_weight * extraction.has_format,
                 correct=verdict.correct,
                 status=verdict.status,
                 answer=extraction.answer,
@@ -68,7 +69,7 @@ class Grader:
     def verify_batch(
         self, references: Sequence[str | None], extractions: Sequence[Extraction]
     ) -> list[Verdict]:
-        """One Verdict per pair; undecided ones go to the workers together."""
+        """One Verdict per pair; the undecided ones go to the workers together."""
         verdicts: list[Verdict] = []
         requests: list[dict[str, Any]] = []
         waiting: list[int] = []
@@ -100,7 +101,7 @@ class Grader:
         return verdicts
 
     def verify(self, gold: str, answer: str) -> Verdict:
-        """Compare one answer, already extracted, with one gold."""
+        """Compare one extracted answer with one gold."""
         rules = self.rules
         if gold.endswith("]"):
             gold, rules = split_tolerance(gold, rules)
@@ -110,21 +111,11 @@ class Grader:
         return outcome.verdict
 
     def _request(self, gold: str, answer: str, rules: GradingRules) -> dict[str, Any]:
-        return {
-            "op": self.engine,
-            "gold": gold,
-            "answer": answer,
-            "rules": to_wire(rules),
-        }
+        return {"op": self.engine, "gold": gold, "answer": answer, "rules": to_wire(rules)}
 
     def close(self) -> None:
+        """End the worker processes."""
         self.pool.close()
-
-    def __enter__(self) -> Grader:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
 
 def _read_verdict(response: dict[str, Any]) -> Verdict:
@@ -134,12 +125,12 @@ def _read_verdict(response: dict[str, Any]) -> Verdict:
 
 
 _SHARED: dict[GradingRules, Grader] = {}
-_RECENT: dict[int, Grader] = {}  # by the identity of its rules: hashing those takes a microsecond
+_RECENT: dict[int, Grader] = {}  # by id(rules): hashing the rules takes a microsecond
 _SHARED_LOCK = threading.Lock()
 
 
 def _shared_grader(rules: GradingRules | str) -> Grader:
-    """One grader for each set of rules; its worker starts on first need."""
+    """One grader per set of rules; its worker starts when first needed."""
     grader = _RECENT.get(id(rules))
     if grader is not None and grader.rules is rules:
         return grader
@@ -152,7 +143,7 @@ def _shared_grader(rules: GradingRules | str) -> Grader:
 
 
 def verify(gold: str, answer: str, rules: GradingRules | str = DEFAULT) -> Verdict:
-    """Is `answer` (already extracted) equal to `gold`? Example: verify("1/2", "0.5").correct."""
+    """Is the extracted `answer` equal to `gold`? Example: verify("1/2", "0.5").correct."""
     return _shared_grader(rules).verify(gold, answer)
 
 
@@ -166,5 +157,5 @@ def score_batch(
     references: Sequence[str | None],
     rules: GradingRules | str = DEFAULT,
 ) -> list[Score]:
-    """`score` for a whole step; order kept. Raises ValueError on unequal lengths."""
+    """`score` for a batch, in order. Raises ValueError if the lengths differ."""
     return _shared_grader(rules).score_batch(completions, references)

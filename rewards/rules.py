@@ -1,7 +1,7 @@
 """What counts as the same answer: one frozen GradingRules per data set.
 
-The default is symmetric (swapping gold and answer never changes the verdict, but for the
-precision of two printed decimals). A data set's rules state only what its golds mean.
+The default is symmetric: swapping gold and answer never changes the verdict, except for the
+precision of two printed decimals. A data set's own rules only state what its gold answers mean.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ class GradingRules:
     """
 
     name: str = "default"
-    # A printed decimal may stand for an exact value that rounds to it: where it is the gold
-    # ("gold"), on either side ("either"), or never ("none").
+    # A printed decimal may stand for an exact value that rounds to it: if it is the gold ("gold"),
+    # on either side ("either"), or never ("none").
     rounding: Literal["none", "gold", "either"] = "either"
-    # Digits a rounded decimal must show: 6.67 = 20/3, but 6.7 does not. Under "either" one more for
-    # a fraction that everyone writes as one (0.3333 = 1/3) and for an irrational number.
+    # Significant digits that a rounded decimal must show: 6.67 = 20/3, but 6.7 does not. "either"
+    # asks for one more for a common fraction (0.3333 = 1/3) and for an irrational number.
     min_significant_digits: int = 3
-    # Values that agree to this many decimals are equal (absolute); None: only rounding decides.
+    # Values that agree to this many decimals are equal (absolute). None: only rounding counts.
     tolerance_decimals: int | None = None
-    # Values that differ by no more than this are equal (absolute, in the gold's unit). A reference
-    # that ends in "[tolerance 0.1]" sets it for itself (`split_tolerance`).
+    # Values that differ by at most this are equal (absolute, in the gold's unit). A reference
+    # that ends in "[tolerance 0.1]" sets its own (`split_tolerance`).
     tolerance: float | None = None
-    # 28% equals 0.28 whatever the rules; "either": 28% = 28 as well.
+    # 28% always equals 0.28; with "either", 28% also equals 28.
     percent: Literal["value", "either"] = "either"
-    # 2,5 is 2.5; else only what no list of numbers looks like is read so: 0,5 and 1000,99.
+    # Read 2,5 as 2.5. If off, only what cannot be a list of numbers is: 0,5 and 1000,99.
     decimal_comma: bool = False
-    # Answer lists compare as multisets ("any") or item by item ("gold").
+    # Compare lists of answers as multisets ("any") or item by item ("gold").
     list_order: Literal["any", "gold"] = "any"
-    # "lenient": a unit that one side leaves out is no error, two units must agree (converted);
-    # "strict": a gold's unit must be given.
+    # "lenient": either side may omit its unit, but two units must agree (after conversion).
+    # "strict": if the gold has a unit, the answer must have one.
     units: Literal["lenient", "strict"] = "lenient"
-    # 9 + 1 for 10: a sum left to do where the gold is a plain number (see `equality.unevaluated`).
+    # 9 + 1 for 10: unevaluated arithmetic where the gold is a plain number.
     accept_sums: bool = False
     # 4/6 for 2/3.
     accept_unreduced: bool = True
@@ -58,21 +58,21 @@ class GradingRules:
     degrees_as_radians: bool = True
     # "Petya" for "Petya will receive the last token".
     accept_short_text: bool = True
-    # Integer answers outside this range are wrong; both ends included.
+    # Integer answers outside this inclusive range are wrong.
     answer_range: tuple[int, int] | None = None
 
 
 RULES: dict[str, GradingRules] = {
     "default": GradingRules(),
-    # Word problems: a rounded amount is right where the gold is one; no symbols to rename.
+    # Word problems: a rounded amount is right if the gold is one; there are no symbols to rename.
     "gsm8k": GradingRules(
         name="gsm8k", rounding="gold", min_significant_digits=2, rename_bound=False
     ),
     # Competition golds are exact: a rounded decimal for \frac{1}{3} or \pi is wrong.
     "math": GradingRules(name="math", rounding="gold"),
-    # Adds Yes/No, True/False and multiple choice to MATH; those need no rule of their own.
+    # MATH plus yes/no, true/false and multiple choice, which need no rules of their own.
     "deepmath": GradingRules(name="deepmath", rounding="gold"),
-    # Integers 0-999; leading zeros are part of the answer sheet, not of the value.
+    # Integers from 0 to 999. Leading zeros belong to the answer sheet, not to the value.
     "aime": GradingRules(name="aime", rounding="none", percent="value", answer_range=(0, 999)),
 }
 
@@ -81,7 +81,7 @@ _TOLERANCE = re.compile(r"\s*\[tolerance (\d{1,30}(?:\.\d{1,30})?(?:[eE][-+]?\d{
 
 
 def split_tolerance(reference: str, rules: GradingRules) -> tuple[str, GradingRules]:
-    """Gold answer and rules of a reference that may state its tolerance.
+    """Gold answer and rules of a reference that may state its own tolerance.
 
     Example: "2.5 m [tolerance 0.1]" is the gold "2.5 m" under `rules` with tolerance=0.1.
     """
@@ -92,7 +92,7 @@ def split_tolerance(reference: str, rules: GradingRules) -> tuple[str, GradingRu
 
 
 def load_rules(name: str) -> GradingRules:
-    """The rules of that name. Raises ValueError naming the nearest one."""
+    """The rules called `name`. Raises ValueError with the closest known name."""
     if name not in RULES:
         near = difflib.get_close_matches(name, RULES, n=1, cutoff=0.0)
         raise ValueError(
@@ -102,13 +102,13 @@ def load_rules(name: str) -> GradingRules:
 
 
 def to_wire(rules: GradingRules) -> dict[str, Any]:
-    """The departures from the default, as JSON values."""
+    """The fields that differ from the default, as JSON values."""
     default = asdict(GradingRules())
     return {key: value for key, value in asdict(rules).items() if value != default[key]}
 
 
 def from_wire(fields: dict[str, Any]) -> GradingRules:
-    """The rules of what `to_wire` wrote."""
+    """Inverse of `to_wire`, also after a trip through JSON."""
     if fields.get("answer_range") is not None:
         low, high = fields["answer_range"]
         fields = {**fields, "answer_range": (low, high)}

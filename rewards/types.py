@@ -1,21 +1,20 @@
-"""Records that the verifier hands out, and the protocol every reward implements."""
+"""The verifier's records, and the protocol that every reward implements."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Literal, Protocol, Self, get_args
 
 Status = Literal[
-    "ok",  # graded: right or wrong, see `correct`
-    "bad_reference",  # the reference is empty or no text: nothing to compare with
-    "no_answer",  # nothing to grade was found in the completion
-    "unparsable",  # an answer was found that is neither maths nor comparable text
-    "unevaluated",  # the answer is an open task (integral, sum, gcd, ...), not its value
+    "ok",  # graded; `correct` says whether it is right
+    "bad_reference",  # the reference is empty or not a string: nothing to compare with
+    "no_answer",  # the completion contains nothing to grade
+    "unparsable",  # an answer was found, but it is neither maths nor comparable text
+    "unevaluated",  # the answer is a task (an integral, a sum, a gcd), not its value
     "contradictory",  # several different final answers, or a false statement such as 3 = 5
     "limit",  # the answer exceeds a size limit (length, nesting, digits, memory)
-    "timeout",  # the deadline passed; the worker was killed
+    "timeout",  # the deadline passed and the worker was killed
     "crashed",  # the worker died twice on this answer
 ]
 STATUSES: tuple[str, ...] = get_args(Status)
@@ -25,7 +24,7 @@ Tier = Literal["string", "exact", "typed", "numeric", "symbolic", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Outcome of comparing one answer with one gold.
+    """Result of comparing one answer with one gold answer.
 
     `tier` names the stage that decided. Example::
 
@@ -41,8 +40,8 @@ class Verdict:
 class Score:
     """Reward of one completion.
 
-    `reward` is what the trainer uses: 1.0 or 0.0 for the answer, plus the format weight where
-    `has_format` (a final answer in a balanced ``\\boxed{}``). Example::
+    `reward` is what the trainer uses: 1.0 for a correct answer, else 0.0, plus the format weight if
+    `has_format` (the final answer is in a balanced, non-empty ``\\boxed{}``). Example::
 
         Score(reward=1.0, correct=True, status="ok", answer="42", has_format=True)
     """
@@ -55,21 +54,21 @@ class Score:
 
 
 class RewardError(ValueError):
-    """A user's reward failed, or gave what is no reward: one line that names it."""
+    """A user's reward function failed or returned something unusable; a one-line message."""
 
 
 class Reward(Protocol):
-    """Scores completions against references, one Score each, order kept. A context manager."""
+    """Scores completions; a context manager. Subclasses inherit `__enter__` and `__exit__`."""
 
-    def score_batch(self, completions: Sequence[str], references: Sequence[str]) -> list[Score]: ...
+    def score_batch(self, completions: Sequence[str], references: Sequence[str]) -> list[Score]:
+        """One Score per completion, in order."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release processes and event loops."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

@@ -1,7 +1,7 @@
 """A user's own reward: `fn(completion, reference)`, or TRL's `fn(completions, **columns)`.
 
-What it gives is checked, and what goes wrong is told in one line with the function's name, what it
-got and what it gave. Either form may be `async`: a batch's calls then run side by side.
+Its return values are checked. A failure raises a one-line error with the function's name, its input
+and its output. Either form may be `async`; the calls of a batch then run concurrently.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import numbers
 import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from decimal import Decimal
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from rewards.types import RewardError, Score
+from rewards.types import Reward, RewardError, Score
 
 if TYPE_CHECKING:
     import asyncio
@@ -26,19 +25,16 @@ Row = Mapping[str, Any]  # a problem's columns, by name
 _LARGEST = 1e18  # its square is still a float32
 
 
-class FunctionReward:
-    """A user's function, called in this process.
-
-    A plain number counts as correct where it is at least 1.
-    """
+class FunctionReward(Reward):
+    """A user's function, called in this process. A number of at least 1 counts as correct."""
 
     def __init__(self, name: str, function: UserFunction) -> None:
-        """Raises ValueError where the function takes neither form of arguments."""
+        """Raises ValueError if the function's arguments match neither form."""
         self.name, self._function = name, function
         parameters: Mapping[str, inspect.Parameter]
         try:
             parameters = inspect.signature(function).parameters
-        except (TypeError, ValueError):  # built in C: nothing is known of its arguments
+        except (TypeError, ValueError):  # built-in without a signature
             parameters = {}
         self.is_batch = "completions" in parameters
         self._runner: asyncio.Runner | None = None
@@ -57,20 +53,20 @@ class FunctionReward:
                 ) from error
 
     def score_batch(self, completions: Sequence[str], references: Sequence[str]) -> list[Score]:
-        """One Score each. Raises RewardError for anything but a finite number or a Score."""
+        """One Score per completion. Raises RewardError as `score_rows` does."""
         return self.score_rows(completions, references, [{} for _ in completions])
 
     def score_rows(
         self, completions: Sequence[str], references: Sequence[str], rows: Sequence[Row]
     ) -> list[Score]:
-        """As `score_batch`, with the columns of each completion's problem (TRL's form only).
+        """Like `score_batch`, with the columns of each completion's problem (TRL's form only).
 
         The columns are those of the data set, `reference` (the gold answer), `prompts` and
-        `completion_ids`. As in TRL, where `prompts` are lists of messages so are the completions.
+        `completion_ids`. As in TRL, completions are lists of messages if `prompts` are.
 
         Raises:
-            RewardError: the function raises, asks for a column that is not there, or gives
-                anything but finite numbers or Scores.
+            RewardError: the function raises, asks for a missing column, or returns anything but
+                finite numbers or Scores.
         """
         if not completions:
             return []
@@ -111,18 +107,18 @@ class FunctionReward:
         missing = [name for name in self._needed if name not in columns]
         if missing:
             raise RewardError(
-                f"reward {self.name} asks for the column {missing[0]!r}; there are: {names}"
+                f"reward {self.name} asks for the column {missing[0]!r}; available: {names}"
             )
         (results,) = self._awaited([self._call(got, **arguments)], got)
         if hasattr(results, "tolist"):  # an array or a tensor
             results = results.tolist()
         if not isinstance(results, list | tuple):
             raise RewardError(
-                f"reward {self.name} gave {_shown(results)} for {got}; a function of completions "
-                "gives a list, one number each"
+                f"reward {self.name} returned {_shown(results)} for {got}; "
+                "a function of completions must return a list with one number each"
             )
         if len(results) != len(completions):
-            raise RewardError(f"reward {self.name} gave {len(results)} rewards for {got}")
+            raise RewardError(f"reward {self.name} returned {len(results)} rewards for {got}")
         return [
             self._score(result, _got(completion, reference))
             for result, completion, reference in zip(results, completions, references, strict=True)
@@ -141,12 +137,12 @@ class FunctionReward:
             raise self._failed(error, got) from error
 
     def _awaited(self, results: list[Any], got: str) -> list[Any]:
-        """The results, those of coroutines once they are there."""
+        """The results, with coroutines awaited."""
         if not any(inspect.iscoroutine(result) for result in results):
             return results
-        import asyncio  # lazily: every start of the command line would pay for it
+        import asyncio  # lazy: slows every start of the command line
 
-        # One loop for the reward's life: clients that the user's functions keep belong to it.
+        # One loop for the reward's lifetime: clients cached by the user's function are tied to it.
         self._runner = self._runner or asyncio.Runner()
         done = self._runner.run(_gathered(results))
         for result in done:
@@ -168,38 +164,28 @@ class FunctionReward:
         value = _number(result if score is None else score.reward)
         if value is None:
             raise RewardError(
-                f"reward {self.name} gave {_shown(result)} (of type {type(result).__name__}) for "
-                f"{got}; it must give a number"
+                f"reward {self.name} returned {_shown(result)} (of type {type(result).__name__}) "
+                f"for {got}; it must return a number"
             )
         if not (math.isfinite(value) and abs(value) <= _LARGEST):
             raise RewardError(
-                f"reward {self.name} gave {value:g} for {got}; it must give a finite number of at "
-                f"most {_LARGEST:g}"
+                f"reward {self.name} returned {value:g} for {got}; "
+                f"it must return a finite number of at most {_LARGEST:g}"
             )
         return score or Score(value, value >= 1.0, "ok", answer=None, has_format=False)
 
     def close(self) -> None:
+        """Close the event loop of async functions."""
         if self._runner is not None:
             self._runner.close()
             self._runner = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 async def _gathered(results: list[Any]) -> list[Any]:
-    """Coroutines run side by side; an exception is a result, so that none is left running."""
+    """Run coroutines concurrently; an exception becomes a result, so that none is left running."""
     import asyncio
 
     async def plain(value: Any) -> Any:
@@ -212,7 +198,7 @@ async def _gathered(results: list[Any]) -> list[Any]:
 
 
 def _number(value: Any) -> float | None:
-    """A real number, one of numpy's or a tensor of no dimension; None: something else."""
+    """The value of a real number, a numpy scalar or a 0-d tensor; None for anything else."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     if not isinstance(value, numbers.Real | Decimal):

@@ -339,7 +339,7 @@ def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None
             temperature=config.eval.temperature,
             top_p=config.eval.top_p,
             stop=config.sampling.stop,
-            seed=mix_seed(config.run.seed, "exam"),  # a label; another one changes the samples
+            seed=mix_seed(config.run.seed, "exam"),  # another label, other samples
         ),
         chunk_samples=config.eval.chunk_samples,
         identity=identity | ({"thinking_tags": tags} if tags else {}),

@@ -11,7 +11,7 @@ from rl_lora.evaluation.best import read_best
 from rl_lora.evaluation.paired import PairedScores, compare_evaluations
 from rl_lora.evaluation.scores import EvalResult, load_result
 from rl_lora.report.terminal import Display
-from rl_lora.runs.snapshot import Start
+from rl_lora.runs.start import Start
 
 
 @dataclass(frozen=True)

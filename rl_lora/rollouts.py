@@ -58,7 +58,7 @@ def rollout(
 def _as_reward(reward: Reward | UserReward) -> Reward:
     if hasattr(reward, "score_batch"):
         return cast("Reward", reward)
-    return FunctionReward(getattr(reward, "__name__", "reward"), cast("UserReward", reward))
+    return FunctionReward(getattr(reward, "__name__", "reward"), reward)
 
 
 def sample_groups(

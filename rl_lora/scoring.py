@@ -1,4 +1,4 @@
-"""Completions scored by a reward, against gold answers that may have alternatives."""
+"""Score completions against gold answers that may have alternatives."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def score_best(
     references: Sequence[str],
     rows: Sequence[Row] | None = None,
 ) -> list[Score]:
-    """One score a completion, against whichever alternative it does best by; ties: the first.
+    """The best score of each completion over its reference's alternatives; the first on a tie.
 
-    All pairs go to the reward in one call, so that its workers are used together.
+    All pairs go to the reward in one call, so that its workers run in parallel.
 
     Args:
-        reward: any.
+        reward: the reward.
         completions: texts.
-        references: one for each of these.
+        references: one per completion.
         rows: the columns of each completion's problem, for a user's own function.
 
     Raises:
-        UserError: a user's own function failed.
+        UserError: the user's own function failed.
     """
     golds_N = [alternatives(reference) for reference in references]
     all_rows: Sequence[Row] = [{}] * len(golds_N) if rows is None else rows

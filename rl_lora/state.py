@@ -9,8 +9,8 @@ from rl_lora.adapters.files import remove_old, save_adapter, saved_version
 from rl_lora.build import RunContext
 from rl_lora.learner import Learner
 from rl_lora.prompts import PromptStream
-from rl_lora.runs.checkpoint import checkpoint_steps
-from rl_lora.runs.snapshot import Start, load_snapshot, save_snapshot
+from rl_lora.runs.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
+from rl_lora.runs.start import Start
 from rl_lora.types import Adapter
 
 
@@ -54,7 +54,7 @@ def save(job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]
     """
     previous = state.previous and state.previous.fingerprint
     more = {"previous": previous, "stream": state.position, "inputs": inputs}
-    save_snapshot(state.step, learner, job.config, **more)
+    save_checkpoint(state.step, learner, job.config, **more)
 
 
 def restore(
@@ -63,7 +63,7 @@ def restore(
     """Loads what `save` wrote into learner and stream. Raises UserError if it is damaged."""
     assert start.checkpoint is not None
     config = job.config
-    saved = load_snapshot(start.checkpoint, learner, config)
+    saved = load_checkpoint(start.checkpoint, learner)
     position, num_prompts = saved["stream"], len(job.prompts.train)
     if start.has_other_data("train", inputs) and position["num_prompts"] != num_prompts:
         # The user has accepted other rows: a new epoch begins with them.

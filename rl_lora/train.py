@@ -28,7 +28,7 @@ from rl_lora.runs.log import RunLog
 from rl_lora.runs.machine import MachineMeter
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
 from rl_lora.runs.record import with_absolute_paths, write_record
-from rl_lora.runs.snapshot import Start, find_start
+from rl_lora.runs.start import Start, find_start
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.liveness import check_at_start, check_step, check_version, staleness_metrics
 from rl_lora.sft.warm_start import has_solutions, warm_start

@@ -1,9 +1,9 @@
-"""Benchmark of the verifier, side by side with Math-Verify (extra `math-verify`) in one run.
+"""Benchmark the verifier, next to Math-Verify (extra `math-verify`) in the same run.
 
     python scripts/bench_verifier.py --cases CASES.jsonl ... --math-golds TEST.jsonl --json OUT.json
 
 A case is {"gold", "answer", "expected"}; with "form": "completion" the answer is extracted first.
-Figures of speed depend on the machine: compare the ratios.
+Speed depends on the machine; compare the ratios.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def our_judge(case: Case) -> bool:
 
 
 def case_rules(case: Case) -> GradingRules:
-    """The suite's own arguments of a case, as rules."""
+    """The arguments that a suite gives its case, as rules."""
     rules = RULES["default"]
     if "precision" in case:
         rules = replace(rules, tolerance_decimals=int(case["precision"]))
@@ -78,7 +78,7 @@ def case_rules(case: Case) -> GradingRules:
 
 
 def math_verify_judge() -> Judge | None:
-    """Math-Verify on the same cases with its default timeouts; None where it is not installed."""
+    """Math-Verify with its default timeouts; None if it is not installed."""
     try:
         from math_verify import parse as parse_answer
         from math_verify import verify as verify_answer
@@ -98,7 +98,7 @@ def math_verify_judge() -> Judge | None:
 
 
 def read_cases(path: Path) -> list[Case]:
-    """Cases of a JSONL file; also the published GSM8K model solutions in their own format."""
+    """Cases of a JSONL file; also reads the format of the published GSM8K model solutions."""
     rows = [
         json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()
     ]
@@ -136,7 +136,7 @@ def accuracy(cases: list[Case], judge: Judge) -> dict[str, Any]:
 
 
 def throughput(cases: Iterable[Case], judge: Judge, seconds: float) -> dict[str, float]:
-    """Verifications per second, over whole rounds until the time is up."""
+    """Verifications per second, cycling through the cases until the time is up."""
     cases = list(cases)
     times_s: list[float] = []
     start = time.perf_counter()
@@ -193,7 +193,7 @@ def speed_cases(math_golds: Path | None) -> dict[str, list[Case]]:
 
 
 def hostile_times(judge: Judge, seconds: float) -> dict[str, Any]:
-    """Slowest hostile input, and how many the judge accepted for the gold 42."""
+    """The slowest hostile input, and those that the judge accepted for the gold 42."""
     times_s: dict[str, float] = {}
     accepted, failed = [], []
     for name, text in hostile_inputs().items():
@@ -201,7 +201,7 @@ def hostile_times(judge: Judge, seconds: float) -> dict[str, Any]:
         try:
             if judge({"gold": "42", "answer": text, "form": "completion"}):
                 accepted.append(name)
-        except Exception as error:  # noqa: BLE001  # what the judge lets through is the result
+        except Exception as error:  # noqa: BLE001  # an exception is part of the result
             failed.append(f"{name}: {type(error).__name__}")
         times_s[name] = time.perf_counter() - begin
         if sum(times_s.values()) > seconds:
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--math-golds", type=Path, help="JSONL with an 'answer' field")
     parser.add_argument("--seconds", type=float, default=3.0, help="per speed measurement")
     parser.add_argument("--hostile-seconds", type=float, default=300.0)
-    parser.add_argument("--only-ours", action="store_true", help="leave Math-Verify out")
+    parser.add_argument("--only-ours", action="store_true", help="skip Math-Verify")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     report = compare(args)

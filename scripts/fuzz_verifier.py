@@ -1,10 +1,10 @@
-"""Fuzz the verifier: random and mutated answers, for a given time.
+"""Fuzz the verifier with random and mutated answers for a given time.
 
     python scripts/fuzz_verifier.py --minutes 10
 
-Fails (exit code 1) on an exception, a verdict later than the deadline allows, a status that is not
-in the table, a text that is not equal to itself, or a right verdict for a gold that the text does
-not contain.
+Exits with 1 if there was an exception, a verdict that took too much CPU time in this process, an
+unknown status, a text that does not equal itself, or a text accepted for a gold that it does not
+contain. Worker time is limited by the pool.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rewards.grading import Grader
 from tests.helpers.hostile import hostile_inputs
 from tests.helpers.verifier_cases import EQUAL, TRICKS, UNEQUAL, pairs
 
-GOLD = "7919820481.5"  # no mutation will produce it
-SLACK_S = 0.5
+GOLD = "7919820481.5"  # no mutation produces it
+MAX_CPU_S = 0.5  # per comparison, in this process
 PIECES = (
     r"\frac \sqrt \boxed{ { } [ ] ( ) ^ _ 0 1 23 4.5 x y n k e i \pi + - * / = < > \le \ne , ; \pm"
     r" \{ \} \begin{pmatrix} \end{pmatrix} \begin{cases} \end{cases} & \\ \text{ \mathrm{ \% % ! |"
@@ -36,7 +36,7 @@ PIECES = (
 
 
 def mutate(text: str, rng: random.Random) -> str:
-    """A few random edits: cut, repeat, swap, insert a piece, change a character."""
+    """A few random edits: cut, repeat, rotate, insert a piece, change a character."""
     for _ in range(rng.randrange(1, 5)):
         kind = rng.randrange(6)
         start = rng.randrange(len(text) + 1)
@@ -67,14 +67,14 @@ def random_text(rng: random.Random, seeds: list[str]) -> str:
 
 
 def check(text: str, other: str, grader: Grader, counts: Counter[str]) -> list[str]:
-    """What is wrong with the verdicts on one text, against a fixed gold and another answer."""
+    """Problems with the verdicts on one text, for a fixed gold and for another answer."""
     problems = []
-    start, start_cpu = time.perf_counter(), time.thread_time()
+    start_cpu = time.thread_time()
     outcome = decide(GOLD, text, grader.rules)
-    # CPU time of this thread: other processes may hold the machine for longer than the bound.
+    # CPU time of this thread: other processes may use the machine for longer than the limit.
     decide_s = time.thread_time() - start_cpu
     counts["slow in process"] += decide_s > 0.1
-    if decide_s > SLACK_S:
+    if decide_s > MAX_CPU_S:
         problems.append(f"{decide_s:.2f} s in process")
     counts[outcome.verdict.status] += 1
     if outcome.verdict.status not in STATUSES:
@@ -82,10 +82,10 @@ def check(text: str, other: str, grader: Grader, counts: Counter[str]) -> list[s
     if outcome.verdict.correct:
         problems.append("accepted for a gold that it does not contain")
     score = grader.score_batch([text], ["42"])[0]
-    elapsed_s = time.perf_counter() - start
     counts["open"] += outcome.is_open
-    if outcome.is_open and elapsed_s > grader.pool.timeout_s + 2 * SLACK_S:
-        problems.append(f"{elapsed_s:.2f} s with the worker")
+    decide_s = time.thread_time() - start_cpu
+    if decide_s > 2 * MAX_CPU_S:
+        problems.append(f"{decide_s:.2f} s of CPU time, also against 42")
     if score.status not in STATUSES:
         problems.append(f"status {score.status}")
     if text.strip():
@@ -96,7 +96,7 @@ def check(text: str, other: str, grader: Grader, counts: Counter[str]) -> list[s
         decide(text, other, grader.rules)
         decide_s = time.thread_time() - start_cpu
         counts["slow in process"] += decide_s > 0.2
-        if decide_s > 2 * SLACK_S:
+        if decide_s > 2 * MAX_CPU_S:
             problems.append(f"{decide_s:.2f} s in process with {other!r}")
     return problems
 
@@ -118,7 +118,7 @@ def main() -> int:
             num_texts += 1
             try:
                 problems = check(text, rng.choice(seeds), grader, counts)
-            except Exception as error:  # noqa: BLE001  # finding these is what the script is for
+            except Exception as error:  # noqa: BLE001  # the script looks for these
                 problems = [f"{type(error).__name__}: {error}"]
             for problem in problems:
                 num_problems += 1

@@ -12,11 +12,40 @@ from pathlib import Path
 
 import pytest
 
+TESTS = Path(__file__).resolve().parent
+# `make test` gives its two processes one file after another in this order, so that none of the long
+# ones is left for the end.
+LONG_FILES = [
+    "models/test_architectures.py",
+    "samplers/test_vllm_sampler.py",
+    "models/test_tiny_model.py",
+    "test_train.py",
+    "runs/test_resume.py",
+    "test_overlap.py",
+    "scripts/test_gpu_check.py",
+    "samplers/test_vllm_experts.py",
+    "runs/test_disk_full.py",
+    "runs/test_kill_anywhere.py",
+    "studies/test_studies.py",
+    "sft/test_sft.py",
+    "rewards/test_verifier_doors.py",
+    "rewards/test_verifier_workers.py",
+    "test_cli.py",
+    "test_learning.py",
+    "test_packaging.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of LONG_FILES first, in its order."""
+    places = {TESTS / name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 @pytest.fixture
 def shared_dir() -> Path:
-    """The folder with real data beside the checkout; skips where it is absent."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
+    """The folder of real data next to the checkout; skips where it is absent."""
+    folder = TESTS.parents[1] / "shared"
     if not folder.is_dir():
-        pytest.skip(f"needs the real data files beside the checkout: {folder} is absent")
+        pytest.skip(f"needs the real data files next to the checkout: {folder} is absent")
     return folder

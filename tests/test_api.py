@@ -15,6 +15,7 @@ import rl_lora as rl
 from rl_lora.adapters.files import load_tensors
 from rl_lora.config import RunConfig
 from tests.helpers.fakes import FakeSampler, make_prompt
+from tests.test_prompts import numbered, word_tokenizer, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,6 +56,17 @@ def test_a_rollout_is_scored_by_a_plain_function() -> None:
     assert group.rewards_G == [0.0, 1.0, 1.0]
     ((_, params),) = sampler.calls
     assert params == rl.SampleParams(3, 256, 1.0, stop=("x",), seed=4)
+
+
+def test_one_data_set_by_its_name_is_a_stream_of_all_its_rows(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "m.jsonl", numbered(5))
+    stream = rl.load_prompts(path, word_tokenizer(), instruction="", seed=3)
+    assert [prompt.prompt_id for prompt in stream.prompts_N] == [f"m/{row}" for row in range(5)]
+    assert {prompt.prompt_id for prompt in stream.take(5)} == {f"m/{row}" for row in range(5)}
+    first = rl.load_prompts({"name": path, "num_rows": 2}, word_tokenizer(None), template="base")
+    assert [prompt.reference for prompt in first.prompts_N] == ["0", "1"]
+    with pytest.raises(rl.UserError, match="unknown key 'instructions'; did you mean 'instruction"):
+        rl.load_prompts(path, word_tokenizer(), instructions="")
 
 
 def test_the_loop_by_hand_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

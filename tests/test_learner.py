@@ -22,8 +22,7 @@ from rl_lora.errors import UserError
 from rl_lora.learner import Learner, Schedule, loss_inputs
 from rl_lora.losses import LOSSES, ppo
 from rl_lora.policy import Policy, open_policy
-from rl_lora.runs.checkpoint import latest_checkpoint
-from rl_lora.runs.snapshot import load_snapshot, save_snapshot
+from rl_lora.runs.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rl_lora.step_stats import StepStats, quantiles
 from rl_lora.types import Completion, Microbatch, Prompt, Rollout, RolloutGroup, TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama, shake
@@ -267,11 +266,11 @@ def test_tied_steps_report_their_own_rates_across_a_resume(tmp_path: Path) -> No
     learner = make()
     tied = pack_samples(samples_of(learner.policy, (0.0,)), microbatch_tokens=99)
     assert [learner.update(tied)["optim/lr"] for _ in range(2)] == [1.0, 0.75]
-    save_snapshot(2, learner, config)
+    save_checkpoint(2, learner, config)
     resumed = make()
     checkpoint = latest_checkpoint(config.run.folder)
     assert checkpoint is not None
-    load_snapshot(checkpoint, resumed, config)
+    load_checkpoint(checkpoint, resumed)
     assert [resumed.update(tied)["optim/lr"] for _ in range(2)] == [0.5, 0.25]
 
 

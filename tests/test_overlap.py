@@ -241,20 +241,22 @@ def test_the_worker_stops_where_the_requests_do() -> None:
     assert len(sampler.calls) == 1
 
 
-def test_ages_are_counted_and_limited() -> None:
+def test_staleness_is_counted_and_limited() -> None:
     old, new = (make_rollout(1.0, adapter_version=version) for version in (3, 4))
     group = RolloutGroup(make_group([0.0]).prompt, (old, new, new, new))
     assert staleness_metrics([group], 4, max_staleness=1) == {
         "rollouts/staleness_mean": 0.25,
         "rollouts/staleness_max": 1.0,
     }
-    with pytest.raises(
-        StaleAdapterError, match="staleness 0 to 1 for policy version 4, and staleness 0 to 0"
-    ):
+    with pytest.raises(StaleAdapterError, match=r"0 to 1 versions older .*4\), and 0 to 0 are"):
         staleness_metrics([group], 4, max_staleness=0)
-    with pytest.raises(StaleAdapterError, match="staleness 1 to 2 for policy version 5"):
+    with pytest.raises(
+        StaleAdapterError, match=r"1 to 2 versions older than the policy \(version 5"
+    ):
         staleness_metrics([group], 5, max_staleness=1)
-    with pytest.raises(StaleAdapterError, match="staleness -1 to 0 for policy version 3"):
+    with pytest.raises(
+        StaleAdapterError, match=r"-1 to 0 versions older than the policy \(version 3"
+    ):
         staleness_metrics([group], 3, max_staleness=1)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import LONG_FILES, TESTS
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {
@@ -26,7 +30,8 @@ RANKS = """
 REWARD_RANKS = "types rules parsing extraction equality workers grading user_function load".split()
 VLLM_ROOM = "rl_lora.samplers.vllm."
 EAGER_VLLM = {VLLM_ROOM + "cpu_lora", VLLM_ROOM + "cpu_sampling"}  # imported when an engine starts
-MAX_FILES = 20  # of a folder
+MAX_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 20, 400, 60, 6
+WITH_SCRIPTS = [*MODULES.values(), *sorted((ROOT / "scripts").rglob("*.py"))]
 STANDARD = sys.stdlib_module_names
 
 
@@ -72,9 +77,56 @@ def test_no_import_goes_up(package: str, ranks: list[str]) -> None:
                 assert below < above, f"{module} imports {name}"
 
 
-def test_folders_are_small() -> None:
-    for folder in {path.parent for path in MODULES.values()}:
+def test_folders_and_files_are_small() -> None:
+    for folder in {path.parent for path in WITH_SCRIPTS}:
         assert len(list(folder.glob("*.py"))) <= MAX_FILES, folder
+    for path in WITH_SCRIPTS:
+        assert len(path.read_text().splitlines()) <= MAX_FILE_LINES, path
+
+
+def test_the_long_test_files_exist() -> None:
+    assert [name for name in LONG_FILES if not (TESTS / name).is_file()] == []
+
+
+def over_limits(source: str) -> list[str]:
+    """Names of the functions that are too long or take too much, and give no reason.
+
+    A reason is a comment `# limits: REASON` on the line above the function or within its header.
+    """
+    found, lines = [], source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        arguments = [a for a in ast.iter_child_nodes(node.args) if isinstance(a, ast.arg)]
+        num_parameters = sum(a.arg not in ("self", "cls") for a in arguments)
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        length = (node.end_lineno or first) - first + 1
+        header = lines[max(first - 2, 0) : node.body[0].lineno]
+        has_reason = any(re.match(r"\s*# limits: \w", line) for line in header)
+        if (length > MAX_FUNCTION_LINES or num_parameters > MAX_PARAMETERS) and not has_reason:
+            found.append(node.name)
+    return found
+
+
+def test_functions_are_short_and_take_few_parameters_or_say_why_not() -> None:
+    found = {f"{path.relative_to(ROOT)}: {over_limits(path.read_text())}" for path in WITH_SCRIPTS}
+    assert not {line for line in found if not line.endswith(": []")}
+
+
+def test_the_limits_of_functions() -> None:
+    long = "def long():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
+    wide = "def wide(self, a, b, /, c, *d, e=lambda z: z, f=2, **g):\n    pass\n"
+    assert over_limits(long) == ["long"]
+    assert over_limits(long.replace("    x = 1\n", "", 1)) == []
+    assert over_limits("class A:\n" + textwrap.indent(wide, "    ")) == ["wide"]
+    assert over_limits(wide.replace(", **g", "")) == []
+    reason = "# limits: they are the kernel's\n"
+    assert over_limits(reason + wide) == []
+    assert over_limits("# limits:\n" + wide) == ["wide"]
+    assert over_limits(reason + "x = 1\n" + wide) == ["wide"]
+    assert (
+        over_limits(wide.replace("    pass", "    # limits: the hook's signature\n    pass")) == []
+    )
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("rewards")])

@@ -95,6 +95,9 @@ def test_a_run_leaves_its_records(tmp_path: Path) -> None:
         "adapter/adapter_config.json",
     ):
         assert (run / name).stat().st_size > 0, name
+    # Of run.seed=0, since the first version: with another, accuracies would not be comparable.
+    result = json.loads((run / "eval/step_000000.json").read_text())
+    assert result["seed"] == 8_583_769_739_768_140_073
     assert list(run.rglob("events.out.tfevents*"))
     assert sorted(p.name for p in (run / "adapters").iterdir()) == ["v000002", "v000003"]
 

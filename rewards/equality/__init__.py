@@ -1,1 +1,1 @@
-"""Is a parsed answer the gold?"""
+"""Decides whether an answer equals the gold."""

@@ -1,9 +1,10 @@
-"""What an answer looks like beside its values: lists, labels, plus-minus signs, families."""
+"""The form of an answer apart from its values: lists, labels, plus-minus, families, renaming."""
 
 from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 
 from rewards.equality.exact import Undecided
@@ -12,13 +13,48 @@ from rewards.equality.numeric import LOW, is_real, value_of
 from rewards.equality.relations import compatible_names, standard_name
 from rewards.parsing.names import is_equation, is_name
 from rewards.parsing.nodes import PI, LimitExceeded, Node, has_kind, number_node, symbols, walk
+from rewards.rules import GradingRules
 
 MAX_EXPANSION = 64
+_PARAMETERS = frozenset("kKnNmltsjCcpq")
 _CONSTANT = re.compile(r"[CKck](?:_\{\d\})?|[AB]")
 
 
-def are_families(*nodes: Node) -> bool:
-    """Families of solutions: multiples of pi; tuples, sets, unions with one letter throughout."""
+def renamings(
+    gold: Node,
+    answer: Node,
+    gold_bound: frozenset[str],
+    answer_bound: frozenset[str],
+    rules: GradingRules,
+) -> Iterator[dict[str, str]]:
+    """Ways to rename the answer's bound symbols and parameters to those of the gold."""
+    is_option = gold.kind == "sym" and gold.name.upper() in tuple("ABCDE")
+    if not rules.rename_bound or (gold.kind == "sym" and not is_option):
+        return
+    gold_names = sorted(symbols(gold) - symbols(answer))
+    answer_names = sorted(symbols(answer) - symbols(gold))
+    if not 0 < len(answer_names) == len(gold_names) <= 3:
+        return
+    is_shared = _are_families(gold, answer)
+    are_tuples = _runs_through(gold, gold_names) and _runs_through(answer, answer_names)
+    for order in itertools.permutations(gold_names):
+        pairs = list(zip(answer_names, order, strict=True))
+        if all(
+            rules.rename_free
+            or a.lower() == b.lower()
+            or (a in answer_bound and (b in gold_bound or b in _PARAMETERS or is_shared))
+            or (b in gold_bound and a in _PARAMETERS)
+            or (gold.kind in ("rel", "add", "mul") and _are_constants(a, b))
+            or (is_shared and a in _PARAMETERS and b in _PARAMETERS)
+            or (are_tuples and len(pairs) == 1 and a in _PARAMETERS and len(b) == 1)
+            or (are_tuples and len(pairs) == 1 and b in _PARAMETERS and len(a) == 1)
+            for a, b in pairs
+        ):
+            yield dict(pairs)
+
+
+def _are_families(*nodes: Node) -> bool:
+    """Are these families of solutions: multiples of pi, or collections that repeat a letter?"""
     return all(
         any(item == PI for item in walk(node))
         or (has_kind(node, "seq", "union", "set") and _has_repeated_letter(node))
@@ -31,8 +67,8 @@ def _has_repeated_letter(node: Node) -> bool:
     return len(set(names)) < len(names)
 
 
-def runs_through(node: Node, names: list[str]) -> bool:
-    """Is one symbol the parameter of a tuple: (3 + 2t, 5 - t)?"""
+def _runs_through(node: Node, names: list[str]) -> bool:
+    """Is there one symbol, the parameter of a tuple such as (3 + 2t, 5 - t)?"""
     if len(names) != 1 or node.kind not in ("seq", "matrix", "list", "set"):
         return False
     parts = [item for item in walk(node) if item.kind not in ("seq", "matrix", "list", "set")]
@@ -40,8 +76,8 @@ def runs_through(node: Node, names: list[str]) -> bool:
     return has_kind(node, "seq") and len(components) > 1
 
 
-def are_constants(left: str, right: str) -> bool:
-    """May both name one constant of integration? C and K, A and C; not A and B, c and k."""
+def _are_constants(left: str, right: str) -> bool:
+    """Can both be the same constant of integration? C and K, A and C; not A and B, c and k."""
     if not _CONSTANT.fullmatch(left) or not _CONSTANT.fullmatch(right):
         return False
     names = (left, right)
@@ -56,7 +92,7 @@ def without_label(node: Node) -> Node:
 
 
 def option_letters(node: Node) -> list[str] | None:
-    """ABD, or A, B, D: the options of a multiple choice."""
+    """The options of ABD, or A, B, D; None for anything else."""
     names = [item.name.upper() for item in node.args if item.kind in ("sym", "text")]
     if len(names) != len(node.args) or len(set(names)) != len(names):
         return None
@@ -64,7 +100,7 @@ def option_letters(node: Node) -> list[str] | None:
 
 
 def is_coordinates(node: Node) -> bool:
-    """A bare list that may stand for a tuple: plain values, or each under its own name."""
+    """Can a bare list be a tuple? Its items are plain values, or each has its own name."""
     if all(item.kind not in ("seq", "rel") for item in node.args):
         return True
     names = [item.args[0] for item in node.args if is_equation(item) and len(item.args) == 2]
@@ -74,7 +110,7 @@ def is_coordinates(node: Node) -> bool:
 
 
 def by_coordinates(node: Node) -> Node:
-    """(x, y) = (2, 3) as x = 2, y = 3."""
+    """(x, y) = (2, 3) as the list x = 2, y = 3; other nodes as they are."""
     if node.kind == "rel" and node.name == "=" and len(node.args) == 2:
         left, right = node.args
         if left.kind == right.kind == "seq" and len(left.args) == len(right.args):
@@ -84,27 +120,27 @@ def by_coordinates(node: Node) -> Node:
 
 
 def form_of(node: Node) -> str:
-    """In what form a subset of the line is written."""
+    """How a subset of the real line is written: "membership", "inequality" or "set"."""
     if node.kind == "rel":
         return "membership" if node.name == "in" else "inequality"
     return "set"
 
 
 def unlabelled(node: Node) -> Node:
-    """Without the names that it gives to its values."""
+    """The node without the names of its values."""
     if node.kind in ("list", "set"):
         return node._replace(args=tuple(item_value(item) for item in node.args))
     return item_value(node)
 
 
 def has_mixed_brackets(gold: Node, answer: Node) -> bool:
-    """Is one of them a half-open interval?"""
+    """Is either of them a half-open interval?"""
     names = {item.name for item in (gold, answer) if item.kind == "seq" and len(item.args) == 2}
     return bool(names & {"[)", "(]"})
 
 
 def is_condition(node: Node) -> bool:
-    """Does a list hold inequalities or unions?"""
+    """Does a list contain inequalities or unions?"""
     return any(
         item.kind == "rel" and not is_equation(item) or item.kind == "union" for item in node.args
     )
@@ -116,7 +152,7 @@ def items_of(node: Node) -> list[Node]:
 
 
 def item_value(item: Node) -> Node:
-    """What a labelled item says: 16 for `w = 16` and for `Paolo: 16`."""
+    """The value of a labelled item: 16 for `w = 16` and for `Paolo: 16`."""
     if item.kind == "label":
         return item.args[0]
     if is_equation(item) and len(item.args) == 2 and is_name(item.args[0]):
@@ -128,7 +164,7 @@ def item_value(item: Node) -> Node:
 
 
 def split_conditions(node: Node) -> tuple[Node, list[Node]]:
-    """(formula, conditions on its variables) of `y = 1/x, x > 0`; no conditions elsewhere."""
+    """(formula, conditions) of `y = 1/x, x > 0`; (node, []) for anything else."""
     if node.kind != "list":
         return node, []
     conditions = [item for item in node.args if item.kind == "rel" and not is_equation(item)]
@@ -143,7 +179,7 @@ def split_conditions(node: Node) -> tuple[Node, list[Node]]:
 
 
 def same_family(gold: Node, answer: Node) -> bool:
-    r"""-\pi/3 + k\pi and 2\pi/3 + k\pi: the same values, k an integer, shifted by periods."""
+    r"""Same values over the integers k, up to a shift: -\pi/3 + k\pi and 2\pi/3 + k\pi?"""
     names = symbols(gold) | symbols(answer)
     is_integer = bool(names & set("kKnNmlj"))
     if len(names) != 1 or not is_integer or symbols(gold) != symbols(answer):
@@ -169,7 +205,7 @@ def same_family(gold: Node, answer: Node) -> bool:
 
 
 def name_of(item: Node) -> Node | None:
-    """The name that an item gives to its value, in its standard spelling; None where none."""
+    """The standard spelling of the name that an item gives its value; None without a name."""
     if item.kind == "label":
         return standard_name(Node("text", name=item.name))
     if is_equation(item) and len(item.args) == 2 and is_name(item.args[0]):
@@ -180,11 +216,13 @@ def name_of(item: Node) -> Node | None:
 
 
 def names_clash(gold: Node, answer: Node) -> bool:
-    """Do both sides name all their values, and one of them something that the other does not?"""
-    ours, theirs = (
+    """Do both sides have names, and one of them a name that the other has not?"""
+    gold_names, answer_names = (
         [name_of(item) for item in items_of(side)] if side.args else [] for side in (gold, answer)
     )
-    left, right = ([name for name in names if name is not None] for names in (ours, theirs))
+    left, right = (
+        [name for name in names if name is not None] for names in (gold_names, answer_names)
+    )
     if not left or not right:
         return False
     return not all(
@@ -195,7 +233,7 @@ def names_clash(gold: Node, answer: Node) -> bool:
 
 
 def match_names(left: list[Node], right: list[Node]) -> list[tuple[Node, Node]] | None:
-    """Pairs by label, where both sides label every item with the same distinct names."""
+    """Pairs of items by name; None unless both sides name each item, with the same names."""
     tables = []
     for items in (left, right):
         table = {}
@@ -212,7 +250,7 @@ def match_names(left: list[Node], right: list[Node]) -> list[tuple[Node, Node]] 
 
 
 def expand_all(items: list[Node]) -> list[Node]:
-    r"""Replace every \\pm by its two signs; signs in different components are independent."""
+    r"""Replace each \pm by its two signs; signs in different components are independent."""
     result: list[Node] = []
     for item in items:
         result.extend(expand_signs(item))
@@ -222,7 +260,7 @@ def expand_all(items: list[Node]) -> list[Node]:
 
 
 def expand_signs(node: Node) -> list[Node]:
-    """All values of a node with plus-minus signs; within one scalar the signs go together."""
+    """All values of a node with plus-minus signs; signs within one scalar are tied."""
     if not has_kind(node, "pm"):
         return [node]
     if node.kind in ("seq", "set", "matrix", "rel", "congruence"):
@@ -245,7 +283,7 @@ def _signed(node: Node, is_upper: bool) -> Node:
 
 
 def _residue(node: Node) -> int | None:
-    """The same for items that are equal by algebra; None where it cannot be had."""
+    """A key that is equal for algebraically equal items; None if there is none."""
     try:
         return Residues().of(node)
     except Undecided:
@@ -253,7 +291,7 @@ def _residue(node: Node) -> int | None:
 
 
 def without_common(left: list[Node], right: list[Node]) -> tuple[list[Node], list[Node]]:
-    """Both lists without the items that algebra pairs off: long lists in linear time."""
+    """Both lists without pairs of algebraically equal items, in linear time."""
     waiting: dict[int, list[Node]] = {}
     rest = []
     for item in right:
@@ -273,7 +311,7 @@ def without_common(left: list[Node], right: list[Node]) -> tuple[list[Node], lis
 
 
 def without_repeats(items: list[Node]) -> list[Node]:
-    """The items without those that algebra finds equal to an earlier one."""
+    """The items without those algebraically equal to an earlier one."""
     seen: set[int] = set()
     kept = []
     for item in items:

@@ -16,6 +16,7 @@ from rewards.equality.answer_shape import (
     match_names,
     names_clash,
     option_letters,
+    renamings,
     same_family,
     split_conditions,
     unlabelled,
@@ -25,10 +26,11 @@ from rewards.equality.answer_shape import (
 )
 from rewards.equality.congruences import equal_congruences
 from rewards.equality.exact import Undecided
+from rewards.equality.line import NotARegion, equal_regions
 from rewards.equality.matrices import reduce_matrices
 from rewards.equality.pieces import is_piecewise, same_pieces
 from rewards.equality.quantities import equal_quantities
-from rewards.equality.real_sets import NotARegion, equal_regions, to_region
+from rewards.equality.real_sets import to_region
 from rewards.equality.relations import (
     ascending,
     bind_arguments,
@@ -39,7 +41,6 @@ from rewards.equality.relations import (
     solution_of,
     unwrap,
 )
-from rewards.equality.renaming import renamings
 from rewards.equality.scalars import equal_scalars
 from rewards.equality.text_answers import equal_texts
 from rewards.parsing.names import is_equation
@@ -65,7 +66,7 @@ _GOLDEN = Node("sym", name="\\phi")
 
 
 class Comparison:
-    """Compares one gold with one answer. `last_resort` decides scalars that no tier could."""
+    """Compares one gold with one answer. `last_resort` decides scalars that are still undecided."""
 
     def __init__(
         self,
@@ -77,7 +78,10 @@ class Comparison:
         self.num_comparisons = 0
 
     def compare(self, gold: Parsed, answer: Parsed) -> bool:
-        """Raises Undecided, Contradiction, NotARegion never."""
+        """Is the answer equal to the gold, also without labels or with other symbols?
+
+        Raises Undecided, Contradiction, LimitExceeded and ParseError.
+        """
         left, right = reduce_matrices(gold.node), reduce_matrices(answer.node)
         if self.equal(left, right):
             return True
@@ -85,7 +89,7 @@ class Comparison:
             return False
         if self.rules.accept_labels:
             left, right = unlabelled(left), unlabelled(right)
-        # k is an integer where the answer says so, or where it solves for an unknown.
+        # k is an integer if the answer says so, or if it solves for an unknown.
         is_family = self.rules.rename_bound and (
             bool(gold.bound | answer.bound) or "rel" in (gold.node.kind, answer.node.kind)
         )
@@ -98,7 +102,7 @@ class Comparison:
         return is_family and same_family(left, right)
 
     def equal(self, gold: Node, answer: Node) -> bool:
-        """Is the answer the gold? Symmetric but for rounding and open tasks."""
+        """Is the answer equal to the gold? Symmetric except for rounding and open tasks."""
         self.num_comparisons += 1
         if self.num_comparisons > MAX_COMPARISONS:
             raise LimitExceeded
@@ -164,12 +168,16 @@ class Comparison:
         return letters[0] is not None and letters[0] == letters[1]
 
     def _equal_formulas(self, gold: Node, answer: Node) -> bool | None:
-        """Formulas with a domain: one side may leave it out. None where neither has one."""
-        left, ours = split_conditions(gold)
-        right, theirs = split_conditions(answer)
-        if not ours and not theirs:
+        """Compare formulas with a domain, which one side may omit. None if neither has one."""
+        left, gold_conditions = split_conditions(gold)
+        right, answer_conditions = split_conditions(answer)
+        if not gold_conditions and not answer_conditions:
             return None
-        if ours and theirs and not self._same_multiset(ours, theirs):
+        if (
+            gold_conditions
+            and answer_conditions
+            and not self._same_multiset(gold_conditions, answer_conditions)
+        ):
             return False
         return self.equal(left, right)
 
@@ -180,8 +188,6 @@ class Comparison:
             return same_pieces(gold, answer)
         except Undecided:
             return False
-
-    # --- scalars, units, ratios ------------------------------------------------------------
 
     def _equal_scalars(self, gold: Node, answer: Node) -> bool:
         if equal_texts(gold, answer) and gold.kind != answer.kind:
@@ -216,8 +222,6 @@ class Comparison:
             self._equal_scalars(divide(a, parts[0][-1]), divide(b, parts[1][-1]))
             for a, b in zip(parts[0][:-1], parts[1][:-1], strict=True)
         )
-
-    # --- relations and regions -------------------------------------------------------------
 
     def _equal_relations(self, gold: Node, answer: Node) -> bool:
         if is_equation(gold) or is_equation(answer):
@@ -269,7 +273,7 @@ class Comparison:
             return self.equal(left[1], answer)
         if right is not None and gold.kind != "rel":
             return self.equal(gold, right[1])
-        # Only a gold may be left unsolved: an answer that restates the equation earns nothing.
+        # Only the gold may be unsolved: an answer that restates an equation is not a solution.
         if answer.kind not in SCALAR_KINDS or not is_equation(gold):
             return False
         sides = solution_of(gold, answer)
@@ -292,8 +296,6 @@ class Comparison:
         if gold.kind == answer.kind and gold.name == answer.name:
             return len(gold.args) == len(answer.args) and self._in_order(gold.args, answer.args)
         return False
-
-    # --- collections -----------------------------------------------------------------------
 
     def _in_order(self, gold: Sequence[Node], answer: Sequence[Node]) -> bool:
         return len(gold) == len(answer) and all(map(self.equal, gold, answer))
@@ -323,7 +325,7 @@ class Comparison:
             if gold.name != answer.name and all(
                 item.kind in ("text", "sym") for item in (*gold.args, *answer.args)
             ):
-                return False  # Alice and Bob, Alice or Bob
+                return False  # "Alice and Bob" is not "Alice or Bob"
         left, right = items_of(gold), items_of(answer)
         is_set = "set" in (gold.kind, answer.kind)
         for one, other in ((gold, answer), (answer, gold)):
@@ -351,7 +353,7 @@ class Comparison:
         return self._same_multiset(left, right)
 
     def _same_member(self, left: Node, right: Node) -> bool:
-        """Items of a collection: there {1} is not 1."""
+        """Are items of a collection equal? There, {1} is not 1."""
         return (left.kind == "set") == (right.kind == "set") and self.equal(left, right)
 
     def _same_multiset(self, left: list[Node], right: list[Node]) -> bool:

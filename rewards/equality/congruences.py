@@ -1,4 +1,4 @@
-r"""Congruences: x \equiv 2 \pmod 5, and the families x = 5k + 2 that say the same."""
+r"""Congruences: x \equiv 2 \pmod 5, and equivalent families such as x = 5k + 2."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _INTEGERS = frozenset("kKnNmltsjq")
 
 
 def equal_congruences(gold: Node, answer: Node, equal: Equal) -> bool:
-    """Same unknown, same modulus, same residue. A residue without its modulus is something else."""
+    """Same unknown, modulus and residue? A residue without its modulus is not a congruence."""
     left, right = _as_congruence(gold), _as_congruence(answer)
     if left is None or right is None:
         return False
     if not equal(left.args[2], right.args[2]):
         return False
-    for ours in _orders(left):
-        for theirs in _orders(right):
-            has_names = None not in (ours[0], theirs[0])
-            if has_names and not equal(*[name for name in (ours[0], theirs[0]) if name]):
+    for left_order in _orders(left):
+        for right_order in _orders(right):
+            has_names = None not in (left_order[0], right_order[0])
+            if has_names and not equal(*[name for name in (left_order[0], right_order[0]) if name]):
                 continue
-            if _is_multiple(ours[1], theirs[1], left.args[2], equal):
+            if _is_multiple(left_order[1], right_order[1], left.args[2], equal):
                 return True
     return False
 
@@ -46,7 +46,7 @@ def _is_multiple(left: Node, right: Node, modulus: Node, equal: Equal) -> bool:
 
 
 def _as_congruence(node: Node) -> Node | None:
-    """The congruence that a node is or stands for; its left side is a text where it has none."""
+    """The node as a congruence, with an empty text for a missing left side; None if impossible."""
     nameless = Node("text")
     if node.kind == "congruence":
         return node

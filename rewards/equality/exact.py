@@ -1,4 +1,4 @@
-"""Exact rational values, bounded in size: nothing is expanded that would not fit."""
+"""Exact rational values of bounded size; nothing larger is ever computed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Undecided(Exception):
 
 
 def exact(node: Node, values: Mapping[str, int] | None = None) -> Fraction:
-    """The rational value of a tree, its symbols read from `values`.
+    """The rational value of a tree, with symbols from `values`.
 
-    Raises Undecided where the value is irrational, unknown, or too large to write down.
+    Raises Undecided if the value is irrational, unknown or too large.
     """
     kind = node.kind
     if kind == "num":
@@ -58,7 +58,7 @@ def divide_exactly(left: Fraction, right: Fraction) -> Fraction:
 
 
 def exact_power(base: Fraction, exponent: Fraction) -> Fraction:
-    """base ** exponent where that is rational and fits. 0 ** 0 is undecided."""
+    """base ** exponent. Raises Undecided if that is irrational, too large or 0 ** 0."""
     if base == 0:
         if exponent <= 0:
             raise Undecided
@@ -75,7 +75,7 @@ def exact_power(base: Fraction, exponent: Fraction) -> Fraction:
 
 
 def exact_root(value: Fraction, degree: int) -> Fraction:
-    """The real root of that degree where it is rational."""
+    """The real root of that degree. Raises Undecided if it is irrational."""
     if degree > 64 or value < 0 or value.numerator.bit_length() > MAX_ROOT_BITS:
         raise Undecided  # the principal root of a negative number is complex
     return Fraction(

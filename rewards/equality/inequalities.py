@@ -1,4 +1,4 @@
-r"""What an inequality in one unknown says of it: -2x > 6, |x - 1| < 2, x^2 \\ge 4."""
+r"""Solves inequalities in one unknown: -2x > 6, |x - 1| < 2, x^2 \ge 4."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from rewards.parsing.nodes import (
 
 FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
 _MAGNITUDE = Node("sym", name="\\magnitude")
-_PLACES = (2, 7, -3, 1000)  # where a linear or quadratic law has to hold
+_PLACES = (2, 7, -3, 1000)  # where a quadratic formula is checked
 
 
 def solve(left: Node, operator: str, right: Node) -> Region:
-    """The region of the one unknown of a relation between two sides. Raises NotARegion."""
+    """The region of the unknown for which a relation holds. Raises NotARegion."""
     within = _magnitude_of(left, right)
     if within is not None:
         return _from_magnitude(left, operator, right, within)
@@ -59,7 +59,7 @@ def solve(left: Node, operator: str, right: Node) -> Region:
 
 
 def _magnitude_of(left: Node, right: Node) -> Node | None:
-    """The |x - 1| of |x - 1| < 2, where nothing else holds an unknown."""
+    """The |x - 1| of |x - 1| < 2, if there are no unknowns outside it."""
     found = {item for item in (*walk(left), *walk(right)) if _is_magnitude(item)}
     if len(found) != 1:
         return None
@@ -75,7 +75,7 @@ def _is_magnitude(node: Node) -> bool:
 
 
 def _from_magnitude(left: Node, operator: str, right: Node, magnitude: Node) -> Region:
-    """|u| < c as -c < u < c, |u| > c as u < -c or u > c; inside, u is solved again."""
+    """Solve |u| < c as -c < u < c, and |u| > c as u < -c or u > c."""
     left, right = replace(left, magnitude, _MAGNITUDE), replace(right, magnitude, _MAGNITUDE)
     if right == _MAGNITUDE:
         left, operator, right = right, FLIPPED[operator], left
@@ -96,7 +96,7 @@ def _is_variable(node: Node) -> bool:
 
 
 def _solve_linear(left: Node, operator: str, right: Node) -> tuple[Node, str, Node]:
-    r"""a x + b < c with rational coefficients as x < (c - b) / a."""
+    """a x + b < c, with rational coefficients, as x < (c - b) / a."""
     names = symbols(left) | symbols(right)
     if len(names) != 1:
         raise NotARegion
@@ -115,7 +115,7 @@ def _solve_linear(left: Node, operator: str, right: Node) -> tuple[Node, str, No
 
 
 def _solve_scaled(left: Node, operator: str, right: Node, name: str) -> tuple[Node, str, Node]:
-    """-x < \\sqrt{2}: a rational multiple of x against a constant."""
+    """-x < \\sqrt{2}: a rational linear term in x against a constant."""
     if name in symbols(right):
         left, operator, right = right, FLIPPED[operator], left
     if name in symbols(right):
@@ -133,7 +133,7 @@ def _solve_scaled(left: Node, operator: str, right: Node, name: str) -> tuple[No
 
 
 def _solve_quadratic(left: Node, operator: str, right: Node) -> Region:
-    """x^2 < 4 as -2 < x < 2: rational coefficients, one unknown."""
+    """x^2 < 4, with rational coefficients, as -2 < x < 2."""
     names = symbols(left) | symbols(right)
     if len(names) != 1:
         raise NotARegion

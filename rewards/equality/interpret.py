@@ -1,4 +1,4 @@
-"""From the text of an answer to its possible readings."""
+"""The possible readings of an answer's text."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import functools
 import re
 from typing import NamedTuple
 
-from rewards.extraction.extract import extract_boxes, last_formula, last_number, phrase_of
+from rewards.extraction.extract import extract_boxes, phrase_of
+from rewards.extraction.unannounced import last_formula, last_number
 from rewards.parsing.nodes import LimitExceeded, Node, ParseError
 from rewards.parsing.parser import Parsed, parse
 from rewards.parsing.phrases import states_value
 
 _COMMA_IN_NUMBER = re.compile(r"\d,\d{3}(?!\d)")
-# 0,5 and 1000,99 are no lists of numbers that anyone writes; 2,5 may be one.
+# Nobody writes 0,5 or 1000,99 as a list of numbers; 2,5 may be one.
 _DECIMAL_COMMA = re.compile(r"\s*\$?\s*-?(?:0|\d{4,}),\d+\s*\$?\s*")
 _GROUPS = re.compile(
     r"\s*-?(?:\d{1,3}(?:\.\d{3}){2,}(?P<comma>,\d+)?|\d{1,3}(?:'\d{3})+(?:\.\d+)?)\s*"
@@ -27,7 +28,7 @@ _STATED = re.compile(
     re.IGNORECASE,
 )
 _NEGATED = re.compile(r"\b(?:not|n't|never)\s*$", re.IGNORECASE)
-_CALLED = re.compile(r"[A-Za-z_.]\($")  # exit(0) says nothing of 0
+_CALLED = re.compile(r"[A-Za-z_.]\($")  # exit(0) does not state 0
 _CHOICE = re.compile(
     r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?(?:\((?P<letter>[A-J])\)|(?P<plain>[A-J])[.:)])\s*\}?"
     r"(?:\\?[\s:.,~]|\\quad)*(?P<content>[^\s\\].*|\\[a-z{].*)"
@@ -40,9 +41,9 @@ MAX_PROSE = 4096
 
 
 class Reading(NamedTuple):
-    """Readings of one answer, the likeliest first; `prose` is the text where it is a sentence.
+    """Readings of one answer, most likely first; `prose` is the text if it is a sentence.
 
-    `status` is "limit" where the text exceeds a limit, "unparsable" where nothing could be read.
+    `status` is "limit" if the text exceeds a limit, "unparsable" if it could not be parsed.
     """
 
     candidates: tuple[Parsed, ...]
@@ -52,7 +53,7 @@ class Reading(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def read_gold(text: str) -> Reading:
-    """Readings of a gold, cached: a prompt's rollouts share it."""
+    """Readings of a gold, cached because a prompt's rollouts share it."""
     return read(text, is_gold=True)
 
 
@@ -73,7 +74,7 @@ def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
         if readings:
             return Reading(tuple(readings))
         return _read_prose(text, is_gold, depth)
-    except (LimitExceeded, RecursionError):  # the caller's own stack may be deep already
+    except (LimitExceeded, RecursionError):  # the caller's stack may be deep already
         return Reading((), status="limit")
     for variant in _variants(text):
         try:
@@ -86,7 +87,7 @@ def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
 
 
 def _choice_readings(text: str) -> list[Parsed]:
-    """`(D) 12`, `D. 12`: the option's letter, or its content; nothing where options are listed."""
+    """The letter and the content of `(D) 12`, `D. 12`; nothing for a list of options."""
     match = _CHOICE.fullmatch(text.strip().strip("$"))
     if match is None or _OPTION.search(match["content"]) or _RETHOUGHT.search(match["content"]):
         return []
@@ -114,13 +115,13 @@ def _variants(text: str) -> list[str]:
 
 
 def is_prose(text: str) -> bool:
-    """Are there words, or dollar signs, around the maths? Else a part of it is no answer."""
+    """Are there words or dollar signs around the maths?"""
     bare = re.sub(r"\\[A-Za-z]+(?:\s*\{[^{}]*\})?", r"\\", text)
     return "$" in text or "\\(" in text or _WORD.search(bare) is not None
 
 
 def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
-    """A sentence around the answer: what it says 'the answer is', else its last maths."""
+    """Readings of a sentence: of its 'the answer is ...', else of its last maths."""
     kind = "text" if is_prose(text) and not re.search(r"[\\_^=]", text) else "raw"
     words = Parsed(Node(kind, name=text.lower() if kind == "text" else text), frozenset())
     if depth > 2:

@@ -13,6 +13,7 @@ from rewards.equality.numeric import FLOATS, is_real, value_of
 from rewards.parsing.nodes import INFINITY, Node, negative, symbols
 
 MAX_PIECES = 64
+End = tuple[Node, bool, float]  # the end of a piece, is it closed, its value
 
 
 class NotARegion(Exception):
@@ -20,7 +21,7 @@ class NotARegion(Exception):
 
 
 class Piece(NamedTuple):
-    """From `low` to `high`; `low_value`, `high_value` order them (NaN where symbols remain)."""
+    """From `low` to `high`. `low_value` and `high_value` are their values, NaN if symbolic."""
 
     low: Node
     is_low_closed: bool
@@ -32,7 +33,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Region:
-    """A union of pieces; `variable` is what lies in it, None where the answer does not say."""
+    """A union of pieces; `variable` is the unknown in it, None if the answer does not name one."""
 
     pieces: tuple[Piece, ...]
     variable: Node | None = None
@@ -47,7 +48,7 @@ LINE = Region((Piece(MINUS_INFINITY, False, INFINITY, False, -math.inf, math.inf
 
 
 def order_of(node: Node) -> float:
-    """A number's place on the line; NaN where symbols remain. Raises NotARegion."""
+    """The real value of a number; NaN if it has symbols. Raises NotARegion if it is not real."""
     if node == INFINITY:
         return math.inf
     if node == MINUS_INFINITY:
@@ -64,7 +65,7 @@ def order_of(node: Node) -> float:
 
 
 def make_piece(low: Node, is_low_closed: bool, high: Node, is_high_closed: bool) -> Piece:
-    """A piece with its ends placed. Raises NotARegion where they stand the wrong way round."""
+    """A piece with its values. Raises NotARegion if its ends are the wrong way round."""
     low_value, high_value = order_of(low), order_of(high)
     if low_value > high_value:
         raise NotARegion
@@ -73,16 +74,8 @@ def make_piece(low: Node, is_low_closed: bool, high: Node, is_high_closed: bool)
     return Piece(low, is_low_closed, high, is_high_closed, low_value, high_value)
 
 
-def fold(regions: list[Region], combine: Callable[[Region, Region], Region]) -> Region:
-    """All regions combined, from the left."""
-    result = regions[0]
-    for region in regions[1:]:
-        result = combine(result, region)
-    return result
-
-
 def normalised(pieces: list[Piece]) -> Region:
-    """Sort, and merge pieces that touch; symbolic endpoints stay as they are."""
+    """Sort pieces and merge those that touch; with symbolic ends they stay as they are."""
     region = Region(tuple(pieces))
     if not region.is_numeric:
         return region
@@ -107,14 +100,14 @@ def normalised(pieces: list[Piece]) -> Region:
 
 
 def unite(regions: list[Region]) -> Region:
-    """What lies in any of them."""
+    """The union of the regions."""
     pieces = [piece for region in regions for piece in region.pieces]
     variables = [region.variable for region in regions if region.variable is not None]
     return dataclasses.replace(normalised(pieces), variable=variables[0] if variables else None)
 
 
 def intersect(left: Region, right: Region) -> Region:
-    """What lies in both."""
+    """The intersection of both regions."""
     if left.pieces == LINE.pieces:
         return right if right.variable else dataclasses.replace(right, variable=left.variable)
     if right.pieces == LINE.pieces:
@@ -129,25 +122,13 @@ def intersect(left: Region, right: Region) -> Region:
 
 
 def _meet(a: Piece, b: Piece) -> Piece | None:
-    """The common part; with symbolic ends only where one of them is infinite."""
-    if math.isinf(a.low_value) or b.low_value > a.low_value:
-        low, is_low_closed, low_value = b.low, b.is_low_closed, b.low_value
-    elif math.isinf(b.low_value) or a.low_value > b.low_value:
-        low, is_low_closed, low_value = a.low, a.is_low_closed, a.low_value
-    elif a.low_value == b.low_value:
-        low, low_value = a.low, a.low_value
-        is_low_closed = a.is_low_closed and b.is_low_closed
-    else:
-        raise NotARegion
-    if math.isinf(a.high_value) or b.high_value < a.high_value:
-        high, is_high_closed, high_value = b.high, b.is_high_closed, b.high_value
-    elif math.isinf(b.high_value) or a.high_value < b.high_value:
-        high, is_high_closed, high_value = a.high, a.is_high_closed, a.high_value
-    elif a.high_value == b.high_value:
-        high, high_value = a.high, a.high_value
-        is_high_closed = a.is_high_closed and b.is_high_closed
-    else:
-        raise NotARegion
+    """The intersection of two pieces; None if it is empty."""
+    low, is_low_closed, low_value = _inner_end(
+        (a.low, a.is_low_closed, a.low_value), (b.low, b.is_low_closed, b.low_value), 1
+    )
+    high, is_high_closed, high_value = _inner_end(
+        (a.high, a.is_high_closed, a.high_value), (b.high, b.is_high_closed, b.high_value), -1
+    )
     if low_value > high_value:
         return None
     if low_value == high_value and not (is_low_closed and is_high_closed):
@@ -155,8 +136,22 @@ def _meet(a: Piece, b: Piece) -> Piece | None:
     return Piece(low, is_low_closed, high, is_high_closed, low_value, high_value)
 
 
+def _inner_end(a: End, b: End, sign: int) -> End:
+    """The larger of two ends, or the smaller for sign = -1.
+
+    A symbolic end can only be compared with an infinite one; else raises NotARegion.
+    """
+    if math.isinf(a[2]) or sign * b[2] > sign * a[2]:
+        return b
+    if math.isinf(b[2]) or sign * a[2] > sign * b[2]:
+        return a
+    if a[2] == b[2]:
+        return a[0], a[1] and b[1], a[2]
+    raise NotARegion
+
+
 def complement(region: Region) -> Region:
-    """What lies outside."""
+    """The complement in the real line."""
     if not region.is_numeric:
         raise NotARegion
     pieces = []
@@ -177,7 +172,7 @@ def complement(region: Region) -> Region:
 
 
 def equal_regions(left: Region, right: Region, equal: Callable[[Node, Node], bool]) -> bool:
-    """Same pieces, in any order, with the same kind of ends. `equal` compares endpoints."""
+    """Same pieces in any order, with the same kinds of ends? `equal` compares the ends."""
     if len(left.pieces) != len(right.pieces):
         return False
     remaining = list(right.pieces)

@@ -9,7 +9,7 @@ _TRANSPARENT = ("list", "set", "rel", "label", "unit", "seq")
 
 
 def reduce_matrices(node: Node) -> Node:
-    """Carry out matrix arithmetic in a tree; trees without it are returned as they are."""
+    """Evaluate matrix arithmetic in a tree; a tree without it is returned unchanged."""
     if node.kind not in ("mul", "add", *_TRANSPARENT) or not node.args:
         return node
     if node.kind in _TRANSPARENT:

@@ -1,40 +1,38 @@
 """Algebraic identity at random points modulo a prime.
 
-Every symbol is a random integer, every function an unknown one: a hash of its arguments'
-residues. Equal residues prove equality up to a chance of about degree / 2^61 (Schwartz 1980,
-Zippel 1979); unequal ones refute it only where no function of known meaning took part. Powers are
-never expanded, so 2^(10^9) costs the same as 2^3.
+Every symbol is a random integer, and every function a hash of its arguments' residues. Equal
+residues prove equality with an error probability of about degree / 2^61 (Schwartz 1980, Zippel
+1979); unequal ones disprove it only if no known function is involved. Powers are never expanded, so
+2^(10^9) costs as much as 2^3.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from fractions import Fraction
 
-from rewards.equality.exact import Undecided, exact
+from rewards.equality.exact import MAX_FACTORIAL, Undecided, exact
 from rewards.parsing.nodes import Node, symbols
 
 PRIME = 2**61 - 31  # 1 modulo 4, so that -1 has a root
 SQRT_MINUS_ONE = 583529827753931384
 _SALT = random.SystemRandom().getrandbits(60)
-MAX_FACTORIAL = 1000
 MAX_POINTS = 12  # (-1)^k and (-1)^n agree at every other point
 _COMMUTATIVE = frozenset({"gcd", "lcm", "max", "min"})
 
 
 class Residues:
-    """Evaluates trees at one random point. `is_opaque`: a function of known meaning took part."""
+    """Evaluates trees at one random point. `is_opaque`: a known function was hashed."""
 
     def __init__(self, salt: int = 0) -> None:
         self.salt = _SALT + salt
-        self.is_odd = salt == 0  # (-1)^n and 1^n differ at odd n alone
+        self.is_odd = salt == 0  # (-1)^n and 1^n differ only at odd n
         self.is_opaque = False
         self.has_symbolic_power = False
         self._integers: dict[str, int] = {}
 
     def symbol(self, name: str) -> int:
-        """A random integer of the symbol, the same in base and exponent."""
+        """A random integer for the symbol, the same in a base and in an exponent."""
         if name not in self._integers:
             value = abs(hash((self.salt, name))) % (1 << 40) + 3
             self._integers[name] = value | 1 if self.is_odd else value
@@ -45,7 +43,7 @@ class Residues:
         return bool(self._integers)
 
     def of(self, node: Node) -> int:
-        """Residue of a tree. Raises Undecided where a divisor vanishes."""
+        """Residue of a tree. Raises Undecided if a divisor is zero."""
         kind = node.kind
         if kind == "num":
             return _fraction(node.number)
@@ -76,7 +74,7 @@ class Residues:
         return self._opaque(node)
 
     def _opaque(self, node: Node) -> int:
-        # pi and e are taken as independent of each other, and of everything algebraic.
+        # pi and e are assumed to be algebraically independent.
         if node.kind not in ("call", "const") or node.name == "inf":
             self.is_opaque = True
         parts = tuple(self.of(arg) for arg in node.args)
@@ -89,7 +87,7 @@ class Residues:
 
     def _power(self, node: Node) -> int:
         base, exponent = node.args
-        values: Mapping[str, int] = {item: self.symbol(item) for item in _symbol_names(exponent)}
+        values = {name: self.symbol(name) for name in symbols(exponent)}
         self.has_symbolic_power |= bool(values)
         residue = self.of(base)
         try:
@@ -124,17 +122,6 @@ class Residues:
         return self._opaque(node)
 
 
-def _symbol_names(node: Node) -> list[str]:
-    names = []
-    stack = [node]
-    while stack:
-        item = stack.pop()
-        if item.kind == "sym":
-            names.append(item.name)
-        stack.extend(item.args)
-    return names
-
-
 def _falling(top: int, count: int) -> int:
     product = 1
     for factor in range(top - count + 1, top + 1):
@@ -155,10 +142,10 @@ def _fraction(value: Fraction) -> int:
 
 
 def identical(left: Node, right: Node) -> bool | None:
-    """True: equal; False: not; None: undecided, because functions of known meaning took part.
+    """True: equal; False: unequal; None: undecided, because known functions are involved.
 
-    A formula that vanishes identically is not taken as equal to another: AB - BA is only zero
-    where letters commute.
+    Two different formulas that vanish identically do not count as equal: AB - BA is zero only if
+    the letters commute.
     """
     num_agreed = 0
     for salt in range(MAX_POINTS + 1):

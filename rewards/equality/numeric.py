@@ -1,7 +1,7 @@
 """Numerical comparison at random points, certified by agreement at two precisions.
 
-Floats refute quickly; equality is only granted where the two sides agree to 28 digits at 40
-digits of working precision and to 68 digits at 80, at every point tried.
+Floats refute equality quickly. It is granted only if at every point the two sides agree to 28
+digits at a working precision of 40 digits, and to 68 digits at 80.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import mpmath
 from rewards.equality.exact import Undecided
 from rewards.parsing.nodes import Node, symbols, walk
 
-MAX_LOG_OF_LOG = 1e5  # beyond it even a logarithm is not written
+MAX_LOG_OF_LOG = 1e5  # beyond it, not even logarithms are computed
 MAX_FACTORIAL_ARGUMENT = 1e4
 MAX_ARGUMENT = 1e300
 Values = Mapping[str, Any]
@@ -36,8 +36,8 @@ class Arithmetic:
     e: Any
     i: Any
     functions: Mapping[str, Callable[..., Any]]
-    tiny: float  # a magnitude below this, relative to its operands, is noise
-    max_log: float  # largest logarithm of a magnitude
+    tiny: float  # relative differences below this are noise
+    max_log: float  # natural logarithm of the largest magnitude
 
 
 def _float_number(value: Fraction) -> float:
@@ -107,13 +107,13 @@ LOW, HIGH = _context(40), _context(80)
 
 
 class Precise:
-    """mpmath raises a context's precision inside some functions: one thread at a time."""
+    """A lock: some mpmath functions change their context's precision, so one thread at a time."""
 
     lock = threading.RLock()
 
     @classmethod
     def renew(cls) -> None:
-        """After a fork: another thread may have held the lock."""
+        """Replace the lock after a fork, since another thread may have held it."""
         cls.lock = threading.RLock()
 
 
@@ -121,7 +121,7 @@ os.register_at_fork(after_in_child=Precise.renew)
 
 
 def value_of(node: Node, values: Values, system: Arithmetic) -> Any:
-    """The value of a tree. Raises Undecided where it has none or is out of range."""
+    """The value of a tree. Raises Undecided if it has none or is out of range."""
     try:
         if system is FLOATS:
             value = _evaluate(node, values, system)
@@ -175,7 +175,7 @@ def _evaluate(node: Node, values: Values, system: Arithmetic) -> Any:
 
 
 def _unknown(name: str, args: list[Any], system: Arithmetic) -> Any:
-    """A function of unknown meaning: any fixed smooth mixture of its arguments will do."""
+    """The value of an unknown function: some fixed smooth function of its arguments."""
     seed = sum(ord(letter) * (7 + place) for place, letter in enumerate(name))
     total = system.number(Fraction(seed % 97 + 3, 101))
     for place, arg in enumerate(args):
@@ -201,7 +201,7 @@ def _call(name: str, args: list[Any], system: Arithmetic) -> Any:
         if max(map(abs, args)) > (150.0 if system is FLOATS else MAX_FACTORIAL_ARGUMENT):
             raise Undecided
     if abs(first) > MAX_ARGUMENT and name not in ("ln", "log", "abs", "root", "sgn"):
-        raise Undecided  # the reduction of a huge angle would need as many digits of pi
+        raise Undecided  # reducing a huge angle needs as many digits of pi
     if name in ("exp", "sinh", "cosh") and abs(first) > system.max_log:
         raise Undecided
     if name == "factorial":
@@ -224,7 +224,7 @@ def _call(name: str, args: list[Any], system: Arithmetic) -> Any:
 
 
 def _root(value: Any, degree: Any, system: Arithmetic) -> Any:
-    """The real root of a negative number where the degree is odd; else the principal one."""
+    """The real root of a negative number if the degree is odd, else the principal root."""
     is_real = not isinstance(value, complex) and getattr(value, "imag", 0) == 0
     if is_real and value < 0 and degree == int(degree) and int(degree) % 2:
         return -_power(-value, 1 / degree, system)
@@ -232,7 +232,7 @@ def _root(value: Any, degree: Any, system: Arithmetic) -> Any:
 
 
 def is_real(value: Any) -> bool:
-    """Is the imaginary part nothing but noise?"""
+    """Is the imaginary part just noise?"""
     return abs(getattr(value, "imag", 0)) <= 1e-12 * max(1.0, abs(value))
 
 
@@ -243,9 +243,9 @@ def differ(left: Any, right: Any, tolerance: float) -> bool:
 
 
 def points(names: frozenset[str], num: int, is_positive: bool) -> list[dict[str, Fraction]]:
-    """Random rational points off the integers: half of them below 1, the rest up to 3.
+    """Random non-integer rational points, half of them below 1, the rest up to 3 in magnitude.
 
-    Seeded, so that a verdict never changes. Of those of either sign the first is negative in
+    Seeded, so that verdicts are reproducible. Unless `is_positive`, the first point is negative in
     every symbol.
     """
     generator = random.Random(num * 2 + is_positive)
@@ -262,7 +262,7 @@ def points(names: frozenset[str], num: int, is_positive: bool) -> list[dict[str,
 
 
 def corners(names: frozenset[str]) -> list[dict[str, Fraction]]:
-    """Where functions of pieces change: zero, small integers of both signs, far out."""
+    """Points where piecewise functions differ: zero, small integers of both signs, far out."""
     ordered = sorted(names)
     return [
         {name: Fraction(start + step * place) for place, name in enumerate(ordered)}
@@ -293,7 +293,7 @@ def same_value(left: Node, right: Node) -> bool:
         num_real += agreements
     if num_real >= 2:
         return _agree_where_defined(left, right, corners(names))
-    # Hardly ever real: the principal values have to agree instead.
+    # Rarely real: compare the principal values instead.
     num_complex = 0
     for point in positive:
         try:
@@ -308,7 +308,7 @@ def same_value(left: Node, right: Node) -> bool:
 
 
 def _agree_where_defined(left: Node, right: Node, places: list[dict[str, Fraction]]) -> bool:
-    """Do floats refute it nowhere?"""
+    """Do the two sides agree, as floats, wherever both are defined?"""
     for point in places:
         floats = {name: _float_number(value) for name, value in point.items()}
         try:
@@ -321,7 +321,7 @@ def _agree_where_defined(left: Node, right: Node, places: list[dict[str, Fractio
 
 
 def _same_complex_value(left: Node, right: Node, names: frozenset[str]) -> bool:
-    """|z - i| and |z + i| agree on the whole real line: the points have to be complex."""
+    """Compare at complex points, since |z - i| and |z + i| agree on the whole real line."""
     num_agreed = 0
     real, imaginary = points(names, 4, False), points(names, 5, False)
     for x, y in zip(real, imaginary, strict=False):
@@ -341,7 +341,7 @@ def _same_complex_value(left: Node, right: Node, names: frozenset[str]) -> bool:
 
 
 def _certified(low: tuple[Any, Any], high: tuple[Any, Any]) -> bool:
-    """Do two sides, each at 40 and at 80 digits, agree to 28 and to 68 digits, or both vanish?"""
+    """Do two sides at 40 and at 80 digits agree to 28 and to 68 digits, or both vanish?"""
     vanish = [_vanishes(a, b) for a, b in zip(low, high, strict=True)]
     if any(vanish):
         return all(vanish)
@@ -349,14 +349,14 @@ def _certified(low: tuple[Any, Any], high: tuple[Any, Any]) -> bool:
 
 
 def _vanishes(low: Any, high: Any) -> bool:
-    """Zero but for rounding: a number that is only tiny stays the same at more digits."""
+    """Is this zero up to rounding? A small nonzero number stays the same at a higher precision."""
     if low == 0:
         return bool(abs(high) < HIGH.tiny)
     return bool(abs(high) <= 1e-10 * abs(low))
 
 
 def _agree_at(left: Node, right: Node, point: Mapping[str, Fraction], must_be_real: bool) -> bool:
-    """Compare at one point; raises Undecided where it says nothing (undefined, out of range)."""
+    """Compare at one point. Raises Undecided if a side is undefined or out of range there."""
     floats = {name: _float_number(value) for name, value in point.items()}
     try:
         a, b = value_of(left, floats, FLOATS), value_of(right, floats, FLOATS)
@@ -364,7 +364,7 @@ def _agree_at(left: Node, right: Node, point: Mapping[str, Fraction], must_be_re
         return _agree_precisely(left, right, point, must_be_real)
     if must_be_real and not (is_real(a) and is_real(b)):
         if is_real(a) != is_real(b) and all(value > 0 for value in point.values()):
-            return False  # ln x^2 against 2 ln(-x): real at different places
+            return False  # ln x^2 and 2 ln(-x) are real at different places
         raise Undecided
     if a != a or b != b:
         raise Undecided

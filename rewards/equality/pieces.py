@@ -1,4 +1,4 @@
-"""Functions given piece by piece, compared by their values on both sides of every boundary."""
+"""Piecewise functions, compared by their values at and on both sides of each boundary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_ROWS = 12
 
 
 def is_piecewise(node: Node) -> bool:
-    """Is this a list of values with their conditions?"""
+    """Is this a list of values with conditions?"""
     return node.kind == "list" and 1 < len(node.args) <= MAX_ROWS and all(map(_is_row, node.args))
 
 
@@ -36,7 +36,7 @@ def _is_row(node: Node) -> bool:
 
 
 def same_pieces(gold: Node, answer: Node) -> bool:
-    """Two functions of one unknown, at least one of them in pieces. Raises Undecided."""
+    """Compare two functions of one unknown, at least one of them piecewise. Raises Undecided."""
     names = symbols(gold) | symbols(answer)
     if len(names) != 1:
         raise Undecided
@@ -65,7 +65,7 @@ def same_pieces(gold: Node, answer: Node) -> bool:
 
 
 def _value(node: Node, values: dict[str, float]) -> float | complex | None:
-    """The value of the piece that holds at a point; None where none does."""
+    """The value of the first piece whose condition holds at a point; None if there is none."""
     if not is_piecewise(node):
         return value_of(node, values, FLOATS)
     for row in node.args:

@@ -1,4 +1,4 @@
-"""Equality of quantities: 45 km/h is 12.5 m/s; 3 apples are no oranges."""
+"""Equality of quantities: 45 km/h is 12.5 m/s; 3 apples are not 3 oranges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rewards.parsing.quantities import quantity_of_product
 from rewards.parsing.units import Unit, read_unit
 
 Equal = Callable[[Node, Node], bool]
-# Words beside an unknown unit that say nothing of it.
+# Words next to an unknown unit that do not matter.
 _IDLE = frozenset(
     "the in total altogether overall all each of together exactly about approximately"
     " different possible".split()
@@ -22,7 +22,7 @@ _ANGLE = Unit((("degree", 1),), Fraction(1))
 
 
 def equal_quantities(gold: Node, answer: Node, equal: Equal, *, is_strict: bool) -> bool:
-    """At least one of them is a unit node. `is_strict`: a gold's unit has to be given."""
+    """Compare, at least one side with a unit. `is_strict`: the answer must have the gold's unit."""
     if gold.kind != answer.kind:
         read = [
             side if side.kind == "unit" else quantity_of_product(side) for side in (gold, answer)
@@ -64,41 +64,41 @@ def _in_base(quantity: Node) -> Node:
 
 
 def _same_dimension(left: str, right: str) -> bool:
-    ours, theirs = read_unit(left), read_unit(right)
-    return ours is not None and theirs is not None and ours.dimension == theirs.dimension
+    one, other = read_unit(left), read_unit(right)
+    return one is not None and other is not None and one.dimension == other.dimension
 
 
 def _same_words(left: str, right: str) -> bool:
-    """Unknown units: the same head word; a rate and an exponent have to agree."""
+    """Do unknown units have the same head word, and the same rate and exponent, if any?"""
     exponents = {match[1] for match in map(_EXPONENT.search, (left, right)) if match is not None}
     if len(exponents) > 1:
         return False
-    ours, theirs = _words(left), _words(right)
-    if _RATES & (set(ours) ^ set(theirs)):
+    one, other = _words(left), _words(right)
+    if _RATES & (set(one) ^ set(other)):
         return False
-    if not ours or not theirs or set(ours) == set(theirs) or _GENERIC & {*ours, *theirs}:
+    if not one or not other or set(one) == set(other) or _GENERIC & {*one, *other}:
         return True
-    if _RATES & {*ours, *theirs}:
+    if _RATES & {*one, *other}:
         return False
-    if min(len(ours[-1]), len(theirs[-1]), len(ours[0]), len(theirs[0])) < 2:
+    if min(len(one[-1]), len(other[-1]), len(one[0]), len(other[0])) < 2:
         return False
-    return ours[-1] == theirs[-1] or ours[0] == theirs[0] and 1 in (len(ours), len(theirs))
+    return one[-1] == other[-1] or one[0] == other[0] and 1 in (len(one), len(other))
 
 
 def _same_start(left: str, right: str) -> bool:
-    """A known unit and a longer text: inches, inches wide; or units of no name."""
-    ours, theirs = _words(left), _words(right)
-    if _GENERIC & {*ours, *theirs}:
+    """Does one unit begin with the other: inches, inches wide? "units" matches any name."""
+    one, other = _words(left), _words(right)
+    if _GENERIC & {*one, *other}:
         return _same_words(left, right)
-    size = min(len(ours), len(theirs))
-    return ours[:size] == theirs[:size] and not _RATES & {*ours[size:], *theirs[size:]}
+    size = min(len(one), len(other))
+    return one[:size] == other[:size] and not _RATES & {*one[size:], *other[size:]}
 
 
 _EXPONENT = re.compile(r"\^\s*\{?\s*(\d+)|\b(?:(?P<square>square|sq)|cubic)\b")
 
 
 def _words(name: str) -> list[str]:
-    """Its words in lower case and singular."""
+    """The words of a unit's name in lower case and singular."""
     words = re.findall(r"[a-z]+|/", name.lower())
     words = [word for word in words if word not in _IDLE or len(words) == 1]
     return [re.sub(r"(?<=[a-z]{2})(?:ies|y|es|s)$", "", word) for word in words]

@@ -1,12 +1,12 @@
-r"""Subsets of the real line as answers write them, from intervals to set-builders.
+r"""Subsets of the real line as a Region, a union of pieces.
 
-All of them become a Region: a union of pieces. `x < 5`, `(-\infty, 5)` and `\{x \mid x < 5\}` are
-the same region.
+`x < 5`, `(-\infty, 5)` and `\{x \mid x < 5\}` are the same region.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 from rewards.equality.inequalities import FLIPPED, solve
@@ -16,8 +16,6 @@ from rewards.equality.line import (
     NotARegion,
     Region,
     complement,
-    equal_regions,
-    fold,
     intersect,
     make_piece,
     normalised,
@@ -25,13 +23,12 @@ from rewards.equality.line import (
 )
 from rewards.parsing.nodes import UNNAMED, Node, number_node
 
-__all__ = ["NotARegion", "equal_regions", "to_region"]
-_INTEGERS = {"\\mathbb{Z}": None, "\\mathbb{N}": 1, "\\mathbb{Z}^+": 1}  # and the least of them
+_INTEGERS = {"\\mathbb{Z}": None, "\\mathbb{N}": 1, "\\mathbb{Z}^+": 1}  # and the least one
 _WHOLE_LINE = ("\\mathbb{R}", "\\mathbb R", "R")
 
 
 def to_region(node: Node) -> Region:
-    """Raises NotARegion."""
+    """The region that an answer describes. Raises NotARegion if it does not describe one."""
     kind = node.kind
     if kind == "seq" and len(node.args) == 2 and node.name in ("()", "[)", "(]", "[]"):
         low, high = node.args
@@ -46,8 +43,7 @@ def to_region(node: Node) -> Region:
     if kind == "union":
         return unite([to_region(item) for item in node.args])
     if kind == "inter":
-        regions = [to_region(item) for item in node.args]
-        return fold(regions, intersect)
+        return functools.reduce(intersect, map(to_region, node.args))
     if kind == "minus":
         return intersect(to_region(node.args[0]), complement(to_region(node.args[1])))
     if kind == "builder":
@@ -77,7 +73,7 @@ def _from_builder(node: Node) -> Region:
 
 
 def _integers_in(region: Region, least: int | None) -> Region:
-    """The integers of a bounded region, each a piece of its own."""
+    """The integers in a bounded region, each as its own piece."""
     found: set[int] = set()
     for piece in region.pieces:
         low = piece.low_value if least is None else max(piece.low_value, least)
@@ -94,7 +90,7 @@ def _integers_in(region: Region, least: int | None) -> Region:
 
 
 def _from_list(node: Node) -> Region:
-    """Inequalities: 'or' unites, 'and' intersects; so does a comma, unless that is empty."""
+    """The union for 'or', else the intersection; the union for commas if that is empty."""
     if not all(item.kind in ("rel", "union", "seq") for item in node.args):
         raise NotARegion
     if all(item.kind == "seq" for item in node.args) and node.name != "or":
@@ -105,20 +101,20 @@ def _from_list(node: Node) -> Region:
         raise NotARegion
     variable = next(iter(variables), None)
     if node.name != "or" and all(region.is_numeric for region in regions):
-        both = fold(regions, intersect)
+        both = functools.reduce(intersect, regions)
         if both.pieces or node.name == "and":
             return dataclasses.replace(both, variable=variable)
     return dataclasses.replace(unite(regions), variable=variable)
 
 
 def from_relation(node: Node) -> Region:
-    """The region of a relation in one unknown, which "at least 5" does not name."""
+    """The region of a relation in one unknown, which may be unnamed ("at least 5")."""
     region = _solved(node)
     return dataclasses.replace(region, variable=None) if region.variable == UNNAMED else region
 
 
 def _solved(node: Node) -> Region:
-    """`-2 < x \\le 7`, `x \\ne 3`, `x \\in [0, 1]`, `-2x > 6`: the set of x."""
+    """The set of x for `-2 < x \\le 7`, `x \\ne 3`, `x \\in [0, 1]`, `-2x > 6`."""
     operators = node.name.split(" ")
     if operators == ["in"]:
         return dataclasses.replace(to_region(node.args[1]), variable=node.args[0])

@@ -1,4 +1,4 @@
-"""Equations and chains: what an equation says a name is, and when two equations are the same."""
+"""Equations and chains of relations: the value an equation gives a name, and equivalence."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from rewards.parsing.nodes import (
 from rewards.parsing.vocabulary import FILLER_WORDS
 
 Equal = Callable[[Node, Node], bool]
-MAX_TOLD = 6  # points at which 40 digits have to agree
+MAX_AGREED = 6  # points at which agreement to 40 digits suffices
 _UPWARD = {"<": "<", "<=": "<=", ">": "<", ">=": "<="}
 
 
@@ -44,10 +44,10 @@ class Contradiction(Exception):
 
 
 def unwrap(node: Node, equal: Equal, *, is_trusted: bool) -> tuple[Node, Node] | None:
-    """(name, value) where an equation gives a name its value; None where it relates unknowns.
+    """(name, value) if an equation gives a name its value; None if it relates unknowns.
 
-    The steps of an answer's chain have to agree (Contradiction); a gold is trusted. A chain
-    without a name, 2 + 3 = 5, is its value.
+    A chain without a name, such as 2 + 3 = 5, stands for its value. Raises Contradiction if the
+    steps of an answer's chain disagree; a gold `is_trusted`.
     """
     operators = node.name.split(" ")
     operands = list(node.args)
@@ -80,7 +80,7 @@ def unwrap(node: Node, equal: Equal, *, is_trusted: bool) -> tuple[Node, Node] |
         _check_steps(steps, operators, equal)
     value = steps[-1]
     if "~=" in operators and len(steps) > 1 and steps[0].kind != "open":
-        value = steps[operators.index("~=")]  # the exact form stands before its approximation
+        value = steps[operators.index("~=")]  # the exact form precedes its approximation
     return name, value
 
 
@@ -93,21 +93,21 @@ def _check_steps(steps: list[Node], operators: list[str], equal: Equal) -> None:
                 a, b = value_of(left, {}, LOW), value_of(right, {}, LOW)
             except (Undecided, KeyError):
                 continue
-            if abs(a - b) > _slack(right, a):
+            if abs(a - b) > _allowed_error(right, a):
                 raise Contradiction
         elif not equal(left, right):
             raise Contradiction
 
 
-def _slack(printed: Node, value: Any) -> Any:
-    """How far an approximation may lie off: one unit of its last decimal, half of an integer's."""
+def _allowed_error(printed: Node, value: Any) -> Any:
+    """Largest error of an approximation: one unit of its last decimal, 1/2 for an integer."""
     if printed.kind != "num":
         return abs(value) / 100
     return LOW.number(Fraction(1, 10**printed.decimals if printed.decimals else 2))
 
 
 def bind_arguments(name: Node, value: Node) -> tuple[Node, Node]:
-    """f(z) = z and f(x) = x alike: the arguments of a named function get standard names."""
+    """Standard names for the arguments of a function, so that f(z) = z equals f(x) = x."""
     if name.kind != "call":
         return name, value
     names = {
@@ -119,14 +119,14 @@ def bind_arguments(name: Node, value: Node) -> tuple[Node, Node]:
 
 
 def compatible_names(left: Node, right: Node) -> bool:
-    """May two names stand for the same thing? AB and BA, y and f(x), f(x) and f(t); not a and b."""
+    """Can two names mean the same? AB and BA, y and f(x), f(x) and f(t), but not a and b."""
     left, right = standard_name(left), standard_name(right)
     if left == right:
         return True
     kinds = {left.kind, right.kind}
     if kinds == {"text"}:
-        ours, theirs = set(left.name.split()), set(right.name.split())
-        return ours <= theirs or theirs <= ours
+        left_words, right_words = set(left.name.split()), set(right.name.split())
+        return left_words <= right_words or right_words <= left_words
     if "text" in kinds:
         return True  # the area and S
     if "open" in kinds:
@@ -144,7 +144,7 @@ def compatible_names(left: Node, right: Node) -> bool:
 
 
 def standard_name(node: Node) -> Node:
-    r"""One spelling of a name: |AB|, \overline{AB} and BA as AB; \angle CBA as \angle ABC."""
+    r"""Standard spelling: AB for |AB|, \overline{AB} and BA; \angle ABC for \angle CBA."""
     if node.kind == "func" and node.name == "abs" and node.args[0].kind == "mul":
         node = node.args[0]
     if node.kind == "mul" and all(item.kind == "sym" for item in node.args):
@@ -179,10 +179,10 @@ def same_equation(left: Node, right: Node) -> bool:
 
 
 def solution_of(equation: Node, solution: Node) -> tuple[Node, Node] | None:
-    r"""Both sides of \rho \sin t = 3 with \rho replaced by 3 \csc t: equal, if that solves it.
+    r"""Both sides of an equation with its unknown replaced by a solution; equal if that solves it.
 
-    None where the expression has no symbol of its own, or the equation is not linear in the one
-    unknown that it does not name.
+    Example: \rho \sin t = 3 with 3 \csc t for \rho. None if the solution has no symbols, or the
+    equation is not linear in the one symbol that the solution does not contain.
     """
     unknowns = symbols(equation) - symbols(solution)
     if len(unknowns) != 1 or not symbols(solution) or len(equation.args) != 2:
@@ -213,15 +213,15 @@ def _proportional_residues(a: Node, b: Node) -> bool | None:
         x * w % PRIME == y * z % PRIME for (x, y), (z, w) in itertools.pairwise(pairs)
     )
     if is_proportional:
-        # An identity (0 = 0), or a constant that can never vanish, is no equation.
+        # An identity (0 = 0) or a nonzero constant is not an equation.
         return pairs[0][0] != 0 and pairs[0][1] != 0 and bool(symbols(a))
     return None if here.is_opaque else False
 
 
 def _proportional_values(a: Node, b: Node) -> bool:
-    """Is a / b the same wherever both are defined? Floats refute it; 40 digits confirm it."""
+    """Is a / b constant wherever both are defined? Floats may refute it, 40 digits confirm it."""
     names = symbols(a) | symbols(b)
-    # With i about, an unknown is complex: |z - i| and |z + i| agree on the real line.
+    # An equation with i has complex unknowns: |z - i| and |z + i| agree on the real line.
     is_complex = IMAGINARY in [*walk(a), *walk(b)]
     positive, mixed = points(names, 5, True), points(names, 6, False)
     try:
@@ -235,9 +235,9 @@ def _proportional_values(a: Node, b: Node) -> bool:
 def _same_ratio(
     a: Node, b: Node, places: list[dict[str, Fraction]], system: Arithmetic, is_complex: bool
 ) -> bool:
-    """Raises Undecided where too few points tell."""
+    """Is a / b the same at all points? Raises Undecided if it is defined at too few of them."""
     turn = system.number(Fraction(1)) + (system.i if is_complex else 0)
-    small, num_told, first = math.sqrt(system.tiny), 0, None
+    small, num_agreed, first = math.sqrt(system.tiny), 0, None
     for point in places:
         values = {name: turn * system.number(value) for name, value in point.items()}
         try:
@@ -250,22 +250,22 @@ def _same_ratio(
             continue  # the real and the principal root of a negative number
         if min(abs(x), abs(y)) < small * small:
             if max(abs(x), abs(y)) > small:
-                return False  # one equation holds here
+                return False  # only one of the equations holds here
             continue
         ratio = x / y
         first = ratio if first is None else first
         if abs(ratio - first) > system.tiny * abs(first):
             return False
-        num_told += 1
-        if num_told == MAX_TOLD and system is LOW:
+        num_agreed += 1
+        if num_agreed == MAX_AGREED and system is LOW:
             return True
-    if num_told < 3:
+    if num_agreed < 3:
         raise Undecided
     return True
 
 
 def ascending(node: Node) -> tuple[list[Node], list[str]] | None:
-    """A chain of inequalities written upwards; None where its directions differ."""
+    """(operands, operators) of a chain of inequalities in ascending order; None if it is mixed."""
     operators = node.name.split(" ")
     if not all(operator in _UPWARD or operator == "=" for operator in operators):
         return None
@@ -281,7 +281,7 @@ def ascending(node: Node) -> tuple[list[Node], list[str]] | None:
 
 
 def same_inequality(left: Node, right: Node) -> bool | None:
-    """2x + y < 3 and y < 3 - 2x: is one a positive multiple of the other? None: cannot tell."""
+    """Is one a positive multiple of the other: 2x + y < 3 and y < 3 - 2x? None if undecided."""
     a, b = ascending(left), ascending(right)
     if a is None or b is None or len(a[1]) != 1 or a[1] != b[1]:
         return None
@@ -302,9 +302,5 @@ def same_inequality(left: Node, right: Node) -> bool | None:
 
 
 def is_order_of_names(node: Node) -> bool:
-    """b < a < d < c: nothing but an order of unknowns."""
-    return (
-        len(node.args) > 2
-        and all(item.kind == "sym" for item in node.args)
-        and len(walk(node)) == len(node.args) + 1
-    )
+    """Is this an order of unknowns: b < a < d < c?"""
+    return len(node.args) > 2 and all(item.kind == "sym" for item in node.args)

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import mpmath
 
 from rewards.equality.exact import Undecided, exact
-from rewards.equality.magnitudes import TooLarge, same_magnitude
 from rewards.equality.modular import identical
-from rewards.equality.numeric import FLOATS, LOW, is_real, same_value, value_of
+from rewards.equality.numeric import (
+    FLOATS,
+    HIGH,
+    LOW,
+    MAX_LOG_OF_LOG,
+    Arithmetic,
+    Precise,
+    differ,
+    is_real,
+    same_value,
+    value_of,
+)
 from rewards.parsing.nodes import (
     INFINITY,
     SCALAR_KINDS,
@@ -21,14 +33,18 @@ from rewards.parsing.nodes import (
 from rewards.rules import GradingRules
 
 FLOAT_DIGITS = 12
-MAX_COMMON_DENOMINATOR = 12  # 1/3 is written so: 0.333 is not
+MAX_COMMON_DENOMINATOR = 12  # fractions such as 1/3, for which 0.333 is too coarse
 NO_FRACTION = Fraction(1)
 NUMERIC_KINDS = SCALAR_KINDS | {"ratio"}
 EVALUATED_TASKS = frozenset({"max", "min"})
 
 
+class TooLarge(Undecided):
+    """Even the logarithm is too large."""
+
+
 class Printed(NamedTuple):
-    """A number as it was printed: 2.50 has 2 decimals and 3 significant digits."""
+    """A number as printed: 2.50 has 2 decimals and 3 significant digits."""
 
     value: Fraction
     decimals: int
@@ -36,7 +52,7 @@ class Printed(NamedTuple):
 
 
 def printed(node: Node) -> Printed | None:
-    r"""A literal decimal, with sign and power of ten: -0.25, 1.5 \times 10^{-3}; else None."""
+    r"""A literal decimal with its sign and power of ten: -0.25, 1.5 \times 10^{-3}; else None."""
     if node.kind == "num":
         return _printed(node.number, node.decimals) if node.name == "decimal" else None
     if node.kind == "percent":
@@ -75,7 +91,7 @@ def _printed(value: Fraction, decimals: int) -> Printed:
 
 
 def rounds_to(value: Fraction, target: Printed) -> bool:
-    """Does `value` rounded to the target's decimals (half either way) give the target?"""
+    """Does `value` round to the target, half up or down, at the target's decimals?"""
     error = abs(value - target.value)
     if target.num_significant > FLOAT_DIGITS and error * 10**FLOAT_DIGITS <= abs(value):
         return True  # the last digits of a float are noise
@@ -107,7 +123,7 @@ def _converted(gold: Node, answer: Node, rules: GradingRules) -> list[tuple[Node
     if rules.percent == "either" and (gold.kind == "percent") != (answer.kind == "percent"):
         pairs.append((gold.args[0], answer) if gold.kind == "percent" else (gold, answer.args[0]))
     if (gold.kind == "deg") != (answer.kind == "deg"):
-        # The bare number is degrees; _equal_pair itself reads a degree as radians.
+        # The bare number in degrees; _equal_pair converts degrees to radians.
         pairs.append((gold.args[0], answer) if gold.kind == "deg" else (gold, answer.args[0]))
     return pairs
 
@@ -139,12 +155,12 @@ def _equal_pair(gold: Node, answer: Node, rules: GradingRules) -> bool:
 def _equal_numerically(gold: Node, answer: Node, is_numeric: bool) -> bool:
     nodes = [*walk_to_tasks(gold), *walk_to_tasks(answer)]
     if any(node == INFINITY or node.kind not in NUMERIC_KINDS for node in nodes):
-        return False  # N(0, 1), -221_3, an infinity: the same tree or nothing
+        return False  # N(0, 1), -221_3 and infinities are equal only to the same tree
     tasks = [node for node in nodes if node.kind == "open" and node.name not in EVALUATED_TASKS]
     if not all(map(_is_for_sympy, tasks)):
         return False
     if tasks:
-        raise Undecided  # a gold that is a sum or an integral: sympy may know its value
+        raise Undecided  # a gold that is a sum or an integral: sympy may evaluate it
     try:
         return same_value(gold, answer)
     except Undecided:
@@ -153,11 +169,11 @@ def _equal_numerically(gold: Node, answer: Node, is_numeric: bool) -> bool:
         if not is_numeric:
             raise
     try:
-        return same_magnitude(gold, answer)
+        return _same_magnitude(gold, answer)
     except TooLarge:
         raise
     except Undecided:
-        return False  # a number with no value, such as 1/0
+        return False  # no value, such as 1/0
 
 
 def _is_for_sympy(task: Node) -> bool:
@@ -169,7 +185,7 @@ def _is_for_sympy(task: Node) -> bool:
 
 
 def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, rules: GradingRules) -> bool:
-    """Two unequal exact values: is one the printed rounding of the other?"""
+    """Is one of two unequal exact values within tolerance of, or the rounding of, the other?"""
     tolerance = _tolerance(rules)
     if tolerance is not None and abs(left - right) <= tolerance:
         return True
@@ -177,7 +193,7 @@ def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, rules: Gr
     if _is_float_noise(gold_printed, right) or _is_float_noise(answer_printed, left):
         return rules.rounding != "none"
     if gold_printed and answer_printed:
-        # Two printed decimals: the answer has to be at least as precise as the gold.
+        # Of two printed decimals, the answer must be the more precise one.
         is_finer = answer_printed.decimals > gold_printed.decimals
         return is_finer and _allowed(gold_printed, rules, True) and rounds_to(right, gold_printed)
     if gold_printed and right.denominator != 1:
@@ -190,7 +206,7 @@ def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, rules: Gr
 
 
 def _tolerance(rules: GradingRules) -> Fraction | None:
-    """The largest difference that the rules allow; None where rounding alone decides."""
+    """The largest difference that the rules allow; None if only rounding counts."""
     if rules.tolerance is not None:
         return Fraction(str(rules.tolerance))
     if rules.tolerance_decimals is not None:
@@ -199,7 +215,7 @@ def _tolerance(rules: GradingRules) -> Fraction | None:
 
 
 def _is_float_noise(target: Printed | None, value: Fraction) -> bool:
-    """12.000000000000002 for 12: all digits of a float, and right but for the last ones."""
+    """Is the target a float with wrong last digits: 12.000000000000002 for 12?"""
     if target is None or target.num_significant <= FLOAT_DIGITS + 2:
         return False
     return abs(value - target.value) * 10**FLOAT_DIGITS <= abs(value)
@@ -208,7 +224,7 @@ def _is_float_noise(target: Printed | None, value: Fraction) -> bool:
 def _allowed(
     target: Printed, rules: GradingRules, is_gold: bool, value: Fraction = NO_FRACTION
 ) -> bool:
-    """May a printed decimal stand for a value that it rounds?"""
+    """Do the rules accept a printed decimal for a value that rounds to it?"""
     if rules.rounding == "none" or (rules.rounding == "gold" and not is_gold):
         return False
     is_common = abs(value) < 1 and value.denominator <= MAX_COMMON_DENOMINATOR
@@ -217,7 +233,7 @@ def _allowed(
 
 
 def _rounds(gold: Node, answer: Node, rules: GradingRules) -> bool:
-    """An irrational value against a printed decimal."""
+    """Is one side a printed decimal to which the other, an irrational value, rounds?"""
     tolerance = _tolerance(rules)
     if tolerance is not None:
         try:
@@ -232,8 +248,8 @@ def _rounds(gold: Node, answer: Node, rules: GradingRules) -> bool:
     target = gold_printed or answer_printed
     assert target is not None
     other = answer if gold_printed else gold
-    # One digit more than for most fractions: 3.14 is not pi, 3.142 may stand for it. A data set
-    # whose decimals are its golds' own needs no such caution.
+    # One digit more than for most fractions: 3.142 is accepted for pi, 3.14 is not. Not needed if
+    # only a gold may be rounded.
     stricter = target._replace(
         num_significant=target.num_significant - (rules.rounding == "either")
     )
@@ -247,3 +263,58 @@ def _rounds(gold: Node, answer: Node, rules: GradingRules) -> bool:
         return False
     real = getattr(value, "real", value)
     return rounds_to(Fraction(int(real * 10**30), 10**30), target)
+
+
+def _log_magnitude(node: Node, system: Arithmetic) -> Any:
+    """ln of a positive number that may be too large to compute. Raises Undecided."""
+    if node.kind == "mul":
+        return sum((_log_magnitude(arg, system) for arg in node.args), system.number(Fraction(0)))
+    if node.kind == "pow":
+        return _value_or_huge(node.args[1], system) * _log_magnitude(node.args[0], system)
+    if node.kind == "func" and node.name in ("factorial", "binom"):
+        context = mpmath.MPContext()
+        context.dps = 40 if system is LOW else 80
+        whole = [_value_or_huge(arg, system) for arg in node.args]
+        parts = [whole[0]] if node.name == "factorial" else [*whole, whole[0] - whole[1]]
+        if any(not is_real(part) or part <= -1 for part in parts):
+            raise Undecided
+        logs = [context.loggamma(part + 1) for part in parts]
+        return logs[0] - sum(logs[1:])
+    value = value_of(node, {}, system)
+    if not is_real(value) or not value > 0:
+        raise Undecided
+    return system.functions["ln"](value)
+
+
+def _value_or_huge(node: Node, system: Arithmetic) -> Any:
+    """A real value, computed from its logarithm if it is large."""
+    if node.kind in ("num", "add"):
+        return value_of(node, {}, system)
+    try:
+        return value_of(node, {}, system)
+    except Undecided:
+        logarithm = _log_magnitude(node, system)
+        if abs(logarithm) > MAX_LOG_OF_LOG:
+            raise TooLarge from None
+        return system.functions["exp"](logarithm)
+
+
+def _same_magnitude(left: Node, right: Node) -> bool:
+    """Compare two huge positive numbers by their logarithms. Raises Undecided.
+
+    They count as equal if the logarithms agree to 68 digits.
+    """
+    for system in (LOW, HIGH):
+        magnitudes = []
+        for side in (left, right):
+            try:
+                with Precise.lock:
+                    magnitudes.append(_log_magnitude(side, system))
+            except TooLarge:
+                magnitudes.append(None)
+        a, b = magnitudes
+        if a is None and b is None:
+            raise TooLarge
+        if a is None or b is None or differ(a, b, system.tiny):
+            return False
+    return True

@@ -1,7 +1,7 @@
-"""The last tier, in a worker only: sympy, on expressions built node by node from our tree.
+"""The last tier, only in a worker: sympy, on expressions built node by node from our tree.
 
-No text ever reaches sympy. Powers, factorials and binomials too large to evaluate are refused
-before they are built, since sympy would expand them.
+sympy never parses text. Powers, factorials and binomials that are too large are rejected before
+they are built, since sympy would evaluate them.
 """
 
 from __future__ import annotations
@@ -20,27 +20,26 @@ from rewards.types import Verdict
 
 MAX_EVALUATED = 5000
 
+_SAME_NAMES = (
+    "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth asinh acosh atanh"
+    " log exp floor factorial factorial2 gcd lcm"
+)
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan, "cot": sympy.cot, "sec": sympy.sec,
-    "csc": sympy.csc, "asin": sympy.asin, "acos": sympy.acos, "atan": sympy.atan,
-    "acot": sympy.acot, "asec": sympy.asec, "acsc": sympy.acsc, "sinh": sympy.sinh,
-    "cosh": sympy.cosh, "tanh": sympy.tanh, "coth": sympy.coth, "asinh": sympy.asinh,
-    "acosh": sympy.acosh, "atanh": sympy.atanh, "ln": sympy.log, "log": sympy.log,
-    "exp": sympy.exp, "abs": sympy.Abs, "floor": sympy.floor, "ceil": sympy.ceiling,
-    "factorial": sympy.factorial, "factorial2": sympy.factorial2, "binom": sympy.binomial,
-    "gcd": sympy.gcd, "lcm": sympy.lcm, "max": sympy.Max, "min": sympy.Min, "mod": sympy.Mod,
+    **{name: getattr(sympy, name) for name in _SAME_NAMES.split()},
+    "ln": sympy.log, "abs": sympy.Abs, "ceil": sympy.ceiling, "binom": sympy.binomial,
+    "max": sympy.Max, "min": sympy.Min, "mod": sympy.Mod,
 }  # fmt: skip
 _CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "inf": sympy.oo}
 
 
 def decide_symbolically(gold: str, answer: str, rules: GradingRules) -> Verdict:
-    """All tiers, sympy where the others stay undecided. An answer it cannot settle is wrong."""
+    """All tiers, with sympy if the others are undecided. If sympy is too, the answer is wrong."""
     verdict = decide(gold, answer, rules, last_resort=equal_symbolically).verdict
     return Verdict(verdict.correct, verdict.status, "symbolic")
 
 
 def equal_symbolically(gold: Node, answer: Node) -> bool:
-    """Does the difference simplify to zero? Raises Undecided where sympy has no say."""
+    """Does the difference simplify to zero? Raises Undecided as `to_sympy` does."""
     left, right = to_sympy(gold), to_sympy(answer)
     difference = left - right
     if difference == 0:
@@ -52,7 +51,7 @@ def equal_symbolically(gold: Node, answer: Node) -> bool:
 
 
 def to_sympy(node: Node) -> Any:
-    """The sympy expression of a tree. Raises Undecided for what has none, or is too large."""
+    """The sympy expression of a tree. Raises Undecided if there is none or it is too large."""
     kind = node.kind
     if kind == "num":
         return sympy.Rational(node.number.numerator, node.number.denominator)
@@ -137,7 +136,7 @@ def _bounds(text: str) -> tuple[Any, Any]:
 
 
 def _integral(node: Node) -> Any:
-    r"""\int_a^b f dx, its body a product that ends in d x."""
+    r"""\int_a^b f dx; the body is a product that ends in d x."""
     body, lower, upper = node.args
     factors = list(body.args) if body.kind == "mul" else [body]
     if len(factors) < 2 or factors[-2] != Node("sym", name="d") or factors[-1].kind != "sym":

@@ -1,4 +1,4 @@
-"""Answers in words: choices, Yes/No, names, short phrases, and units."""
+"""Answers in words: options, yes/no, names, short phrases."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ import re
 from rewards.parsing.nodes import Node
 
 _ARTICLES = frozenset({"the", "a", "an"})
-_NOTHING = frozenset(
-    {"no solution", "no solutions", "none", "empty set", "no real solution", "no real solutions"}
-    | {"does not exist", "no such numbers exist", "no such number exists", "no integer solutions"}
-    | {"there are no solutions", "there is no solution", "there are no such numbers", "dne"}
-)
+_NOTHING = frozenset({"none", "empty set", "does not exist", "dne"})
 _OPTION = re.compile(r"(?:option|choice)\s+\(?([a-j])\)?", re.IGNORECASE)
 _NONE_EXIST = re.compile(
     r"(?:there (?:is|are|exists?) )?(?:no|0|zero) (?:such |real |integer |possible |valid )?"
@@ -30,8 +26,6 @@ _NO_NAME = frozenset(
     "the a an any all there it in to if no yes this that these those for let when we by on at and"
     " every each both either only since because so thus then from with".split()
 )
-
-
 _ANSWER_IS = re.compile(r"^(?:the )?(?:final |correct )?answer is:? ", re.IGNORECASE)
 
 
@@ -43,7 +37,7 @@ def words_of(text: str) -> list[str]:
 
 
 def text_of(node: Node) -> str | None:
-    """The word a node stands for: words, a single letter, nothing, infinity; else None."""
+    """The normalised text of words, a letter, an empty set or infinity; None for other nodes."""
     if node.kind == "text":
         option = _OPTION.fullmatch(node.name)
         if option is not None:
@@ -68,16 +62,16 @@ def text_of(node: Node) -> str | None:
 
 
 def equal_texts(gold: Node, answer: Node) -> bool:
-    """Same words, whatever the case, the articles and the punctuation."""
+    """Same words, ignoring case, articles and punctuation?"""
     left, right = text_of(gold), text_of(answer)
     return bool(left) and left == right
 
 
 def is_short_form(sentence: str, answer: str) -> bool:
-    """Is `answer` the one word that a gold sentence comes down to?
+    """Is `answer` a one-word summary of a gold sentence?
 
-    Either the name that the sentence opens with ("Petya will receive the last token"), or the one
-    judgement it passes ("The function is odd"). A negated sentence has no short form.
+    Either the name that the sentence begins with ("Petya will receive the last token"), or its only
+    judgement ("The function is odd"). A negated sentence has no short form.
     """
     words = re.findall(r"[A-Za-z]+", sentence)
     short = words_of(answer)

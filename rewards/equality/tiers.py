@@ -1,4 +1,4 @@
-"""The tiers in order: string, plain number, typed and numeric comparison; what stays open."""
+"""The tiers in order: string, plain number, typed and numeric comparison, or left open."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fractions import Fraction
 from rewards.equality.compare import Comparison
 from rewards.equality.exact import Undecided
 from rewards.equality.interpret import Reading, read, read_gold
-from rewards.equality.magnitudes import TooLarge
 from rewards.equality.relations import Contradiction
+from rewards.equality.scalars import TooLarge
 from rewards.equality.text_answers import is_short_form, text_of
-from rewards.equality.unevaluated import has_sum_to_do, is_literal
+from rewards.equality.unevaluated import has_unevaluated_sum, is_literal
 from rewards.extraction.extract import extract
 from rewards.parsing.clean import clean
 from rewards.parsing.nodes import LimitExceeded, Node, ParseError, has_kind
@@ -30,13 +30,13 @@ _DECIMAL_COMMA = re.compile(r"^(\s*\$?\s*-?\d+),(\d+)(?=\s*\$?\s*$)")
 _INTEGER = re.compile(r"-?\d{1,18}")
 _NO_DIGIT = re.compile(r"\D+")
 MAX_PLAIN_CHARS = 400
-MAX_SAID = 4  # spellings of one answer that are offered together
+MAX_OFFERED = 4  # spellings of one answer that may be offered together
 LastResort = Callable[[Node, Node], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A verdict; `is_open` where a worker has to decide."""
+    """A verdict; `is_open` if a worker has to decide."""
 
     verdict: Verdict
     is_open: bool = False
@@ -54,7 +54,7 @@ def decide(
     joined: tuple[str, ...] = (),
     last_resort: LastResort | None = None,
 ) -> Outcome:
-    """Is `answer` the gold? `joined`: boxes that stood beside the answer, it included."""
+    """Is `answer` equal to the gold? `joined`: answers offered together, including this one."""
     outcome = _plain_outcome(gold, answer, rules) if not joined else None
     if outcome is not None:
         return outcome
@@ -66,12 +66,12 @@ def decide(
         for parsed in wanted.candidates[:1]
     )
     if not joined and "oxed" in answer:
-        joined = _joined_boxes(answer)
+        joined = extract(answer).joined
     if len(set(joined)) > 1 and not has_several:
         outcomes = [
-            _typed_outcome(gold, wanted, item, rules, last_resort) for item in joined[:MAX_SAID]
+            _typed_outcome(gold, wanted, item, rules, last_resort) for item in joined[:MAX_OFFERED]
         ]
-        if len(joined) <= MAX_SAID and all(outcome.verdict.correct for outcome in outcomes):
+        if len(joined) <= MAX_OFFERED and all(outcome.verdict.correct for outcome in outcomes):
             return outcomes[-1]  # the same value twice: 1/2 or 0.5
         return Outcome(Verdict(False, "contradictory", "typed"))
     outcome = _typed_outcome(gold, wanted, answer, rules, last_resort)
@@ -81,10 +81,10 @@ def decide(
 
 
 def _plain_outcome(gold: str, answer: str, rules: GradingRules) -> Outcome | None:
-    """Strings and plain numbers, which are most answers; None where more is needed."""
+    """The outcome for strings and plain numbers, the most common answers; None for others."""
     gold, answer = gold.strip(), answer.strip()
     if not gold:
-        raise ValueError("the gold answer is empty: give the reference of this prompt")
+        raise ValueError("the gold answer is empty: pass the prompt's reference")
     is_plain_gold = _INTEGER.fullmatch(gold) is not None
     if is_plain_gold and _INTEGER.fullmatch(answer):
         number = int(answer)
@@ -120,7 +120,7 @@ def _in_range(number: int, rules: GradingRules) -> bool:
 
 
 def _plain_number(text: str) -> tuple[Fraction, bool] | None:
-    r"""(value, is a decimal) of 1,234 or -0.5 or 3/4 or \frac{3}{4}; None for anything else."""
+    r"""(value, is it a decimal) of 1,234, -0.5, 3/4 or \frac{3}{4}; None for anything else."""
     match = _PLAIN.fullmatch(text.strip("$").removesuffix(".").strip())
     if match is None:
         return None
@@ -138,10 +138,6 @@ def _plain_number(text: str) -> tuple[Fraction, bool] | None:
     return Fraction(int(digits.replace(".", "")), 10**num_decimals), True
 
 
-def _joined_boxes(answer: str) -> tuple[str, ...]:
-    return extract(answer).joined
-
-
 def _typed_outcome(
     gold: str, wanted: Reading, answer: str, rules: GradingRules, last_resort: LastResort | None
 ) -> Outcome:
@@ -157,8 +153,8 @@ def _typed_outcome(
         comparison = Comparison(rules, last_resort)
         try:
             if comparison.compare(left, right) and _respects(right, rules):
-                is_left_to_do = is_literal(left.node) and has_sum_to_do(answer, right.node)
-                if rules.accept_sums or not is_left_to_do:
+                is_unevaluated = is_literal(left.node) and has_unevaluated_sum(answer, right.node)
+                if rules.accept_sums or not is_unevaluated:
                     return Outcome(Verdict(True, "ok", tier))
                 status = "unevaluated"
         except TooLarge:
@@ -179,7 +175,7 @@ def _typed_outcome(
 
 
 def _pairs(wanted: Reading, given: Reading) -> list[tuple[Parsed, Parsed]]:
-    """The likeliest readings first; two unlikely readings are never paired."""
+    """Pairs of readings, most likely first; two unlikely readings are never paired."""
     first, other = wanted.candidates[0], given.candidates[0]
     pairs = [(first, right) for right in given.candidates if _may_pair(right, other, first)]
     pairs += [(left, other) for left in wanted.candidates[1:] if _may_pair(left, first, other)]
@@ -187,7 +183,7 @@ def _pairs(wanted: Reading, given: Reading) -> list[tuple[Parsed, Parsed]]:
 
 
 def _may_pair(reading: Parsed, likeliest: Parsed, opposite: Parsed) -> bool:
-    """A comma is read as a decimal point only against a decimal with as many digits."""
+    """A comma is a decimal point only if the other side is a decimal with as many digits."""
     node, facing = reading.node, opposite.node
     if node.kind != "num" or likeliest.node.kind == "num" or node.name != "decimal":
         return True
@@ -208,7 +204,7 @@ def _respects(answer: Parsed, rules: GradingRules) -> bool:
 
 
 def _short_text(sentence: str, given: Reading) -> bool:
-    """Is one side the one word that the other's sentence comes down to?"""
+    """Is one side a one-word summary of the other?"""
     if len(sentence) > MAX_PLAIN_CHARS:
         return False
     text = text_of(given.candidates[0].node)
@@ -225,9 +221,9 @@ def _status_of(wanted: Reading, given: Reading) -> Status:
 
 
 def _same_spelling(gold: str, answer: str) -> bool:
-    """The same token by token; spacing and braces around one token are no part of a spelling.
+    """Same tokens, ignoring white space and braces around a single token?
 
-    Braces carry meaning everywhere else: 2^{n}-1 is not 2^{n-1}.
+    Other braces have a meaning: 2^{n}-1 is not 2^{n-1}.
     """
     if gold.strip() == answer.strip():
         return True

@@ -1,1 +1,1 @@
-"""The final answer of a completion."""
+"""Finds the final answer of a completion."""

@@ -1,7 +1,7 @@
 """Where a completion announces its answer: 'the answer is 5', '#### 5', '<answer>5</answer>', ...
 
-Every finder goes from the right and looks at a bounded number of places, so that it takes time
-linear in the text. It yields Statements; `extract` ranks them.
+Each finder scans from the end and checks a bounded number of places, so its time is linear in the
+length of the text. It yields Statements; `extract` ranks them.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from rewards.extraction.languages import (
     NEGATION,
     starts_a_word,
 )
-from rewards.extraction.wording import MAX_STATED, is_value, stated
+from rewards.extraction.wording import MAX_STATED, SO, VALUE, is_value, stated
 
 Method = Literal["boxed", "hashes", "tag", "phrase", "bold", "math", "none"]
 
 MAX_LOOKED_AT = 2000
-MAX_PLACES = 16  # places of a keyword that are looked at, from the last
-MAX_TAIL = 2048  # other languages than English are looked for in so much of the end
-MAX_BEFORE = 240  # characters before a keyword that are looked at
+MAX_PLACES = 16  # occurrences of a keyword that are checked, counted from the end
+MAX_TAIL = 2048  # characters at the end that are searched for other languages than English
+MAX_BEFORE = 240  # characters before a keyword that are checked
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """An answer that the text announces, and from where to where it stands.
+    """An answer announced in the text, and its span.
 
-    `is_value`: a value on its own, which overrules a box before it; a sentence does not.
-    `is_supposed`: of another case than the asked one ("else it would be 5"): it overrules nothing.
+    `is_value`: a bare value, which overrules an earlier box; a sentence does not.
+    `is_supposed`: about another case than the one asked ("else it would be 5"); overrules nothing.
     """
 
     start: int
@@ -53,7 +53,7 @@ _COPULA = (
     r"|comes out (?:to be|to|as)|turns out to be)\b"
 )
 _EMPTY_BOX = r"[\"'`$]*\\boxed\{\s*\}[\"'`$]*"
-# What may stand between 'the answer' and the answer.
+# Between 'the answer' and the answer itself.
 _FORMULA = r"\\\((?:[^\\\n]|\\(?!\))){1,150}\\\)|\$[^$\n]{1,150}\$"
 _FORWARD = re.compile(
     rf"s?\b(?:\s*\([^()\n]{{1,30}}\))?(?:(?:\s+in\s+{_EMPTY_BOX})?[\s*_\"'`)\]}}]*"
@@ -65,7 +65,7 @@ _FORWARD = re.compile(
 )
 _HEADING_BEFORE = re.compile(rf"(?:^|\n)[\s#*_>\d.)]*(?:the\s+)?(?:{_TITLE}\s+)?$", re.IGNORECASE)
 _HEADING_AFTER = re.compile(r"s?[*_# \t]*\n\s*")
-# Before 'the answer': what makes it no statement, or another's.
+# Before 'the answer': words that make it a hypothesis, or someone else's answer.
 _HYPOTHESIS = re.compile(
     r"\b(?:if|suppose|supposing|assume|assuming|whether|unless|say|imagine|provided|is|could|can|would"
     r"|might|maybe|perhaps|possibly|not|isn't|until|how)\s+(?:that\s+)?(?:the|my|our|your|an?)?\s*"
@@ -75,7 +75,7 @@ _HYPOTHESIS = re.compile(
     r"(?:\w+\s+)?$",
     re.IGNORECASE,
 )
-# "If x were 3, the answer would be 5" is of another case than the asked one.
+# "If x were 3, the answer would be 5" is about another case than the one asked.
 _WOULD = re.compile(
     r"(?:\s+to [^.\n]{0,60}?)?\s+(?:would|could|might)\s+(?:\w+\s+)?(?:be|have been|become)\b",
     re.IGNORECASE,
@@ -86,7 +86,7 @@ _OTHER_CASE = re.compile(
     r"|for comparison|instead)\b[^.!?\n]*$",
     re.IGNORECASE,
 )
-# 'The answer is correct', 'the answer is found by': nothing is stated.
+# 'The answer is correct', 'the answer is found by' state no value.
 _REFUSED = re.compile(
     r"(?:in)?correct\b|right\b|wrong\b|verified\b|as follows|formatted|expressed|written|rounded"
     r"|found\b|given\b|obtained\b|shown\b|derived\b|stated\b|computed\b|calculated\b"
@@ -95,10 +95,7 @@ _REFUSED = re.compile(
     r"|integer|value|sum|product|difference|ratio|letter|option|one|same|following)\b",
     re.IGNORECASE,
 )
-_VALUE = (
-    r"(?:\$[^$\n]{1,200}\$|\\\([^\n]{1,200}?\\\)|\*\*[^*\n]{1,100}\*\*"
-    r"|[-+−]?(?:\\?[$€£])?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?|\(?\b[A-J]\b\)?)"
-)
+_VALUE = rf"(?:\\\([^\n]{{1,200}}?\\\)|{VALUE})"
 _ENDS_IN_VALUE = re.compile(rf"(?:^|[^\w.,/$])({_VALUE})(?:\s[a-z]+){{0,2}}[\s,*]*$")
 _IS_THE = re.compile(
     r"\s(?:is|are)(?:\s+(?:therefore|thus|hence|indeed|then|clearly|also))?\s+(?:the|our|my)\s+"
@@ -114,7 +111,7 @@ _DENIED = re.compile(
 _OF_VALUE = re.compile(rf"s?\s+of\s+(?={_VALUE}(?![\w^]))")
 _LETTER = r"(?:\*\*|\$|\\text(?:bf)?\{|\\mathbf\{|\(){0,3}(?P<letter>[A-J])(?:\}|\*\*|\$|\)){0,3}"
 _LONE_LETTER = re.compile(
-    rf"[\s*_]*(?:(?i:so|thus|hence|therefore|∴)[\s,:]+)?"
+    rf"[\s*_]*(?:(?i:{SO}|∴)[\s,:]+)?"
     r"(?:(?i:it's|it is|it must be|(?:i|i'd|i would|we|i'll) (?:pick|choose|say|go with"
     r"|select))\s+)?"
     rf"(?:(?i:option|choice)\s+)?{_LETTER}(?:,?\s(?:because|since|as)\s.*|[\s.*_]*)"
@@ -139,13 +136,13 @@ _OPTIONS_FOLLOW = re.compile(r"[^\n]*\n\s*\(?B[.:)]")
 
 
 def lower(text: str) -> str:
-    """Lower case, position by position: the capital dotted I becomes two in `str.lower`."""
+    """Lower case of the same length: `str.lower` turns the dotted capital I into two characters."""
     lowered = text.lower()
     return lowered if len(lowered) == len(text) else "".join(c.lower()[:1] for c in text)
 
 
 def places(lowered: str, words: tuple[str, ...], floor: int) -> Iterator[tuple[int, str]]:
-    """(position, word) of the last MAX_PLACES words at or after `floor`, from the right."""
+    """(position, word) of the last MAX_PLACES words at or after `floor`, last one first."""
     last = {}
     for word in words:
         position = lowered.rfind(word, floor)
@@ -168,7 +165,7 @@ def places(lowered: str, words: tuple[str, ...], floor: int) -> Iterator[tuple[i
 
 
 def answers(text: str, lowered: str, floor: int) -> Iterator[Statement]:
-    """What the text says the answer is, from the right; what is refused or supposed is left out."""
+    """Statements such as 'the answer is 5', last one first, without hypotheses."""
     for position, _ in places(lowered, ("ans",), floor):
         statement = _answer(text, position)
         if statement is not None:
@@ -184,7 +181,7 @@ def choices(text: str, lowered: str, floor: int) -> Iterator[Statement]:
 
 
 def _statement(text: str, start: int) -> Statement | None:
-    """What the text states from `start` on."""
+    """The statement that begins at `start`."""
     rest = text[start : start + MAX_STATED]
     answer = stated(rest)
     if answer.lower().startswith(("wrong", "incorrect", "not right", "not correct")):
@@ -223,7 +220,7 @@ def _answer(text: str, position: int) -> Statement | None:
 
 
 def _denied(text: str, start: int, end: int) -> Statement:
-    """'The answer cannot be 5' as the answer 'not 5', which is none but must not be cut to 5."""
+    """'The answer cannot be 5' as the answer 'not 5', which is never right, rather than 5."""
     answer = stated("not " + text[end : end + MAX_STATED].lstrip())
     return Statement(start, end, answer, "phrase", is_value(answer))
 
@@ -251,7 +248,7 @@ def _final(text: str, position: int) -> Statement | None:
 
 
 def _correct(text: str, position: int) -> Statement | None:
-    """Of the form 'option B is correct'."""
+    """'Option B is correct'."""
     before = text[max(position - MAX_BEFORE, 0) : position]
     match = _LETTER_IS.search(before[-120:].rpartition("\n")[2])
     if match is None or match["not"] or text[position - 1] not in " *\n":
@@ -260,13 +257,13 @@ def _correct(text: str, position: int) -> Statement | None:
 
 
 def _right(text: str, position: int) -> Statement | None:
-    """'Option B is right': but angle B is right says nothing."""
+    """'Option B is right', but not 'angle B is right'."""
     before = text[max(position - 40, 0) : position].lower()
     return _correct(text, position) if "option" in before or "choice" in before else None
 
 
 def _chosen(text: str, position: int) -> Statement | None:
-    """Of the form 'we choose (B)'."""
+    """'We choose (B)'."""
     match = _LETTER_AFTER.match(text, position + len("choose"))
     if match is None:
         return None
@@ -285,7 +282,7 @@ _FORMS: dict[str, Callable[[str, int], Statement | None]] = {
 
 
 def foreign_phrases(text: str, lowered: str, floor: int) -> Iterator[Statement]:
-    """The same in other languages, in the last MAX_TAIL characters."""
+    """Announcements in other languages, in the last MAX_TAIL characters."""
     floor = max(floor, len(text) - MAX_TAIL)
     labels = ASCII_LABELS if text.isascii() else ALL_LABELS
     for position, label in places(lowered, labels, floor):
@@ -301,7 +298,7 @@ def foreign_phrases(text: str, lowered: str, floor: int) -> Iterator[Statement]:
 
 
 def hashes(text: str, floor: int) -> Iterator[Statement]:
-    """Lines of the form '#### 5', from the right; headings are left out."""
+    """Lines such as '#### 5', last one first, without headings."""
     end = len(text) if "#" in text else 0
     for _ in range(MAX_PLACES):
         position = text.rfind("####", floor, end)
@@ -320,7 +317,7 @@ def hashes(text: str, floor: int) -> Iterator[Statement]:
 
 
 def tags(text: str, lowered: str, floor: int) -> Iterator[Statement]:
-    """Contents of <answer>5</answer>, from the right; an unclosed one counts to its line's end."""
+    """Contents of <answer>5</answer>, last one first; an unclosed tag ends with its line."""
     names = _TAGS if "<" in text else _TAGS[-1:]
     for position, tag in places(lowered, names, floor):
         start = position + len(tag)
@@ -334,7 +331,7 @@ def tags(text: str, lowered: str, floor: int) -> Iterator[Statement]:
 
 
 def answer_line(text: str, floor: int) -> Iterator[Statement]:
-    """A last line of the form 'A: 18' which is no list of options."""
+    """A last line such as 'A: 18', unless it starts a list of options."""
     position = text.rfind("\nA:", floor)
     if position < 0 and (floor > 0 or not text.startswith("A:")):
         return
@@ -347,7 +344,7 @@ def answer_line(text: str, floor: int) -> Iterator[Statement]:
 
 
 def lone_letter(text: str, floor: int) -> Iterator[Statement]:
-    """A last line that is nothing but an option's letter, or 'so it is (C)'."""
+    """A last line that is only an option's letter, or 'so it is (C)'."""
     end = len(text.rstrip())
     start = max(text.rfind("\n", floor, end) + 1, floor)
     match = _LONE_LETTER.fullmatch(text, start, end) if end - start < MAX_BEFORE else None

@@ -1,19 +1,19 @@
-"""Boxes of a completion: ``\\boxed{}`` and its relatives, balanced, from the right."""
+"""Boxes of a completion: balanced ``\\boxed{}`` and similar commands, from the end."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-MAX_JOINED_BOXES = 64  # further boxes than this, counted from the last, are not looked at
-MAX_OPENERS = 4096  # boxes looked at, counted from the last
+MAX_JOINED_BOXES = 64  # last boxes that may be joined
+MAX_OPENERS = 4096  # last openings of a box that are checked
 MAX_BOX_CHARS = 4096  # of a box that may be joined to the next
 MAX_BETWEEN = 120  # characters between two boxes of one sentence
 _NAMES = ("oxed", "\\fbox", "\\framebox", "\\answer{")
 _PREFIXES = ("\\beginb", "\\b", "\x08", "b", "")  # before "oxed"
 _PREFIX_CHARS = 7
 
-# The lost backslash: "\b" read as an escape leaves a backspace character and "oxed{".
+# "\b" read as an escape sequence leaves a backspace character and "oxed{".
 _BOX = re.compile(
     r"(?:\\(?:boxed|fbox|beginboxed|answer|framebox(?:\s*\[[^\[\]{}]{0,20}\]){0,2})"
     r"|\x08oxed|(?<![A-Za-z\\])b?oxed)"
@@ -27,7 +27,7 @@ _JOINT = re.compile(
 _CONNECTOR = re.compile(r",|;|\band\b|\bor\b")
 _LIST_CONNECTOR = re.compile(r",|;|&|\n|\band\b|\bor\b|\bwhile\b|\balternatively\b")
 _OR = re.compile(r"\bor\b|\balternatively\b")
-# Between two boxes: the second replaces the first, or is computed from it.
+# Between two boxes: the second one replaces the first, or is computed from it.
 _NEW_ATTEMPT = re.compile(
     r"\b(?:final\w*|then|wait|no|not|instead|actually|correct\w*|better|now|attempts?|try|rather|but"
     r"|revised?|recheck)\b|=>|\\R?ightarrow",
@@ -43,19 +43,11 @@ _ABANDONED_BEFORE = re.compile(
     r"[\s:,$*(\\\[]*$",
     re.IGNORECASE,
 )
-# One of these stands in whatever that pattern finds: searching for them is faster.
-_HINTS: tuple[str, ...] = (
-    "not",
-    "n't",
-    "never",
-    "instead",
-    "rather",
-    "wrong",
-    "incorrect",
-    "mistake",
-    "first",
+# Every match of that pattern contains one of these, which are faster to search for.
+_HINTS = (
+    *("not", "n't", "never", "instead", "rather", "wrong", "incorrect", "mistake", "first"),
+    *("initial", "previous", "earlier", "old ", "original"),
 )
-_HINTS += ("initial", "previous", "earlier", "old ", "original")
 _ABANDONED_AFTER = re.compile(
     r"[\s$*)\\\].]*(?:which\s+)?(?:is|was|would be|turns out to be|looks)\s+"
     r"(?:clearly |obviously |also )?(?:wrong|incorrect|not (?:right|correct|the answer)|a mistake"
@@ -65,22 +57,24 @@ _ABANDONED_AFTER = re.compile(
 _PLACEHOLDER = re.compile(
     r"[\s.?…_]*|(?:\\text\s*\{)?\s*(?:your |the |final )*answer(?: here)?\s*\}?|\\[lc]?dots\s*"
 )
-_BESIDE = r"(?P<other>\$[^$\n]{1,80}\$|[-+]?\\?[$€£]?\d[\d.,/]*|\(?\b[A-J]\b\)?|\\frac\S{1,40})"
+_OTHER_ANSWER = (
+    r"(?P<other>\$[^$\n]{1,80}\$|[-+]?\\?[$€£]?\d[\d.,/]*|\(?\b[A-J]\b\)?|\\frac\S{1,40})"
+)
 _OR_AFTER = re.compile(
     r"[\s$)\\\].,*]*(?:\\text\s*\{)?[\s(,]*or\s+(?:maybe |perhaps |possibly |else |even )?\}?\s*"
-    + _BESIDE
+    + _OTHER_ANSWER
 )
-_OR_BEFORE = re.compile(_BESIDE + r"[\s,*)]*(?:\\text\s*\{)?\s*or\s*\}?[\s$(\\\[*]*$")
+_OR_BEFORE = re.compile(_OTHER_ANSWER + r"[\s,*)]*(?:\\text\s*\{)?\s*or\s*\}?[\s$(\\\[*]*$")
 
 
 @dataclass(frozen=True, slots=True)
 class BoxGroup:
-    """The last box and what stands beside it.
+    """The last box and those joined to it.
 
-    `boxes` are the contents that are offered together, the last one the answer; none where every
-    box is empty or refused. `is_either`: they are alternatives or a plain list ("\\boxed{1} and
-    \\boxed{2}"); otherwise the boxes of one sentence. `is_formatted`: the last box is a
-    ``\\boxed{}`` with something in it. `end`: where the last box ends.
+    `boxes`: contents that are offered together, the answer last; empty if every box is empty or
+    rejected. `is_either`: they are alternatives or a plain list ("\\boxed{1} and \\boxed{2}"),
+    not just boxes in one sentence. `is_formatted`: the last box is a non-empty ``\\boxed{}``.
+    `end`: where the last box ends.
     """
 
     boxes: tuple[str, ...]
@@ -90,20 +84,20 @@ class BoxGroup:
 
 
 def opener(text: str) -> re.Match[str] | None:
-    """The first box's opening, closed or not."""
+    """The opening of the first box, closed or not."""
     return _BOX.search(text)
 
 
 def opens_a_box(text: str) -> bool:
-    """Is a box opened anywhere, closed or not? Fast where none is."""
+    """Is a box opened anywhere, closed or not? Fast if there is none."""
     return _last_name(text, 0, len(text)) >= 0 and opener(text) is not None
 
 
 def find_boxes(text: str) -> list[tuple[int, int, str]]:
     """(start, end, content) of the last balanced boxes, in text order.
 
-    Only the stretch that can hold boxes joined to the last one is looked at, unless the last one
-    was never closed.
+    Searches only the part that can contain boxes joined to the last one, unless the last one was
+    never closed.
     """
     start = last = _last_name(text, 0, len(text))
     if last < 0:
@@ -123,7 +117,7 @@ def find_boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def _only_box(text: str, position: int) -> tuple[int, int, str] | None:
-    """The plain box at `position` where it is the only one: most completions have just that."""
+    """The plain box at `position` if it is the only one, as in most completions."""
     start, end = position - 2, text.find("}", position)
     if end < 0 or not text.startswith("\\boxed{", max(start, 0)):
         return None
@@ -136,18 +130,18 @@ def _only_box(text: str, position: int) -> tuple[int, int, str] | None:
 
 
 def _last_name(text: str, low: int, high: int) -> int:
-    """Where the last name of a box stands in that stretch; -1 without any."""
+    """Position of the last command that opens a box in text[low:high], or -1."""
     position = text.rfind("oxed", low, high)
     if text.rfind("\\", low, high) < 0:
         return position
-    if text.rfind("box", low, high) > position:  # "box" of "boxed" stands before "oxed"
+    if text.rfind("box", low, high) > position:  # in "boxed", "box" comes before "oxed"
         position = max(position, text.rfind("\\fbox", low, high))
         position = max(position, text.rfind("\\framebox", low, high))
     return max(position, text.rfind("\\answer{", low, high))
 
 
 def _balanced_boxes(text: str, start: int) -> list[tuple[int, int, str]]:
-    """Balanced boxes from `start` on, by one pass over the braces."""
+    """Balanced boxes from `start` on, in one pass over the braces."""
     openers: dict[int, int] = {}
     found: list[tuple[int, int, str]] = []
     for position in _box_positions(text, start)[-MAX_OPENERS:]:
@@ -176,7 +170,7 @@ def _balanced_boxes(text: str, start: int) -> list[tuple[int, int, str]]:
 
 
 def _box_positions(text: str, start: int) -> list[int]:
-    """Where the name of a box stands, in text order."""
+    """Positions of commands that open a box, in text order."""
     positions = []
     for name in _NAMES:
         position = text.find(name, start)
@@ -187,7 +181,7 @@ def _box_positions(text: str, start: int) -> list[int]:
 
 
 def box_group(text: str) -> BoxGroup | None:
-    """The last box that states an answer, with those joined to it; None without any box."""
+    """The last box that states an answer, with those joined to it; None if there is no box."""
     found = find_boxes(text)
     if not found:
         return None
@@ -201,9 +195,9 @@ def box_group(text: str) -> BoxGroup | None:
     start, last_end, content = stated[-1]
     if len(stated) == 1 and "or" not in text[max(start - 100, 0) : last_end + 40]:
         return BoxGroup((content.strip(),), False, is_formatted, last_end)
-    beside = _OR_AFTER.match(text, last_end)
-    group = [content] if beside is None else [beside["other"], content]
-    is_either = beside is not None
+    following = _OR_AFTER.match(text, last_end)
+    group = [content] if following is None else [following["other"], content]
+    is_either = following is not None
     for earlier in reversed(stated[:-1]):
         between = text[earlier[1] : start]
         kind = _kind_of_joint(between)
@@ -222,7 +216,7 @@ def box_group(text: str) -> BoxGroup | None:
 
 
 def _states(text: str, box: tuple[int, int, str]) -> bool:
-    """Does a box state an answer? One that is empty or said to be wrong does not."""
+    """Does a box state an answer? Not if it is empty or called wrong."""
     start, end, content = box
     if not content.strip():
         return False
@@ -239,7 +233,7 @@ def _is_placeholder(content: str) -> bool:
 
 
 def _kind_of_joint(between: str) -> str | None:
-    """Are two boxes joined by what stands between them: "either", "list" or not at all?"""
+    """How the text between two boxes joins them: "either", "list", or None."""
     if len(between) > MAX_BETWEEN or _NEW_ATTEMPT.search(between):
         return None
     if between.strip(" $") in ("/", "|"):

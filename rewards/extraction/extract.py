@@ -1,10 +1,10 @@
-"""Find the final answer in a completion, from the right, in time linear in its length.
+"""Find the final answer of a completion, from the end, in time linear in its length.
 
-After the thinking part, the last explicit statement counts: a balanced box, '#### 5',
-'<answer>5</answer>', 'the answer is 5' (also in other languages), an option's letter on a line of
-its own. What is announced after a box overrules it only where it is a value on its own; remarks
-and checks overrule nothing. A completion that states nothing is read by `unannounced`. Boxes are
-never merged here: those that stand beside the last one are only reported.
+The last explicit statement after the thinking counts: a balanced box, '#### 5',
+'<answer>5</answer>', 'the answer is 5' (in many languages), an option's letter on its own line. A
+statement after a box overrules it only if it is a bare value; remarks and checks overrule nothing.
+Completions without a statement go to `unannounced`. Boxes are never merged here: those joined to
+the last one are only reported.
 """
 
 from __future__ import annotations
@@ -30,19 +30,15 @@ from rewards.extraction.boxes import BoxGroup, box_group, find_boxes, opener, op
 from rewards.extraction.languages import DIGITS, HAS_DIGITS
 from rewards.extraction.retractions import hedged_values, revision
 from rewards.extraction.thinking import ExtraTags, after_thinking
-from rewards.extraction.unannounced import last_formula, last_number, unannounced
+from rewards.extraction.unannounced import unannounced
 from rewards.extraction.wording import asked_value, num_prose_words, opens_a_value
 
-__all__ = ["Extraction", "extract", "extract_boxes", "last_formula", "last_number", "phrase_of"]
-
 MAX_SHORT_WORDS = 3  # of an answer in words, such as 'no real solution'
-# Other answers, or a condition: what says this must not be cut down to one value.
+# Alternatives or a condition: such a sentence must not be reduced to one value.
 _SEVERAL = re.compile(
     r"\b(?:or|either|if|unless|otherwise|not|never|maybe|perhaps)\b", re.IGNORECASE
 )
-
-
-# Behind a box: a value that could overrule it.
+# After a box: something that could be a value and overrule it.
 _MAY_STATE = re.compile(
     r"\d|\$[^\s.,)]|\\[a-zA-Z]|[A-J]|[Yy]es|[Nn]o|[Tt]rue|[Ff]alse|[^\x00-\x7f]"
 )
@@ -51,8 +47,8 @@ _ALPHANUMERIC = re.compile(r"[^\W_]")
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """What was found. `joined` holds two or more answers that are offered together, in text order;
-    `listed` the boxes of one sentence, which answer a gold with as many values.
+    """What was found. `joined`: two or more answers that are offered together, in text order.
+    `listed`: the boxes of one sentence, which may answer a gold with as many values.
 
     Example for "so \\boxed{1} and \\boxed{2}."::
 
@@ -70,9 +66,9 @@ NOTHING = Extraction(answer=None, method="none")
 
 
 def extract(completion: str, extra_tags: ExtraTags = ()) -> Extraction:
-    """The final answer of a completion; `answer` is None where there is none.
+    """The final answer of a completion; `answer` is None if there is none.
 
-    `extra_tags`: (opening, closing) tags of thinking beyond those of `thinking.TAGS`.
+    `extra_tags`: (opening, closing) thinking tags in addition to `thinking.TAGS`.
     """
     text = after_thinking(completion, extra_tags)
     if text is None:
@@ -85,7 +81,7 @@ def extract(completion: str, extra_tags: ExtraTags = ()) -> Extraction:
         return _revised(found, text, statement.end)
     if group is not None:
         return _revised(_boxed(group, has_format), text, group.end)
-    plain = None if opens_a_box(text) else unannounced(text)  # a box cut off states nothing
+    plain = None if opens_a_box(text) else unannounced(text)  # a truncated box states nothing
     if plain is None:
         return NOTHING
     return Extraction(_spelled(plain[0]), "bold" if plain[1] else "math")
@@ -99,7 +95,7 @@ def _spelled(answer: str) -> str:
 
 
 def _boxed(group: BoxGroup, has_format: bool) -> Extraction:
-    """What the last box says, with those beside it."""
+    """The answer in the last box, with those joined to it."""
     if not group.boxes:
         return Extraction(None, "boxed", has_format)
     answer = _spelled(asked_value(group.boxes[-1]))
@@ -110,7 +106,7 @@ def _boxed(group: BoxGroup, has_format: bool) -> Extraction:
 
 
 def _last_statement(text: str, group: BoxGroup | None) -> Statement | None:
-    """The last statement, behind the last box that states one."""
+    """The last statement after the last box that states an answer."""
     floor = group.end if group is not None and group.boxes else 0
     offset = max(floor - MAX_BEFORE, 0)
     tail, floor = text[offset:], floor - offset
@@ -152,7 +148,7 @@ def _last_statement(text: str, group: BoxGroup | None) -> Statement | None:
 
 
 def _value_or_sentence(text: str, value: Statement | None, sentence: Statement) -> Statement:
-    """Which counts where no box does: the last value announced, or the last sentence?"""
+    """Without a box: does the last announced value count, or the last sentence?"""
     num_words = num_prose_words(sentence.answer)
     if value is not None:
         is_later = sentence.start > value.start and value.method == "phrase"
@@ -167,7 +163,7 @@ def _value_or_sentence(text: str, value: Statement | None, sentence: Statement) 
 
 
 def _revised(found: Extraction, text: str, end: int) -> Extraction:
-    """The same after what is said of it behind: taken back, corrected, or one of two."""
+    """The answer after what the following text does to it: retract, correct, or add another."""
     if found.answer is None:
         return found
     after = revision(text, end, found.answer)
@@ -180,7 +176,7 @@ def _revised(found: Extraction, text: str, end: int) -> Extraction:
 
 
 def _is_overruled(text: str) -> bool:
-    """Is the last box followed by 'the final answer is' and a value? Then its format is lost."""
+    """Do 'the final answer is' and a value follow the last box? Then its format does not count."""
     position = max(text.rfind("final answer is"), text.rfind("Final answer is"))
     if position < 0 or text.find("oxed", position) >= 0:
         return False
@@ -191,9 +187,9 @@ _FINAL_VALUE = re.compile(r"[\s*_:\"']*\\?[\"']?[\d$\\-]")
 
 
 def extract_boxes(text: str, *, is_gold: bool) -> str | None:
-    """Content of the last box in an answer or a gold; a gold's joined boxes become a list.
+    """Content of the last box in an answer or a gold; joined boxes of a gold become a list.
 
-    A gold's box that was never closed is read to its end; an answer's is no answer.
+    An unclosed box in a gold extends to the end of the text; in an answer it does not count.
     """
     boxes = find_boxes(text)
     if is_gold and len(boxes) > 1:
@@ -208,7 +204,7 @@ def extract_boxes(text: str, *, is_gold: bool) -> str | None:
 
 
 def phrase_of(text: str) -> str | None:
-    """What the last 'the answer is ...' of a text says."""
+    """The answer in the last 'the answer is ...' of a text."""
     lowered = lower(text)
     finders = (answers, choices, foreign_phrases)
     found = [next(finder(text, lowered, 0), None) for finder in finders]

@@ -1,13 +1,13 @@
-"""How an answer is announced in other languages than English, and how its sentence ends: tables.
+"""Tables for other languages than English: how an answer is announced and its sentence ends.
 
-English has a grammar of its own in `announcements`.
+English is handled by `announcements`.
 """
 
 from __future__ import annotations
 
 import re
 
-# (labels, what may stand between a label and the answer); a colon always may. Lower case.
+# (labels, words allowed between a label and the answer; a colon always is). Lower case.
 _TABLE: tuple[tuple[str, str], ...] = (
     # Chinese, Japanese, Korean
     (
@@ -56,25 +56,25 @@ _TABLE: tuple[tuple[str, str], ...] = (
     ("תשובה", "היא|הוא"),
 )
 
-# What may follow the answer in its sentence and is no part of it.
+# Ends of a sentence that are not part of the answer.
 PARTICLES = re.compile(
     r"\s*(?:です|でした|である|となります|になります|だ|입니다|이다|이에요|예요|है|हैं|होगा|است|می‌باشد"
     r"|'[td][iıuü]r)[\s.!]*$"
 )
-# Counters that stand behind a number without a space.
+# Counters that follow a number without a space.
 COUNTERS = re.compile(
     r"(?<=[\d}$)])\s*(?:个|個|只|隻|元|块|人|名|位|本|页|天|岁|歳|次|种|条|张|辆|棵|朵|颗|头|枝|支|件"
     r"|円|枚|回|匹|台|点|개|명|원|마리|권|번)$"
 )
 SENTENCE_END = re.compile(r"[。！？।॥؟]")
-# Words behind a number: its unit, say; but not 'or more', thousands and the like.
+# Words after a number, such as its unit, but not 'or more', 'thousand' and the like.
 FOREIGN_TAIL = re.compile(
     r"(?<=\d)(?!.*(?:以上|以下|以内|或|万|千|百|亿|億|倍|多|余|未満|이상|이하|만|억|천|或))"
     r"(?!.*\b(?:или|больше|меньше|тысяч\w*|млн|миллион\w*|más|menos|mil|millones|ou|oder|mehr"
     r"|weniger|plus|moins|mille)\b)"
     r"(?=.*[^\W\d_\x00-\x7f])\s?(?:[^\W\d_]+\.?\s?){1,3}$"
 )
-_UNSPACED = 0x2E80  # from here on scripts write no space between words
+_UNSPACED = 0x2E80  # scripts above this write no spaces between words
 
 
 def _is_unspaced(text: str) -> bool:
@@ -82,7 +82,7 @@ def _is_unspaced(text: str) -> bool:
 
 
 def _announcement(label: str, copulas: str) -> re.Pattern[str]:
-    """The label, a few words, a copula or a colon, and the rest of the text as group "rest"."""
+    """The label, a few words, a copula or a colon, then the rest of the text in group "rest"."""
     if _is_unspaced(label):
         words, after_copula = r"[^\W\d]{0,6}?", ""
     else:
@@ -97,13 +97,13 @@ def _announcement(label: str, copulas: str) -> re.Pattern[str]:
     )
 
 
-# Lower-case label -> how it goes on.
+# Lower-case label -> pattern of the whole announcement.
 ANNOUNCEMENTS: dict[str, re.Pattern[str]] = {
     label: _announcement(label, copulas)
     for labels, copulas in _TABLE
     for label in labels.split("|")
 }
-# Between a label and what follows: the answer is not that.
+# Between a label and the answer: what follows is not the answer.
 NEGATION = re.compile(
     r"不|非|没|ない|아니|нет|\b(?:no|not|nicht|kein\w*|pas|не|ні|non|niet|nie|não|inte|ikke|ej|tidak"
     r"|bukan|değil|không|नहीं|ليس|ليست|نیست|nu|ei|nem|δεν)\b"
@@ -113,13 +113,13 @@ ALL_LABELS = tuple(ANNOUNCEMENTS)
 
 
 def starts_a_word(text: str, position: int) -> bool:
-    """Does a label at `position` begin a word, in scripts that part words?"""
+    """Does a word begin at `position`? Always true in scripts without spaces."""
     if _is_unspaced(text[position:]) or ord(text[position]) >= 0x0590:
         return True
     return position == 0 or not text[position - 1].isalpha()
 
 
-# The zero of each script whose ten digits follow one another.
+# The zero of each script whose ten digits are consecutive.
 _ZEROS = (
     0x0660, 0x06F0, 0x07C0, 0x0966, 0x09E6, 0x0A66, 0x0AE6, 0x0B66, 0x0BE6, 0x0C66, 0x0CE6, 0x0D66,
     0x0E50, 0x0ED0, 0x0F20, 0x1040, 0x17E0, 0x1810, 0xFF10,

@@ -1,14 +1,14 @@
-"""Where the conclusion of a text ends: its closing remarks and checks, its last sentence."""
+"""Closing remarks and checks, which follow the conclusion of a text."""
 
 from __future__ import annotations
 
 import re
 
-from rewards.extraction.wording import is_value, stated
+from rewards.extraction.wording import SO, is_value, stated
 
-MAX_REMARKS = 12  # closing sentences that are passed over
+MAX_REMARKS = 12  # closing sentences that are skipped
 MAX_SENTENCE = 1000
-TAIL = 6000  # so much of the end is looked through for a check
+TAIL = 6000  # characters at the end that are searched for a check
 
 _REMARK = re.compile(
     r"\W*(?:would you|do you|did you|want me|shall i|should i|can i|may i|let me know|feel free"
@@ -32,9 +32,7 @@ _EXPLANATION = re.compile(
     r"|why)\b",
     re.IGNORECASE,
 )
-_CONCLUSION = re.compile(
-    r"\b(?:so|thus|hence|therefore|in total|altogether|finally)\b", re.IGNORECASE
-)
+_CONCLUSION = re.compile(rf"\b(?:{SO}|in total|altogether|finally)\b", re.IGNORECASE)
 
 
 def without_remarks(text: str) -> str:
@@ -65,7 +63,7 @@ def _is_remark(sentence: str) -> bool:
 
 
 def last_sentence(text: str) -> int:
-    """Where the last sentence or line begins; no further back than MAX_SENTENCE."""
+    """Start of the last sentence or line, at most MAX_SENTENCE characters back."""
     stop = len(text) - 1
     low = max(stop - MAX_SENTENCE, 0)
     begins = [

@@ -1,17 +1,16 @@
-"""What follows a statement and takes it back, corrects it, or offers another answer beside it."""
+"""Text after a statement that retracts it, corrects it, or offers another answer as well."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-MAX_AFTERMATH = 600  # characters after a statement that are looked at
+from rewards.extraction.wording import VALUE
+
+MAX_AFTERMATH = 600  # characters after a statement that are checked
 MIN_AFTERMATH = 4  # "or 6"
 
-_VALUE = (
-    r"(?P<value>\$[^$\n]{1,200}\$|\*\*[^*\n]{1,100}\*\*"
-    r"|[-+−]?(?:\\?[$€£])?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?|\(?\b[A-J]\b\)?)"
-)
+_VALUE = f"(?P<value>{VALUE})"
 _START = r"[\s$*_)\\\].,;!…}]*"
 _TAKEN_BACK = re.compile(
     _START + r"(?:(?:oh|hmm+|wait|no|oops|actually|but|sorry|however|hold on)[\s,.!…—–-]+)*"
@@ -39,19 +38,11 @@ _OFFERED = re.compile(
     r"|maybe|perhaps|possibly)[\s,]+" + _VALUE,
     re.IGNORECASE,
 )
-# One of these stands in whatever those patterns find: searching for them is faster.
-_HINTS: tuple[str, ...] = (
-    "wait",
-    "actually",
-    "oops",
-    "sorry",
-    "hmm",
-    "correction",
-    "scratch",
-    "mistake",
-    "wrong",
+# Every match of the patterns before _OFFERED contains one of these, which are faster to find.
+_HINTS = (
+    *("wait", "actually", "oops", "sorry", "hmm", "correction", "scratch", "mistake", "wrong"),
+    *("incorrect", "not right", "not correct", "error", "i mean"),
 )
-_HINTS += ("incorrect", "not right", "not correct", "error", "i mean")
 _HEDGE = re.compile(r"\b(?:maybe|perhaps|possibly|might|could|(?-i:may))\b", re.IGNORECASE)
 _CONDITION = re.compile(r"\b(?:if|when|unless|otherwise|else)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
@@ -59,14 +50,14 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """`answer`: what the statement became, None where it was taken back; `other`: offered too."""
+    """`answer`: the revised answer, None if retracted. `other`: an answer offered as well."""
 
     answer: str | None
     other: str | None = None
 
 
 def revision(text: str, end: int, answer: str) -> Revision:
-    """What the text after `end` makes of a statement."""
+    """How the text after `end` changes a statement."""
     rest = text[end : end + MAX_AFTERMATH]
     if len(rest) < MIN_AFTERMATH or not rest.strip(" .$*)}\n\\]"):
         return Revision(answer)
@@ -83,7 +74,7 @@ def revision(text: str, end: int, answer: str) -> Revision:
 
 
 def hedged_values(answer: str) -> tuple[str, ...]:
-    """The numbers of an answer that wavers between several: '5, but it could be 6'."""
+    """The numbers of an answer that wavers: 5 and 6 for '5, but it could be 6'."""
     if not _HEDGE.search(answer) and len(_CONDITION.findall(answer)) < 2:
         return ()
     numbers = tuple(dict.fromkeys(_NUMBER.findall(answer)))

@@ -1,8 +1,8 @@
-"""The part of a completion that counts: what stands outside the thinking, up to the end token.
+"""The part of a completion that is graded: everything outside the thinking, up to the end token.
 
-Thinking is whatever stands between a pair of TAGS, before a closing tag whose opening one was part
-of the prompt, or after an opening one that was never closed. In a harmony transcript only the
-final channel counts. A tag between quotation marks or backticks is spoken of, not used.
+Thinking is the text between a pair of TAGS, before a closing tag whose opening tag was part of the
+prompt, or after an opening tag that was never closed. In a harmony transcript only the final
+channel counts. A tag in quotation marks or backticks is mentioned, not used.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 
-# (opening, closing) tags: a word stands for <word> and </word>, case ignored; else literal text.
+# A single word stands for <word> and </word>, in any case; a pair is (opening, closing) text.
 TAGS: tuple[tuple[str, str] | str, ...] = (
     "think",
     "thinking",
@@ -30,7 +30,7 @@ TAGS: tuple[tuple[str, str] | str, ...] = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|channel>thought", "<channel|>"),
 )
-# <think> and <thinking> close each other: models mix them.
+# </thinking> also closes <think>, and so on: models mix them.
 _ALIASES = {"thinking": "think", "thoughts": "thought", "reasoning": "reason"}
 
 _END_TOKEN = re.compile(
@@ -39,7 +39,7 @@ _END_TOKEN = re.compile(
 )
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]{0,80}(?:<\|constrain\|>\w*)?\s*<\|message\|>")
 _MESSAGE_END = re.compile(r"<\|(?:end|return|call|start|channel)\|>")
-# The same where the tokenizer dropped the special tokens: "analysisWe add.assistantfinalIt is 5."
+# The same after decoding without special tokens: "analysisWe add.assistantfinalIt is 5."
 _BARE_ANALYSIS = re.compile(r"\s*analysis(?=[A-Z])")
 _BARE_FINAL = "assistantfinal"
 _QUOTES = "`'\"‘“"
@@ -48,9 +48,9 @@ ExtraTags = tuple[tuple[str, str], ...]
 
 
 def after_thinking(completion: str, extra_tags: ExtraTags = ()) -> str | None:
-    """The part that counts; None where there is none (the thinking never ended, say).
+    """The graded part; None if there is none, for example if the thinking never ended.
 
-    `extra_tags`: further literal (opening, closing) pairs.
+    `extra_tags`: additional (opening, closing) pairs of literal text.
     """
     text: str | None = completion
     may_have_tags = "<" in completion
@@ -68,7 +68,7 @@ def after_thinking(completion: str, extra_tags: ExtraTags = ()) -> str | None:
 
 
 def _final_channel(text: str) -> str | None:
-    """What the last message of the channel 'final' says."""
+    """The last message of the channel 'final'."""
     if "<|channel|>" not in text:
         if _BARE_ANALYSIS.match(text) is None:
             return text
@@ -83,12 +83,12 @@ def _final_channel(text: str) -> str | None:
 
 
 def check_tags(tags: ExtraTags) -> None:
-    """Raises ValueError for a tag that is too short to be told from the answer's own text."""
+    """Raises ValueError for a tag that is too short to be distinct from normal text."""
     for pair in tags:
         if len(pair) != 2 or pair[0] == pair[1] or any(len(tag.strip()) < 3 for tag in pair):
             raise ValueError(
-                f"thinking tags {list(pair)!r}: give an opening and another closing tag of "
-                "at least 3 characters, such as ['<plan>', '</plan>']"
+                f"thinking tags {list(pair)!r}: give different opening and closing tags of "
+                "at least 3 characters each, such as ['<plan>', '</plan>']"
             )
 
 
@@ -96,7 +96,7 @@ def check_tags(tags: ExtraTags) -> None:
 def _patterns(extra_tags: ExtraTags) -> tuple[re.Pattern[str], dict[str, str]]:
     """One pattern for all tags, and the kind of each literal tag ("+kind" opens, "-kind" closes).
 
-    The pattern begins with a set of characters: the search then passes over the rest quickly.
+    The pattern begins with a character class, which makes the search fast.
     """
     words = [tag for tag in TAGS if isinstance(tag, str)]
     pairs = [tag for tag in (*TAGS, *extra_tags) if not isinstance(tag, str)]
@@ -118,7 +118,7 @@ def _patterns(extra_tags: ExtraTags) -> tuple[re.Pattern[str], dict[str, str]]:
 
 
 def _outside(text: str, extra_tags: ExtraTags) -> str:
-    """The text without its thinking. Inside a block only the block's own closing tag counts."""
+    """The text outside the thinking. Within a block only its own closing tag counts."""
     pattern, kinds = _patterns(extra_tags)
     kept: list[str] = []
     inside: str | None = None

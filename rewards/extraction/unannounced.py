@@ -1,7 +1,7 @@
-"""The answer of a completion that announces none: its conclusion, its last maths.
+"""The answer of a completion that announces none: its conclusion, else its last maths.
 
-Closing remarks and checks are passed over. A number is taken with the words that change its value
-('at least 5', '5 million', '5 or 6'): alone it would be another answer.
+Closing remarks and checks are skipped. A number is extracted with the words that change its value
+('at least 5', '5 million', '5 or 6'), without which it would be a different answer.
 """
 
 from __future__ import annotations
@@ -11,11 +11,17 @@ import re
 from rewards.extraction.boxes import MAX_BOX_CHARS
 from rewards.extraction.languages import DIGITS, HAS_DIGITS
 from rewards.extraction.remarks import MAX_SENTENCE, TAIL, last_sentence, without_remarks
-from rewards.extraction.wording import asked_value, is_aside, is_value, num_prose_words, stated
+from rewards.extraction.wording import (
+    SO,
+    asked_value,
+    is_aside,
+    is_value,
+    num_prose_words,
+    stated,
+)
 
 MAX_WHOLE_CHARS = 200
 MAX_NUMBER_CHARS = 400
-
 
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.])[-−+]?\s?[$€£]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:\s?/\s?\d[\d,]*)?(?:\s?\\?%)?|(?<![A-Za-z0-9_.])-?\.\d+"
@@ -23,7 +29,7 @@ _NUMBER = re.compile(
 _DIGITS = frozenset("0123456789")
 _NUMBER_CHARS = frozenset("0123456789.,/$€£%\\-−+ \t\n")
 _LEAD_IN = re.compile(
-    r"^(?:(?:∴|⇒|=>|→|⟹)\s*|(?:(?:so|thus|hence|therefore),?|it's|it is|it equals|that's|that makes"
+    rf"^(?:(?:∴|⇒|=>|→|⟹)\s*|(?:(?:{SO}),?|it's|it is|it equals|that's|that makes"
     r"|(?:we|i) get|this gives)\s+(?!that\b|is\b|are\b))+",
     re.IGNORECASE,
 )
@@ -32,16 +38,8 @@ _FOREIGN_WORD = re.compile(
     rf"{_FOREIGN_LETTER}(?:{_FOREIGN_LETTER}|[A-Za-z])|[A-Za-z]{_FOREIGN_LETTER}|[\u0400-\u2fff\u3040-\uffff]\d"
 )
 _FOREIGN_NOT = (
-    "不是",
-    "不等于",
-    "不",
-    "ではなく",
-    "아니라",
-    " не",
-    " no es",
-    " nicht",
-    " pas",
-    " non",
+    *"不是 不等于 不 ではなく 아니라".split(),
+    *(" не", " no es", " nicht", " pas", " non"),
 )
 _BOLD = re.compile(r"\*\*([^*\n]{1,400})\*\*")
 _BOLD_LABEL = re.compile(r"^[A-Za-z][A-Za-z ]{0,40}[:=]\s*(?=[-$\d\\(])")
@@ -55,7 +53,7 @@ _JUDGED = re.compile(
 )
 _REASON = re.compile(r"\**[,;:]?\s+(?:since|because|as)\b")
 _YES_NO = re.compile(
-    r"[\s*_(]*(?:\W*(?:so|thus|hence|therefore)\W+)?(?P<word>yes|no|true|false)\b(?=\**\s*[,.;:!—–-]|\**\s*$)",
+    rf"[\s*_(]*(?:\W*(?:{SO})\W+)?(?P<word>yes|no|true|false)\b(?=\**\s*[,.;:!—–-]|\**\s*$)",
     re.IGNORECASE,
 )
 _LEADING_WORDS = re.compile(
@@ -81,7 +79,7 @@ _REFUSING_WORDS = re.compile(
     r"|(?:isn't|does not|doesn't|do not|don't|did not|didn't|cannot|can't)\s+(?:work|satisfy|fit"
     r"|hold|count|be|right|correct)|fails)\b",
 )
-# "given in step 5": the number of a place in the text.
+# "given in step 5": the number refers to a place in the text.
 _PLACES = (
     "step part equation eq section line case page chapter figure table problem question exercise"
     " lemma theorem example".split()
@@ -96,10 +94,12 @@ _SUPPOSED = re.compile(
     r"(?:^|[.!?,\n]\s*)(?:if|suppos(?:e|ing)|assum(?:e|ing)|unless)\b(?!.*\bthen\b)[^.,;:\n]*$",
     re.IGNORECASE,
 )
-# A number behind an operator is a part of a sum: 7 + 2 says neither 2 nor + 2.
+# A number after an operator is part of a sum: 7 + 2 states neither 2 nor + 2.
 _OPERATOR_BEFORE = re.compile(r"[\d)\]}]\s*(?:[-+*/×·−]|x|\\times|\\cdot)\s*$")
 _SUM_BEFORE = re.compile(r"(?:[\d.,()+*/×·−x\s-]|\\times|\\cdot)*$")
 _UNFINISHED = re.compile(r"\s*(?:=|\\approx|[-+*/×·−])\s*$")
+# A last line such as 1 = -1.
+_EQUATED = re.compile(r"(?:^|\n)\s*(?P<left>[-−]?\d{1,30})\s*=\s*(?P<right>[-−]?\d{1,30})[\s.]*$")
 _ALTERNATIVE = re.compile(
     r"(?:between\s+)?(?:\$-?\d[\d.,]*\$|[-−]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?)(?:\s[a-z]+)?"
     r"(?:\s*,?\s*(?:(?:or|and/or|или|oder|ou|o)\s+|或者?|または|또는)"
@@ -136,7 +136,7 @@ _LABELLED = re.compile(r"\s*([A-Za-z](?:_\{?\w\}?)?)\s*&?\s*=\s*&?\s*([^=]+)$")
 
 
 def unannounced(text: str) -> tuple[str, bool] | None:
-    """(answer, is it bold) of a text without an announcement; None where nothing can be taken."""
+    """(answer, is it bold) of a text without an announcement; None if there is no answer."""
     if not text.isascii() and HAS_DIGITS.search(text):
         text = text.translate(DIGITS)
     text = without_remarks(text)
@@ -157,7 +157,7 @@ def unannounced(text: str) -> tuple[str, bool] | None:
 
 
 def _judgement(sentence: str) -> str | None:
-    """True or False of 'the statement is not true', the sentence of 'No, it diverges'."""
+    """'False' for 'the statement is not true'; 'No, it diverges' as it is; None otherwise."""
     judged = _JUDGED.search(sentence) if " is " in sentence else None
     if judged is not None and not _NUMBER.search(_without_reason(sentence, judged)):
         is_true = judged["word"].lower() in ("true", "correct", "valid")
@@ -170,14 +170,14 @@ def _judgement(sentence: str) -> str | None:
 
 
 def _without_reason(sentence: str, judged: re.Match[str]) -> str:
-    """The sentence without the reason that stands behind its judgement."""
+    """The sentence without the reason that follows its judgement."""
     is_plain = judged["word"].lower() in ("true", "false")
     has_reason = is_plain and _REASON.match(sentence, judged.end())
     return sentence[: judged.end()] if has_reason else sentence
 
 
 def _solutions(sentence: str) -> str | None:
-    """What a last sentence of the form 'the solutions are x = 1 and x = 2' says."""
+    """The values in a last sentence such as 'the solutions are x = 1 and x = 2'."""
     if " are" not in sentence or len(sentence) > MAX_SENTENCE:
         return None
     match = _SOLUTIONS.search(sentence)
@@ -186,7 +186,7 @@ def _solutions(sentence: str) -> str | None:
 
 
 def _without_aside(text: str, start: int) -> str:
-    """Without the brackets that end the last sentence and explain the value before them."""
+    """Drop a parenthesis at the end of the last sentence that explains the value before it."""
     if ")" not in text[-9:]:
         return text
     aside = _ASIDE.search(text, max(start, len(text) - MAX_SENTENCE))
@@ -197,7 +197,7 @@ def _without_aside(text: str, start: int) -> str:
 
 
 def _without_clause(text: str, start: int) -> str:
-    """Without the clause that ends the last sentence and explains the value before it."""
+    """Drop a clause at the end of the last sentence that explains the value before it."""
     for clause in _EXPLAINING.finditer(text, start):
         is_last_word = _CONCLUDING.search(text, clause.end()) is None
         if is_last_word and any(c.isdigit() for c in text[start : clause.start()]):
@@ -217,7 +217,7 @@ def _last_bold(text: str) -> str | None:
 
 
 def _last_rows(text: str) -> str | None:
-    """The end of an aligned computation that ends the text: the last row, or the last values."""
+    """The result of an aligned computation at the end of the text: its last row or values."""
     if text.rfind("\\begin{") < 0:
         return None
     blocks = list(_ALIGNED.finditer(text[-TAIL:]))
@@ -242,7 +242,7 @@ def _last_rows(text: str) -> str | None:
 
 
 def _whole(text: str) -> str | None:
-    """A completion that is nothing but a formula, or a few words."""
+    """A completion that is only a formula or a few words."""
     text = text.strip()
     if not text or len(text) > MAX_WHOLE_CHARS or "\n" in text:
         return None
@@ -279,7 +279,7 @@ def last_formula(text: str) -> tuple[int, str] | None:
         content = text[start + (2 if double else len(opening)) : stop]
         if len(content) > MAX_BOX_CHARS:
             continue
-        # Two currency signs with prose between them are no formula.
+        # Prose between two dollar signs is not a formula.
         if not content.strip() or (
             opening == "$"
             and re.search(r"[A-Za-z]{3,} +[A-Za-z]{2,}", re.sub(r"\\[a-z]+\{[^}]*\}", "", content))
@@ -304,7 +304,7 @@ def last_number(text: str) -> tuple[int, str] | None:
 
 
 def _last_maths(text: str) -> str | None:
-    """The last formula or number, with the words that change it; refused ones are passed over."""
+    """The last formula or number that is not rejected, with the words that change its value."""
     for _ in range(4):
         formula, number = last_formula(text), last_number(text)
         if formula is not None and (number is None or formula[0] >= number[0]):
@@ -318,6 +318,8 @@ def _last_maths(text: str) -> str | None:
             end, content = number
             if _UNFINISHED.match(text, end):
                 return None  # 7 = ..., and the text ends
+            if _is_false_equation(text):
+                return None
             content = _with_sum(text, end, content)
             start = opening = end - len(content)
             stop = end
@@ -330,8 +332,17 @@ def _last_maths(text: str) -> str | None:
     return None
 
 
+def _is_false_equation(text: str) -> bool:
+    """Does the text end with an equation between two different integers?"""
+    match = _EQUATED.search(text, max(len(text) - MAX_WHOLE_CHARS, 0))
+    if match is None:
+        return False
+    left, right = (int(match[name].replace("−", "-")) for name in ("left", "right"))
+    return left != right
+
+
 def _with_sum(text: str, end: int, number: str) -> str:
-    """The number that ends at `end`, with the sum or product whose last operand it is."""
+    """The number that ends at `end`, with the sum or product that it is the last operand of."""
     digits = number.lstrip("-−+ ")
     before = text[max(end - len(digits) - MAX_NUMBER_CHARS, 0) : end - len(digits)]
     if _OPERATOR_BEFORE.search(before) is None:
@@ -341,7 +352,7 @@ def _with_sum(text: str, end: int, number: str) -> str:
 
 
 def _is_supposed(text: str, end: int) -> bool:
-    """Does the value at `end` stand in a condition: 'if the answer is 5'?"""
+    """Is the value at `end` part of a condition such as 'if the answer is 5'?"""
     before = text[max(end - 120, 0) : end]
     return any(hint in before for hint in _CONDITIONS) and _SUPPOSED.search(before) is not None
 
@@ -354,7 +365,7 @@ def _is_place(text: str, end: int) -> bool:
 
 
 def _widened(text: str, start: int, end: int, content: str) -> str:
-    """The value between start and end, with the words beside it that change it."""
+    """The value between start and end, with the adjacent words that change it."""
     before = text[max(start - 120, 0) : start]
     if any(sign in before for sign in "$€£"):
         money = _EARNED.search(text[max(start - 120, 0) : end + 120])
@@ -371,7 +382,7 @@ def _widened(text: str, start: int, end: int, content: str) -> str:
 
 
 def _words_before(before: str) -> re.Match[str] | None:
-    """The words at the end of `before` that change a value behind them."""
+    """The words at the end of `before` that change the value after them."""
     words = before.rsplit(None, 1)
     found = None
     if words and words[-1].lower() in _LEADING_ENDS:

@@ -1,8 +1,8 @@
-"""What a statement says, without what is said around it: clauses, remarks, corrections, endings.
+"""The value in a statement, without clauses, remarks, corrections and endings around it.
 
-Everything here takes a text of at most MAX_STATED characters. What may be dropped is a closed
-list: words that change the value (negative, half of, at least, squared, not) always stay, and so
-does a clause that offers another value.
+All texts here have at most MAX_STATED characters. Only a closed list of things is dropped: words
+that change the value (negative, half of, at least, squared, not) are kept, and so is a clause that
+offers another value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from rewards.extraction.languages import (
 from rewards.parsing.units import is_unit
 
 MAX_STATED = 2000
-MAX_VALUE = 300  # a stated value is not longer
+MAX_VALUE = 300  # characters of a stated value
+SO = "so|thus|hence|therefore"
+# A formula, bold text, a number with its currency or percent sign, or an option's letter.
+VALUE = (
+    r"\$[^$\n]{1,200}\$|\*\*[^*\n]{1,100}\*\*"
+    r"|[-+−]?(?:\\?[$€£])?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?|\(?\b[A-J]\b\)?"
+)
 
 _SENTENCE_END = re.compile(
     r"(?<!\bvs)(?<!\bSt)(?<!\.)\.(?=\s+[A-Z\"'(]|\s*$)|(?<![\d)])[!?](?=\s+[A-Z\"'(])"
@@ -30,7 +36,7 @@ _SYMBOLS = re.compile(r"[\u2190-\u21ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\U0001f000
 _OPENING = {")": "(", "}": "{", "]": "["}
 _DECORATION = " \t\r\n*_`\"'“”‘’«»"
 
-# Words that open a clause about the answer. After punctuation, or before it where that is safe.
+# Words that open a clause about the answer, some of them only after punctuation.
 _CLAUSE = re.compile(
     r"\s*[,;:.–—-]*\s(?:because|since|as (?:required|expected|desired|needed|shown|stated|we|it"
     r"|there)"
@@ -49,7 +55,7 @@ _CLAUSE = re.compile(
     r"|\s*[，；](?=[^\dA-Za-z$\\\s-])",
     re.IGNORECASE,
 )
-# A remark in brackets: words, not a modulus, a base, a condition or another answer.
+# A remark in brackets; _KEPT_REMARK is a modulus, a base, a condition or another answer.
 _REMARK = re.compile(
     r"(?:(?<=[\w}).%\]*])\s*|(?<=\$)\s)(?:[(（](?P<remark>[^()（）]*)[)）]|(?<=\s)\[(?P<note>[^\[\]]*)\])"
 )
@@ -79,7 +85,7 @@ _INSTEAD = re.compile(
 _TOMBSTONE = re.compile(
     r"\$?\\(?:blacksquare|square|qed|Box|checkmark)(?![A-Za-z])\$?|[∎■□]|\bQED\b"
 )
-# 'B (12 cm)', 'B, 12 cm': an option with its content.
+# 'B (12 cm)', 'B, 12 cm': an option and its content.
 _OPTION = re.compile(
     r"^\(?(?P<letter>[A-J])\)?(?:,|\s[–—-]+(?=.*[a-z]{2})|(?=\s\())\s+(?!and\b|or\b|not\b)"
     r"\(?(?P<content>[^()]*(?:\d|\$|[a-z]{3})[^()]*)\)?$"
@@ -104,7 +110,7 @@ _LETTER_NAME = re.compile(
     r"|вариант|буква)\s)?(?=\(?[A-J]\)?\.?$)",
     re.IGNORECASE,
 )
-# '72 clips altogether in April': what follows a counted noun and says nothing of the number.
+# '72 clips altogether in April': words after a counted noun that do not affect the number.
 _COUNTED = re.compile(
     r"^(?P<head>(?:\\?[$€£]\s?)?[-+]?\d[\d,.]*(?:/\d+)?(?:\s[A-Za-z]{3,}){1,2}?|[$€£]\s?[\d,.]+)"
     r"(?P<tail>\s(?:altogether|in total|in all|all together|overall|combined|total|left|remaining"
@@ -130,7 +136,7 @@ _ASKED_SUM = re.compile(
 
 
 def first_sentence(text: str) -> str:
-    """Up to the end of the first sentence or line; a formula that opens it is kept whole."""
+    """The first sentence or line of the text; a formula at its start is kept whole."""
     text = text.strip()
     start = 0
     for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
@@ -146,10 +152,10 @@ def first_sentence(text: str) -> str:
 
 
 def _undecorated(text: str) -> str:
-    """Without emphasis, quotation marks, and the stop of the sentence."""
+    """The text without emphasis, quotation marks and final punctuation."""
     text = text.strip(_DECORATION).rstrip(",;")
     if text.endswith("!") and text[-3:-1].isalpha():
-        text = text.rstrip("!")  # a cry, not a factorial
+        text = text.rstrip("!")  # an exclamation, not a factorial
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1]
     if text.endswith((")", "}", "]")) and text.count(text[-1]) > text.count(_OPENING[text[-1]]):
@@ -158,7 +164,7 @@ def _undecorated(text: str) -> str:
 
 
 def stated(text: str) -> str:
-    """The answer in what follows 'the answer is', cut at the end of its sentence.
+    """The answer in the text after 'the answer is', up to the end of its sentence.
 
     Example: ``stated("72 clips (36 in each month), as required. Hope it helps.")`` is "72 clips".
     """
@@ -183,9 +189,9 @@ def stated(text: str) -> str:
 
 
 def asked_value(text: str) -> str:
-    """293 of `m + n = 256 + 37 = 293`: a sum of letters is what such a task asks for.
+    """293 for `m + n = 256 + 37 = 293`: the sum of letters that such a task asks for.
 
-    The same behind the parts of it: `m = 256 and n = 37, so m + n = 293`.
+    Also after its parts: `m = 256 and n = 37, so m + n = 293`.
     """
     if "=" not in text or len(text) > MAX_VALUE:
         return text
@@ -213,7 +219,7 @@ def _without_clauses(sentence: str) -> str:
 
 
 def is_aside(remark: str) -> bool:
-    """Do these words in brackets only explain the value before them?"""
+    """Does a remark in brackets only explain the value before it?"""
     if _KEPT_REMARK.match(remark) or _MAGNITUDE.search(remark) or _HEDGE.search(remark):
         return False
     return _LONG_WORD.search(remark) is not None
@@ -222,7 +228,7 @@ def is_aside(remark: str) -> bool:
 def _drop_remark(match: re.Match[str]) -> str:
     remark = match["remark"] if match["remark"] is not None else match["note"]
     if match.string.count("$", 0, match.start()) % 2:
-        return match.group()  # within a formula
+        return match.group()  # inside a formula
     scale = _IN_SCALE.match(remark)
     if scale is not None:
         return f" {scale[1]}"
@@ -245,7 +251,7 @@ def _drop_remark(match: re.Match[str]) -> str:
 
 
 def _cut(sentence: str) -> str:
-    """Up to the first clause about the answer; a clause that offers another value stays."""
+    """The sentence up to its first clause about the answer, unless that offers another value."""
     for match in _CLAUSE.finditer(sentence):
         head, clause = sentence[: match.start()], sentence[match.start() :]
         is_inside = head.count("$") % 2 or head.count("(") > head.count(")")
@@ -278,15 +284,15 @@ _NO_VALUE = re.compile(
 
 
 def num_prose_words(text: str) -> int:
-    """Words that belong to no formula."""
+    """Number of words outside formulas."""
     words = _WORD.findall(_COMMAND.sub(" ", text))
     return sum(word.lower() not in _FORMULA_WORDS for word in words)
 
 
 def is_value(text: str) -> bool:
-    """Is this a value on its own: a number with its unit, a formula, an option, yes or no?
+    """Is this a bare value: a number with its unit, a formula, an option, yes or no?
 
-    A rounded value, a refused one and a numbered heading are none: they overrule no box.
+    Not a rounded or rejected value, nor a numbered heading: these overrule no box.
     """
     if not text or len(text) > MAX_VALUE or _NO_VALUE.search(text):
         return False
@@ -296,5 +302,5 @@ def is_value(text: str) -> bool:
 
 
 def opens_a_value(text: str) -> bool:
-    """Does a text begin with a number, a formula or an option's letter?"""
+    """Does the text begin with a number, a formula or an option's letter?"""
     return _OPENS_A_VALUE.match(text) is not None

@@ -1,1 +1,1 @@
-"""Text of an answer to a typed tree."""
+"""Parses the text of an answer into a typed tree."""

@@ -1,7 +1,7 @@
-r"""Bring an answer to one spelling before it is tokenised: Unicode, LaTeX spacing, wrappers.
+r"""Normalise the spelling of an answer before it is tokenised: Unicode, LaTeX spacing, wrappers.
 
-Only repairs that are unambiguous are made: a form feed before "rac" was `\f`rac, a doubled
-backslash before a command was an escaped one.
+Only unambiguous damage is repaired: a form feed before "rac" was `\f`rac, a doubled backslash
+before a command was an escaped one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _UNICODE = str.maketrans(
     }
 )  # fmt: skip
 
-# A command whose backslash escape was read by an un-raw string: \f, \t, \b, \r, \a, \v, \n.
+# Commands whose first letters were read as an escape sequence: \f, \t, \b, \r, \a, \v, \n.
 _EATEN = [
     ("\x0c", re.compile(r"\x0c(?=rac|lat|orall)"), r"\\f"),
     ("\t", re.compile(r"\t(?=ext|imes|heta|an\b|frac|au\b|o\b|riangle)"), r"\\t"),
@@ -50,7 +50,7 @@ _EATEN = [
     ("\x0b", re.compile(r"\x0b(?=ec|ert)"), r"\\v"),
     ("\n", re.compile(r"\n(?=eq\b|otin\b)"), r"\\n"),
 ]
-# The same where the escape itself was dropped as well.
+# The same, with the escape character dropped as well.
 _LOST = [
     (re.compile(r"(?<![A-Za-z\\])rac(?=\{|\d)"), r"\\frac"),
     (re.compile(r"(?<![A-Za-z\\])ext(?:circ|degree)\b"), r"\\circ "),
@@ -85,7 +85,7 @@ _DISPLAY = re.compile(
 _LEADING = re.compile(
     r"^(?:\s|=(?!=)|:|\\(?:approx|Rightarrow|implies|rightarrow|to|therefore|sim|quad)(?![A-Za-z]))+"
 )
-# ]a, b[ for (a, b): only where the brackets cannot be read inwards.
+# ]a, b[ for (a, b), only if no other reading of the brackets is possible.
 _OUTWARD = re.compile(r"(?:^|\\cup\s*)\]|\[\s*(?:$|\\cup)")
 _PIECE = re.compile(r"^([\[\](])([^\[\]]+,[^\[\]]+)([\[\])])$")
 _GLUED = re.compile(r"(?<=[\d)}])(or|and)(?=[A-Z(\d\\-])")
@@ -94,16 +94,16 @@ _HYPHENATED = re.compile(
     r"\b((?:twen|thir|for|fif|six|seven|eigh|nine)ty)-(?=[a-z])", re.IGNORECASE
 )
 _SQUARE = re.compile(r"(?<=[\d\s{])(sq|cu)\b(?:\.\s*|\s+)(?=[A-Za-z])")
-# 1, 2, 3, ... goes on; a number with dots behind it (0.333...) does not.
+# The ellipsis of 1, 2, 3, ...; not that of 0.333...
 _DOTS = re.compile(r"(?<=,)\s*\.\.\.")
 _MATH_DELIMITER = re.compile(r"\\[()\[\]]")
 
 
 def clean(text: str) -> str:
-    r"""One spelling. Example: ``clean("−½ \\left(x²\\right)")`` is ``"-\frac{1}{2} (x^{2})"``.
+    r"""The normalised text: ``clean("−½ \\left(x²\\right)")`` is ``"-\frac{1}{2} (x^{2})"``.
 
-    Raises LimitExceeded where the text is too long, ParseError where it holds NUL, surrogates or
-    characters that reorder what a reader sees.
+    Raises LimitExceeded if the text is too long, and ParseError if it contains NUL, surrogates or
+    characters that change the displayed order.
     """
     if len(text) > MAX_CHARS:
         raise LimitExceeded
@@ -174,7 +174,7 @@ def _html_tag(match: re.Match[str]) -> str:
 
 
 def _outward_brackets(text: str) -> str:
-    """Each interval of a union with its outward brackets turned into round ones."""
+    """Replace the outward brackets of each interval of a union by parentheses."""
     pieces = []
     for piece in text.split("\\cup"):
         match = _PIECE.match(piece.strip())
@@ -200,7 +200,7 @@ def _simplify_latex(text: str) -> str:
     text = _SIZING.sub(" ", text)
     text = _ROW_SPACE.sub(r"\\\\ ", text)
     text = _HORIZONTAL.sub(" ", text)
-    text = text.replace("\\\\", "\x1f")  # a row break is no spacing command
+    text = text.replace("\\\\", "\x1f")  # a row break is not a spacing command
     text = _SPACES.sub(" ", text)
     text = _MATH_DELIMITER.sub("$", text)
     return text.replace("\x1f", "\\\\")

@@ -1,4 +1,4 @@
-"""A cursor over tokens: what every part of the parser stands on."""
+"""A cursor over tokens, the base class of the parser."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from rewards.parsing.tokens import Token
 class Cursor:
     """Tokens, a position, and the state that brackets save and restore.
 
-    The grammar is spread over subclasses that call each other: numerals, functions, expressions,
-    whole answers. What they call upwards is declared here.
+    The grammar is a chain of subclasses: numerals, functions, expressions, structures, items and
+    whole answers. Methods that are called before they are defined in the chain are declared here.
     """
 
     def __init__(self, tokens: list[Token]) -> None:
@@ -18,10 +18,10 @@ class Cursor:
         self.index = 0
         self.depth = 0
         self.num_open_bars = 0
-        self.is_bar_separator = False  # inside \{x | ...\}, where a bar ends the first part
-        self.domains: dict[str, Node] = {}  # n \in N beside other conditions
-        self.conditions: list[Node] = []  # of the formula before them
-        self.bound: set[str] = set()  # symbols that the answer itself quantifies
+        self.is_bar_separator = False  # inside \{x | ...\}, where a bar is a separator
+        self.domains: dict[str, Node] = {}  # n \in N next to other conditions
+        self.conditions: list[Node] = []  # on the preceding formula
+        self.bound: set[str] = set()  # symbols that the answer quantifies
 
     @property
     def token(self) -> Token:
@@ -29,7 +29,7 @@ class Cursor:
 
     @property
     def following(self) -> Token:
-        """The token behind the current one; the end token stands behind itself."""
+        """The token after the current one; after the end token comes the end token again."""
         return self.tokens[min(self.index + 1, len(self.tokens) - 1)]
 
     def next(self) -> Token:
@@ -59,7 +59,7 @@ class Cursor:
             raise LimitExceeded
 
     def read_subscript(self) -> str:
-        """The subscript behind "_" as one string."""
+        """The subscript after "_" as one string."""
         if not self.at("open", "{"):
             token = self.next()
             if token.kind in ("end", "close"):
@@ -80,19 +80,19 @@ class Cursor:
         return "".join(pieces)
 
     def parse_sum(self) -> Node:
-        """Terms joined by + - and plus-minus."""
+        """Terms joined by +, - and plus-minus."""
         raise NotImplementedError
 
     def parse_product(self) -> Node:
-        """Factors joined by * / and juxtaposition."""
+        """Factors joined by *, / and juxtaposition."""
         raise NotImplementedError
 
     def parse_power(self) -> Node:
-        """A primary with its exponents and postfixes."""
+        """A primary with its exponents and postfix operators."""
         raise NotImplementedError
 
     def parse_exponent(self) -> Node:
-        """What stands behind ^."""
+        """The exponent after ^."""
         raise NotImplementedError
 
     def parse_primary(self) -> Node:
@@ -104,11 +104,11 @@ class Cursor:
         raise NotImplementedError
 
     def parse_item(self, closers: tuple[str, ...]) -> Node | None:
-        """One item of a list; None where it only qualifies the others."""
+        """One item of a list; None if it only qualifies the others."""
         raise NotImplementedError
 
     def parse_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
-        """Items up to a closer, their separators, and whether ';' grouped them into tuples."""
+        """Items up to a closing bracket, their separators, and whether ';' groups them."""
         raise NotImplementedError
 
     def at_modulus(self) -> bool:
@@ -116,14 +116,14 @@ class Cursor:
         raise NotImplementedError
 
     def parse_list(self, opener: str) -> Node:
-        """What follows an opening bracket, up to and with its closing one."""
+        """The rest of a bracketed list after its opening bracket."""
         raise NotImplementedError
 
     def parse_environment(self, token_text: str) -> Node:
-        """What follows a LaTeX environment's beginning, up to and with its end."""
+        """The rest of a LaTeX environment after its \\begin."""
         raise NotImplementedError
 
 
 def product_of(factors: list[Node]) -> Node:
-    """One factor as it is, several as a product."""
+    """The product of the factors, or the only factor."""
     return factors[0] if len(factors) == 1 else Node("mul", tuple(factors))

@@ -1,6 +1,6 @@
-r"""Precedence-climbing parser for scalar expressions: LaTeX and plain, no evaluation.
+r"""Precedence-climbing parser for scalar expressions, in LaTeX or plain text. Evaluates nothing.
 
-Binding, loosest first: + - \pm; * / and juxtaposition; unary sign; ^; postfix ! % degree.
+From loosest to tightest: + - \pm; * / and juxtaposition; unary sign; ^; postfix ! % degree.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ExpressionParser(FunctionParser):
                     break  # 18/day
                 self.next()
                 divisor = self.parse_signed()
-                if divisor.kind in ("percent", "deg"):  # 1/2% is half a per cent
+                if divisor.kind in ("percent", "deg"):  # 1/2% is half a percent
                     quotient = divide(product_of(factors), divisor.args[0])
                     factors = [Node(divisor.kind, (quotient,))]
                 else:
@@ -73,7 +73,7 @@ class ExpressionParser(FunctionParser):
                 factor = self.parse_power()
                 if factor.kind == "open" and factor.name == "mod" and len(factor.args) == 1:
                     factors = [factor._replace(args=(product_of(factors), *factor.args))]
-                elif factor.kind == "rel":  # "(k \in \mathbb{Z})" behind a formula
+                elif factor.kind == "rel":  # "(k \in \mathbb{Z})" after a formula
                     self.bind(factor)
                 else:
                     factors.append(factor)
@@ -83,10 +83,11 @@ class ExpressionParser(FunctionParser):
         return product_of(factors)
 
     def bind(self, condition: Node) -> None:
+        """Record a condition in parentheses after a formula."""
         if condition.name == "in" and condition.args[0].kind == "sym":
             self.bound.add(condition.args[0].name)
         elif "=" in condition.name.split(" "):
-            raise ParseError  # "2 (x = 1)" is no product
+            raise ParseError  # "2 (x = 1)" is not a product
         else:
             self.conditions.append(condition)  # 2x (x > 0)
 
@@ -141,9 +142,9 @@ class ExpressionParser(FunctionParser):
             if self._accept_mark("circ", "degree"):
                 base = self._read_minutes(base)
             elif self._accept_word_mark("th", "st", "nd", "rd", "o", "e"):
-                pass  # 12^{th}, which HardVerify-Math's labels take for 12
+                pass  # 12^{th} is 12 by the labels of HardVerify-Math
             elif self.at("end") or self.at("close"):
-                break  # "90^": the mark was lost
+                break  # "90^" lost its degree sign
             else:
                 exponent = self.parse_exponent()
                 if base.kind == "sym" and "_" not in base.name and self.accept("op", "_"):
@@ -190,8 +191,7 @@ class ExpressionParser(FunctionParser):
             node = self.parse_exponent()
         else:
             node = self.parse_primary()
-            if self.at("op", "^") and not self.at("end"):
-                self.next()
+            if self.accept("op", "^"):
                 node = Node("pow", (node, self.parse_exponent()))
         self.depth -= 1
         return node
@@ -280,14 +280,14 @@ class ExpressionParser(FunctionParser):
         return Node("sym", name=name)
 
     def _is_numbered(self) -> bool:
-        """J(0): a capital with a number in brackets is a function's value, not a product."""
+        """J(0): a capital letter with a number in parentheses is a call, not a product."""
         rest = [token.kind for token in self.tokens[self.index : self.index + 3]]
         return (
             rest == ["open", "num", "close"] and self.at("open", "(") and not self.token.is_spaced
         )
 
     def _is_of_event(self) -> bool:
-        r"""P(X \ge 1): brackets with a relation behind a capital."""
+        r"""P(X \ge 1): a capital letter with a relation in parentheses."""
         if not self.at("open", "(") or self.token.is_spaced:
             return False
         for token in self.tokens[self.index + 1 :]:

@@ -22,7 +22,7 @@ _INVERSE |= {"csc": "acsc", "sinh": "asinh", "cosh": "acosh", "tanh": "atanh"}
 
 
 class FunctionParser(NumeralParser):
-    """Reads functions, fractions, roots, and the tasks that are never evaluated."""
+    """Parses functions, fractions, roots, and tasks (integrals, sums), which are not evaluated."""
 
     def parse_function(self, name: str) -> Node:
         if name == "sqrt":
@@ -70,7 +70,7 @@ class FunctionParser(NumeralParser):
         return product_of(factors) if sign > 0 else negative(product_of(factors))
 
     def parse_argument(self) -> Node:
-        r"""One argument of \frac, \sqrt, \log_: a group, a digit of a longer number, a primary."""
+        r"""One argument of \sqrt or \log_: an optional sign and a primary."""
         if self.at("op", "-"):
             self.next()
             return negative(self.parse_argument())
@@ -107,7 +107,7 @@ class FunctionParser(NumeralParser):
         raise ParseError
 
     def _parse_marked(self, mark: str) -> Node:
-        r"""\bar{x}, \hat{p}_1: another name than x; \hat{i} is the unit vector i."""
+        r"""\bar{x} and \hat{p}_1 are names of their own; \hat{i} is the unit vector i."""
         letter = self.read_subscript()
         if mark == "hat" and letter in ("i", "j", "k"):
             return Node("const", name="i") if letter == "i" else Node("sym", name=letter)
@@ -152,11 +152,11 @@ class FunctionParser(NumeralParser):
         return Node("open", (body, *limits), name)
 
     def at_selection(self) -> bool:
-        """The C3 of 10C3, the P3 of 10P3."""
+        """At the C3 of 10C3 or the P3 of 10P3?"""
         return self.at("sym", "C", "P") and self.following.kind == "num"
 
     def parse_selection(self, top: Node) -> Node:
-        """Combinations (C) or permutations (P) of a number of things, behind that number."""
+        """Combinations (C) or permutations (P) of `top` things."""
         kind = self.expect("sym", "C", "P").text
         self.accept("op", "_")
         bottom = self.parse_argument()
@@ -166,12 +166,12 @@ class FunctionParser(NumeralParser):
         return divide(function("factorial", top), function("factorial", rest))
 
     def at_pair(self) -> bool:
-        """The (10, 3) of C(10, 3)."""
+        """At the (10, 3) of C(10, 3)?"""
         group = self.tokens[self.index : self.index + 5]
         return [token.text if token.kind != "num" else "0" for token in group] == list("(0,0)")
 
     def _read_combinations(self) -> Node | None:
-        """C_n^3 is a binomial coefficient; C_1 alone is a name."""
+        """The binomial coefficient of C_n^3; None for C_1, which is a name."""
         start = self.index
         self.next()
         top = self.parse_argument()

@@ -10,7 +10,9 @@ from rewards.parsing.phrases import (
     ARTICLED,
     DENIALS,
     NUMBERED,
+    OR_MORE,
     ORDINALS,
+    TRAILING,
     VERBS,
     apply,
     comparison_of,
@@ -19,8 +21,6 @@ from rewards.parsing.phrases import (
     joins_number,
     leading_operations,
     number_of,
-    open_end,
-    trailing_operation,
 )
 from rewards.parsing.quantities import compound, quantity_of_product, temperature
 from rewards.parsing.structures import StructureParser
@@ -54,7 +54,7 @@ _INCH = re.compile(r"(?:(?<=^square )|(?<=^cubic )|^)in(?=$|\^)")
 
 
 class ItemParser(StructureParser):
-    """Reads a value with the words around it."""
+    """Parses a value with the words around it."""
 
     def _at_closer(self, closers: tuple[str, ...]) -> bool:
         if self.at("end"):
@@ -64,10 +64,7 @@ class ItemParser(StructureParser):
     def _at_separator(self) -> bool:
         return self.at("op", ",", ";") or self.at("word", *SEPARATOR_WORDS)
 
-    # --- one item --------------------------------------------------------------------------
-
     def parse_item(self, closers: tuple[str, ...]) -> Node | None:
-        """One item of a list; None where it only qualifies the others."""
         if self.at("sym", "a", "A") and self.following.text in ARTICLED:
             self.next()  # a third of 5
         if self.at("word") or self.at("text"):
@@ -75,7 +72,7 @@ class ItemParser(StructureParser):
             if self._at_closer(closers) or self._at_separator():
                 return self._parse_open_end(_text_or_number(words))
             if self.token.text == "(" and self.following.kind == "num":
-                return self._parse_said_twice(words)
+                return self._parse_repeated(words)
             if words[-1] in _EXCEPT and " ".join(words[:-1]) in _ALL_REALS:
                 items, _, _ = self.parse_items(closers)
                 return Node("minus", (Node("sym", name="\\mathbb{R}"), Node("set", tuple(items))))
@@ -95,17 +92,14 @@ class ItemParser(StructureParser):
             operations = leading_operations(words)
             if operations is None:
                 raise ParseError
-            value = self.parse_item(closers)
-            if value is None:
-                raise ParseError
-            return apply(operations, value)
+            return apply(operations, self._parse_value(closers))
         unit = self._accept_currency()
         node = self.parse_relation()
         node = self._parse_suffix(node, closers)
         return Node("unit", (node,), unit) if unit and node.kind != "unit" else node
 
     def _accept_currency(self) -> str:
-        """The unit of a sign of currency in front of a number; empty where there is none."""
+        """The unit of a currency sign before a number, or an empty string."""
         if self.at("op", "-") and self.following.text in CURRENCIES:
             following = self.following
             self.tokens[self.index + 1] = self.token  # -$5 is $-5
@@ -115,21 +109,23 @@ class ItemParser(StructureParser):
         return ""
 
     def _denied(self, words: list[str], closers: tuple[str, ...]) -> Node | None:
-        """Not equal to 5 is read; other denials are no answer. Qualifiers may hold them."""
+        """Parse "not equal to 5"; other denials are not answers, except inside a qualifier."""
         if words[0] in QUALIFIER_WORDS:
             self._skip_qualifier(closers)
             return None
         operations = leading_operations(words)
-        value = self.parse_item(closers) if operations else None
-        if operations is None or value is None:
+        if not operations:
             raise ParseError
-        return apply(operations, value)
+        return apply(operations, self._parse_value(closers))
 
     def _labelled(self, words: list[str], closers: tuple[str, ...]) -> Node:
+        return Node("label", (self._parse_value(closers),), " ".join(words).lower())
+
+    def _parse_value(self, closers: tuple[str, ...]) -> Node:
         value = self.parse_item(closers)
         if value is None:
             raise ParseError
-        return Node("label", (value,), " ".join(words).lower())
+        return value
 
     def _read_words(self) -> list[str]:
         words: list[str] = []
@@ -146,27 +142,26 @@ class ItemParser(StructureParser):
         return words
 
     def _skip_qualifier(self, closers: tuple[str, ...]) -> None:
-        """Pass over "where n is an integer"; the symbols it speaks of count as bound.
+        """Skip "where n is an integer"; the symbols in it count as bound.
 
-        A condition that can be read, "for x > 0", is kept beside the formula.
+        A condition that can be parsed, such as "for x > 0", is kept with the formula.
         """
         start, is_plain = self.index, self.token.text.lower() in _PLAIN_QUALIFIERS
         if is_plain and self._read_condition(closers):
-            stop, self.index = self.index, start
-            self.bound |= {token.text for token in self.tokens[start:stop] if token.kind == "sym"}
-            self.index = stop
+            skipped = self.tokens[start : self.index]
+            self.bound |= {token.text for token in skipped if token.kind == "sym"}
             return
         while not self._at_closer(closers):
             token = self.next()
             if token.text.lower() in _ALTERNATIVE_WORDS:
-                raise ParseError  # "42 if n is even, else 43" gives no one value
+                raise ParseError  # "42 if n is even, else 43" is not one value
             if token.kind == "num" and not is_plain:
                 raise ParseError  # 5 by 7
             if token.kind == "sym":
                 self.bound.add(token.text)
 
     def _skip_condition(self, value: Node, closers: tuple[str, ...]) -> None:
-        """The qualifier behind a value. Raises ParseError for "5 if x > 0", "5 when n is odd"."""
+        """Skip the qualifier after a value. Raises ParseError for "5 if x > 0"."""
         is_case = self.token.text.lower() in ("if", "when", "unless")
         num_before, start = len(self.conditions), self.index
         self._skip_qualifier(closers)
@@ -195,7 +190,7 @@ class ItemParser(StructureParser):
         return True
 
     def _parse_suffix(self, node: Node, closers: tuple[str, ...]) -> Node:
-        """Units, ordinals, qualifiers and end marks behind a value."""
+        """Apply units, ordinals, qualifiers and end marks after a value."""
         if self.token.kind == "end":
             return node
         if self.token.kind == "op" and self.token.text in CURRENCIES:
@@ -225,17 +220,17 @@ class ItemParser(StructureParser):
         if is_ordinal and not {word.lower() for word in words} <= NUMBERED:
             raise ParseError  # the 5th prime
         if is_ordinal and not words:
-            return Node("text", name=f"{node.number}th")  # no 5; but the 5th day is day 5
+            return Node("text", name=f"{node.number}th")  # not 5; but the 5th day is day 5
         while words and words[0].lower() in SCALE_WORDS:
             node = Node("mul", (node, number_node(SCALE_WORDS[words.pop(0).lower()])))
-        while (operation := trailing_operation(words)) is not None:
-            node, words = apply([operation], node), words[1:]
+        while words and words[0].lower() in TRAILING:
+            node, words = apply([TRAILING[words[0].lower()]], node), words[1:]
         if not words:
             return node
         if words[0] == "(" and words[-1] == ")":
-            said = number_of([word.lower() for word in words[1:-1]])
-            if said is not None and not said[1]:
-                if node != number_node(said[0]):
+            spelled = number_of([word.lower() for word in words[1:-1]])
+            if spelled is not None and not spelled[1]:
+                if node != number_node(spelled[0]):
                     raise ParseError
                 return node  # 5 (five)
         name = " ".join(words).replace(" ^ ", "^").replace(" / ", "/")
@@ -249,7 +244,7 @@ class ItemParser(StructureParser):
         return self._parse_rest(node, closers) if self.at("num") else node
 
     def _parse_rest(self, first: Node | None, closers: tuple[str, ...]) -> Node:
-        """The 20 min of 3 h 20 min."""
+        """A compound quantity, parsed up to `first`: 3 h 20 min."""
         rest = self.parse_item(closers)
         if rest is not None and rest.kind != "unit":
             rest = quantity_of_product(rest)
@@ -259,7 +254,7 @@ class ItemParser(StructureParser):
         return whole
 
     def _read_suffix(self, closers: tuple[str, ...]) -> list[str]:
-        """The words behind a value, without braces and the marks of ordinals."""
+        """The words after a value, without braces and ordinal suffixes."""
         pieces: list[str] = []
         while not self._at_closer(closers) and not self._at_separator():
             token = self.token
@@ -282,13 +277,13 @@ class ItemParser(StructureParser):
         return [piece for piece in pieces if piece not in (*ORDINALS, "{", "}")]
 
     def _parse_open_end(self, node: Node) -> Node:
-        """5 or more; 5 and a half. Anything else behind "or" and "and" is another item."""
+        """5 or more; 5 and a half. Anything else after "or" and "and" is another item."""
         words, kinds = [], []
         for token in self.tokens[self.index + 1 : self.index + 4]:
             words.append(token.text.lower())
             kinds.append(token.kind)
         if self.at("word", "or") and kinds[0] == "word":
-            operator = open_end(words[:1])
+            operator = OR_MORE.get(words[0])
             if operator is not None and kinds[1:2] != ["word"]:
                 self.index += 2
                 return Node("rel", (UNNAMED, node), operator)
@@ -299,13 +294,13 @@ class ItemParser(StructureParser):
                 return Node("num", number=node.number + fraction)
         return node
 
-    def _parse_said_twice(self, words: list[str]) -> Node:
+    def _parse_repeated(self, words: list[str]) -> Node:
         """five (5)."""
-        said = _text_or_number(words)
+        spelled = _text_or_number(words)
         self.next()
         value = self.parse_sum()
         self.expect("close", ")")
-        if said != value:
+        if spelled != value:
             raise ParseError
         return value
 
@@ -319,15 +314,15 @@ class ItemParser(StructureParser):
 
 
 def _text_or_number(words: list[str]) -> Node:
-    """A number word is its number; other words are text."""
+    """The number that the words spell, else a text."""
     if " ".join(words) in _ALL_REALS:
         return Node("sym", name="\\mathbb{R}")
     for start in range(min(len(words), 6)):
         operations = leading_operations(words[:start])
-        said = number_of(words[start:])
-        if operations is None or said is None:
+        spelled = number_of(words[start:])
+        if operations is None or spelled is None:
             continue
-        value, rest = said
+        value, rest = spelled
         if is_loaded(rest):
             break
         node = apply(operations, number_node(value))

@@ -1,4 +1,4 @@
-"""Left-hand sides that only name a value: x, f(x), |AB|, m + n."""
+"""Left-hand sides that just name a value: x, f(x), |AB|, m + n."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _BINDING_TASKS = frozenset({"integral", "sum", "product", "lim", "derivative"})
 
 
 def is_equation(node: Node) -> bool:
-    """Operands joined by equality signs alone."""
+    """Is this a relation with only equality signs?"""
     return node.kind == "rel" and set(node.name.split(" ")) <= _EQUALITIES
 
 
 def is_name(node: Node) -> bool:
-    r"""Can this be a left-hand side that only names a value: x, f(x), |AB|, (x, y), a:b?"""
+    r"""Can this be a left-hand side that just names a value: x, f(x), |AB|, (x, y), a:b?"""
     kind = node.kind
     if kind in ("sym", "call"):
         return True
@@ -44,7 +44,7 @@ def is_name(node: Node) -> bool:
 
 
 def _is_segment(node: Node) -> bool:
-    r"""A letter of AB, or the NO and the 1 / BO of \frac{NO}{BO}."""
+    r"""Is this a product or quotient of capital letters, such as AB or \frac{NO}{BO}?"""
     if node.kind == "mul":
         return all(map(_is_segment, node.args))
     if node.kind == "pow" and node.args[1] == MINUS_ONE:
@@ -53,7 +53,7 @@ def _is_segment(node: Node) -> bool:
 
 
 def is_asked(node: Node) -> bool:
-    """m + n, 100a + b, pq: what a question asks for of the parts of an answer, never x + y."""
+    """m + n, 100a + b, pq: combinations of an answer's parts that questions ask for; not x + y."""
     terms = node.args if node.kind == "add" else (node,)
     letters = []
     for term in terms:

@@ -1,4 +1,4 @@
-"""The typed syntax tree of an answer, and the limits under which it is built."""
+"""The typed syntax tree of an answer, and size limits."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import NamedTuple
 MAX_CHARS = 4096
 MAX_TOKENS = 2048
 MAX_NESTING = 32  # of brackets
-MAX_DEPTH = 200  # of the parser's own calls: a bracket costs about six
+MAX_DEPTH = 200  # of the parser's calls: a bracket takes about six
 MAX_DIGITS = 1024  # of one number
 MAX_EXACT_BITS = 16_384  # of an exact result
 
 
 class LimitExceeded(Exception):
-    """The text is larger, or its exact value would be, than the verifier looks at."""
+    """The text, or its exact value, is too large for the verifier."""
 
 
 class ParseError(Exception):
-    """The text is not an answer in the grammar."""
+    """The text is not an answer by the grammar."""
 
 
 class Node(NamedTuple):
-    """One node. `kind` says how to read the rest.
+    """One node. `kind` determines the meaning of the other fields.
 
     | kind | name | args |
     |---|---|---|
@@ -44,7 +44,7 @@ class Node(NamedTuple):
     | congruence | "" | (left, right, modulus) |
     | matrix | "" | rows, each a seq |
     | text | normalised words | () |
-    | raw | text outside the grammar, equal to itself alone | () |
+    | raw | text outside the grammar, equal only to itself | () |
     | label | its words | (value,) |
 
     Example: ``Node("pow", (Node("sym", name="x"), number_node(2)))`` is x^2.
@@ -66,11 +66,11 @@ MINUS_ONE = number_node(-1)
 HALF = number_node(Fraction(1, 2))
 INFINITY = Node("const", name="inf")
 PI = Node("const", name="pi")
-UNNAMED = Node("sym", name="\\unnamed")  # what "at least 5" speaks of
+UNNAMED = Node("sym", name="\\unnamed")  # the unknown of "at least 5"
 
 
 def negative(node: Node) -> Node:
-    """-node, folded into a literal number."""
+    """-node, folded if it is a literal number."""
     if node.kind == "num":
         return node._replace(number=-node.number)
     if node.kind == "mul":
@@ -84,7 +84,7 @@ def divide(numerator: Node, denominator: Node) -> Node:
 
 
 def replace(node: Node, old: Node, new: Node) -> Node:
-    """The tree with every `old` in it replaced."""
+    """The tree with every `old` replaced by `new`."""
     if node == old:
         return new
     if not node.args:
@@ -98,7 +98,7 @@ GOLDEN_RATIO = Node(
 
 
 def function(name: str, *args: Node) -> Node:
-    """A function of known meaning."""
+    """A call of a known function."""
     return Node("func", args, name)
 
 
@@ -116,7 +116,7 @@ def walk(node: Node) -> list[Node]:
 
 
 def walk_to_tasks(node: Node) -> list[Node]:
-    """Every node that does not stand inside an open task; the tasks themselves included."""
+    """Every node outside open tasks, and the tasks themselves."""
     found = [node]
     for item in found:
         if item.kind != "open":
@@ -135,7 +135,7 @@ def symbols(node: Node) -> frozenset[str]:
 
 
 def rename(node: Node, names: dict[str, str]) -> Node:
-    """The tree with its symbols renamed."""
+    """The tree with symbols renamed; `names` maps old names to new ones."""
     if node.kind == "sym":
         return node._replace(name=names.get(node.name, node.name))
     if not node.args:

@@ -10,14 +10,14 @@ from rewards.parsing.nodes import LimitExceeded, Node, ParseError, divide, numbe
 from rewards.parsing.tokens import Token
 from rewards.parsing.vocabulary import NUMBER_WORDS
 
-MAX_PRINTED_EXPONENT = 3000  # with MAX_DIGITS, below the 4,300 digits that int and str convert
+MAX_PRINTED_EXPONENT = 3000  # with MAX_DIGITS, below the 4,300 digits that int() accepts
 
 
 class NumeralParser(Cursor):
-    """Reads what is made of digits."""
+    """Parses everything made of digits."""
 
     def _read_minutes(self, degrees: Node) -> Node:
-        r"""60^\circ 42' 30'' in degrees."""
+        r"""60^\circ 42' 30'', parsed up to its degrees."""
         total = [degrees]
         for size in (60, 3600):
             mark = self.following if self.at("num") else None
@@ -74,7 +74,7 @@ class NumeralParser(Cursor):
         return number_node(start + tail)
 
     def _read_mixed_part(self) -> Fraction | None:
-        r"""The \frac{1}{2} of 1\frac{1}{2}, the 1/2 of "1 1/2"; None where there is none."""
+        r"""The \frac{1}{2} of 1\frac{1}{2}, the 1/2 of "1 1/2"; None if there is none."""
         rest = self.tokens[self.index : self.index + 8]
         pattern = "".join({"num": "0", "end": "."}.get(t.kind, t.text) for t in rest)
         match = re.match(r"frac(\{0\}|0)(\{0\}|0)?|0/0", pattern)

@@ -1,4 +1,4 @@
-"""Parser for whole answers: items, the lists they make, and the domains beside them."""
+"""Parser for whole answers: lists of items, and domains of their symbols."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EMPTY_BASE = re.compile(r"\{\}\s*(?=[\^_])")  # {}^{10}C_3
 
 
 class Parsed(NamedTuple):
-    """A tree and the symbols that the answer itself quantifies ("for some integer t")."""
+    """A tree and the symbols that the answer quantifies ("for some integer t")."""
 
     node: Node
     bound: frozenset[str]
@@ -39,10 +39,10 @@ def parse(text: str) -> Parsed:
 
 
 class AnswerParser(ItemParser):
-    """Adds what stands around scalar expressions."""
+    """Parses a whole answer."""
 
     def parse_answer(self) -> Node:
-        """The whole token list as one node; a list node where it has several items."""
+        """All tokens as one node; a list node if there are several items."""
         items, separators, has_groups = self.parse_items(())
         if not self.at("end") or not items:
             raise ParseError
@@ -52,7 +52,7 @@ class AnswerParser(ItemParser):
         return Node("list", tuple(items), "groups" if has_groups else name)
 
     def parse_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
-        """Items up to a closer; with both ',' and ';', the groups between ';' are tuples."""
+        """Items up to a closing bracket; with both ',' and ';', groups between ';' are tuples."""
         groups: list[list[Node]] = [[]]
         separators: set[str] = set()
         while not self._at_closer(closers):
@@ -84,7 +84,7 @@ class AnswerParser(ItemParser):
         return [item for group in groups for item in group], separators, False
 
     def _without_domains(self, items: list[Node]) -> list[Node]:
-        r"""Drop "k \in \mathbb{Z}" beside other items, and note that it binds k."""
+        r"""Drop "k \in \mathbb{Z}" next to other items, and bind k."""
         kept = []
         for item in items:
             is_domain = (
@@ -103,7 +103,7 @@ class AnswerParser(ItemParser):
 
 
 def _are_equations(items: list[Node]) -> bool:
-    """x = 1, y = 2: before an 'or', one solution."""
+    """Is this several equations (x = 1, y = 2), which are one solution before an 'or'?"""
     return len(items) > 1 and all(item.kind == "rel" and item.name == "=" for item in items)
 
 

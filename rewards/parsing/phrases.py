@@ -1,7 +1,7 @@
-"""Words around a value: what they do to it, and which say nothing of it.
+"""Words around a value, and how they change it.
 
-A closed list of words is harmless; some are read (negative, half of, squared, at least); a value
-among any others is no answer.
+A closed list of words is ignored; some are interpreted (negative, half of, squared, at least); with
+any other words, a value is not an answer.
 """
 
 from __future__ import annotations
@@ -47,17 +47,12 @@ _LEADING = {
     for name, phrases in table.items()
     for phrase in phrases.split("|")
 }
-_TRAILING = {"squared": "square", "cubed": "cube", "factorial": "factorial", "doubled": "double"}
-_OR_MORE = dict.fromkeys(("more", "greater", "higher", "above", "larger"), ">=")
-_OR_MORE |= dict.fromkeys(("less", "fewer", "lower", "below", "smaller"), "<=")
+TRAILING = {"squared": "square", "cubed": "cube", "factorial": "factorial", "doubled": "double"}
+OR_MORE = dict.fromkeys(("more", "greater", "higher", "above", "larger"), ">=")
+OR_MORE |= dict.fromkeys(("less", "fewer", "lower", "below", "smaller"), "<=")
 ORDINALS = ("th", "st", "nd", "rd")
 NUMBERED = frozenset("day month floor grade century place row year week position person".split())
-ARTICLED = frozenset(_PARTS) | {
-    "total",
-    "minimum",
-    "maximum",
-    *SCALE_WORDS,
-}  # behind "a", which is no name then
+ARTICLED = frozenset({*_PARTS, *SCALE_WORDS, "total", "minimum", "maximum"})  # after "a"
 VERBS = frozenset({"is", "are", "equals", "was", "were", "be", "equal", "must"})
 DENIALS = frozenset(
     "not no never neither nor none without except excluding but isn doesn don won cannot"
@@ -65,7 +60,7 @@ DENIALS = frozenset(
     " either or unless whether if anything nothing everything instead rather than unlikely"
     " unknown guess contradiction doubt unsure uncertain hardly nearly almost wait".split()
 )
-# Beside a value these change it, or make a statement of it.
+# Next to a value, these change it or make a statement about it.
 _LOADED = (
     DENIALS
     | frozenset(_PARTS)
@@ -97,7 +92,7 @@ _AFTERWORDS = re.compile(
 
 
 def leading_operations(words: list[str]) -> list[str] | None:
-    """What the words in front of a value do to it, outermost first; None where they are unknown."""
+    """The operations of the words before a value, outermost first; None if a word is unknown."""
     found: list[str] = []
     position = 0
     while position < len(words):
@@ -120,20 +115,20 @@ def leading_operations(words: list[str]) -> list[str] | None:
 
 
 def _part_of(words: list[str], position: int) -> tuple[str, int] | None:
-    """(operation, position behind) of "half of", "a third of", "two thirds of"."""
+    """(operation, next position) for "half of", "a third of", "two thirds of"."""
     for size in (1, 2):
-        behind = position + size
-        size_words = words[position:behind]
-        if size == 1 and size_words[0] in _PARTS:
-            size_words = ["one", *size_words]
-        fraction = fraction_of(size_words)
-        if fraction is not None and words[behind : behind + 1] == ["of"]:
-            return str(fraction), behind + 1
+        end = position + size
+        part_words = words[position:end]
+        if size == 1 and part_words[0] in _PARTS:
+            part_words = ["one", *part_words]
+        fraction = fraction_of(part_words)
+        if fraction is not None and words[end : end + 1] == ["of"]:
+            return str(fraction), end + 1
     return None
 
 
 def fraction_of(words: list[str]) -> Fraction | None:
-    """half, a third, one half, three quarters; None for other words."""
+    """The value of half, a third, one half, three quarters; None for other words."""
     if words and words[0] in ("a", "an"):
         words = ["one", *words[1:]]
     if len(words) == 1 and words[0] in ("half", "quarter"):
@@ -144,7 +139,7 @@ def fraction_of(words: list[str]) -> Fraction | None:
 
 
 def apply(operations: list[str], value: Node) -> Node:
-    """The value under the operations, the last one first. Raises ParseError."""
+    """Apply the operations to a value, last one first. Raises ParseError."""
     for place, name in enumerate(reversed(operations)):
         if value.kind in ("list", "text", "label") or (value.kind == "rel" and name != "same"):
             raise ParseError
@@ -176,18 +171,8 @@ def _applied(name: str, value: Node) -> Node:
     return Node("mul", (number_node(Fraction(name) if factor is None else factor), value))
 
 
-def trailing_operation(words: list[str]) -> str | None:
-    """What the first word behind a value does to it."""
-    return _TRAILING.get(words[0].lower()) if words else None
-
-
-def open_end(words: list[str]) -> str | None:
-    """The relation of "or more", "or less"."""
-    return _OR_MORE.get(words[0]) if words else None
-
-
 def comparison_of(words: list[str]) -> str | None:
-    """The relation that "is", "is at least" state between a name and a value; None for others."""
+    """The operator of "is", "is at least" between a name and a value; None for other words."""
     while words and words[0] in VERBS:
         words = words[1:]
     found = leading_operations(words)
@@ -199,12 +184,12 @@ def comparison_of(words: list[str]) -> str | None:
 
 
 def is_loaded(words: list[str]) -> bool:
-    """Does a word behind a value change it, or speak of it?"""
+    """Does any word after a value change it or comment on it?"""
     return any(word.lower() in _LOADED for word in words)
 
 
 def number_of(words: list[str]) -> tuple[Fraction, list[str]] | None:
-    """(value, words behind it) of "twenty one", "two hundred and five", "three quarters"."""
+    """(value, remaining words) of "twenty one", "two hundred and five", "three quarters"."""
     for size in (2, 1):
         fraction = fraction_of(words[:size])
         if fraction is not None:
@@ -232,43 +217,43 @@ def number_of(words: list[str]) -> tuple[Fraction, list[str]] | None:
 
 
 def _below_hundred(words: list[str], position: int) -> tuple[int | None, int]:
-    """(value, position behind) of "five", "twenty" and "twenty one"; None for other words."""
+    """(value, next position) of "five", "twenty", "twenty one"; the value is None otherwise."""
     value = NUMBER_WORDS.get(words[position])
     if value is None or words[position] in SCALE_WORDS:
         return None, position
-    behind = words[position + 1] if position + 1 < len(words) else ""
-    if value >= 20 and 0 < NUMBER_WORDS.get(behind, 0) < 10:
-        return value + NUMBER_WORDS[behind], position + 2
+    following = words[position + 1] if position + 1 < len(words) else ""
+    if value >= 20 and 0 < NUMBER_WORDS.get(following, 0) < 10:
+        return value + NUMBER_WORDS[following], position + 2
     return value, position + 1
 
 
 def joins_number(before: str, words: list[str]) -> bool:
-    """Is the "and" between "two hundred" and "five" a part of the number?"""
+    """Is this the "and" of a number such as "two hundred and five"?"""
     is_scale = before in ("hundred", "thousand", "million", "billion")
     return is_scale and words[:1] == ["and"] and words[1:] != [] and words[1] in NUMBER_WORDS
 
 
 def states_value(before: str, after: str) -> bool:
-    """Does a sentence state the value that stands between its two parts, and nothing else of it?
+    """Does a sentence just state the value between its two parts?
 
-    In front: harmless words alone, or a subject, a verb and harmless words. Behind: at most words
-    that name what is counted. "Half of 5" and "5 is incorrect" state no value.
+    Before it: only filler words, or a subject, a verb and filler words. After it: at most words
+    that name what is counted. "Half of 5" and "5 is incorrect" do not state 5.
     """
     if after.startswith(ORDINALS) and not set(_words_of(after)[1:]) <= NUMBERED:
         return False  # the 5th prime
-    before = _ASIDE.split(before)[-1]  # "it is not 10 which is 20" speaks of 20
-    ours, theirs = _words_of(before), _words_of(after)
-    if DENIALS & {*ours, *theirs}:
+    before = _ASIDE.split(before)[-1]  # "it is not 10 which is 20" states 20
+    words_before, words_after = _words_of(before), _words_of(after)
+    if DENIALS & {*words_before, *words_after}:
         return False
-    if theirs and not _AFTERWORDS.match(" ".join(theirs)) and is_loaded(theirs):
+    if words_after and not _AFTERWORDS.match(" ".join(words_after)) and is_loaded(words_after):
         return False
-    while ours and ours[-1] in FILLER_WORDS and ours[-1] not in _STATING:
-        ours.pop()
-    if ours[-1:] == ["to"]:
-        return len(ours) > 1 and ours[-2] in _LEADING_TO
-    if not ours:
+    while words_before and words_before[-1] in FILLER_WORDS and words_before[-1] not in _STATING:
+        words_before.pop()
+    if words_before[-1:] == ["to"]:
+        return len(words_before) > 1 and words_before[-2] in _LEADING_TO
+    if not words_before:
         return re.search(r"\d", before) is None  # 4 to 5
-    return ours[-1] in _STATING or re.search(r"[=:≈]\W*$", before) is not None
+    return words_before[-1] in _STATING or re.search(r"[=:≈]\W*$", before) is not None
 
 
 def _words_of(text: str) -> list[str]:

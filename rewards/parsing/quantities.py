@@ -1,4 +1,4 @@
-"""Quantities as answers write them: 9.8 m/s^2, 3 h 20 min, -3 degrees C."""
+"""Quantities in answers: 9.8 m/s^2, 3 h 20 min, -3 degrees C."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _TEMPERATURES = {"C": "celsius", "F": "fahrenheit", "K": "K"}
 
 
 def quantity_of_product(node: Node) -> Node | None:
-    r"""5 m^2, 9.8 \\frac{m}{s^2}: a product of a number with symbols of units, as a quantity.
+    r"""A product of numbers and unit symbols as a quantity: 5 m^2, 9.8 \frac{m}{s^2}.
 
     None for other products.
     """
@@ -30,7 +30,7 @@ def quantity_of_product(node: Node) -> Node | None:
 
 
 def _unit_powers(node: Node, exponent: int) -> list[tuple[str, int]] | None:
-    """Unit symbols with their exponents; None where anything else takes part."""
+    """Unit symbols with their exponents; None if there is anything else."""
     if node.kind == "sym" and is_unit(node.name):
         return [(node.name, exponent)]
     if node.kind == "pow" and node.args[1].kind == "num":
@@ -45,7 +45,7 @@ def _unit_powers(node: Node, exponent: int) -> list[tuple[str, int]] | None:
 
 
 def temperature(node: Node, letter: str) -> Node | None:
-    r"""-3^\\circ with a C behind it as a temperature; None where the node is no angle."""
+    r"""The temperature of -3^\circ followed by C; None if the node is not an angle."""
     value = _without_degrees(node)
     return None if value is None else Node("unit", (value,), _TEMPERATURES[letter])
 
@@ -59,7 +59,7 @@ def _without_degrees(node: Node) -> Node | None:
 
 
 def compound(first: Node, second: Node) -> Node | None:
-    """3 h and 20 min as one quantity; None where they do not add up, largest unit first."""
+    """3 h and 20 min as one quantity; None unless the second unit is a smaller one of its kind."""
     if first.kind != "unit" or second.kind != "unit":
         return None
     larger, smaller = read_unit(first.name), read_unit(second.name)

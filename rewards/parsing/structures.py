@@ -1,4 +1,4 @@
-"""What stands around scalar expressions: relations, ratios, sets, brackets, environments."""
+"""Parser for relations, ratios, sets, brackets and environments."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ _MATRIX_NAMES = frozenset({"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatr
 
 
 class StructureParser(ExpressionParser):
-    """Reads relations, sets and environments; their items are a subclass's to read."""
-
-    # --- relations, sets -------------------------------------------------------------------
+    """Parses relations, sets and environments; subclasses parse their items."""
 
     def parse_relation(self) -> Node:
         self._mark_called_head()
-        # "< 5" says of an unknown that has no name here that it is less than 5.
+        # "< 5" is about an unknown without a name.
         is_bare = self.token.kind == "op" and self.at("op", "<", ">", "<=", ">=", "!=")
         operands = [UNNAMED if is_bare else self.parse_set_operation()]
         operators: list[str] = []
@@ -43,7 +41,7 @@ class StructureParser(ExpressionParser):
         return Node("rel", tuple(operands), " ".join(operators))
 
     def _congruence(self, operands: list[Node]) -> Node | None:
-        r"""a \equiv b \pmod{m}, or with a bare (m) behind it; None where no modulus is given."""
+        r"""a \equiv b \pmod{m}, or followed by a bare (m); None without a modulus."""
         last = operands[-1]
         if len(operands) == 2 and last.kind == "open" and last.name == "mod":
             return Node("congruence", (operands[0], *last.args))
@@ -55,7 +53,7 @@ class StructureParser(ExpressionParser):
         return None
 
     def at_modulus(self) -> bool:
-        r"""The bare (5) of x \equiv 2 (5)."""
+        r"""At the bare (5) of x \equiv 2 (5)?"""
         group = self.tokens[self.index : self.index + 3]
         return (
             len(group) == 3
@@ -67,10 +65,10 @@ class StructureParser(ExpressionParser):
         )
 
     def _mark_called_head(self) -> None:
-        """`T(10) = 2`: a letter with brackets before a relation sign is a function's value."""
+        """`T(10) = 2`: a letter with parentheses before a relation sign is a function value."""
+        self._called_head = -1
         index = self.index
         if self.tokens[index].kind != "sym" or self.tokens[index + 1].text != "(":
-            self._called_head = -1
             return
         depth = 0
         for position in range(index + 1, len(self.tokens)):
@@ -82,10 +80,9 @@ class StructureParser(ExpressionParser):
                 is_plain = all(t.kind in ("sym", "num") or t.text in (",", "-") for t in content)
                 is_own = any(t.text == self.tokens[index].text for t in content)
                 is_relation = follower.kind == "op" and follower.text in _HEAD_RELATIONS
-                is_head = is_relation and is_plain and not is_own
-                self._called_head = index if is_head else -1
+                if is_relation and is_plain and not is_own:
+                    self._called_head = index
                 return
-        self._called_head = -1
 
     _called_head = -1
     num_attempts = 0  # at reading braces as a set-builder
@@ -117,7 +114,6 @@ class StructureParser(ExpressionParser):
         return parts[0] if len(parts) == 1 else Node("ratio", tuple(parts))
 
     def parse_list(self, opener: str) -> Node:
-        """What follows an opening bracket, up to and with its closing one."""
         self.enter()
         if opener not in _CLOSERS:
             raise ParseError
@@ -137,7 +133,7 @@ class StructureParser(ExpressionParser):
             return self.parse_items(closers)
         self.num_attempts += 1
         if self.num_attempts > MAX_ATTEMPTS:
-            raise LimitExceeded  # every nested attempt doubles the work
+            raise LimitExceeded  # each nested attempt doubles the work
         start = self.index
         try:
             first = self.parse_relation()
@@ -161,7 +157,7 @@ class StructureParser(ExpressionParser):
         return self.parse_items(closers)
 
     def _has_bar(self) -> bool:
-        """Does a bar or colon stand in this bracket itself, not in one inside it?"""
+        """Does this bracket contain a bar or colon, outside nested brackets?"""
         depth = 0
         for token in self.tokens[self.index :]:
             depth += {"open": 1, "close": -1}.get(token.kind, 0)
@@ -170,8 +166,6 @@ class StructureParser(ExpressionParser):
             if depth == 0 and token.kind == "op" and token.text in ("|", ":"):
                 return True
         return False
-
-    # --- environments ----------------------------------------------------------------------
 
     def parse_environment(self, token_text: str) -> Node:
         if not token_text.startswith("\\begin"):
@@ -225,7 +219,7 @@ def _bracketed(opener: str, closer: str, items: list[Node]) -> Node:
             return items[0]
         return Node("set", tuple(items))
     if (opener == "(") != (closer == ")") and opener != "<" and len(items) != 2:
-        raise ParseError  # only an interval may open and close differently
+        raise ParseError  # only an interval may have two kinds of brackets
     if len(items) == 1:
         return items[0]
     name = "<>" if opener == "<" else opener + closer

@@ -1,4 +1,4 @@
-"""Tokens of a cleaned answer, with the limits enforced as they are made."""
+"""Tokeniser for cleaned answers; enforces size limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rewards.parsing.vocabulary import (
 class Token(NamedTuple):
     """`kind`: num, sym, const, func, cmd, op, word, text, env, open, close, end.
 
-    `is_spaced`: white space stood before it. `position`: where it starts in the cleaned text.
+    `is_spaced`: preceded by white space. `position`: where it starts in the cleaned text.
     """
 
     kind: str
@@ -49,10 +49,14 @@ _OPERATORS = {
     "<=": "<=", "=<": "<=", ">=": ">=", "!=": "!=", "==": "=", ":=": "=", "**": "^", "=>": "to",
     "->": "to", "*": "*",
 }  # fmt: skip
+_ESCAPED = {  # \# and \_ are ignored
+    "\\{": ("open", "\\{"), "\\}": ("close", "\\}"), "\\%": ("op", "%"),
+    "\\$": ("op", "currency"), "\\|": ("op", "|"), "\\\\": ("op", "row"), "\\&": ("word", "and"),
+}  # fmt: skip
 
 
 def tokenize(text: str) -> list[Token]:
-    """Tokens of a cleaned text, closed by one of kind "end".
+    """Tokens of a cleaned text; the last one is of kind "end".
 
     Raises LimitExceeded (count, nesting, digits) and ParseError (a character out of place).
     """
@@ -93,7 +97,7 @@ def tokenize(text: str) -> list[Token]:
             tokens.append(Token(kind, piece, is_spaced, start))
         elif kind == "dots":
             tokens.append(Token("sym", "\\ldots", is_spaced, start))
-        # A lone dot ends a sentence: it carries nothing.
+        # A lone dot only ends a sentence.
         is_spaced = False
         if len(tokens) > MAX_TOKENS:
             raise LimitExceeded
@@ -102,7 +106,7 @@ def tokenize(text: str) -> list[Token]:
 
 
 def _track(piece: str, brackets: list[str]) -> None:
-    """Keep the stack of open brackets."""
+    """Update the stack of open brackets."""
     if piece in ("(", "[", "{", "\\{"):
         brackets.append(piece)
         if len(brackets) > MAX_NESTING:
@@ -119,7 +123,7 @@ def _split_at_commas(piece: str, tokens: list[Token], is_spaced: bool, start: in
 
 
 def _split_letters(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
-    """A run of letters is a function, a word, a unit, or a product of symbols."""
+    """Append a run of letters as a function, a word, a unit, or a product of symbols."""
     lowered = piece.lower()
     if piece in FUNCTIONS and not (piece == "min" and is_spaced and _follows_operand(tokens)):
         tokens.append(Token("func", FUNCTIONS[piece], is_spaced, start))
@@ -148,7 +152,7 @@ def _split_letters(piece: str, tokens: list[Token], is_spaced: bool, start: int)
 
 
 def _is_short_word(piece: str, tokens: list[Token], is_spaced: bool) -> bool:
-    """`x is 5` holds a word; `e^{-at^2}` and `aE(X) + bE(Y)` hold products of letters."""
+    """`x is 5` contains a word; `e^{-at^2}` and `aE(X) + bE(Y)` contain products of letters."""
     if piece.lower() not in WORDS or not (piece.islower() or piece.istitle()):
         return False
     if is_spaced or not tokens or _follows_operand(tokens):
@@ -157,7 +161,7 @@ def _is_short_word(piece: str, tokens: list[Token], is_spaced: bool) -> bool:
 
 
 def _follows_operand(tokens: list[Token]) -> bool:
-    """Does a unit make sense here: behind a number, be it in braces of its own (800{ml})?"""
+    """Can a unit follow, also in braces of its own (800{ml})?"""
     last = next((token for token in reversed(tokens) if token.text != "{"), None)
     if last is None:
         return False
@@ -165,57 +169,42 @@ def _follows_operand(tokens: list[Token]) -> bool:
 
 
 def _read_escaped(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
-    symbol = piece[1]
-    if symbol in "{}":
-        tokens.append(Token("open" if symbol == "{" else "close", piece, is_spaced, start))
-    elif symbol == "%":
-        tokens.append(Token("op", "%", is_spaced, start))
-    elif symbol == "$":
-        tokens.append(Token("op", "currency", is_spaced, start))
-    elif symbol == "|":
-        tokens.append(Token("op", "|", is_spaced, start))
-    elif symbol == "\\":
-        tokens.append(Token("op", "row", is_spaced, start))
-    elif symbol == "&":
-        tokens.append(Token("word", "and", is_spaced, start))
-    # \# and \_ carry nothing.
+    if piece in _ESCAPED:
+        kind, text = _ESCAPED[piece]
+        tokens.append(Token(kind, text, is_spaced, start))
 
 
 def _read_command(
     text: str, piece: str, position: int, tokens: list[Token], is_spaced: bool, start: int
 ) -> int:
-    r"""Append the tokens of a command; the position behind it (and behind its text argument)."""
+    r"""Append the tokens of a command; return the position after it and its text argument."""
     name = piece[1:].rstrip("*")
     if name in TEXT_COMMANDS:
         content, position = _read_braces(text, position)
         _read_text(name, content, tokens, is_spaced, start)
         return position
     if name not in COMMANDS and name not in LETTER_COMMANDS and name not in IGNORED_COMMANDS:
-        # \quadx, \cdotx: the command swallowed the letter behind it.
+        # \quadx, \cdotx: a command and the letter after it.
         for length in range(len(name) - 1, 1, -1):
             if name[:length] in COMMANDS or name[:length] in IGNORED_COMMANDS:
-                return (
-                    start + 1 + length
-                    if _read_known(name[:length], tokens, is_spaced, start)
-                    else position
-                )
+                _read_known(name[:length], tokens, is_spaced, start)
+                return start + 1 + length
         tokens.append(Token("sym", "\\" + name, is_spaced, start))
         return position
     _read_known(name, tokens, is_spaced, start)
     return position
 
 
-def _read_known(name: str, tokens: list[Token], is_spaced: bool, start: int) -> bool:
+def _read_known(name: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
     if name in LETTER_COMMANDS:
         tokens.append(Token("sym", LETTER_COMMANDS[name], is_spaced, start))
     elif name in COMMANDS:
         kind, value = COMMANDS[name]
         tokens.append(Token(kind, value, is_spaced, start))
-    return True
 
 
 def _read_braces(text: str, position: int) -> tuple[str, int]:
-    """Content of the braces at `position` (or the one character there), position behind."""
+    """Content of the braces at `position` (or the one character there), and the next position."""
     while position < len(text) and text[position] == " ":
         position += 1
     if position >= len(text):
@@ -240,7 +229,7 @@ _FORMULA = re.compile(r"[\d\\$^_=+*/<>{}]")
 def _read_text(
     command: str, content: str, tokens: list[Token], is_spaced: bool, start: int
 ) -> None:
-    r"""\text{...}: words stay words; \mathrm{e}, \text{sin} and formulas are read as maths."""
+    r"""Append the content of \text{...}: words, but maths for \mathrm{e}, \text{sin}, formulas."""
     stripped = content.strip()
     if command == "mathbb":
         tokens.append(Token("sym", f"\\mathbb{{{stripped}}}", is_spaced, start))

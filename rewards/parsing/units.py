@@ -1,6 +1,6 @@
 """Units of measurement as products of powers with scales: 45 km/h is 12.5 m/s.
 
-Definitions: SI brochure (BIPM, 9th edition, 2019); feet, miles, pounds and gallons as in NIST
+Definitions: SI brochure (BIPM, 9th edition, 2019); feet, miles, pounds and gallons from NIST
 Handbook 44. A year has twelve months but no fixed number of days.
 """
 
@@ -22,7 +22,7 @@ class Unit(NamedTuple):
     scale: Fraction
 
 
-# Name -> its definition in names above it; the base units define themselves.
+# Each unit is defined by the ones above it.
 _BASES = "m kg s A K mol cd dollar celsius fahrenheit bit euro sterling year"
 _DEFINITIONS = """
 g = 1/1000 kg
@@ -72,7 +72,7 @@ rad = 1
 rpm = 1/60 Hz
 kph = km / h
 """
-# Spellings. Symbols keep their case, long names do not; s is added to long names.
+# Spellings: symbols are case-sensitive, long names are not and have plurals.
 _SYMBOLS = "m g s A K mol N J W Pa Hz C V F Wb T H L l eV cal bar"
 _LONG = {
     "meter": "m", "metre": "m", "gram": "g", "gramme": "g", "second": "s", "sec": "s",
@@ -153,7 +153,7 @@ def _table() -> dict[str, Unit]:
 
 
 TABLE = _table()
-# Letters and short words that are units behind a number.
+# Short words that are units after a number.
 UNIT_WORDS = frozenset(
     "mm cm dm km cms kms mg kg kgs ml mL lb lbs ft yd mi hr hrs sec secs min mins yr yrs"
     " inch mph usd USD Hz kHz MHz kPa Pa kN kJ kW MW kWh eV mol rad ms ns nm oz gal rpm kph kmh th"
@@ -174,7 +174,7 @@ def is_unit(name: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def read_unit(text: str) -> Unit | None:
-    r"""The unit of "cm", "square meters", "km/h", "kg * m^2 / s^2"; None: unknown words."""
+    r"""The unit of "cm", "square meters", "km/h", "kg * m^2 / s^2"; None if a word is unknown."""
     if len(text) > MAX_UNIT_CHARS:
         return None
     text = text.replace("{", " ").replace("}", " ").replace(" per ", " / ").rstrip(" .")
@@ -187,7 +187,7 @@ def read_unit(text: str) -> Unit | None:
 
 
 class _Reader:
-    """Reads the pieces of a unit from left to right; a slash divides by the next factor alone."""
+    """Reads the pieces of a unit from left to right; a slash divides only by the next factor."""
 
     def __init__(self, pieces: list[str]) -> None:
         self.pieces = pieces

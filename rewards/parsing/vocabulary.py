@@ -1,22 +1,19 @@
-"""Literal tables: LaTeX commands, function names, words and units."""
+"""Tables of LaTeX commands, function names and words."""
 
 from __future__ import annotations
 
-FUNCTIONS: dict[str, str] = {
-    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc",
+_PLAIN_NAMES = (
+    "sin cos tan cot sec csc asin acos atan sinh cosh tanh coth ln log lg exp abs floor ceil cis"
+    " gcd lcm det min max arg mod lim sqrt sup inf tr rank dim ker cbrt sgn erf"
+)
+FUNCTIONS: dict[str, str] = {name: name for name in _PLAIN_NAMES.split()} | {
     "cosec": "csc", "tg": "tan", "ctg": "cot", "arcsin": "asin", "arccos": "acos",
-    "arctan": "atan", "arctg": "atan", "asin": "asin", "acos": "acos", "atan": "atan",
-    "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "sinh": "sinh", "cosh": "cosh",
-    "tanh": "tanh", "coth": "coth", "ln": "ln", "log": "log", "lg": "lg", "exp": "exp",
-    "Sin": "sin", "Cos": "cos", "Tan": "tan", "abs": "abs", "floor": "floor", "ceil": "ceil",
-    "cis": "cis", "arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh", "arsinh": "asinh",
-    "arcosh": "acosh", "artanh": "atanh", "gcd": "gcd", "lcm": "lcm", "det": "det", "min": "min",
-    "max": "max", "Re": "re", "Im": "im", "arg": "arg", "mod": "mod", "lim": "lim",
-    "sqrt": "sqrt", "sup": "sup", "inf": "inf", "tr": "tr", "rank": "rank", "dim": "dim",
-    "deg": "degree", "ker": "ker", "cbrt": "cbrt", "sgn": "sgn", "sign": "sgn", "GCD": "gcd",
-    "LCM": "lcm", "erf": "erf",
+    "arctan": "atan", "arctg": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc",
+    "Sin": "sin", "Cos": "cos", "Tan": "tan", "arcsinh": "asinh", "arccosh": "acosh",
+    "arctanh": "atanh", "arsinh": "asinh", "arcosh": "acosh", "artanh": "atanh", "Re": "re",
+    "Im": "im", "deg": "degree", "sign": "sgn", "GCD": "gcd", "LCM": "lcm",
 }  # fmt: skip
-# Named, but their value is the task: never accepted in place of the value.
+# Functions that a question asks to evaluate: not accepted in place of their value.
 OPEN_FUNCTIONS = frozenset(
     {"gcd", "lcm", "det", "min", "max", "mod", "lim", "sup", "inf", "tr", "rank", "dim", "ker"}
     | {"degree", "arg", "re", "im", "erf"}
@@ -98,7 +95,7 @@ NUMBER_WORDS = {
 } | {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80}
 SCALE_WORDS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 NUMBER_WORDS |= {"ninety": 90, "hundred": 100, "thousand": 1000, "none": 0}
-# Short words that would otherwise read as products of letters.
+# Short words that would otherwise be products of letters.
 WORDS = (
     frozenset(
         "and or for if is are the of to in on at by as it no yes not odd even all any none only"
@@ -113,7 +110,7 @@ WORDS = (
     | frozenset(NUMBER_WORDS)
 )
 
-# Words in front of a value that say nothing of it.
+# Words before a value that do not change it.
 FILLER_WORDS = frozenset(
     "only exactly about approximately roughly around just the a an is are be equals answer"
     " answers value values solution solutions of set final total numbers number integers"

@@ -1,1 +1,1 @@
-"""Subprocesses that decide, in bounded time and memory, what the parent cannot cheaply."""
+"""Subprocesses for comparisons that need bounded time and memory."""

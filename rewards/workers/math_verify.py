@@ -1,4 +1,4 @@
-"""Math-Verify as the judge (optional extra). Runs in a worker only, where time is bounded."""
+"""Math-Verify as the judge (optional extra). Runs only in a worker, where time is bounded."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from rewards.types import Verdict
 
 
 def verify_with_math_verify(gold: str, answer: str) -> Verdict:
-    """Both sides are put in a box, the form that Math-Verify reads most surely.
+    """Compare with Math-Verify, both sides boxed: the form it parses most reliably.
 
-    Its own alarm-based timeouts stay off: the pool's deadline replaces them.
+    Its own alarm-based timeouts are off; the pool's deadline replaces them.
     """
     from math_verify import parse, verify
 

@@ -1,9 +1,9 @@
 """Persistent, killable worker processes with a deadline and a memory limit.
 
-No signals and no pickle: a worker is an ordinary subprocess spoken to over pipes, so the pool
-works from any thread, inside asyncio and under a multi-threaded parent, and never imports the
-caller's `__main__`. A worker past its deadline is killed and replaced; one that dies by itself
-has its request tried once more on a fresh worker.
+No signals and no pickle: a worker is an ordinary subprocess that communicates over pipes, so the
+pool works in any thread, inside asyncio and under a multi-threaded parent, and never imports the
+caller's `__main__`. A worker that misses its deadline is killed and replaced; if one dies on its
+own, its request is retried once on a new worker.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ DEFAULT_MEMORY_MB = 1024
 
 
 class WorkerDied(Exception):
-    """The worker's pipe closed before it answered: the process has ended, or is about to."""
+    """The worker's pipe closed before it answered: it has exited or is about to."""
 
 
 class WorkerCannotStart(Exception):
-    """The worker died, or stayed silent, before it was ready."""
+    """The worker died or hung before it was ready."""
 
 
 class DeadlinePassed(Exception):
@@ -43,12 +43,12 @@ class DeadlinePassed(Exception):
 
 
 class Worker:
-    """One subprocess. Starts at once; `wait_ready` blocks until its imports are done."""
+    """One subprocess. Starts immediately; `wait_ready` blocks until its imports are done."""
 
     def __init__(self, memory_mb: int, warm_up: dict[str, Any]) -> None:
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        # One thread per worker: BLAS pools would each reserve address space under RLIMIT_AS.
+        # One thread per worker: a BLAS thread pool would use up address space under RLIMIT_AS.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         command = [
             sys.executable,
@@ -57,8 +57,8 @@ class Worker:
             "rewards.workers.worker",
             str(os.getpid()),
             str(memory_mb),
+            json.dumps(warm_up),
         ]
-        command.append(json.dumps(warm_up))
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -83,7 +83,7 @@ class Worker:
             self.is_ready = True
 
     def has_started(self) -> bool:
-        """Is it ready, or has it said so meanwhile?"""
+        """Is it ready, or has it sent its ready message since?"""
         if not self.is_ready:
             assert self.process.stdout is not None
             poller = select.poll()
@@ -127,14 +127,14 @@ class Worker:
         return data
 
     def exit_code(self) -> int | None:
-        """How it ended; None where it closed its pipe and lives on."""
+        """Its exit code; None if it is still running."""
         try:
             return self.process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
             return None
 
     def kill(self) -> None:
-        """End the process and reap it."""
+        """Kill the process and reap it."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -143,9 +143,9 @@ class Worker:
 
 
 class WorkerPool:
-    """`num_workers` workers at a time, started on first need; safe to call from any thread.
+    """Up to `num_workers` busy workers, started when first needed. Thread-safe.
 
-    `num_spare` more stand by, ready to take the place of one that is killed.
+    `num_spare` more are kept ready to replace a worker that is killed.
     """
 
     def __init__(
@@ -182,8 +182,8 @@ class WorkerPool:
         """The response, or {"status": "timeout" | "crashed"}. Blocks until a worker is free."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         num_deaths = num_kills = num_failed_starts = 0
-        # Death by SIGKILL came from outside (or from the kernel): every worker may have been
-        # killed at once, which must not cost the answer.
+        # SIGKILL comes from outside (or the kernel) and may hit every worker at once; the answer
+        # must not be lost to that.
         while num_deaths < 2 and num_kills <= self.num_workers + self.num_spare + 1:
             worker = self._acquire()
             is_healthy = False
@@ -210,14 +210,14 @@ class WorkerPool:
         return {"correct": False, "status": "crashed", "tier": "none"}
 
     def map(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Responses in the order of the requests, spread over the workers."""
+        """Responses in the order of the requests, computed by the workers in parallel."""
         if self.num_workers == 1 or len(requests) < 2:
             return [self.request(request) for request in requests]
         with ThreadPoolExecutor(min(self.num_workers, len(requests))) as threads:
             return list(threads.map(self.request, requests))
 
     def start(self) -> None:
-        """Start one worker in the background, so that the first hard answer need not wait."""
+        """Start one worker in the background, before the first hard answer needs it."""
         with self._available:
             if not self._workers and not self._is_closed:
                 self._idle.append(self._spawn())
@@ -241,10 +241,10 @@ class WorkerPool:
                 self._available.wait()
 
     def _take_idle(self) -> Worker | None:
-        """An idle worker, one that has finished its imports if there is one."""
+        """An idle worker, preferably one that has finished its imports."""
         for worker in list(self._idle):
             if worker.process.poll() is not None:
-                worker.kill()  # killed from outside while idle: reap it, lose nothing
+                worker.kill()  # killed from outside while idle
                 self._idle.remove(worker)
                 self._workers.discard(worker)
         if not self._idle:
@@ -263,20 +263,20 @@ class WorkerPool:
                 self._workers.discard(worker)
             else:
                 self._idle.append(worker)
-            # The replacement of a killed worker imports while a spare one goes on.
+            # A spare worker takes over while the replacement is still importing.
             while not self._is_closed and len(self._workers) < self._most_busy + self.num_spare:
                 self._idle.append(self._spawn())
             self._available.notify()
 
     def _forget_parents_workers(self) -> None:
-        """After a fork the pipes are shared with the parent: leave its workers alone."""
+        """After a fork the pipes are shared with the parent, whose workers must not be used."""
         if self._pid != os.getpid():
             self._pid = os.getpid()
             self._idle, self._workers = [], set()
             self._num_busy = self._most_busy = 0
 
     def close(self) -> None:
-        """Kill idle workers now and busy ones when they are handed back. Idempotent."""
+        """Kill idle workers now, and busy ones when they are released. Idempotent."""
         with self._available:
             self._forget_parents_workers()
             self._is_closed = True
@@ -306,7 +306,7 @@ def _close_all() -> None:
 
 
 def _reset_locks_after_fork() -> None:
-    """A lock held by another thread at the fork would never be released in the child."""
+    """A lock held by another thread during the fork would never be released in the child."""
     for pool in list(_POOLS):
         pool._available = threading.Condition()
 

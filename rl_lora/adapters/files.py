@@ -8,7 +8,6 @@ has model.safetensors instead.
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -33,6 +32,7 @@ from rl_lora.models.resolve import list_models
 from rl_lora.nn.experts import expert_rank, num_active_experts
 from rl_lora.nn.variants import scaling_of, served_alpha, served_rank
 from rl_lora.storage.directories import atomic_directory
+from rl_lora.storage.jsonl import write_json
 from rl_lora.types import Adapter
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) 
             else:
                 save_file(tensors, scratch / ADAPTER_FILE, metadata={"format": "pt"})
                 _peft_config(policy).save_pretrained(str(scratch))
-            (scratch / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            write_json(scratch / MANIFEST_FILE, manifest)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"adapter {adapter.path} cannot be written ({error}); make room on the disk and run "

@@ -62,7 +62,7 @@ class EvalRequest:
     # An adapter directory, "best" or "last" of the run, or "base"; None: the run's last adapter, or
     # the base model if the target is a config.
     adapter: str | None = None
-    name: str = "eval"  # of the files
+    name: str = "evaluation"  # of the files
     against: str | None = None  # a second policy to compare with, given as `adapter`
     overwrite: bool = False  # replace an evaluation of that name
     # Evaluate although the run's base model or problems have changed since it began. Settings that
@@ -171,7 +171,8 @@ def _settings(target: Path, overrides: list[str]) -> RunConfig:
     """The settings of a run folder, with the run's dtype, or of a config file."""
     if not target.is_dir():
         return load_config(target, overrides)
-    record = read_record(target)
+    fix = f"evaluate its adapter with a config: rl-lora eval CONFIG --adapter {target / 'adapter'}"
+    record = read_record(target, fix)
     if "sft" in record["config"]:
         raise UserError(
             f"{target} is a supervised run, and an evaluation samples: give a config with "
@@ -202,7 +203,7 @@ def _check_inputs(run: Path, config: RunConfig, policy: Policy, prompts: PromptS
         return
     check_base(record["base_model"], base_inputs(policy), run)
     is_own_data = config.data.model_copy(update={"train": own.data.train}) == own.data
-    if is_own_data and config.run.seed == own.run.seed and "data" in record:
+    if is_own_data and config.run.seed == own.run.seed:
         check_data(record["data"], {"eval": prompt_inputs(prompts.eval)}, run)
 
 

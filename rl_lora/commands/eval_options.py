@@ -53,15 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluates. Raises UserError as `commands.eval.evaluation` does."""
-    from rl_lora.commands.eval import evaluation
+    from rl_lora.commands.eval import EvalRequest, evaluation
 
     evaluation(
-        arguments.target,
-        arguments.overrides,
-        arguments.adapter,
-        arguments.name,
-        against=arguments.against,
-        overwrite=arguments.overwrite,
-        accept_changed_data=arguments.accept_changed_data,
+        EvalRequest(
+            arguments.target,
+            arguments.overrides,
+            arguments.adapter,
+            arguments.name,
+            arguments.against,
+            overwrite=arguments.overwrite,
+            accept_changed_data=arguments.accept_changed_data,
+        )
     )
     return 0

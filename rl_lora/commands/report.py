@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rl_lora.errors import UserError
+from rl_lora.storage.jsonl import write_text_atomically
 
 FILE_NAME = "report.html"
 EXAMPLES = (
@@ -52,10 +53,8 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
 
     page, data = build_page(folders)
     path = output or (folders[0] / FILE_NAME if len(folders) == 1 else Path(FILE_NAME))
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(to_html(page, data), encoding="utf-8")
-        partial.replace(path)
+        write_text_atomically(path, to_html(page, data))
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}); choose another file with -o"

@@ -1,4 +1,4 @@
-"""The command line of studies: what is to do, what is done, and the table of best rates."""
+"""`rl-lora study`: the plan, the progress, and the table of best rates."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# What a plateau is, in the result's unit: nats a token, or reward.
+# Of a plateau, in the result's unit: nats per token, or reward.
 PLATEAU_TOLERANCE = {"sft": 0.02, "rl": 0.05}
-_FILE_WIDTH = 120  # characters, where the output is no terminal
+_FILE_WIDTH = 120  # characters, if the output is not a terminal
 
 
 EXAMPLES = (
@@ -29,7 +29,7 @@ AFTER_INTERRUPT = "; run the same command again to continue where it stopped"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Adds the command's arguments."""
     parser.add_argument(
         "config", type=Path, help="a TOML file, or a shipped study's name, e.g. study_rl_rank"
     )
@@ -37,14 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="section.key=value", help="e.g. study.seeds=[0,1]"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print cells, time and memory estimates; stop"
+        "--dry-run",
+        action="store_true",
+        help="print the cells and estimates of time and memory, then stop",
     )
     parser.add_argument("--retry", action="store_true", help="run crashed cells again")
-    parser.add_argument("--table", action="store_true", help="print what is done; stop")
+    parser.add_argument("--table", action="store_true", help="print the results so far, then stop")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs, plans or shows a study."""
+    """Runs or plans a study, or prints its results."""
     from rl_lora.studies.config import load_study
     from rl_lora.studies.results import read_table
 
@@ -56,20 +58,27 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     from rl_lora.policy import check_trainable
     from rl_lora.studies.plan import calibrate, estimate
-    from rl_lora.studies.results import TABLE_FILE
-    from rl_lora.studies.run import all_cells, pending_cells, run_study, study_lock
+    from rl_lora.studies.run import (
+        all_cells,
+        check_resumable,
+        finished_rows,
+        pending_cells,
+        run_study,
+        study_lock,
+    )
 
     if not arguments.dry_run:
-        with study_lock(study) as taken_over:  # before the timings, which take a while
+        with study_lock(study) as taken_over:  # checked before the calibration, which takes a while
             if taken_over is not None:
                 console.print(Text(taken_over))
-    rows = read_table(study.folder) if (study.folder / TABLE_FILE).is_file() else []
+    rows = finished_rows(study)
     if arguments.retry:
         rows = [row for row in rows if row["status"] != "crashed"]
     cells = all_cells(study, rows)
     left = pending_cells(cells, {row["cell"] for row in rows})
     for cell in left:
         check_trainable(cell.config.model, cell.config.lora)
+        check_resumable(study, cell)
     timed = {row["cost_class"] for row in rows if row["status"] in ("done", "diverged")}
     console.print(f"{study.study.name}: {len(cells)} cells, {len(left)} to run; in {study.folder}")
     _make_models(console, left)
@@ -90,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _make_models(console: Console, cells: Sequence[Any]) -> None:
-    """Models of our own that are not made yet: no cell's time, and no two cells at once."""
+    """Fetches or makes the models first, so that no two cells do, and none is timed with it."""
     from rl_lora.models.resolve import is_at_hand, resolve_model
 
     for name, model in {cell.config.model.name: cell.config.model for cell in cells}.items():
@@ -110,14 +119,14 @@ def _print_results(console: Console, study: Any, rows: Sequence[Mapping[str, Any
 
 
 def plan_line(plan: Any, refine_rounds: int) -> str:
-    """`about 12 min for 24 cells, 2 processes at once, 0.6 GB each`."""
+    """Example: "about 12 min for 24 cells on 2 processes at once, 0.6 GB of memory each"."""
     where = "processes at once" + (" on the GPUs" if plan.has_gpus else "")
     text = (
         f"about {duration(plan.seconds)} for {plan.num_left} cells on {plan.slots} {where}, "
         f"{plan.peak_mb / 1e3:.1f} GB of memory each"
     )
     if refine_rounds:
-        text += f"; {refine_rounds} round(s) of further rates come on top"
+        text += f"; plus {refine_rounds} round(s) of refined rates"
     return text
 
 
@@ -128,15 +137,12 @@ def plan_table(
     rows: Sequence[Mapping[str, Any]],
     timings: Mapping[str, Any],
 ) -> Table:
-    """A row a condition: rates, cells, how many are left, seconds of one."""
-    from rl_lora.studies.plan import cell_seconds
+    """A row per condition: rates, cells, how many are left, seconds per cell."""
+    from rl_lora.studies.plan import cell_seconds, finished_seconds
     from rl_lora.studies.results import condition_text
 
-    done: dict[str, list[float]] = {}
-    for row in rows:
-        if row["status"] in ("done", "diverged"):
-            done.setdefault(row["cost_class"], []).append(row["seconds"])
-    table = Table("condition", "rates", "cells", "left", "s a cell", box=box.ASCII2)
+    done = finished_seconds(rows)
+    table = Table("condition", "rates", "cells", "left", "s per cell", box=box.ASCII2)
     left_keys = {cell.key for cell in left}
     for condition in dict.fromkeys(cell.condition for cell in cells):
         some = [cell for cell in cells if cell.condition == condition]
@@ -156,11 +162,11 @@ def plan_table(
 
 
 def best_table(arm: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A row a condition: best rate with its interval, result with its, plateau, failed cells."""
+    """A row per condition: best rate and result with intervals, plateau, cells, failed cells."""
     from rl_lora.studies.rate_sweep import sweep
     from rl_lora.studies.results import GOALS, condition_of, condition_text, results_by_rate
 
-    what = "reward at the end" if arm == "rl" else "test loss, nats a token"
+    what = "reward at the end" if arm == "rl" else "test loss, nats per token"
     table = Table(title=f"Best rates ({what}; 95% intervals)", box=box.ASCII2)
     for name in ("condition", "best rate", "result", "plateau, decades", "cells", "failed"):
         table.add_column(name)
@@ -185,13 +191,13 @@ def best_table(arm: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def row_line(row: Mapping[str, Any], done: int, total: int) -> str:
-    """`3/24  rank 8  rate 0.001  seed 0: done, result 0.512, 31 s`."""
+    """Example: "3/24  rank 8 batch 32  rate 0.001  seed 0: done, 0.31 to 0.512, 31 s"."""
     result = "" if row["result"] is None else f", {row['start']:.4g} to {row['result']:.4g}"
     return f"{done}/{total}  {row_text(row)}: {row['status']}{result}, {row['seconds']:.0f} s"
 
 
 def row_text(row: Mapping[str, Any]) -> str:
-    """`rank 8 batch 32  rate 0.001  seed 0`."""
+    """Example: "rank 8 batch 32  rate 0.001  seed 0"."""
     from rl_lora.studies.results import condition_of, condition_text
 
     name = condition_text(condition_of(row), with_batch=True)

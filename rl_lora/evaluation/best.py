@@ -10,19 +10,18 @@ alone.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rl_lora.errors import UserError
 from rl_lora.evaluation.scores import load_result
+from rl_lora.storage.directories import atomic_directory, recover_directory
+from rl_lora.storage.jsonl import write_json
 
 FOLDER = "best"
 BEST_FILE = "best.json"
 _RENAMED_FILE = "choice.json"  # of an earlier version, with "exam" for "evaluation"
-_REPLACED = ".best_replaced"
-_PARTIAL = ".best_partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +73,8 @@ def read_best(run_folder: Path) -> BestCheckpoint | None:
     Raises:
         UserError: the record is damaged, or was written by an earlier version.
     """
-    final, replaced = run_folder / FOLDER, run_folder / _REPLACED
-    if replaced.is_dir() and not final.is_dir():
-        replaced.rename(final)
+    final = run_folder / FOLDER
+    recover_directory(final)
     path = final / BEST_FILE
     if (final / _RENAMED_FILE).is_file() and not path.is_file():
         raise UserError(
@@ -105,23 +103,9 @@ def keep_best(run_folder: Path, adapter_dir: Path, step: int) -> BestCheckpoint 
     best, kept = best_evaluation(run_folder, step), read_best(run_folder)
     if best is None or best.step != step or best == kept:
         return None
-    final, replaced = run_folder / FOLDER, run_folder / _REPLACED
-    partial = run_folder / _PARTIAL
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        shutil.copytree(adapter_dir, partial)
-        with (partial / BEST_FILE).open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(best), indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)  # free the space again if the disk is full
-        raise
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with atomic_directory(run_folder / FOLDER, is_durable=True) as scratch:
+        shutil.copytree(adapter_dir, scratch, dirs_exist_ok=True)
+        write_json(scratch / BEST_FILE, asdict(best))
     return best
 
 

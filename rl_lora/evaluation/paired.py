@@ -9,7 +9,6 @@ takes the majority's; it is reported next to the sign-flip test, which uses ever
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -86,7 +85,7 @@ class PairedResult:
 
     def save(self, path: Path) -> None:
         """Writes the comparison as JSON, atomically."""
-        jsonl.write_text_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+        jsonl.write_json(path, asdict(self))
 
 
 def compare_evaluations(

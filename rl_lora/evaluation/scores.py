@@ -235,7 +235,7 @@ class EvalResult:
 
     def save(self, path: Path) -> None:
         """Writes the result as JSON, atomically."""
-        jsonl.write_text_atomically(path, json.dumps(jsonl.storable(asdict(self)), indent=2) + "\n")
+        jsonl.write_json(path, asdict(self))
 
 
 def load_result(path: Path) -> EvalResult:

@@ -24,6 +24,7 @@ from rl_lora.data.chat_template import end_of_turn
 from rl_lora.errors import UserError
 from rl_lora.models.resolve import check_model_dir, load_tokenizer
 from rl_lora.storage.directories import atomic_directory
+from rl_lora.storage.jsonl import write_json
 
 _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -75,7 +76,7 @@ def export_merged(
                 )
             if len(files) > 1:
                 index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
-                _write_json(scratch / _INDEX_FILE, index)
+                write_json(scratch / _INDEX_FILE, index)
             unties = patch.unties or not patch.is_tied
             _rewrite_config(scratch / "config.json", dtype, unties=unties)
             _add_turn_end(scratch, adapter_dir)
@@ -136,7 +137,7 @@ def _rewrite_config(path: Path, dtype: str | None, *, unties: bool) -> None:
         config["dtype"] = dtype
     if unties and config.get("tie_word_embeddings", True):
         config["tie_word_embeddings"] = False
-    _write_json(path, config)
+    write_json(path, config)
 
 
 def _add_turn_end(model_dir: Path, adapter_dir: Path) -> None:
@@ -156,7 +157,7 @@ def _add_turn_end(model_dir: Path, adapter_dir: Path) -> None:
     ids = known if isinstance(known, list) else [] if known is None else [known]
     if end not in ids:
         kept = settings if is_there else {}
-        _write_json(path, {**kept, "eos_token_id": [*ids, end]})
+        write_json(path, {**kept, "eos_token_id": [*ids, end]})
 
 
 def _check_target(out_dir: Path, model_dir: Path) -> None:
@@ -168,7 +169,3 @@ def _check_target(out_dir: Path, model_dir: Path) -> None:
 
 def _is_left_out(name: str) -> bool:
     return name.startswith(".") or name == CARD_FILE or name.endswith(_WEIGHT_SUFFIXES)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

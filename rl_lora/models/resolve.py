@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -256,7 +258,8 @@ def _build_tiny(name: str, target: Path) -> None:
 def _build_embedded(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         gguf = _fetch_gguf(Path(scratch))
-        _convert_gguf(gguf, target)
+        with redirect_stderr(io.StringIO()):  # progress bars; errors are raised
+            _convert_gguf(gguf, target)
 
 
 def _fetch_gguf(scratch: Path) -> Path:

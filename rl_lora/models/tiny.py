@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import random
 import re
 import time
@@ -28,6 +27,7 @@ from rl_lora.data.generators import generated_rows
 from rl_lora.data.row_formats import last_boxed
 from rl_lora.prompts import load_prompt_sets
 from rl_lora.seeds import mix_seed
+from rl_lora.storage.jsonl import write_json
 from rl_lora.types import Prompt
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def make_tiny_model(target: Path, recipe: TinyRecipe) -> float:
         "seconds": round(time.monotonic() - started, 1),
         "recipe": {**asdict(recipe), "sources": [one.model_dump() for one in recipe.sources]},
     }
-    (target / "pretraining.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(target / "pretraining.json", facts)
     return accuracy
 
 

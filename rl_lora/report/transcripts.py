@@ -98,7 +98,7 @@ def sample_transcripts(
 
 def _sources(index: int, run: RunRecord) -> Iterator[_Source]:
     """The run's files, plain or gzip."""
-    files = [(run.folder / TRANSCRIPTS_FILE, "", None)]
+    files: list[tuple[Path, str, int | None]] = [(run.folder / TRANSCRIPTS_FILE, "", None)]
     files += [
         (run.folder / "eval" / f"{one.name}.jsonl", one.name, one.step) for one in run.evaluations
     ]

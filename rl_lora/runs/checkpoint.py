@@ -1,10 +1,12 @@
-"""One atomic directory a checkpoint: tensors, state, every RNG; whole, or not there.
+"""Checkpoints: one atomic directory each, with everything that a resumed run needs.
 
-    RUN/checkpoints/step_000012/tensors.safetensors  adapter, optimizer, torch's RNG states
-    RUN/checkpoints/step_000012/state.json           step, data position, config, versions, sha256s
+    RUN/checkpoints/step_000012/tensors.safetensors  policy and optimizer
+    RUN/checkpoints/step_000012/state.json           step, data position, config, inputs, sha256s
 
-Nothing is pickled, so that loading a checkpoint cannot run code. A save writes a hidden directory,
-forces it to disk and renames it; a kill at any moment leaves the older checkpoints whole.
+A save writes a hidden directory, forces it to disk and renames it, so a kill at any moment leaves
+the older checkpoints intact. Nothing is pickled, so loading a checkpoint cannot run code. The
+global random number generators are not stored: a run draws only from generators of its own, seeded
+by run.seed and the step.
 """
 
 from __future__ import annotations
@@ -12,18 +14,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rl_lora.errors import UserError
+from rl_lora.storage.directories import atomic_directory
+
+if TYPE_CHECKING:
+    from rl_lora.config import RunConfig
+    from rl_lora.config.sft import SftConfig
+    from rl_lora.learner import Learner
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
@@ -31,9 +38,116 @@ TENSORS_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"
 
 _LOG = logging.getLogger(__name__)
-# A save over an existing step moves the old one aside; until it is deleted it counts as well.
-_NAME = re.compile(r"step_(\d{6,})(\.replaced)?")
-_HIDDEN = ".partial_"  # half-written and half-deleted directories
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+# --- a learner's state ----------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    step: int, learner: Learner, config: RunConfig | SftConfig, **more: Any
+) -> Path:
+    """Writes policy, optimizer and `more`, then deletes all but the newest run.keep_last.
+
+    Args:
+        step: steps done.
+        learner: its policy and optimizer are saved.
+        config: the job, which is saved too; its run section says where to.
+        more: further state, as JSON takes it.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    policy = {f"policy/{n}": t for n, t in learner.policy.state_tensors().items()}
+    optimizer, meta = flatten_optimizer(learner.optimizer)
+    state = {
+        "num_updates": learner.num_updates_done,
+        "optimizer": meta,
+        "config": config.model_dump(mode="json"),
+        **more,
+    }
+    path = write_checkpoint(config.run.folder, step, policy | optimizer, state)
+    prune(config.run.folder, config.run.keep_last)
+    return path
+
+
+def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:
+    """Restores policy and optimizer; returns the whole state ("step" and the rest).
+
+    Raises:
+        UserError: the checkpoint is broken, or belongs to another optimizer.
+    """
+    tensors, state = read_checkpoint(path)
+    policy = {n.removeprefix("policy/"): t for n, t in tensors.items() if n.startswith("policy/")}
+    learner.policy.load_tensors(policy)
+    restore_optimizer(learner.optimizer, tensors, state["optimizer"])
+    learner.num_updates_done = state["num_updates"]
+    return state
+
+
+def flatten_optimizer(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors, meta) of the optimizer's state: optimizer/PARAMETER/KEY tensors, and JSON.
+
+    Parameters are numbered across groups in order, as in `Optimizer.state_dict`.
+    """
+    whole = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, parameter_state in whole["state"].items():
+        scalars[str(index)] = {}
+        for key, value in parameter_state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer/{index}/{key}"] = value
+            else:
+                scalars[str(index)][key] = value
+    meta = {
+        "class": type(optimizer).__name__,
+        "groups": whole["param_groups"],
+        "scalars": scalars,
+        "shapes": _shapes(optimizer),
+    }
+    return tensors, meta
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]
+) -> None:
+    """Restores what `flatten_optimizer` returned, hyperparameters included, bit for bit.
+
+    Tensors of other names are ignored.
+
+    Raises:
+        UserError: the optimizer is of another class or has other parameters.
+    """
+    shapes = _shapes(optimizer)
+    if meta["class"] != type(optimizer).__name__ or meta["shapes"] != shapes:
+        raise UserError(
+            f"the checkpoint's optimizer ({meta['class']}, {len(meta['shapes'])} parameters) does "
+            f"not match this run's ({type(optimizer).__name__}, {len(shapes)} parameters): resume "
+            "with the config that the run was started with"
+        )
+    parameter_states: dict[int, dict[str, Any]] = {
+        int(index): dict(values) for index, values in meta["scalars"].items()
+    }
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/", 2)
+            # load_state_dict keeps tensors that need no cast, and `step` is updated in place.
+            parameter_states[int(index)][key] = tensor.clone()
+    groups = [
+        {key: tuple(value) if key == "betas" else value for key, value in group.items()}
+        for group in meta["groups"]
+    ]
+    optimizer.load_state_dict({"state": parameter_states, "param_groups": groups})
+
+
+def _shapes(optimizer: torch.optim.Optimizer) -> list[list[int]]:
+    return [list(p.shape) for group in optimizer.param_groups for p in group["params"]]
+
+
+# --- a checkpoint's directory ---------------------------------------------------------------------
 
 
 def checkpoint_path(run_folder: Path, step: int) -> Path:
@@ -41,40 +155,34 @@ def checkpoint_path(run_folder: Path, step: int) -> Path:
     return run_folder / FOLDER / f"step_{step:06d}"
 
 
-def save_checkpoint(
+def write_checkpoint(
     run_folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
 ) -> Path:
-    """Writes the checkpoint of `step` and returns its directory.
+    """Writes tensors and state as the checkpoint of `step`; returns its directory.
 
     Args:
         run_folder: the run's folder.
         step: steps done; stored in the state as "step".
-        tensors: names to tensors of any device, shape and dtype, bits kept.
-        state: a dict that JSON can hold: str keys; finite numbers, text, lists, dicts, None.
+        tensors: by name, of any device, shape and dtype; their bits are kept.
+        state: what JSON can hold: str keys; finite numbers, text, lists, dicts, None.
 
     Raises:
-        TypeError, ValueError: the state does not fit JSON, or holds another "step".
+        TypeError, ValueError: JSON cannot hold the state.
         UserError: the disk is full or cannot be written.
     """
-    if state.get("step", step) != step:
-        raise ValueError(f"state['step'] = {state['step']}, but the checkpoint is of step {step}")
-    body = {**state, "step": step}
-    json.dumps(body, allow_nan=False)  # before anything is written
+    document: dict[str, Any] = {"format_version": FORMAT_VERSION, "state": {**state, "step": step}}
+    json.dumps(document, allow_nan=False)  # before anything is written
     final = checkpoint_path(run_folder, step)
-    partial = final.with_name(_HIDDEN + final.name)
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_hidden(final.parent)
-        partial.mkdir()
-        save_file(_storable(tensors), partial / TENSORS_FILE)
-        document = {"format_version": FORMAT_VERSION, "state": body, "files": _files(partial)}
-        document["sha256"] = _document_hash(document)
-        (partial / STATE_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
-        for name in (TENSORS_FILE, STATE_FILE, "."):
-            _force_to_disk(partial / name)
-        _put_in_place(partial, final)
+        _remove_leftovers(final.parent)
+        with atomic_directory(final, is_durable=True) as scratch:
+            file = scratch / TENSORS_FILE
+            save_file(_storable(tensors), file)
+            document["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}}
+            document["sha256"] = _document_hash(document)
+            text = json.dumps(document, indent=1)
+            (scratch / STATE_FILE).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"checkpoint {final} cannot be written ({error}); free disk space or set "
             "run.output_dir to a folder that can be written"
@@ -82,25 +190,24 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors on the CPU, state with "step"), every byte checked against its sha256.
 
     Raises:
-        UserError: not there, half-written, corrupt, or of another format version; the message
-            names an older checkpoint that is whole, where there is one.
+        UserError: missing, half-written, corrupt, or of another format version; the message names
+            an older intact checkpoint if there is one.
     """
     try:
         document = _read_document(path)
-        for name, recorded in document["files"].items():
-            if _sha256(path / name) != recorded["sha256"]:
-                raise _BrokenError(f"{name} is not the file that was saved (sha256 differs)")
+        if _sha256(path / TENSORS_FILE) != document["files"][TENSORS_FILE]["sha256"]:
+            raise _BrokenError(f"{TENSORS_FILE} is not the file that was saved (sha256 differs)")
         return load_file(path / TENSORS_FILE), document["state"]
     except (_BrokenError, OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {path}: {error}; {_way_out(path)}") from error
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's state alone, its tensors not read. Raises UserError as `load_checkpoint`."""
+    """Only a checkpoint's state; its tensors are not read. Raises as `read_checkpoint`."""
     try:
         state: dict[str, Any] = _read_document(path)["state"]
     except (_BrokenError, OSError) as error:
@@ -109,12 +216,12 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest checkpoint that is whole by its state file and file sizes; None: there is none.
+    """The newest checkpoint that is intact by its state file and file sizes; None without any.
 
-    Broken ones are passed over with a logged warning. Contents are hashed by `load_checkpoint`.
+    Broken ones are skipped with a logged warning. Contents are hashed by `read_checkpoint`.
 
     Raises:
-        UserError: there are checkpoints, and not one is whole.
+        UserError: there are checkpoints, but none is intact.
     """
     broken: list[str] = []
     for path in reversed(_checkpoints(run_folder / FOLDER)):
@@ -124,56 +231,38 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
             broken.append(f"{path}: {error}")
             continue
         for line in broken:
-            _LOG.warning("checkpoint passed over: %s", line)
+            _LOG.warning("checkpoint skipped: %s", line)
         return path
     if broken:
         raise UserError(
-            f"no checkpoint in {run_folder / FOLDER} is whole ({broken[0]}); delete {run_folder} "
-            "or take another run.name to start anew"
+            f"no checkpoint in {run_folder / FOLDER} is intact ({broken[0]}); delete {run_folder} "
+            "or start again under another run.name"
         )
     return None
 
 
 def checkpoint_steps(run_folder: Path) -> set[int]:
-    """Steps of the checkpoints on disk, whole or not."""
-    return {step_of(path) for path in _checkpoints(run_folder / FOLDER)}
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name, of one that was being replaced as well."""
-    return _order(path)[0]
+    """Steps of the checkpoints on disk, intact or not."""
+    return {_step_of(path) for path in _checkpoints(run_folder / FOLDER)}
 
 
 def prune(run_folder: Path, keep_last: int) -> list[Path]:
-    """Deletes all but the newest `keep_last` checkpoints; returns what was deleted.
-
-    A directory is renamed out of sight first, so that a kill leaves no half-deleted checkpoint.
-    """
+    """Deletes all but the newest `keep_last` checkpoints; returns what was deleted."""
     if keep_last < 1:
         raise ValueError(f"keep_last = {keep_last}: at least one checkpoint is kept")
-    folder = run_folder / FOLDER
-    if not folder.is_dir():
-        return []
-    _remove_hidden(folder)
-    removed = _checkpoints(folder)[:-keep_last]
-    for path in removed:
-        _remove(path)
-    return removed
+    return _remove(_checkpoints(run_folder / FOLDER)[:-keep_last])
 
 
 def drop_after(run_folder: Path, step: int) -> list[Path]:
-    """Deletes the checkpoints of later steps, whole or not; returns what was deleted.
+    """Deletes the checkpoints of later steps, intact or not; returns what was deleted.
 
-    A run that goes on from `step` calls this first: the steps that it runs again are another
-    history, and `prune` and `latest_checkpoint` go by the step's number.
+    A run that resumes from `step` calls this first: it takes those steps again, and `prune` and
+    `latest_checkpoint` go by the step's number.
     """
-    removed = [path for path in _checkpoints(run_folder / FOLDER) if step_of(path) > step]
-    for path in removed:
-        _remove(path)
-    return removed
+    return _remove([p for p in _checkpoints(run_folder / FOLDER) if _step_of(p) > step])
 
 
-# --- whole or not ---------------------------------------------------------------------------------
+# --- intact or not --------------------------------------------------------------------------------
 
 
 class _BrokenError(Exception):
@@ -181,7 +270,7 @@ class _BrokenError(Exception):
 
 
 def _read_document(path: Path) -> dict[str, Any]:
-    """The state file, checked; sizes of the other files checked, contents not."""
+    """The state file, checked; the tensors' file is checked for its size only."""
     if not path.is_dir():
         raise _BrokenError("there is no such directory")
     try:
@@ -199,76 +288,55 @@ def _read_document(path: Path) -> dict[str, Any]:
     if document.pop("sha256", None) != _document_hash(document):
         raise _BrokenError(f"{STATE_FILE} is not the file that was saved (sha256 differs)")
     if document["files"].keys() != {TENSORS_FILE}:
-        raise _BrokenError(f"{STATE_FILE} lists other files than {TENSORS_FILE}")
-    for name, recorded in document["files"].items():
-        if not (path / name).is_file():
-            raise _BrokenError(f"{name} is missing")
-        if (path / name).stat().st_size != recorded["bytes"]:
-            raise _BrokenError(f"{name} is cut short or longer than it was saved")
+        raise _BrokenError(f"{STATE_FILE} lists files other than {TENSORS_FILE}")
+    file = path / TENSORS_FILE
+    if not file.is_file():
+        raise _BrokenError(f"{TENSORS_FILE} is missing")
+    if file.stat().st_size != document["files"][TENSORS_FILE]["bytes"]:
+        raise _BrokenError(f"{TENSORS_FILE} is cut short or longer than when it was saved")
     return document
 
 
 def _way_out(path: Path) -> str:
     """The fix: the newest older checkpoint whose bytes are all right, or a new start."""
     match = _NAME.fullmatch(path.name)
-    step = int(match[1]) if match else None
     for other in reversed(_checkpoints(path.parent)):
-        if other == path or (step is not None and _order(other)[0] > step):
+        if other == path or (match and _step_of(other) > int(match[1])):
             continue
         try:
-            files = _read_document(other)["files"]
-            if all(_sha256(other / name) == files[name]["sha256"] for name in files):
-                return f"delete it and resume again, from {other}, which is whole"
+            recorded = _read_document(other)["files"][TENSORS_FILE]["sha256"]
+            if _sha256(other / TENSORS_FILE) == recorded:
+                return f"delete it and resume again, from {other}, which is intact"
         except (_BrokenError, OSError):
             continue
-    return "no older one is whole: start anew under another run.name"
+    return "no older one is intact: start again under another run.name"
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint directories, oldest first; one that was replaced comes before its successor."""
+    """Checkpoint directories, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=_order)
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=_step_of)
 
 
-def _order(path: Path) -> tuple[int, bool]:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1]), match[2] is None
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
-def _put_in_place(partial: Path, final: Path) -> None:
-    """Renames, so that at every moment the old or the new directory has a checkpoint's name."""
-    replaced = final.with_name(final.name + ".replaced")
-    if final.exists():
-        if replaced.exists():
-            _remove(replaced)
-        final.rename(replaced)
-    partial.rename(final)
-    _force_to_disk(final.parent)
-    if replaced.exists():
-        _remove(replaced)
+def _remove(paths: list[Path]) -> list[Path]:
+    """Deletes directories, each renamed first, so that a kill leaves no half-deleted checkpoint."""
+    for path in paths:
+        hidden = path.with_name(f".{path.name}.deleted")
+        shutil.rmtree(hidden, ignore_errors=True)  # left half-deleted by a kill
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+    return paths
 
 
-def _remove(path: Path) -> None:
-    hidden = path.with_name(_HIDDEN + "deleted_" + path.name)
-    shutil.rmtree(hidden, ignore_errors=True)  # left half-deleted by a kill
-    path.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-def _remove_hidden(folder: Path) -> None:
-    """What a kill left behind."""
-    for path in folder.iterdir():
-        if path.name.startswith(_HIDDEN):
-            shutil.rmtree(path)
-
-
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    return {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-    }
+def _remove_leftovers(folder: Path) -> None:
+    """What a kill left of a save or a deletion."""
+    for path in folder.glob(".step_*"):
+        shutil.rmtree(path)
 
 
 def _sha256(path: Path) -> str:
@@ -280,16 +348,8 @@ def _document_hash(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """On the CPU, contiguous, and each with memory of its own, as safetensors wants them."""
+    """Copies on the CPU, contiguous, none sharing memory with another: safetensors' conditions."""
     stored: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():

@@ -1,7 +1,7 @@
-"""What a run is computed from beside its settings: the base model and the problems, as hashes.
+"""Hashes of what a run depends on besides its settings: the base model and the data.
 
-They are kept in the checkpoint and in run.json, and compared on resume and by `rl-lora eval RUN`,
-so that no run goes on from another base or other data than it began with.
+They are stored in run.json and in each checkpoint, and compared on resume and by `rl-lora eval
+RUN`, so that a run never continues from another base or with other data.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
     from rl_lora.types import Prompt
 
 FLAG = "--accept-changed-data"
-# What a copy of the same model, or a newer transformers, writes otherwise.
-_NO_MATTER = ("_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype")
-_MADE = ("generated:", "reasoning_gym:")  # names of generators
-_NOTHING = hashlib.sha256().hexdigest()  # older records of full fine-tuning hold this
+# Keys in which a copy of the same model, or one by a newer transformers, may differ.
+_IGNORED_KEYS = ("_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype")
+_GENERATORS = ("generated:", "reasoning_gym:")  # prefixes of data sets that are no files
 _CONFIG_FILES = ("config.json", "generation_config.json")
 
 
 class ChangedInputsError(UserError):
-    """Base or data are others than when the run began; `what` is the message without the fix."""
+    """Base or data have changed since the run began; `what` is the message without the fix."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -37,10 +36,10 @@ class ChangedInputsError(UserError):
 
 
 def base_inputs(policy: Policy) -> dict[str, str]:
-    """{"name", "dtype", "fingerprint", "config", "directory"} of the base, as it was just loaded.
+    """{"name", "dtype", "fingerprint", "config", "directory"} of the base, just after loading.
 
-    The fingerprint is of the weights in the policy's dtype, in full fine-tuning as well; config is
-    a hash of the settings in the model's directory.
+    The fingerprint is of the weights in the policy's dtype; config is a hash of the settings in the
+    model's directory.
     """
     return {
         "name": policy.base_name,
@@ -52,9 +51,9 @@ def base_inputs(policy: Policy) -> dict[str, str]:
 
 
 def prompt_inputs(prompts_N: Sequence[Prompt]) -> dict[str, Any]:
-    """{"rows", "questions", "answers", "prompts"}: their number, and a hash of each, in order.
+    """{"rows", "questions", "answers", "prompts"}: the number of rows, and hashes over all rows.
 
-    Answers are references and worked solutions, prompts the token ids that the model is given.
+    Answers are references and worked solutions; prompts are the token ids that the model reads.
     """
     return {
         "rows": len(prompts_N),
@@ -74,24 +73,23 @@ def sequence_inputs(sequences: Sequence[Tokens]) -> dict[str, Any]:
 
 
 def check_base(old: Mapping[str, Any], new: Mapping[str, Any], run: Path) -> None:
-    """Compares two `base_inputs` of one name; a part that an older record lacks is passed over.
+    """Compares two `base_inputs` of one name.
 
-    In two dtypes the same weights have two fingerprints: only the configuration is compared then.
+    The fingerprint of the same weights depends on the dtype: if the dtypes differ, only the
+    configurations are compared.
 
     Args:
-        old: of the run's record.
+        old: from the run's record.
         new: as it is now.
         run: the run's folder, for the message.
 
     Raises:
-        ChangedInputsError: weights or configuration are others.
+        ChangedInputsError: weights or configuration differ.
     """
-    is_one_dtype = old.get("dtype", new["dtype"]) == new["dtype"]
     for key, what in (("config", "configuration"), ("fingerprint", "weights")):
-        if key == "fingerprint" and not is_one_dtype:
-            continue
-        if old.get(key, _NOTHING) not in (_NOTHING, new[key]):
-            verb = "is another" if key == "config" else "are others"
+        is_comparable = key == "config" or old["dtype"] == new["dtype"]
+        if is_comparable and old[key] != new[key]:
+            verb = "differs" if key == "config" else "differ"
             raise ChangedInputsError(
                 f"base model {new['name']} has changed since {run} began: the {what} in "
                 f"{new['directory']} {verb}"
@@ -99,45 +97,46 @@ def check_base(old: Mapping[str, Any], new: Mapping[str, Any], run: Path) -> Non
 
 
 def check_data(old: Mapping[str, Any], new: Mapping[str, Any], run: Path) -> None:
-    """Compares the parts ("train", "eval") that both have; an older record may have none.
+    """Compares the parts ("train", "eval") that `new` has.
 
     Raises:
-        ChangedInputsError: naming the first part and what of it has changed.
+        ChangedInputsError: names the first part that differs, and in what.
     """
-    for part in [part for part in ("train", "eval") if part in old and part in new]:
+    for part in new:
         if what := data_difference(old[part], new[part]):
             raise ChangedInputsError(f"data.{part} has changed since {run} began: {what}")
 
 
 def data_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """In words what of a part's `prompt_inputs` or `sequence_inputs` has changed; None: nothing."""
+    """What differs between two `prompt_inputs` or `sequence_inputs`, in words; None: nothing."""
     if old["rows"] != new["rows"]:
         return f"{old['rows']} rows then, {new['rows']} now"
     hashes = [key for key in new if key != "rows"]
-    changed = [key for key in hashes if old.get(key, new[key]) != new[key]]
+    changed = [key for key in hashes if old[key] != new[key]]
     if not changed:
         return None
     names = {"prompts": "rendered prompts"}
     kind = "rows" if changed == hashes else names.get(changed[0], changed[0])
-    return f"its {kind} are others"
+    return f"its {kind} differ"
 
 
 def absolute_source(name: str) -> str:
-    """A data set's name, as a path from the root where it is a file or folder that is there."""
-    is_file = name != HELD_OUT and not name.startswith(_MADE) and _is_there(name)
-    return str(Path(name).expanduser().absolute()) if is_file else name
+    """The name of a data set, as an absolute path if it is an existing file or folder."""
+    is_path = name != HELD_OUT and not name.startswith(_GENERATORS)
+    return _absolute(name) if is_path else name
 
 
 def absolute_model(name: str) -> str:
-    """A model's name, as a path from the root where it is a directory that is there."""
+    """The name of a model, as an absolute path if it is an existing directory."""
     from rl_lora.models.resolve import list_models
 
-    is_own = any(entry.name == name for entry in list_models())
-    return str(Path(name).expanduser().absolute()) if _is_there(name) and not is_own else name
+    is_listed = any(entry.name == name for entry in list_models())
+    return name if is_listed else _absolute(name)
 
 
-def _is_there(name: str) -> bool:
-    return Path(name).expanduser().exists()
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
 
 
 def _config_hash(model_dir: Path) -> str:
@@ -145,13 +144,13 @@ def _config_hash(model_dir: Path) -> str:
     for name in _CONFIG_FILES:
         if (model_dir / name).is_file():
             content = json.loads((model_dir / name).read_text(encoding="utf-8"))
-            kept = {key: value for key, value in content.items() if key not in _NO_MATTER}
+            kept = {key: value for key, value in content.items() if key not in _IGNORED_KEYS}
             parts.append(json.dumps(kept, sort_keys=True))
     return _hash(parts)
 
 
 def _hash(parts: Iterable[str | bytes]) -> str:
-    """sha256 over the parts, each with its length, so that no two lists have one text."""
+    """sha256 over the parts, each after its length, so that only equal lists hash alike."""
     digest = hashlib.sha256()
     for part in parts:
         content = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part

@@ -1,17 +1,15 @@
-"""One process at a time in a run's folder: a lock that names its owner and dies with it.
+"""One process at a time in a run's folder: a lock that names its owner and ends with it.
 
-The lock is POSIX's record lock (`fcntl.lockf`) on RUN/.lock: the kernel frees it when the process
-ends, however it ends; children do not inherit it (one of `flock` would live on in an engine's
-process); and NFS, Lustre and the like carry it to other hosts. The file says who holds it, for the
-second process's message, and goes when the lock is given back. A file without a lock is what a
-killed process has left.
+The lock is a POSIX record lock (`fcntl.lockf`) on RUN/.lock: the kernel releases it however the
+process ends; children do not inherit it (a `flock` would survive in an engine's process); and NFS,
+Lustre and the like carry it to other hosts. The file says who holds the lock, for the second
+process's message, and is deleted on release. A file without a lock was left by a killed process.
 
-Where the file system has no locks, the file decides: its owner is asked for on its own host, and
-believed to live on another one.
+On a file system without locks the file decides: its owner is looked up if it is on this host, and
+assumed alive if it is on another.
 
-Departure from the system's rule: within one process, POSIX grants the lock twice and frees it when
-any handle of the file is closed. So this process's own locks are kept in a table and the file is
-opened by nobody else.
+Within one process POSIX would grant the lock twice, and release it when any handle of the file is
+closed. So this process keeps a table of its own locks, and nothing else opens the file.
 """
 
 from __future__ import annotations
@@ -37,11 +35,11 @@ LOCK_FILE = ".lock"
 _IS_TAKEN = (errno.EACCES, errno.EAGAIN)
 _HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _PATIENCE_S = 1.0  # for a process that is just ending
-_CLOCK_SLACK_S = 2.0  # between the process's start and what it wrote of itself
+_CLOCK_SLACK_S = 2.0  # between a process's start and the time that it recorded
 
 _own: set[str] = set()  # files that this process has locked
 _own_guard = threading.Lock()
-os.register_at_fork(after_in_child=_own.clear)  # a child has none of its parent's locks
+os.register_at_fork(after_in_child=_own.clear)  # a child does not inherit its parent's locks
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,13 @@ class Owner:
         return f"process {self.pid} on {self.host}"
 
     def is_alive(self) -> bool:
-        """Whether it lives, as far as this host can tell: one on another host counts as alive."""
+        """Whether the process is alive, as far as this host can tell; on another host: True."""
         return self.host != platform.node() or is_alive(self.pid, self.started)
 
 
 def is_alive(pid: int, started: float) -> bool:
-    """Whether a process of this host lives that was there at `started` (seconds since 1970); a
-    later one may have got its number."""
+    """Whether this host's process `pid` is alive and already was at `started` (seconds since 1970);
+    a later process may have been given the same number."""
     try:
         process = psutil.Process(pid)
         is_gone = process.status() == psutil.STATUS_ZOMBIE
@@ -78,19 +76,19 @@ def is_alive(pid: int, started: float) -> bool:
 
 @contextlib.contextmanager
 def run_lock(folder: Path, file: str = LOCK_FILE, what: str = "") -> Iterator[str | None]:
-    """Holds a folder's lock, and makes the folder where it is not there.
+    """Holds a folder's lock; makes the folder if needed.
 
     Args:
         folder: a run's or a study's.
-        file: name of the lock's file in it.
-        what: what is locked, for the message; the folder by default.
+        file: name of the lock file in it.
+        what: what is locked, for the message; "" for the folder.
 
     Yields:
-        a line on the process that the lock is taken over from; None: nobody was killed with it.
+        a note on the killed process that held the lock before; None if there is none.
 
     Raises:
-        UserError: another process holds it, which the line names by number and host; nothing in
-            the folder has been touched. Or the folder cannot be written.
+        UserError: another process holds the lock (the message gives its number and host; nothing in
+            the folder was touched), or the folder cannot be written.
     """
     path = folder / file
     key = str(path.absolute())
@@ -101,10 +99,10 @@ def run_lock(folder: Path, file: str = LOCK_FILE, what: str = "") -> Iterator[st
     try:
         descriptor, before = _acquire(folder, path, what)
         try:
-            line = f"{what or folder}: taken over from {before}, which is gone"
-            yield None if before is None else line
+            note = f"{what or folder}: taken over from {before}, which is gone"
+            yield None if before is None else note
         finally:
-            with contextlib.suppress(FileNotFoundError):  # somebody has deleted the folder
+            with contextlib.suppress(FileNotFoundError):  # the folder has been deleted
                 path.unlink()
             os.close(descriptor)
     finally:
@@ -113,7 +111,7 @@ def run_lock(folder: Path, file: str = LOCK_FILE, what: str = "") -> Iterator[st
 
 
 def _acquire(folder: Path, path: Path, what: str) -> tuple[int, Owner | None]:
-    """(the locked file, who was killed with it)."""
+    """(descriptor of the locked file, the killed process that held it before)."""
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
@@ -122,7 +120,7 @@ def _acquire(folder: Path, path: Path, what: str) -> tuple[int, Owner | None]:
         except OSError as error:
             raise UserError(
                 f"run folder {folder} cannot be written ({error.strerror}); set run.output_dir to "
-                "a folder that can"
+                "one that can"
             ) from error
         is_held = False
         try:
@@ -135,7 +133,7 @@ def _acquire(folder: Path, path: Path, what: str) -> tuple[int, Owner | None]:
         finally:
             if not is_held:
                 os.close(descriptor)
-        # Given back, and its file deleted, after it was opened here: at once again.
+        # If the owner released the lock after this open, its file is deleted: try again at once.
         if not is_free:
             if time.monotonic() > deadline:
                 raise _taken(path, what, before)
@@ -163,7 +161,7 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 
 
 def _read(descriptor: int) -> Owner | None:
-    """Who wrote the file last; None: nobody, or a writer killed half-way."""
+    """Who wrote the file last; None if nobody did, or a writer was killed halfway."""
     try:
         found: dict[str, Any] = json.loads(os.pread(descriptor, 4096, 0))
         return Owner(int(found["pid"]), str(found["host"]), float(found["started"]))
@@ -183,7 +181,7 @@ def _this_process() -> Owner:
 
 
 def _taken(path: Path, what: str, owner: Owner | None) -> UserError:
-    line = f"{what or path.parent} is being run by {owner or 'another process'}; wait for its end"
+    line = f"{what or path.parent} is being run by {owner or 'another process'}; wait until it ends"
     if owner is not None and owner.host != platform.node():
         line += f", or delete {path} if that process is gone"
     return UserError(line)

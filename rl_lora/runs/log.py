@@ -1,7 +1,7 @@
-"""A run's records: metrics.jsonl first, transcripts.jsonl, and the trackers behind one interface.
+"""A run's records: metrics.jsonl, transcripts.jsonl, and trackers behind one interface.
 
-JSONL is the record of truth: a line is on disk before any tracker hears of it. On resume the lines
-of steps that are going to be run again are cut.
+metrics.jsonl is the record of truth: a line is written before any tracker receives it. On resume,
+the lines of steps that will run again are cut.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,29 +26,29 @@ TRANSCRIPTS_FILE = "transcripts.jsonl"
 
 
 class Tracker(Protocol):
-    """What a tracker has to do."""
+    """A receiver of metrics: TensorBoard, Weights & Biases, trackio."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes one step's numbers."""
+        """Records one step's numbers."""
 
     def close(self) -> None:
-        """Flushes and ends the record."""
+        """Flushes and closes."""
 
 
 class RunLog:
     """Writes a run's records; a context manager.
 
     Args:
-        run_folder: the run's folder, made if it is not there.
+        run_folder: the run's folder, made if needed.
         loggers: "tensorboard", "wandb", "trackio".
-        transcripts_per_step: rollouts kept a step; 0: no transcripts.
-        resume_step: the step that the run goes on from (the checkpoint's): lines of later steps are
-            cut, -1 cuts all. None: a new run.
-        config: the run's settings, for the trackers that show them.
-        metrics_file: another file than metrics.jsonl, for a stage with steps of its own.
+        transcripts_per_step: rollouts kept per step; 0: no transcripts.
+        resume_step: the checkpoint's step: lines of later steps are cut; -1 cuts all. None: a new
+            run.
+        config: the run's settings, for trackers that show them.
+        metrics_file: replaces metrics.jsonl for a stage that counts its own steps.
 
     Raises:
-        UserError: the folder cannot be written, a new run finds the records of an older one, or a
+        UserError: the folder cannot be written, a new run finds an older run's records, or a
             tracker's package is not installed.
     """
 
@@ -75,8 +75,8 @@ class RunLog:
                     jsonl.cut_after(transcripts_path, resume_step)
             elif metrics_path.exists() and metrics_path.stat().st_size > 0:
                 raise UserError(
-                    f"{metrics_path} holds an older run: resume it, take another run.name, or "
-                    f"delete {run_folder}"
+                    f"{metrics_path} holds an older run: add --resume, choose another run.name, "
+                    f"or delete {run_folder}"
                 )
             self._metrics = metrics_path.open("a", encoding="utf-8")
             self._transcripts = (
@@ -85,7 +85,7 @@ class RunLog:
         except OSError as error:
             raise UserError(
                 f"run folder {run_folder} cannot be written ({error.strerror}); set run.output_dir "
-                "to a folder that can"
+                "to one that can"
             ) from error
         self._trackers: list[Tracker] = [
             _TRACKERS[logger](module, run_folder, dict(config or {}), resume_step)
@@ -93,12 +93,12 @@ class RunLog:
         ]
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one step's line, {"step": step, ...}; NaN and infinities are written as null.
+        """Appends one step's line, {"step": step, ...}; NaN and infinities become null.
 
-        Numbers may be of numpy or torch.
+        Numbers may be numpy's or torch's.
 
         Raises:
-            ValueError: the step is not after the last one written.
+            ValueError: the step does not come after the last one written.
         """
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"step {step} is not after step {self._last_step}, already written")
@@ -113,15 +113,15 @@ class RunLog:
             tracker.log(step, metrics)
 
     def track(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Numbers for the trackers alone, of a step that has or gets no line of its own.
+        """Sends numbers only to the trackers, for steps whose line has none of them.
 
-        Such are the evaluations before the first step and after the last; their record is RUN/eval.
+        These are the evaluations before the first step and after the last, recorded in RUN/eval.
         """
         for tracker in self._trackers:
             tracker.log(step, metrics)
 
     def transcripts(self, step: int, groups_N: Sequence[RolloutGroup]) -> None:
-        """Appends up to transcripts_per_step rollouts, correct and wrong ones alike."""
+        """Appends up to transcripts_per_step rollouts, correct and wrong ones."""
         if self._transcripts is None:
             return
         for group, rollout in pick_transcripts(groups_N, self._transcripts_per_step):
@@ -148,7 +148,7 @@ class RunLog:
     def close(self) -> None:
         """Closes files and trackers; a second call does nothing."""
         trackers, self._trackers = self._trackers, []
-        with contextlib.ExitStack() as stack:  # all of them, also where a full disk stops one
+        with contextlib.ExitStack() as stack:  # closes all, even if a full disk stops one
             for tracker in reversed(trackers):
                 stack.callback(tracker.close)
             if self._transcripts is not None:
@@ -165,13 +165,15 @@ class RunLog:
 def pick_transcripts(
     groups_N: Sequence[RolloutGroup], num: int
 ) -> list[tuple[RolloutGroup, Rollout]]:
-    """Up to `num` rollouts, half of them correct where there are enough, of many prompts.
+    """Up to `num` rollouts of many prompts, half of them correct if there are enough.
 
-    They come in the order of prompts and samples. This is no unbiased sample.
+    They are in the order of prompts and samples. The sample is not unbiased.
     """
     # First samples of all groups, then second samples, ...: prompts before repetitions.
     places = sorted(
-        ((sample, index) for index, group in enumerate(groups_N) for sample in _samples(group)),
+        (sample, index)
+        for index, group in enumerate(groups_N)
+        for sample in range(len(group.rollouts_G))
     )
     correct = [(s, i) for s, i in places if groups_N[i].rollouts_G[s].score.correct]
     wrong = [(s, i) for s, i in places if not groups_N[i].rollouts_G[s].score.correct]
@@ -181,10 +183,6 @@ def pick_transcripts(
         (groups_N[index], groups_N[index].rollouts_G[sample])
         for index, sample in sorted((index, sample) for sample, index in picked)
     ]
-
-
-def _samples(group: RolloutGroup) -> Iterator[int]:
-    yield from range(len(group.rollouts_G))
 
 
 # --- trackers -------------------------------------------------------------------------------------
@@ -199,7 +197,7 @@ class _TensorBoard:
         resume_step: int | None,
     ) -> None:
         del config
-        # Readers drop the events of steps that are run again.
+        # Readers drop the events of steps that run again.
         purge_step = None if resume_step is None else resume_step + 1
         self._writer = module.SummaryWriter(str(run_folder / "tensorboard"), purge_step=purge_step)
 
@@ -213,7 +211,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """Weights & Biases; WANDB_PROJECT, WANDB_MODE=offline and the like are its own to read."""
+    """Weights & Biases; it reads WANDB_PROJECT, WANDB_MODE=offline and the like itself."""
 
     def __init__(
         self,
@@ -236,10 +234,10 @@ class _Wandb:
             )
         except module.Error as error:
             raise UserError(
-                f"wandb does not start ({error}); log in with `wandb login`, set "
-                "WANDB_MODE=offline, or take 'wandb' out of run.loggers"
+                f"wandb failed to start ({error}); log in with `wandb login`, set "
+                "WANDB_MODE=offline, or remove 'wandb' from run.loggers"
             ) from error
-        # wandb's own step cannot go back, and a resumed run may: ours is a metric and the x axis.
+        # wandb's own step cannot go back, but a resumed run's may: ours is a metric and the x axis.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -251,7 +249,7 @@ class _Wandb:
 
 
 class _Trackio:
-    """trackio; TRACKIO_PROJECT and TRACKIO_DIR say where, as for its own tools."""
+    """trackio; TRACKIO_PROJECT and TRACKIO_DIR say where to, as for its own tools."""
 
     def __init__(
         self,
@@ -296,6 +294,6 @@ def _tracker_module(logger: str) -> ModuleType:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"run.loggers names {logger!r}, whose package is not installed: pip install {package}, "
-            f"or take {logger!r} out of run.loggers"
+            f"run.loggers has {logger!r}, whose package is not installed: pip install {package}, "
+            f"or remove {logger!r} from run.loggers"
         ) from error

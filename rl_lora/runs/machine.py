@@ -1,4 +1,4 @@
-"""How busy the machine is: CPU, memory, and the GPUs where NVIDIA's library can be asked.
+"""How busy the machine is: CPU, memory, and GPUs if NVIDIA's library is installed.
 
 Keys are `system/*`. Percentages are means over the time since the last call.
 """
@@ -29,7 +29,7 @@ class MachineMeter:
             ...
             metrics |= meter.take()  # {"system/cpu_percent": 97.0, "system/memory_percent": 41.0}
 
-    A GPU's use is polled once a second by a thread, since one look a step would say nothing of it.
+    A thread polls GPU utilization once a second, since one reading per step would say little.
     """
 
     def __init__(self) -> None:
@@ -45,18 +45,18 @@ class MachineMeter:
             self._thread.start()
 
     def take(self) -> dict[str, float]:
-        """The numbers since the last call.
+        """The metrics since the last call.
 
         `system/cpu_percent` and `memory_*` are the machine's; `process_cpu_percent` (100: one core)
-        and `resident_mb` are of this process and its children; `gpuN_percent` is the share of time
-        in which a kernel ran, `gpuN_memory_mb` what all processes hold there.
+        and `resident_mb` cover this process and its children; `gpuN_percent` is the share of time
+        in which a kernel ran, `gpuN_memory_mb` the memory held there by all processes.
         """
         now, cpu_s = time.perf_counter(), self._cpu_seconds()
         elapsed = max(now - self._time, 1e-9)
         memory = psutil.virtual_memory()
         metrics = {
             "system/cpu_percent": psutil.cpu_percent(None),
-            # Children that ended and were not waited for take their seconds with them.
+            # A child that ended without being waited for no longer counts: the sum may drop.
             "system/process_cpu_percent": max(0.0, 100 * (cpu_s - self._cpu_s) / elapsed),
             "system/memory_used_mb": (memory.total - memory.available) / _MB,
             "system/memory_percent": memory.percent,
@@ -72,7 +72,7 @@ class MachineMeter:
         return metrics
 
     def close(self) -> None:
-        """Ends the thread; a second call does nothing."""
+        """Stops the thread; a second call does nothing."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -94,7 +94,7 @@ class MachineMeter:
         own = self._process.cpu_times()
         total = own.user + own.system + own.children_user + own.children_system
         for child in self._children():
-            with contextlib.suppress(psutil.Error):  # it ended in this moment
+            with contextlib.suppress(psutil.Error):  # it has just ended
                 times = child.cpu_times()
                 total += times.user + times.system
         return total
@@ -111,14 +111,14 @@ class MachineMeter:
 
 
 def _gpus() -> list[int]:
-    """Numbers of the GPUs whose use can be asked: none without NVIDIA's library (nvidia-ml-py)."""
+    """Indices of the GPUs whose utilization is readable: none without nvidia-ml-py."""
     if not torch.cuda.is_available() or importlib.util.find_spec("pynvml") is None:
         return []
     import pynvml
 
     found = []
     for index in range(torch.cuda.device_count()):
-        with contextlib.suppress(pynvml.NVMLError):  # a slice of a GPU (MIG) does not tell
+        with contextlib.suppress(pynvml.NVMLError):  # a GPU slice (MIG) has no reading
             torch.cuda.utilization(index)
             torch.cuda.device_memory_used(index)
             found.append(index)
@@ -126,7 +126,7 @@ def _gpus() -> list[int]:
 
 
 def environment() -> dict[str, str]:
-    """Versions of what computes the run, for its record."""
+    """Versions of Python, the platform and the packages that compute a run."""
     found = {"python": sys.version.split()[0], "platform": platform.platform()}
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -1,7 +1,7 @@
-"""Numbers of one step: rollout statistics, seconds by phase, speed and peak memory.
+"""Metrics of one step: rollout statistics, seconds by phase, speed and peak memory.
 
 Keys are grouped by slashes: `reward/`, `groups/`, `cot/`, `score/`, `time/`, `speed/`, `memory/`.
-A number that does not exist (the length of correct answers where none is correct) has no key.
+A number that is undefined (the length of correct answers when none is correct) has no key.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from rl_lora.types import Rollout, RolloutGroup
 def rollout_metrics(groups_N: Sequence[RolloutGroup]) -> dict[str, float]:
     """Statistics of one step's N groups; a pure function.
 
-    `groups/*` are counts of groups and `groups/*_rate` their share of all N: solved_all (every
-    sample correct), solved_none, mixed (some correct), tied (all rewards equal, so no gradient).
-    `cot/tokens_*` are completion lengths in tokens, end token included; quantiles interpolate
+    `groups/*` count groups, `groups/*_rate` are their share of all N: solved_all (every sample
+    correct), solved_none, mixed (some correct), tied (all rewards equal, so no gradient).
+    `cot/tokens_*` are completion lengths in tokens, end token included; quantiles are interpolated
     linearly. `score/STATUS` counts rollouts by the verifier's status.
 
     Raises:
@@ -46,7 +46,7 @@ def rollout_metrics(groups_N: Sequence[RolloutGroup]) -> dict[str, float]:
         "reward/mean": _mean([rollout.score.reward for rollout in rollouts]),
         "reward/correct_mean": _mean([rollout.score.correct for rollout in rollouts]),
         "reward/format_mean": _mean([rollout.score.has_format for rollout in rollouts]),
-        # Mean over groups of the spread within the group: what advantages are made of.
+        # Mean over groups of the standard deviation within a group, which advantages come from.
         "reward/std_in_group": _mean([float(np.std(group.rewards_G)) for group in groups_N]),
     }
     for source, rewards in sorted(rewards_by_source.items()):
@@ -99,7 +99,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class PhaseTimer:
-    """Wall-clock seconds by phase, for each step and in total.
+    """Wall-clock seconds by phase, per step and in total.
 
     Example:
         timer = PhaseTimer()
@@ -115,9 +115,9 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the block's seconds to `time/NAME_s`, also where it ends by an exception.
+        """Adds the block's seconds to `time/NAME_s`, even if it ends with an exception.
 
-        A phase inside another counts in both.
+        A nested phase counts in both.
         """
         start = time.perf_counter()
         try:
@@ -128,7 +128,7 @@ class PhaseTimer:
             self.total_s[name] = self.total_s.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
-        """The step's `time/PHASE_s`, and `time/step_s` with what lies between phases.
+        """The step's `time/PHASE_s`, and `time/step_s`, which includes the time between phases.
 
         The next step starts now.
         """
@@ -141,12 +141,12 @@ class PhaseTimer:
 
 
 def speed_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Tokens a second, from counts and seconds that are already among the metrics.
+    """Tokens per second, from counts and seconds among the metrics.
 
-    `speed/sample_tokens_per_s` counts completion tokens, by the sampler's own seconds where they
-    are given (`system/sampler_s`; nobody waits for it where sampling overlaps learning);
-    `speed/learn_tokens_per_s` counts `learn/tokens` (prompt and completion tokens that went through
-    the learner) where it is given.
+    `speed/sample_tokens_per_s` counts completion tokens, per second of `system/sampler_s` if given
+    (with overlap the sampler's own time, as nothing waits for it), else of `time/sample_s`;
+    `speed/learn_tokens_per_s` counts `learn/tokens`, the prompt and completion tokens that went
+    through the learner.
     """
     sampler_s = "system/sampler_s" if "system/sampler_s" in metrics else "time/sample_s"
     pairs = {
@@ -162,7 +162,7 @@ def speed_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def memory_metrics() -> dict[str, float]:
     """Peak memory so far in MB (10^6 bytes): resident set of this process, torch's on each GPU."""
-    # getrusage gives kibibytes on Linux and bytes on macOS.
+    # getrusage returns kibibytes on Linux and bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     metrics = {"memory/peak_resident_mb": peak / 1e6}

@@ -1,4 +1,4 @@
-"""run.json: what a run was made with, and whether a folder's run is the job that is asked for."""
+"""run.json: what a run was made with, and whether a checkpoint belongs to the job at hand."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from rl_lora.policy import Policy
 
 RECORD_FILE = "run.json"
+FORMAT = 2  # of the files in a run folder
 
-# What may differ when a run is resumed: it changes what is written or how long, not the path.
+# What may differ when a run is resumed: it changes how long it is and what is written, not the
+# policy at each step.
 _FREE_KEYS = {
     "run": {
         "num_steps",
@@ -39,14 +41,15 @@ _FREE_KEYS = {
 
 
 def write_record(config: RunConfig | SftConfig, policy: Policy, inputs: dict[str, Any]) -> None:
-    """The settings and the versions, so that the folder explains itself; and who writes to it.
+    """Writes settings, versions and inputs, and which process writes to the folder.
 
     Args:
         config: the job.
         policy: its policy.
-        inputs: {"base": ..., "data": {"train": ..., "eval": ...}} of `rl_lora.runs.inputs`.
+        inputs: {"base": ..., "data": {"train": ..., "eval": ...}} as in `rl_lora.runs.inputs`.
     """
     record = {
+        "format": FORMAT,
         "config": config.model_dump(mode="json"),
         "environment": environment(),
         "base_model": inputs["base"],
@@ -55,35 +58,56 @@ def write_record(config: RunConfig | SftConfig, policy: Policy, inputs: dict[str
         "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
         "process": {"pid": os.getpid(), "host": platform.node(), "started": time.time()},
     }
-    path = config.run.folder / RECORD_FILE
-    jsonl.write_text_atomically(path, json.dumps(record, indent=2) + "\n")
+    jsonl.write_json(config.run.folder / RECORD_FILE, record)
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """The run's record. Raises UserError where the folder has none, or a damaged one."""
+def read_record(
+    folder: Path, fix: str = "start again under another run.name, or delete it"
+) -> dict[str, Any]:
+    """The run's record.
+
+    Args:
+        folder: the run's.
+        fix: what to do with a run of another version, for the message.
+
+    Raises:
+        UserError: the folder has no record, a damaged one, or one of another format.
+    """
     path = folder / RECORD_FILE
     if not path.is_file():
-        raise UserError(f"{folder} is no run folder: it has no {RECORD_FILE}")
+        raise UserError(f"{folder} is not a run folder: it has no {RECORD_FILE}")
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = record.get("format", 1)
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error})") from error
+    if found == 1:
+        raise UserError(
+            f"{folder} was made by an earlier version: its metrics rollouts/age_* are called "
+            'rollouts/staleness_* now, and "exam" in its evaluation files is "evaluation"; '
+            f"{fix}"
+        )
+    if found != FORMAT:
+        raise UserError(
+            f"{folder} was made by a later version (format {found}, this one reads {FORMAT}); "
+            f"update rl-lora, or {fix}"
+        )
     return record
 
 
 def check_same_job(
-    old: dict[str, Any], config: RunConfig | SftConfig, path: Path, dtype: str | None = None
+    old: dict[str, Any], config: RunConfig | SftConfig, path: Path, dtype: str
 ) -> None:
     """Raises UserError naming the first setting in which a checkpoint's job differs.
 
-    A key that the checkpoint does not have yet counts as its default; a file or folder is the same
-    by whatever path; model.dtype="auto" is what it came to.
+    A key that the checkpoint lacks counts as its default; a file or folder may be named by another
+    path; model.dtype="auto" counts as the dtype it was resolved to.
 
     Args:
-        old: the settings of the checkpoint's job.
-        config: the job that is to go on.
+        old: settings of the checkpoint's job.
+        config: the job to be resumed.
         path: the checkpoint's, for the message.
-        dtype: that the checkpoint's job computes in, where it is known.
+        dtype: what the checkpoint's job computes in, e.g. "float32".
     """
     new, default = config.model_dump(mode="json"), type(config)().model_dump(mode="json")
     for section, values in new.items():
@@ -91,21 +115,19 @@ def check_same_job(
             continue
         for key, value in values.items():
             was = old.get(section, {}).get(key, default[section][key])
-            if (section, key) == ("model", "dtype") and dtype is not None:
+            if (section, key) == ("model", "dtype"):
                 was, value = (dtype if one == "auto" else one for one in (was, value))
             is_same = was == value or _by_path(section, was) == _by_path(section, value)
             if not is_same and key not in _FREE_KEYS.get(section, ()):
                 raise UserError(
-                    f"{path} is of a job with {section}.{key}={was!r}, this one has {value!r}; "
-                    "take another run.name, or the old setting"
+                    f"{path} belongs to a job with {section}.{key}={was!r}, this one has "
+                    f"{value!r}; choose another run.name, or the old setting"
                 )
 
 
 def with_absolute_paths(config: SomeSection) -> SomeSection:
-    """A job with its data files, folders and model directory as absolute paths.
-
-    So its record can be read, and its adapters be loaded, from another working directory.
-    """
+    """The job with absolute paths of its data and model, so that its record and adapters can be
+    used from another working directory."""
     raw = config.model_dump()
     raw["model"]["name"] = absolute_model(raw["model"]["name"])
     for key in ("train", "eval"):
@@ -114,7 +136,7 @@ def with_absolute_paths(config: SomeSection) -> SomeSection:
 
 
 def with_dtype(config: SomeSection, dtype: str) -> SomeSection:
-    """A job that computes in `dtype` (e.g. "float32") where it leaves that open."""
+    """The job with model.dtype="auto" replaced by `dtype`, e.g. "float32"."""
     raw = config.model_dump()
     if raw["model"]["dtype"] == "auto":
         raw["model"]["dtype"] = dtype
@@ -122,7 +144,7 @@ def with_dtype(config: SomeSection, dtype: str) -> SomeSection:
 
 
 def _by_path(section: str, value: Any) -> Any:
-    """A setting of `model` or `data` with names of files and folders as absolute paths."""
+    """A setting of `model` or `data`, its files and folders as absolute paths."""
     if section == "model" and isinstance(value, str):
         return absolute_model(value)
     if section == "data" and isinstance(value, list | tuple):

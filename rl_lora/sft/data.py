@@ -1,8 +1,8 @@
-"""Supervised data sets -> tokenised sequences to learn and to test on; and which go into a step.
+"""Supervised data sets -> tokenized training and test sequences, and the rows of each step.
 
-One sequence an assistant message that is learnt: all before it is its prompt; the completion is
-what the chat template writes for the message, up to the token that ends its turn (a template
-without such a token: the tokenizer's end token follows). The loss counts the completion alone.
+Each assistant message to be learned makes one sequence: everything before it is the prompt; the
+completion is what the chat template writes for the message, up to the token that ends its turn (if
+the template has none, the tokenizer's end token follows). Only the completion counts for the loss.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SFT_SETS: dict[str, HubSet] = {
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A tokenised sequence; ids in arrays of 4 bytes a token, as a data set has millions.
+    """A tokenized sequence; arrays have 4 bytes per token, as a data set may have millions.
 
     Example: Tokens(prompt_ids=array("i", [1, 5]), completion_ids=array("i", [7, 2]))
     """
@@ -49,7 +49,7 @@ class Tokens:
     completion_ids: array[int]
 
     def sample(self) -> TrainSample:
-        """As the learner takes it."""
+        """As the learner's input; log-probs and advantage are placeholders of a supervised loss."""
         return TrainSample(
             prompt_ids=tuple(self.prompt_ids),
             completion_ids=tuple(self.completion_ids),
@@ -61,7 +61,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class SftSets:
-    """What to learn, what to test on, and one line a data set about rows left out."""
+    """Training and test sequences, and notes on rows left out, one per data set."""
 
     train: list[Tokens]
     test: list[Tokens]
@@ -76,17 +76,17 @@ class SftSets:
 def load_sft(
     data: SftDataSection, tokenizer: PreTrainedTokenizerBase, context_length: int, seed: int
 ) -> SftSets:
-    """Reads, splits and tokenises all data sets of a job.
+    """Reads, splits and tokenizes all data sets of a job.
 
-    Without data.eval, `data.held_out` rows of the training sets are kept for the test, drawn by
-    seed. Training rows whose chat is in the test, too, are left out.
+    Without data.eval, `data.held_out` rows of the training sets, drawn by seed, are held out for
+    the test. Training rows whose chat is also in the test are left out.
 
     Raises:
-        UserError: a source that cannot be used, too few rows, no chat template, or no sequence that
-            fits data.max_tokens.
+        UserError: an unusable source, too few rows, no chat template, or no sequence that fits
+            data.max_tokens.
     """
     if not data.train:
-        raise UserError("data.train names no data set; set data.train, e.g. a jsonl of chats")
+        raise UserError("data.train is empty; set it to a data set, e.g. a .jsonl file of chats")
     renderer = _Renderer(data, tokenizer)
     notes: list[str] = []
     max_tokens = min(data.max_tokens, context_length)
@@ -96,8 +96,8 @@ def load_sft(
     else:
         if len(train) <= data.held_out:
             raise UserError(
-                f"data.held_out={data.held_out} leaves nothing of the {len(train)} rows there are; "
-                "lower it, or give data.eval"
+                f"data.held_out={data.held_out} leaves none of the {len(train)} rows to train on; "
+                "lower it, or set data.eval"
             )
         drawn = set(random.Random(mix_seed("sft", seed)).sample(range(len(train)), data.held_out))
         test = [chat for place, chat in enumerate(train) if place in drawn]
@@ -105,7 +105,7 @@ def load_sft(
     tested = {(chat.messages, chat.tools) for chat in test}
     kept = [chat for chat in train if (chat.messages, chat.tools) not in tested]
     if len(kept) < len(train):
-        notes.append(f"{len(train) - len(kept)} training rows left out: they are in the test, too")
+        notes.append(f"{len(train) - len(kept)} training rows left out: they are also in the test")
     sets = SftSets(
         renderer.tokens(kept, max_tokens, "training", notes),
         renderer.tokens(test, max_tokens, "test", notes),
@@ -114,16 +114,16 @@ def load_sft(
     for name, sequences in (("training", sets.train), ("test", sets.test)):
         if not sequences:
             raise UserError(
-                f"no {name} sequence is left: all prompts fill data.max_tokens={max_tokens}; raise "
-                "it, or give other data"
+                f"no {name} sequence is left: every prompt takes up data.max_tokens={max_tokens}; "
+                "raise it, or use other data"
             )
     return sets
 
 
 def step_indices(step: int, batch_size: int, num_rows: int, seed: int) -> list[int]:
-    """Rows of step 1, 2, ...: each epoch in an order of its own, batches going over its end.
+    """Row indices of a step (from 1); each epoch has its own order, and a batch may span two.
 
-    A pure function of the step, so that a resumed run needs no other state.
+    A pure function of the step, so a resumed run needs no other state.
     """
     first = (step - 1) * batch_size
     orders: dict[int, list[int]] = {}
@@ -145,7 +145,7 @@ def _load(source: SourceSection, role: Role, data: SftDataSection, notes: list[s
     usable = [chat for chat in chats if chat.answers]
     note = f"{label} ({role}): {len(usable)} of {len(chats)} rows"
     if len(usable) < len(chats):
-        note += f"; dropped: {len(chats) - len(usable)} without anything to learn"
+        note += f"; dropped: {len(chats) - len(usable)} with nothing to learn"
     notes.append(note)
     if not usable:
         raise UserError(f"data set {source.name}: none of its {len(chats)} rows has an answer")
@@ -153,7 +153,7 @@ def _load(source: SourceSection, role: Role, data: SftDataSection, notes: list[s
 
 
 def _read(source: SourceSection, role: Role, data: SftDataSection) -> tuple[str, list[Chat]]:
-    """(label, rows): made here, from disk or the hub; num_rows of them drawn by source.seed."""
+    """(label, rows) of a generator, a file or folder, or the hub; num_rows drawn by source.seed."""
     kind, separator, name = source.name.partition(":")
     if separator and kind == "generated":
         wanted = source.num_rows or DEFAULT_ROWS
@@ -182,7 +182,7 @@ def _read(source: SourceSection, role: Role, data: SftDataSection) -> tuple[str,
         )
     loaded = load_hub(source.name, known, None, split)
     if source.num_rows is not None and source.num_rows < len(loaded):
-        # Mixtures lie in the order of their sources: the first rows are no sample.
+        # Mixtures are ordered by source: the first rows are not a representative sample.
         loaded = loaded.shuffle(seed=source.seed).select(range(source.num_rows))
     label = source.name.rpartition("/")[2]
     return label, parse_chats(loaded, f"data set {source.name}", data.instruction, *columns)
@@ -199,25 +199,25 @@ def _draw(chats: list[Chat], source: SourceSection) -> list[Chat]:
 
 
 class _Renderer:
-    """Chats -> token ids, by the settings of one job."""
+    """Chats -> token ids with one job's settings."""
 
     def __init__(self, data: SftDataSection, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises UserError without a chat template, or for settings of one that is not used."""
+        """Raises UserError without a chat template, or for settings of an unused one."""
         is_chat = data.template == "chat"
         self._data, self._tokenizer = data, tokenizer
         self._chat = ChatTemplate(tokenizer, data.chat_template_kwargs) if is_chat else None
         if not is_chat and data.chat_template_kwargs:
-            raise UserError("data.chat_template_kwargs needs data.template='chat'; leave it out")
+            raise UserError("data.chat_template_kwargs needs data.template='chat'; remove it")
         end = self._chat.turn_end if self._chat else None
         self._end_ids = {int(tokenizer.eos_token_id)} | ({end.token_id} if end else set())
 
     def tokens(
         self, chats: Sequence[Chat], max_tokens: int, what: str, notes: list[str]
     ) -> list[Tokens]:
-        """A sequence an answer, cut at max_tokens; a note tells what was cut or left out."""
+        """One sequence per answer, cut at max_tokens; a note counts those cut or left out."""
         counts: Counter[str] = Counter()
         sequences: list[Tokens] = []
-        for start in range(0, len(chats), 1000):  # a batch at once is quick; all at once is large
+        for start in range(0, len(chats), 1000):  # batches are fast; all at once take much memory
             for prompt, answer in self._encode(list(self._pairs(chats[start : start + 1000]))):
                 room = max_tokens - len(prompt)
                 if room < 1:
@@ -227,12 +227,12 @@ class _Renderer:
                     counts["cut at data.max_tokens"] += 1
                 sequences.append(Tokens(array("i", prompt), array("i", answer[:room])))
         if counts:
-            told = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-            notes.append(f"{what}: {len(sequences)} sequences of up to {max_tokens} tokens; {told}")
+            text = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+            notes.append(f"{what}: {len(sequences)} sequences of up to {max_tokens} tokens; {text}")
         return sequences
 
     def prompt(self, messages: Sequence[Message], who: str = "the row") -> str:
-        """Everything before an answer: chat markup with the turn opened, or `User: ...` lines."""
+        """The text before an answer: chat markup with the turn opened, or `User: ...` lines."""
         turns = self._with_system(messages)
         if self._chat is not None:
             return self._chat.render(turns, who, opens_turn=True)
@@ -245,7 +245,7 @@ class _Renderer:
         return list(messages) if has_own else [Message("system", system), *messages]
 
     def _pairs(self, chats: Sequence[Chat]) -> Iterator[tuple[str, str]]:
-        """(prompt, answer) texts of the messages that are learnt."""
+        """(prompt, answer) texts of the messages to be learned."""
         for chat in chats:
             places = chat.answers if self._data.learn_on == "all" else chat.answers[-1:]
             for place in places:
@@ -263,8 +263,11 @@ class _Renderer:
         return self.prompt(turns[:-1], chat.who), f" {turns[-1].content or ''}"
 
     def _encode(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[int]]]:
-        """(prompt ids, answer ids with an end token), as the whole text's ids where these begin
-        with the prompt's: some tokenizers put a blank before a text of its own."""
+        """(prompt ids, answer ids with an end token).
+
+        The answer's ids are cut from the whole text's if these start with the prompt's: some
+        tokenizers put a blank before a separate text.
+        """
         has_start = self._chat is None
         prompts = encode_prompts([p for p, _ in pairs], self._tokenizer, with_start=has_start)
         wholes = encode_prompts([p + a for p, a in pairs], self._tokenizer, with_start=has_start)
@@ -280,5 +283,5 @@ class _Renderer:
 def render_prompt(
     messages: Sequence[Message], data: SftDataSection, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """Everything before the answer: chat markup with the turn opened, or `User: ...` lines."""
+    """The text before the answer: chat markup with the turn opened, or `User: ...` lines."""
     return _Renderer(data, tokenizer).prompt(messages)

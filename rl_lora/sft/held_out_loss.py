@@ -16,18 +16,18 @@ from rl_lora.types import TrainSample
 
 @dataclass(frozen=True, slots=True)
 class HeldOutLoss:
-    """Nats a token.
+    """Mean negative log-likelihood, in nats per token.
 
     Example: HeldOutLoss(nll=1.62, low=1.55, high=1.69, num_tokens=9120)
     """
 
     nll: float
-    low: float  # 95 %, sequences being drawn
+    low: float  # 95 % interval, sequences being the sampling unit
     high: float
     num_tokens: int
 
     def metrics(self) -> dict[str, float]:
-        """As a line of metrics.jsonl has it."""
+        """As in a line of metrics.jsonl."""
         return {
             "test/nll": self.nll,
             "test/nll_low": self.low,
@@ -40,7 +40,7 @@ class HeldOutLoss:
 def sequence_nll(
     policy: Policy, samples: Sequence[TrainSample], microbatch_tokens: int
 ) -> tuple[list[float], list[int]]:
-    """(nll_N in nats, num_tokens_N): each sequence's completion, in the order of microbatches."""
+    """(nll_N in nats, num_tokens_N) of each sequence's completion, in the order of microbatches."""
     nlls: list[float] = []
     counts: list[int] = []
     (batches,) = pack_samples(samples, microbatch_tokens=microbatch_tokens)
@@ -57,23 +57,24 @@ def sequence_nll(
 def mean_with_interval(
     nll_N: Sequence[float], num_tokens_N: Sequence[int], confidence: float = 0.95
 ) -> HeldOutLoss:
-    """Sum of nats over sum of tokens; the interval is that of a ratio of sums over N drawn
-    sequences, by linearisation (Cochran, Sampling Techniques, section 6.5): the standard error is
-    sqrt(N / (N - 1) sum (nll_i - ratio tokens_i)^2) / sum tokens. Infinite for one sequence.
+    """Sum of nats over sum of tokens, with the interval of a ratio of sums over N sequences.
+
+    By linearization (Cochran, Sampling Techniques, section 6.5) the standard error is
+    sqrt(N / (N - 1) sum (nll_i - ratio tokens_i)^2) / sum tokens; infinite for one sequence.
 
     Raises:
         ValueError: no tokens.
     """
     total, num = sum(num_tokens_N), len(nll_N)
     if total == 0:
-        raise ValueError("there is no token to take the mean over")
+        raise ValueError("no tokens to take the mean over")
     ratio = sum(nll_N) / total
     squares = sum(
         (nll - ratio * count) ** 2 for nll, count in zip(nll_N, num_tokens_N, strict=True)
     )
     error = math.sqrt(num / (num - 1) * squares) / total if num > 1 else math.inf
-    reach = NormalDist().inv_cdf((1 + confidence) / 2) * error
-    return HeldOutLoss(ratio, ratio - reach, ratio + reach, total)
+    half_width = NormalDist().inv_cdf((1 + confidence) / 2) * error
+    return HeldOutLoss(ratio, ratio - half_width, ratio + half_width, total)
 
 
 def held_out_loss(

@@ -1,8 +1,8 @@
-"""The supervised loop: a batch, one optimizer step by log loss, the test loss along the way.
+"""The supervised loop: a batch, one optimizer step on the log loss, the test loss along the way.
 
-The test's steps lie at equal ratios (1, 2, 4, ...), as the article's learning curves go by log
-steps. Metrics: `sft/loss` (nats a completion token of the step's batch, before the step) and
-`test/nll` with its 95 % interval.
+Tests come at geometrically spaced steps (1, 2, 4, ...), for learning curves over log steps.
+Metrics: `sft/loss` (nats per completion token of the step's batch, before the step) and `test/nll`
+with its 95 % interval.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from rl_lora.config.sft import SftConfig
 from rl_lora.models.resolve import check_rows
 from rl_lora.policy import check_trainable
 from rl_lora.report.terminal import Display
-from rl_lora.runs.checkpoint import drop_after
+from rl_lora.runs.checkpoint import drop_after, load_checkpoint, save_checkpoint
 from rl_lora.runs.inputs import base_inputs, sequence_inputs
 from rl_lora.runs.lock import run_lock
 from rl_lora.runs.log import METRICS_FILE, RunLog
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, speed_metrics
 from rl_lora.runs.record import with_absolute_paths, write_record
-from rl_lora.runs.snapshot import Start, find_start, load_snapshot, save_snapshot
+from rl_lora.runs.start import Start, find_start
 from rl_lora.sft.data import SftSets, load_sft, step_indices
 from rl_lora.sft.held_out_loss import HeldOutLoss, held_out_loss
 from rl_lora.storage import jsonl
@@ -38,20 +38,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SftOutcome:
-    """What a supervised run ends with.
+    """The result of a supervised run.
 
     Example: SftOutcome(folder=Path("runs/sft"), before=2.31, after=1.62)
     """
 
     folder: Path
-    before: float  # test NLL of the base, nats a token
+    before: float  # test loss of the base, nats per token
     after: float
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What the loop works with."""
-
     config: SftConfig
     learner: Learner
     sets: SftSets
@@ -61,8 +59,8 @@ class _Job:
 
 
 def curve_steps(num_steps: int, num_tests: int, every: int = 0) -> list[int]:
-    """Steps after which the test is held: num_tests of them at equal ratios, the last one with
-    them, and every `every`-th (0: none)."""
+    """Steps after which the test loss is measured: num_tests at equal ratios up to the last step,
+    and every `every`-th (0: none)."""
     if num_steps == 0:
         return []
     ratio = num_steps ** (1 / num_tests)
@@ -83,13 +81,12 @@ def fine_tune(
 
     Args:
         config: the job.
-        resume: go on from the newest checkpoint, if there is one; a complete run is only reported.
+        resume: continue from the newest checkpoint, if any; a complete run is only reported.
         quiet: print only warnings and the summary.
-        accept_changed_data: go on although base or data are others than when the run began.
+        accept_changed_data: continue even if base or data have changed since the run began.
 
     Raises:
-        UserError: bad input, an older run in the way, another process at work in the folder, or a
-            full disk.
+        UserError: bad input, an older run in the folder, another process using it, or a full disk.
         FloatingPointError: the gradient is not finite.
     """
     check_trainable(config.model, config.lora)
@@ -106,7 +103,7 @@ def fine_tune(
         else:
             outcome = _run(start.restarted(config), start, display, accept_changed_data)
         display.note(
-            f"test loss {outcome.before:.4f} before, {outcome.after:.4f} after (nats a token); "
+            f"test loss {outcome.before:.4f} before, {outcome.after:.4f} after (nats per token); "
             f"everything is in {folder}"
         )
     return outcome
@@ -131,12 +128,12 @@ def _run(
         job = _Job(config, learner, sets, inputs, log, display)
         write_record(config, policy, inputs)
         if start.checkpoint is not None:
-            load_snapshot(start.checkpoint, learner, config)
-            drop_after(folder, start.state["step"])
+            load_checkpoint(start.checkpoint, learner)
             display.note(f"resumed from {start.checkpoint}")
-        else:
+        drop_after(folder, start.state.get("step", -1))
+        if start.checkpoint is None:
             log.write(0, _test(job).metrics())
-            save_snapshot(0, learner, config, inputs=inputs)
+            save_checkpoint(0, learner, config, inputs=inputs)
         _loop(job, start.state.get("step", 0))
         policy.check_base(inputs["base"]["fingerprint"])
         _publish(policy, folder, config)
@@ -179,7 +176,7 @@ def _loop(job: _Job, step: int) -> None:
         job.log.write(step, metrics | speed_metrics(metrics))
         job.display.step(step, metrics)
         if step % run.checkpoint_every == 0 or step == run.num_steps:
-            save_snapshot(step, job.learner, config, inputs=job.inputs)
+            save_checkpoint(step, job.learner, config, inputs=job.inputs)
 
 
 def _step(job: _Job, indices: list[int]) -> dict[str, float]:
@@ -202,12 +199,12 @@ def _test(job: _Job) -> HeldOutLoss:
 
 
 def _publish(policy: Policy, folder: Path, config: SftConfig) -> None:
-    """The adapter (or the weights) where users look for it."""
+    """Writes RUN/adapter, which has the whole model in full fine-tuning."""
     adapter = save_adapter(
         policy, folder / "adapters", version=config.run.num_steps, run_name=config.run.name
     )
     with atomic_directory(folder / "adapter") as scratch:
-        for file in adapter.path.iterdir():  # the whole model, in full fine-tuning: not copied
+        for file in adapter.path.iterdir():  # moved, not copied: a full model is large
             file.rename(scratch / file.name)
     shutil.rmtree(folder / "adapters", ignore_errors=True)
 

@@ -1,8 +1,8 @@
-"""Supervised fine-tuning by log loss on worked solutions: the warm start before RL.
+"""The warm start before RL: supervised fine-tuning by log loss on worked solutions.
 
-RL alone starves where the base earns no reward at all; a few supervised steps on generated
-solutions teach the form of an answer, and RL goes on from there. It is a stage of its own, with
-metrics of its own (warm_start.jsonl).
+RL cannot learn if the base earns no reward at all; a few supervised steps on generated solutions
+teach the form of an answer, and RL continues from there. It is a separate stage with separate
+metrics (warm_start.jsonl).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rl_lora.types import Prompt, TrainSample
 
 
 def solution_sample(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, end_id: int) -> TrainSample:
-    """The prompt with its worked solution as completion, closed by the token that ends a turn."""
+    """The prompt with its worked solution as completion, plus the token that ends a turn."""
     ids = tokenizer.encode(prompt.solution, add_special_tokens=False)
     completion_ids = (*ids, end_id)
     return TrainSample(
@@ -33,7 +33,7 @@ def solution_sample(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, end_id: 
 
 
 def has_solutions(prompts: Sequence[Prompt]) -> bool:
-    """Whether there is anything to learn from before RL."""
+    """Whether any prompt has a worked solution to learn from."""
     return any(prompt.solution for prompt in prompts)
 
 
@@ -44,9 +44,9 @@ def warm_start(
     config: RunConfig,
     on_step: Callable[[int, dict[str, float]], None],
 ) -> None:
-    """`warm_start.num_steps` supervised steps; the learner's optimizer is fresh afterwards.
+    """Takes `warm_start.num_steps` supervised steps, then resets the learner's optimizer.
 
-    At a constant rate: `optim.schedule` is of the RL steps that follow, however many they are.
+    The rate is constant: `optim.schedule` only applies to the RL steps that follow.
 
     Args:
         on_step: called with (step, metrics) after each step.

@@ -1,1 +1,1 @@
-"""Files that are whole or not there: JSON lines, directories."""
+"""Files that are either complete or absent: JSON, JSON lines, directories."""

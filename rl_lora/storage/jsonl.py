@@ -1,7 +1,7 @@
-"""JSON lines that survive hostile text, non-finite numbers and a kill in mid-write.
+"""JSON and JSON lines that survive hostile text, non-finite numbers and a kill in mid-write.
 
 Plain files end in .jsonl, compressed ones in .jsonl.gz. A compressed file grows by whole gzip
-members (RFC 1952, section 2.2), which any gzip reader joins; a kill can tear the last one alone.
+members (RFC 1952, section 2.2), which any gzip reader joins; a kill can tear only the last one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from rl_lora.errors import UserError
 
 
 def storable(value: Any) -> Any:
-    """The value as strict JSON takes it.
+    """The value in a form that strict JSON can hold.
 
-    NaN and infinities become None (JSON has no such numbers); a lone surrogate, which is no
-    character and which strict readers refuse, becomes the six characters of its escape.
+    NaN and infinities become None (JSON has no such numbers); a lone surrogate, which strict
+    readers refuse, becomes the six characters of its escape.
     """
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -38,10 +38,10 @@ def storable(value: Any) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The JSON value; an integer of more digits than Python turns into an int stays text.
+    """The JSON value; an integer with more digits than Python converts stays text.
 
     Raises:
-        ValueError: it is no JSON, in one short line.
+        ValueError: not JSON, in one short line.
     """
     try:
         return json.loads(text, parse_int=_integer)
@@ -59,11 +59,11 @@ def _integer(text: str) -> int | str:
 def read_values(path: Path) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of every line of a user's file that is not blank.
 
-    Lines end at line feeds alone: U+2028, U+0085 and form feeds may stand inside a string. Byte
-    order marks are skipped.
+    Only line feeds end a line: U+2028, U+0085 and form feeds may occur inside a string. Byte order
+    marks are skipped.
 
     Raises:
-        UserError: a line is not UTF-8 or no JSON, naming file and line.
+        UserError: a line is not UTF-8 or not JSON, naming file and line.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -76,24 +76,24 @@ def read_values(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def decode_text(content: bytes, where: str) -> str:
-    """A user's text without its byte order mark. Raises UserError where it is not UTF-8."""
+    """A user's text without its byte order mark. Raises UserError if it is not UTF-8."""
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         raise UserError(
             f"{where} is not UTF-8 text (byte 0x{content[error.start]:02x}); convert the file, "
-            f"e.g. by `iconv -f {'utf-16' if is_wide else 'latin1'} -t utf-8`"
+            f"e.g. with `iconv -f {'utf-16' if is_wide else 'latin1'} -t utf-8`"
         ) from None
 
 
 def to_line(record: dict[str, Any]) -> str:
-    """One ASCII line with its line feed: no control, escape or line-separator character in it."""
+    """One ASCII line with its line feed, free of control, escape and line-separator characters."""
     return json.dumps(storable(record), allow_nan=False) + "\n"
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replaces the file's content, or leaves the old one if killed."""
+    """Replaces the file's content; a kill leaves the old content."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -102,14 +102,19 @@ def write_text_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError:
-        partial.unlink(missing_ok=True)  # a full disk is not to be kept full
+        partial.unlink(missing_ok=True)  # frees space on a full disk
         raise
 
 
-def append_compressed(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Appends the records as one gzip member, forced to disk: all of them are there, or none.
+def write_json(path: Path, value: Any) -> None:
+    """Replaces the file's content by the value as indented strict JSON; a kill leaves the old."""
+    write_text_atomically(path, json.dumps(storable(value), allow_nan=False, indent=2) + "\n")
 
-    What a kill tore has to be dropped first (`cut_torn`).
+
+def append_compressed(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Appends the records as one gzip member, forced to disk: all of them or none.
+
+    A member torn by a kill must be dropped first (`cut_torn`).
     """
     text = "".join(to_line(record) for record in records)
     with path.open("ab") as file:
@@ -119,7 +124,7 @@ def append_compressed(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def cut_torn(path: Path) -> None:
-    """Drops what stands after the last whole gzip member of a compressed file.
+    """Drops everything after the last whole gzip member of a compressed file.
 
     Raises:
         UserError: the file is damaged before its end.
@@ -132,28 +137,28 @@ def cut_torn(path: Path) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The file's objects, compressed or not; what a kill cut short at its end is left out.
+    """The objects of a file, compressed or not, without a last line that a kill cut short.
 
     Raises:
-        UserError: another line is no JSON object, naming file and line.
+        UserError: another line is not a JSON object, naming file and line.
     """
     return [record for _, record in _parse(path)]
 
 
 def cut_after(path: Path, last_step: int) -> int | None:
-    """Drops, atomically, the lines whose `step` is over last_step and a half-written last line.
+    """Drops, atomically, lines whose `step` is after last_step and a half-written last line.
 
-    Returns the last step kept, None where no line is left.
+    Returns the last step kept; None if no line is left.
 
     Raises:
-        UserError: a line is no JSON object or has no step, naming file and line.
+        UserError: a line is not a JSON object or has no step, naming file and line.
     """
     if not path.exists():
         return None
     kept_lines, kept_steps = [], []
     for number, (line, record) in enumerate(_parse(path), start=1):
         if not isinstance(record.get("step"), int):
-            raise UserError(f"{path} line {number} has no step; delete the line to go on")
+            raise UserError(f"{path} line {number} has no step; delete the line to continue")
         if record["step"] <= last_step:
             kept_lines.append(line + "\n")
             kept_steps.append(record["step"])
@@ -162,14 +167,14 @@ def cut_after(path: Path, last_step: int) -> int | None:
 
 
 def _parse(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Split on line feeds alone: str.splitlines also splits at characters inside a string.
-    # What stands after the last one is empty, or a line that a kill cut short.
+    # Only line feeds: str.splitlines also splits at characters inside a string. After the last one
+    # comes nothing, or a line that a kill cut short.
     *whole, _ = _read_text(path).split("\n")
     for number, line in enumerate(whole, start=1):
         record = _object(line)
         if record is None:
             raise UserError(
-                f"{path} line {number} is not a JSON object; delete the line to go on without it"
+                f"{path} line {number} is not a JSON object; delete the line to continue without it"
             )
         yield line, record
 
@@ -194,7 +199,7 @@ def _members(path: Path) -> Iterator[tuple[bytes, int]]:
                     parts.append(reader.decompress(piece))
                 except zlib.error as error:
                     raise UserError(
-                        f"{path} is damaged after byte {end} ({error}); delete it to start anew"
+                        f"{path} is damaged after byte {end} ({error}); delete it to start again"
                     ) from error
                 pending = reader.unused_data
                 size += len(piece) - len(pending)

@@ -1,1 +1,1 @@
-"""Grids of runs: planned, run, tabulated, drawn."""
+"""Studies: grids of runs, from the plan to the figures."""

@@ -1,16 +1,17 @@
-"""A study's settings: one job and the grids over it, as cells.
+"""A study's settings: one job and grids over its settings; each combination is a cell.
 
     [study]                     name, arm (rl or sft), seeds, refinement
-    [job]                       the job that all cells share, as `rl-lora train` or `sft` reads it
-    [[grid]]                    a product of lists; several grids are put together
+    [job]                       the settings that all cells share, as for `rl-lora train` or `sft`
+    [[grid]]                    a product of lists; several grids are joined
     lora.rank = [1, 8, 64]
     optim.lr = [1e-3, 3e-3]
 
-Cells that come out as the same job (a full fine-tuning cell of rank 1 and of rank 8) are one.
+Cells that amount to the same job (full fine-tuning at rank 1 and at rank 8) are one.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -28,25 +29,25 @@ from rl_lora.errors import UserError
 
 JobConfig = RunConfig | SftConfig
 ROOTS: dict[str, type[RunConfig] | type[SftConfig]] = {"rl": RunConfig, "sft": SftConfig}
-# What a full fine-tuning run does not look at: cells that differ in it alone are one cell.
+# Ignored in full fine-tuning: cells that differ only in these are one cell.
 _LORA_ONLY = ("rank", "alpha", "layers", "lm_head", "variant")
-# Settings that came after studies had been run: at these values they are no part of a cell's key.
+# Settings added after studies had been run: at these values they are left out of a cell's key.
 _LATER = (("lora", "variant", "lora"), ("optim", "lora_plus_ratio", 1.0))
 
 
 class StudySection(Section):
-    """What is studied and how."""
+    """How the study is run."""
 
     name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output_dir: str = "runs/studies"  # the study's folder is output_dir/name
     arm: Literal["rl", "sft"] = "rl"
     seeds: tuple[int, ...] = (0, 1, 2)
-    num_threads: int = Field(1, ge=1)  # of a cell on a CPU
-    num_per_gpu: int = Field(1, ge=1)  # cells at once on one GPU; a small model leaves it idle
-    # Rounds of further rates for each condition: halfway (by ratio) to the best one's neighbours,
-    # and beyond the grid's end where the best one lies there.
+    num_threads: int = Field(1, ge=1)  # per cell on a CPU
+    num_per_gpu: int = Field(1, ge=1)  # cells at once per GPU; one small model leaves it idle
+    # Rounds of further learning rates for each condition: the geometric means of the best rate and
+    # its neighbors, and one beyond the grid's end if the best is there.
     refine_rounds: int = Field(0, ge=0, le=4)
-    # Steps at a run's end whose mean reward is its result (rl).
+    # Number of last steps whose mean reward is a run's result (rl).
     final_steps: int = Field(5, ge=1)
 
 
@@ -64,7 +65,7 @@ class StudyConfig(Section):
 
 
 class Condition(NamedTuple):
-    """What a learning rate is swept for.
+    """What identifies a learning-rate sweep.
 
     Example: Condition(mode="lora", rank=8, layers="all", lm_head=False, batch_size=32,
     variant="dora", lora_plus_ratio=1.0)
@@ -86,12 +87,12 @@ class Cell:
     Example: Cell(key="3f2a90c1b7", config=RunConfig(...))
     """
 
-    key: str  # changes with any setting that a run's result depends on
+    key: str  # digest of all settings that the run's result depends on
     config: JobConfig
 
     @property
     def arm(self) -> str:
-        """rl or sft."""
+        """Either "rl" or "sft"."""
         return "rl" if isinstance(self.config, RunConfig) else "sft"
 
     @property
@@ -104,7 +105,7 @@ class Cell:
 
     @property
     def condition(self) -> Condition:
-        """What its rate is swept for."""
+        """The sweep that it belongs to."""
         lora = self.config.lora
         if lora.mode == "full":
             return Condition("full", 0, "all", False, self.batch_size)
@@ -120,7 +121,7 @@ class Cell:
 
     @property
     def cost_class(self) -> str:
-        """Cells of one class take about the same time: they differ in rate and seed alone."""
+        """Cells of one class differ only in rate and seed, so they take about the same time."""
         return _digest(self._settings(without=("lr", "seed")))
 
     def _settings(self, without: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -143,7 +144,7 @@ class Cell:
 
 
 def make_cell(config: JobConfig) -> Cell:
-    """The cell of one job; its key is a digest of the settings."""
+    """The cell of one job."""
     cell = Cell("", config)
     return Cell(_digest(cell._settings()), config)
 
@@ -152,7 +153,7 @@ def load_study(path: Path, overrides: list[str] | None = None) -> StudyConfig:
     """Reads and checks a study.
 
     Raises:
-        UserError: the file, a key, or a cell's settings are wrong, naming the first.
+        UserError: names the first thing wrong in the file, a key, or a cell's settings.
     """
     of_job = [one.removeprefix("job.") for one in overrides or [] if one.startswith("job.")]
     of_study = [one for one in overrides or [] if not one.startswith("job.")]
@@ -166,10 +167,10 @@ def load_study(path: Path, overrides: list[str] | None = None) -> StudyConfig:
 
 
 def cells_of(study: StudyConfig) -> list[Cell]:
-    """All cells of the grids, each once, seeds innermost.
+    """All cells of the grids without duplicates, seeds innermost.
 
     Raises:
-        UserError: a cell's settings are wrong, naming the cell.
+        UserError: names a cell whose settings are wrong.
     """
     cells: dict[str, Cell] = {}
     for grid in study.grid:
@@ -200,7 +201,7 @@ def _axes(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list
 
 
 def _job(study: StudyConfig, departures: Mapping[str, Any], seed: int) -> JobConfig:
-    raw: dict[str, Any] = json.loads(json.dumps(study.job))  # a copy of its own
+    raw = copy.deepcopy(study.job)
     for key, value in {**departures, "run.seed": seed}.items():
         *parents, last = key.split(".")
         node = raw
@@ -214,8 +215,8 @@ def _job(study: StudyConfig, departures: Mapping[str, Any], seed: int) -> JobCon
     try:
         return parse_as(ROOTS[study.study.arm], raw)
     except UserError as error:
-        told = ", ".join(f"{key}={value}" for key, value in departures.items()) or "the job"
-        raise UserError(f"study {study.study.name}, cell {told}: {error}") from error
+        name = ", ".join(f"{key}={value}" for key, value in departures.items()) or "the job"
+        raise UserError(f"study {study.study.name}, cell {name}: {error}") from error
 
 
 def _digest(settings: Mapping[str, Any]) -> str:

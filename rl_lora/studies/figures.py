@@ -1,9 +1,8 @@
-"""The article's figures 1 to 8 from a study's results table, and 9 of LoRA's variants: one function
-each, rows in, axes out.
+"""Figures of a study's results table: 1 to 8 after the article, 9 on variants of LoRA.
 
-Points are means over seeds with 95 % intervals (Student's t), or with both seeds where there are
-two; colours are Okabe and Ito's, and line styles and markers differ, too. A figure is drawn from
-the rows that carry its numbers; where there are none, it is not drawn.
+One function draws each figure, from rows onto axes. Points are means over seeds with 95 % intervals
+(Student's t), or the range of the two seeds if there are two; colors are Okabe and Ito's, with
+different line styles and markers. A figure without data is not drawn.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ _STYLE = STYLE | {"legend.fontsize": 8}
 Row = Mapping[str, Any]
 
 
-# --- what is drawn --------------------------------------------------------------------------------
+# --- data and style -------------------------------------------------------------------------------
 
 
 def order(condition: Condition) -> tuple[object, ...]:
-    """Adapters by layers, rank and variant (plain LoRA first), full fine-tuning last."""
+    """Sort key: adapters by layers, rank and variant (plain LoRA first), full fine-tuning last."""
     variant = "" if is_plain(condition) else condition.variant
     return (
         condition.mode == "full",
@@ -49,12 +48,12 @@ def order(condition: Condition) -> tuple[object, ...]:
 
 
 def is_plain(condition: Condition) -> bool:
-    """Whether it is LoRA as the article has it (or full fine-tuning), and no variant."""
+    """Whether it is plain LoRA, as in the article, or full fine-tuning."""
     return condition.variant == "lora" and condition.lora_plus_ratio == 1
 
 
 def style_of(number: int) -> dict[str, Any]:
-    """Colour, marker and line of the number-th curve."""
+    """Color, marker and line style of the number-th curve."""
     return {
         "color": COLORS[number % len(COLORS)],
         "marker": MARKERS[number % len(MARKERS)],
@@ -63,15 +62,15 @@ def style_of(number: int) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high): the mean's 95 % interval, or of two values those, which have none to speak
-    of (Student's t would reach 12.7 standard errors)."""
+    """(mean, low, high): the mean's 95 % interval; of two values their range, as Student's t would
+    reach 12.7 standard errors."""
     if len(values) == 2:
         return sum(values) / 2, min(values), max(values)
     return mean_interval(values)
 
 
 def best_rates(rows: Sequence[Row]) -> dict[Condition, float]:
-    """condition -> the rate of the best mean result, where no seed failed."""
+    """condition -> the rate with the best mean result, among rates without a failed seed."""
     arm = rows[0]["arm"]
     found: dict[Condition, float] = {}
     for condition, by_rate in results_by_rate(rows).items():
@@ -82,7 +81,7 @@ def best_rates(rows: Sequence[Row]) -> dict[Condition, float]:
 
 
 def curves_of(rows: Sequence[Row], name: str, condition: Condition, lr: float) -> dict[int, Any]:
-    """seed -> (steps, values) of a curve, for one condition at one rate."""
+    """seed -> (steps, values) of a curve for one condition and rate."""
     return {
         int(row["seed"]): (row["curves"][name]["step"], row["curves"][name]["value"])
         for row in rows
@@ -93,7 +92,7 @@ def curves_of(rows: Sequence[Row], name: str, condition: Condition, lr: float) -
 def mean_curve(
     by_seed: Mapping[int, Any],
 ) -> tuple[list[float], list[float], list[float], list[float]]:
-    """(steps, mean, low, high) over seeds, on the steps that all of them have."""
+    """(steps, mean, low, high) over seeds, at the steps that all seeds have."""
     steps = sorted(set.intersection(*(set(steps) for steps, _ in by_seed.values())))
     tables = [dict(zip(steps_s, values, strict=True)) for steps_s, values in by_seed.values()]
     triples = [spread([table[step] for table in tables]) for step in steps]
@@ -106,8 +105,8 @@ def mean_curve(
 def envelope(
     rows: Sequence[Row], name: str, condition: Condition
 ) -> tuple[list[float], list[float], list[float], list[float]]:
-    """(steps, least mean over the rates, low, high): the article's figure 1, each point at the best
-    rate for that many steps."""
+    """(steps, lowest mean over the rates, low, high): each point at the best rate for that many
+    steps, as in the article's figure 1."""
     best: dict[float, tuple[float, float, float]] = {}
     for lr in sorted({row["lr"] for row in rows if condition_of(row) == condition}):
         by_seed = curves_of(rows, name, condition, lr)
@@ -124,13 +123,13 @@ def _plot(axes: Axes, curve: Any, number: int, label: str) -> None:
     xs, mean, low, high = curve
     style = style_of(number)
     axes.plot(xs, mean, label=label, markersize=4, linewidth=1.4, **style)
-    has_band = np.isfinite(low) & np.isfinite(high)  # one seed alone has none
+    has_band = np.isfinite(low) & np.isfinite(high)  # a single seed has none
     bounds = np.where(has_band, low, mean), np.where(has_band, high, mean)
     axes.fill_between(xs, *bounds, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _by_rate(axes: Axes, rows: Sequence[Row]) -> None:
-    """A curve a condition: result against rate."""
+    """Result against rate, a curve per condition."""
     conditions = sorted(results_by_rate(rows), key=order)
     for number, condition in enumerate(conditions):
         by_rate = results_by_rate(rows)[condition]
@@ -149,27 +148,27 @@ def _by_rate(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def draw_figure_1(axes: Axes, rows: Sequence[Row]) -> None:
-    """Test loss against log steps, a curve a rank, each point at the best rate."""
+    """Test loss against log steps, a curve per rank, each point at the best rate."""
     for number, condition in enumerate(sorted(results_by_rate(rows), key=order)):
         _plot(axes, envelope(rows, "test_nll", condition), number, condition_text(condition))
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlabel("step")
-    axes.set_ylabel("test loss (nats a token)")
-    axes.set_title("1  Loss by rank, least over learning rates")
+    axes.set_ylabel("test loss (nats per token)")
+    axes.set_title("1  Loss by rank, lowest over learning rates")
 
 
 def draw_figure_2(axes: Axes, rows: Sequence[Row]) -> None:
-    """Learning rate against final test loss, a curve a rank."""
+    """Final test loss against learning rate, a curve per rank."""
     _by_rate(axes, rows)
     losses = [row["result"] for row in rows if row["result"] is not None]
     if losses:  # diverged rates would flatten the rest
         axes.set_ylim(min(losses) - 0.05, float(np.quantile(losses, 0.9)) + 0.1)
-    axes.set_ylabel("final test loss (nats a token)")
+    axes.set_ylabel("final test loss (nats per token)")
     axes.set_title("2  Final loss by learning rate")
 
 
 def draw_figure_3(axes: Axes, rows: Sequence[Row]) -> None:
-    """Loss at the best rate against batch size, a curve a rank."""
+    """Loss at the best rate against batch size, a curve per rank."""
     rates = best_rates(rows)
     keys = {condition._replace(batch_size=0) for condition in rates}
     for number, key in enumerate(sorted(keys, key=order)):
@@ -181,7 +180,7 @@ def draw_figure_3(axes: Axes, rows: Sequence[Row]) -> None:
         _plot(axes, tuple(zip(*points, strict=True)), number, condition_text(key))
     axes.set_xscale("log", base=2)
     axes.set_xlabel("batch size (sequences)")
-    axes.set_ylabel("final test loss (nats a token)")
+    axes.set_ylabel("final test loss (nats per token)")
     axes.set_title("3  Loss by batch size, at the best rate")
 
 
@@ -192,14 +191,14 @@ def draw_figure_4(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def draw_figure_9(axes: Axes, rows: Sequence[Row]) -> None:
-    """Result at the best rate, and that rate, of each variant of LoRA."""
+    """Result at the best rate, and that rate, for each variant of LoRA."""
     rates = best_rates(rows)
     _bars(axes, rows, lambda c: f"{condition_text(c)}\nrate {rates[c]:.2g}")
     axes.set_title("9  Variants of LoRA, each at its best rate")
 
 
 def _bars(axes: Axes, rows: Sequence[Row], label: Callable[[Condition], str]) -> None:
-    """A mean with its interval a condition, at its best rate."""
+    """Mean with interval at the best rate, a point per condition."""
     rates = best_rates(rows)
     conditions = sorted(rates, key=order)
     for number, condition in enumerate(conditions):
@@ -215,35 +214,35 @@ def _bars(axes: Axes, rows: Sequence[Row], label: Callable[[Condition], str]) ->
 
 
 def draw_figure_5(axes: Axes, rows: Sequence[Row]) -> None:
-    """Learning rate against result, a curve for attention, MLP and all."""
+    """Result against learning rate, a curve each for attention, MLP and all."""
     _by_rate(axes, rows)
     axes.set_ylabel(_result_name(rows))
     axes.set_title("5  Layers with an adapter, by learning rate")
 
 
 def draw_figure_6(axes: Axes, rows: Sequence[Row]) -> None:
-    """RL: learning rate against final reward, a curve a rank."""
+    """RL: final reward against learning rate, a curve per rank."""
     _by_rate(axes, rows)
     axes.set_ylabel("mean reward of the last steps")
     axes.set_title("6  RL: final reward by learning rate")
 
 
 def draw_figure_7(axes: Axes, rows: Sequence[Row]) -> None:
-    """RL: reward by step, a curve a rank at its best rate."""
+    """RL: reward by step, a curve per rank at its best rate."""
     _at_best(axes, rows, "reward")
     axes.set_ylabel("mean reward")
     axes.set_title("7  RL: learning curves at the best rate")
 
 
 def draw_figure_7b(axes: Axes, rows: Sequence[Row]) -> None:
-    """RL: length of the chain of thought by step, a curve a rank at its best rate."""
+    """RL: length of the chain of thought by step, a curve per rank at its best rate."""
     _at_best(axes, rows, "tokens")
     axes.set_ylabel("completion length (tokens)")
     axes.set_title("7b  RL: length of the chain of thought")
 
 
 def draw_figure_8(axes: Axes, rows: Sequence[Row]) -> None:
-    """Early loss of every rank less the largest rank's, at one rate, seed by seed."""
+    """Early loss of each rank minus that of the largest rank, at one rate, paired by seed."""
     lora = _plain_rows(rows)
     shared = _shared_rate(lora)
     conditions = sorted({condition_of(row) for row in lora if row["lr"] == shared}, key=order)
@@ -260,7 +259,7 @@ def draw_figure_8(axes: Axes, rows: Sequence[Row]) -> None:
     axes.axhline(0, color="#666666", linewidth=0.8)
     axes.set_xlabel("step")
     axes.set_xscale("log")
-    axes.set_ylabel("difference of training losses (nats a token)")
+    axes.set_ylabel("difference of training losses (nats per token)")
     axes.set_title(f"8  Ranks at one rate ({shared:g}), early steps")
 
 
@@ -275,7 +274,7 @@ def _at_best(axes: Axes, rows: Sequence[Row], name: str) -> None:
 
 
 def _shared_rate(rows: Sequence[Row]) -> float:
-    """The rate that most conditions ran at; the least of several."""
+    """The rate that most conditions ran at; the lowest on ties."""
     rates: dict[float, set[Condition]] = {}
     for row in rows:
         rates.setdefault(row["lr"], set()).add(condition_of(row))
@@ -284,7 +283,7 @@ def _shared_rate(rows: Sequence[Row]) -> float:
 
 def _result_name(rows: Sequence[Row]) -> str:
     return (
-        "final test loss (nats a token)"
+        "final test loss (nats per token)"
         if rows[0]["arm"] == "sft"
         else "mean reward of the last steps"
     )
@@ -334,18 +333,18 @@ FIGURES: dict[str, tuple[Draw, Has]] = {
 def draw_study(
     rows: Sequence[Row], folder: Path, *, suffixes: Sequence[str] = ("png",)
 ) -> list[Path]:
-    """Writes every figure that the rows carry; returns the files.
+    """Writes every figure that the rows have data for; returns the files.
 
     Args:
         rows: a study's table, of one arm.
-        folder: where to, made if need be.
+        folder: where to, made if needed.
         suffixes: png, svg or both.
 
     Raises:
-        UserError: the table is empty, or no cell of it ended well.
+        UserError: the table is empty, or has no cell with a result.
     """
     if not rows or all(row["result"] is None for row in rows):
-        raise UserError("the study has no finished cell yet; there is nothing to draw")
+        raise UserError("the study has no finished cell yet: nothing to draw")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with matplotlib.rc_context(_STYLE):

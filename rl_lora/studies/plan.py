@@ -1,9 +1,9 @@
-"""How long a study will take and how much memory, measured: by its finished cells, else by short
-calibration runs, one for each class of cells that differ in rate and seed alone.
+"""A study's time and memory, estimated from its finished cells, else from short calibration runs,
+one for each class of cells that differ only in rate and seed.
 
-A cell's time = set-up (model, data, evaluations before and after) + steps + tests along the way,
-each from the calibration's own clock. Calibrations run as the cells will: as many at once as there
-are slots.
+A cell's time = setup (model, data, evaluations before and after) + steps + tests along the way,
+each as timed by the calibration run. Calibrations run like the cells, as many at once as there are
+slots.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from rl_lora.studies.config import Cell, StudyConfig, make_cell
 from rl_lora.studies.run import num_slots, run_queue
 
 CALIBRATION_FILE = "calibration.json"
-_STEPS = {"rl": 4, "sft": 8}  # of a calibration run
+_STEPS = {"rl": 4, "sft": 8}  # per calibration run
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What a calibration run measured.
+    """Measurements of a calibration run.
 
     Example: Timing(setup_s=2.1, step_s=0.4, test_s=0.2, peak_mb=610.0)
     """
@@ -38,7 +38,7 @@ class Timing:
     peak_mb: float
 
     def cell_seconds(self, cell: Cell) -> float:
-        """Estimate of a whole cell."""
+        """Estimated seconds of a whole cell."""
         return (
             self.setup_s + cell.config.run.num_steps * self.step_s + num_tests(cell) * self.test_s
         )
@@ -46,20 +46,20 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A study's rest.
+    """What remains of a study.
 
     Example: Estimate(num_left=24, seconds=610.0, peak_mb=620.0, slots=2, has_gpus=False)
     """
 
     num_left: int
-    seconds: float  # wall clock, all slots at work
+    seconds: float  # wall clock, with all slots busy
     peak_mb: float  # of one process
     slots: int
     has_gpus: bool
 
 
 def num_tests(cell: Cell) -> int:
-    """Tests within the steps of a run."""
+    """Number of tests during the steps of a run."""
     config = cell.config
     if isinstance(config, RunConfig):
         return config.run.num_steps // config.run.eval_every if config.run.eval_every else 0
@@ -67,20 +67,20 @@ def num_tests(cell: Cell) -> int:
 
 
 def read_timing(steps: Sequence[Mapping[str, Any]], seconds: float) -> Timing:
-    """From the lines of a run's metrics.jsonl and the seconds of its process.
+    """Timing from the lines of a run's metrics.jsonl and the seconds of its process.
 
     Raises:
-        ValueError: no step is on record.
+        ValueError: no step was recorded.
     """
     timed = [row for row in steps if isinstance(row.get("time/step_s"), int | float)]
     if not timed:
-        raise ValueError("no step is on record")
+        raise ValueError("no step was recorded")
     tests = [row["time/eval_s"] for row in timed if "time/eval_s" in row]
     bare = [row["time/step_s"] - row.get("time/eval_s", 0.0) for row in timed]
     peaks = [row["memory/peak_resident_mb"] for row in timed if "memory/peak_resident_mb" in row]
     return Timing(
         setup_s=max(0.0, seconds - sum(row["time/step_s"] for row in timed)),
-        # The first step touches fresh memory; with one alone there is no other.
+        # The first step is slower, as it touches fresh memory.
         step_s=statistics.median(bare[1:] or bare),
         test_s=statistics.median(tests) if tests else 0.0,
         peak_mb=max(peaks, default=0.0),
@@ -88,7 +88,7 @@ def read_timing(steps: Sequence[Mapping[str, Any]], seconds: float) -> Timing:
 
 
 def calibrate(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, Timing]:
-    """cost class -> timing, for each class of the cells; measured once, then kept in the folder."""
+    """cost class -> timing for the cells' classes; measured once, then kept in the folder."""
     file = study.folder / CALIBRATION_FILE
     known: dict[str, Timing] = {}
     if file.is_file():
@@ -116,13 +116,12 @@ def calibrate(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, Timing]:
         num_threads=study.study.num_threads,
         on_end=on_end,
     )
-    stored = {name: asdict(timing) for name, timing in known.items()}
-    jsonl.write_text_atomically(file, json.dumps(stored, indent=1) + "\n")
+    jsonl.write_json(file, {name: asdict(timing) for name, timing in known.items()})
     return known
 
 
 def _shortened(cell: Cell) -> Cell:
-    """The cell's job with few steps, and a test in the middle of them."""
+    """The cell's job with few steps, with a test among them."""
     config = cell.config
     steps = min(_STEPS[cell.arm], config.run.num_steps)
     has_tests = num_tests(cell) > 0
@@ -137,11 +136,8 @@ def estimate(
     rows: Sequence[Mapping[str, Any]],
     timings: Mapping[str, Timing],
 ) -> Estimate:
-    """Time and memory of the cells left: by finished cells of their class, else by calibration."""
-    done: dict[str, list[float]] = {}
-    for row in rows:
-        if row["status"] in ("done", "diverged"):
-            done.setdefault(row["cost_class"], []).append(row["seconds"])
+    """Time and memory of the cells left, from finished cells of their class, else calibration."""
+    done = finished_seconds(rows)
     peaks = [row["peak_mb"] for row in rows if row.get("peak_mb")]
     peaks += [timing.peak_mb for timing in timings.values()]
     peak_mb = max(peaks, default=0.0)
@@ -152,10 +148,19 @@ def estimate(
     return Estimate(len(left), wall, peak_mb, slots, has_gpus)
 
 
+def finished_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """cost class -> seconds of each cell that ran to its end."""
+    seconds: dict[str, list[float]] = {}
+    for row in rows:
+        if row["status"] in ("done", "diverged"):
+            seconds.setdefault(row["cost_class"], []).append(row["seconds"])
+    return seconds
+
+
 def cell_seconds(
     cell: Cell, done: Mapping[str, Sequence[float]], timings: Mapping[str, Timing]
 ) -> float:
-    """One cell's time; 0 where nothing of its class was measured (its calibration failed)."""
+    """One cell's time; 0 if nothing of its class was measured (its calibration failed)."""
     if cell.cost_class in done:
         return statistics.median(done[cell.cost_class])
     timing = timings.get(cell.cost_class)

@@ -1,8 +1,7 @@
-"""The science of a learning-rate sweep: best rate, plateau, refinement, with intervals over seeds.
+"""Analysis of a learning-rate sweep: best rate, plateau, refinement, with intervals over seeds.
 
-Pure functions of numbers. `values` are results by rate and seed; a seed without a number (NaN: the
-run failed) counts against its rate: a rate with a failed seed is never the best. What is minimised
-is a loss; for a reward pass goal="max".
+Pure functions of numbers. `values` are results by rate and seed, NaN if the run failed; a rate with
+a failed seed is never the best. Losses are minimized; for a reward pass goal="max".
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Sweep:
     rate_high: float
     plateau_low: float  # rates between which the mean is within the tolerance of the best
     plateau_high: float
-    is_at_edge: bool  # the best rate is the grid's smallest or largest: the optimum may lie beyond
+    is_at_edge: bool  # the best rate is the grid's smallest or largest; the optimum may be beyond
     num_seeds: int
 
     @property
@@ -50,13 +49,13 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
         ValueError: there is no value.
     """
     if not values:
-        raise ValueError("there is no value to take the mean of")
+        raise ValueError("no values to take the mean of")
     mean = float(np.mean(values))
     if len(values) == 1:
         return mean, -math.inf, math.inf
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    reach = float(student.ppf((1 + confidence) / 2, len(values) - 1)) * error
-    return mean, mean - reach, mean + reach
+    half_width = float(student.ppf((1 + confidence) / 2, len(values) - 1)) * error
+    return mean, mean - half_width, mean + half_width
 
 
 def sweep(
@@ -67,17 +66,17 @@ def sweep(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Sweep | None:
-    """Best rate of a condition with its intervals; None where every rate has a failed seed.
+    """A condition's best rate with its intervals; None if every rate has a failed seed.
 
-    Seeds are resampled together for all rates (the same seeds ran at each), so that what a seed
-    has in common over rates cancels. Only seeds that ran at every usable rate are resampled.
+    The bootstrap resamples seeds jointly for all rates, so that a seed's effect common to all rates
+    cancels. Only seeds that ran at every usable rate are resampled.
 
     Args:
         values: rate -> seed -> result (loss or reward); NaN: failed.
-        goal: what is better.
+        goal: whether a lower or a higher result is better.
         tolerance: of the plateau, in the result's unit.
-        num_resamples: bootstrap samples.
-        seed: of the bootstrap.
+        num_resamples: number of bootstrap samples.
+        seed: the bootstrap's.
     """
     sign = 1.0 if goal == "min" else -1.0
     usable = {
@@ -112,7 +111,7 @@ def sweep(
 def _bootstrap_rates(
     usable: Mapping[float, Mapping[int, float]], num_resamples: int, seed: int
 ) -> tuple[float, float]:
-    """95 % percentile interval of the best rate (losses: less is better)."""
+    """95 % percentile interval of the best rate (lower is better)."""
     rates = list(usable)
     seeds = sorted(set.intersection(*(set(by_seed) for by_seed in usable.values())))
     if not seeds:
@@ -130,15 +129,14 @@ def _bootstrap_rates(
 def plateau(
     rates: Sequence[float], losses: Sequence[float], tolerance: float
 ) -> tuple[float, float]:
-    """The rates round the best one between which the loss is within `tolerance` of the least.
+    """The range of rates around the best one in which the loss is within `tolerance` of the lowest.
 
-    Losses are interpolated linearly in log rate; where the grid ends inside the plateau, so does
-    the plateau.
+    Losses are interpolated linearly in log rate; the plateau ends at the grid's ends at the latest.
     """
     best = int(np.argmin(losses))
     limit = losses[best] + tolerance
 
-    def reach(step: int) -> float:
+    def edge(step: int) -> float:
         place = best
         while 0 <= place + step < len(rates) and losses[place + step] <= limit:
             place += step
@@ -150,30 +148,16 @@ def plateau(
             math.log(rates[place]) + share * (math.log(rates[beyond]) - math.log(rates[place]))
         )
 
-    return reach(-1), reach(+1)
-
-
-def log_grid(low: float, high: float, num: int) -> list[float]:
-    """num rates from low to high at equal ratios, rounded to 3 digits.
-
-    Raises:
-        ValueError: not 0 < low <= high, or fewer than 1 rate.
-    """
-    if not (0 < low <= high and num >= 1):
-        raise ValueError(f"no grid of {num} rates from {low} to {high}")
-    if num == 1:
-        return [low]
-    ratio = (high / low) ** (1 / (num - 1))
-    return [float(f"{low * ratio**power:.3g}") for power in range(num)]
+    return edge(-1), edge(+1)
 
 
 def refined_rates(rates: Sequence[float], best: float) -> list[float]:
-    """Further rates for the next round: halfway (by ratio) to the best one's neighbours.
+    """Rates for the next round: the geometric means of the best rate and its neighbors.
 
-    Where the best is the grid's end, the rate beyond it at the last ratio is taken as well.
+    If the best is at the grid's end, the rate beyond it at the last ratio is added.
 
     Raises:
-        ValueError: the best is not among the rates.
+        ValueError: `best` is not among the rates.
     """
     swept = sorted(rates)
     place = swept.index(best)

@@ -1,12 +1,12 @@
-"""A study's results: one small JSONL table, a row a cell, made from the cells' run folders.
+"""A study's results: one small JSONL table with a row per cell, made from the cells' run folders.
 
     STUDY/results.jsonl     the table
-    STUDY/cells/KEY/        a cell's run folder (its checkpoints go when it is done)
+    STUDY/cells/KEY/        a cell's run folder (its checkpoints are deleted when it is done)
     STUDY/cells/KEY.log     what it printed
 
 A row's `status`: done; diverged (it ended worse than it began); nan (the gradient was not finite);
-crashed (the error is in the row). `result` is the mean reward of the last steps or the last test
-loss; null where there is none.
+crashed (the row has the error). `result` is the mean reward of the last steps or the last test
+loss; null if there is none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rl_lora.studies.config import Cell, Condition
 from rl_lora.studies.rate_sweep import Goal
 
 TABLE_FILE = "results.jsonl"
-CURVE_POINTS = 40  # of a row's curves: the table stays small
+CURVE_POINTS = 40  # per curve of a row, to keep the table small
 GOALS: dict[str, Goal] = {"rl": "max", "sft": "min"}
 Row = Mapping[str, Any]
 # Key of metrics.jsonl -> name of the curve in a row.
@@ -37,15 +37,15 @@ _CURVES = {
 def make_row(
     cell: Cell, run_folder: Path, final_steps: int, seconds: float, error: str, failure: str
 ) -> dict[str, Any]:
-    """The row of a cell that ended.
+    """The row of a cell that has ended.
 
     Args:
         cell: the cell.
-        run_folder: its run folder, whatever is in it.
-        final_steps: steps whose mean reward is the result (rl).
-        seconds: how long its process took, from its last start on.
-        error: what stopped it; "" where it ran to its end.
-        failure: the status that goes with the error: nan or crashed.
+        run_folder: its run folder, in whatever state.
+        final_steps: number of last steps whose mean reward is the result (rl).
+        seconds: duration of its process, since its last start.
+        error: what stopped it; "" if it ran to its end.
+        failure: the status for the error: nan or crashed.
     """
     metrics_path = run_folder / METRICS_FILE
     steps = jsonl.read_lines(metrics_path) if metrics_path.is_file() else []
@@ -72,10 +72,10 @@ def make_row(
 
 
 def curve(steps: Sequence[Row], key: str) -> dict[str, list[float]]:
-    """A metric by step, at most CURVE_POINTS of them.
+    """A metric by step, thinned to at most CURVE_POINTS points.
 
-    Longer ones are cut into so many spans of equal ratios (early steps keep their detail), each the
-    mean of its steps and values.
+    A longer curve is split into spans of equal ratio, which keeps the detail of early steps; each
+    span becomes the mean of its steps and values.
     """
     points = [(r["step"], r[key]) for r in steps if isinstance(r.get(key), int | float)]
     if len(points) <= CURVE_POINTS:
@@ -92,7 +92,7 @@ def curve(steps: Sequence[Row], key: str) -> dict[str, list[float]]:
 
 
 def _ends(arm: str, steps: Sequence[Row], final_steps: int) -> tuple[float | None, float | None]:
-    """(at the start, at the end): mean rewards of a few steps, or the first and last test loss."""
+    """(at the start, at the end): mean reward of a few steps, or the first and last test loss."""
     key = "reward/mean" if arm == "rl" else "test/nll"
     values = [row[key] for row in steps if key in row]
     if not values or any(value is None for value in (values[0], values[-1])):
@@ -115,19 +115,19 @@ def _status(arm: str, start: float | None, result: float | None) -> str:
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a study's folder or of a table's file, one a cell (the last one written).
+    """The rows of a study's folder or of a table's file, one per cell (the last one written).
 
     Raises:
-        UserError: there is none, or a line is damaged.
+        UserError: there is no table, or a line is damaged.
     """
     file = path / TABLE_FILE if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"{file} is not there: run the study first (rl-lora study CONFIG)")
+        raise UserError(f"{file} does not exist: run the study first (rl-lora study CONFIG)")
     return list({row["cell"]: row for row in jsonl.read_lines(file)}.values())
 
 
 def append_row(folder: Path, row: Mapping[str, Any]) -> None:
-    """Adds a row; a line that a kill cut short before is dropped first."""
+    """Adds a row or replaces its cell's; drops a line that a kill cut short."""
     file = folder / TABLE_FILE
     rows = jsonl.read_lines(file) if file.is_file() else []
     write_table(folder, [*(old for old in rows if old["cell"] != row["cell"]), row])
@@ -140,7 +140,7 @@ def write_table(folder: Path, rows: Sequence[Row]) -> None:
 
 
 def condition_of(row: Row) -> Condition:
-    """What a row's rate is swept for, as `Cell.condition`; older tables know no variants."""
+    """A row's `Cell.condition`; older tables lack the variant."""
     return Condition(**{key: row[key] for key in Condition._fields if key in row})
 
 
@@ -159,7 +159,7 @@ def condition_text(condition: Condition, with_batch: bool = False) -> str:
 
 
 def results_by_rate(rows: Sequence[Row]) -> dict[Any, dict[float, dict[int, float]]]:
-    """condition -> rate -> seed -> result; NaN where a run failed."""
+    """condition -> rate -> seed -> result; NaN if the run failed."""
     table: dict[Any, dict[float, dict[int, float]]] = {}
     for row in rows:
         value = math.nan if row["result"] is None else float(row["result"])

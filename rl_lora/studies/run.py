@@ -1,11 +1,10 @@
-"""`rl-lora study CONFIG`: cells as resumable processes, as many at once as the machine holds.
+"""Runs a study's cells as resumable processes, as many at once as the machine has room for.
 
-On a CPU a process has `study.num_threads` threads (one), and there are as many processes as fit
-the cores and the free memory; with GPUs there are `study.num_per_gpu` (one) on each, and a process
-sees its own GPU alone (CUDA_VISIBLE_DEVICES), or none where it runs on the CPU. They are
-forked from a server that has the libraries loaded, so that a cell costs no import. A cell that
-fails is a row like the others. Killed at any moment, a study goes on where it was: finished cells
-from the table, unfinished ones from their checkpoints.
+On a CPU each process has `study.num_threads` threads, and there are as many processes as the cores
+and the free memory allow; on GPUs there are `study.num_per_gpu` per GPU, and a process sees only
+its own GPU (CUDA_VISIBLE_DEVICES). Processes are forked from a server that has already imported the
+libraries. A cell that fails becomes a row like the others. A study killed at any moment resumes:
+finished cells come from the table, unfinished ones continue from their checkpoints.
 """
 
 from __future__ import annotations
@@ -30,7 +29,9 @@ import psutil
 
 from rl_lora.config import parse_as
 from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.runs.checkpoint import checkpoint_steps
 from rl_lora.runs.lock import run_lock
+from rl_lora.runs.record import read_record
 from rl_lora.storage import jsonl
 from rl_lora.storage.directories import disk_errors
 from rl_lora.studies.config import ROOTS, Cell, StudyConfig, cells_of
@@ -39,7 +40,6 @@ from rl_lora.studies.results import (
     GOALS,
     TABLE_FILE,
     append_row,
-    condition_of,
     make_row,
     read_table,
     results_by_rate,
@@ -47,10 +47,10 @@ from rl_lora.studies.results import (
 )
 
 _HEAVY = ("checkpoints", "adapters", "adapter", "probe", "best", "tensorboard", "figures")
-_MEMORY_SHARE = 0.8  # of what is free, for all processes together
+_MEMORY_SHARE = 0.8  # of the free memory, for all processes together
 
 
-# --- one cell, in a process of its own ------------------------------------------------------------
+# --- one cell, in its own process -----------------------------------------------------------------
 
 
 def run_cell(
@@ -61,8 +61,8 @@ def run_cell(
     Args:
         arm: rl or sft.
         settings: the job's, as nested dicts.
-        outcome_file: replaced whole, at the end.
-        environment: variables to set before a device is touched.
+        outcome_file: written atomically at the end.
+        environment: variables to set before any device is used.
     """
     os.environ.update(environment)
     _end_with_parent()
@@ -88,15 +88,15 @@ def run_cell(
     except FloatingPointError as error:
         outcome = {"error": str(error), "failure": "nan"}
     except ChangedInputsError as error:
-        fix = "put it back, or run the cell from its start with --retry"
+        fix = "restore it, or run the cell from its start with --retry"
         outcome = {"error": f"{error.what}; {fix}", "failure": "crashed"}
     except (UserError, StaleAdapterError) as error:
         outcome = {"error": str(error), "failure": "crashed"}
-    jsonl.write_text_atomically(Path(outcome_file), json.dumps(outcome))
+    jsonl.write_json(Path(outcome_file), outcome)
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the study's ends, so that no cell runs on beside a second start."""
+    """Ends this process with the study's, so that no cell is still running when it starts again."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -111,9 +111,7 @@ def _end_with_parent() -> None:
 
 
 @dataclass
-class Running:
-    """A cell's process."""
-
+class _Running:
     cell: Cell
     process: ForkServerProcess
     slot: int
@@ -124,8 +122,8 @@ def num_slots(study: StudyConfig, peak_mb: float | None = None) -> tuple[int, bo
     """(processes at once, whether they run on GPUs).
 
     Args:
-        study: its threads a process.
-        peak_mb: memory of one process, where it is known; free memory bounds their number, too.
+        study: the study.
+        peak_mb: memory of one process, if known; then free memory limits their number too.
     """
     import torch
 
@@ -151,18 +149,21 @@ def run_queue(
     num_threads: int,
     on_end: Callable[[Cell, float, dict[str, str]], None],
 ) -> None:
-    """Runs the cells, `slots` at once, each in a process; on_end(cell, seconds, outcome) as each
-    ends. An outcome is {"error": ..., "failure": "" | "nan" | "crashed"}."""
+    """Runs the cells in processes, `slots` at once.
+
+    Calls on_end(cell, seconds, outcome) as each ends; an outcome is {"error": ..., "failure": "" |
+    "nan" | "crashed"}.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rl_lora.train", "rl_lora.sft.train"])
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     folder.mkdir(parents=True, exist_ok=True)
-    if cells:  # the server loads its libraries at its first process: no cell's time
+    if cells:  # the server imports the libraries with its first process, which is no cell
         first = context.Process(target=int)
         first.start()
         first.join()
     pending, free = deque(cells), deque(range(slots))
-    running: list[Running] = []
+    running: list[_Running] = []
     try:
         while pending or running:
             while pending and free:
@@ -171,7 +172,7 @@ def run_queue(
                     "OMP_NUM_THREADS": str(num_threads),
                     "CUDA_VISIBLE_DEVICES": _gpu(slot) if has_gpus else "",
                 }
-                running.append(Running(cell, _start(context, cell, folder, variables), slot))
+                running.append(_Running(cell, _start(context, cell, folder, variables), slot))
             wait([one.process.sentinel for one in running])
             for ended in [one for one in running if not one.process.is_alive()]:
                 running.remove(ended)
@@ -185,7 +186,7 @@ def run_queue(
 
 
 def _gpu(slot: int) -> str:
-    """The slot's GPU among those that this process may see; the slots go round them."""
+    """The slot's GPU among those visible to this process; slots are assigned in turn."""
     import torch
 
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -204,7 +205,7 @@ def _start(context: Any, cell: Cell, folder: Path, variables: dict[str, str]) ->
     return process
 
 
-def _outcome(folder: Path, ended: Running) -> dict[str, str]:
+def _outcome(folder: Path, ended: _Running) -> dict[str, str]:
     ended.process.join()
     file = folder / f"{ended.cell.key}.json"
     if file.is_file():
@@ -222,14 +223,21 @@ def _outcome(folder: Path, ended: Running) -> dict[str, str]:
 
 
 def pending_cells(cells: Sequence[Cell], done: set[str]) -> list[Cell]:
-    """Cells that are not in the table, first seeds first: what is there early covers every
+    """Cells that are not in the table, ordered by seed, so that early results cover every
     condition."""
     left = [cell for cell in cells if cell.key not in done]
-    return sorted(left, key=lambda cell: cell.config.run.seed)  # stable: the grid's order within
+    return sorted(left, key=lambda cell: cell.config.run.seed)  # stable: else in the grid's order
+
+
+def check_resumable(study: StudyConfig, cell: Cell) -> None:
+    """Raises UserError if a cell's unfinished run was made by an earlier version."""
+    run_folder = study.folder / "cells" / cell.key
+    if checkpoint_steps(run_folder):
+        read_record(run_folder, fix="delete it, and the cell starts again")
 
 
 def refined_cells(study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Any]) -> list[Cell]:
-    """Cells at further rates round each condition's best; only rows of `cells` are looked at."""
+    """Cells at rates around each condition's best, by the rows of `cells`."""
     keys = {cell.key for cell in cells}
     table = results_by_rate([row for row in rows if row["cell"] in keys])
     further: dict[str, Cell] = {}
@@ -246,7 +254,7 @@ def refined_cells(study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Any]
 
 
 def all_cells(study: StudyConfig, rows: Sequence[Any]) -> list[Cell]:
-    """The grids' cells, and those of each round of refinement whose earlier rounds are done."""
+    """The grids' cells, and those of each refinement round whose earlier rounds are done."""
     cells = cells_of(study)
     done = {row["cell"] for row in rows}
     for _ in range(study.study.refine_rounds):
@@ -263,24 +271,23 @@ def run_study(
     on_row: Callable[[dict[str, Any], int, int], None] = lambda row, done, total: None,
     peak_mb: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs what is left of a study; returns the whole table.
+    """Runs the remaining cells of a study; returns the whole table.
 
     Args:
         study: the study.
         retry: run crashed cells again.
-        on_row: called with (row, cells done, cells so far) as each cell ends.
+        on_row: called with (row, cells done, cells known so far) as each cell ends.
         peak_mb: memory of one cell, if known.
 
     Raises:
-        UserError: another process runs this study, or the disk is full.
+        UserError: another process is running this study, or the disk is full.
     """
     with disk_errors(study.folder), study_lock(study):
-        rows = _rows(study)
-        for row in rows:  # a kill may have come between a cell's row and this
+        rows = finished_rows(study)
+        for row in rows:  # a kill may have come between the cell's row and this
             _drop_heavy(study.folder / "cells" / str(row["cell"]))
-        if (
-            retry and rows
-        ):  # gone from the table as well: one that is killed again goes on where it was
+        if retry and rows:
+            # Dropped from the table too, so that a retried cell that is killed can resume.
             rows = [row for row in rows if row["status"] != "crashed"]
             write_table(study.folder, rows)
         slots, has_gpus = num_slots(study, peak_mb)
@@ -306,14 +313,15 @@ def run_study(
     return rows
 
 
-def _rows(study: StudyConfig) -> list[dict[str, Any]]:
+def finished_rows(study: StudyConfig) -> list[dict[str, Any]]:
+    """The rows so far; none before the first cell ends."""
     return read_table(study.folder) if (study.folder / TABLE_FILE).is_file() else []
 
 
 def _finish(
     study: StudyConfig, cell: Cell, seconds: float, outcome: dict[str, str]
 ) -> dict[str, Any]:
-    """The cell's row, into the table; then what is large of its run folder goes."""
+    """Adds the cell's row to the table, then deletes the large parts of its run folder."""
     run_folder = study.folder / "cells" / cell.key
     row = make_row(
         cell, run_folder, study.study.final_steps, seconds, outcome["error"], outcome["failure"]
@@ -331,12 +339,3 @@ def _drop_heavy(run_folder: Path) -> None:
 def study_lock(study: StudyConfig) -> AbstractContextManager[str | None]:
     """`run_lock` of the study's folder."""
     return run_lock(study.folder, what=f"the study in {study.folder}")
-
-
-def condition_counts(rows: Sequence[Any]) -> dict[Any, dict[str, int]]:
-    """condition -> status -> number of cells."""
-    counts: dict[Any, dict[str, int]] = {}
-    for row in rows:
-        by_status = counts.setdefault(condition_of(row), {})
-        by_status[row["status"]] = by_status.get(row["status"], 0) + 1
-    return counts

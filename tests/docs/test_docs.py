@@ -89,6 +89,17 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @each_page
+def test_files_named_in_the_text_exist(page: Path) -> None:
+    named = re.findall(
+        r"`(?:python3?(?:\.\d+)? )?((?:tests|scripts|docs|configs|requirements|rewards|notebooks)"
+        r"/[\w./-]*)",
+        page.read_text(),
+    )
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+@each_page
 def test_make_targets_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"\bmake ([a-z][a-z-]+)\b", "\n".join(_code(page.read_text()))):
@@ -122,3 +133,22 @@ def test_the_configuration_page_is_current() -> None:
     assert docs_configuration.PAGE.read_text() == docs_configuration.page(), (
         "run `python scripts/docs_configuration.py`"
     )
+
+
+def test_contributing_names_every_package_and_module() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for path in (ROOT / "rl_lora").iterdir():
+        if path.is_dir() and (path / "__init__.py").exists():
+            assert f"\n  {path.name}/ " in text, path.name
+    for path in (ROOT / "rewards").iterdir():
+        if path.is_dir() and (path / "__init__.py").exists():
+            assert f"{path.name}/ (" in text, path.name
+
+
+@pytest.mark.parametrize(
+    ("page", "lines"),
+    [("README.md", 150), ("CONTRIBUTING.md", 170)],
+    ids=["readme", "contributing"],
+)
+def test_the_first_pages_stay_short(page: str, lines: int) -> None:
+    assert len((ROOT / page).read_text().splitlines()) <= lines

@@ -70,8 +70,8 @@ def test_a_replacement_that_a_kill_cut_short(tmp_path: Path) -> None:
     step(tmp_path, 5, 2)
     kept = read_best(tmp_path)
     # Killed between the two renames: the old one waits under its other name.
-    (tmp_path / "best").rename(tmp_path / ".best_replaced")
-    (tmp_path / ".best_partial").mkdir()
+    (tmp_path / "best").rename(tmp_path / ".best.replaced")
+    (tmp_path / ".best.99").mkdir()
     assert read_best(tmp_path) == kept
     assert weights_of(tmp_path) == "5"
     step(tmp_path, 6, 4)

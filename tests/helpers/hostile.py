@@ -1,6 +1,6 @@
-"""Hostile answers: what a model under pressure, or an attacker, may put where a number belongs.
+"""Hostile answers that a model in training, or an attacker, may write in place of a number.
 
-None of them may execute, run past its deadline, or take the verifier down.
+None of them may execute code, exceed its deadline, or crash the verifier.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _nesting() -> dict[str, str]:
 
 
 def _repeated() -> dict[str, str]:
-    """Templates nested in themselves: a parser that tries twice needs 2^30 steps."""
+    """Templates nested in themselves: a parser with two attempts per level needs 2^30 steps."""
     templates = (
         "\\sqrt{%s} {|%s|} \\{%s\\} \\{x|%s\\} \\{|%s|:1\\} C_{%s} \\log_{%s}2 (%s|1) x_{%s} "
         "\\frac%s2 f(%s) 2^{%s} \\sum_{%s} \\text{%s} \\begin{pmatrix}%s\\end{pmatrix}"
@@ -99,7 +99,7 @@ def _repeated() -> dict[str, str]:
 
 
 def _wide() -> dict[str, str]:
-    """As many costly terms as fit."""
+    """As many expensive terms as fit."""
     return {
         "factorials": _boxed("+".join(f"{n}!" for n in range(999, 300, -1))),
         "inverse_factorials": _boxed("+".join(f"1/{n}!" for n in range(999, 400, -1))),

@@ -1,4 +1,4 @@
-"""One small change to an answer that makes another answer of it."""
+"""Small changes to an answer that change its value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LETTERS = "abcdghknpqrtuvwxyz"
 
 
 def change_digit(text: str, rng: random.Random) -> str | None:
-    """Another digit at one place."""
+    """Replace one digit."""
     places = [place for place, letter in enumerate(text) if letter.isdigit()]
     if not places:
         return None
@@ -23,7 +23,7 @@ def change_digit(text: str, rng: random.Random) -> str | None:
 
 
 def change_sign(text: str, rng: random.Random) -> str | None:
-    """A plus for a minus, or the other way round."""
+    """Replace a plus by a minus, or the reverse; without either, negate."""
     places = [place for place, letter in enumerate(text) if letter in "+-"]
     if not places:
         return f"-{text}" if re.match(r"[\\\d(a-z]", text) else None
@@ -32,7 +32,7 @@ def change_sign(text: str, rng: random.Random) -> str | None:
 
 
 def change_bracket(text: str, rng: random.Random) -> str | None:
-    """A closed end for an open one, in what reads as one interval."""
+    """Open or close one end of a text that looks like an interval."""
     match = re.fullmatch(r"(?:\\left)?[(\[][^()\[\],]+,[^()\[\],]+(?:\\right)?[)\]]", text)
     if match is None:
         return None
@@ -41,7 +41,7 @@ def change_bracket(text: str, rng: random.Random) -> str | None:
 
 
 def move_brace(text: str, rng: random.Random) -> str | None:
-    """A closing brace over the operand behind it, or the last operand inside it out of it."""
+    """Move a closing brace past the next operand, or the last operand out of the braces."""
     moves = [
         text[: match.start()] + match[1] + "}" + text[match.end() :]
         for match in re.finditer(r"\}(\s*[-+]\s*[0-9a-z]+|[a-z])", text)
@@ -55,7 +55,7 @@ def move_brace(text: str, rng: random.Random) -> str | None:
 
 
 def change_function(text: str, rng: random.Random) -> str | None:
-    """The cosine for the sine, and so on."""
+    """Replace the sine by the cosine, and so on."""
     names = [name for name in _FUNCTIONS if f"\\{name}" in text]
     if not names:
         return None
@@ -64,7 +64,7 @@ def change_function(text: str, rng: random.Random) -> str | None:
 
 
 def change_exponent(text: str, rng: random.Random) -> str | None:
-    """One exponent more by one."""
+    """Increase one exponent by one."""
     matches = list(re.finditer(r"\^(?:\{(-?\d+)\}|(\d))(?!\d*\\circ)", text))
     if not matches:
         return None
@@ -73,7 +73,7 @@ def change_exponent(text: str, rng: random.Random) -> str | None:
 
 
 def change_unit(text: str, rng: random.Random) -> str | None:
-    """Another unit of the same kind, or of none."""
+    """Replace a unit."""
     found = [
         unit for unit in _UNITS if re.search(rf"\d\s*(?:\\text\{{)?\s*{re.escape(unit)}\b", text)
     ]
@@ -84,7 +84,7 @@ def change_unit(text: str, rng: random.Random) -> str | None:
 
 
 def change_name(text: str, rng: random.Random) -> str | None:
-    """One letter another letter, at its first place."""
+    """Replace one letter by one that does not occur."""
     matches = list(re.finditer(r"(?<![A-Za-z\\{])[a-dgh k-np-z](?![A-Za-z(])", text))
     matches = [match for match in matches if match[0].isalpha()]
     if not matches:
@@ -97,7 +97,7 @@ def change_name(text: str, rng: random.Random) -> str | None:
 
 
 def change_modulus(text: str, rng: random.Random) -> str | None:
-    """Another modulus."""
+    """Increase the modulus by one."""
     match = re.search(r"(\\pmod\s*\{?)(\d+)", text)
     return None if match is None else text.replace(match[0], f"{match[1]}{int(match[2]) + 1}", 1)
 

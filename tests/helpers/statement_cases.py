@@ -1,11 +1,11 @@
-"""Ways in which completions state an answer, and ways in which they only seem to: templates.
+"""Templates of completions that state an answer, and of completions that only seem to.
 
 `{a}` is the answer, `{b}` another value, `¶` a line break.
 """
 
 from __future__ import annotations
 
-# The answer is {a}; nothing of what else is said changes that.
+# The answer is {a}, whatever else is said.
 STATED = r"""
 The answer is {a}.
 The answer is {a}
@@ -93,7 +93,7 @@ Either \boxed{{a}} or else \boxed{{a}}
 The tag `<think>` is not needed. \boxed{{a}}
 """
 
-# The same, for a number.
+# The same for a number.
 STATED_NUMBER = r"""
 We get {a} (not {b}).
 {a} ({b} in April and {b} in May)
@@ -163,7 +163,7 @@ Answer: option {a}, 12 cm
 \boxed{x^2}¶¶**Answer: {a}**
 """
 
-# {a} is named, and not stated: wrong where the gold is {a}.
+# {a} is mentioned but not stated: wrong if the gold is {a}.
 NOT_STATED = r"""
 The answer is {a} or {b}.
 The answer is {b} or {a}.
@@ -260,7 +260,7 @@ The answer is: {a} bird in the hand.
 I rule out {a}. The answer is {b}.
 """
 
-# Labels and endings of other languages, as they are written.
+# Labels and endings in other languages.
 LANGUAGES = r"""
 答案是{a}。
 答案：{a}
@@ -352,7 +352,7 @@ Die Antwort ist nicht {a}.
 La réponse n'est pas {a}.
 """
 
-# (opening, closing) of thinking, as models write it.
+# (opening, closing) tags of thinking, as models write them.
 THINKING = [
     ("<think>", "</think>"),
     ("<think>\n", "\n</think>\n\n"),
@@ -386,11 +386,11 @@ THINKING = [
 
 
 def templates(*tables: str) -> list[str]:
-    """The templates of the tables, with their line breaks."""
+    """The templates of the tables, with real line breaks."""
     lines = [line for table in tables for line in table.strip("\n").split("\n")]
     return [line.replace("¶", "\n") for line in lines]
 
 
 def fill(template: str, answer: str, other: str) -> str:
-    """The completion that a template makes of two values."""
+    """The completion for a template and two values."""
     return template.replace("{a}", answer).replace("{b}", other)

@@ -1,7 +1,7 @@
-"""Generated pairs of answers, equal and unequal, one generator a kind of trick.
+"""Generated pairs of equal and unequal answers, one generator per kind of trick.
 
-Each gives (one, other, are they equal), for a random source. What is equal is known from how the
-pair was made, never from the verifier.
+Each returns (one, other, are they equal). The label follows from the construction of the pair,
+never from the verifier.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ Pair = tuple[str, str, bool]
 
 
 def braces(rng: random.Random) -> Pair:
-    """An operand moved into or out of an exponent, a root, a denominator, an index."""
+    """An operand moved into or out of an exponent, a root, a denominator or an index."""
     n, name = rng.choice("nkmpt"), rng.choice("xyzab")
     sign, c, d = rng.choice("+-"), rng.randint(1, 9), rng.randint(2, 9)
     b = rng.choice(["2", "3", "10", "e", name])
     e = c + d
-    # An expression, the same with a brace moved, and another spelling of it.
+    # An expression, the same with a brace moved, and the expression in another spelling.
     rows = [
         (rf"{b}^{{{n}}}{sign}{c}", rf"{b}^{{{n}{sign}{c}}}", rf"{b}^{n} {sign} {c}"),
         (rf"{b}^{{{d}{n}}}", rf"{b}^{{{d}}}{n}", rf"{b}^{{{n}\cdot {d}}}"),
@@ -32,7 +32,7 @@ def braces(rng: random.Random) -> Pair:
         (rf"{n}^{{{c}/{e}}}", rf"{n}^{{{c}}}/{e}", rf"{n}^{{\frac{{{c}}}{{{e}}}}}"),
         (rf"{d}^{{{c}}}{e}", rf"{d}^{{{c}{e}}}", rf"{e} \cdot {d}^{c}"),
     ]
-    if rng.random() < 0.01:  # sums go to the workers
+    if rng.random() < 0.01:  # sums are decided by workers
         rows = [
             (
                 rf"\sum_{{k=0}}^{n}a_k+{c}",
@@ -72,7 +72,7 @@ REFUSED = [
 
 
 def words(rng: random.Random) -> Pair:
-    """Words around a number that change it, say nothing of it, or deny it."""
+    """Words around a number that change it, do not affect it, or reject it."""
     n = rng.randint(2, 60)
     kind = rng.random()
     if kind < 0.3:
@@ -87,7 +87,7 @@ def words(rng: random.Random) -> Pair:
 
 
 def signs(rng: random.Random) -> Pair:
-    """Equations and inequalities that agree for positive values alone."""
+    """Equations and inequalities, some of which agree only for positive values."""
     a, b, c = rng.randint(1, 9), rng.randint(1, 9), rng.randint(1, 9)
     left = rng.choice(["y", "f(x)", "g(x)"])
     rows = [
@@ -132,7 +132,7 @@ _NOUNS = ["apple", "orange", "marble", "student", "book", "ticket", "dog", "peng
 
 
 def units(rng: random.Random) -> Pair:
-    """Converted quantities, other units of the same kind, other kinds, counted things."""
+    """Converted quantities, other units of the same or another kind, counted things."""
     n = rng.randint(2, 400)
     if rng.random() < 0.2:
         one, other = rng.choice(_NOUNS), rng.choice(_NOUNS)
@@ -163,7 +163,7 @@ _NAMES = [
 
 
 def names(rng: random.Random) -> Pair:
-    """The same value under the same name, another name, no name."""
+    """The same value with the same name, another name or no name."""
     n = rng.randint(2, 99)
     one, other = rng.choice(_NAMES), rng.choice(_NAMES)
     kind = rng.random()

@@ -230,6 +230,24 @@ def test_sha256_check(tmp_path: Path) -> None:
         models._check_sha256(tmp_path / "f", "0" * 64, "give another")
 
 
+def test_conversion_shows_no_progress_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tqdm.auto import tqdm
+
+    def convert(gguf: Path, target: Path) -> None:
+        for _ in tqdm(range(3), desc="Converting"):
+            (target / gguf.name).touch()
+
+    monkeypatch.setattr(models, "_fetch_gguf", lambda scratch: scratch / "model.gguf")
+    monkeypatch.setattr(models, "_convert_gguf", convert)
+    target = tmp_path / "model"
+    target.mkdir()
+    models._build_embedded(target)
+    assert (target / "model.gguf").exists()
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.slow
 def test_embedded_model_itself() -> None:
     """Needs the model in the cache or a connection: 93 MB once."""

@@ -41,7 +41,7 @@ from rl_lora.nn.variants import (
 )
 from rl_lora.planning.capacity import Capacity, rank_that_holds
 from rl_lora.policy import Policy
-from rl_lora.runs.snapshot import load_snapshot, save_snapshot
+from rl_lora.runs.checkpoint import load_checkpoint, save_checkpoint
 from rl_lora.samplers.vllm import settings as vllm_settings
 from rl_lora.types import Microbatch, TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama, shake
@@ -313,13 +313,13 @@ def test_a_resumed_run_goes_on_to_the_same_bits(variant: str, tmp_path: Path) ->
     )
     whole = make_learner(make_policy(path, rank=2, variant=variant), lora_plus_ratio=ratio)
     whole.fit(batch(), lr=1e-3)
-    save_snapshot(1, whole, config)
+    save_checkpoint(1, whole, config)
     whole.fit(batch(), lr=1e-3)
     policy = make_policy(path, seed=7, rank=2, variant=variant)
     for name, tensor in policy.state_tensors().items():
         tensor.mul_(1.5 if "0" in name else 1.0)  # a start found anew on another machine
     other = make_learner(policy, lora_plus_ratio=ratio)
-    load_snapshot(tmp_path / "r" / "checkpoints" / "step_000001", other, config)
+    load_checkpoint(tmp_path / "r" / "checkpoints" / "step_000001", other)
     other.fit(batch(), lr=1e-3)
     expected = whole.policy.state_tensors()
     assert other.policy.state_tensors().keys() == expected.keys()

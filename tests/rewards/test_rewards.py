@@ -1,4 +1,4 @@
-"""The seam that the trainer uses: load_reward, scores, policies, user functions."""
+"""The interface for the trainer: load_reward, scores, rules and user functions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_reward_is_correctness_plus_format() -> None:
     assert [s.answer for s in scores][:3] == ["42", "42", "41"]
 
 
-def test_score_is_literal() -> None:
+def test_scores_in_full() -> None:
     assert score("so \\boxed{42}", "42") == Score(1.0, True, "ok", "42", True)
     assert score("", "42") == Score(0.0, False, "no_answer", None, False)
 
@@ -130,7 +130,7 @@ def test_rewards_import_neither_torch_nor_the_trainer_nor_sympy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "gold", "answer", "is_right"),
+    ("rules", "gold", "answer", "is_right"),
     [
         ("default", "1/3", "0.333", False),
         ("default", "1/3", "0.3333", True),
@@ -153,11 +153,11 @@ def test_rewards_import_neither_torch_nor_the_trainer_nor_sympy() -> None:
         ("gsm8k", "1,000", "$1000", True),
     ],
 )
-def test_policies(policy: str, gold: str, answer: str, is_right: bool) -> None:
-    assert verify(gold, answer, policy).correct == is_right
+def test_rules(rules: str, gold: str, answer: str, is_right: bool) -> None:
+    assert verify(gold, answer, rules).correct == is_right
 
 
-def test_policy_fields_change_the_rule_they_name() -> None:
+def test_each_field_of_the_rules_has_an_effect() -> None:
     from dataclasses import replace
 
     base = load_rules("default")
@@ -177,5 +177,5 @@ def test_policy_fields_change_the_rule_they_name() -> None:
     assert not verify("28\\%", "28", replace(base, percent="value")).correct
 
 
-def test_policies_know_their_names() -> None:
-    assert all(name == policy.name for name, policy in RULES.items())
+def test_rules_have_the_name_of_their_key() -> None:
+    assert all(name == rules.name for name, rules in RULES.items())

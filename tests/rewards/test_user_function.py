@@ -1,4 +1,4 @@
-"""A user's own reward: both forms, what they may give, and what is told when they fail."""
+"""A user's own reward: both forms, their return values, and the messages if they fail."""
 
 from __future__ import annotations
 
@@ -54,36 +54,37 @@ def test_numbers_of_every_kind_are_rewards(given: Any, value: float) -> None:
     assert numbers_of(lambda completions: [given], "x") == [value]
 
 
-def test_a_score_is_taken_as_it_is() -> None:
+def test_a_score_is_used_unchanged() -> None:
     for function in (lambda c, r: SCORE, lambda completions: [SCORE]):
         assert FunctionReward("m:f", function).score_batch(["x"], ["7"]) == [SCORE]
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
-        (None, "gave None (of type NoneType)"), ([1.0], "gave [1.0] (of type list)"),
-        ((1.0, {}), "gave (1.0, {}) (of type tuple)"), ({"score": 1.0}, "of type dict"),
-        ("1.0", "gave '1.0' (of type str)"), (1j, "of type complex"),
-        (float("nan"), "gave nan"), (float("inf"), "gave inf"), (-1e308, "gave -1e+308"),
-        (10**400, "gave inf"), (torch.tensor(float("nan")), "gave nan"),
-        (Score(float("nan"), False, "ok", None, False), "gave nan"),
-        (Score(None, False, "ok", None, False), "gave Score("),  # type: ignore[arg-type]
+        (None, "returned None (of type NoneType)"), ([1.0], "returned [1.0] (of type list)"),
+        ((1.0, {}), "returned (1.0, {}) (of type tuple)"), ({"score": 1.0}, "of type dict"),
+        ("1.0", "returned '1.0' (of type str)"), (1j, "of type complex"),
+        (float("nan"), "returned nan"), (float("inf"), "returned inf"),
+        (-1e308, "returned -1e+308"),
+        (10**400, "returned inf"), (torch.tensor(float("nan")), "returned nan"),
+        (Score(float("nan"), False, "ok", None, False), "returned nan"),
+        (Score(None, False, "ok", None, False), "returned Score("),  # type: ignore[arg-type]
     ],
 )  # fmt: skip
-def test_what_is_no_reward_is_named(given: Any, told: str) -> None:
+def test_an_unusable_return_value_is_named(given: Any, message: str) -> None:
     for function in (lambda c, r: given, lambda completions: [given]):
         with pytest.raises(RewardError) as caught:
             numbers_of(function, "so\n7")
-        message = str(caught.value)
-        assert "\n" not in message
-        assert message.startswith("reward m:f gave ")
-        assert told in message
-        assert "for completion 'so\\n7' and reference '7'; it must give a" in message
+        error = str(caught.value)
+        assert "\n" not in error
+        assert error.startswith("reward m:f returned ")
+        assert message in error
+        assert "for completion 'so\\n7' and reference '7'; it must return a" in error
 
 
 @pytest.mark.parametrize("function", [raises, fails_later])
-def test_what_a_function_raises_is_told_with_its_place(function: Callable[..., Any]) -> None:
+def test_an_exception_is_reported_with_its_line(function: Callable[..., Any]) -> None:
     with pytest.raises(RewardError) as caught:
         numbers_of(function, "a", "b")
     assert str(caught.value).startswith("reward m:f raised KeyError: 'boom' (")
@@ -91,7 +92,7 @@ def test_what_a_function_raises_is_told_with_its_place(function: Callable[..., A
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_coroutines_run_side_by_side_and_in_one_loop() -> None:
+def test_coroutines_run_concurrently_and_in_one_loop() -> None:
     loops: set[int] = set()
     running = 0
     most = 0
@@ -158,20 +159,20 @@ def test_the_data_sets_columns_reach_a_function_of_the_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "told"),
+    ("function", "message"),
     [
-        (lambda completions, levels: [1.0], "asks for the column 'levels'; there are: answer, "),
-        (lambda completions, **_: 1.0, "gave 1.0 for 2 completions, the first 'a', with "),
-        (lambda completions, **_: None, "gave None for 2 completions"),
-        (lambda completions, **_: [1.0], "gave 1 rewards for 2 completions"),
-        (lambda completions, **_: [1.0, None], "gave None (of type NoneType)"),
+        (lambda completions, levels: [1.0], "asks for the column 'levels'; available: answer, "),
+        (lambda completions, **_: 1.0, "returned 1.0 for 2 completions, the first 'a', with "),
+        (lambda completions, **_: None, "returned None for 2 completions"),
+        (lambda completions, **_: [1.0], "returned 1 rewards for 2 completions"),
+        (lambda completions, **_: [1.0, None], "returned None (of type NoneType)"),
         (lambda completions, **_: dict[str, float]()["x"], "raised KeyError: 'x'"),
     ],
 )
-def test_a_batch_that_fails_is_told(function: Any, told: str) -> None:
+def test_a_failing_batch_is_reported(function: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:
         score_groups([prompt_of()], [completions_of("a", "bb")], FunctionReward("m:f", function))
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -188,7 +189,7 @@ def test_other_arguments_are_refused_when_the_function_is_loaded() -> None:
 # --- the job --------------------------------------------------------------------------------------
 
 
-def test_the_check_scores_a_made_up_completion_of_users_functions_alone() -> None:
+def test_only_a_users_function_is_checked_with_a_sample_completion() -> None:
     seen: list[tuple[str, str]] = []
 
     def keep(completion: str, reference: str) -> float:
@@ -211,7 +212,7 @@ def trl(completions, level, **columns):
 """
 
 
-def test_a_job_refuses_a_wrong_reward_before_it_samples_and_hands_over_columns(
+def test_a_job_rejects_a_wrong_reward_before_sampling_and_passes_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "functions_of_mine.py").write_text(FUNCTIONS)
@@ -227,8 +228,8 @@ def test_a_job_refuses_a_wrong_reward_before_it_samples_and_hands_over_columns(
         "sampling.num_prompts=2", "sampling.num_samples=2", "model.device=cpu",
     ]  # fmt: skip
     assert main([*job, "run.name=a", "reward.name=functions_of_mine:none"]) == 2
-    told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "error: reward functions_of_mine:none gave None (of type NoneType) for" in told
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: reward functions_of_mine:none returned None (of type NoneType)" in message
     assert not (tmp_path / "a" / "eval").exists()
     assert main([*job, "run.name=b", "reward.name=functions_of_mine:trl"]) == 0
     lines = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()

@@ -1,6 +1,6 @@
-"""What a policy in training would find: spellings, words, signs, units, names that change a value.
+"""Tricks that a policy may find in training: spellings, words, signs, units, names.
 
-Right answers in the same clothes have to pass: every table and generator has both.
+Each table and generator contains both tricks and similar correct answers.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from rewards import GradingRules, score_batch, verify
 from rewards.extraction.extract import extract
 from rewards.parsing.units import read_unit
 from tests.helpers.mutations import MUTATIONS
-from tests.helpers.verifier_cases import pairs
-from tests.helpers.verifier_doors import GOLDS, OPEN, SHUT
+from tests.helpers.verifier_cases import GOLDS, OPEN, SHUT, pairs
 from tests.helpers.verifier_generators import GENERATORS
 
-CASES_AN_EXAMPLE = 25  # hypothesis draws the seeds, so that 2,000 cases of a kind stay cheap
+CASES_AN_EXAMPLE = 25  # hypothesis draws only seeds, so that 2,000 cases per kind are cheap
 MAX_MUTANTS_ACCEPTED = 0.001
 
 
@@ -69,13 +68,13 @@ def test_beyond_its_tolerance_an_answer_is_wrong(gold: str, answer: str) -> None
     assert not verify(f"{gold} [tolerance 0.1]", answer).correct
 
 
-def test_a_tolerance_alone_is_no_reference() -> None:
+def test_a_tolerance_without_a_value_is_a_bad_reference() -> None:
     (scored,) = score_batch(["5"], [" [tolerance 0.1]"])
     assert (scored.correct, scored.status) == (False, "bad_reference")
 
 
 @pytest.mark.parametrize(("gold", "answer"), pairs(SHUT))
-def test_doors_are_shut_both_ways(gold: str, answer: str) -> None:
+def test_wrong_answers_fail_both_ways(gold: str, answer: str) -> None:
     assert not verify(gold, answer).correct
     assert not verify(answer, gold).correct
 
@@ -92,7 +91,7 @@ def test_generated_pairs(kind: str, seed: int) -> None:
 
 
 def moved_braces(gold: str) -> set[str]:
-    """The gold with one brace a token further left or right."""
+    """The gold with one brace moved by one token, in all ways."""
     tokens = re.findall(r"\\[A-Za-z]+|\\.|.", gold, re.DOTALL)
     found = set()
     for place, token in enumerate(tokens):
@@ -104,7 +103,7 @@ def moved_braces(gold: str) -> set[str]:
     return found - {gold}
 
 
-# A moved brace that TeX or any reader takes for the same value, or that no longer is TeX.
+# Moved braces that do not change the value for TeX or any reader, or that are not valid TeX.
 SAME_VALUE = re.compile(
     r"\{\\sqrt\d+\}|\\sqrt\d\{\}|\\frac\{?[^{}]*\}?\\sqrt\{|\\right\}|\\(?:text|mbox)|\d\s+\}|\w \}"
     r"|\\mathbf|\\(?:ln|log|sin|cos|tan|sqrt)[a-z]|\}\s+\}|\$\}"
@@ -119,7 +118,7 @@ def accepted_moves(golds: list[str]) -> tuple[list[tuple[str, str]], int]:
 
 
 def test_no_moved_brace_is_accepted() -> None:
-    accepted, num_moves = accepted_moves(GOLDS.split("\n")[1:-1])
+    accepted, num_moves = accepted_moves(GOLDS)
     assert num_moves > 100
     assert accepted == []
 
@@ -135,11 +134,11 @@ def test_no_moved_brace_is_accepted_in_the_golds_of_math(shared_dir: Path) -> No
 
 
 def test_mutants_are_not_accepted() -> None:
-    """One digit, sign, bracket, brace, function, exponent, unit, name or modulus changed."""
+    """With one digit, sign, bracket, brace, function, exponent, unit, name or modulus changed."""
     rng = random.Random(14)
     mutants = {
         (gold, kind, mutant)
-        for gold in GOLDS.split("\n")[1:-1]
+        for gold in GOLDS
         for kind, mutate in MUTATIONS.items()
         for mutant in (mutate(gold, rng) for _ in range(16))
         if mutant is not None and mutant != gold
@@ -151,12 +150,12 @@ def test_mutants_are_not_accepted() -> None:
 
 
 @pytest.mark.parametrize("reference", ["", "  ", "\n", None])
-def test_a_bad_reference_ends_no_batch(reference: str | None) -> None:
+def test_a_bad_reference_does_not_end_a_batch(reference: str | None) -> None:
     scores = score_batch(["\\boxed{7}", "\\boxed{8}"], [reference, "8"])
     assert [(s.reward, s.status) for s in scores] == [(0.0, "bad_reference"), (1.0, "ok")]
 
 
-def test_decimal_commas_by_rule() -> None:
+def test_decimal_commas_depend_on_the_rules() -> None:
     assert not verify("2.5", "2,5").correct
     assert verify("2.5", "2,5", GradingRules(decimal_comma=True)).correct
     assert verify("2,5", "2.5", GradingRules(decimal_comma=True)).correct
@@ -184,5 +183,5 @@ def test_units(text: str, dimension: dict[str, int], scale: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["apples", "", "m^99", "km//", "(m", "x" * 100, "per", "^2"])
-def test_what_is_no_unit(text: str) -> None:
+def test_texts_that_are_not_units(text: str) -> None:
     assert read_unit(text) is None

@@ -1,4 +1,4 @@
-"""Extraction: which answer of a completion counts, and that it takes linear time."""
+"""Extraction: which answer of a completion counts, in linear time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Properties of the verifier over generated answers."""
+"""Properties of the verifier on generated answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Acceptance bars on labelled public cases; skipped where the data is absent."""
+"""Required accuracy on labelled public cases; skipped if the data is absent."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from bench_verifier import accuracy, our_judge, read_cases
 
 from rewards import verify
 
-# A gold may be repaired or trusted where an answer is not: these change when they are swapped.
+# A gold is repaired and trusted where an answer is not, so these are not symmetric.
 ONE_WAY = (
-    r"$1 = \zzz = x = 0$",  # a chain that is false as it stands
-    r"$\boxed{1}\boxed{2}$",  # two boxes side by side are a gold's two values
-    r"\rho\sin\theta = \sqrt{3}",  # the equation may be answered by its solution, not conversely
-    "$10$",  # 9 + 1 is no answer to 10, and 10 is one to 9 + 1
-    # A gold may be a task, and a sum or product left to do is no answer to its value.
+    r"$1 = \zzz = x = 0$",  # a false chain
+    r"$\boxed{1}\boxed{2}$",  # two adjacent boxes are two values in a gold
+    r"\rho\sin\theta = \sqrt{3}",  # a solution answers an equation, but not conversely
+    "$10$",  # 9 + 1 does not answer 10, but 10 answers 9 + 1
+    # A gold may be a task, but an unevaluated sum or product does not answer its value.
     r"\sum_{k=1}^{n} k",
     r"\prod_{k=1}^n k",
-    r"\\boxed{W(n) = 1 \\text{ and } W(n) = -1",  # a box that was never closed
+    r"\\boxed{W(n) = 1 \\text{ and } W(n) = -1",  # an unclosed box
 )
 LEFT_TO_DO = (r"3 \cdot 4", "10+2", r"\frac{24}{2}+0", r"\max(3,12)", r"12 \pmod{100}")
 

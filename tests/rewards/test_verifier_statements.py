@@ -1,4 +1,4 @@
-"""Statements of an answer: generated in both directions, and what only seems to be one."""
+"""Generated completions that state an answer, and some that only seem to."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ letters = st.sampled_from("ABCDE")
 
 
 def two_of(values: st.SearchStrategy[object]) -> st.SearchStrategy[tuple[str, str]]:
-    """Two values, different in their digits so that neither rounds to the other."""
+    """Two values, neither of which contains or rounds to the other."""
     pairs = st.tuples(values, values).map(lambda pair: (str(pair[0]), str(pair[1])))
     return pairs.filter(lambda pair: pair[0] not in pair[1] and pair[1] not in pair[0])
 
@@ -120,7 +120,7 @@ def test_options_in_other_languages(template: str, pair: tuple[str, str]) -> Non
 
 @MANY
 @given(st.sampled_from(templates(LANGUAGES_NOT_STATED)), two_numbers)
-def test_refusals_in_other_languages(template: str, pair: tuple[str, str]) -> None:
+def test_negations_in_other_languages(template: str, pair: tuple[str, str]) -> None:
     check(template, pair, is_stated=False)
 
 
@@ -131,7 +131,7 @@ inner = st.sampled_from(
 
 @MANY
 @given(st.sampled_from(THINKING), inner, inner, two_numbers)
-def test_only_what_stands_outside_the_thinking_counts(
+def test_only_text_outside_the_thinking_counts(
     tags: tuple[str, str], thought: str, said: str, pair: tuple[str, str]
 ) -> None:
     opening, closing = tags
@@ -148,18 +148,18 @@ def test_only_what_stands_outside_the_thinking_counts(
         assert not score(prompted, pair[1]).correct, prompted
 
 
-def test_a_quoted_tag_is_no_tag() -> None:
+def test_a_quoted_tag_is_ignored() -> None:
     assert after_thinking("`<think>` opens it. 5") == "`<think>` opens it. 5"
     assert after_thinking("<think>I write `</think>` soon. 4</think>5") == "5"
     assert after_thinking("<think>never <think> twice </think>5") == "5"
 
 
-def test_what_stands_before_a_later_thought_counts() -> None:
+def test_text_before_a_later_thought_counts() -> None:
     assert extract("\\boxed{5}<think>or \\boxed{6}?</think>").answer == "5"
     assert extract("\\boxed{5}</think><think>x</think>").answer is None
 
 
-def test_thinking_tags_of_ones_own() -> None:
+def test_custom_thinking_tags() -> None:
     completion = "<plan>\\boxed{5}</plan>"
     assert extract(completion).answer == "5"
     assert extract(completion, (("<plan>", "</plan>"),)).answer is None
@@ -227,7 +227,7 @@ def test_single_statements(completion: str, gold: str, is_right: bool) -> None:
     assert score(completion, gold).correct == is_right
 
 
-def test_the_format_is_the_box_whatever_is_said_behind() -> None:
+def test_text_after_the_box_does_not_affect_the_format() -> None:
     assert extract("\\boxed{x^2}\n**Answer: D**").has_format
     assert extract("\\boxed{5}. Let me know.").has_format
     assert not extract("\\boxed{5}. The final answer is 6.").has_format

@@ -1,4 +1,4 @@
-"""The last tier: sympy expressions built from the tree, sizes refused before they are built."""
+"""The last tier: sympy expressions built from the tree, with sizes checked beforehand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rewards.rules import RULES
         ("2", r"\int_0^2 x \, dx", False),
     ],
 )
-def test_a_gold_that_is_a_task_knows_its_value(gold: str, answer: str, is_right: bool) -> None:
+def test_a_gold_that_is_a_task_is_evaluated(gold: str, answer: str, is_right: bool) -> None:
     assert decide_symbolically(gold, answer, RULES["default"]).correct == is_right
 
 
@@ -43,7 +43,7 @@ def test_a_gold_that_is_a_task_knows_its_value(gold: str, answer: str, is_right:
         r"\int x dx",
     ],
 )
-def test_what_is_too_large_or_unknown_is_refused(text: str) -> None:
+def test_large_and_unknown_expressions_are_undecided(text: str) -> None:
     with pytest.raises(Undecided):
         to_sympy(parse(text).node)
 

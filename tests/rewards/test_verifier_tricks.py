@@ -1,4 +1,4 @@
-"""Authored answers: equal ones in many spellings, unequal ones, tricks that earn nothing."""
+"""Authored answers: equal ones in many spellings, unequal ones, and tricks that are wrong."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_completions_that_earn_nothing(completion: str, reference: str) -> None:
     assert not score(completion, reference).correct
 
 
-def test_a_golds_task_may_be_answered_by_itself() -> None:
+def test_a_gold_that_is_a_task_equals_itself() -> None:
     assert verify(r"\gcd(a, b)", r"\gcd(a,b)").correct
     assert verify(r"\sum_{k=0}^{n} F_k F_{n-k}", r"\sum_{k=0}^{n} F_{n-k} F_k").correct
     assert not verify(r"\sum_{k=0}^{n} F_k", r"\sum_{k=0}^{n-1} F_k").correct
@@ -94,10 +94,13 @@ def test_status_says_why(gold: str, answer: str, status: str) -> None:
         ("First some steps.\nSo we get 7 - 2", "-2"),
         ("First some steps.\nSo we get 3 * 5", "5"),
         ("First some steps.\nSo x = 7 +", "7"),
+        ("7 = 8\n0 = 1\nundefined\n1 = -1", "-1"),
+        ("First some steps.\n3 = 5.", "5"),
+        ("First some steps.\n3 = 5.", "3"),
     ],
 )
-def test_an_answer_that_was_cut_off_is_none(completion: str, gold: str) -> None:
-    """What a policy that ran into its token cap was paid for."""
+def test_a_truncated_or_false_ending_earns_nothing(completion: str, gold: str) -> None:
+    """Policies in training were rewarded for such endings, most of them at the token limit."""
     assert not score(completion, gold, rules="gsm8k").correct
 
 
@@ -107,6 +110,8 @@ def test_an_answer_that_was_cut_off_is_none(completion: str, gold: str) -> None:
         ("First some steps.\nSo we get 7 + 2 = 9", "9"),
         ("First some steps.\nSo we get -2", "-2"),
         ("2 + 2 = 4\n4 + 2 = 6\n6 = 6\n", "6"),
+        ("First some steps.\n-6 = -6", "-6"),
+        ("First some steps.\nx = 6", "6"),
         ("First some steps.\n20 - 10 = 10 dollars left", "10"),
         ("20 - 10 = 10 dollars left", "10"),
         ("Of her 20 dollars she keeps 3 -- and that is all she has.", "3"),
@@ -140,8 +145,8 @@ def test_contradicting_boxes_are_named() -> None:
         ("8", r"\frac{5 + 7 + 4}{2}"),
     ],
 )
-def test_a_sum_left_to_do_is_no_answer_to_a_number(gold: str, answer: str) -> None:
-    """What a policy in training found: copying the question into the box."""
+def test_unevaluated_arithmetic_does_not_answer_a_number(gold: str, answer: str) -> None:
+    """A policy in training found that it could copy the question into the box."""
     assert verify(gold, answer).status == "unevaluated"
     assert not score(f"\\boxed{{{answer}}}", gold).correct
     assert verify(gold, answer, rules=GradingRules(accept_sums=True)).correct

@@ -16,7 +16,7 @@ import pytest
 from rl_lora.adapters import files as adapter
 from rl_lora.cli import main
 from rl_lora.errors import UserError
-from rl_lora.runs.checkpoint import latest_checkpoint, load_checkpoint
+from rl_lora.runs.checkpoint import latest_checkpoint, read_checkpoint
 from rl_lora.runs.log import RunLog
 from rl_lora.storage import jsonl
 from rl_lora.storage.directories import atomic_directory, disk_errors
@@ -61,7 +61,7 @@ def fill(disk: Path, free: int = 0) -> None:
 WRITERS = {
     "publish, nothing left": ("rl_lora.state.save_adapter", 3, 0),
     "publish, half of it fits": ("rl_lora.state.save_adapter", 3, 8192),
-    "a checkpoint": ("rl_lora.state.save_snapshot", 3, 8192),
+    "a checkpoint": ("rl_lora.state.save_checkpoint", 3, 8192),
     "a step's line": ("rl_lora.runs.log.RunLog.write", 3, 0),
     "the run's record": ("rl_lora.train.write_record", 1, 0),
     "an evaluation's problems": ("rl_lora.storage.jsonl.append_compressed", 2, 0),
@@ -113,7 +113,7 @@ def test_a_full_disk_is_told_and_the_run_resumes_once_there_is_room(
     folder = small_disk / "x"
     assert not list(folder.rglob(".*partial*"))  # nothing half-written keeps the disk full
     if (newest := latest_checkpoint(folder)) is not None:
-        load_checkpoint(newest)
+        read_checkpoint(newest)
     if writer != "the run's record":
         assert newest is not None
     (small_disk / "ballast").unlink()
@@ -154,7 +154,7 @@ def test_a_full_disk_at_the_publish(
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG])
 def test_errors_of_the_disk_are_the_users_and_others_are_not(tmp_path: Path, number: int) -> None:
-    told = pytest.raises(UserError, match=r"x/metrics\.jsonl cannot be written \(.*make room")
+    told = pytest.raises(UserError, match=r"x/metrics\.jsonl cannot be written \(.*free disk space")
     with told, disk_errors(tmp_path):
         raise OSError(number, os.strerror(number), "x/metrics.jsonl")
     with pytest.raises(FileNotFoundError), disk_errors(tmp_path):
@@ -175,8 +175,8 @@ def test_a_directory_is_replaced_whole_or_stays(tmp_path: Path) -> None:
     final = tmp_path / "adapter"
     with atomic_directory(final) as scratch:
         (scratch / "a").write_text("1")
-    for name in (".adapter.99", ".adapter.replaced"):  # left by a kill
-        (tmp_path / name).mkdir()
+    (tmp_path / ".adapter.99").mkdir()  # left by a kill
+    final.rename(tmp_path / ".adapter.replaced")  # killed between the two renames
     with pytest.raises(FileNotFoundError), atomic_directory(final) as scratch:
         (scratch / "a").write_text((tmp_path / "not there").read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -80,14 +80,14 @@ def change_template(model: Path) -> None:
 
 # What is changed, and what the line says of it.
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a weight": (lambda f: change_one_weight(f / "model"), "the weights in .* are others"),
+    "a weight": (lambda f: change_one_weight(f / "model"), "the weights in .* differ"),
     "the rotary base": (
         lambda f: edit_json(f / "model" / "config.json", rope_theta=12345.0, rope_scaling=None),
-        "the configuration in .* is another",
+        "the configuration in .* differs",
     ),
     "the chat template": (
         lambda f: change_template(f / "model"),
-        r"data\.train has changed .*: its (rendered prompts|rows) are others",
+        r"data\.train has changed .*: its (rendered prompts|rows) differ",
     ),
     "a row less": (
         lambda f: write_rows(f / "rows.jsonl", 11),
@@ -99,7 +99,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
             row0={"answer": "0 + 1 = 7\n#### 7"},
             row5={"answer": "5 + 1 = 9\n#### 9"},
         ),
-        r"data\.(train|eval).*: its answers are others",
+        r"data\.(train|eval).*: its answers differ",
     ),
 }
 
@@ -226,7 +226,6 @@ def test_the_base_of_full_fine_tuning_has_a_fingerprint_of_its_weights(tmp_path:
     with pytest.raises(UserError, match="the weights in"):
         check_base(first, {**second, "name": first["name"]}, tmp_path)
     check_base({**first, "dtype": "bfloat16"}, second, tmp_path)  # not comparable
-    check_base({"name": "x"}, second, tmp_path)  # an older record
     renamed = random_llama(tmp_path / "c")
     edit_json(renamed / "config.json", _name_or_path="other", transformers_version="9")
     check_base(first, base_inputs(make_policy(renamed, mode="full")), tmp_path)

@@ -88,7 +88,7 @@ def test_a_second_process_is_refused_and_a_killed_one_taken_over(tmp_path: Path)
         with pytest.raises(UserError) as caught:
             run_lock(tmp_path).__enter__()
         who = f"process {process.pid} on {platform.node()}"
-        assert str(caught.value) == f"{tmp_path} is being run by {who}; wait for its end"
+        assert str(caught.value) == f"{tmp_path} is being run by {who}; wait until it ends"
         assert (tmp_path / LOCK_FILE).read_bytes() == before
         process.kill()
         process.wait()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,12 @@ from rl_lora.cli import main
 from rl_lora.config import RunConfig, load_config, parse_as
 from rl_lora.config.sft import SftConfig, load_sft_config
 from rl_lora.errors import UserError
-from rl_lora.runs.checkpoint import checkpoint_steps, latest_checkpoint
+from rl_lora.runs.checkpoint import (
+    checkpoint_steps,
+    latest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from rl_lora.runs.log import RunLog
 from rl_lora.runs.record import read_record
 from rl_lora.sft.train import fine_tune
@@ -121,7 +127,7 @@ def kill_at(
         ("sft", "0"),  # before anything is on record
         ("sft", "1"),
         ("sft", "3"),
-        ("sft", "sft.train:save_snapshot:1"),  # between the first line and the first checkpoint
+        ("sft", "sft.train:save_checkpoint:1"),  # between the first line and the first checkpoint
         ("sft", "sft.train:save_adapter:1"),  # all steps done, nothing published
         ("rl", "1"),
         ("rl", "3"),
@@ -156,14 +162,11 @@ def test_a_warm_start_that_was_killed_begins_again(
 
 
 def leave_what_kills_leave(folder: Path) -> None:
-    """Of a save over a step, of a deletion, of a publish, of the best adapter, of a line."""
-    newest = latest_checkpoint(folder)
-    assert newest is not None
-    newest.rename(newest.with_name(newest.name + ".replaced"))
-    for name in (f".partial_{newest.name}", f".partial_deleted_{newest.name}.replaced"):
-        (newest.parent / name).mkdir()
-        (newest.parent / name / "tensors.safetensors").write_bytes(b"half")
-    for name in ("adapters/.v000003.99", ".adapter.99", ".best_partial"):
+    """Of a checkpoint, of a deletion, of a publish, of the best adapter, of a line."""
+    for name in (".step_000003.99", ".step_000001.deleted"):
+        (folder / "checkpoints" / name).mkdir()
+        (folder / "checkpoints" / name / "tensors.safetensors").write_bytes(b"half")
+    for name in ("adapters/.v000003.99", ".adapter.99", ".best.99"):
         (folder / name).mkdir(parents=True)
         (folder / name / "adapter_model.safetensors").write_bytes(b"half")
     for name in ("metrics.jsonl", "transcripts.jsonl"):
@@ -178,11 +181,10 @@ def test_what_kills_leave_is_in_nobodys_way(tmp_path: Path, whole: Callable[[str
     run("rl", tmp_path, "run.name=killed", resume=True)
     metrics, adapter, _ = result(tmp_path / "killed")
     assert (metrics, adapter) == whole("rl")[:2]
-    left = [path for path in (tmp_path / "killed").rglob("*") if path.parent.name != "checkpoints"]
+    left = (tmp_path / "killed").rglob("*")
     assert not [path for path in left if path.name.startswith(".")]
-    # The older checkpoint is whole, and counts for run.keep_last by whatever name it has.
     names = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
-    assert names == ["step_000002.replaced", "step_000004"]
+    assert names == ["step_000002", "step_000004"]
 
 
 def test_a_longer_run_that_dies_at_its_end_is_not_complete_with_the_shorter_ones_adapter(
@@ -228,8 +230,34 @@ def test_a_new_start_takes_nothing_over_from_another_job_that_was_killed_early(
         evaluation.pop("seconds")
     assert evaluations[0] == evaluations[1]
     (tmp_path / "x" / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match="holds an older run: resume it"):
+    with pytest.raises(UserError, match="holds an older run: add --resume"):
         run("rl", tmp_path, "run.name=x", "run.num_steps=1")
+
+
+def test_no_step_draws_from_the_global_generators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[str], Any]
+) -> None:
+    """So checkpoints need not hold their states: resumed with others, a run ends the same."""
+    states: list[tuple[Any, ...]] = []
+    write = RunLog.write
+
+    def look(self: RunLog, step: int, metrics: Any) -> None:
+        numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 (under test)
+        states.append((random.getstate(), repr(numpy_state), torch.get_rng_state().tolist()))
+        write(self, step, metrics)
+
+    for arm in ("rl", "sft"):
+        run(arm, tmp_path, f"run.name={arm}", "run.num_steps=2")
+        random.seed(arm)
+        np.random.seed(len(arm))  # noqa: NPY002
+        torch.manual_seed(len(arm))
+        with monkeypatch.context() as patch:
+            patch.setattr(RunLog, "write", look)
+            run(arm, tmp_path, f"run.name={arm}", resume=True)
+        assert result(tmp_path / arm)[:2] == whole(arm)[:2]
+        first, second = states
+        assert first == second
+        states.clear()
 
 
 # --- studies --------------------------------------------------------------------------------------
@@ -323,17 +351,62 @@ def test_an_open_dtype_is_decided_once(
         assert own["total"] == last["total"]
 
 
-def test_older_runs_without_these_records_resume(
+# --- earlier versions -----------------------------------------------------------------------------
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("rl", tmp_path, "run.name=old", "run.num_steps=1")
+    folder = tmp_path / "old"
+    record = json.loads((folder / "run.json").read_text())
+    assert record.pop("format") == 2
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    settings = [*RARELY, *SIZES["rl"], f"run.output_dir={tmp_path}", "run.name=old"]
+    train_it = ["train", str(SMOKE), *settings, "run.num_steps=2"]
+    anew = "start again under another run.name, or delete it"
+    commands = {
+        (*train_it, "--resume"): anew,
+        tuple(train_it): anew,
+        ("eval", str(folder)): f"rl-lora eval CONFIG --adapter {folder / 'adapter'}",
+    }
+    for version, words in (({}, "an earlier version: its metrics"), ({"format": 3}, "a later")):
+        (folder / "run.json").write_text(json.dumps(record | version))
+        before[folder / "run.json"] = (folder / "run.json").stat().st_mtime_ns
+        for command, fix in commands.items():
+            capsys.readouterr()
+            assert main(list(command)) == 2
+            (line,) = capsys.readouterr().err.strip().splitlines()
+            assert f"{folder} was made by {words}" in line
+            assert line.endswith(fix)
+    assert main(["status", str(folder)]) == 0
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p != folder} == {
+        p: time for p, time in before.items() if p != folder
+    }
+
+
+def test_a_study_names_its_cell_of_an_earlier_version(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = raw_study(tmp_path)
+    cell = cells_of(parse_as(StudyConfig, raw))[0]
+    run_folder = tmp_path / "s" / "cells" / cell.key
+    (run_folder / "checkpoints" / "step_000001").mkdir(parents=True)
+    (run_folder / "run.json").write_text("{}")
+    assert main(["study", str(write_study(tmp_path, raw))]) == 2
+    error = capsys.readouterr().err
+    assert f"{run_folder} was made by an earlier version" in error
+    assert "delete it, and the cell starts again" in error
+
+
+def test_random_states_in_a_checkpoint_are_ignored(
     tmp_path: Path, whole: Callable[[str], Any]
 ) -> None:
-    from rl_lora.runs import checkpoint
-
     run("sft", tmp_path, "run.name=old", "run.num_steps=2")
     path = latest_checkpoint(tmp_path / "old")
     assert path is not None
-    tensors, state = checkpoint.load_checkpoint(path)
-    del state["inputs"]
-    checkpoint.save_checkpoint(tmp_path / "old", 2, tensors, state)
-    shutil.rmtree(tmp_path / "old" / "adapter")
+    tensors, state = read_checkpoint(path)
+    tensors["rng/torch"] = torch.get_rng_state()
+    write_checkpoint(tmp_path / "old", 2, tensors, state)
     run("sft", tmp_path, "run.name=old", resume=True)
     assert result(tmp_path / "old")[1] == whole("sft")[1]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rl_lora.studies.rate_sweep import log_grid, mean_interval, plateau, refined_rates, sweep
+from rl_lora.studies.rate_sweep import mean_interval, plateau, refined_rates, sweep
 
 NAN = float("nan")
 
@@ -75,13 +75,6 @@ def test_plateau_width_in_decades() -> None:
     result = sweep(values, tolerance=0.5)
     assert result is not None
     assert result.plateau_decades == pytest.approx(0.75)
-
-
-def test_grid_at_equal_ratios() -> None:
-    assert log_grid(1e-4, 1e-2, 5) == [1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2]
-    assert log_grid(2e-3, 1.0, 1) == [2e-3]
-    with pytest.raises(ValueError, match="no grid"):
-        log_grid(1.0, 0.1, 3)
 
 
 def test_refinement_goes_halfway_and_beyond_an_end() -> None:

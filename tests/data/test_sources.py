@@ -249,7 +249,8 @@ def error_of(name: str, role: Any = "train", **more: Any) -> str:
 
 def test_missing_file() -> None:
     assert error_of("data/nowhere.jsonl") == (
-        "data file or folder data/nowhere.jsonl does not exist; check the path (data.train, data.eval)"
+        "data file or folder data/nowhere.jsonl does not exist; "
+        "check the path (data.train, data.eval)"
     )
 
 

@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be_written(
 
 
 def test_without_vllm_the_error_names_the_extra(tmp_path: Path) -> None:
-    """In a process of its own, where vLLM cannot be imported."""
+    """In its own process, where vLLM cannot be imported."""
     code = (
         "import sys; sys.modules['vllm'] = None\n"
         "from rl_lora.cli import main\n"

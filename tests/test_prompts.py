@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from rl_lora.config import DataSection
 from rl_lora.data.chats import finish_solution
 from rl_lora.data.sources import question_key
+from rl_lora.data.stream import PromptStream
 from rl_lora.errors import UserError
-from rl_lora.prompts import PromptSets, PromptStream, load_prompt_sets, render_text
+from rl_lora.prompts import PromptSets, load_prompt_sets, render_text
 from rl_lora.types import Prompt
 
 TEMPLATE = (

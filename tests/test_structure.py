@@ -36,7 +36,7 @@ STANDARD = sys.stdlib_module_names
 
 
 def imports_of(module: str, *, lazy: bool = True) -> set[str]:
-    """Full names of the modules that a module imports; lazy=False: at its import alone."""
+    """Full names of the modules that a module imports; lazy=False: only at its import."""
     tree = ast.parse(MODULES[module].read_text())
     return set(_imports(tree, module, lazy=lazy))
 

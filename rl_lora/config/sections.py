@@ -216,7 +216,7 @@ class AlgorithmSection(Section):
         if not isinstance(options, dict):
             return value
         if more.get("clip_low", 0) is None and more.get("ratio_cap") == 2.0:
-            del more["ratio_cap"]  # a record written before: every loss had it, as the default
+            del more["ratio_cap"]  # an older record, which has the default of all losses
         given = {key: one for key, one in {**options, **more}.items() if one is not None}
         return own | {"options": given}
 

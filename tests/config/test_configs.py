@@ -23,7 +23,7 @@ from rl_lora.data.sources import LOADERS
 from rl_lora.errors import UserError
 from rl_lora.studies.config import load_study
 
-OTHER_ROOTS = ("sft_", "study_")  # settings of other commands, with tests of their own
+OTHER_ROOTS = ("sft_", "study_")  # settings of other commands, with their own tests
 CONFIGS = [
     path
     for path in sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))

@@ -152,7 +152,7 @@ def test_a_missing_weight_is_named(
     with pytest.raises(UserError, match=f"its files have no {name} .1 missing.; fetch") as caught:
         make_policy(path, mode=mode)
     assert ("tie_word_embeddings=true" in str(caught.value)) == (name == HEAD)
-    assert "MISSING" not in capfd.readouterr().err  # that one line, and no report beside it
+    assert "MISSING" not in capfd.readouterr().err  # only that one line, and no report
 
 
 def test_weights_of_another_shape_are_named(model_dir: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_token_without_an_embedding_row(tmp_path: Path) -> None:
     path = random_llama(tmp_path / "model")
     edit(path / "config.json", vocab_size=rows)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
-    check_rows([(1, 2, rows - 1), ()], tokenizer, path)  # known to the tokenizer alone: no fault
+    check_rows([(1, 2, rows - 1), ()], tokenizer, path)  # known only to the tokenizer: no fault
     with pytest.raises(UserError, match=rf"token '<think>' \({rows}\).* the embedding's {rows} ro"):
         check_rows([(1, 2), (3, rows)], tokenizer, path)
     tokenizer.pad_token = "<think>"

@@ -146,7 +146,7 @@ def test_name_that_can_be_no_hub_id() -> None:
     assert "is neither a directory nor a hub id" in error_of("a b")
 
 
-# --- names of our own -----------------------------------------------------------------------------
+# --- our own names --------------------------------------------------------------------------------
 
 
 def test_own_names_are_made_once_and_then_found_at_once(

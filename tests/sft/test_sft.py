@@ -1,4 +1,4 @@
-"""The supervised arm: rows of every layout, the loss of the completion alone, kills, refusals."""
+"""The supervised arm: rows of every format, the loss of the completion only, kills, refusals."""
 
 from __future__ import annotations
 

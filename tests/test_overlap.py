@@ -301,5 +301,5 @@ def test_a_version_that_was_changed_is_not_sampled_from_again(
 ) -> None:
     train(config(tmp_path, "run.num_steps=1"), quiet=True)
     path = tmp_path / "smoke" / "adapters" / "v000001"
-    with pytest.raises(UserError, match="not the one that the run has sampled from"):
+    with pytest.raises(UserError, match="not the one that the run sampled from"):
         saved_version(path, "0123")

@@ -175,7 +175,7 @@ def test_sampling_shows_its_speed_within_a_long_phase(monkeypatch: pytest.Monkey
         display.sampling(8, 8, 3000)
         display.evaluation(0, 4, 2)
         now[0] = 90.0
-        display.sampling(1, 2, 400)  # half of the two problems in hand: 1 of 4 in 40 s
+        display.sampling(1, 2, 400)  # half of the two problems being sampled: 1 of 4 in 40 s
     assert file.getvalue().splitlines() == [
         "sampling 2/8  20 tok/s  2 min 00 s left",
         "evaluation 1/4  10 tok/s  2 min 00 s left",

@@ -5,8 +5,7 @@
     python scripts/bench_step.py --sweep ranks         # learning phase at ranks 1, 8, 64, 256,
                                                        # how it grows, in a table and a figure
 
-TRL is an extra of its own (`make bench` installs it); without it the ratios against it are left
-out.
+TRL is a separate extra (`make bench` installs it); without it the ratios to it are left out.
 """
 
 from __future__ import annotations

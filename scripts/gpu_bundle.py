@@ -1,6 +1,6 @@
 """Packs vLLM for a GPU machine without network: python scripts/gpu_bundle.py FOLDER.
 
-FOLDER gets vllm.tar.xz (32 MB: vLLM 0.26 with machine code for H100 and H200, sm_90, alone) and
+FOLDER gets vllm.tar.xz (32 MB: vLLM 0.26 with machine code for H100 and H200 only, sm_90) and
 deps.tar.xz (20 MB: what a machine with Python 3.12, PyTorch 2.11 and transformers lacks for it and
 for us). Needs a network, xz, 1 GB of disk, three minutes of one core, Python 3.12 with pip and a C
 compiler; no GPU.

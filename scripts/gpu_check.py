@@ -43,7 +43,7 @@ def main() -> int:
         "--gguf", type=Path, nargs="+", default=[], help="the embedded model's file, or its parts"
     )
     parser.add_argument("--total", type=float, default=math.inf, help="seconds for all of them")
-    parser.add_argument("--limit", type=float, help="seconds a stage, in place of its own limit")
+    parser.add_argument("--limit", type=float, help="seconds per stage, instead of its default")
     options = parser.parse_args()
     try:
         stages = chosen(options.stages)

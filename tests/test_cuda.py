@@ -19,9 +19,10 @@ from rl_lora.batches import pack_samples, to_device
 from rl_lora.config import LoraSection, ModelSection, load_config
 from rl_lora.learner import Learner
 from rl_lora.losses import importance_sampling
+from rl_lora.models.device import pick_device
 from rl_lora.nn import token_logprobs as logprobs
 from rl_lora.planning.memory import machine_bytes
-from rl_lora.policy import Policy, open_policy, pick_device
+from rl_lora.policy import Policy, open_policy
 from rl_lora.train import train
 from rl_lora.types import Microbatch, TrainSample
 from tests.helpers.tiny_models import VOCAB, random_llama, random_qwen3
@@ -198,7 +199,7 @@ def test_a_resumed_run_on_the_gpu_ends_where_an_unbroken_one_does(
     assert max(float((whole[name] - broken[name]).abs().max()) for name in whole) < limit
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="of a CUDA device alone")
+@pytest.mark.skipif(DEVICE != "cuda", reason="only on a CUDA device")
 def test_what_is_found_out_about_the_gpu() -> None:
     assert pick_device("auto").type == "cuda"
     assert (machine_bytes("cuda") or 0) > 2**30

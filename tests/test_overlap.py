@@ -1,4 +1,4 @@
-"""Sampling beside learning: that it happens, how old the samples are, kills, errors of a thread."""
+"""Sampling while learning: that it happens, how old the samples are, kills, errors of a thread."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class OwnWeights(TorchSampler):
         super().__init__(own, **options)
         self.lock = threading.Lock()
         self.calls: list[tuple[int, int]] = []
-        self.num_rests = 0
+        self.num_releases = 0
         self.is_stuck_at: int | None = None
 
     def set_adapter(self, adapter: Adapter | None) -> None:
@@ -94,7 +94,7 @@ class OwnWeights(TorchSampler):
 
     def release_memory(self) -> None:
         assert not self.lock.locked()
-        self.num_rests += 1
+        self.num_releases += 1
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def samplers(monkeypatch: pytest.MonkeyPatch) -> list[OwnWeights]:
 def test_a_batch_is_sampled_while_the_one_before_is_learned_from(
     tmp_path: Path, samplers: list[OwnWeights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither side gets on alone: the sampler waits for the learner to begin, and it for it."""
+    """Neither side advances without the other: each waits for the other to begin."""
     meeting = threading.Barrier(2, timeout=WAIT_S)
     learn = loop.learn
 
@@ -135,9 +135,9 @@ def test_a_batch_is_sampled_while_the_one_before_is_learned_from(
     (sampler,) = samplers
     assert [version for version, _ in sampler.calls] == [0, 0, 1, 2]  # four batches, none wasted
     assert len({seed for _, seed in sampler.calls}) == 4
-    assert sampler.num_rests == 1
+    assert sampler.num_releases == 1
     assert 0 <= rows[0]["mismatch/kl"] < 1e-10
-    assert max(row["mismatch/kl"] for row in rows[1:]) > 1e-6  # the policy has gone on
+    assert max(row["mismatch/kl"] for row in rows[1:]) > 1e-6  # the policy has changed since
     assert all(row["mismatch/live_abs_mean"] < 1e-5 for row in rows)
     assert [thread.name for thread in threading.enumerate() if "sampler" in thread.name] == []
 
@@ -181,7 +181,7 @@ def test_an_error_of_the_sampling_thread_is_the_runs(
     monkeypatch.setattr(OwnWeights, "on_batch", on_batch)
     with pytest.raises(ZeroDivisionError, match="in the sampler"):
         train(config(tmp_path), quiet=True)
-    assert len(metrics_of(tmp_path / "smoke")) == 1  # the step beside it is kept
+    assert len(metrics_of(tmp_path / "smoke")) == 1  # the step it overlapped is kept
 
 
 def test_a_stale_sampler_is_found_although_samples_may_be_a_version_old(
@@ -196,7 +196,7 @@ def test_a_stale_sampler_is_found_although_samples_may_be_a_version_old(
 
 
 class Endless(FakeSampler):
-    """Goes on for ever, as long as it can hand groups over."""
+    """Runs for ever, as long as it can hand groups over."""
 
     was_ended = False
 
@@ -261,7 +261,7 @@ def test_staleness_is_counted_and_limited() -> None:
 
 
 def test_overlap_needs_a_sampler_with_its_own_weights(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'sampling\.overlap=true: .* set sampling\.backend="vllm"'):
+    with pytest.raises(UserError, match=r'sampling\.overlap=true: .* sampling\.backend="vllm"'):
         config(tmp_path, "sampling.backend=torch")
 
 
@@ -275,7 +275,7 @@ def test_real_vllm_samples_beside_the_learner_and_resumes(
     make, has_drawn = RolloutWorker._make, []
 
     def make_and_look(*args: Any) -> Any:
-        """The thread leaves PyTorch's random state alone, which nothing in it puts back."""
+        """The thread does not touch PyTorch's random state, which nothing in it puts back."""
         before = torch.get_rng_state()
         batch = make(*args)
         has_drawn.append(not torch.equal(torch.get_rng_state(), before))

@@ -1,4 +1,4 @@
-"""Scoring beside sampling: order, overlap, and errors of either side."""
+"""Scoring while sampling: order, overlap, and errors of either side."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def test_all_tied_steps_are_counted_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 class StaleSampler(TorchSampler):
-    """Goes on with the first version's log-probs, and says that it has the newest."""
+    """Keeps giving the first version's log-probs, and claims to have the newest."""
 
     def set_adapter(self, adapter: Adapter | None) -> None:
         super().set_adapter(adapter)

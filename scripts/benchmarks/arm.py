@@ -1,8 +1,8 @@
-"""One arm of the benchmark in a process of its own: reads commands, writes JSON lines.
+"""One arm of the benchmark in its own process: reads commands, writes JSON lines.
 
 `python -m benchmarks.arm NAME` prints {"ready": ...} once it is built, then answers each line on
-standard input (`step`, or a command of that arm) with one line; `end` ends it. An arm that waits
-uses no CPU, so that arms can take turns.
+standard input (`step`, or a command of that arm) with one line, until `end`. A waiting arm uses no
+CPU, so arms can take turns.
 """
 
 from __future__ import annotations

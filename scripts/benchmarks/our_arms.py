@@ -1,4 +1,4 @@
-"""Our arms: the whole step with vLLM, and the learner alone (adapter or full fine-tuning)."""
+"""Our arms: the whole step with vLLM, and only the learner (adapter or full fine-tuning)."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def whole_step(size: Size) -> Built:
 
 @contextlib.contextmanager
 def learner(size: Size, mode: str = "lora") -> Built:
-    """The learning phase alone, on made-up completions of the workload's lengths."""
+    """Only the learning phase, on made-up completions of the workload's lengths."""
     settings = config(size, mode=mode)
     prompts_N, _, model_dir = bench_prompts(size)
     policy = open_policy(model_dir, settings.model, settings.lora, seed=0)

@@ -82,7 +82,7 @@ def arms(names: list[str], size: Size, logs: Path) -> Iterator[dict[str, Arm]]:
 
 
 def has_trl() -> bool:
-    """Whether TRL is installed beside."""
+    """Whether TRL is installed."""
     return importlib.util.find_spec("trl") is not None
 
 

@@ -1,5 +1,5 @@
-"""Tokens a second of the engine as a run has it, on a GPU with graphs: with an adapter, serving the
-base alone, and without LoRA layers."""
+"""Tokens a second of the engine as a run has it, on a GPU with graphs: with an adapter, with
+the base only, and without LoRA layers."""
 
 from __future__ import annotations
 

@@ -157,8 +157,8 @@ def microbatches(
 
 
 def needed_flops(policy: Policy, batch: Microbatch) -> float:
-    """Of one pass forward and backward: 4 a weight and token (the base has no gradient of its own),
-    12 a query dimension and key seen, lm_head at completion tokens; LoRA's own are left out."""
+    """Of one forward and backward pass: 4 per weight and token (the base weights get no gradient),
+    12 per query dimension and key seen, lm_head at completion tokens; LoRA's own are left out."""
     config = policy.model.config
     query = config.num_attention_heads * config.head_dim
     key = config.num_key_value_heads * config.head_dim

@@ -1,6 +1,6 @@
-"""Runs stages one after the other, each in a process of its own with a time limit.
+"""Runs stages one after the other, each in its own process with a time limit.
 
-Whatever a stage does (fail, hang, be killed by the system), its line is written and the next one
+Whatever a stage does (fail, hang, get killed by the system), its line is written and the next one
 runs.
 """
 
@@ -57,7 +57,7 @@ def run_stages(
 
 
 def run_stage(stage: Stage, context: Context, limit_s: float) -> dict[str, Any]:
-    """The stage's row, whatever becomes of its process."""
+    """The stage's row, however its process ends."""
     for folder in (context.out, context.work):
         folder.mkdir(parents=True, exist_ok=True)
     result = context.work / f"{stage.name}.result.json"
@@ -67,7 +67,7 @@ def run_stage(stage: Stage, context: Context, limit_s: float) -> dict[str, Any]:
     command += [str(path.resolve()) for path in context.gguf]
     started = time.monotonic()
     with _log(stage, context).open("wb") as log:
-        # A session of its own, so that what the stage has started ends with it.
+        # Its own session, so that whatever the stage starts ends with it.
         process = subprocess.Popen(
             command,
             cwd=ROOT,

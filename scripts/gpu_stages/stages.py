@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A function of its own process: `function` is module:name and takes a Context.
+    """A function run in its own process: `function` is module:name and takes a Context.
 
     Example: Stage("libraries", call=1, function="gpu_stages.libraries:libraries", limit_s=45)
     """

@@ -1,6 +1,6 @@
 """A CUDA library with the machine code of one GPU architecture only.
 
-Its fat binaries lie in the ELF section .nv_fatbin: each a header (magic, header size, size of what
+Its fat binaries are in the ELF section .nv_fatbin: each a header (magic, header size, size of what
 follows) and entries (kind, header size, payload size, architecture at byte 28). Those of other
 architectures are dropped, the rest moved to the front, and the freed bytes set to zero, which
 compress to nothing. No section, symbol or address changes. A fat binary without code for the
@@ -18,10 +18,10 @@ ENTRY_HEADER = 64
 
 
 def thin(library: bytes, arch: int) -> tuple[bytes, int]:
-    """(the library with code for sm_<arch> alone, how many pieces of such code it has).
+    """(the library with code for sm_<arch> only, how many pieces of such code it has).
 
     Raises:
-        ValueError: it is no 64-bit ELF file, or holds no code for the architecture.
+        ValueError: not a 64-bit ELF file, or no code for the architecture in it.
     """
     data = bytearray(library)
     num_kept = 0

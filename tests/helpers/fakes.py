@@ -51,7 +51,7 @@ def make_rollout(
     has_format: bool = False,
     adapter_version: int = 0,
 ) -> Rollout:
-    """A rollout; it is correct from a reward of 1 on, unless told."""
+    """A rollout; correct from a reward of 1 on, unless `correct` says otherwise."""
     correct = reward >= 1.0 if correct is None else correct
     score = Score(reward, correct, status, text or None, has_format)  # type: ignore[arg-type]
     return Rollout(make_completion(text, num_tokens, is_truncated, adapter_version), score)
@@ -82,7 +82,7 @@ class FakeSampler:
         self.adapter_version = adapter_version
         self.calls: list[tuple[list[Prompt], SampleParams]] = []
         self.is_closed = False
-        self.num_rests = 0
+        self.num_releases = 0
 
     def set_adapter(self, adapter: Adapter | None) -> None:
         self.adapter_version = -1 if adapter is None else adapter.version
@@ -119,7 +119,7 @@ class FakeSampler:
         return [[-0.5] * (len(token_ids) - 1) for token_ids in token_ids_N]
 
     def release_memory(self) -> None:
-        self.num_rests += 1
+        self.num_releases += 1
 
     def close(self) -> None:
         self.is_closed = True

@@ -117,7 +117,7 @@ def random_qwen3_moe(path: Path, **more: Any) -> Path:
 
 
 def random_qwen2_moe(path: Path, **more: Any) -> Path:
-    """The same size in Qwen2-MoE's shape: a shared expert beside the others."""
+    """The same size in Qwen2-MoE's shape: a shared expert next to the others."""
     torch.manual_seed(0)
     sizes = {"num_experts": 4, "moe_intermediate_size": 24, "intermediate_size": 48}
     sizes |= {"shared_expert_intermediate_size": 40}

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
-from rl_lora.adapters.export import export_merged
 from rl_lora.adapters.files import save_adapter
 from rl_lora.build import open_model
 from rl_lora.config import LoraSection, ModelSection, load_config
 from rl_lora.errors import UserError
+from rl_lora.export.merge import export_merged
 from rl_lora.models.resolve import check_model_dir, check_rows, load_tokenizer, resolve_model
 from rl_lora.models.shapes import has_own_head, load_model_config
 from rl_lora.models.tiny import RECIPES, train_tokenizer
@@ -75,7 +75,7 @@ def test_quantized_models_are_refused_by_their_method(
     edit(model_dir / "config.json", quantization_config=quantization)
     message = refusal(model_dir)
     assert f"is quantized ({quantization['quant_method']}" in message
-    assert "give the unquantized model" in message
+    assert "give the model that it was quantized from" in message
 
 
 def test_unknown_types_and_other_kinds_of_models_are_refused(model_dir: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_missing_weight_is_named(
     with pytest.raises(UserError, match=f"its files have no {name} .1 missing.; fetch") as caught:
         make_policy(path, mode=mode)
     assert ("tie_word_embeddings=true" in str(caught.value)) == (name == HEAD)
-    assert "MISSING" not in capfd.readouterr().err  # that one line, and no report beside it
+    assert "MISSING" not in capfd.readouterr().err  # only that one line, and no report
 
 
 def test_weights_of_another_shape_are_named(model_dir: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_token_without_an_embedding_row(tmp_path: Path) -> None:
     path = random_llama(tmp_path / "model")
     edit(path / "config.json", vocab_size=rows)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
-    check_rows([(1, 2, rows - 1), ()], tokenizer, path)  # known to the tokenizer alone: no fault
+    check_rows([(1, 2, rows - 1), ()], tokenizer, path)  # known only to the tokenizer: no fault
     with pytest.raises(UserError, match=rf"token '<think>' \({rows}\).* the embedding's {rows} ro"):
         check_rows([(1, 2), (3, rows)], tokenizer, path)
     tokenizer.pad_token = "<think>"

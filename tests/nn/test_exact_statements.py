@@ -176,7 +176,7 @@ def test_adams_first_update_is_independent_of_rank_in_expectation() -> None:
     for rank in (4, 16):
         error = float((means[rank] - means[1]).norm() / means[1].norm())
         assert error < 0.15, (rank, error)  # two means, each off by about 0.06
-    # By the mean alone: one sample of rank 1 is far from it.
+    # Only in the mean: one sample of rank 1 is far from it.
     single = float((first_adam_update(1, 0) - means[1]).norm() / means[1].norm())
     assert single > 0.5
 

@@ -317,7 +317,7 @@ def test_a_resumed_run_goes_on_to_the_same_bits(variant: str, tmp_path: Path) ->
     whole.fit(batch(), lr=1e-3)
     policy = make_policy(path, seed=7, rank=2, variant=variant)
     for name, tensor in policy.state_tensors().items():
-        tensor.mul_(1.5 if "0" in name else 1.0)  # a start found anew on another machine
+        tensor.mul_(1.5 if "0" in name else 1.0)  # a start found again on another machine
     other = make_learner(policy, lora_plus_ratio=ratio)
     load_checkpoint(tmp_path / "r" / "checkpoints" / "step_000001", other)
     other.fit(batch(), lr=1e-3)

@@ -106,7 +106,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One step of each arm on a model and rows of their own: RUNS/rl and RUNS/sft."""
+    """One step of each arm on its own model and rows: RUNS/rl and RUNS/sft."""
     folder = tmp_path_factory.mktemp("runs")
     copy_model(folder)
     write_rows(folder / "rows.jsonl")

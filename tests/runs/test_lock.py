@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 # --- the commands ---------------------------------------------------------------------------------
 
 
-def snapshot_of(folder: Path) -> dict[str, bytes]:
+def contents_of(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
@@ -228,12 +228,12 @@ def test_every_command_that_writes_is_refused_and_touches_nothing(
     (folder / "eval").mkdir()
     (folder / "eval" / "evaluation.json").write_text("{}")
     with other_process(folder, file) as process:
-        before = snapshot_of(folder)
+        before = contents_of(folder)
         assert main(arguments) == 2
         err = capsys.readouterr().err.strip()
         assert f"is being run by process {process.pid} on {platform.node()}" in err
         assert len(err.splitlines()) == 1
-        assert snapshot_of(folder) == before
+        assert contents_of(folder) == before
 
 
 def test_status_reads_a_run_that_is_locked(
@@ -241,7 +241,7 @@ def test_status_reads_a_run_that_is_locked(
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
     assert main(["status", str(tmp_path)]) == 0
-    alone = capsys.readouterr().out
+    single = capsys.readouterr().out
     with other_process(tmp_path):
         assert main(["status", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == alone.splitlines()[0]
+    assert capsys.readouterr().out.splitlines()[0] == single.splitlines()[0]

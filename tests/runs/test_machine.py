@@ -40,12 +40,12 @@ def test_the_process_s_own_seconds_are_counted() -> None:
 def test_children_are_counted() -> None:
     code = "import time\nx = bytearray(80_000_000)\nprint('', flush=True)\ntime.sleep(60)"
     with MachineMeter() as meter:
-        alone = meter.take()["system/resident_mb"]
+        before = meter.take()["system/resident_mb"]
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         try:
             assert child.stdout is not None
             child.stdout.readline()
-            assert meter.take()["system/resident_mb"] > alone + 70
+            assert meter.take()["system/resident_mb"] > before + 70
         finally:
             child.kill()
             child.communicate()

@@ -344,7 +344,7 @@ def test_tensorboard_gets_the_numbers_and_forgets_steps_run_again(tmp_path: Path
 
 
 class FakeTracker(types.ModuleType):
-    """Stands for wandb and trackio: keeps what it is told."""
+    """Stands for wandb and trackio: keeps what it gets."""
 
     class Error(Exception):
         pass

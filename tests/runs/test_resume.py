@@ -364,10 +364,10 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     settings = [*RARELY, *SIZES["rl"], f"run.output_dir={tmp_path}", "run.name=old"]
     train_it = ["train", str(SMOKE), *settings, "run.num_steps=2"]
-    anew = "start again under another run.name, or delete it"
+    again = "start again under another run.name, or delete it"
     commands = {
-        (*train_it, "--resume"): anew,
-        tuple(train_it): anew,
+        (*train_it, "--resume"): again,
+        tuple(train_it): again,
         ("eval", str(folder)): f"rl-lora eval CONFIG --adapter {folder / 'adapter'}",
     }
     for version, words in (({}, "an earlier version: its metrics"), ({"format": 3}, "a later")):

@@ -23,7 +23,7 @@ def test_forgotten_pages_are_given_back_and_read_as_zero() -> None:
     given = forget([tensor, tensor[5:], tensor.view(-1, 4)])  # one storage, counted once
     assert tensor.numel() - 2 * 4096 <= given <= tensor.numel()
     assert before - resident() > 0.9 * given
-    assert int(tensor.sum()) <= 2 * 4096  # pages at the ends that are not the storage's alone
+    assert int(tensor.sum()) <= 2 * 4096  # pages at the ends that other storages share
     tensor.fill_(3)
     assert int(tensor.sum(dtype=torch.int64)) == 3 * tensor.numel()
 

@@ -89,10 +89,10 @@ def test_samples_do_not_depend_on_the_batch_they_are_in(tmp_path: Path) -> None:
     sampler = make(tmp_path)
     params = SampleParams(num_samples=2, max_tokens=10, temperature=1.0, seed=3)
     together = sampler.sample(PROMPTS, params)
-    alone = [sampler.sample([p], params)[0] for p in PROMPTS]
+    one_by_one = [sampler.sample([p], params)[0] for p in PROMPTS]
     small = make(tmp_path / "again", max_num_seqs=2).sample(PROMPTS, params)
     ids = [[c.token_ids for c in group] for group in together]
-    assert [[c.token_ids for c in group] for group in alone] == ids
+    assert [[c.token_ids for c in group] for group in one_by_one] == ids
     assert [[c.token_ids for c in group] for group in small] == ids
 
 
@@ -232,7 +232,7 @@ def test_seeds_are_distinct_and_fixed() -> None:
         batch, SampleParams(num_samples=50, max_tokens=1, temperature=1, seed=7)
     )
     assert len({seed for seeds_G in seeds_N_G for seed in seeds_G}) == 250
-    for index in (0, 1, 4):  # those of a prompt's first place are those that it has alone
+    for index in (0, 1, 4):  # a prompt's first place has the samples that it gets by itself
         assert seeds_N_G[index] == [sample_seed(7, batch[index].prompt_id, i) for i in range(50)]
     assert sample_seed(7, "p/0", 3) == mix_seed(7, "p/0", 3) == 6261876295977938468
     assert mix_seed("a", "b") != mix_seed("ab")
@@ -259,7 +259,7 @@ def test_completions_of_another_version_stop_the_run(tmp_path: Path) -> None:
 
 
 class StuckSampler(TorchSampler):
-    """Says that it uses each version it is given, and goes on with the first it saw."""
+    """Claims to use each version it is given, and keeps sampling from the first."""
 
     frozen: Policy | None = None
 

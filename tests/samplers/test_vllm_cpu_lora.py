@@ -1,4 +1,4 @@
-"""The plain matmuls for LoRA on CPU, held against vLLM's own CPU path."""
+"""The plain matmuls for LoRA on CPU, compared with vLLM's own CPU path."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Mixtures of experts on a real vLLM engine of a CPU: what it serves, and why adapters are refused.
 
-Each engine is in a process of its own: one that fails leaves vLLM's state broken.
+Each engine has its own process: one that fails leaves vLLM's state broken.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""VllmSampler on a real vLLM engine over tiny random models, held against transformers and PEFT."""
+"""VllmSampler on a vLLM engine over tiny random models, compared with transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION
 from rl_lora.samplers.vllm import settings as vllm_settings
-from rl_lora.samplers.vllm.engine import make_engine
+from rl_lora.samplers.vllm.engine import check_adapter, make_engine
 from rl_lora.samplers.vllm.process import import_vllm, process_kept
-from rl_lora.samplers.vllm.sampler import VllmSampler, _check_adapter
+from rl_lora.samplers.vllm.sampler import VllmSampler
 from rl_lora.samplers.vllm.settings import (
     RANK_SLOTS,
     EngineOptions,
@@ -80,7 +80,7 @@ def served(model_dir: Path, lora: LoraSection, device: torch.device = CPU) -> An
 
 
 def publish(model_dir: Path, folder: Path, version: int, **lora: Any) -> Adapter:
-    """A version with random weights of its own."""
+    """A version with its own random weights."""
     policy = make_policy(model_dir, **lora)
     shake(policy, seed=version, size=0.05)
     return save_adapter(policy, folder, version=version, run_name="test")
@@ -392,11 +392,11 @@ def test_a_name_used_for_other_weights_is_refused(
 def test_an_answer_under_another_adapter_is_refused() -> None:
     third = SimpleNamespace(lora_name="run-v3", lora_int_id=4)
     second = SimpleNamespace(lora_name="run-v2", lora_int_id=3)
-    _check_adapter(None, None)
-    _check_adapter(third, third)
+    check_adapter(None, None)
+    check_adapter(third, third)
     for answered, wanted in ((second, third), (None, third), (third, None)):
         with pytest.raises(StaleAdapterError, match="run-v3"):
-            _check_adapter(answered, wanted)
+            check_adapter(answered, wanted)
 
 
 def test_ends_caps_stops_and_progress(sampler: VllmSampler) -> None:
@@ -470,7 +470,7 @@ def test_requests_out_of_bounds(sampler: VllmSampler) -> None:
     assert len(sampler.token_logprobs([[5] * 64])[0]) == 63
     with pytest.raises(UserError, match=r"temperature 0\.001"):
         sampler.sample(PROMPTS, replace(PARAMS, temperature=0.001))
-    assert len(sampler.sample(PROMPTS, PARAMS)) == 3  # and it goes on
+    assert len(sampler.sample(PROMPTS, PARAMS)) == 3  # and it still works
 
 
 def test_missing_adapters(sampler: VllmSampler, model_dir: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The GPU check itself: what becomes of a stage, its figures' arithmetic, and stages on a CPU."""
+"""The GPU check itself: how a stage can end, its figures' arithmetic, and stages on a CPU."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_whatever_becomes_of_a_stage_is_told_and_the_others_run(tmp_path: Path) 
     assert str(found["is_killed"][1]).startswith("by SIGKILL")
     assert rows[1]["figures"] == {"kl": 0.5}
     assert rows[-1]["figures"] == {"device": "cpu", "speed": {"tokens_per_s": 1234.5}}
-    for row in (rows[0], rows[3], rows[-1]):  # also where the stage came to no end of its own
+    for row in (rows[0], rows[3], rows[-1]):  # also where the stage did not end by itself
         assert row["versions"]["torch"]
         assert "cores" in row["card"]
     lines = (tmp_path / "out" / RESULTS).read_text().splitlines()

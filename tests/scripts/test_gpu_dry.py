@@ -1,6 +1,6 @@
 """vLLM's CUDA path without a GPU: our settings and calls in both releases that we accept.
 
-vLLM 0.26 with PyTorch 2.11 runs in an environment of its own (`make gpu-dry`), up to the kernels;
+vLLM 0.26 with PyTorch 2.11 runs in its own environment (`make gpu-dry`), up to the kernels;
 0.32 is the environment's own build for CPUs, whose Python code is the same.
 """
 

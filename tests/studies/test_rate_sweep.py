@@ -49,7 +49,7 @@ def test_a_rate_with_a_failed_seed_is_never_the_best() -> None:
     result = sweep(values, tolerance=0.1)
     assert result is not None
     assert result.best_rate == 1e-3
-    # The larger rate was tried and failed: the best is not known to lie beyond it.
+    # The larger rate was tried and failed: the best is not known to be beyond it.
     assert result.is_at_edge  # but the smaller end is open
     assert sweep({1e-2: {0: NAN}}, tolerance=0.1) is None
 

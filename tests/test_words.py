@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Pattern (letter case counts only where it has a capital) -> what to write instead.
 RETIRED = {
     # Names.
-    r"\bexam(s|ined|ining)?\b|_exam\b|\bexam_": "evaluation, evaluate",
+    r"\bexam(s|ined|ining)?\b": "evaluation, evaluate",
     r"\brun_record\b": "record",
     r"\bopen_job\b": "open_run, RunContext",
     r"\b(?!snapshot_download)\w*snapshots?(_\w+)?\b": "checkpoint (of a run)",
@@ -66,7 +66,7 @@ def retired_words(path: str, text: str) -> list[str]:
     hits = [
         (text.count("\n", 0, found.start()), found[0], RETIRED[retired])
         for pattern, retired in PATTERNS.items()
-        for found in pattern.finditer(text)
+        for found in pattern.finditer(text if "_" in retired else text.replace("_", " "))
     ]
     return [
         f"{path}:{index + 1}: {word!r} -> {instead}"

@@ -315,7 +315,7 @@ def unlike_seconds(folder: Path) -> tuple[list[dict[str, object]], dict[str, obj
     return rows, {key: value for key, value in result.items() if key != "seconds"}
 
 
-def test_a_killed_evaluation_goes_on_and_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+def test_a_killed_evaluation_resumes_and_ends_as_an_unbroken_one(tmp_path: Path) -> None:
     sampled_evaluation(tmp_path / "whole")
     broken = tmp_path / "broken"
     with pytest.raises(RuntimeError, match="the engine died"):
@@ -326,7 +326,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_unbroken_one(tmp_path: Path)
     assert unlike_seconds(broken) == unlike_seconds(tmp_path / "whole")
 
 
-def test_a_file_torn_at_any_byte_goes_on(tmp_path: Path) -> None:
+def test_a_file_torn_at_any_byte_resumes(tmp_path: Path) -> None:
     sampled_evaluation(tmp_path / "whole")
     whole = (tmp_path / "whole" / "eval.jsonl.gz").read_bytes()
     torn = tmp_path / "torn"

@@ -98,7 +98,7 @@ def test_a_sibling_asked_for_another_input_is_computed_for_it() -> None:
     assert torch.allclose(layers[1](second), layers[1].base(second))  # B is 0
 
 
-def test_adapters_are_off_for_one_thread_alone() -> None:
+def test_adapters_are_off_for_only_one_thread() -> None:
     layer = LoraLinear(nn.Linear(4, 3), 1, 32.0, seed=0)
     layer.lora_B.data.fill_(1.0)
     x = random(1, 4)

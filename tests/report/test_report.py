@@ -75,7 +75,7 @@ def test_evaluation_figure_has_the_results_and_their_intervals(tmp_path: Path) -
     assert base["y"] == [0.05, 0.05]
 
 
-def test_an_evaluation_series_has_a_figure_of_its_own(tmp_path: Path) -> None:
+def test_an_evaluation_series_has_its_own_figure(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     write_evaluation(folder, "step_000010_aime24", 10, 7)
     figure = figures_of(folder)["evaluation_aime24"]
@@ -255,7 +255,7 @@ def test_formulas_are_found_and_prices_are_not() -> None:
     assert list(find_formulas(r"\boxed{" * 500)) == []
 
 
-def test_formulas_hold_allowed_names_alone() -> None:
+def test_formulas_hold_only_allowed_names() -> None:
     tree = to_tree(r"\href{javascript:alert(1)}{x} \text{<script>alert(1)</script>} \color{red}{y}")
     text = json.dumps(tree)
     assert "javascript" not in text

@@ -37,16 +37,13 @@ if TYPE_CHECKING:
 class RunContext:
     """What training and evaluation share.
 
-    Example: RunContext(config=RunConfig(...), model_dir=Path(...), tokenizer=...,
-    prompts=PromptSets(...), end_ids=(2,), reward=..., policy=..., loss=ppo,
-    advantage=grpo, sampler=...)
+    Example: RunContext(config=RunConfig(...), tokenizer=..., prompts=PromptSets(...), reward=...,
+    policy=..., loss=ppo, advantage=grpo, sampler=...)
     """
 
     config: RunConfig
-    model_dir: Path
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptSets
-    end_ids: tuple[int, ...]
     reward: Reward
     policy: Policy
     loss: LossFn
@@ -101,29 +98,22 @@ def open_run(
         on_loaded(policy, prompts)
         data = config.data
         end_ids = end_token_ids(model_dir, tokenizer, data.template, data.chat_template_kwargs)
-        longest = max(len(p.token_ids) for p in (*prompts.train, *prompts.eval))
-        cap = max(config.sampling.max_tokens, config.eval.max_tokens or 0)
         num_steps = config.run.num_steps if num_steps is None else num_steps
         sampler = make_sampler(
             _with_compilation(config.sampling, policy.device, num_steps, on_note),
             policy,
             end_token_ids=end_ids,
-            max_model_len=min(context, longest + cap),
+            max_model_len=min(context, _longest(config, prompts)),
             on_progress=on_progress,
         )
         stack.callback(sampler.close)
-        yield RunContext(
-            config=config,
-            model_dir=model_dir,
-            tokenizer=tokenizer,
-            prompts=prompts,
-            end_ids=end_ids,
-            reward=reward,
-            policy=policy,
-            loss=loss,
-            advantage=advantage,
-            sampler=sampler,
-        )
+        yield RunContext(config, tokenizer, prompts, reward, policy, loss, advantage, sampler)
+
+
+def _longest(config: RunConfig, prompts: PromptSets) -> int:
+    """Tokens of the longest prompt with the longest completion."""
+    longest = max(len(p.token_ids) for p in (*prompts.train, *prompts.eval))
+    return longest + max(config.sampling.max_tokens, config.eval.max_tokens or 0)
 
 
 def _load_prompts(
@@ -161,7 +151,7 @@ def check_vllm(model_dir: Path, config: RunConfig) -> None:
     """
     import torch
 
-    from rl_lora.policy import pick_device
+    from rl_lora.models.device import pick_device
     from rl_lora.samplers.vllm.engine import check_device
     from rl_lora.samplers.vllm.process import import_vllm
     from rl_lora.samplers.vllm.settings import check_mixture, merges_adapter

@@ -1,7 +1,7 @@
-"""Errors that name the thing and the fix.
+"""Errors.
 
-The command line prints a `UserError` as one line and exits with code 2; every other exception is a
-defect of ours and keeps its traceback.
+The command line prints a `UserError` as one line and exits with code 2. Any other exception is a
+bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input (config, data, checkpoint, model directory): the message is one line."""
+    """Bad input (config, data, checkpoint, model): one line that names the thing and a fix."""
 
 
 class StaleAdapterError(RuntimeError):
-    """The sampler does not sample from the adapter that the learner published."""
+    """The sampler is not using the adapter that the learner published."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The hint "did you mean 'x'?" for a mistyped word, or the list of what is known."""
+    """A hint for a mistyped word: "did you mean 'x'?", or the list of known words."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(known)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import tempfile
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -25,64 +23,19 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_lora.batches import pack_samples, to_device
 from rl_lora.config import LoraSection, ModelSection, parse_as
-from rl_lora.config.checks import check_full_dtype
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.models.architectures import check_architecture
+from rl_lora.models.device import pick_device, pick_dtype
 from rl_lora.models.load import load_model
 from rl_lora.models.resolve import load_tokenizer, resolve_model
 from rl_lora.nn import attention
+from rl_lora.nn.checksum import weights_hash
+from rl_lora.nn.context import adapters_off
 from rl_lora.nn.experts import adapted_parts, check_rank, expert_tensors, split_experts
-from rl_lora.nn.lora import BASE_PREFIX, adapters_off, attach_lora, lora_layers
-from rl_lora.nn.token_logprobs import score_hidden
+from rl_lora.nn.lora import BASE_PREFIX, attach_lora, lora_layers
+from rl_lora.nn.token_logprobs import score_hidden, take_positions
 from rl_lora.nn.variants import is_shifted, served_rank
 from rl_lora.types import Adapter, Microbatch, TrainSample
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of `model.device`; auto: cuda where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model.device={name!r} is not usable here: {reason}") from error
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of `model.dtype`; auto: bfloat16 where its matmul is faster than float32's.
-
-    A CPU without AMX or AVX512-BF16 emulates bfloat16, so auto is decided by a timing (0.1 s).
-    """
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    seconds = {dtype: _matmul_seconds(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
-    return min(seconds, key=lambda dtype: seconds[dtype])
-
-
-def check_trainable(model: ModelSection, lora: LoraSection) -> None:
-    """Raises UserError for full fine-tuning where model.dtype="auto" is bfloat16 on the device.
-
-    For use before anything is loaded; the settings themselves refuse bfloat16 by name.
-    """
-    if lora.mode == "full" and model.dtype == "auto":
-        dtype = pick_dtype(model.dtype, pick_device(model.device))
-        check_full_dtype(lora, str(dtype).removeprefix("torch."))
-
-
-def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """The fastest of 5 matmuls of 512 x 512 x 512, after 2 to warm up."""
-    a, b = (torch.ones(512, 512, dtype=dtype, device=device) for _ in range(2))
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[2:])
 
 
 class Policy(ABC):
@@ -317,16 +270,12 @@ class LoraPolicy(Policy):
             return _score(self.model, batch, temperature)[0]
 
     def base_fingerprint(self) -> str:
-        """sha256 over exact integer checksums of the base's weights.
-
-        The checksums run on the device in wrap-around int64, so they are exact and quick.
-        """
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.model.named_parameters()):
-            if not parameter.requires_grad:
-                digest.update(f"{name.replace(BASE_PREFIX, '.')}{tuple(parameter.shape)}".encode())
-                digest.update(repr(_checksum(parameter.detach())).encode())
-        return digest.hexdigest()
+        """`weights_hash` of the frozen weights."""
+        return weights_hash(
+            (name.replace(BASE_PREFIX, "."), parameter)
+            for name, parameter in sorted(self.model.named_parameters())
+            if not parameter.requires_grad
+        )
 
     def check_base(self, expected: str) -> None:
         if self.base_fingerprint() != expected:
@@ -446,29 +395,3 @@ def _score(model: PreTrainedModel, batch: Microbatch, temperature: float) -> tup
         ).last_hidden_state
     hidden_CD = take_positions(hidden_BTD, batch.row_C, batch.column_C)
     return score_hidden(hidden_CD, model.get_output_embeddings(), batch.target_ids_C, temperature)
-
-
-def take_positions(hidden_BTD: Tensor, row_C: Tensor, column_C: Tensor) -> Tensor:
-    """[C, D]: the hidden states at (row, column), with a gradient summed in a fixed order.
-
-    A prompt's last position is read once for each of its completions. On a CPU the gradient of
-    hidden_BTD[row_C, column_C] adds those up on several threads by atomic additions, in no fixed
-    order: two runs with one seed could then differ in their last digits.
-    """
-    return hidden_BTD.flatten(0, 1).index_select(0, row_C * hidden_BTD.shape[1] + column_C)
-
-
-def _checksum(tensor: Tensor) -> tuple[int, int]:
-    """Plain and position-weighted sums of the tensor's words, in wrap-around int64."""
-    words = (
-        tensor.contiguous()
-        .view(-1)
-        .view(torch.int16 if tensor.element_size() == 2 else torch.int32)
-    )
-    plain = weighted = 0
-    for start in range(0, words.numel(), 2**22):
-        part = words[start : start + 2**22].to(torch.int64)
-        index = torch.arange(start + 1, start + 1 + part.numel(), device=part.device)
-        plain += int(part.sum())
-        weighted += int((part * index).sum())
-    return plain, weighted

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from rl_lora.errors import UserError
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 BASE_VERSION = -1  # Completion.adapter_version of the base model without adapter
 OnGroup = Callable[[int, list[Completion]], None]  # index of the prompt, its G completions
+OnProgress = Callable[[int, int, int], None]  # completions done, in all, tokens in those done
 
 
 class Sampler(Protocol):
@@ -43,6 +45,17 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Frees the engine; a second call does nothing."""
+
+
+def check_lengths(prompts_N: Sequence[Prompt], max_tokens: int, max_model_len: int) -> None:
+    """Raises UserError if a prompt with max_tokens more exceeds max_model_len."""
+    for prompt in prompts_N:
+        if len(prompt.token_ids) + max_tokens > max_model_len:
+            raise UserError(
+                f"prompt {prompt.prompt_id!r} has {len(prompt.token_ids)} tokens, and with "
+                f"sampling.max_tokens={max_tokens} exceeds the context of {max_model_len}; lower "
+                "sampling.max_tokens or data.max_prompt_tokens"
+            )
 
 
 class Groups:

@@ -7,8 +7,8 @@ from typing import Any
 
 from rl_lora.adapters.files import remove_old, save_adapter, saved_version
 from rl_lora.build import RunContext
+from rl_lora.data.stream import PromptStream
 from rl_lora.learner import Learner
-from rl_lora.prompts import PromptStream
 from rl_lora.runs.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
 from rl_lora.runs.start import Start
 from rl_lora.types import Adapter

@@ -12,13 +12,14 @@ from rl_lora.batches import pack
 from rl_lora.build import RunContext, check_run_folder, make_evaluation, make_learner, open_run
 from rl_lora.config import RunConfig
 from rl_lora.config.algorithm import load_algorithm
+from rl_lora.data.stream import PromptStream
 from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult
+from rl_lora.models.device import check_trainable
 from rl_lora.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.overlap import Request, RolloutWorker, step_params
-from rl_lora.policy import check_trainable
-from rl_lora.prompts import PromptSets, PromptStream
+from rl_lora.prompts import PromptSets
 from rl_lora.report.run_figures import draw_figures
 from rl_lora.report.terminal import Display
 from rl_lora.runs.checkpoint import drop_after

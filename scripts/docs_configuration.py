@@ -10,7 +10,7 @@ import inspect
 import io
 import tokenize
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -18,8 +18,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from rl_lora.advantages import ADVANTAGES
 from rl_lora.config import RunConfig, SourceSection
 from rl_lora.config.sft import SftConfig
+from rl_lora.losses import LOSSES
 from rl_lora.studies.config import StudySection
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -50,6 +52,10 @@ def page() -> str:
     """The page's text."""
     parts = [_HEAD, "## RL jobs: `rl-lora train`\n", *_tables(RunConfig)]
     parts += [
+        "## Options of losses and advantages\n",
+        "Keywords of the function that `algorithm.loss` or `algorithm.advantage` names; those of "
+        "your own function likewise.\n",
+        _options_table({**LOSSES, **ADVANTAGES}),
         "## Data sources\n",
         "Each entry of `data.train` and `data.eval`; a plain string is the `name`.\n",
         _table("", SourceSection),
@@ -86,6 +92,17 @@ def _table(prefix: str, section: type[BaseModel]) -> str:
         cells = (f"`{prefix}{name}`", _default(field), _values(field), meanings.get(name, ""))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def _options_table(functions: Mapping[str, Callable[..., Any]]) -> str:
+    """A row per keyword, with its default in each function that has it."""
+    defaults: dict[str, list[str]] = {}
+    for name, function in functions.items():
+        for option in inspect.signature(function).parameters.values():
+            if option.kind is option.KEYWORD_ONLY:
+                defaults.setdefault(option.name, []).append(f"{option.default:g} (`{name}`)")
+    rows = [f"| `algorithm.{option}` | {', '.join(found)} |" for option, found in defaults.items()]
+    return "\n".join(["| key | default |", "|---|---|", *rows]) + "\n"
 
 
 def _default(field: FieldInfo) -> str:

@@ -68,7 +68,7 @@ def model_with_tokenizer(tmp_path: Path) -> Path:
         ("trainer.x=1", "unknown key 'trainer'"),
         ("lora.rank=0", "lora.rank = 0: Input should be greater than or equal to 1"),
         ("sampling.temperature=0", "sampling.temperature = 0: Input should be greater than 0"),
-        ("sampling.num_samples=1", "take num_samples >= 2"),
+        ("sampling.num_samples=1", "set it to 2 or more"),
         ("algorithm.loss=gspo", "algorithm.denominator='sequences'"),
         ("eval={num_samples=4}", "set eval.temperature"),
         ("nonsense", "is not of the form section.key=value"),

@@ -19,9 +19,10 @@ from rl_lora.batches import pack_samples, to_device
 from rl_lora.config import LoraSection, ModelSection, load_config
 from rl_lora.learner import Learner
 from rl_lora.losses import importance_sampling
+from rl_lora.models.device import pick_device
 from rl_lora.nn import token_logprobs as logprobs
 from rl_lora.planning.memory import machine_bytes
-from rl_lora.policy import Policy, open_policy, pick_device
+from rl_lora.policy import Policy, open_policy
 from rl_lora.train import train
 from rl_lora.types import Microbatch, TrainSample
 from tests.helpers.tiny_models import VOCAB, random_llama, random_qwen3

@@ -261,7 +261,7 @@ def test_staleness_is_counted_and_limited() -> None:
 
 
 def test_overlap_needs_a_sampler_with_its_own_weights(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'sampling\.overlap=true: .* set sampling\.backend="vllm"'):
+    with pytest.raises(UserError, match=r'sampling\.overlap=true: .* sampling\.backend="vllm"'):
         config(tmp_path, "sampling.backend=torch")
 
 

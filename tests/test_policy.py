@@ -7,12 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rl_lora.adapters.files import open_adapter
 from rl_lora.batches import pack_samples
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
+from rl_lora.models.device import pick_device, pick_dtype
 from rl_lora.nn import attention, block_attention
 from rl_lora.nn.lora import lora_layers
-from rl_lora.policy import open_policy, pick_device, pick_dtype, take_positions
+from rl_lora.nn.token_logprobs import take_positions
+from rl_lora.policy import Policy, open_policy
 from rl_lora.types import Microbatch, TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama, random_qwen3, shake
 
@@ -204,6 +207,28 @@ def test_full_mode_keeps_a_reference(tmp_path: Path) -> None:
     shake(policy)
     assert policy.reference_logprobs(batch, 1.0).equal(base_C)
     assert not policy.token_logprobs(batch, 1.0)[0].equal(base_C)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_loaded_policy_publishes_versions_of_itself(tmp_path: Path, mode: str) -> None:
+    path = random_llama(tmp_path / "m")
+    (path / "tokenizer.json").write_text("{}")
+    policy = Policy.load(str(path), rank=2, device="cpu", dtype="float32", mode=mode)
+    adapters = []
+    for step in range(3):
+        shake(policy, seed=step)
+        adapters.append(policy.publish(step))
+    assert [adapter.version for adapter in adapters] == [0, 1, 2]
+    assert [adapter.path.exists() for adapter in adapters] == [False, True, True]
+    assert {adapter.is_full for adapter in adapters} == {mode == "full"}
+    assert policy.publish(3, tmp_path / "kept").path.parent == tmp_path / "kept"
+    shake(policy, seed=9)
+    assert open_adapter(adapters[-1].path, policy).fingerprint == adapters[-1].fingerprint
+
+
+def test_a_bad_setting_of_a_policy_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown key 'rnak'; did you mean 'rank'"):
+        Policy.load(str(random_llama(tmp_path / "m")), rnak=2)
 
 
 def test_bad_models_and_devices_get_one_clear_error(tmp_path: Path) -> None:

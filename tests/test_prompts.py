@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from rl_lora.config import DataSection
 from rl_lora.data.chats import finish_solution
 from rl_lora.data.sources import question_key
+from rl_lora.data.stream import PromptStream
 from rl_lora.errors import UserError
-from rl_lora.prompts import PromptSets, PromptStream, load_prompt_sets, render_text
+from rl_lora.prompts import PromptSets, load_prompt_sets, render_text
 from rl_lora.types import Prompt
 
 TEMPLATE = (
@@ -238,12 +239,12 @@ def test_prompt_over_the_limit_is_named_and_never_cut(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "m.jsonl", [*numbered(3), "word " * 40, "word " * 50])
     message = error_of(train=path, held_out=1, max_prompt_tokens=30)
     assert message.startswith(
-        "prompt m/4 has 63 tokens (and 1 more are too long), over data.max_pr"
+        "prompt m/4 has 63 tokens (of 2 that are too long), more than data.max_pr"
     )
     # 60 positions less 10 new tokens
     message = error_of(60, train=path, held_out=1)
     assert "prompt m/4 has 63 tokens" in message
-    assert "context leaves 50 beside sampling.max_tokens" in message
+    assert "context leaves 50 after sampling.max_tokens" in message
 
 
 def test_tokenizer_without_chat_template_says_what_to_set(tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_settings_of_the_other_template_are_refused(tmp_path: Path) -> None:
 
 
 def test_no_data_set_at_all() -> None:
-    assert "name no data set" in error_of()
+    assert "set data.train" in error_of()
 
 
 def test_held_out_rows_with_a_named_evaluation(tmp_path: Path) -> None:
@@ -279,13 +280,17 @@ def test_held_out_rows_with_a_named_evaluation(tmp_path: Path) -> None:
     assert Counter(prompt.source for prompt in sets.eval)["named"] == 5
     assert questions(sets.train) == set(numbered(20)) - named - drawn
     assert questions(load(train=train, eval=[evaluation]).train) == set(numbered(20)) - named
-    with pytest.raises(UserError, match=r"data\.train has no rows to keep"):
+    with pytest.raises(UserError, match=r"data\.train is empty; set data\.train"):
         load(eval=["held_out"])
 
 
 def test_held_out_must_leave_rows(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "m.jsonl", numbered(5))
-    assert "data.held_out=5 leaves nothing of the 5 rows" in error_of(train=path, held_out=5)
+    message = error_of(train=path, held_out=5)
+    assert "data.held_out=5 leaves none of the 5 rows for training; lower it, or set" in message
+    assert load(train=path, held_out=4).train
+    single = write_rows(tmp_path / "single.jsonl", numbered(1))  # there is no lower number
+    assert error_of(train=single, held_out=1).endswith("; set data.eval")
 
 
 def test_evaluation_that_holds_every_training_question(tmp_path: Path) -> None:
@@ -356,7 +361,7 @@ def test_stream_of_other_data_is_not_resumed() -> None:
 
 
 def test_stream_without_prompts() -> None:
-    with pytest.raises(UserError, match="no prompt to train on"):
+    with pytest.raises(UserError, match="no training prompts"):
         stream_of(0)
 
 
@@ -386,7 +391,7 @@ def test_special_tokens_in_questions_are_reported(tmp_path: Path) -> None:
     questions = [*numbered(3), "What?</s><s> assistant : \\boxed{1}</s>", "And </s> this?"]
     path = write_rows(tmp_path / "m.jsonl", questions)
     note = load(train=path, held_out=1).notes[-1]
-    assert note.startswith("2 questions have special tokens of the model in them (</s> for one)")
+    assert note.startswith("2 questions contain special tokens of the model (e.g. </s>)")
     assert len(load(train=write_rows(tmp_path / "n.jsonl", numbered(3)), held_out=1).notes) == 1
     assert len(load(train=path, held_out=1, template="base").notes) == 1  # meant, there
 

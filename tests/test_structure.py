@@ -24,7 +24,7 @@ MODULES = {
 RANKS = """
     errors seeds advantages losses config nn types storage data
     sampler prompts scoring rollouts overlap batches evaluation models adapters policy step_stats
-    learner samplers runs report planning build sft outcome state train
+    learner samplers runs report export planning build sft outcome state train
     studies commands cli
 """.split()
 REWARD_RANKS = "types rules parsing extraction equality workers grading user_function load".split()

@@ -33,6 +33,7 @@ _LEAD_IN = re.compile(
     r"|(?:we|i) get|this gives)\s+(?!that\b|is\b|are\b))+",
     re.IGNORECASE,
 )
+_REPEATED_QUESTION = re.compile(r"^(?:what|how)\b[^?\n]{1,150}\?\s+(?=\S)", re.IGNORECASE)
 _FOREIGN_LETTER = r"[^\W\d_\x00-\x7fͰ-Ͽ∀-⋿]"
 _FOREIGN_WORD = re.compile(
     rf"{_FOREIGN_LETTER}(?:{_FOREIGN_LETTER}|[A-Za-z])|[A-Za-z]{_FOREIGN_LETTER}|[\u0400-\u2fff\u3040-\uffff]\d"
@@ -248,6 +249,7 @@ def _whole(text: str) -> str | None:
         return None
     if _FOREIGN_WORD.search(text):
         return None
+    text = _REPEATED_QUESTION.sub("", text)
     text = _LEAD_IN.sub("", text) or text
     value = asked_value(text.rstrip("."))
     if value != text.rstrip("."):

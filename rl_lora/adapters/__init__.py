@@ -1,1 +1,1 @@
-"""An adapter on disk: written, read, resized, described."""
+"""Adapters on disk: writing, reading, merging, resizing, model cards."""

@@ -1,8 +1,8 @@
 """Published versions of the policy on disk: PEFT directories, fingerprinted, written atomically.
 
-An adapter directory holds adapter_config.json and adapter_model.safetensors, as PEFT and vLLM read
-them, and rl_lora.json with what they have no place for (version, fingerprint, base). A version of
-full fine-tuning holds model.safetensors instead.
+An adapter directory has adapter_config.json and adapter_model.safetensors, which PEFT and vLLM
+read, and rl_lora.json with the version, fingerprint and base model. A version of full fine-tuning
+has model.safetensors instead.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rl_lora.adapters.peft_files import (
     read_manifest,
 )
 from rl_lora.errors import UserError
+from rl_lora.models.hub import adapter_path
 from rl_lora.models.resolve import list_models
 from rl_lora.nn.experts import expert_rank, num_active_experts
 from rl_lora.nn.variants import scaling_of, served_alpha, served_rank
@@ -42,12 +43,12 @@ FULL_FILE = "model.safetensors"
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names, shapes, dtypes and bytes of the tensors."""
+    """sha256 of the tensors' names, shapes, dtypes and bytes, as hex."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        # NumPy has no bfloat16; for the rest a view of bytes would cost more than the hash.
+        # NumPy has no bfloat16; for other dtypes a view as bytes would cost more than the hash.
         has_numpy = tensor.dtype in (torch.float32, torch.float16)
         plain = tensor if has_numpy else tensor.view(-1).view(torch.uint8)
         digest.update(plain.numpy().data if plain.numel() else b"")
@@ -55,7 +56,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 def save_adapter(policy: Policy, folder: Path, *, version: int, run_name: str) -> Adapter:
-    """Writes the policy's present version to folder/vNNNNNN and returns its handle."""
+    """Writes the policy's current weights to folder/vNNNNNN and returns the handle."""
     tensors = {n: t.detach().cpu().contiguous() for n, t in policy.published_tensors().items()}
     adapter = Adapter(
         version=version,
@@ -69,10 +70,10 @@ def save_adapter(policy: Policy, folder: Path, *, version: int, run_name: str) -
 
 
 def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) -> None:
-    """The directory of one version; it appears whole or not at all.
+    """Writes the directory of one version; it appears whole or not at all.
 
     Raises:
-        UserError: the disk is full or cannot be written.
+        UserError: the disk is full or not writable.
     """
     manifest = {
         "version": adapter.version,
@@ -93,8 +94,8 @@ def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) 
             write_json(scratch / MANIFEST_FILE, manifest)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"adapter {adapter.path} cannot be written ({error}); make room on the disk, then "
-            "--resume goes on from the last checkpoint"
+            f"adapter {adapter.path} cannot be written ({error}); make room on the disk and run "
+            "the command again, with --resume to continue a training run"
         ) from error
 
 
@@ -102,12 +103,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a published version.
 
     Raises:
-        UserError: no such directory, no weights in it, or weights that cannot be read.
+        UserError: no such directory, no weights in it, or unreadable weights.
     """
     for name in (ADAPTER_FILE, OLD_ADAPTER_FILE, FULL_FILE):
         if (path / name).is_file():
             try:
-                if name == OLD_ADAPTER_FILE:  # tensors alone; no code of a pickle's is run
+                if name == OLD_ADAPTER_FILE:  # weights_only: no code in the pickle is run
                     old = torch.load(path / name, map_location="cpu", weights_only=True)
                     return {key: tensor.contiguous() for key, tensor in old.items()}
                 return load_file(path / name)
@@ -118,17 +119,35 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def is_lora_dir(path: Path) -> bool:
-    """Whether a directory holds an adapter's weights, and not a full version's."""
+    """Whether a directory has an adapter's weights (and not all weights of a model)."""
     return any((path / name).is_file() for name in (ADAPTER_FILE, OLD_ADAPTER_FILE))
 
 
-def open_adapter(path: Path, policy: Policy, *, name: str | None = None) -> Adapter:
-    """The handle of a version on disk, its tensors copied into the policy.
-
-    It may be ours or any PEFT LoRA directory of the same base, rank, alpha and layers.
+def find_adapter(source: Path) -> Path:
+    """The adapter directory of a run folder (the final one, else the newest version), a directory
+    or a hub id.
 
     Raises:
-        UserError: it is of another base model, rank or alpha, or does not match its fingerprint.
+        UserError: there is no adapter.
+    """
+    source = adapter_path(source)
+    versions = sorted((source / "adapters").glob("v[0-9]*"))
+    for folder in (source, source / "adapter", *reversed(versions)):
+        has_weights = is_lora_dir(folder) or any(folder.glob("*.safetensors"))
+        if has_weights and not (folder / "config.json").is_file():
+            return folder
+    raise UserError(
+        f"{source} holds no adapter; give a run folder, an adapter directory or a hub id"
+    )
+
+
+def open_adapter(path: Path, policy: Policy, *, name: str | None = None) -> Adapter:
+    """Loads a version from disk into the policy and returns its handle.
+
+    Any PEFT LoRA directory of the same base, rank, alpha and layers can be loaded.
+
+    Raises:
+        UserError: another base model, rank or alpha, or a wrong fingerprint.
     """
     tensors = load_tensors(path)
     mode = "lora" if is_lora_dir(path) else "full"
@@ -140,7 +159,10 @@ def open_adapter(path: Path, policy: Policy, *, name: str | None = None) -> Adap
     manifest = read_manifest(path)
     found = fingerprint(tensors)
     if manifest.get("fingerprint", found) != found:
-        raise UserError(f"adapter {path} was changed after it was written: its fingerprint differs")
+        raise UserError(
+            f"adapter {path} was changed after it was written: its fingerprint differs; restore "
+            "it, or use another one"
+        )
     check_base(path, policy)
     policy.load_tensors(tensors)
     version = int(manifest.get("version", 0))
@@ -154,16 +176,16 @@ def open_adapter(path: Path, policy: Policy, *, name: str | None = None) -> Adap
 
 
 def saved_version(path: Path, expected: str) -> Adapter:
-    """The handle of a version that this run has published, the policy left as it is.
+    """The handle of a version published by this run; the policy is not changed.
 
     Raises:
-        UserError: it is gone, or its tensors have not the fingerprint expected.
+        UserError: it is missing, or its tensors do not have the expected fingerprint.
     """
     tensors, manifest = load_tensors(path), read_manifest(path)
     if fingerprint(tensors) != expected:
         raise UserError(
-            f"adapter {path} is not the one that the run has sampled from, and a run with "
-            "sampling.overlap cannot go on without it; start anew under another run.name"
+            f"adapter {path} is not the one that the run sampled from, and a run with "
+            "sampling.overlap cannot resume without it; start a new run under another run.name"
         )
     return Adapter(
         version=int(manifest["version"]),
@@ -175,19 +197,22 @@ def saved_version(path: Path, expected: str) -> Adapter:
 
 
 def check_base(path: Path, policy: Policy) -> None:
-    """Raises UserError where the version's manifest names another base model than the policy's."""
+    """Raises UserError if the manifest names another base model than the policy's."""
     base = str(read_manifest(path).get("base_model", policy.base_name))
     if base != policy.base_name and not is_directory(base, policy.model_dir):
-        raise UserError(f"adapter {path} belongs to base model {base!r}, not {policy.base_name!r}")
+        raise UserError(
+            f"adapter {path} belongs to base model {base!r}, not {policy.base_name!r}; set "
+            f"model.name={base}"
+        )
 
 
 def is_directory(name: str, model_dir: Path) -> bool:
-    """Whether a base model's name is a path of this directory."""
+    """Whether a base model's name is a path to this directory."""
     return Path(name).is_dir() and Path(name).samefile(model_dir)
 
 
 def remove_old(folder: Path, *, keep: set[int]) -> None:
-    """Deletes the published versions in folder but those to keep."""
+    """Deletes the published versions in folder, except those to keep."""
     for path in folder.glob("v[0-9]*"):
         if int(path.name[1:]) not in keep:
             shutil.rmtree(path)
@@ -196,7 +221,7 @@ def remove_old(folder: Path, *, keep: set[int]) -> None:
 
 
 def version_in(path: Path) -> int | None:
-    """The version that a directory holds; None: it is not there, or none of ours."""
+    """The version number of a directory; None if it is missing or not of this project."""
     version = read_manifest(path).get("version")
     return None if version is None else int(version)
 
@@ -212,26 +237,27 @@ def _check_peft_config(path: Path, policy: Policy) -> None:
     for layer in policy.target_names:
         if scaling(layer, settings["rank"]) != own:
             raise UserError(
-                f"adapter {path} has layers of several alphas (alpha_pattern), {layer} first; "
-                "`rl-lora eval` and `rl-lora export` take it"
+                f"adapter {path} has layers with different alphas (alpha_pattern), {layer} first, "
+                "and cannot be trained further; `rl-lora eval` and `rl-lora export` support it"
             )
 
 
 def _peft_config(policy: Policy) -> LoraConfig:
-    """What PEFT and vLLM are told; a mixture's experts have r, its other layers rank_pattern.
+    """The config for PEFT and vLLM.
 
-    PEFT gives an expert's gate and up, which it fuses, twice r: it must be the experts' r.
+    In a mixture, the experts have rank r and the other layers rank_pattern: PEFT fuses an expert's
+    gate and up into one layer of rank 2 r, so r must be the experts'.
     """
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in policy.target_names})
     experts = policy.expert_names
     one_rank = served_rank(policy.lora)
-    # Two parts of a name: a shared expert's `gate_proj` alone would be every expert's.
+    # Two parts of a name: only `gate_proj`, of a shared expert, would match every expert's.
     whole = sorted({".".join(name.split(".")[-2:]) for name in policy.target_names})
     if experts:
         one_rank = expert_rank(policy.lora.rank, num_active_experts(policy.model.config))
     return LoraConfig(
         r=one_rank,
-        lora_alpha=served_alpha(policy.lora),  # type: ignore[arg-type]  # a float serves as well
+        lora_alpha=served_alpha(policy.lora),  # type: ignore[arg-type]  # a float works too
         target_modules=sorted({*suffixes, *experts}),
         rank_pattern=dict.fromkeys(whole, policy.lora.rank) if experts else {},
         use_rslora=policy.lora.variant == "rslora",
@@ -246,7 +272,7 @@ def _peft_config(policy: Policy) -> LoraConfig:
 
 
 def _base_reference(policy: Policy) -> str:
-    """Where PEFT finds the base: its hub id, else its directory as an absolute path."""
+    """The base for PEFT: its hub id, or the absolute path of a local model."""
     name = policy.base_name
     is_local = Path(name).expanduser().exists() or any(e.name == name for e in list_models())
     return str(policy.model_dir.absolute()) if is_local else name

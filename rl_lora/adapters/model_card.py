@@ -1,4 +1,4 @@
-"""The model card of an adapter: what it was made from and what it scored, out of its run folder."""
+"""An adapter's model card: base model, training settings and scores, from its run folder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from rl_lora.models.resolve import EMBEDDED
 
 CARD_FILE = "README.md"
 _NOT_PEFT = (
-    "PEFT does not load this adapter: it takes the names of dense layers (gate, up and down of a "
-    "shared expert, or of a layer without experts) for those of experts. "
-    "`rl-lora export --merged` makes a model of it that needs no PEFT."
+    "PEFT cannot load this adapter: it mistakes dense layers (gate, up and down of a shared "
+    "expert, or of a layer without experts) for experts. `rl-lora export --merged` writes a merged "
+    "model that needs no PEFT."
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_NAMES = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -30,7 +30,7 @@ _HUB_NAMES = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """What an adapter directory and its run folder tell.
+    """Contents of a model card.
 
     Example: AdapterFacts(base_model="Qwen/Qwen3-8B-Base", rank=1, alpha=32.0,
     target_modules=("down_proj", "q_proj"), config=RunConfig(...), evaluations={"base":
@@ -41,35 +41,35 @@ class AdapterFacts:
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
-    variant: str = "lora"  # as it was trained; PiSSA and OLoRA are served as plain LoRA
-    trained_rank: int | None = None  # where it is not the rank that is served
-    expert_rank: int | None = None  # of a mixture: one expert's, `rank` over the active experts
-    is_peft: bool = True  # whether PEFT loads it
-    num_steps: int | None = None  # optimizer steps that made it
+    variant: str = "lora"  # as trained; PiSSA and OLoRA are saved as plain LoRA
+    trained_rank: int | None = None  # if other than the saved rank
+    expert_rank: int | None = None  # in a mixture, one expert's: rank / number of active experts
+    is_peft: bool = True  # whether PEFT can load it
+    num_steps: int | None = None  # training steps
     config: RunConfig | SftConfig | None = None  # None: an adapter outside a run folder
-    evaluations: dict[str, EvalResult] | None = None  # by the policy evaluated
+    evaluations: dict[str, EvalResult] | None = None  # by evaluated policy
 
     @property
     def base_hub_id(self) -> str | None:
-        """The base on the hub; None for a directory of this machine."""
+        """The base model's hub id; None for a local directory."""
         return hub_id(self.base_model)
 
 
 def hub_id(model_name: str) -> str | None:
-    """The hub id that a model's name stands for, or None."""
+    """The hub id of a model's name, or None."""
     name = _HUB_NAMES.get(model_name, model_name)
     return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def read_facts(adapter_dir: Path) -> AdapterFacts:
-    """Reads adapter_config.json, the manifest, and the run folder that the adapter lies in.
+    """Reads adapter_config.json, the manifest, and the run folder around the adapter.
 
     Raises:
-        UserError: adapter_dir is no PEFT LoRA directory.
+        UserError: adapter_dir is not a PEFT LoRA directory.
     """
     peft = _read_json(adapter_dir / "adapter_config.json")
     if peft is None:
-        raise UserError(f"{adapter_dir} is no adapter directory: it has no adapter_config.json")
+        raise UserError(f"{adapter_dir} is not an adapter directory: it has no adapter_config.json")
     manifest = _read_json(adapter_dir / MANIFEST_FILE) or {}
     trained = manifest.get("trained_as", {})
     rank = peft_rank(peft, manifest)
@@ -93,7 +93,7 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
 
 
 def run_config(adapter_dir: Path) -> RunConfig | SftConfig | None:
-    """Settings of the run whose folder an adapter is in; None outside a run folder.
+    """Settings of the run in whose folder an adapter is; None outside a run folder.
 
     Raises:
         UserError: the run's record cannot be read.
@@ -106,7 +106,7 @@ def run_config(adapter_dir: Path) -> RunConfig | SftConfig | None:
 
 
 def card_text(facts: AdapterFacts, *, merged: bool = False) -> str:
-    """The card in Markdown with the hub's metadata block. It names no path of this machine."""
+    """The card as Markdown with the hub's metadata block, without local paths."""
     is_sft = isinstance(facts.config, SftConfig)
     data = ModelCardData(
         base_model=facts.base_hub_id,
@@ -134,7 +134,7 @@ def card_text(facts: AdapterFacts, *, merged: bool = False) -> str:
 
 
 def write_card(adapter_dir: Path) -> Path:
-    """Writes README.md into an adapter directory; needs no network."""
+    """Writes README.md into an adapter directory, without network."""
     path = adapter_dir / CARD_FILE
     try:
         path.write_text(card_text(read_facts(adapter_dir)), encoding="utf-8")
@@ -163,7 +163,7 @@ def _table(facts: AdapterFacts, base: str) -> dict[str, str]:
             "training data": sets,
             "steps": f"{facts.num_steps} of {config.sft.batch_size} sequences, up to "
             f"{config.data.max_tokens} tokens",
-            "loss": "log loss of the answers",
+            "loss": "cross-entropy of the answers",
             "optimizer": adam,
             "seed": str(config.run.seed),
         }
@@ -184,7 +184,7 @@ def _table(facts: AdapterFacts, base: str) -> dict[str, str]:
 
 
 def _variant_rows(facts: AdapterFacts) -> dict[str, str]:
-    """What a reader has to know who knows plain LoRA."""
+    """How the variant differs from plain LoRA, for the card."""
     if facts.variant == "lora":
         return {}
     served = {
@@ -224,8 +224,7 @@ def _usage(base: str, *, merged: bool) -> list[str]:
 
 
 def _evaluations(folder: Path, version: int) -> dict[str, EvalResult]:
-    """The base's evaluation, the one before the first step, and the one of the adapter's
-    version."""
+    """Evaluations of the base, before the first step, and of the adapter's version."""
     files = {
         "base model": folder / "base.json",
         "before RL": folder / "step_000000.json",
@@ -237,7 +236,7 @@ def _evaluations(folder: Path, version: int) -> dict[str, EvalResult]:
 
 
 def _run_folder(adapter_dir: Path) -> Path | None:
-    """The run that holds adapter_dir as adapter/ or adapters/vNNNNNN/."""
+    """The run folder with adapter_dir as adapter/, best/ or adapters/vNNNNNN/; None without one."""
     parents = adapter_dir.resolve().parents
     return next((folder for folder in parents[:2] if (folder / "run.json").is_file()), None)
 
@@ -257,7 +256,7 @@ def _module_names(raw: str | list[str]) -> tuple[str, ...]:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no such file. Raises UserError where it is not JSON."""
+    """None if there is no such file. Raises UserError if it is not JSON."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

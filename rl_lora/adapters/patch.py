@@ -1,4 +1,4 @@
-"""What an adapter does to its base's tensors: `export` without its files."""
+"""What merging an adapter does to the base model's tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rl_lora.nn.variants import merged_dora
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """What an adapter does to the base's tensors, by the names that they have in the base's files.
+    """Changes to the base's tensors, by their names in the base's files.
 
     Example: Patch(lora={"model.layers.0.self_attn.q_proj.weight": LowRank(...)}, magnitudes={},
     replaced={}, added={}, embedding="model.embed_tokens.weight", head="lm_head.weight",
@@ -40,21 +40,21 @@ class Patch:
     """
 
     lora: dict[str, LowRank]
-    magnitudes: dict[str, Tensor]  # of DoRA: lengths of the rows, [d_out]
-    replaced: dict[str, Tensor]  # of full fine-tuning, or PEFT's modules_to_save: the new tensor
-    added: dict[str, Tensor]  # of lora_bias: what a bias gains
-    embedding: str  # name of the input embedding's weight
-    head: str  # name of lm_head's weight
-    is_tied: bool  # lm_head is the input embedding
-    unties: bool  # the merged one is no longer
+    magnitudes: dict[str, Tensor]  # DoRA's row norms, [d_out]
+    replaced: dict[str, Tensor]  # new tensors, of full fine-tuning or PEFT's modules_to_save
+    added: dict[str, Tensor]  # addends to biases, of lora_bias
+    embedding: str  # the input embedding's weight
+    head: str  # lm_head's weight
+    is_tied: bool  # in the base, lm_head is the input embedding
+    unties: bool  # in the merged model, it no longer is
 
     @property
     def names(self) -> set[str]:
-        """Tensors that change."""
+        """Names of the tensors that change."""
         return set(self.lora) | set(self.replaced) | set(self.added)
 
     def merged(self, name: str, base: Tensor) -> Tensor:
-        """The new weight in float32, or the new tensor; the base's own where nothing changes."""
+        """The merged weight in float32, the replacement, or the unchanged base tensor."""
         weight = self.replaced.get(name, base)
         if name in self.added:
             weight = weight.float() + self.added[name]
@@ -68,11 +68,14 @@ class Patch:
 
 
 def load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> Patch:
-    """Raises UserError where the adapter's layers are not the base's."""
+    """The patch of an adapter. Raises UserError if its layers are not those of the base."""
     named = named_base(adapter_dir)
     is_other = base_name is not None and named not in (None, base_name)
     if is_other and not is_directory(str(named), model_dir):
-        raise UserError(f"adapter {adapter_dir} belongs to base model {named!r}, not {base_name!r}")
+        raise UserError(
+            f"adapter {adapter_dir} belongs to base model {named!r}, not {base_name!r}; if they "
+            "are the same model, give the base as a directory"
+        )
     config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     model: Any = build_on_meta(config)
     embedding, head = (
@@ -95,15 +98,15 @@ def load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> Pat
         is_dora = lora_settings(adapter_dir)["variant"] == "dora"
         if magnitudes.keys() != (lora.keys() if is_dora else set()):
             raise UserError(
-                f"adapter {adapter_dir}: DoRA has a magnitude for each layer; not merged"
+                f"adapter {adapter_dir} is damaged: DoRA needs a magnitude for each layer"
             )
         keeps_tie = bool(peft_settings(adapter_dir).get("ensure_weight_tying"))
         changed = lora.keys() | replaced.keys()
         unties = is_tied and (head in changed or embedding in changed)
         if unties and keeps_tie:
             raise UserError(
-                f"adapter {adapter_dir}: ensure_weight_tying on lm_head or the embedding is not "
-                "merged here; PEFT's merge_and_unload does it"
+                f"adapter {adapter_dir} has ensure_weight_tying on lm_head or the embedding, which "
+                "is not merged here; use PEFT's merge_and_unload"
             )
     layout = split_experts(model, model.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in layout.items()}
@@ -122,7 +125,7 @@ def load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> Pat
 
 
 def _magnitudes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DoRA's, by the name of the weight they go with."""
+    """DoRA's magnitudes by the names of their weights."""
     return {
         f"{layer_name(name.removesuffix(MAGNITUDE_SUFFIX))}.weight": tensor
         for name, tensor in tensors.items()
@@ -131,7 +134,7 @@ def _magnitudes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _by_weight(terms: dict[str, LowRank], model: nn.Module) -> dict[str, LowRank]:
-    """Terms by the name of the weight they go with; Conv1D's weights (GPT-2) are [I, O]."""
+    """Terms by the names of their weights; Conv1D's weights (GPT-2) are [I, O]."""
     conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     return {
         f"{layer}.weight": LowRank(term.b_OR.T, term.a_RI.T, term.scaling)
@@ -144,7 +147,7 @@ def _by_weight(terms: dict[str, LowRank], model: nn.Module) -> dict[str, LowRank
 def _extras(
     tensors: dict[str, Tensor], adapter_dir: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, LowRank]]:
-    """PEFT's (whole tensors, additions to biases, terms on embeddings), by the weights' names."""
+    """(whole tensors, addends to biases, terms on embeddings) by the weights' names."""
     scaling = layer_scalings(adapter_dir)
     whole: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}
@@ -157,16 +160,19 @@ def _extras(
         elif kind == "B.bias":
             rank = tensors[f"{stem}.lora_A.weight"].shape[0]
             added[f"{layer}.bias"] = tensors[name].float() * scaling(layer, rank)
-        elif kind == "embedding_A":  # [R, V], beside a B [D, R]: the table [V, D] gains (B A)^T
+        elif kind == "embedding_A":  # [R, V] with B [D, R]: (B A)^T is added to the table [V, D]
             a_RV, b_DR = tensors[name], tensors[f"{stem}.lora_embedding_B"]
             terms[f"{layer}.weight"] = LowRank(b_DR.T, a_RV.T, scaling(layer, a_RV.shape[0]))
         elif kind != "embedding_B":
-            raise UserError(f"adapter {adapter_dir}: {name} is of no kind that is merged here")
+            raise UserError(
+                f"adapter {adapter_dir}: tensors such as {name} are not merged here; use PEFT's "
+                "merge_and_unload"
+            )
     return whole, added, terms
 
 
 def named_base(adapter_dir: Path) -> str | None:
-    """The base model's name in the manifest, else in PEFT's file."""
+    """The base model's name in the manifest, else in adapter_config.json; None if in neither."""
     for file, key in (
         (MANIFEST_FILE, "base_model"),
         ("adapter_config.json", "base_model_name_or_path"),
@@ -179,7 +185,7 @@ def named_base(adapter_dir: Path) -> str | None:
 
 
 def mismatch(what: str, adapter_dir: Path, model_dir: Path) -> str:
-    """The complaint that the two do not go together, with the base that the adapter names."""
+    """The error message for an adapter and model that do not match."""
     named = named_base(adapter_dir)
     of = f" (of base model {named!r})" if named else ""
     return f"adapter {adapter_dir}{of} does not fit model {model_dir}: {what}"

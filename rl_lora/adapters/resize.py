@@ -1,8 +1,8 @@
-"""Adapters of any rank, alpha or layers made to fit one policy, so that one engine serves all.
+"""Converts adapters of any rank, alpha or layers to one policy's shape, to share an engine.
 
-An adapter of rank r is one of rank R > r with zeros in the new rows of A and columns of B; its
-alpha / r goes into B, layer by layer, since PEFT's patterns give a layer a rank and an alpha of its
-own. Layers that it has not get zeros. W' is the same in exact arithmetic.
+An adapter of rank r becomes one of rank R > r by zeros in the new rows of A and columns of B; its
+alpha / r is multiplied into B, layer by layer, since PEFT's patterns can give each layer its own
+rank and alpha. Layers without an adapter get zeros. W' is the same in exact arithmetic.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ if TYPE_CHECKING:
 
 
 def common_settings(adapter_dirs: list[Path]) -> dict[str, Any]:
-    """lora.* keys of a policy that all these adapters fit into; empty for no LoRA adapter.
+    """lora.* keys of a policy that can hold all these adapters; empty without LoRA adapters.
 
     Raises:
-        UserError: a directory is no adapter of a kind that is served, or one of several is DoRA.
+        UserError: an unsupported adapter, or one of several is DoRA.
     """
     found = [path for path in adapter_dirs if is_lora_dir(path)]
     if not found:
         return {}
     settings = [lora_settings(path) for path in found]
-    # A, B of every adapter name the layers that it is on.
+    # Layers with an adapter are found by the names of A and B.
     names_N = [load_tensors(path).keys() for path in found]
     for path, names in zip(found, names_N, strict=True):
         check_extras((name for name in names if not name.endswith(COPY_SUFFIX)), path)
     largest = max(settings, key=lambda one: one["rank"])
     if len(found) > 1 and any(one["variant"] == "dora" for one in settings):
         raise UserError(
-            f"{' and '.join(map(str, found))}: a DoRA adapter shares no engine with another one; "
-            "evaluate them one by one, then `rl-lora compare`"
+            f"{' and '.join(map(str, found))}: a DoRA adapter cannot share an engine with another "
+            "one; evaluate them one by one, then use `rl-lora compare`"
         )
     kinds = {_layers(names) for names in names_N}
     has_head = any(_is_of_head(name) for names in names_N for name in names)
@@ -59,17 +59,17 @@ def common_settings(adapter_dirs: list[Path]) -> dict[str, Any]:
 
 
 def fitted(path: Path, policy: Policy, scratch: Path) -> Path:
-    """The adapter's directory, or that of its copy in the policy's shape, under `scratch`.
+    """The adapter's directory if it fits the policy, else a converted copy's at `scratch`.
 
     Raises:
-        UserError: the adapter has tensors or shapes that the policy has no place for.
+        UserError: the adapter has tensors or shapes that do not fit into the policy.
     """
     own_tensors = policy.published_tensors()
     own = {name: tensor.shape for name, tensor in own_tensors.items()}
     tensors = load_tensors(path)
     if policy.lora.mode == "full" or not is_lora_dir(path):
         return path
-    check_base(path, policy)  # the copy's manifest would name the policy's
+    check_base(path, policy)  # a copy's manifest names the policy's
     is_whole = (path / ADAPTER_FILE).is_file() and len(tensors) == len(own)
     tensors = _without_copies(tensors, policy)
     check_extras(tensors, path)
@@ -86,7 +86,7 @@ def fitted(path: Path, policy: Policy, scratch: Path) -> Path:
         for name, shape in own.items()
         if "magnitude" not in name
     }
-    # A layer that a DoRA adapter has not keeps the base's lengths, which a fresh policy has.
+    # Layers without DoRA keep the base's row norms, which a fresh policy has.
     wide |= {n: tensors.get(n, t.cpu()) for n, t in own_tensors.items() if "magnitude" in n}
     adapter = Adapter(
         version=0,
@@ -101,7 +101,7 @@ def fitted(path: Path, policy: Policy, scratch: Path) -> Path:
 
 
 def _without_copies(tensors: dict[str, Tensor], policy: Policy) -> dict[str, Tensor]:
-    """Less the base's own weights, which PEFT saves with an adapter on lm_head or the embedding."""
+    """Removes the base's weights that PEFT saves with an adapter on lm_head or the embedding."""
     parameters = policy.model.named_parameters(remove_duplicate=False)
     base = {name.replace(BASE_PREFIX, "."): parameter for name, parameter in parameters}
 
@@ -119,8 +119,7 @@ def _without_copies(tensors: dict[str, Tensor], policy: Policy) -> dict[str, Ten
 def _scales(
     path: Path, tensors: dict[str, Tensor], policy: Policy, own: dict[str, torch.Size]
 ) -> dict[str, float]:
-    """What each B of the adapter's is multiplied by, so that the policy's scaling of the layer
-    makes its own of it."""
+    """Factors for each B that turn the policy's scaling of the layer into the adapter's."""
     scaling = layer_scalings(path)
     scales = {}
     for name, tensor in tensors.items():
@@ -142,8 +141,8 @@ def _widened(
     is_inside = tensor.shape[rank_axis] <= shape[rank_axis]
     if tensor.shape[1 - rank_axis] != shape[1 - rank_axis] or not is_inside:
         raise UserError(
-            f"adapter {path} is of another base model: {name} is {list(tensor.shape)}, "
-            f"this one takes {list(shape)} and lower ranks"
+            f"adapter {path} is of another base model: {name} is {list(tensor.shape)}, and "
+            f"this one needs {list(shape)} or a lower rank"
         )
     rows, columns = tensor.shape
     out[:rows, :columns] = tensor.float() * scale
@@ -155,7 +154,7 @@ def _is_of_head(name: str) -> bool:
 
 
 def _layers(names: Any) -> str:
-    """Which lora.layers an adapter's tensor names are of."""
+    """The value of lora.layers for an adapter with these tensor names."""
     inner = [name for name in names if not _is_of_head(name)]
     has_attention = any("attn" in name or "attention" in name for name in inner)
     words = ("mlp", "feed_forward", "ffn", "moe", "experts")

@@ -17,13 +17,14 @@ from rl_lora.build import RunContext, check_run_folder, make_evaluation, open_ru
 from rl_lora.config import RunConfig, load_config, parse_config
 from rl_lora.config.checks import check_served
 from rl_lora.config.overrides import apply_overrides
+from rl_lora.data.collect import HELD_OUT
 from rl_lora.errors import UserError
 from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.files import SUFFIX
 from rl_lora.evaluation.paired import compare_evaluations
 from rl_lora.evaluation.scores import EvalResult
 from rl_lora.models.hub import adapter_path
-from rl_lora.prompts import HELD_OUT, PromptSets
+from rl_lora.prompts import PromptSets
 from rl_lora.report.terminal import Display
 from rl_lora.runs.inputs import base_inputs, check_base, check_data, prompt_inputs
 from rl_lora.runs.lock import run_lock

@@ -52,12 +52,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Merges, pushes, or writes the card.
 
     Raises:
-        UserError: as `adapters.export` does, or an adapter that names no base model.
+        UserError: as `export_merged` and `push_adapter`, or an adapter that names no base model.
     """
-    from rl_lora.adapters.export import export_merged, find_adapter, push_adapter
+    from rl_lora.adapters.files import find_adapter
     from rl_lora.adapters.model_card import write_card
     from rl_lora.adapters.patch import named_base
     from rl_lora.config import ModelSection
+    from rl_lora.export.merge import export_merged
+    from rl_lora.export.push import push_adapter
     from rl_lora.models.resolve import resolve_model
 
     adapter_dir = find_adapter(arguments.source)

@@ -1,12 +1,12 @@
-"""Grade a file of completions, and compare the verdicts with labels or with Math-Verify.
+"""`rl-lora grade`: grades completions and compares the verdicts with labels or Math-Verify.
 
 Each line of the JSONL file is one completion with its reference::
 
     {"completion": "so \\\\boxed{42}", "reference": "42", "label": true}
 
-`label` is optional. Other common names of the three fields are understood, see the tables below.
-An evaluation's file (RUN/eval/NAME.jsonl.gz) is graded again by `regrade`; with `against` its
-recorded verdicts play no part.
+`label` is optional. Other common names of the three fields are accepted, see the tuples below.
+An evaluation's file (RUN/eval/NAME.jsonl.gz) is graded again by `regrade`, unless it is compared
+with another judge.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rewards import RULES, Score, load_reward
 from rl_lora.data.row_formats import gold_text
 from rl_lora.errors import UserError
 from rl_lora.evaluation.files import find_evaluation, is_evaluation, read_evaluation
-from rl_lora.evaluation.regrade import Regrade, own_judge, regrade
-from rl_lora.report.tables import print_regrade
+from rl_lora.evaluation.regrade import Regrade, regrade, reward_and_rules
+from rl_lora.report.tables import print_regrade, printable
 from rl_lora.scoring import score_best
 from rl_lora.storage.jsonl import read_values, storable
 
@@ -40,7 +41,7 @@ MAX_SHOWN_CHARS = 70
 
 @dataclass(frozen=True, slots=True)
 class GradeRow:
-    """One line of the file. `line` counts from 1; `label` is None where the file has none."""
+    """One completion. `line` counts from 1; `label` is None if the file has none."""
 
     line: int
     completion: str
@@ -50,7 +51,7 @@ class GradeRow:
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """A completion whose verdict differs from the label, or from the other judge."""
+    """A completion whose verdict differs from its label, or from the other judge's."""
 
     line: int
     reference: str
@@ -64,8 +65,8 @@ class Disagreement:
 class GradeReport:
     """Outcome of grading a file.
 
-    `statuses` counts every outcome. The four figures below it, between 0 and 1, are None where
-    there is nothing to compare with, or nothing to divide by. Example::
+    `statuses` counts every outcome. Accuracy, precision and recall are in 0..1, and None if there
+    is nothing to compare with or nothing to divide by. Example::
 
         GradeReport(num=2, num_correct=1, statuses={"ok": 2}, seconds=0.01, judge="labels",
                     num_compared=2, accuracy=1.0, precision=1.0, recall=1.0, disagreements=())
@@ -84,7 +85,7 @@ class GradeReport:
 
 
 def read_rows(path: Path) -> list[GradeRow]:
-    """The lines of a file. Raises UserError naming the line and what it lacks."""
+    """The completions of a file. Raises UserError naming the line and what it lacks."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a JSONL file of completions")
     if is_evaluation(path):
@@ -95,12 +96,12 @@ def read_rows(path: Path) -> list[GradeRow]:
             raise UserError(f"{path}, line {number}: not a JSON object")
         rows.append(_row(fields, f"{path}, line {number}", number))
     if not rows:
-        raise UserError(f"{path}: the file holds no completions")
+        raise UserError(f"{path}: the file has no completions")
     return rows
 
 
 def _evaluation_rows(path: Path) -> list[GradeRow]:
-    """A row a completion; `line` counts problems."""
+    """One row per completion; `line` counts problems."""
     _, problems = read_evaluation(find_evaluation(path))
     return [
         GradeRow(number, sample.completion, problem.reference, sample.correct)
@@ -121,7 +122,7 @@ def _row(fields: dict[str, Any], where: str, number: int) -> GradeRow:
 
 
 def _field(fields: dict[str, Any], keys: Sequence[str], name: str, where: str) -> Any:
-    """The first of the keys that holds text or a number; a reference may be a list of these."""
+    """The first of the keys with text or a number; a reference may also be a list of these."""
     for key in keys:
         value = fields.get(key)
         items = value if isinstance(value, list) and name == "reference" else [value]
@@ -146,11 +147,18 @@ def grade_file(
     num_workers: int = 1,
     timeout_s: float = 5.0,
 ) -> GradeReport:
-    """Grade every completion of a file.
+    """Grades every completion of a file.
 
-    `against` names another reward ("math_verify") to compare with; without it the file's own
-    labels are used, where it has them. Raises UserError for a bad file, and ValueError for an
-    unknown reward or policy.
+    Args:
+        path: the JSONL file.
+        reward: a name or "module:function".
+        policy: grading rules.
+        against: another reward to compare with, e.g. "math_verify"; None: the file's labels.
+        num_workers: verifier processes.
+        timeout_s: seconds for a hard answer.
+
+    Raises:
+        UserError: the file cannot be used. ValueError: unknown reward or policy.
     """
     rows = read_rows(path)
     start = time.perf_counter()
@@ -241,7 +249,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report. Raises UserError; returns the exit code."""
+    """Prints the report and returns the exit code. Raises UserError as `grade_file`."""
     report: Regrade | GradeReport
     bounds = {"num_workers": args.num_workers, "timeout_s": args.timeout}
     try:
@@ -252,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
             settings = (
                 read_evaluation(find_evaluation(args.file))[0] if is_evaluation(args.file) else {}
             )
-            reward, policy = own_judge(args.file, settings, args.reward, args.policy)
+            reward, policy = reward_and_rules(args.file, settings, args.reward, args.policy)
             report = grade_file(
                 args.file, reward=reward, policy=policy, against=args.against, **bounds
             )
@@ -266,22 +274,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_report(report: GradeReport, num_shown: int, console: Console | None = None) -> None:
-    """The figures, then the first disagreements."""
+    """The scores, then the first disagreements."""
     console = console or Console()
     statuses = ", ".join(f"{status} {count}" for status, count in sorted(report.statuses.items()))
     rate = report.num / report.seconds if report.seconds > 0 else float("inf")
     console.print(
         f"{report.num_correct} of {report.num} correct ({report.num_correct / report.num:.1%}); "
-        f"{statuses}; {rate:,.0f} a second"
+        f"{statuses}; {rate:,.0f} per second"
     )
     if report.judge is None:
-        console.print("No labels in the file, and no --against: nothing to compare with.")
+        console.print(
+            "Nothing to compare with: the file has no labels, and --against is not given."
+        )
         return
     figures = {"accuracy": report.accuracy, "precision": report.precision, "recall": report.recall}
     shown = ", ".join(
         f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in figures.items()
     )
-    console.print(f"Against {report.judge} ({report.num_compared} compared): {shown}")
+    console.print(f"Compared with {report.judge} ({report.num_compared} completions): {shown}")
     if not report.disagreements:
         return
     num = len(report.disagreements)
@@ -289,19 +299,8 @@ def print_report(report: GradeReport, num_shown: int, console: Console | None = 
     for heading in ("line", "reference", "answer", "ours", report.judge, "status"):
         table.add_column(heading)
     for item in report.disagreements[:num_shown]:
-        cells = [_shorten(item.reference), _shorten(item.answer or "-")]
+        # Text, since rich would interpret square brackets as markup.
+        cells = [Text(printable(t, MAX_SHOWN_CHARS)) for t in (item.reference, item.answer or "-")]
         verdicts = ["right" if value else "wrong" for value in (item.verdict, item.expected)]
-        # Rich would read square brackets as markup; model text is shown as it is.
-        table.add_row(str(item.line), *[_plain(cell) for cell in cells], *verdicts, item.status)
+        table.add_row(str(item.line), *cells, *verdicts, item.status)
     console.print(table)
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text.encode("utf-8", "replace").decode("utf-8"))
-
-
-def _shorten(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"

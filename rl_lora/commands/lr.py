@@ -1,10 +1,10 @@
-"""`rl-lora lr MODEL`: the learning-rate rule of 'LoRA Without Regret', from a config alone.
+"""`rl-lora lr MODEL`: the learning-rate rule of 'LoRA Without Regret', from its config.json.
 
-The rule is a fit over supervised sweeps: full fine-tuning's best rate is 5e-5 (2000 / hidden)^P,
-with an exponent P of the model's family, and LoRA's is 10 times that, whatever the rank (the
-article's fit: 9.8 times); in runs of under about 100 steps it is about 15 times (the cookbook's
-get_lr has the constants). For RL it is an upper bound: public recipes for mathematics take 1e-5 to
-1e-4.
+The rule is a fit over supervised sweeps: the best rate of full fine-tuning is
+5e-5 (2000 / hidden)^P, with an exponent P for the model's family, and LoRA's is 10 times that at
+any rank (the article's fit: 9.8 times), or about 15 times in runs of under about 100 steps (the
+cookbook's get_lr has the constants). For RL it is an upper bound: public recipes for mathematics
+use 1e-5 to 1e-4.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class RateRule:
 
     family: str
     hidden: int
-    full: float  # full fine-tuning; the short runs' factor was stated for LoRA against it
-    lora: float  # any rank, runs of 100 steps and more
+    full: float  # full fine-tuning; the factor of short runs is LoRA's relative to this
+    lora: float  # any rank, runs of at least 100 steps
     lora_short: float  # any rank, shorter runs
 
     @property
     def is_extrapolated(self) -> bool:
-        """Whether the model's width lies outside the widths that the rule was fitted on."""
+        """Whether the model's width is outside the range that the rule was fitted on."""
         low, high = FITTED_HIDDEN
         return not low <= self.hidden <= high
 
@@ -60,41 +60,41 @@ def rate_rule(family: str, hidden: int) -> RateRule:
     if family not in EXPONENTS:
         known = " and ".join(EXPONENTS)
         raise UserError(
-            f"the learning-rate rule has exponents for {known} alone, none for {family!r}: sweep "
-            "optim.lr, or take one of theirs knowingly with --family"
+            f"the learning-rate rule has exponents only for {known}, not for {family!r}: sweep "
+            "optim.lr, or borrow one of theirs with --family"
         )
     full = BASE_RATE * (REFERENCE_HIDDEN / hidden) ** EXPONENTS[family]
     return RateRule(family, hidden, full, full * LORA_FACTOR, full * SHORT_FACTOR)
 
 
 def family_of(config: PretrainedConfig) -> str:
-    """The family whose exponent a model takes: llama or qwen; else its model_type as it stands."""
+    """The family whose exponent applies, llama or qwen; otherwise the model_type itself."""
     model_type = str(config.get_text_config().model_type)
     return next((name for name in EXPONENTS if model_type.startswith(name)), model_type)
 
 
 def rule_text(rule: RateRule, origin: str) -> str:
-    """What the command prints."""
+    """The rule's rates for a model, their source and limits, as the command prints them."""
     exponent = EXPONENTS[rule.family]
     lines = [
         f"width {rule.hidden}, family {rule.family} (exponent {exponent}), from {origin}",
         "",
-        f"  LoRA, any rank, from {SHORT_STEPS} steps on    {rule.lora:.2e}",
-        f"  LoRA, any rank, shorter runs      {rule.lora_short:.2e}",
-        f"  full fine-tuning                  {rule.full:.2e}",
+        f"  LoRA, any rank, {SHORT_STEPS} or more steps   {rule.lora:.2e}",
+        f"  LoRA, any rank, shorter runs        {rule.lora_short:.2e}",
+        f"  full fine-tuning                    {rule.full:.2e}",
         "",
-        f"rule: {BASE_RATE:g} x (2000 / width)^P for full fine-tuning; LoRA {LORA_FACTOR:g} times "
-        f"that, in short runs {SHORT_FACTOR:g} times",
+        f"rule: {BASE_RATE:g} x (2000 / width)^P for full fine-tuning, {LORA_FACTOR:g} times that "
+        f"for LoRA, {SHORT_FACTOR:g} times in short runs",
         "source: 'LoRA Without Regret' (Thinking Machines, 2025) and its cookbook's get_lr; fitted",
         "  on supervised sweeps with alpha 32, Adam, constant rate, adapters on all layers",
-        "limits: a first guess, to be swept by a factor of 3 to either side. For RL it is an upper",
-        "  bound: public recipes for mathematics take 1e-5 to 1e-4.",
+        "limits: a first guess; sweep a factor of 3 to either side. For RL it is an upper bound:",
+        "  public recipes for mathematics use 1e-5 to 1e-4.",
     ]
     if rule.is_extrapolated:
         low, high = FITTED_HIDDEN
         lines.append(
-            f"warning: width {rule.hidden} is outside {low} to {high}, where the rule was fitted; "
-            "do not trust it here without a sweep"
+            f"warning: width {rule.hidden} is outside {low} to {high}, the range of the fit; do "
+            "not trust the rule here without a sweep"
         )
     return "\n".join(lines)
 
@@ -107,7 +107,7 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """The arguments of `rl-lora lr`."""
     parser.add_argument(
         "model", nargs="?", help="a name, a directory or a hub id; only its config.json is read"
     )
@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the rule for the model. Raises UserError where the model or its family is unknown."""
+    """Prints the rule for the model. Raises UserError if the model or its family is unknown."""
     if arguments.hidden is not None and arguments.hidden < 1:
         raise UserError(f"--hidden {arguments.hidden}: a model's width is positive")
     if arguments.hidden is not None and arguments.family is not None:

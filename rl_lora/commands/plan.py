@@ -1,7 +1,7 @@
-"""What a run will take, from the model's config.json alone: parameters, memory, arithmetic.
+"""`--dry-run`: a job's parameters, memory and compute, from the model's config.json only.
 
-The model is laid out on PyTorch's meta device, so no weight is read and 8 B parameters cost
-nothing. Counts are exact; `memory_plan` and `capacity` say how sure their numbers are.
+The model is built on PyTorch's meta device, so no weight is read and 8 B parameters cost nothing.
+Counts are exact; `planning.memory` and `planning.capacity` say how accurate their numbers are.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ class ParameterCounts:
     """
 
     base: int  # a tied lm_head counts once
-    active: int  # those at work on a token: all, but of a mixture
+    active: int  # used per token: all, except in a mixture of experts
     adapter: int  # on the chosen layers, without lm_head
-    lm_head_adapter: int  # what an adapter on lm_head adds
-    trainable: int  # by lora.mode and lora.lm_head
+    lm_head_adapter: int  # added by an adapter on lm_head
+    trainable: int  # given lora.mode and lora.lm_head
     num_targets: int  # matrices with an adapter, lm_head included if it has one
-    fixed: int = 0  # of the trainable ones, those that are as many at any rank: DoRA's magnitudes
+    fixed: int = 0  # trainable ones independent of the rank: DoRA's magnitudes
 
     @property
     def adapter_with_lm_head(self) -> int:
-        """The article's count: it has an adapter on lm_head, too."""
+        """The article's count, which includes an adapter on lm_head."""
         return self.adapter + self.lm_head_adapter
 
 
 @dataclass(frozen=True, slots=True)
 class MatmulCounts:
-    """Multiply-adds of the linear layers, forward and backward, for one token.
+    """Multiply-adds of the linear layers per token, forward and backward.
 
     Example, one 4096 x 4096 layer at rank 1: MatmulCounts(lora=33579008, full=50331648)
     """
@@ -75,14 +75,14 @@ class MatmulCounts:
 
 
 def parameter_counts(model: nn.Module, lora: LoraSection) -> ParameterCounts:
-    """Counts for a laid-out (or loaded) base model. An adapter has rank x (d_in + d_out) a layer,
-    and d_out more with DoRA.
+    """Counts for a base model on the meta device, or a loaded one.
 
-    Of a mixture each expert has one of rank / active experts, so that E experts of which K are at
-    work have E / K times what a dense layer of an expert's size would have.
+    An adapter has rank x (d_in + d_out) parameters per layer, and d_out more with DoRA. In a
+    mixture each expert's adapter has rank / active experts, so E experts, K of them active, have
+    E / K times the parameters of a dense layer of an expert's size.
 
     Raises:
-        UserError: the model has no layers of the chosen kind, or the rank is no multiple of its
+        UserError: the model has no layers of the chosen kind, or the rank is not a multiple of its
             active experts.
     """
     base = sum(parameter.numel() for parameter in model.parameters())
@@ -110,11 +110,12 @@ def parameter_counts(model: nn.Module, lora: LoraSection) -> ParameterCounts:
 
 
 def matmul_counts(model: nn.Module, lora: LoraSection) -> MatmulCounts:
-    """Multiply-adds a token. The full arm is the article's 3 N^2: forward, and backward twice.
+    """Multiply-adds per token. Full fine-tuning takes the article's 3 N^2: forward, and backward
+    twice.
 
     With LoRA the frozen W needs no gradient (2 N^2), and A and B take 3 R (d_in + d_out), with R
-    twice the rank for PiSSA and OLoRA. DoRA's norms come once a pass, not a token. Of a
-    mixture the active experts count; its routers, E columns wide, do not.
+    twice the rank for PiSSA and OLoRA. DoRA's norms are computed per pass, not per token. In a
+    mixture only the active experts count; its routers, E columns wide, are ignored.
     """
     adapted = {name for name, _ in _targets(model, lora)}
     experts = _expert_counts(model, lora)
@@ -136,16 +137,16 @@ def print_plan(
     console: Console | None = None,
     gpu_bytes: int | None = None,
 ) -> None:
-    """What `train --dry-run` shows: settings, parameters, arithmetic, capacity and memory.
+    """Prints `train --dry-run`: settings, parameters, compute, capacity and memory.
 
     Args:
         config: the job.
-        model_dir: where its model lies; None: looked for without making or fetching weights.
-        console: where it is printed.
-        gpu_bytes: memory of the GPU to plan for; None: this machine's, or an 80 GB card.
+        model_dir: its model's directory; None: located without creating or downloading weights.
+        console: where to print.
+        gpu_bytes: memory of the GPU to plan for; None: this machine's, or an 80 GB card's.
 
     Raises:
-        UserError: the model's config.json cannot be had, or the model has no layers to adapt.
+        UserError: the model's config.json is not available, or the model has no layers to adapt.
     """
     console = console or Console()
     console.print(settings_table(config, RunConfig()))
@@ -161,7 +162,7 @@ def print_plan(
     table = parameter_table(config.model, config.lora, counts, matmuls, origin)
     table.add_row("capacity", capacity_line(capacity))
     longest = config.data.max_prompt_tokens + sampling.max_tokens
-    table.add_row("arithmetic, at most", work_text(num_episodes * longest, counts, matmuls, config))
+    table.add_row("compute, at most", work_text(num_episodes * longest, counts, matmuls, config))
     console.print(table)
     warn_of_capacity(console, capacity, config.lora, num_active_experts(model_config))
     parts = memory_plan(config, model_config, counts.base, counts.trainable, gpu_bytes)
@@ -169,10 +170,10 @@ def print_plan(
 
 
 def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
-    """What `sft --dry-run` shows; tokens are counted where data and tokenizer are on this machine.
+    """Prints `sft --dry-run`; tokens are counted if data and tokenizer are on this machine.
 
     Raises:
-        UserError: the model's config.json cannot be had, or the data cannot be used.
+        UserError: the model's config.json is not available, or the data cannot be used.
     """
     console = console or Console()
     console.print(settings_table(config, SftConfig()))
@@ -188,7 +189,7 @@ def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
     table.add_row("completion tokens to learn", f"{num_tokens:,} ({how})")
     table.add_row("capacity", capacity_line(capacity))
     flops = 2 * (matmuls.full if config.lora.mode == "full" else matmuls.lora)
-    table.add_row("arithmetic, at most", flops_text(flops * seen * config.data.max_tokens))
+    table.add_row("compute, at most", flops_text(flops * seen * config.data.max_tokens))
     console.print(table)
     warn_of_capacity(console, capacity, config.lora, num_active_experts(model_config))
     microbatch_tokens = max(config.optim.microbatch_tokens, config.data.max_tokens)
@@ -199,14 +200,14 @@ def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
 def _sft_tokens(
     config: SftConfig, model_config: PretrainedConfig, model_dir: Path | None
 ) -> tuple[int, str]:
-    """(completion tokens that the run sees, each once; how they were counted)."""
+    """(completion tokens that the run trains on, how they were counted)."""
     from rl_lora.models.resolve import context_length, load_tokenizer
     from rl_lora.sft.data import load_sft
 
     seen = config.run.num_steps * config.sft.batch_size
     is_local = all(":" in s.name or Path(s.name).expanduser().exists() for s in config.data.train)
     if model_dir is None or not is_local:
-        return seen * config.data.max_tokens, "at most: model or data are not on this machine"
+        return seen * config.data.max_tokens, "at most; model or data are not on this machine"
     context = context_length(model_config)
     sets = load_sft(config.data, load_tokenizer(model_dir), context, config.run.seed)
     share = min(1.0, seen / len(sets.train))
@@ -216,9 +217,9 @@ def _sft_tokens(
 def work_text(
     num_tokens: int, counts: ParameterCounts, matmuls: MatmulCounts, config: RunConfig
 ) -> str:
-    """Floating-point operations (2 a multiply-add) of learning and of sampling num_tokens tokens.
+    """Floating-point operations (2 per multiply-add) to learn and to sample num_tokens tokens.
 
-    An upper bound for RL: every prompt and completion as long as the settings allow.
+    For RL an upper bound: every prompt and completion is as long as the settings allow.
     """
     learn = 2 * num_tokens * (matmuls.full if config.lora.mode == "full" else matmuls.lora)
     sample = 2 * num_tokens * counts.active
@@ -236,9 +237,9 @@ def flops_text(flops: float) -> str:
 def warn_of_capacity(
     console: Console, capacity: Capacity, lora: LoraSection, num_active: int = 1
 ) -> None:
-    """One line where the policy is too small for what there is to learn.
+    """Prints a line if the policy is too small for what there is to learn.
 
-    A mixture's rank is a multiple of num_active.
+    A mixture's rank must be a multiple of num_active.
     """
     rank = None if lora.mode == "full" else lora.rank
     warning = capacity_warning(capacity, rank, multiple_of=num_active)
@@ -247,7 +248,7 @@ def warn_of_capacity(
 
 
 def settings_table(config: Section, default: Section) -> Table:
-    """Every setting; those that are not the default are marked with * and bold."""
+    """Every setting; non-default ones are bold and marked with *."""
     table = Table(title="Settings (* = not the default)", title_justify="left", show_header=False)
     for key, value, is_default in _settings(config, default):
         mark, style = ("  ", "dim") if is_default else ("* ", "bold")
@@ -274,22 +275,22 @@ def parameter_table(
     matmuls: MatmulCounts,
     origin: str,
 ) -> Table:
-    """Parameters in all and in training, and the arithmetic of a token."""
+    """Parameters, in total and trainable, and the compute per token."""
     title = f"Parameters of {model.name}, shapes from {origin}"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_row("base", f"{counts.base:,}")
     if counts.active != counts.base:
-        table.add_row("base, at work on a token", f"{counts.active:,}")
+        table.add_row("base, active per token", f"{counts.active:,}")
     variant = "" if lora.variant == "lora" else f"{lora.variant}, "
-    where = f"{variant}rank {lora.rank} on {lora.layers}"
+    where = f"{variant}rank {lora.rank}, {lora.layers} layers"
     table.add_row(f"adapter, {where}, without lm_head", f"{counts.adapter:,}")
     table.add_row(f"adapter, {where}, with lm_head", f"{counts.adapter_with_lm_head:,}")
     share = counts.trainable / counts.base
     table.add_row(
         f"trainable (mode {lora.mode})", f"{counts.trainable:,} ({share:.3%} of the base)"
     )
-    table.add_row("multiply-adds a token, LoRA", f"{matmuls.lora:,}")
-    table.add_row("multiply-adds a token, all weights", f"{matmuls.full:,}")
+    table.add_row("multiply-adds per token, LoRA", f"{matmuls.lora:,}")
+    table.add_row("multiply-adds per token, all weights", f"{matmuls.full:,}")
     table.add_row("LoRA / all weights", f"{matmuls.ratio:.3f}")
     return table
 
@@ -297,7 +298,7 @@ def parameter_table(
 def memory_table(
     parts: list[MemoryItem], model: ModelSection, gpu_bytes: int | None = None
 ) -> Table:
-    """The parts, their sum, and whether it fits this machine's device (or the GPU given)."""
+    """The parts, their sum, and whether it fits this machine's device (or the given GPU)."""
     table = Table("part", "size", "what", title="Memory plan", title_justify="left")
     table.columns[1].justify = "right"
     for part in parts:
@@ -318,7 +319,7 @@ def memory_table(
     else:
         verdict = f"of {what} {bytes_text(available)}"
     if device == "cuda" and here is None:
-        verdict += "; no cuda device here to look at"
+        verdict += " (this machine has none)"
     table.add_section()
     table.add_row("total", bytes_text(total), verdict, style="bold")
     return table
@@ -332,7 +333,7 @@ def _targets(model: nn.Module, lora: LoraSection) -> Iterator[tuple[str, nn.Line
 
 
 def _expert_counts(model: nn.Module, lora: LoraSection) -> ExpertCounts:
-    """Of the experts, with an adapter where the settings give them one."""
+    """The experts' counts, with adapters if the settings give them any."""
     is_adapted = lora.mode == "lora" and lora.layers != "attention"
     return expert_counts(model, lora.rank if is_adapted else 0)
 

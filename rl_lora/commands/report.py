@@ -46,7 +46,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     """Writes the runs' report: RUN/report.html, or ./report.html for several runs.
 
     Raises:
-        UserError: a folder is no run, or the file cannot be written.
+        UserError: a folder is not a run's, or the file cannot be written.
     """
     from rl_lora.report.build import build_page
     from rl_lora.report.page import to_html
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Writes or serves the report, or draws a study's figures.
 
     Raises:
-        UserError: a folder is no run or study, or a file cannot be written.
+        UserError: a folder is not a run's or a study's, or a file cannot be written.
     """
     if arguments.study:
         from rl_lora.studies.figures import draw_study

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.table:
         _print_results(console, study, read_table(study.folder))
         return 0
-    from rl_lora.policy import check_trainable
+    from rl_lora.models.device import check_trainable
     from rl_lora.studies.plan import calibrate, estimate
     from rl_lora.studies.run import (
         all_cells,

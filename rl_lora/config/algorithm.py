@@ -169,7 +169,7 @@ def _try_loss(name: str, loss: LossFn) -> None:
             f"algorithm.loss={name!r} must return (loss, num_clipped), a scalar tensor and "
             f"a count; it returned {_shown(found)}"
         )
-    if not (found[0].requires_grad and math.isfinite(float(found[0]))):
+    if not (found[0].requires_grad and math.isfinite(float(found[0].detach()))):
         raise UserError(
             f"algorithm.loss={name!r} returned {_shown(found[0])}; it must be finite and "
             "carry the gradient of policy_logprobs_C"

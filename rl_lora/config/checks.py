@@ -1,4 +1,4 @@
-"""Settings that only together make no sense, each told with the way out."""
+"""Checks of settings that contradict each other; every message names a fix that works."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from rl_lora.config import EvalSection, LoraSection, OptimSection, SamplingSection
 
 _MAX_SERVED_RANK = 512  # vLLM's
-# The lowest temperature over 0 by back end. vLLM takes its own in place of a lower one, silently
-# (0.32, sampling_params); logits over a far lower one are no float32 numbers any more.
+# Lowest temperature above 0, by back end. vLLM silently raises a lower one to its minimum (0.32,
+# sampling_params); far lower ones overflow float32 logits.
 MIN_TEMPERATURE = {"vllm": 0.01, "torch": 1e-6}
 # sampling.backend -> "module:Class", the form in which a user's own class is given as well.
 SAMPLERS = {
@@ -31,60 +31,69 @@ def check_backend(backend: str) -> str:
 
 
 def check_variant(lora: LoraSection, optim: OptimSection) -> None:
-    """Raises ValueError for settings of adapters in full fine-tuning."""
+    """Raises ValueError for adapter settings with full fine-tuning."""
     if lora.mode == "full" and lora.variant != "lora":
         raise ValueError(
-            f"lora.variant={lora.variant!r} is an adapter's, and lora.mode='full' has none; "
-            "leave one of them out"
+            f"lora.variant={lora.variant!r} needs an adapter, and lora.mode='full' has none; "
+            "remove one of them"
         )
     if lora.mode == "full" and optim.lora_plus_ratio != 1:
         raise ValueError(
-            f"optim.lora_plus_ratio={optim.lora_plus_ratio:g} is a rate of the adapter's B, and "
-            "lora.mode='full' has none; leave one of them out"
+            f"optim.lora_plus_ratio={optim.lora_plus_ratio:g} sets the learning rate of the "
+            "adapter's B, and lora.mode='full' has no adapter; remove one of them"
         )
 
 
 def check_full_dtype(lora: LoraSection, dtype: str) -> None:
-    """Raises UserError for full fine-tuning in bfloat16, where 20 steps at a rate of 1e-5 move 2 %
-    of the weights: the rest is rounded away. An adapter is in float32 whatever the base's dtype."""
+    """Raises UserError for full fine-tuning in bfloat16.
+
+    There, 20 steps at a learning rate of 1e-5 change only 2 % of the weights; rounding discards the
+    other updates. An adapter is float32 whatever the base's dtype.
+    """
     if lora.mode == "full" and dtype == "bfloat16":
         raise UserError(
-            "lora.mode='full' trains the weights in the model's own dtype, here bfloat16, whose "
-            "rounding swallows most steps; set model.dtype='float32'"
+            "lora.mode='full' trains the weights in the model's dtype, here bfloat16, whose "
+            "rounding discards most updates; set model.dtype='float32'"
         )
 
 
 def check_served(lora: LoraSection, sampling: SamplingSection) -> None:
-    """Raises ValueError for adapters that the sampler does not serve, and overlap without vLLM."""
+    """Raises ValueError for adapters that the sampler cannot serve, or overlap without vLLM."""
+    no_overlap = " and sampling.overlap=false" if sampling.overlap else ""
     if sampling.overlap and sampling.backend == "torch":
+        # vLLM serves no DoRA adapters.
+        other = "" if lora.variant == "dora" else ', or sampling.backend="vllm"'
         raise ValueError(
-            "sampling.overlap=true: the torch sampler computes with the weights that the learner "
-            'changes meanwhile; set sampling.backend="vllm", or leave overlap out'
+            "sampling.overlap=true: the torch sampler uses the weights that the learner is "
+            f"updating at the same time; set sampling.overlap=false{other}"
         )
     if sampling.backend != "vllm" or lora.mode == "full":
         return
     if lora.variant == "dora":
         raise ValueError(
             "lora.variant='dora': vLLM serves no DoRA adapters; set sampling.backend=\"torch\""
+            + no_overlap
         )
     if lora.variant in ("pissa", "olora") and lora.rank > _MAX_SERVED_RANK // 2:
         raise ValueError(
             f"lora.variant={lora.variant!r} is served as an adapter of twice its rank, and vLLM "
             f"takes ranks up to {_MAX_SERVED_RANK}: lower lora.rank={lora.rank} to "
-            f'{_MAX_SERVED_RANK // 2}, or set sampling.backend="torch"'
+            f'{_MAX_SERVED_RANK // 2}, or set sampling.backend="torch"{no_overlap}'
         )
 
 
 def check_temperatures(sampling: SamplingSection, evaluation: EvalSection) -> None:
     """Raises ValueError for a temperature that the back end cannot sample at."""
     lowest = MIN_TEMPERATURE.get(sampling.backend, MIN_TEMPERATURE["torch"])
-    other = ', or set sampling.backend="torch"' if sampling.backend == "vllm" else ""
     for section, value, greedy in (
         ("sampling", sampling.temperature, ""),
         ("eval", evaluation.temperature, "0 (greedy) or "),
     ):
         if 0 < value < lowest:
+            is_torch_able = sampling.backend == "vllm" and value >= MIN_TEMPERATURE["torch"]
+            no_overlap = " and sampling.overlap=false" if sampling.overlap else ""
+            other = f', or set sampling.backend="torch"{no_overlap}' if is_torch_able else ""
             raise ValueError(
-                f"{section}.temperature={value:g} is lower than the {sampling.backend} sampler "
-                f"takes: set {greedy}{lowest:g} or more{other}"
+                f"{section}.temperature={value:g} is below the minimum of the {sampling.backend} "
+                f"sampler; set {greedy}{lowest:g} or more{other}"
             )

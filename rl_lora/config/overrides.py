@@ -1,8 +1,8 @@
-"""Settings on the command line: `section.key=value` into a nested dict, by the field's type.
+"""Command-line overrides: `section.key=value` into a nested dict, by the field's type.
 
-A value is TOML (`8`, `[0.9, 0.95]`, `"text"`), except that a field for text takes what stands there
-as it is, whatever TOML would make of it: 2026-11-26, 71e2, true. A list of texts takes one text, or
-`[a, "b"]`. `none` is no value where the field has one that is none.
+A value is TOML (`8`, `[0.9, 0.95]`, `"text"`), except that a text field takes the value literally,
+even if it is valid TOML: 2026-11-26, 71e2, true. A list of texts takes one text, or `[a, "b"]`.
+`none` means None where the field allows it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ _ELEMENT = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'[^']*'|[^,]*?)\s*(?:,|$)""")
 def apply_overrides(
     raw: dict[str, Any], overrides: Iterable[str], root: type[BaseModel]
 ) -> dict[str, Any]:
-    """The raw settings with each `section.key=value` put in; raw itself is changed.
+    """Applies each `section.key=value` to the raw settings, in place, and returns them.
 
-    Shorter keys go first, so that `data.train.answer=gold data=my.jsonl` is about that file.
+    Shorter keys are applied first, so that `data.train.answer=gold data=my.jsonl` refers to that
+    file.
 
     Args:
-        raw: the settings so far, as TOML has them.
-        overrides: a later one of the same key has the last word.
+        raw: settings as read from TOML.
+        overrides: of several for one key, the last one wins.
         root: the settings' class, for the types of its fields.
 
     Raises:
-        UserError: an override is not of that form, or goes into a value.
+        UserError: an override is malformed, or its section is a plain value.
     """
     for override in sorted(overrides, key=lambda one: one.partition("=")[0].count(".")):
         _apply(raw, override, root)
@@ -64,7 +65,7 @@ def _apply(raw: dict[str, Any], override: str, root: type[BaseModel]) -> None:
 
 
 def _table(value: Any, field: Any) -> Any:
-    """The table that a section's value stands for: itself, that of a short form, or a list's one.
+    """The table of a section's value: the value, its long form, or a one-item list's item.
 
     `data = "my.jsonl"` is short for {train = "my.jsonl"}, a source "my.jsonl" for {name = ...}.
     """
@@ -79,7 +80,7 @@ def _table(value: Any, field: Any) -> Any:
 
 
 def _field(field: Any, key: str) -> Any:
-    """The annotation of a section's key; Any where the settings have no such key."""
+    """The annotation of a section's key; Any for an unknown key."""
     section = next((one for one in (field, _item(field)) if _is_section(one)), None)
     known = section.model_fields.get(key) if section is not None else None
     return Any if known is None else known.annotation
@@ -90,13 +91,13 @@ def _is_section(field: Any) -> bool:
 
 
 def _item(field: Any) -> Any:
-    """What a field that takes a list has in it: X of tuple[X, ...]; None for another field."""
+    """The item type of a list field, X of tuple[X, ...]; None for other fields."""
     is_list = get_origin(field) in (tuple, list) and get_args(field)[1:] in ((), (...,))
     return get_args(field)[0] if is_list else None
 
 
 def _takes(field: Any) -> tuple[bool, bool]:
-    """(whether a field takes text, whether it takes none)."""
+    """(whether a field takes text, whether it takes None)."""
     is_union = get_origin(field) in (Union, types.UnionType)
     choices = get_args(field) if is_union else (field,)
     is_text = any(
@@ -109,7 +110,7 @@ def _takes(field: Any) -> tuple[bool, bool]:
 
 
 def parse_value(text: str, field: Any) -> Any:
-    """What an override's text is for a field of this annotation.
+    """The value of an override's text for a field of this annotation.
 
     Example: parse_value("71e2", str) == "71e2", parse_value("71e2", float) == 7100.0.
     """
@@ -138,7 +139,7 @@ def _texts(text: str, plain: Any, item: Any) -> Any:
 
 
 def _toml(text: str) -> Any:
-    """The value of a TOML text; None where it is none."""
+    """The value of a TOML text; None if it is not valid TOML."""
     try:
         loaded = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):

@@ -1,7 +1,10 @@
-"""The job's settings: a few frozen sections, read from TOML, checked before any long work.
+"""A job's settings: frozen sections, read from TOML and checked before any long work.
 
-Departures from the defaults are all that a file in configs/ holds. A dotted override on the command
-line (`lora.rank=8`) has the last word. An unknown key is an error that names the nearest one.
+A config file holds only departures from the defaults. Dotted overrides on the command line
+(`lora.rank=8`) take precedence. An unknown key is an error that suggests the nearest one.
+
+The comments next to the fields are the text of docs/configuration.md
+(scripts/docs_configuration.py).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Section(BaseModel):
 
 
 SomeSection = TypeVar("SomeSection", bound=Section)
-# Arguments of `apply_chat_template` that are ours to set.
+# Arguments of `apply_chat_template` that prompt rendering sets.
 _TEMPLATE_ARGUMENTS = (
     "conversation messages add_generation_prompt continue_final_message tokenize padding "
     "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
@@ -41,86 +44,88 @@ _TEMPLATE_ARGUMENTS = (
 
 
 class RunSection(Section):
-    """What is written where, how long and how often."""
+    """Name, length and outputs of the run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0)
-    num_steps: int = Field(100, ge=0)
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the run folder
+    seed: int = Field(0, ge=0)  # of the weights' initialization, sampling and the data's order
+    num_steps: int = Field(100, ge=0)  # training steps, each one batch of rollouts
     output_dir: str = "runs"  # the run folder is output_dir/name
-    eval_every: int = Field(0, ge=0)  # steps; 0: only before the first and after the last step
-    checkpoint_every: int = Field(1, ge=1)  # steps
-    keep_last: int = Field(2, ge=1)  # checkpoints kept
-    transcripts_per_step: int = Field(8, ge=0)
+    eval_every: int = Field(0, ge=0)  # steps; 0: only before the first and after the last
+    checkpoint_every: int = Field(1, ge=1)  # steps between checkpoints
+    keep_last: int = Field(2, ge=1)  # number of checkpoints kept
+    transcripts_per_step: int = Field(8, ge=0)  # completions saved in full per step
+    # Where metrics go besides metrics.jsonl.
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
+        """output_dir/name."""
         return Path(self.output_dir) / self.name
 
 
 class ModelSection(Section):
     """The base model."""
 
-    name: str = "smollm2-135m-instruct"  # the embedded one, a local directory or a hub id
-    revision: str | None = None  # of a hub id
-    released: date | None = (
-        None  # YYYY-MM-DD, for the evaluation's note on contamination; None: by name
-    )
-    device: str = "auto"  # auto: cuda where there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: by a matmul probe of the device
+    name: str = "smollm2-135m-instruct"  # a built-in model, a local directory or a hub id
+    revision: str | None = None  # branch, tag or commit of a hub id
+    # Release date, YYYY-MM-DD, for the evaluation's note on contamination; none: looked up by name.
+    released: date | None = None
+    device: str = "auto"  # a torch device; auto: cuda if available
+    # auto: bfloat16 if its matmul is faster than float32's on the device.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
-# What the papers call them; plain LoRA is not among them.
+# As their papers spell them; plain LoRA is not a variant.
 VARIANT_NAMES = {"rslora": "rsLoRA", "pissa": "PiSSA", "olora": "OLoRA", "dora": "DoRA"}
 
 
 class LoraSection(Section):
     """The policy: W' = W + (alpha / rank) B A ('LoRA Without Regret', set-up)."""
 
-    mode: Literal["lora", "full"] = "lora"  # full: all weights train, through the same loop
-    rank: int = Field(1, ge=1, le=512)
-    alpha: float = Field(32.0, gt=0, le=1e6)
-    layers: Literal["all", "attention", "mlp"] = "all"
-    lm_head: bool = False
-    variant: Literal["lora", "rslora", "pissa", "olora", "dora"] = "lora"  # see rl_lora.nn.variants
+    mode: Literal["lora", "full"] = "lora"  # full: all weights are trained, by the same loop
+    rank: int = Field(1, ge=1, le=512)  # inner dimension of the product B A
+    alpha: float = Field(32.0, gt=0, le=1e6)  # the product is scaled by alpha / rank
+    layers: Literal["all", "attention", "mlp"] = "all"  # linear layers that get an adapter
+    lm_head: bool = False  # an adapter on the output layer, too
+    # rsLoRA, PiSSA, OLoRA or DoRA instead of plain LoRA (rl_lora.nn.variants).
+    variant: Literal["lora", "rslora", "pissa", "olora", "dora"] = "lora"
 
 
 class SourceSection(Section):
-    """One data set: a name of the loaders' table, a file, a folder, or a generator."""
+    """One data set: a known name, a file, a folder, a hub id or a generator."""
 
     name: str  # e.g. gsm8k, math500, aime24, a path, or reasoning_gym:chain_sum
-    split: str | None = None
-    question: str | None = None  # column of the question, if not one that is known
+    split: str | None = None  # of a hub data set; none: the known set's own, else train or test
+    question: str | None = None  # column of the question; none: recognized by the columns
     answer: str | None = None  # column of the gold answer; `a.b`: field b of column a
-    # What a list of answers means: any of them counts, or all of them together are the answer.
-    # None: see rl_lora.data.row_formats.
+    # Meaning of a list of answers: any of them is right, or all are required. none: all in rows
+    # with is_multiple_answer = true, else any.
     list_answers: Literal["any", "all"] | None = Field(None, exclude_if=lambda value: value is None)
-    num_rows: int | None = Field(None, ge=1)  # first rows only; rows made, for a generator
-    seed: int = 0  # of a generator
-    options: dict[str, Any] = Field(default_factory=dict)  # of a generator
+    num_rows: int | None = Field(None, ge=1)  # only the first rows; for a generator, rows made
+    seed: int = 0  # a generator's
+    options: dict[str, Any] = Field(default_factory=dict)  # a generator's
 
 
 class SourcesSection(Section):
-    """Data sets to learn from and to be evaluated on."""
+    """Data sets for training and evaluation."""
 
-    train: tuple[SourceSection, ...] = ()
-    eval: tuple[SourceSection, ...] = ()  # empty: rows are kept from the training rows
-    # For the chat template, e.g. enable_thinking = false; chat_template = another one, as text or
-    # by its name.
+    train: tuple[SourceSection, ...] = ()  # training sets; several are concatenated
+    eval: tuple[SourceSection, ...] = ()  # evaluation sets; empty: held-out training rows
+    # Variables of the chat template, e.g. enable_thinking = false. chat_template replaces the
+    # template, by its text or its name.
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("chat_template_kwargs")
     @classmethod
     def _template_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
         if taken := [name for name in value if name in _TEMPLATE_ARGUMENTS]:
-            raise ValueError(f"{taken[0]} is not free: it is set by how prompts are made")
+            raise ValueError(f"{taken[0]} cannot be set: prompt rendering sets it; remove it")
         return value
 
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
-        """`data = "path or name"` stands for that one training source."""
+        """`data = "path or name"` is short for one training source."""
         return {"train": value} if isinstance(value, str) else value
 
     @field_validator("train", "eval", mode="before")
@@ -132,35 +137,39 @@ class SourcesSection(Section):
 
 
 class DataSection(SourcesSection):
-    """The problems, and how they are rendered."""
+    """Data sets and how their problems are rendered."""
 
-    # Several sets in `eval` make one evaluation, with scores for each. "held_out" among them:
-    # held_out rows are kept from the training rows; no set: those alone.
+    # Rows held out from the training sets for evaluation, if data.eval is empty or contains
+    # "held_out". Several sets in data.eval make one evaluation with a score for each.
     held_out: int = Field(200, ge=1)
-    template: Literal["chat", "base"] = "chat"
-    system: str | None = None
-    instruction: str = "Put your final answer within \\boxed{}."  # follows the question
-    few_shot: str = ""  # stands before the question, base template
-    max_prompt_tokens: int = Field(1024, ge=1)  # a longer prompt is an error, not cut
+    template: Literal["chat", "base"] = "chat"  # base: plain text, for models without a template
+    system: str | None = None  # system message (chat template)
+    instruction: str = "Put your final answer within \\boxed{}."  # appended to each question
+    few_shot: str = ""  # text before each question (base template)
+    max_prompt_tokens: int = Field(1024, ge=1)  # a longer prompt is an error; none is truncated
 
 
 class SamplingSection(Section):
-    """Rollouts. top_p = 1 and no top_k: the importance ratio needs the whole distribution."""
+    """Rollouts. Always top_p = 1 and no top_k: importance ratios need the whole distribution."""
 
     backend: str = "vllm"  # vllm, torch, or your own as module:Class (rl_lora.build.make_sampler)
-    num_prompts: int = Field(16, ge=1)  # prompts a step
-    num_samples: int = Field(8, ge=1)  # G, completions a prompt
-    max_tokens: int = Field(256, ge=1)  # cap of a completion
-    temperature: float = Field(1.0, gt=0)  # MIN_TEMPERATURE at least
+    num_prompts: int = Field(16, ge=1)  # prompts per step
+    num_samples: int = Field(8, ge=1)  # completions per prompt, the group size G
+    max_tokens: int = Field(256, ge=1)  # longest completion
+    temperature: float = Field(1.0, gt=0)  # at least 0.01 with vllm, 1e-6 with torch
     stop: tuple[str, ...] = ()  # strings that end a completion (base models with few-shot prompts)
-    max_num_seqs: int | None = Field(None, ge=1)  # sequences decoded at once; None: for the machine
-    eager: bool | None = None  # vLLM without compilation; None: so on a CPU, but for long jobs
-    attention_backend: str | None = None  # vLLM's on a GPU (TRITON_ATTN); None: its choice
-    # Adapter added to vLLM's own copy of the weights; None: on a CPU in float32.
+    # Sequences decoded at once; none: chosen for the machine.
+    max_num_seqs: int | None = Field(None, ge=1)
+    eager: bool | None = None  # vLLM without compilation; none: on a CPU, except for long jobs
+    attention_backend: str | None = None  # vLLM's on a GPU, e.g. TRITON_ATTN; none: its choice
+    # Merge the adapter into vLLM's own copy of the weights; none: on a CPU in float32.
     merge_adapter: bool | None = None
-    memory_fraction: float = Field(0.45, gt=0, le=0.95)  # of the GPU's memory, for vLLM
-    max_kl: float | None = Field(None, gt=0)  # nats; None: 1e-4 in float32, 2e-2 in bfloat16
-    overlap: bool = False  # samples step k + 1 while step k learns, from version k - 1; for GPUs
+    memory_fraction: float = Field(0.45, gt=0, le=0.95)  # share of the GPU's memory for vLLM
+    # Sampler-learner mismatch (KL, nats) at which the run stops; none: 1e-4 in float32, 2e-2 in
+    # bfloat16.
+    max_kl: float | None = Field(None, gt=0)
+    # Sample step k + 1 with adapter version k - 1 while step k learns; for GPUs.
+    overlap: bool = False
 
     _known_backend = field_validator("backend")(check_backend)
 
@@ -168,19 +177,19 @@ class SamplingSection(Section):
     @classmethod
     def _some_text(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if "" in value:
-            raise ValueError("an empty string stands in every text; leave it out")
+            raise ValueError("an empty string matches everywhere; remove it")
         return value
 
 
 class RewardSection(Section):
-    """What is rewarded."""
+    """The reward of a completion."""
 
-    name: str = "math"  # a name of rewards' table or module:function
-    policy: str = "default"  # the verifier's policy for the data set
-    format_weight: float = Field(0.0, ge=0, le=1)  # added when the answer stands in a \boxed{}
-    thinking_tags: tuple[tuple[str, str], ...] = ()  # [opening, closing], beyond the known ones
-    num_workers: int = Field(1, ge=1)  # processes for the symbolic tier
-    timeout_s: float = Field(5.0, gt=0)
+    name: str = "math"  # a built-in reward, or your own as module:function
+    policy: str = "default"  # grading rules of the verifier: default, gsm8k, math, deepmath, aime
+    format_weight: float = Field(0.0, ge=0, le=1)  # added if the answer is in a \boxed{}
+    thinking_tags: tuple[tuple[str, str], ...] = ()  # more [opening, closing] pairs to recognize
+    num_workers: int = Field(1, ge=1)  # processes for symbolic comparisons
+    timeout_s: float = Field(5.0, gt=0)  # seconds for one symbolic comparison
 
 
 class AlgorithmSection(Section):
@@ -207,7 +216,7 @@ class AlgorithmSection(Section):
         if not isinstance(options, dict):
             return value
         if more.get("clip_low", 0) is None and more.get("ratio_cap") == 2.0:
-            del more["ratio_cap"]  # a record written before: every loss had it, as the default
+            del more["ratio_cap"]  # an older record, which has the default of all losses
         given = {key: one for key, one in {**options, **more}.items() if one is not None}
         return own | {"options": given}
 
@@ -239,35 +248,35 @@ class OptimSection(Section):
 
 
 class WarmStartSection(Section):
-    """Supervised steps on generated solutions before RL, its own stage; 0 steps: none."""
+    """Supervised steps on the data's worked solutions before RL."""
 
-    num_steps: int = Field(0, ge=0)
-    batch_size: int = Field(32, ge=1)  # examples a step
-    lr: float = Field(1e-3, gt=0)
-    seed: int = 1
+    num_steps: int = Field(0, ge=0)  # 0: no warm start
+    batch_size: int = Field(32, ge=1)  # examples per step
+    lr: float = Field(1e-3, gt=0)  # learning rate
+    seed: int = 1  # of the examples' order
 
 
 class EvalSection(Section):
-    """The held-out evaluation during training."""
+    """Evaluation on held-out problems, during training and with `rl-lora eval`."""
 
-    num_samples: int = Field(1, ge=1)  # completions a problem
+    num_samples: int = Field(1, ge=1)  # completions per problem
     temperature: float = Field(0.0, ge=0)  # 0: greedy
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int | None = Field(None, ge=1)  # None: as in training
-    chunk_samples: int = Field(256, ge=1)  # sampled at once, then on disk: what a kill costs
+    top_p: float = Field(1.0, gt=0, le=1)  # nucleus sampling; 1: off
+    max_tokens: int | None = Field(None, ge=1)  # longest completion; none: as in training
+    chunk_samples: int = Field(256, ge=1)  # completions between saves; a killed process loses one
 
     @model_validator(mode="after")
     def _no_copies(self) -> EvalSection:
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError(
-                f"num_samples={self.num_samples} greedy completions of a problem are all the same; "
-                "set eval.temperature, or eval.num_samples=1"
+                f"num_samples={self.num_samples} greedy completions of a problem are identical; "
+                "set eval.temperature above 0, or eval.num_samples=1"
             )
         return self
 
 
 class RunConfig(Section):
-    """A whole job."""
+    """An RL job."""
 
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
@@ -290,7 +299,7 @@ class RunConfig(Section):
         if self.sampling.num_samples < 2:
             raise ValueError(
                 f"sampling.num_samples=1 gives every group one sample, and algorithm.advantage="
-                f"{self.algorithm.advantage!r} is then always 0; take num_samples >= 2"
+                f"{self.algorithm.advantage!r} is then always 0; set it to 2 or more"
             )
         if self.algorithm.kl != "none" and self.algorithm.kl_weight == 0:
             raise ValueError(
@@ -301,10 +310,10 @@ class RunConfig(Section):
 
 
 def load_config(path: Path | None, overrides: list[str] | None = None) -> RunConfig:
-    """Reads a TOML file, applies dotted overrides (`section.key=value`), checks everything.
+    """Reads a TOML file (or a shipped config by name), applies overrides and checks all settings.
 
     Raises:
-        UserError: one line that names the file or key and the fix.
+        UserError: no such file, or the first bad key with the fix.
     """
     return parse_config(read_settings(path, overrides, RunConfig))
 
@@ -312,28 +321,33 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> RunCon
 def read_settings(
     path: Path | None, overrides: list[str] | None, root: type[Section]
 ) -> dict[str, Any]:
-    """A TOML file's settings, to be those of `root`, with the overrides put in; not checked yet.
+    """A TOML file's settings with the overrides applied, not validated yet.
+
+    Args:
+        path: the file, or a shipped config's name; None: defaults only.
+        overrides: `section.key=value`.
+        root: the settings' class, for the types of the overrides.
 
     Raises:
-        UserError: no such file, no TOML, or an override that is none.
+        UserError: no such file, invalid TOML, or a malformed override.
     """
     raw: dict[str, Any] = {}
     if path is not None:
         path = find_config(path)
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # no TOML, no UTF-8, or a number of too many digits
+        except ValueError as error:  # invalid TOML or UTF-8, or a number of too many digits
             raise UserError(f"{path} is not valid TOML: {error}") from error
     return apply_overrides(raw, overrides or [], root)
 
 
 def parse_config(raw: dict[str, Any]) -> RunConfig:
-    """Checks a nested dict. Raises UserError naming the first bad key."""
+    """Validates a nested dict. Raises UserError naming the first bad key."""
     return parse_as(RunConfig, raw)
 
 
 def parse_as(root: type[SomeSection], raw: dict[str, Any]) -> SomeSection:
-    """Checks a nested dict as the settings of `root`. Raises UserError naming the first bad key."""
+    """Validates a nested dict as `root`. Raises UserError naming the first bad key."""
     try:
         return root.model_validate(raw)
     except ValidationError as error:
@@ -352,7 +366,7 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 
 def _section_at(location: tuple[int | str, ...], root: type[BaseModel]) -> type[BaseModel]:
-    """The section class that a validation error's location lies in."""
+    """The section class at a validation error's location."""
     section = root
     for part in location:
         if isinstance(part, int):

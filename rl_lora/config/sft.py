@@ -1,4 +1,4 @@
-"""Settings of a supervised job (`rl-lora sft`): its own data and batch, the rest as in RL."""
+"""Settings of a supervised job (`rl-lora sft`); [run], [model], [lora], [optim] are RL's."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ from rl_lora.config.checks import check_full_dtype, check_variant
 
 
 class SftDataSection(SourcesSection):
-    """Chats or prompts with completions, and how they are rendered."""
+    """Chats, or prompts with completions, and how they are rendered.
 
-    # SourceSection.question names a prompt column.
-    held_out: int = Field(200, ge=1)  # rows
+    In these sources `question` names the prompt column.
+    """
+
+    held_out: int = Field(200, ge=1)  # rows for the test loss, if data.eval is empty
     template: Literal["chat", "base"] = "chat"  # base: 'User: ...', for models without a template
-    system: str | None = None  # before chats that have no system message of their own
-    instruction: str = "Put your final answer within \\boxed{}."  # follows problems, not chats
-    learn_on: Literal["all", "last"] = "all"  # of a chat's assistant messages
-    max_tokens: int = Field(2048, ge=2)  # of a sequence; longer completions are cut at their end
+    system: str | None = None  # system message for chats that have none
+    instruction: str = "Put your final answer within \\boxed{}."  # appended to problems, not chats
+    learn_on: Literal["all", "last"] = "all"  # assistant messages of a chat that are trained on
+    max_tokens: int = Field(2048, ge=2)  # per sequence; longer completions are truncated
 
 
 class SftSection(Section):
-    """The batch and the tests along the way."""
+    """Batch size and test losses."""
 
-    batch_size: int = Field(32, ge=1)  # sequences a step
-    # Tests of the held-out rows: about so many, at equal ratios of steps (the article's figure 1
-    # goes by log steps); run.eval_every adds those at equal distances.
+    batch_size: int = Field(32, ge=1)  # sequences per step
+    # Approximate number of test losses, at steps equally spaced on a log scale (as in the
+    # article's figure 1); run.eval_every adds equally spaced ones.
     num_tests: int = Field(10, ge=1)
 
 
 class SftConfig(Section):
-    """A whole supervised job."""
+    """A supervised job."""
 
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
@@ -59,9 +61,9 @@ class SftConfig(Section):
 
 
 def load_sft_config(path: Path | None, overrides: list[str] | None = None) -> SftConfig:
-    """Reads a TOML file, applies dotted overrides (`section.key=value`), checks everything.
+    """Reads a TOML file (or a shipped config by name), applies overrides and checks all settings.
 
     Raises:
-        UserError: one line that names the file or key and the fix.
+        UserError: no such file, or the first bad key with the fix.
     """
     return parse_as(SftConfig, read_settings(path, overrides, SftConfig))

@@ -1,9 +1,9 @@
-"""The tokenizer's chat template: conversations -> text, where a turn ends, and text -> token ids.
+"""Chat templates: renders conversations as text, finds the end of a turn, and encodes prompts.
 
-A template is a program of the model's author. It may refuse a conversation, fail, or silently leave
-messages out; each is an error that names the row. The end of a turn is what the template writes
-after an assistant's message, which need not be the tokenizer's end token (Qwen3-8B-Base: turns end
-in <|im_end|>, its end token is <|endoftext|>).
+A template is a program by the model's author. It may reject a conversation, fail, or silently drop
+messages; each of these is an error that names the row. The end of a turn is what the template
+writes after an assistant's message, which need not be the tokenizer's end token (Qwen3-8B-Base:
+turns end with <|im_end|>, while the end token is <|endoftext|>).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from rl_lora.errors import UserError, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Tools = Sequence[Mapping[str, Any]]  # descriptions of what an assistant may call
+Tools = Sequence[Mapping[str, Any]]  # descriptions of the tools an assistant may call
 
-_OTHER_TEMPLATE = "another template can be given as data.chat_template_kwargs.chat_template"
-_FIX = f"{_OTHER_TEMPLATE}, and data.template='base' needs none"
+_OTHER_TEMPLATE = "set another template as data.chat_template_kwargs.chat_template"
+_FIX = f"{_OTHER_TEMPLATE}, or set data.template='base', which needs none"
 _CARRIERS = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
 _PROBE = "where does this turn end"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -39,16 +39,14 @@ class TurnEnd:
 
     token_id: int
     text: str
-    rest: str  # what follows the token; it is never sampled
+    rest: str  # text after the token, never sampled
 
 
 class ChatTemplate:
-    """A tokenizer's template with the settings of `data.chat_template_kwargs`."""
+    """A tokenizer's chat template with the variables of `data.chat_template_kwargs`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> None:
-        """Raises:
-        UserError: there is no template, none that is the default, or it lacks a setting.
-        """
+        """Raises UserError if there is no template, no default, or a variable is not used."""
         self._tokenizer, self._kwargs = tokenizer, dict(kwargs)
         known, wanted = tokenizer.chat_template, kwargs.get("chat_template")
         if not known and wanted is None:
@@ -59,21 +57,21 @@ class ChatTemplate:
         if isinstance(known, dict) and wanted is None and "default" not in known:
             raise UserError(
                 f"the model's tokenizer has several chat templates ({', '.join(sorted(known))}) "
-                "and none called default; set data.chat_template_kwargs.chat_template to one, e.g. "
+                "and none named default; set data.chat_template_kwargs.chat_template to one, e.g. "
                 f"{min(known)!r}"
             )
         if isinstance(known, dict) and wanted is not None and wanted not in known:
             if "{" not in str(wanted):
                 raise UserError(
                     f"data.chat_template_kwargs.chat_template={wanted!r} is neither a template nor "
-                    f"one's name; {nearest(str(wanted), known)}"
+                    f"the name of one; {nearest(str(wanted), known)}"
                 )
         text = str(tokenizer.get_chat_template(wanted, kwargs.get("tools")))
         for name in kwargs:
             if name != "chat_template" and not re.search(rf"\b{re.escape(name)}\b", text):
                 raise UserError(
                     f"data.chat_template_kwargs.{name}: the model's chat template has no such "
-                    "setting and would not use it; take it out"
+                    "variable; remove it"
                 )
 
     def render(
@@ -88,13 +86,13 @@ class ChatTemplate:
 
         Args:
             messages: all turns, in order.
-            who: the row in words, for errors.
-            opens_turn: end with the opening of the assistant's turn; where the last message is the
-                assistant's own, that turn is left open.
-            tools: the row's own; None: those of the settings, if any.
+            who: the row, for error messages.
+            opens_turn: end with an open assistant's turn; if the last message is the assistant's,
+                that turn is left open.
+            tools: the row's tools; None: those of the settings, if any.
 
         Raises:
-            UserError: the template refuses, fails, or leaves a message out.
+            UserError: the template rejects the conversation, fails, or drops a message.
         """
         is_begun = opens_turn and messages[-1].role == "assistant"
         options: dict[str, Any] = {
@@ -106,7 +104,7 @@ class ChatTemplate:
             options["tools"] = list(tools)
         try:
             text = self._apply([message.as_dict() for message in messages], options)
-        except Exception as error:  # the template is a program that is not ours
+        except Exception as error:  # the template is an arbitrary program
             raise UserError(_refusal(messages, who, error)) from error
         for message in messages:
             if message.role != "assistant":
@@ -115,7 +113,7 @@ class ChatTemplate:
         return text
 
     def _apply(self, turns: list[dict[str, Any]], options: dict[str, Any]) -> str:
-        """Arguments of tool calls are objects to most templates, and JSON text to a few."""
+        """Most templates take the arguments of tool calls as objects, a few as JSON text."""
         apply = self._tokenizer.apply_chat_template
         parsed = [_with_parsed_arguments(turn) for turn in turns]
         try:
@@ -131,14 +129,14 @@ class ChatTemplate:
         who: str,
         tools: Tools | None = None,
     ) -> tuple[str, str]:
-        """(prompt, answer): the prompt that is sampled from, and what the template writes for the
-        last message, the assistant's, up to the token that ends its turn.
+        """(prompt, answer): the prompt as it is sampled from, and the template's text for the last
+        message, the assistant's, up to and including the token that ends the turn.
 
-        Some templates open a turn as they write none (QwQ's with <think>, which an answer may
-        lack); the answer is then what differs between answers.
+        Some templates open a turn differently in a prompt than in a conversation (QwQ's with
+        <think>, which an answer may lack); then the answer starts where two answers differ.
 
         Raises:
-            UserError: the template refuses, or leaves out a part of the conversation.
+            UserError: the template rejects the conversation or drops a part of it.
         """
         before, answer = list(messages[:-1]), messages[-1]
         prompt = self.render(before, who, opens_turn=True, tools=tools)
@@ -157,7 +155,7 @@ class ChatTemplate:
                     "data.chat_template_kwargs (enable_thinking?) so that they agree"
                 )
         if not _is_written(answer, text[len(head) :]):
-            # It may begin with what opens the turn, <think> say.
+            # It may begin with the text that opens the turn, such as <think>.
             history = self.render(before, who, opens_turn=False, tools=tools)
             _check_written(answer, text[len(_common_start(history, text)) :], who)
         for name in answer.fields:
@@ -165,8 +163,8 @@ class ChatTemplate:
                 plain = [*before, _without(answer, name)]
                 if self.render(plain, who, opens_turn=False, tools=tools) == text:
                     raise UserError(
-                        f"the model's chat template leaves out {name!r} of an assistant's message "
-                        f"in {who}; put it into the content, or take it out of the data; or: "
+                        f"the model's chat template drops {name!r} of an assistant's message in "
+                        f"{who}; move it into the content, remove it from the data, or "
                         f"{_OTHER_TEMPLATE}"
                     )
         rest = self.turn_end.rest if self.turn_end else ""
@@ -174,11 +172,11 @@ class ChatTemplate:
 
     @cached_property
     def turn_end(self) -> TurnEnd | None:
-        """The token that ends an assistant's turn; None where the template closes it without."""
+        """The token that ends an assistant's turn; None if the template writes none."""
         turns = [Message("user", "What is 4 + 3?"), Message("assistant", _PROBE)]
         try:
             text = self.render(turns, "a question and its answer", opens_turn=False)
-        except UserError:  # the data's own rows say why, if the template does not take those either
+        except UserError:  # if the template rejects the data's rows too, their error says why
             return None
         _, found, tail = text.rpartition(_PROBE)
         if not found:
@@ -186,7 +184,7 @@ class ChatTemplate:
         known = self._tokenizer.added_tokens_decoder
         ids = self._tokenizer.encode(tail, add_special_tokens=False)
         marks = [one for one in ids if one in known and known[one].content.strip()]
-        # Some tokenizers (Gemma's) have runs of newlines and the like among their added tokens.
+        # Some tokenizers (Gemma's) have added tokens such as runs of newlines.
         first = next((one for one in marks if known[one].special), marks[0] if marks else None)
         if first is None:
             return None
@@ -208,48 +206,48 @@ def _refusal(messages: Sequence[Message], who: str, error: Exception) -> str:
     shown = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "")
     carried = sorted({name for one in messages for name in one.fields if name in _CARRIERS})
     if carried:
-        fix = f"the template must know {', '.join(carried)}; {_OTHER_TEMPLATE}"
+        fix = f"the template must support {', '.join(carried)}; {_OTHER_TEMPLATE}"
     elif "system" in roles:
-        fix = f"leave data.system and system messages out; or: {_FIX}"
+        fix = f"remove data.system and system messages, or {_FIX}"
     else:
-        fix = f"mend the template; or: {_FIX}"
-    return f"the model's chat template does not take {who} ({shown}): {reason}; {fix}"
+        fix = _FIX
+    return f"the model's chat template rejects {who} ({shown}): {reason}; {fix}"
 
 
 def _is_written(message: Message, text: str) -> bool:
-    """Whether the text has the message's content, blanks apart (templates trim it)."""
+    """Whether the text has the message's content, up to blanks (templates trim it)."""
     content = (message.content or "").strip()
     return content in text or "".join(content.split()) in "".join(text.split())
 
 
 def _check_written(message: Message, text: str, who: str) -> None:
-    """Raises UserError where a template has left a message out, or a part of it."""
+    """Raises UserError if a template has dropped a message or a part of it."""
     if not _is_written(message, text):
         raise UserError(
-            f"the model's chat template leaves out a part of the {message.role} message in {who}; "
-            f"take it out of the data; or: {_FIX}"
+            f"the model's chat template drops a part of the {message.role} message in {who}; "
+            f"remove it from the data, or {_FIX}"
         )
 
 
 def check_plain(messages: Sequence[Message], who: str) -> None:
-    """Raises UserError for reasoning or tool calls, which data.template='base' has no form for."""
+    """Raises UserError for reasoning or tool calls, which data.template='base' cannot render."""
     for message in messages:
         found = [name for name in message.fields if name in _CARRIERS]
         if found:
             raise UserError(
-                f"{who} has {found[0]!r} beside a message's content, and data.template='base' "
-                "writes contents alone; put it into the content, or set data.template='chat'"
+                f"{who} has a message with {found[0]!r}, and data.template='base' renders only "
+                "content; move it into the content, or set data.template='chat'"
             )
 
 
 def _check_tools(tools: Tools, text: str, who: str) -> None:
-    """Raises UserError where a template has left tools out."""
+    """Raises UserError if a template has dropped a tool."""
     for tool in tools:
         name = tool.get("function", tool).get("name", "")
         if str(name) not in text:
             raise UserError(
-                f"the model's chat template leaves out the tool {name!r} of {who}; take the column "
-                f"'tools' out of the data; or: {_OTHER_TEMPLATE}"
+                f"the model's chat template drops the tool {name!r} of {who}; remove the column "
+                f"'tools' from the data, or {_OTHER_TEMPLATE}"
             )
 
 
@@ -292,30 +290,30 @@ def _with_parsed_call(call: Any) -> Any:
 
 
 def markup_note(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A line on data set's texts that hold special tokens, which the model reads as markup."""
+    """A note if texts of the data contain special tokens, which the model reads as markup."""
     marks = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     pattern = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
     found = [match.group() for text in texts if (match := pattern.search(text))]
     if not found:
         return None
     return (
-        f"{len(found)} questions have special tokens of the model in them ({found[0]} for one), "
-        "which can end a turn or begin another; take them out of the data if they are not meant so"
+        f"{len(found)} questions contain special tokens of the model (e.g. {found[0]}), which can "
+        "end a turn or start one; remove them from the data unless that is intended"
     )
 
 
 def encode_prompts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, with_start: bool
 ) -> list[list[int]]:
-    """Token ids of texts that something will follow.
+    """Token ids of texts that a completion will follow.
 
-    With `with_start` the tokenizer's first token stands before a text that does not begin with it;
-    a chat template writes its own. The end token that some tokenizers append (add_eos_token) is
-    left out: nothing follows an end.
+    With `with_start`, the tokenizer's start token precedes each text unless the text begins with
+    it; chat templates write their own. The end token that some tokenizers append (add_eos_token) is
+    removed, as nothing can follow it.
     """
     if not texts:
         return []
-    # Not verbose: too long a text is the caller's to tell, and transformers warns of it as well.
+    # Not verbose: the caller checks lengths, transformers would warn as well.
     encoded = tokenizer(list(texts), add_special_tokens=with_start, verbose=False)
     ids: list[list[int]] = encoded["input_ids"]
     if not with_start:
@@ -327,7 +325,7 @@ def encode_prompts(
 
 
 def _affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """(ids that the tokenizer puts before a text, number of ids that it puts after it)."""
+    """(ids that the tokenizer puts before a text, number of ids that it appends)."""
     text = "What is 4 + 3?"
     bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     full = list(tokenizer(text, add_special_tokens=True)["input_ids"])
@@ -338,11 +336,11 @@ def _affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
 
 
 def check_characters(text: str, who: str) -> None:
-    """Raises UserError for a lone surrogate, half a character, which no tokenizer takes."""
+    """Raises UserError for a lone surrogate (half a character), which no tokenizer takes."""
     found = _SURROGATE.search(text)
     if found is not None:
         around = ascii(text[max(0, found.start() - 20) : found.end() + 10])
         raise UserError(
             f"{who} has half a character (the lone surrogate {found.group()!a} in {around}), "
-            "which is no text; mend it in the data, or take the row out"
+            "which is not valid text; fix it in the data, or remove the row"
         )

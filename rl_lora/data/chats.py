@@ -1,8 +1,8 @@
-"""Supervised rows as they come -> chats: a list of messages, the assistant's to be learnt.
+"""Reads raw rows for supervised training into chats; the assistant's messages are trained on.
 
-A row format is known by its columns: `messages` or `conversations` (chats), `prompt` and
-`completion`, `instruction` (with `input`) and `output` or `response`; and the problems with worked
-solutions that `row_formats` knows.
+A row format is recognized by its columns: `messages` or `conversations` (chats); `prompt` and
+`completion`; `instruction` (and `input`) with `output` or `response`; or a problem with a worked
+solution (`row_formats`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rl_lora.data.columns import check_text, reach, unpack
+from rl_lora.data.columns import COLUMN_KEYS, check_named, check_text, reach, unpack
 from rl_lora.data.messages import Message, as_turns, read_messages, read_tools, with_question
 from rl_lora.data.references import alternatives, without_tolerance
 from rl_lora.data.row_formats import ROW_FORMATS as PROBLEM_FORMATS
@@ -33,18 +33,18 @@ class Chat:
 
     messages: tuple[Message, ...]
     row: int  # position in the source, from 0
-    tools: str = ""  # what the assistant may call: a JSON list; "" for none
-    source: str = field(default="", compare=False)  # in words, for errors
+    tools: str = ""  # tools that the assistant may call, a JSON list; "": none
+    source: str = field(default="", compare=False)  # for error messages
 
     @property
     def who(self) -> str:
-        """The row in words."""
+        """The row, for error messages."""
         return f"row {self.row} of {self.source}" if self.source else f"row {self.row}"
 
     @property
     def answers(self) -> list[int]:
-        """Places of the assistant's messages that are learnt: those that have something before
-        them, are not empty, and have no weight 0."""
+        """Indices of the assistant's messages to train on: not the chat's first message, not empty,
+        and without weight 0."""
         return [
             place
             for place, message in enumerate(self.messages)
@@ -56,7 +56,7 @@ class Chat:
 
 
 def problem_chat(row: DataRow, instruction: str) -> Chat:
-    """A problem with its worked solution, ending in the format that the instruction asks for."""
+    """A problem with its worked solution as a chat."""
     asked = f"{row.question}\n{instruction}" if instruction else row.question
     solution = finish_solution(row.solution, row.reference or "", instruction)
     turns = with_question(row.messages, asked)
@@ -71,30 +71,24 @@ def parse_chats(
     prompt: str | None = None,
     completion: str | None = None,
 ) -> list[Chat]:
-    """Rows read by the given columns, or by the row format that their columns tell.
+    """Reads rows by the given columns, or by the row format that their columns identify.
 
-    Rows that hold nothing to learn come out without answers (`Chat.answers`), for the caller to
-    count.
+    Rows with nothing to train on have no answers (`Chat.answers`); the caller counts them.
 
     Args:
-        raws: rows as the file has them.
-        where: the source in words, for errors.
-        instruction: follows the questions of problems.
-        prompt: column of the prompt (`a.b` reaches into an object); None: by row format.
-        completion: column of the completion; None: by row format.
+        raws: raw rows.
+        where: the source, for error messages.
+        instruction: appended to the questions of problems.
+        prompt: the prompt's column (`a.b`: field b of object a); None: by row format.
+        completion: the completion's column; None: by row format.
 
     Raises:
-        UserError: no row format fits, a given column is not there, or one holds no text.
+        UserError: no row format fits, or a given column is missing or not text.
     """
     raws = [unpack(raw, f"{where}, row {index}") for index, raw in enumerate(raws)]
     columns = {str(column) for raw in raws for column in raw}
     found = ", ".join(sorted(columns)) or "none"
-    for key, column in (("question", prompt), ("answer", completion)):
-        if column is not None and not {column, column.split(".")[0]} & columns:
-            raise UserError(
-                f"{where} has no column {column!r} (the data source's key {key!r}); "
-                f"its columns: {found}"
-            )
+    check_named(columns, where, prompt, completion)
     if (prompt is None) != (completion is None):
         raise UserError(
             f"{where}: set both keys, question and answer, of the data source (the columns of "
@@ -108,8 +102,8 @@ def parse_chats(
         return [_read_row(read, raw, row, where) for row, raw in enumerate(raws)]
     if not any(row_format.columns <= columns for row_format in PROBLEM_FORMATS):
         raise UserError(
-            f"{where}: no chats, no prompts and completions, no problems with solutions among its "
-            f"columns ({found}); name them by data.train.question and data.train.answer"
+            f"{where}: its columns ({found}) are not those of chats, prompts and completions, or "
+            f"problems with solutions; name prompt and completion: {COLUMN_KEYS}"
         )
     return [
         replace(problem_chat(row, instruction), source=where) for row in parse_rows(raws, where)
@@ -141,7 +135,7 @@ def _chat(column: str) -> Reader:
 
 
 def _instruction(answer: str) -> Reader:
-    """Alpaca's: the input stands under the instruction, earlier turns in the column history."""
+    """Alpaca's format: the input follows the instruction; earlier turns are in column history."""
 
     def read(raw: Raw) -> list[Message]:
         told = (_text(raw, "instruction"), _text(raw, "input"))
@@ -162,8 +156,8 @@ def _instruction(answer: str) -> Reader:
 
 
 def _columns(prompt: str, completion: str) -> Reader:
-    """Either may hold text or messages (TRL's conversational prompts and completions); what the
-    assistant says in the prompt is not learnt."""
+    """Each may be text or messages (TRL's conversational format); assistant messages in the prompt
+    are not trained on."""
 
     def read(raw: Raw) -> list[Message]:
         asked, answered = as_turns(reach(raw, prompt)), as_turns(reach(raw, completion))
@@ -179,11 +173,13 @@ def _columns(prompt: str, completion: str) -> Reader:
 
 
 def _text(raw: Raw, column: str, key: str = "question") -> str:
-    """The text or number in a column; "" where there is none."""
+    """The text or number in a column; "" if it is empty."""
     value = reach(raw, column)
     check_text(value, key, column)
     if isinstance(value, list | tuple) and value:
-        raise UserError(f"column {column!r} is a list, not text; name an item by {key}={column}.0")
+        raise UserError(
+            f"column {column!r} is a list, not text; for its first item, set {key}={column}.0"
+        )
     return "" if value is None or isinstance(value, list | tuple) else number_text(value)
 
 
@@ -197,7 +193,7 @@ ROW_FORMATS: tuple[tuple[frozenset[str], Reader], ...] = (
 
 
 def finish_solution(solution: str, reference: str, instruction: str) -> str:
-    """The worked solution, ending in the format that the instruction asks for."""
+    """The worked solution, with the answer in the format that the instruction asks for."""
     if not solution:
         return ""
     reference = without_tolerance(alternatives(reference)[0])

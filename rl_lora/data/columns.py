@@ -1,9 +1,9 @@
-"""Columns of a data set's rows: fields within objects, objects written as text, what is no text."""
+"""Columns of a data set's rows: nested fields, objects stored as JSON text, non-text values."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -11,8 +11,13 @@ from rl_lora.errors import UserError
 from rl_lora.storage.jsonl import parse_json
 
 Raw = Mapping[str, Any]
+# How a user names a source's columns, for error messages.
+COLUMN_KEYS = (
+    "data.train.question and data.train.answer (for an evaluation set, data.eval.question and "
+    "data.eval.answer)"
+)
 
-# Columns that hold chats or objects, and how their text begins where it is one of these.
+# Columns that may hold chats or objects as JSON text, and how such text begins.
 _TURNS = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 _OBJECT = re.compile(r"""\s*\{\s*['"]\w+['"]\s*:""")
 _PACKED = {
@@ -23,7 +28,7 @@ _PACKED = {
     "reward_model": _OBJECT,
     "extra_info": _OBJECT,
 }
-# Where a question or a gold answer is likely to be within an object, most likely first.
+# Likely names of an object's field with the question or gold answer, most likely first.
 _LIKELY = {
     "question": ("question", "problem", "prompt", "text", "content", "value"),
     "answer": ("ground_truth", "gold", "answer", "final_answer", "target", "value", "text"),
@@ -31,7 +36,7 @@ _LIKELY = {
 
 
 def parsed(text: str) -> Any:
-    """The value of a JSON text; None where it is none."""
+    """The value of a JSON text; None if it is not JSON."""
     try:
         return parse_json(text)
     except ValueError:
@@ -45,7 +50,7 @@ def reach(raw: Raw, column: str) -> Any:
     value: Any = raw
     for part in column.split("."):
         if isinstance(value, str):
-            value = parsed(value)  # an object that was written as JSON text, in a csv file say
+            value = parsed(value)  # an object stored as JSON text, e.g. in a csv file
         if isinstance(value, list) and part.isdecimal():
             value = value[int(part)] if int(part) < len(value) else None
         else:
@@ -54,10 +59,10 @@ def reach(raw: Raw, column: str) -> Any:
 
 
 def unpack(raw: Raw, where: str) -> Raw:
-    """The row, its chats and objects that were written as JSON text turned back into these.
+    """The row, with chats and objects that are stored as JSON text parsed.
 
     Raises:
-        UserError: the text of such a column is no JSON.
+        UserError: the text of such a column is not JSON.
     """
     packed = {}
     for column, beginning in _PACKED.items():
@@ -66,14 +71,14 @@ def unpack(raw: Raw, where: str) -> Raw:
             packed[column] = parsed(text)
             if not isinstance(packed[column], list | dict):
                 raise UserError(
-                    f"{where}: column {column!r} is text that is no JSON list or object; write it "
-                    "by json.dumps, or the list or object itself"
+                    f"{where}: column {column!r} is text but not a JSON list or object; store it "
+                    "with json.dumps, or as a list or object"
                 )
     return {**raw, **packed} if packed else raw
 
 
 def check_text(value: Any, key: str, column: str) -> None:
-    """Refuses what is no text in the column of the question or answer (key); lists may pass.
+    """Checks that the value of the question or answer column (`key`) is text, or a list of it.
 
     Raises:
         UserError: it is bytes or an object. The message does not name the row.
@@ -84,14 +89,14 @@ def check_text(value: Any, key: str, column: str) -> None:
     for place, item in enumerate(value if isinstance(value, list | tuple) else [value]):
         if isinstance(item, bytes | bytearray | memoryview):
             raise UserError(
-                f"{what} is bytes, not text; decode it when the file is written, e.g. "
+                f"{what} is bytes, not text; decode it when writing the file, e.g. with "
                 "value.decode('utf-8')"
             )
         if isinstance(item, Mapping):
             at = column if item is value else f"{column}.{place}"
             fields = ", ".join(str(field) for field in item)
             better = _text_field(item, key)
-            fix = f"name the field by {key}={at}.{better}" if better else "name a column of text"
+            fix = f"set {key}={at}.{better}" if better else "name a column of text"
             raise UserError(
                 f"{what} is an object with the fields {fields}; {fix} "
                 f"(data.train.{key}, data.eval.{key})"
@@ -99,7 +104,7 @@ def check_text(value: Any, key: str, column: str) -> None:
 
 
 def _text_field(value: Mapping[str, Any], key: str) -> str | None:
-    """The dotted name of the likeliest field that holds a question or gold; None: there is none."""
+    """Dotted name of the field most likely to hold a question or answer; None: there is none."""
     likely = _LIKELY[key]
     kinds = str if key == "question" else str | int | float | Decimal
     for name in sorted(value, key=lambda one: likely.index(one) if one in likely else len(likely)):
@@ -112,8 +117,20 @@ def _text_field(value: Mapping[str, Any], key: str) -> str | None:
     return None
 
 
+def check_named(
+    columns: Collection[str], where: str, question: str | None, answer: str | None
+) -> None:
+    """Raises UserError if a column that the user has named is not among the columns."""
+    for key, column in (("question", question), ("answer", answer)):
+        if column is not None and not {column, column.split(".")[0]} & set(columns):
+            raise UserError(
+                f"{where} has no column {column!r} (the data source's key {key!r}); "
+                f"its columns: {', '.join(sorted(columns)) or 'none'}"
+            )
+
+
 def explain_missing(raws: Iterable[Raw], column: str, key: str, where: str) -> None:
-    """Raises UserError for a dotted column that no row has; a plain one may be null throughout."""
+    """Raises UserError for a dotted column that no row has; a plain column may be all null."""
     root = column.split(".")[0]
     objects = [
         raw[root] for raw in raws if column not in raw and isinstance(raw.get(root), Mapping)

@@ -1,4 +1,4 @@
-"""Files and folders of rows: jsonl, json, parquet, csv, and what `datasets` saved to disk."""
+"""Files and folders of rows: jsonl, json, parquet, csv, and `Dataset.save_to_disk` folders."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from rl_lora.storage.jsonl import decode_text, parse_json, read_values
 
 Role = Literal["train", "eval"]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json")  # of `datasets`, beside the rows
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json")  # written by `datasets` next to the rows
 _ROLE_STEMS = ("train", "test", "dev", "val", "valid", "validation", "eval", "data")
 
 
 def folder_files(folder: Path, role: Role, split: str | None) -> list[Path]:
-    """The data files of a split, or of a role; all of them where none is named so.
+    """The data files of a split or role; all files if none is named after the role.
 
-    What `datasets` saved by `save_to_disk` counts as one file a split.
+    A split saved by `Dataset.save_to_disk` counts as one file.
+
+    Raises:
+        UserError: no data files, or none of that split.
     """
     everything = _data_files(folder)
     if not everything:
         inside = sorted(
             child.name for child in folder.iterdir() if child.is_dir() and _data_files(child)
         )
-        hint = f"; its folders {', '.join(inside)} have some" if inside else ""
+        hint = f"; give one of its folders that do: {', '.join(inside)}" if inside else ""
         raise UserError(f"folder {folder} has no data files ({', '.join(SUFFIXES)}){hint}")
     if split is not None:
         files = split_files(folder, split)
@@ -41,7 +44,7 @@ def folder_files(folder: Path, role: Role, split: str | None) -> list[Path]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """A saved data set itself, the saved splits of a folder, or its files of rows."""
+    """The folder itself if it is a saved data set, else its saved splits or files of rows."""
     if _is_saved(folder):
         return [folder]
     if (folder / "dataset_dict.json").is_file():
@@ -49,7 +52,7 @@ def _data_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        # Hidden files are the system's or an editor's: ._rows.jsonl of macOS, ~$rows.csv of Excel.
+        # Hidden files belong to the system or an editor: ._rows.jsonl (macOS), ~$rows.csv (Excel).
         if path.is_file()
         and path.suffix.lower() in SUFFIXES
         and not path.name.startswith((".", "~$"))
@@ -63,7 +66,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """train.jsonl, and shards as train-00000-of-00002.parquet."""
+    """train.jsonl, or shards such as train-00000-of-00002.parquet."""
     return [
         path
         for path in _data_files(folder)
@@ -72,18 +75,18 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
 
 def file_label(path: Path) -> str:
-    """A data set's name in metrics: the file's, or its folder's where the file is train.jsonl."""
+    """A data set's name in metrics: the file's, or the folder's for a file such as train.jsonl."""
     stem = path.stem.lower()
     return path.resolve().parent.name if stem in _ROLE_STEMS else path.stem
 
 
 def folder_label(path: Path) -> str:
-    """A folder's data set's name in metrics."""
+    """The name in metrics of a folder's data set."""
     return path.resolve().name or "data"
 
 
 def read_file(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, or of a folder that `datasets` saved.
+    """The rows of a file or a `save_to_disk` folder.
 
     Raises:
         UserError: it cannot be read, or a row has no named columns.
@@ -118,7 +121,7 @@ _KINDS = {list: "an array", str: "text", bool: "true or false", type(None): "nul
 
 
 def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
-    """A list of rows, one row a line, or an object with one list of rows in it."""
+    """A list of rows, one row per line, or an object containing one list of rows."""
     text = decode_text(path.read_bytes(), str(path))
     try:
         value = parse_json(text)
@@ -129,10 +132,10 @@ def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
     if isinstance(value, dict):
         tables = [item for item in value.values() if _is_table(item)]
         if len(tables) > 1:
-            raise UserError(f"{path} has several lists of rows; write each into a file of its own")
-        value = tables[0] if tables else [value]  # JSON lines may be a single one
+            raise UserError(f"{path} has several lists of rows; write each to a separate file")
+        value = tables[0] if tables else [value]  # a single JSON line
     if not isinstance(value, list):
-        raise UserError(f"{path} is not a list of rows; write one JSON object a line")
+        raise UserError(f"{path} is not a list of rows; write one JSON object per line")
     return enumerate(value, start=1)
 
 
@@ -153,7 +156,7 @@ def _read_parquet(path: Path) -> Iterable[tuple[int, Any]]:
     import pyarrow.parquet
 
     try:
-        # Without partitioning: a folder named lr=0.1 on the way would come as a column.
+        # With partitioning, a parent folder named lr=0.1 would become a column.
         table = pyarrow.parquet.read_table(path, partitioning=None)
         return enumerate(table.to_pylist(), start=1)
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
@@ -174,7 +177,7 @@ def _read_saved(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterable[tuple[int, Any]]:
-    """Rows under a header; cells are parted by the sign that parts the header most often."""
+    """Rows below a header; the delimiter is the most frequent of `,;` and tab in the header."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     text = decode_text(path.read_bytes(), str(path))
     header_text = text.partition("\n")[0]

@@ -1,7 +1,7 @@
-"""Problems made here, with worked solutions: chains of sums, products, stories, and codes to learn.
+"""Generated problems with worked solutions: sums, products, word problems, and codes to memorize.
 
-`chain_sum` and `products` take their expressions from reasoning-gym's generators; the stories are
-our own templates. Row k of a seed is always the same problem, whatever the number of rows.
+`chain_sum` and `products` take their expressions from reasoning-gym's generators; word problems are
+made from templates here. Row k of a seed is always the same problem, whatever the number of rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ChainSumOptions(Section):
     max_terms: int = Field(3, ge=2, le=20)
     min_digits: int = Field(1, ge=1, le=12)
     max_digits: int = Field(2, ge=1, le=12)
-    allow_negation: bool = False  # terms below zero too
+    allow_negation: bool = False  # negative terms, too
 
     @model_validator(mode="after")
     def _ordered(self) -> ChainSumOptions:
@@ -52,12 +52,12 @@ class ProductOptions(Section):
 
 
 class StoryOptions(Section):
-    """`generated:word_problems`: a short story. Difficulty: sums to do, size of the numbers."""
+    """`generated:word_problems`: a short story. Difficulty: number of sums, size of numbers."""
 
-    min_steps: int = Field(1, ge=1, le=8)  # sums to do
+    min_steps: int = Field(1, ge=1, le=8)  # sums to compute
     max_steps: int = Field(3, ge=1, le=8)
-    max_number: int = Field(20, ge=3, le=10_000)  # largest number added or taken away
-    max_factor: int = Field(5, ge=2, le=100)  # largest number multiplied or shared by
+    max_number: int = Field(20, ge=3, le=10_000)  # largest number added or subtracted
+    max_factor: int = Field(5, ge=2, le=100)  # largest number multiplied or divided by
     operations: tuple[str, ...] = ("add", "subtract", "multiply")  # and "divide"
 
     @model_validator(mode="after")
@@ -74,7 +74,7 @@ def _check_order(options: SomeOptions, *names: str) -> SomeOptions:
     for name in names:
         low, high = getattr(options, f"min_{name}"), getattr(options, f"max_{name}")
         if low > high:
-            raise ValueError(f"min_{name}={low} is over max_{name}={high}")
+            raise ValueError(f"min_{name}={low} is above max_{name}={high}")
     return options
 
 
@@ -97,7 +97,7 @@ def _expression_row(entry: dict[str, Any]) -> DataRow:
 def chain_steps(expression: str) -> list[str]:
     """The sums of a chain, left to right: '7 + 5 - 2' -> ['7 + 5 = 12', '12 - 2 = 10'].
 
-    The chain holds + and -, or * alone, so that left to right is right.
+    The chain has either only + and -, or only *, so left to right is the correct order.
     """
     first, *rest = expression.split(" ")
     total, steps = int(first), []
@@ -123,15 +123,15 @@ def _stories(options: Section, seed: int) -> Iterator[DataRow]:
 
 
 class CodeOptions(Section):
-    """`generated:codes`: items with random codes, to be learnt by heart.
+    """`generated:codes`: items with random codes, to be memorized.
 
-    What there is to know is num_items x num_digits x log2(10) bits, whatever the number of rows: a
-    supervised set for the question of capacity. Rows of every seed share one world of codes.
+    The information content is num_items x num_digits x log2(10) bits, whatever the number of rows:
+    a supervised data set for measuring capacity. The codes depend on `world`, not on the seed.
     """
 
     num_items: int = Field(500, ge=1, le=100_000)
     num_digits: int = Field(4, ge=1, le=12)
-    world: int = 0  # of the codes
+    world: int = 0  # seed of the codes
 
 
 _CODE_QUESTIONS = (
@@ -157,7 +157,7 @@ def _codes(options: Section, seed: int) -> Iterator[DataRow]:
 
 @dataclass(frozen=True, slots=True)
 class Generator:
-    """A generated set: its options, and its endless rows of a seed."""
+    """A generated set: its options, and a function (options, seed) -> endless rows."""
 
     options: type[Section]
     rows: Callable[[Section, int], Iterator[DataRow]]
@@ -198,7 +198,7 @@ def _explain(name: str, section: type[Section], error: ValidationError) -> str:
 
 
 def reasoning_gym_rows(name: str, options: dict[str, Any], seed: int) -> Iterator[DataRow]:
-    """The endless rows of `reasoning_gym:name`; they have no worked solution.
+    """The endless rows of `reasoning_gym:name`, without worked solutions.
 
     Raises:
         UserError: unknown name or option, or an option that the generator refuses.
@@ -223,7 +223,7 @@ def reasoning_gym_entries(
             raise UserError(
                 f"reasoning_gym:{name} has no option {option!r}; {nearest(option, known)}"
             )
-    # Row k of seed s is made from s + k there, so that seeds 0 and 1 would share all rows but one.
+    # reasoning-gym makes row k of seed s from s + k: seeds 0 and 1 would share all rows but one.
     mixed = mix_seed("reasoning_gym", name, seed) % MAX_SEED
     try:
         dataset = reasoning_gym.create_dataset(name, **options, seed=mixed, size=MAX_SEED)

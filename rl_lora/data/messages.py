@@ -1,7 +1,7 @@
-"""The messages of a conversation, as data sets write them -> one record; nothing is left out.
+"""Reads the messages of a conversation in the formats that data sets use; nothing is dropped.
 
-What a message has beside its role and content (reasoning, tool calls, a tool's name) goes on to the
-chat template as it is.
+Fields other than role and content (reasoning, tool calls, a tool's name) are passed on to the chat
+template unchanged.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Message:
     """
 
     role: str  # system, user, assistant; others (tool, ...) as the data set has them
-    content: str | None  # None: a message of tool calls alone
-    extra: str = ""  # the message's other fields, a JSON object; "" for none
-    is_learnt: bool = field(default=True, compare=False)  # False: weight 0, or a prompt's turn
+    content: str | None  # None: only tool calls
+    extra: str = ""  # the other fields as a JSON object; "": none
+    is_learnt: bool = field(default=True, compare=False)  # False: weight 0, or part of a prompt
 
     def as_dict(self) -> dict[str, Any]:
-        """As chat templates take it."""
+        """The dict that chat templates take."""
         more = json.loads(self.extra) if self.extra else {}
         return {"role": self.role, "content": self.content, **more}
 
@@ -42,7 +42,7 @@ class Message:
 
 
 def as_turns(value: Any) -> list[Mapping[str, Any]] | None:
-    """The turns of a column that holds a conversation, as a list or as JSON; None: another one."""
+    """The turns of a column that is a conversation, as a list or JSON text; None if it is not."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             value = json.loads(value)
@@ -56,17 +56,17 @@ def as_turns(value: Any) -> list[Mapping[str, Any]] | None:
 
 
 def read_messages(turns: list[Mapping[str, Any]], *, is_learnt: bool = True) -> list[Message]:
-    """One record a turn.
+    """One Message per turn.
 
     Raises:
-        UserError: a part that is not text (an image), a content of another type, or a weight that
-            is neither 0 nor 1. The message does not name the row.
+        UserError: a part that is not text (an image), content of another type, or a weight other
+            than 0 and 1. The error message does not name the row.
     """
     return [_message(turn, is_learnt) for turn in turns]
 
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
-    """The tool descriptions of a column, a list or JSON; none where it holds something else."""
+    """The tool descriptions in a column, as a list or JSON text; empty if it is neither."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -80,7 +80,7 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
 def _message(turn: Mapping[str, Any], is_learnt: bool) -> Message:
     role = str(turn.get("role") or turn.get("from") or "")
     role = _ROLES.get(role, role)
-    # Arrow and JSON tables fill what a row does not have with nulls.
+    # Arrow and JSON tables fill missing fields with nulls.
     extra = {k: v for k, v in turn.items() if k not in _OWN_KEYS and v not in (None, [], {}, "")}
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
     if isinstance(content, list | tuple):
@@ -93,9 +93,7 @@ def _message(turn: Mapping[str, Any], is_learnt: bool) -> Message:
         )
     weight = turn.get("weight")
     if weight not in (None, 0, 1):
-        raise UserError(
-            f"the {role} message has weight {weight!r}; a message is learnt (1) or not (0)"
-        )
+        raise UserError(f"the {role} message has weight {weight!r}; set 1 (trained on) or 0 (not)")
     text = json.dumps(extra, ensure_ascii=False, default=str) if extra else ""
     return Message(role, content, text, is_learnt and weight != 0)
 
@@ -105,14 +103,14 @@ def _part(part: Any, role: str) -> str:
     if isinstance(text, str):
         return text
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise UserError(f"the {role} message has a part of type {kind!r}; only text is taken")
+    raise UserError(f"the {role} message has a part of type {kind!r}; only text is supported")
 
 
 # --- as text --------------------------------------------------------------------------------------
 
 
 def with_question(messages: Sequence[Message], asked: str) -> list[Message]:
-    """The conversation, its last user message being `asked`."""
+    """The conversation with its last user message replaced by `asked`."""
     if not messages:
         return [Message("user", asked)]
     places = [place for place, message in enumerate(messages) if message.role == "user"]
@@ -122,14 +120,14 @@ def with_question(messages: Sequence[Message], asked: str) -> list[Message]:
 
 
 def plain_text(messages: Sequence[Message]) -> str:
-    """A system message's text and the question; with more turns than one, `User: ...` lines."""
+    """System message and question as plain text; longer conversations as `User: ...` lines."""
     if all(message.role in ("system", "user") for message in messages):
         return "\n\n".join(message.content or "" for message in messages) + "\n"
     return conversation_text(messages)
 
 
 def conversation_text(messages: Sequence[Message]) -> str:
-    """`User: ...` and `Assistant: ...` lines, the assistant's turn open at the end."""
+    """`User: ...` and `Assistant: ...` lines, ending with the assistant's turn open."""
     lines = [f"{one.role.capitalize()}: {one.content or ''}" for one in messages]
     is_begun = messages[-1].role == "assistant"
     return "\n\n".join(lines if is_begun else [*lines, "Assistant:"])

@@ -1,15 +1,15 @@
-r"""Data-set rows as they come -> question, gold answer, worked solution.
+r"""Reads raw data-set rows into question, gold answer and worked solution.
 
-A row format is known by its columns. The gold answer is the final answer alone: what follows
-'####', the content of the last balanced \boxed{}, or the answer column; None where a row has none.
+A row format is recognized by its columns. The gold answer is only the final answer: the text after
+'####', the content of the last balanced \boxed{}, or the answer column; None if there is none.
 
-A list of answers is one of alternatives, any of which counts ("any"), or one answer of several
-values, all of which are needed ("all"). A source's `list_answers` says which. Where it does not:
+A list of answers means either alternatives, any of which is right ("any"), or one answer of several
+values, all of which are required ("all"). A source's `list_answers` says which; by default it is
 "all" in rows whose column is_multiple_answer is true (OlympiadBench, arXiv 2402.14008), else "any".
 
-OlympiadBench's column `error` holds the largest difference that counts as right ("1e-1"; "" or null
-for none) and becomes the reference's tolerance. Of several ("0.1,0.02", one a value) the smallest
-counts for all; a blank among them means exact, and then none is taken.
+OlympiadBench's column `error` is the largest difference that counts as right ("1e-1"; "" or null:
+exact) and becomes the reference's tolerance. Of several ("0.1,0.02", one per value) the smallest
+applies to all; if one of them is blank, there is no tolerance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Literal
 
-from rl_lora.data.columns import Raw, check_text, explain_missing, parsed, reach, unpack
+from rl_lora.data.columns import (
+    COLUMN_KEYS,
+    Raw,
+    check_named,
+    check_text,
+    explain_missing,
+    parsed,
+    reach,
+    unpack,
+)
 from rl_lora.data.messages import Message, as_turns, read_messages
 from rl_lora.data.references import alternatives, join_alternatives, with_tolerance
 from rl_lora.errors import UserError
@@ -34,17 +43,19 @@ class DataRow:
     Example: DataRow(question="What is 4 + 3?", reference="7", solution="4 + 3 = 7", row=17)
     """
 
-    question: str  # "" where the row has none
-    reference: str | None  # the final answer (`references`); None: the row has no gold answer
+    question: str  # "": the row has none
+    reference: str | None  # final answer (`references`); None: the row has none
     solution: str = ""  # worked solution, not necessarily ending in the asked format
     row: int = 0  # position in the source, from 0
-    # The whole conversation where there is more than the question: system message, earlier turns;
+    # The whole conversation if there is more than the question (system message, earlier turns);
     # its last user message is the question.
     messages: tuple[Message, ...] = ()
-    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as read
+    columns: Mapping[str, Any] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # the raw row
 
     def asked(self, *, with_system: bool) -> str:
-        """All that is asked, earlier turns and question, for telling problems apart."""
+        """Earlier turns and question as one text, to tell problems apart."""
         shown = [one for one in self.messages if with_system or one.role != "system"]
         return "\n".join(one.content or "" for one in shown) or self.question
 
@@ -57,7 +68,7 @@ Reader = Callable[[Raw], DataRow]
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last balanced \boxed{...} (or `\boxed 7`); None without one."""
+    r"""Content of the last balanced \boxed{...} (or `\boxed 7`); None if there is none."""
     for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*", text))):
         rest = text[match.end() :]
         if not rest.startswith("{"):
@@ -83,9 +94,9 @@ def number_text(value: Any) -> str:
 
 
 def gold_text(value: Any) -> str | None:
-    """An answer column's value as text, a list's items as alternatives; None for null, NaN, blank.
+    """An answer column's value as text, list items as alternatives; None for null, NaN or blank.
 
-    A list within a list is one answer of several values.
+    A nested list is one answer of several values.
     """
     if (items := _list_items(value)) is not None:
         parts = [gold_text(item) for item in items]
@@ -93,7 +104,7 @@ def gold_text(value: Any) -> str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     text = number_text(value).strip()
-    # AIME answers, 0 to 999, come as "025" in some files; the gold answer is the integer.
+    # Some files write AIME answers (0 to 999) as "025"; the gold answer is the integer.
     return str(int(text)) if re.fullmatch(r"0\d{1,2}", text) else text or None
 
 
@@ -103,7 +114,7 @@ def as_one(reference: str) -> str:
 
 
 def _list_items(value: Any) -> list[Any] | None:
-    """The items of a list, or of a JSON text of a list of texts (Skywork-OR1's '["4"]')."""
+    """The items of a list, or of a list of texts as JSON text (Skywork-OR1's '["4"]')."""
     if isinstance(value, list | tuple):
         return list(value)
     if isinstance(value, str) and re.match(r'\s*\[\s*"', value):
@@ -114,7 +125,7 @@ def _list_items(value: Any) -> list[Any] | None:
 
 
 def final_answer(value: Any) -> str | None:
-    """`gold_text` of what an answer text ends in: after '####', else in its last box."""
+    """`gold_text` of an answer text's final answer: after '####', else in its last box."""
     if (items := _list_items(value)) is not None:
         return gold_text([final_answer(item) if isinstance(item, str) else item for item in items])
     text = gold_text(value)
@@ -144,10 +155,10 @@ _ASKS = (
 
 
 def problem(value: Any, gold: str | None, solution: str = "") -> DataRow:
-    """A row whose prompt column holds text or chat messages.
+    """A row from a prompt column with text or chat messages.
 
     Raises:
-        UserError: a message that is not text.
+        UserError: a message is not text.
     """
     turns = as_turns(value)
     if turns is None:
@@ -165,7 +176,7 @@ def problem(value: Any, gold: str | None, solution: str = "") -> DataRow:
 
 
 def bare_question(value: Any) -> str:
-    """The text of a question without its answer instruction."""
+    """The question without a known answer instruction."""
     text = "" if value is None else str(value)
     for pattern in _ASKS:
         text = pattern.sub("", text)
@@ -195,7 +206,7 @@ def _svamp(raw: Raw) -> DataRow:
 
 
 def _masked(raw: Raw) -> DataRow:
-    """The SVAMP authors' csv files: number0, number1, ... stand for the column Numbers."""
+    """The SVAMP authors' csv files: number0, number1, ... refer to the column Numbers."""
     numbers = [_numeric(text) or "" for text in str(raw["Numbers"]).split()]
 
     def fill(match: re.Match[str]) -> str:
@@ -207,7 +218,7 @@ def _masked(raw: Raw) -> DataRow:
 
 
 def _numeric(value: Any) -> str | None:
-    """`gold_text`, and "51.0" of a csv file is 51 as well."""
+    """`gold_text` that also reads "51.0" of a csv file as 51."""
     text = gold_text(value)
     if text is None or not re.fullmatch(r"-?\d*\.\d+|-?\d+\.", text):
         return text
@@ -217,12 +228,12 @@ def _numeric(value: Any) -> str | None:
 def _equation(equation: Any, gold: str | None) -> str:
     """'( 76.0 - 25.0 )' -> '76 - 25 = 51'."""
     text = re.sub(r"(\d+)\.0\b", r"\1", _text(equation))
-    text = re.sub(r"^\( (.*) \)$", r"\1", text)  # every equation stands in brackets
+    text = re.sub(r"^\( (.*) \)$", r"\1", text)  # every equation is in parentheses
     return f"{text} = {gold}" if text and gold is not None else ""
 
 
 def _solved(question: str, answer: str, solution: str | None) -> Reader:
-    """Question and answer columns; the box of the solution where the answer is null."""
+    """Reads question and answer columns; a null answer is taken from the solution's box."""
 
     def read(raw: Raw) -> DataRow:
         text = _text(raw.get(solution)) if solution else ""
@@ -236,9 +247,9 @@ def _solved(question: str, answer: str, solution: str | None) -> Reader:
 
 
 def _worked(value: Any) -> str:
-    """The worked solution that an answer column may hold ("" if it holds the answer alone).
+    """The worked solution in an answer column; "" if it has only the answer.
 
-    GSM8K's calculator marks <<48/2=24>> and its last line '#### 72' are left out.
+    GSM8K's calculator annotations <<48/2=24>> and the last line '#### 72' are removed.
     """
     text = _text(value)
     if "####" in text:
@@ -253,27 +264,27 @@ def _boxed_solution(raw: Raw) -> DataRow:
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """Rows with these columns are read so. Example: see ROW_FORMATS."""
+    """How rows with these columns are read. Example: see ROW_FORMATS."""
 
     name: str
     question: str  # column
     answer: str  # column; `a.b` is field b of the object in column a
     read: Reader
-    others: frozenset[str]  # columns that have to be there as well
+    others: frozenset[str]  # other required columns
 
     @property
     def columns(self) -> frozenset[str]:
-        """All columns by which the row format is known."""
+        """All columns that identify the row format."""
         return self.others | {self.question.split(".")[0], self.answer.split(".")[0]}
 
 
 def _row_format(name: str, columns: str, read: Reader) -> RowFormat:
-    """Columns: of the question, of the gold answer, others."""
+    """`columns`: the question's, the gold answer's, others."""
     question, answer, *others = columns.split()
     return RowFormat(name, question, answer, read, frozenset(others))
 
 
-# The first whose columns are all there is taken, so the narrower stand before the wider.
+# The first one whose columns are all present is used, so the more specific ones come first.
 ROW_FORMATS: tuple[RowFormat, ...] = (
     _row_format("chat prompt", "prompt reward_model.ground_truth", _chat_prompt),
     _row_format("masked svamp", "Question Answer Numbers Equation", _masked),
@@ -298,19 +309,18 @@ def parse_rows(
     answer: str | None = None,
     list_answers: ListAnswers | None = None,
 ) -> list[DataRow]:
-    """Rows read by the given columns, or by the row format that their columns tell.
+    """Reads rows by the given columns, or by the row format that their columns identify.
 
     Args:
-        raws: rows as the file has them.
-        where: the source in words, for errors.
-        question: column of the question (`a.b` reaches into an object, `a.0` into a list); None:
+        raws: raw rows.
+        where: the source, for error messages.
+        question: the question's column (`a.b`: field b of object a, `a.0`: item 0 of list a); None:
             by row format.
-        answer: column of the gold answer; None: by row format.
-        list_answers: what a list of answers means; None: as this module's head says.
+        answer: the gold answer's column; None: by row format.
+        list_answers: meaning of a list of answers; None: see this module's docstring.
 
     Raises:
-        UserError: no row format fits, a given column is not there, or a question or gold answer is
-        an
+        UserError: no row format fits, a given column is missing, or a question or gold answer is an
             object or bytes.
     """
     raws = [unpack(raw, f"{where}, row {index}") for index, raw in enumerate(raws)]
@@ -345,15 +355,15 @@ _SIZE = re.compile(r"(?:\d{1,30}(?:\.\d{1,30})?(?:[eE][-+]?\d{1,2})?)?")
 
 
 def _tolerance(raw: Raw, where: str) -> str | None:
-    """OlympiadBench's `error`; None where the row has none. Raises UserError for other text."""
+    """OlympiadBench's `error`; None if the row has none. Raises UserError for other text."""
     text = "" if raw.get("error") is None else number_text(raw["error"]).strip()
     if "is_multiple_answer" not in raw or not text or text == "nan":
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(_SIZE.fullmatch(part) for part in parts):
         raise UserError(
-            f"{where}: the column error holds {text!r}, which is no tolerance: write the largest "
-            "difference that counts as right, such as 0.1, or leave it empty"
+            f"{where}: column error is {text!r}, not a tolerance; write the largest difference "
+            "that counts as right, such as 0.1, or leave it empty"
         )
     if "" in parts:
         return None
@@ -364,29 +374,17 @@ def _tolerance(raw: Raw, where: str) -> str | None:
 def _reader(
     columns: set[str], where: str, question: str | None, answer: str | None
 ) -> tuple[Reader, RowFormat | None]:
-    found = ", ".join(sorted(columns)) or "none"
-    for key, column in (("question", question), ("answer", answer)):
-        if column is not None and not {column, column.split(".")[0]} & columns:
-            raise UserError(
-                f"{where} has no column {column!r} (the data source's key {key!r}); "
-                f"its columns: {found}"
-            )
-    row_format = next(
-        (row_format for row_format in ROW_FORMATS if row_format.columns <= columns), None
-    )
-    if question is not None or answer is not None:
-        if row_format is None and (question is None or answer is None):
-            raise UserError(
-                f"{where}: set both keys, question and answer, of the data source; "
-                f"its columns: {found}"
-            )
-        return _mapped(question, answer, row_format), row_format
-    if row_format is None:
+    check_named(columns, where, question, answer)
+    row_format = next((one for one in ROW_FORMATS if one.columns <= columns), None)
+    if row_format is None and (question is None or answer is None):
+        found = ", ".join(sorted(columns)) or "none"
         raise UserError(
-            f"{where}: no question and gold answer among its columns ({found}); name them by "
-            "data.train.question and data.train.answer (data.eval.… for an evaluation)"
+            f"{where}: no question and gold answer among its columns ({found}); name both: "
+            f"{COLUMN_KEYS}"
         )
-    return row_format.read, row_format
+    if row_format is not None and question is None and answer is None:
+        return row_format.read, row_format
+    return _mapped(question, answer, row_format), row_format
 
 
 def _mapped(question: str | None, answer: str | None, row_format: RowFormat | None) -> Reader:

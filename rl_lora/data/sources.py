@@ -1,12 +1,12 @@
-"""Data sets by name, file, folder, hub id or generator -> rows with question and gold answer.
+"""Loads data sets by name, file, folder, hub id or generator into rows of question and answer.
 
-What a source section's `name` may be, first match first:
+A source's `name` is the first of these that it matches:
 
-- `generated:NAME` (rl_lora.data.generators) and `reasoning_gym:NAME`: made here, no hub needed;
+- `generated:NAME` (rl_lora.data.generators) or `reasoning_gym:NAME`: generated, no hub needed;
 - a file (.jsonl, .json, .parquet, .csv) or a folder of such files;
-- a name of LOADERS, or a hub id `owner/name` whose columns have a known row_format.
+- a key of LOADERS, or a hub id `owner/name` whose columns have a known row format.
 
-Null golds and duplicates are dropped here and counted; `rl_lora.prompts` renders what is left.
+Rows without an answer and duplicates are dropped and counted; `rl_lora.prompts` renders the rest.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_lora.config import SourceSection
+from rl_lora.data.columns import COLUMN_KEYS
 from rl_lora.data.files import (
     SUFFIXES,
     Role,
@@ -36,17 +37,17 @@ from rl_lora.errors import UserError, nearest
 
 @dataclass(frozen=True, slots=True)
 class HubSet:
-    """Where a named set lies on the hub.
+    """Where a data set is on the hub.
 
     Example: HubSet("openai/gsm8k", configs=("main",), train="train", eval="test")
     """
 
     hub_id: str
-    train: str | None  # split to train on; None: the set is an evaluation alone
-    eval: str | None  # split to be evaluated on; None: held-out rows of train
+    train: str | None  # training split; None: the set is for evaluation only
+    eval: str | None  # evaluation split; None: held-out rows of train
     configs: tuple[str | None, ...] = (None,)
-    ignored: tuple[str, ...] = ()  # large columns that are not read
-    last_year: int | None = None  # rows with a later Year are left out
+    ignored: tuple[str, ...] = ()  # large columns to skip
+    last_year: int | None = None  # rows with a later Year are skipped
 
 
 _MATH_SUBJECTS = (
@@ -72,19 +73,19 @@ LOADERS: dict[str, HubSet] = {
     "dapo": HubSet("BytedTsinghua-SIA/DAPO-Math-17k", "train", None),
     "deepscaler": HubSet("agentica-org/DeepScaleR-Preview-Dataset", "train", None),
     "svamp": HubSet("ChilleD/SVAMP", "train", "test"),
-    # 1983 to 2023: the year 2024 is in the file too, and is an evaluation here.
+    # 1983 to 2023; the file also has 2024, which is used for evaluation here.
     "aime": HubSet("di-zhang-fdu/AIME_1983_2024", "train", None, last_year=2023),
     "aime24": HubSet("HuggingFaceH4/aime_2024", None, "train"),
     "aime25": HubSet("MathArena/aime_2025", None, "train"),
     "aime26": HubSet("MathArena/aime_2026", None, "train"),
 }
 
-DEFAULT_ROWS = 1000  # of a generator without num_rows
+DEFAULT_ROWS = 1000  # for a generator without num_rows
 
 
 @dataclass(slots=True)
 class LoadedSet:
-    """The usable rows of one source, and what was dropped on the way.
+    """The usable rows of one source, and counts of the dropped ones.
 
     Example: LoadedSet(label="gsm8k", rows=[DataRow(...)], num_read=7473, dropped={})
     """
@@ -98,12 +99,12 @@ class LoadedSet:
 def load_source(
     source: SourceSection, role: Role, exclude: Collection[str] = frozenset()
 ) -> LoadedSet:
-    """The rows of one source for training or for the evaluation; no two have the same question.
+    """Loads one source for training or evaluation; no two rows have the same question.
 
     Args:
-        source: what to read.
-        role: chooses the split or the folder's file.
-        exclude: keys (`question_key`) of questions that a generator must not make.
+        source: the data set.
+        role: selects the split, or the file in a folder.
+        exclude: `question_key`s of questions that a generator must not produce.
 
     Raises:
         UserError: unknown name, missing or unreadable file, unknown columns, or no usable row.
@@ -128,7 +129,7 @@ def load_source(
 
 
 def has_eval_part(source: SourceSection) -> bool:
-    """Whether a training source brings its own evaluation rows (a test split or a test.* file)."""
+    """Whether a training source has evaluation rows of its own (a test split or test.* file)."""
     if ":" in source.name or source.split is not None:
         return False
     path = Path(source.name).expanduser()
@@ -144,9 +145,9 @@ def has_eval_part(source: SourceSection) -> bool:
 def question_key(question: str) -> str:
     """Questions with the same key are the same problem.
 
-    Left out is only what cannot change a problem: blanks that part nothing (those of `x + 1`), a
-    last full stop, and characters without width. Case, other marks, superscripts and blanks that
-    part numbers, words or signs stay: 5! is not 5?, 5² not 52, 1 1/2 not 11/2, 2 -3 not 2-3.
+    The key drops only what cannot change a problem: insignificant blanks (as in `x + 1`), a final
+    period, and zero-width characters. Case, punctuation, superscripts and blanks that separate
+    numbers, words or signs are kept: 5! is not 5?, 5² not 52, 1 1/2 not 11/2, 2 -3 not 2-3.
     """
     text = unicodedata.normalize("NFC", question).translate(_WITHOUT_WIDTH)
     text = _PARTING_BLANK.sub("\t", " ".join(text.split()))
@@ -166,7 +167,7 @@ _PARTING_BLANK = re.compile(
 
 
 def _clean(source: SourceSection, label: str, rows: list[DataRow]) -> LoadedSet:
-    """Drops rows without question or gold answer and repeated questions, and counts them."""
+    """Drops and counts rows without a question or answer, and repeated questions."""
     if not rows:
         raise UserError(f"data set {source.name} is empty")
     if source.num_rows is not None:
@@ -183,8 +184,8 @@ def _clean(source: SourceSection, label: str, rows: list[DataRow]) -> LoadedSet:
     if not kept:
         reasons = " and ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise UserError(
-            f"data set {source.name}: none of its {len(rows)} rows can be used ({reasons}); "
-            "name the columns by data.train.question and data.train.answer if it has others"
+            f"data set {source.name}: none of its {len(rows)} rows can be used ({reasons}); if it "
+            f"has other columns, name them: {COLUMN_KEYS}"
         )
     return LoadedSet(label, list(kept.values()), len(rows), dropped)
 
@@ -207,13 +208,14 @@ def _load_generated(
 ) -> LoadedSet:
     if source.question or source.answer or source.split or source.list_answers:
         raise UserError(
-            f"{source.name} is generated: question, answer, list_answers and split do not apply"
+            f"{source.name} is generated; remove question, answer, list_answers and split, which "
+            "do not apply"
         )
     make = generated_rows if kind == "generated" else reasoning_gym_rows
     wanted = source.num_rows or DEFAULT_ROWS
     kept: dict[str, DataRow] = {}
     dropped: dict[str, int] = {}
-    # Small settings have few distinct problems, so that the search for new ones must end.
+    # Some options allow few distinct problems, so the number of tries is bounded.
     for index, row in enumerate(islice(make(name, source.options, source.seed), 20 * wanted + 200)):
         key = question_key(row.question)
         if row.reference is None:
@@ -224,8 +226,8 @@ def _load_generated(
             break
     if not kept:
         raise UserError(
-            f"{source.name}: no usable problem at these options: all of them lack a single gold "
-            "answer or are in the evaluation; widen the options"
+            f"{source.name}: no usable problem with these options: each lacks a single gold answer "
+            "or is in the evaluation; widen the options"
         )
     if len(kept) < wanted:
         reason = "missing (the options allow no more distinct problems)"
@@ -238,7 +240,7 @@ def _load_generated(
 
 def _load_files(source: SourceSection, paths: list[Path], label: str) -> LoadedSet:
     if source.options:
-        raise UserError(f"data set {source.name} is read from disk: options are for generators")
+        raise UserError(f"data set {source.name} is read from disk; remove options, a generator's")
     rows: list[DataRow] = []
     for path in paths:
         raws = read_file(path)
@@ -258,7 +260,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def unknown_set(name: str) -> str:
-    """The error for a data set's name that is nothing known."""
+    """The error message for an unknown data set."""
     if "/" in name or Path(name).suffix.lower() in SUFFIXES or name.startswith(("~", ".")):
         return f"data file or folder {name} does not exist"
     kind, separator, generator = name.partition(":")
@@ -272,12 +274,12 @@ def unknown_set(name: str) -> str:
 
 def _load_hub(source: SourceSection, hub_set: HubSet, label: str, role: Role) -> LoadedSet:
     if source.options:
-        raise UserError(f"data set {source.name} comes from the hub: options are for generators")
+        raise UserError(f"data set {source.name} is from the hub; remove options, a generator's")
     split = source.split or (hub_set.train if role == "train" else hub_set.eval or hub_set.train)
     if split is None:
         raise UserError(
-            f"data set {source.name} is an evaluation; list it under data.eval, or train on it "
-            f"knowingly by its split={hub_set.eval!r}"
+            f"data set {source.name} is for evaluation; list it under data.eval, or set "
+            f"split={hub_set.eval!r} to train on it anyway"
         )
     rows: list[DataRow] = []
     for config in hub_set.configs:
@@ -300,10 +302,10 @@ def _hub_rows(
 
 
 def load_hub(name: str, hub_set: HubSet, config: str | None, split: str) -> Any:
-    """One split as a `datasets.Dataset`, without the columns that are not read.
+    """One split as a `datasets.Dataset`, without the ignored columns.
 
     Raises:
-        UserError: it cannot be loaded, saying why.
+        UserError: it cannot be loaded; the message gives the reason.
     """
     import datasets
     import httpx
@@ -313,8 +315,10 @@ def load_hub(name: str, hub_set: HubSet, config: str | None, split: str) -> Any:
     except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:160]
         known = "" if "/" not in name else ": no file or folder here, and"
+        is_split = isinstance(error, ValueError) and "split" in reason.lower()
+        fix = "set the source's split to one of them" if is_split else "check the connection"
         raise UserError(
             f"data set {name}{known} (hub id {hub_set.hub_id}, split {split}) cannot be loaded: "
-            f"{reason}; check the connection, or give the path of a local copy as name"
+            f"{reason}; {fix}, or give the path of a local copy as name"
         ) from error
     return loaded.remove_columns([one for one in hub_set.ignored if one in loaded.column_names])

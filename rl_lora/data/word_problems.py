@@ -1,7 +1,7 @@
-"""Short arithmetic stories with worked solutions, from our own templates.
+"""Short arithmetic word problems with worked solutions, made from templates.
 
-A story is a start, moves that change a running total, and a question; a few two-person stories
-(comparisons, 'how many at first') stand beside them. Solutions are one sum a line.
+A story is a start, moves that change a running total, and a question. There are also a few
+two-person stories (comparisons, 'how many at first'). Solutions have one sum per line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WARES = ("lamps", "books", "toys", "cups", "hats", "chairs", "bikes", "plates")
 class Theme:
     """Sentences about one kind of total: {name}, {other} people; {thing}; {n} {a} {b} {k} numbers.
 
-    `groups` and the moves `add_groups`, `subtract_groups` mean a times b, and cost a sum more.
+    `groups` and the moves `add_groups` and `subtract_groups` stand for a times b, one more sum.
     """
 
     things: tuple[str, ...]
@@ -167,16 +167,16 @@ def make_story(
     max_number: int,
     max_factor: int,
 ) -> tuple[str, int, list[str]]:
-    """(question, answer, one sum a line) of a story that takes exactly num_steps sums.
+    """(question, answer, sums) of a story that takes exactly num_steps sums.
 
-    Totals never fall below zero, divisions come out even, and at most one product stands in a story
-    so that numbers stay small.
+    Totals are never negative, divisions are exact, and a story has at most one product so that
+    numbers stay small.
 
     Args:
         rng: the story's randomness.
-        num_steps: sums to do, from 1.
-        operations: of add, subtract, multiply, divide; one of the first two at least.
-        max_number: largest number added, taken away or started with.
+        num_steps: number of sums, at least 1.
+        operations: of add, subtract, multiply, divide; at least one of the first two.
+        max_number: largest number added, subtracted or started with.
         max_factor: largest number multiplied or divided by.
     """
     specials = [
@@ -188,7 +188,7 @@ def make_story(
 
 
 class _Story:
-    """One story being told: the running total and what was said so far."""
+    """A story in the making: the running total and the sentences so far."""
 
     def __init__(
         self, rng: random.Random, operations: Collection[str], max_number: int, max_factor: int
@@ -257,7 +257,7 @@ class _Story:
         a, b = self._factors()
         if kind == "subtract" and a * b > self.total:
             kind = "add"
-        if kind not in self.operations:  # subtraction alone, and the product is too large
+        if kind not in self.operations:  # only subtraction, and the product is too large
             a, b = 1, self.total
         self.has_product = True
         self.sums.append(f"{a} * {b} = {a * b}")
@@ -336,7 +336,7 @@ def _fewer(rng: random.Random, max_number: int) -> tuple[str, int, list[str]]:
     return question, own + rest, [f"{own} - {fewer} = {rest}", f"{own} + {rest} = {own + rest}"]
 
 
-# (sums to do, operations needed, story)
+# (number of sums, required operations, story)
 SPECIALS: tuple[tuple[int, set[str], Special], ...] = (
     (1, {"subtract"}, _difference),
     (1, {"add"}, _at_first),

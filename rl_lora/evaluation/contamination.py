@@ -1,9 +1,8 @@
-"""Which evaluations were public before the base model was released, and may be in its training
-data.
+"""Which benchmarks were public before the base model's release, and may be in its training data.
 
-A model's training data ends before its release, so that an evaluation held later cannot be in it;
-one held earlier may be. Release dates are of the family, told by the model's name; `model.released`
-says it for a model that is not listed.
+A model's training data ends before its release: a later benchmark cannot be in it, an earlier one
+may be. The release date is that of the model's family, recognised by name; `model.released` gives
+it for other models.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Family:
     source: str
 
 
-# The first match counts: the narrower pattern comes first.
+# The first match counts, so narrower patterns come first.
 FAMILIES: tuple[Family, ...] = (
     Family(
         "SmolLM3", r"smollm-?3", date(2025, 7, 8), "its announcement, huggingface.co/blog/smollm3"
@@ -49,7 +48,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("OLMo 2", r"olmo-?2", date(2024, 11, 26), "arXiv 2501.00656"),
 )
 
-# Data sets that are no AIME: when they were first published.
+# Data sets other than AIME: first publication.
 PUBLISHED: dict[str, tuple[date, str]] = {
     "gsm8k": (date(2021, 10, 27), "arXiv 2110.14168"),
     "math": (date(2021, 3, 5), "arXiv 2103.03874"),
@@ -58,24 +57,24 @@ PUBLISHED: dict[str, tuple[date, str]] = {
 
 
 def contamination_notes(model: ModelSection, sources: Iterable[str]) -> tuple[str, ...]:
-    """One line for each evaluation whose date is known; none for generated and own problems.
+    """One line for each benchmark whose date is known; none for generated and custom problems.
 
     Args:
-        model: its name and, where it is set, `released`.
-        sources: names of the data sets, as `Prompt.source` has them.
+        model: its name and, if set, `released`.
+        sources: names of data sets, as in `Prompt.source`.
     """
     notes = []
     for source in sorted(set(sources)):
-        if (evaluation := evaluation_date(source)) is not None:
-            title, public = evaluation
+        if (benchmark := publication_date(source)) is not None:
+            title, public = benchmark
             notes.append(_note(title, public, model))
     return tuple(notes)
 
 
-def evaluation_date(source: str) -> tuple[str, date] | None:
-    """(title, the day on which all of it was public) of a data set, by its name.
+def publication_date(source: str) -> tuple[str, date] | None:
+    """(title, the day by which all of it was public) of a data set, by its name.
 
-    An AIME is held from the end of January to the middle of February.
+    AIME takes place between the end of January and the middle of February.
     """
     name = source.lower()
     if match := re.search(r"aime[ _-]?(?:20)?(\d\d)(?!\d)", name):
@@ -90,7 +89,7 @@ def evaluation_date(source: str) -> tuple[str, date] | None:
 
 
 def release_date(model: ModelSection) -> tuple[date, str] | None:
-    """(date, where it is from) of the base model's release; None: not known."""
+    """(date, source) of the base model's release; None: unknown."""
     if model.released is not None:
         return model.released, "model.released"
     name = model.name.rstrip("/").rpartition("/")[2].lower()
@@ -104,8 +103,8 @@ def _note(title: str, public: date, model: ModelSection) -> str:
     release = release_date(model)
     if release is None:
         return (
-            f"{title}: whether it precedes the base model's release is unknown; "
-            "model.released = YYYY-MM-DD would tell"
+            f"{title}: unknown whether it precedes the base model's release; set "
+            "model.released = YYYY-MM-DD"
         )
     released, origin = release
     if public < released:

@@ -1,4 +1,4 @@
-"""Evaluations graded again from their files: the completions are there, and nothing is sampled."""
+"""Regrades evaluations from their files, without sampling."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rl_lora.scoring import score_best
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A completion with another verdict than before.
+    """A completion whose verdict has changed.
 
     Example: Change(prompt_id="math500/7", sample=1, reference="1/2", answer="0.5", was=False,
     now=True, status="ok")
@@ -30,17 +30,17 @@ class Change:
     prompt_id: str
     sample: int  # 1..k
     reference: str
-    answer: str | None  # the new one
+    answer: str | None  # as extracted now
     was: bool
     now: bool
-    status: str  # the verifier's, now
+    status: str  # the verifier's status now
 
 
 @dataclass(frozen=True, slots=True)
 class Regrade:
-    """An evaluation under its old and its new verdicts.
+    """An evaluation with its old and its new verdicts.
 
-    Example: Regrade(evaluation="runs/q/eval/evaluation.jsonl.gz", reward="math", policy="default",
+    Example: Regrade(evaluation="runs/q/eval/eval.jsonl.gz", reward="math", policy="default",
     old=EvaluationScores(...), new=EvaluationScores(...), confidence=0.95, changes=(Change(...),))
     """
 
@@ -62,25 +62,26 @@ def regrade(
     timeout_s: float = 5.0,
     confidence: float = 0.95,
 ) -> Regrade:
-    """Grades every completion of an evaluation anew.
+    """Grades every completion of an evaluation again.
 
     Args:
-        path: RUN/eval/NAME.jsonl.gz, or the NAME.json beside it.
-        reward: its name, or "module:function"; None: the evaluation's own, or "math".
-        policy: of the verifier; None: the evaluation's own, or "default".
-        num_workers: processes of the verifier.
-        timeout_s: for a hard answer.
+        path: RUN/eval/NAME.jsonl.gz, or the NAME.json next to it.
+        reward: a name or "module:function"; None: the evaluation's reward, or "math".
+        policy: grading rules; None: the evaluation's, or "default".
+        num_workers: verifier processes.
+        timeout_s: seconds for a hard answer.
         confidence: of the intervals.
 
     Raises:
-        UserError: no evaluation, one without a problem, or one whose reward is a module's and not
-        named. ValueError: unknown reward or policy.
+        UserError: there is no such evaluation, it has no problems yet, or its reward is a module's
+            and `reward` is not given.
+        ValueError: unknown reward or policy.
     """
     path = find_evaluation(path)
     settings, problems_N = read_evaluation(path)
     if not problems_N:
-        raise UserError(f"{path} holds no problem yet; let rl-lora eval end")
-    name, rules = own_judge(path, settings, reward, policy)
+        raise UserError(f"{path} has no problems yet; wait for rl-lora eval to finish")
+    name, rules = reward_and_rules(path, settings, reward, policy)
     weight = float(settings.get("format_weight", 0.0))
     tags = tuple((opening, closing) for opening, closing in settings.get("thinking_tags", ()))
     samples = [sample for problem in problems_N for sample in problem.samples_G]
@@ -106,17 +107,19 @@ def regrade(
     )
 
 
-def own_judge(
+def reward_and_rules(
     path: Path, settings: Mapping[str, Any], reward: str | None, policy: str | None
 ) -> tuple[str, str]:
-    """(reward, policy): those given, else those that the evaluation says it was graded with.
+    """(reward, grading rules): those given, else those the evaluation was graded with.
 
     Raises:
-        UserError: the evaluation names a module: a file must not choose which code is imported.
+        UserError: the evaluation names a module: a file must not decide which code is imported.
     """
     name = reward or str(settings.get("reward", "math"))
     if reward is None and ":" in name:
-        raise UserError(f"{path} was graded by {name[:80]!r}; say so: --reward MODULE:NAME")
+        raise UserError(
+            f"{path} was graded by {name[:80]!r}; to import that code, pass it as --reward"
+        )
     return name, policy or str(settings.get("reward_policy", "default"))
 
 

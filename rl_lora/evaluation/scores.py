@@ -1,8 +1,8 @@
-"""What an evaluation found: a record a problem, and the scores made from the records alone.
+"""The results of an evaluation: one record per problem, and the scores computed from the records.
 
-Scores are pure functions of the records, so that an evaluation that was killed and resumed, or
-graded anew from its file, has the very numbers of one that ran through. No torch here: a report
-reads results without it.
+Scores depend only on the records, so an evaluation that was killed and resumed, or regraded from
+its file, has exactly the numbers of an uninterrupted one. Nothing here imports torch: reports read
+results without it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SampleRecord:
 
 @dataclass(frozen=True, slots=True)
 class ProblemRecord:
-    """One problem of an evaluation with its k graded completions.
+    """One problem of an evaluation and its k graded completions.
 
     Example: ProblemRecord(prompt_id="gsm8k/3", source="gsm8k", question="...", reference="7",
     samples_G=(SampleRecord(...),), seconds=0.4)
@@ -54,7 +54,7 @@ class ProblemRecord:
     question: str
     reference: str
     samples_G: tuple[SampleRecord, ...]
-    seconds: float = 0.0  # of sampling and grading, the chunk's shared out evenly
+    seconds: float = 0.0  # sampling and grading: the chunk's time divided evenly
 
     @property
     def num_correct(self) -> int:
@@ -68,19 +68,19 @@ class ProblemRecord:
 
     @property
     def is_majority_correct(self) -> bool:
-        """Whether the most frequent answer, as text, is correct; a tie goes to the earlier one."""
+        """Whether the most frequent answer, as text, is correct; the earlier one wins a tie."""
         first: dict[str, bool] = {}
         votes: Counter[str] = Counter()
         for sample in self.samples_G:
             if sample.answer is not None:
                 first.setdefault(sample.answer, sample.correct)
                 votes[sample.answer] += 1
-        if not votes:  # a reward that names no answers leaves nothing to vote on but correctness
+        if not votes:  # the reward extracts no answers: vote on correctness
             return 2 * self.num_correct > len(self.samples_G)
         return first[votes.most_common(1)[0][0]]
 
     def to_row(self) -> dict[str, Any]:
-        """The line of the evaluation's file."""
+        """The problem's line in the evaluation's file."""
         return {
             "prompt_id": self.prompt_id,
             "source": self.source,
@@ -105,7 +105,7 @@ class ProblemRecord:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> ProblemRecord:
-        """Reads `to_row`'s line. Raises KeyError or TypeError for another one."""
+        """Reads a line of `to_row`. Raises KeyError or TypeError for anything else."""
         return cls(
             prompt_id=row["prompt_id"],
             source=row["source"],
@@ -142,7 +142,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class OutcomeStats:
-    """What the correct, or the wrong, completions look like.
+    """Statistics of the correct, or of the wrong, completions.
 
     Example: OutcomeStats(num=50, tokens_mean=31.0, tokens_p50=28.0, tokens_p90=55.0,
     truncated_rate=0.0, no_answer_rate=0.0, timeout_rate=0.0)
@@ -159,35 +159,35 @@ class OutcomeStats:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationScores:
-    """Results over a set of problems, the whole evaluation or one source.
+    """Scores of a set of problems: the whole evaluation, or one source.
 
     Example: EvaluationScores(num_problems=200, num_samples=1, num_correct=50, accuracy=0.25,
     accuracy_low=0.192, accuracy_high=0.316, format_rate=0.9, accuracy_formatted=0.27, ...)
     """
 
     num_problems: int
-    num_samples: int  # k, completions a problem
+    num_samples: int  # k, completions per problem
     num_correct: int  # of num_problems * num_samples completions
     accuracy: float  # mean over problems of the share of correct samples: avg@k, the mean pass@1
     accuracy_low: float
     accuracy_high: float
-    format_rate: float  # share of completions with a final answer in the asked format
-    accuracy_formatted: float | None  # share correct among those; None: there are none
+    format_rate: float  # share of completions with a final answer in the requested format
+    accuracy_formatted: float | None  # share correct among these; None: there are none
     pass_at_k: float  # share of problems with at least one correct sample
     majority_accuracy: float  # share of problems whose most frequent answer is correct: maj@k
     tokens_mean: float  # completion length
     truncated_rate: float
     statuses: dict[str, int]  # verifier's status -> completions
-    # Results written before there were these have the defaults.
+    # Results of earlier versions have these defaults.
     majority_low: float | None = None
     majority_high: float | None = None
-    tokens_low: float | None = None  # of the mean length, problems resampled
+    tokens_low: float | None = None  # of the mean length, by bootstrap over problems
     tokens_high: float | None = None
     no_answer_rate: float | None = None
     timeout_rate: float | None = None
-    pass_at: dict[str, Estimate] | None = None  # "1", "2", "4", ... "k": unbiased pass@that
-    correct: OutcomeStats | None = None  # None: no completion was
-    wrong: OutcomeStats | None = None
+    pass_at: dict[str, Estimate] | None = None  # "1", "2", "4", ..., "k": unbiased pass@k
+    correct: OutcomeStats | None = None  # None: no completion was correct
+    wrong: OutcomeStats | None = None  # None: no completion was wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,20 +201,20 @@ class EvalResult:
     total: EvaluationScores
     by_source: dict[str, EvaluationScores]
     step: int | None  # training steps done; None: outside a run
-    adapter_version: int  # -1: the base model without adapter
+    adapter_version: int  # -1: the base model without an adapter
     confidence: float  # of the intervals
-    interval: str  # exact, or clustered_exact for more than one sample a problem
+    interval: str  # exact, or clustered_exact if there are several samples per problem
     temperature: float
     top_p: float
     max_tokens: int
     seed: int
-    seconds: float  # of sampling and grading, over all calls of a resumed evaluation
+    seconds: float  # of sampling and grading, a resumed evaluation's calls included
     policy: str = ""  # the adapter's fingerprint, or "base"
     notes: tuple[str, ...] = ()  # e.g. which AIME years precede the base model
 
     @property
     def accuracy(self) -> float:
-        """pass@1 over all problems."""
+        """Mean pass@1 over all problems."""
         return self.total.accuracy
 
     @property
@@ -225,7 +225,7 @@ class EvalResult:
     def metrics(self) -> dict[str, float]:
         """Flat numbers for metrics.jsonl: eval/accuracy, eval/accuracy_low, ...
 
-        By source as well (eval/accuracy/SOURCE, ...) where there is more than one.
+        Also by source (eval/accuracy/SOURCE, ...) if there is more than one.
         """
         metrics = _flat(self.total, "")
         if len(self.by_source) > 1:
@@ -239,7 +239,7 @@ class EvalResult:
 
 
 def load_result(path: Path) -> EvalResult:
-    """Reads what `EvalResult.save` wrote. Raises UserError where that is not to be had."""
+    """Reads a file of `EvalResult.save`. Raises UserError if it is missing or damaged."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         total = _scores_from(raw.pop("total"))
@@ -253,7 +253,7 @@ def load_result(path: Path) -> EvalResult:
 
 
 def key_part(name: str) -> str:
-    """A data set's name as part of a metric's key: what a logger could stumble over becomes '_'."""
+    """A data set's name as part of a metric's key; characters unsafe in loggers become '_'."""
     return re.sub(r"[^A-Za-z0-9_.:-]+", "_", name).strip("_.") or "unnamed"
 
 
@@ -263,13 +263,13 @@ def key_part(name: str) -> str:
 def evaluation_scores(
     problems_N: Sequence[ProblemRecord], confidence: float = 0.95
 ) -> EvaluationScores:
-    """Scores of N problems with k samples each; a pure function of the records.
+    """Scores of N problems with k samples each.
 
     Intervals of proportions are exact at the effective number of samples
-    (`intervals.clustered_interval`), that of the mean length is a bootstrap over problems.
+    (`intervals.clustered_interval`); that of the mean length is a bootstrap over problems.
 
     Raises:
-        ValueError: no problem, or problems with different numbers of samples.
+        ValueError: there is no problem, or the numbers of samples differ.
     """
     k = len(problems_N[0].samples_G) if problems_N else 0
     if k == 0 or any(len(problem.samples_G) != k for problem in problems_N):
@@ -315,7 +315,7 @@ def evaluation_scores(
 def scores_by_source(
     problems_N: Sequence[ProblemRecord], confidence: float = 0.95
 ) -> dict[str, EvaluationScores]:
-    """Scores of each data set by itself, sorted by name."""
+    """Scores of each data set, sorted by name."""
     by_source: defaultdict[str, list[ProblemRecord]] = defaultdict(list)
     for problem in problems_N:
         by_source[problem.source].append(problem)
@@ -325,7 +325,7 @@ def scores_by_source(
 def _pass_curve(
     problems_N: Sequence[ProblemRecord], num_samples: int, confidence: float
 ) -> dict[str, Estimate]:
-    """pass@1, 2, 4, ... and k; an interval each, by the effective number of samples."""
+    """pass@1, 2, 4, ... and k, each with its interval by the effective number of samples."""
     sizes = [2**power for power in range(num_samples.bit_length()) if 2**power < num_samples]
     curve = {}
     for size in [*sizes, num_samples]:

@@ -1,1 +1,1 @@
-"""Base models: found, checked, described without their weights; the tiny one is made here."""
+"""Base models: resolving names, checking directories, shapes without weights, tiny models."""

@@ -1,6 +1,6 @@
-"""Which models can be trained, told by their config.json before a weight is read.
+"""Which models can be trained, decided from config.json before any weights are read.
 
-docs/architectures.md is the table of architectures that the tests train.
+docs/architectures.md lists the architectures that the tests train.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from rl_lora.config import LoraSection
 
-_TABLE = "docs/architectures.md lists models that are served"
-# What models multiply, divide or cap their logits by, and where it does nothing. The policy's
-# log-probs are those of lm_head(hidden states); `policy` looks at the numbers as well.
+_TABLE = "docs/architectures.md lists supported models"
+# Config keys by which models scale or cap their logits, with the values that have no effect. The
+# policy computes log-probs from lm_head(hidden states); `policy` also checks this numerically.
 _LOGIT_KEYS: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None, 0),  # Gemma 2, 3n and 4
     "logits_soft_cap": (None, 0),  # RecurrentGemma
@@ -26,18 +26,18 @@ _LOGIT_KEYS: dict[str, tuple[Any, ...]] = {
     "logit_scale": (None, 1),  # Cohere
     "lm_head_multiplier": (None, 1),  # Falcon-H1
     "output_multiplier": (None, 1),
-    "attn_logit_softcapping": (None, 0),  # Gemma 2's of attention, which SDPA leaves out
+    "attn_logit_softcapping": (None, 0),  # Gemma 2's attention logits; SDPA ignores it
 }
 
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt")
 
 
 def check_config(model_dir: Path) -> PretrainedConfig:
-    """The config of a model directory, of one that can be read here; no code of its own is run.
+    """The config of a model directory; the model's own code is never run.
 
     Raises:
-        UserError: no config.json, a type that this transformers does not know or that is no causal
-            language model, code of its own, or quantized weights.
+        UserError: no readable config.json, a model type that this version of transformers does not
+            know or that is not a causal language model, custom code, or quantized weights.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -59,8 +59,8 @@ def check_config(model_dir: Path) -> PretrainedConfig:
             )
         raise UserError(
             f"model {model_dir}: {version} knows no causal language model of type {kind!r} "
-            "(model_type in config.json); a newer transformers may, within pyproject.toml's "
-            f"bounds, and {_TABLE}"
+            "(model_type in config.json); a newer version within pyproject.toml's bounds may; "
+            f"{_TABLE}"
         )
     text = raw.get("text_config")
     quantized = raw.get("quantization_config") or (
@@ -70,14 +70,14 @@ def check_config(model_dir: Path) -> PretrainedConfig:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UserError(
             f"model {model_dir} is quantized ({method or 'quantization_config'} in config.json), "
-            "and adapters are trained on plain weights; give the unquantized model that it was "
-            "made from"
+            "and adapters are trained on unquantized weights; give the model that it was quantized "
+            "from"
         )
     try:
         config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
             model_dir, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # a config's own checks raise what they like
+    except Exception as error:  # a config's own checks raise all kinds of errors
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"model {model_dir}: its config.json cannot be used: {type(error).__name__}: {reason}"
@@ -86,11 +86,11 @@ def check_config(model_dir: Path) -> PretrainedConfig:
 
 
 def check_architecture(config: PretrainedConfig, lora: LoraSection, where: Path) -> None:
-    """By the model's config alone.
+    """Checks that a model with this config can be trained.
 
     Raises:
-        UserError: logits that are scaled or capped, attention that cannot be exchanged, or an
-            adapter on layers that can have none.
+        UserError: its logits are scaled or capped, its attention cannot be replaced, or its layers
+            cannot have an adapter.
     """
     from transformers import AutoModelForCausalLM
 
@@ -110,6 +110,6 @@ def check_architecture(config: PretrainedConfig, lora: LoraSection, where: Path)
         )
     if lora.mode == "lora" and text.model_type in _CONV1D_TYPES:
         raise UserError(
-            f"model {where}: the layers of {model_class.__name__} are Conv1D, which get no adapter "
-            "here; set lora.mode='full'"
+            f"model {where}: the layers of {model_class.__name__} are Conv1D, which cannot have an "
+            "adapter here; set lora.mode='full'"
         )

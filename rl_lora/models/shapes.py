@@ -1,4 +1,4 @@
-"""A model's shape without its weights: config.json, or the few numbers of a model that is known."""
+"""A model's shape without its weights, from config.json or a table of known models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rl_lora.models.architectures import check_config
 from rl_lora.models.resolve import list_models
 from rl_lora.models.tiny import RECIPES
 
-HEAD_NAMES = ("lm_head", "embed_out")  # what models call their lm_head
+HEAD_NAMES = ("lm_head", "embed_out")  # of the output layer
 
 
 def _shape(
@@ -33,8 +33,8 @@ def _shape(
     return shape | {"vocab_size": vocabulary, **more}
 
 
-# Shapes of models that the shipped configs name, so that a dry run needs no network: config.json
-# of the hub repository of that name (the embedded one: HuggingFaceTB/SmolLM2-135M-Instruct).
+# Shapes of the models in the shipped configs, so that a dry run needs no network; from config.json
+# in the hub repository (smollm2-135m-instruct: HuggingFaceTB/SmolLM2-135M-Instruct).
 KNOWN_SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "meta-llama/Llama-3.1-8B": (
         LlamaConfig,
@@ -52,7 +52,7 @@ KNOWN_SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 
 
 def known_config(name: str) -> PretrainedConfig | None:
-    """The shape of a model of KNOWN_SHAPES, or of a tiny model that is not made yet; else None."""
+    """The shape of a model in KNOWN_SHAPES or of a tiny model; None for others."""
     if name in KNOWN_SHAPES:
         config_class, shape = KNOWN_SHAPES[name]
         return config_class(**shape)
@@ -66,7 +66,7 @@ def known_config(name: str) -> PretrainedConfig | None:
 
 
 def find_model_dir(name: str) -> Path | None:
-    """Where the model lies on this machine, if it is a directory or made already; else None."""
+    """The model's local directory, if it is a directory or already made; else None."""
     made = {entry.name: entry.path for entry in list_models()}
     if name in made:
         return made[name]
@@ -77,9 +77,9 @@ def find_model_dir(name: str) -> Path | None:
 def load_model_config(
     section: ModelSection, model_dir: Path | None
 ) -> tuple[PretrainedConfig, str]:
-    """The model's config and where it comes from, without network if that can be.
+    """The model's config and where it was found, without network if possible.
 
-    Looked for in this order: model_dir, the hub's cache on this machine, KNOWN_SHAPES, the hub.
+    Searched in this order: model_dir, the hub's local cache, KNOWN_SHAPES, the hub.
 
     Raises:
         UserError: it is in none of them.
@@ -101,16 +101,16 @@ def load_model_config(
         return hub, "the hub"
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"model.name={name!r}: its config.json is not on this machine and cannot be fetched; "
-            "give a directory, or get the model with `rl-lora models get`"
+            f"model.name={name!r}: its config.json is not on this machine and cannot be "
+            "downloaded; give a directory, or download the model on a machine with network"
         ) from error
 
 
 def has_own_head(model_dir: Path, config: PretrainedConfig) -> bool:
-    """Whether the files have an lm_head of its own although the config ties it to the embedding.
+    """Whether the files have a separate lm_head although the config ties it to the embedding.
 
-    transformers then unties them; it is decided here as there, without loading the model: both
-    tensors are in the files, and they differ.
+    transformers then unties them, if both tensors are in the files and differ; this is the same
+    check without loading the model.
     """
     if not any(c.tie_word_embeddings for c in (config, config.get_text_config())):
         return False

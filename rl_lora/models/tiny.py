@@ -1,8 +1,11 @@
-"""A tiny Llama with a digit-level tokenizer, pre-trained here on generated arithmetic.
+"""A tiny Llama with a digit-level tokenizer, pre-trained on generated arithmetic.
 
-It stands in for a base model in tests and in studies of many seeds: it answers in the asked format
-and gets a part of the problems right at temperature 1, so that RL has something to raise. Made on
-the CPU in a minute or two, the same for the same recipe and seed on one machine.
+It is the base model of tests and of studies with many seeds: it answers in the requested format and
+solves some of the problems at temperature 1, so that RL has something to improve. Training takes a
+minute or two on a CPU and is deterministic for a recipe and seed on one machine.
+
+The training loop is separate from Policy and Learner because their packed rows sum in another
+order, which would change the weights that the studies in docs/ were run on.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ CHAT_TEMPLATE = (
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-_FORMAT = 1  # part of the cache's key: raised when the code below makes another model
+_FORMAT = 1  # part of the cache key: incremented when the code below makes another model
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +55,24 @@ class TinyRecipe:
     intermediate_size: int = 1024
     vocab_size: int = 1024
     context_length: int = 1024
-    # 0.02, the usual one, is for widths from 768 on: with it, copying a number is learnt some four
-    # times later at these widths.
+    # The usual 0.02 suits widths of 768 and more; at these widths, copying a number is then learned
+    # about four times later.
     init_std: float = 0.09
     rope_theta: float = 100.0  # sequences are short
     batch_size: int = 32
     lr: float = 2e-3
-    num_steps: int = 1000  # of the optimizer; over the problems again and again
-    num_eval: int = 400  # held-out problems, for the accuracy
-    num_threads: int = 2  # fixed: another number sums in another order
+    num_steps: int = 1000  # optimizer steps, in several passes over the problems
+    num_eval: int = 400  # held-out problems for measuring accuracy
+    num_threads: int = 2  # fixed, as it determines the order of summation
     seed: int = 0
-    # Share of the sums in the solutions that are made wrong, anew in each of `num_copies` copies of
-    # every problem. What is learnt is then to err by chance and not by habit: the right answer is
-    # the likeliest one everywhere, and reinforcement has something to raise in every group.
+    # Share of sums in the solutions that are made wrong, independently in each of `num_copies`
+    # copies of a problem. The model then errs at random, not systematically: the right answer is
+    # always the most likely one, so every group of samples has something to reinforce.
     noise: float = field(default=0.0, repr=False)
     num_copies: int = field(default=1, repr=False)
 
     def key(self) -> str:
-        """Changes with the recipe."""
+        """The cache key of the recipe, 8 hex digits."""
         text = f"{_FORMAT} {self!r}"
         if self.noise:
             text += f" noise={self.noise} num_copies={self.num_copies}"
@@ -77,7 +80,7 @@ class TinyRecipe:
 
 
 def _made(name: str, num_rows: int, **options: Any) -> SourceSection:
-    # Jobs take other seeds, and problems of a kind are no secret: what is learnt here is the base.
+    # Jobs use other seeds, so their problems are mostly unseen.
     return SourceSection(name=f"generated:{name}", num_rows=num_rows, seed=1001, options=options)
 
 
@@ -120,7 +123,7 @@ def make_tiny_model(target: Path, recipe: TinyRecipe) -> float:
     """Trains the model and writes it with its tokenizer to the directory `target`.
 
     Returns:
-        Held-out accuracy at temperature 1; it is also written to `pretraining.json`.
+        Held-out accuracy at temperature 1, also written to `pretraining.json`.
     """
     import torch
 
@@ -152,11 +155,10 @@ def make_tiny_model(target: Path, recipe: TinyRecipe) -> float:
 
 
 def train_tokenizer(recipe: TinyRecipe) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the generated problems, every digit a token of its own.
+    """Trains byte-level BPE on generated problems; every digit is a separate token.
 
-    Words are not kept apart, so that the phrases of the templates become one token each: short
-    sequences are what makes the training quick. All 256 bytes are in the vocabulary, so that no
-    text is unknown.
+    Merges may span words, so that whole phrases of the templates become single tokens: short
+    sequences make training fast. All 256 bytes are in the vocabulary, so any text can be encoded.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -188,7 +190,7 @@ def train_tokenizer(recipe: TinyRecipe) -> PreTrainedTokenizerFast:
 
 
 def _tokenizer_texts(recipe: TinyRecipe) -> Iterator[str]:
-    """Problems with instruction and solution; stories always, as words are what BPE joins."""
+    """Problems with instruction and solution; always word problems too, as BPE merges words."""
     instruction = DataSection().instruction
     for name in ("chain_sum", "word_problems"):
         for row in islice(generated_rows(name, {}, recipe.seed), 2000):
@@ -197,7 +199,7 @@ def _tokenizer_texts(recipe: TinyRecipe) -> Iterator[str]:
 
 
 def build_model(recipe: TinyRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of the recipe's size with fresh weights (torch's global generator), float32."""
+    """A float32 Llama of the recipe's size, initialized from torch's global generator."""
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -255,7 +257,7 @@ def _train(
 
 
 def _with_noise(prompts: Sequence[Prompt], recipe: TinyRecipe) -> list[Prompt]:
-    """Copies of the problems with solutions that err, by the recipe's noise."""
+    """Copies of the problems with the recipe's share of wrong sums in their solutions."""
     if not recipe.noise:
         return list(prompts)
     rng = random.Random(mix_seed("noise", recipe.seed))
@@ -270,9 +272,9 @@ _SUM = re.compile(r"(-?\d+) ([-+*]) (\d+) = (-?\d+)")
 
 
 def noisy_solution(solution: str, noise: float, rng: random.Random) -> str:
-    r"""The solution of a chain with each sum wrong with probability `noise`, by 1, 2 or 3.
+    r"""A chain's solution in which each sum is off by 1, 2 or 3 with probability `noise`.
 
-    What follows a wrong sum goes on from it, and the box holds the last sum's result.
+    Later sums continue from a wrong one, and the box has the last result.
 
     Example: "7 + 5 = 12\n12 - 2 = 10\n\\boxed{10}" may become "7 + 5 = 11\n11 - 2 = 9\n\\boxed{9}".
     """
@@ -294,7 +296,7 @@ def noisy_solution(solution: str, noise: float, rng: random.Random) -> str:
     return "\n".join(lines)
 
 
-Example = tuple[list[int], int]  # prompt and solution with the end token; the prompt's length
+Example = tuple[list[int], int]  # (prompt + solution + end token, length of the prompt)
 
 
 def _examples(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]) -> list[Example]:
@@ -306,7 +308,7 @@ def _examples(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]) -> 
 
 
 def _batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
-    """Endless batches in random order, of examples of like length (padding costs time)."""
+    """Endless batches in random order, each of examples of similar length (less padding)."""
     rng = random.Random(mix_seed("tiny", seed))
     while True:
         order = sorted(examples, key=lambda example: (len(example[0]), rng.random()))
@@ -316,7 +318,7 @@ def _batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterato
 
 
 def _pad(batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, T] and the next tokens [B, T], -100 where none is learnt."""
+    """Token ids [B, T] and next tokens [B, T], -100 where there is no loss."""
     import torch
 
     length = max(len(ids) for ids, _ in batch) - 1
@@ -331,7 +333,7 @@ def _pad(batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
 def sampled_accuracy(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]
 ) -> float:
-    """Share of prompts whose one sample at temperature 1 boxes the gold answer (global RNG)."""
+    """Share of prompts whose single sample at temperature 1 boxes the gold answer (global RNG)."""
     import torch
 
     generate = cast("Any", model).generate  # its annotations refuse every model as self

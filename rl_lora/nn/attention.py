@@ -1,18 +1,16 @@
 """Attention over completions that share their prompt, in one row of tokens without padding.
 
 A microbatch is one long row: prompts, each followed by its completions; `segments` says which token
-sees which. The blocks of its buckets are gathered from the row and go through SDPA, or on a CPU,
-where they are short, through plain products (`block_attention`).
+sees which. The blocks of its buckets are gathered from the row and go through SDPA, or, where they
+are short and on a CPU, through plain products (`block_attention`).
 
-Models call it through transformers' attention interface under `NAME`. Without a layout in force
-(decoding, plain batches) it is transformers' own SDPA attention.
+Models call it through transformers' attention interface under `NAME`. Without a layout (decoding,
+plain batches) it is transformers' SDPA attention.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,47 +23,35 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rl_lora.nn import block_attention
 from rl_lora.nn.block_attention import Blocks
+from rl_lora.nn.context import CONTEXT, attending_by
 from rl_lora.nn.segments import MAX_WASTED_PAIRS, AttentionLayout, Segment, make_layout
 
 NAME = "rl_lora_shared_prompt"
 
-_state = threading.local()  # learner threads work on different microbatches at once
 
-
-@contextlib.contextmanager
-def using(segments: Sequence[Segment] | None, device: torch.device) -> Iterator[None]:
+def using(
+    segments: tuple[Segment, ...] | None, device: torch.device
+) -> AbstractContextManager[None]:
     """This thread's forward passes attend by the segments of a row; None: plain causal attention.
 
     The layout is kept for the next pass over the same row.
     """
     if segments is None:
-        layout = None
-    else:
-        kept = getattr(_state, "kept", None)
-        if kept is None or kept[0] is not segments or kept[1] != device:
-            made = make_layout(segments, MAX_WASTED_PAIRS.get(device.type, 0)).to(device)
-            kept = _state.kept = segments, device, made
-        layout = kept[2]
-    with _in_force(layout):
-        yield
-
-
-@contextlib.contextmanager
-def _in_force(layout: AttentionLayout | None) -> Iterator[None]:
-    before = getattr(_state, "layout", None)
-    _state.layout = layout
-    try:
-        yield
-    finally:
-        _state.layout = before
+        return attending_by(None)
+    kept = CONTEXT.kept_layout
+    if kept is None or kept[0] is not segments or kept[1] != device:
+        layout = make_layout(segments, MAX_WASTED_PAIRS.get(device.type, 0)).to(device)
+        kept = CONTEXT.kept_layout = segments, device, layout
+    return attending_by(kept[2])
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What a checkpointed layer is computed in, first and again: again by the layout of now.
+    """The contexts of a checkpointed layer's first computation and of its recomputation, which
+    attends by the present layout.
 
-    A GPU's backward pass runs in a thread of autograd's own, in which no layout is in force.
+    A GPU's backward pass runs in one of autograd's threads, which has no layout.
     """
-    return contextlib.nullcontext(), _in_force(getattr(_state, "layout", None))
+    return contextlib.nullcontext(), attending_by(CONTEXT.layout)
 
 
 def attend(
@@ -94,9 +80,9 @@ def attend_last(
     mask_S11T: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """[S, H, 1, D] outputs of the last tokens alone, as in decoding; the mask is True where seen.
+    """[S, H, 1, D] outputs of the last tokens only, as in decoding; the mask is True where seen.
 
-    The heads that share a key head go in as its queries: transformers' SDPA repeats keys and
+    The heads that share a key head are passed as its queries: transformers' SDPA repeats keys and
     values for each of them, at every token, which takes up to ten times as long on a CPU.
     """
     query_SJGD = query_SH1D.unflatten(1, (key_SJTD.shape[1], -1)).squeeze(3)
@@ -107,7 +93,7 @@ def attend_last(
 
 
 class _Attend(torch.autograd.Function):
-    """`attend` that keeps its inputs alone and computes the rest again in the backward pass.
+    """`attend` that keeps only its inputs and recomputes the rest in the backward pass.
 
     Attention is a few percent of the work, but its gathered blocks, with keys repeated for each
     group of query heads, would be a third of the activations.
@@ -147,16 +133,15 @@ class _Attend(torch.autograd.Function):
 
 
 def _blocks(query_THD: Tensor, key_TJD: Tensor, layout: AttentionLayout) -> Blocks | None:
-    """The layout's blocks, made once for all layers; None where SDPA is the faster way."""
+    """The layout's blocks, made once for all layers; None where SDPA is faster."""
     if query_THD.device.type != "cpu" or query_THD.dtype != torch.float32:
         return None
     num_key_heads = key_TJD.shape[1]
     key = (num_key_heads, query_THD.shape[1] // num_key_heads)
-    kept = getattr(_state, "blocks", None)
+    kept = CONTEXT.kept_blocks
     if kept is None or kept[0] is not layout or kept[1] != key:
-        kept = _state.blocks = layout, key, block_attention.make_blocks(layout, *key)
-    blocks: Blocks | None = kept[2]
-    return blocks
+        kept = CONTEXT.kept_blocks = layout, key, block_attention.make_blocks(layout, *key)
+    return kept[2]
 
 
 def _gather(x_THD: Tensor, index_SQ: Tensor) -> Tensor:
@@ -165,6 +150,7 @@ def _gather(x_THD: Tensor, index_SQ: Tensor) -> Tensor:
     return out.view(*index_SQ.shape, *x_THD.shape[1:]).transpose(1, 2)
 
 
+# limits: transformers' attention interface
 def _forward(
     module: nn.Module,
     query: Tensor,
@@ -176,7 +162,7 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' interface: [1, heads, T, D] in, [1, T, heads, D] out."""
-    layout: AttentionLayout | None = getattr(_state, "layout", None)
+    layout = CONTEXT.layout
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout is None and query.shape[2] == 1:
         return attend_last(query, key, value, attention_mask, scale).transpose(1, 2), None
@@ -191,8 +177,8 @@ def _forward(
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """SDPA's mask; none where a layout stands for it."""
-    return None if getattr(_state, "layout", None) is not None else sdpa_mask(*args, **kwargs)
+    """SDPA's mask; None where a layout replaces it."""
+    return None if CONTEXT.layout is not None else sdpa_mask(*args, **kwargs)
 
 
 AttentionInterface.register(NAME, _forward)

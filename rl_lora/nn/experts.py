@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 from rl_lora.config import LoraSection
 from rl_lora.errors import UserError
-from rl_lora.nn.switch import adapters_are_off
+from rl_lora.nn.context import CONTEXT
 from rl_lora.seeds import mix_seed
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -124,7 +124,7 @@ class LoraExperts(nn.Module):
 
     def forward(self, hidden_ND: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' experts: N tokens [N, D], their experts [N, K] and weights [N, K]."""
-        if adapters_are_off():
+        if not CONTEXT.has_adapter:
             out: Tensor = self.base(hidden_ND, top_k_index, top_k_weights)
             return out
         # One cast and one split a part: the gradient of E slices would be E whole tensors.

@@ -8,7 +8,6 @@ PEFT, so that saved adapters load there.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 
 import torch
@@ -16,22 +15,17 @@ from torch import Tensor, nn
 
 from rl_lora.config import LoraSection
 from rl_lora.errors import UserError
+from rl_lora.nn.context import CONTEXT
 from rl_lora.nn.experts import ROUTERS, attach_expert_lora, check_experts, has_experts
 from rl_lora.nn.lora_matmul import lora_products
 from rl_lora.nn.lora_swiglu import join_swiglu
-from rl_lora.nn.switch import adapters_are_off, adapters_off
 from rl_lora.nn.variants import Magnitude, initial_factors, is_shifted, scaling_of, shifted_factors
 from rl_lora.seeds import mix_seed
-
-__all__ = ["LoraLinear", "adapters_off", "attach_lora", "lora_layers", "target_names"]
 
 BASE_PREFIX = ".base."  # a LoraLinear's inner layer, in parameter names
 _ATTENTION_PARTS = ("attn", "attention")
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _MLP_PARTS = ("mlp", "feed_forward", "ffn")
-
-
-_state = threading.local()  # learner threads work at once; siblings' waiting outputs
 
 
 class LoraLinear(nn.Module):
@@ -102,15 +96,14 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] to [..., d_out]."""
-        if adapters_are_off():
+        if not CONTEXT.has_adapter:
             return self.base(x)
-        waiting: dict[LoraLinear, tuple[Tensor, Tensor]] = _state.__dict__.setdefault("waiting", {})
-        known_x, known_out = waiting.pop(self, (None, None))
+        known_x, known_out = CONTEXT.waiting.pop(self, (None, None))
         if known_x is x and known_out is not None:
             return known_out
         outputs = dict(zip(self.siblings, lora_products(x, self.siblings), strict=True))
         own = outputs.pop(self)
-        waiting.update({layer: (x, out) for layer, out in outputs.items()})
+        CONTEXT.waiting.update({layer: (x, out) for layer, out in outputs.items()})
         return own
 
 
@@ -143,9 +136,10 @@ def target_names(model: nn.Module, section: LoraSection) -> list[str]:
             has_layers = True
             names.append(name)
     if not has_layers and not (is_mixture and section.layers != "attention"):
+        what = "linear layer" if section.layers == "all" else "linear layer of that kind"
+        fix = "lora.mode='full'" if section.layers == "all" else "lora.layers='all'"
         raise UserError(
-            f"lora.layers={section.layers!r}: {type(model).__name__} has no linear layer of that "
-            "kind; use lora.layers='all'"
+            f"lora.layers={section.layers!r}: {type(model).__name__} has no {what}; set {fix}"
         )
     return names
 

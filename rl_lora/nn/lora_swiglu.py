@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from rl_lora.nn.context import CONTEXT
 from rl_lora.nn.lora_matmul import low_rank_gradients
-from rl_lora.nn.switch import adapters_are_off
 
 if TYPE_CHECKING:
     from rl_lora.nn.lora import LoraLinear
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class SwigluDown(torch.autograd.Function):
     """Letters: T tokens, F the MLP's width, D outputs, R rank."""
 
+    # limits: autograd takes the tensors that it differentiates one by one
     @staticmethod
     def forward(
         ctx: Any,
@@ -92,7 +93,7 @@ def join_swiglu(parent: nn.Module) -> bool:
 def _forward(parent: Any, x: Tensor) -> Tensor:
     gate, up = parent.gate_proj(x), parent.up_proj(x)
     down: LoraLinear = parent.down_proj
-    if adapters_are_off() or down.magnitude is not None:
+    if not CONTEXT.has_adapter or down.magnitude is not None:
         return down(parent.act_fn(gate) * up)
     out: Tensor = SwigluDown.apply(
         gate, up, down.base.weight, down.base.bias, *down.factors(), down.scaling

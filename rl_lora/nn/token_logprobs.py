@@ -14,19 +14,18 @@ They differ in what the backward pass needs:
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rl_lora.nn.context import CONTEXT
+
 CHUNK_ELEMENTS = 2**23  # logits of `chunked` held at once, 32 MiB in float32
 CHUNK_TOKENS = 4096  # of `FrozenHead` at once; only [tokens, D] is held
 CPU_BLOCK = 1024  # of the vocabulary: logits stay in the cache, and MKL is fastest (LOG.md)
 BLOCK_ELEMENTS = 2**25  # logits of a block on a GPU, which wants large ones
-
-_buffers = threading.local()
 
 
 def score_hidden(
@@ -49,6 +48,16 @@ def score_hidden(
         )
         return logprobs_C, entropy_C
     return chunked(hidden_CD, lm_head, target_ids_C, temperature)
+
+
+def take_positions(hidden_BTD: Tensor, row_C: Tensor, column_C: Tensor) -> Tensor:
+    """[C, D]: the hidden states at (row, column), with a gradient summed in a fixed order.
+
+    A prompt's last position is read once for each of its completions. On a CPU the gradient of
+    hidden_BTD[row_C, column_C] adds those up on several threads by atomic additions, in no fixed
+    order: two runs with one seed could then differ in their last digits.
+    """
+    return hidden_BTD.flatten(0, 1).index_select(0, row_C * hidden_BTD.shape[1] + column_C)
 
 
 class FrozenHead(torch.autograd.Function):
@@ -198,7 +207,7 @@ def _buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     """
     size = shape[0] * shape[1]
     key = (name, dtype, device)
-    kept: dict[Any, Tensor] = _buffers.__dict__.setdefault("kept", {})
+    kept = CONTEXT.buffers
     if key not in kept or kept[key].numel() < size:
         kept[key] = torch.empty(size, dtype=dtype, device=device)
     return kept[key][:size].view(shape)

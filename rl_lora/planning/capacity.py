@@ -1,9 +1,9 @@
-"""How much a policy can take in against how much there is to learn, in bits.
+"""How much a policy can store compared with how much there is to learn, in bits.
 
-'LoRA Without Regret', section on capacity: weights hold about 2 bits a parameter (Allen-Zhu and Li
-2024, arXiv 2404.05405); supervised training offers about 1 bit a token of its data set, however
-often it is seen; policy gradient at most about 1 bit an episode (its advantage), each episode being
-new. Orders of magnitude, not thresholds.
+'LoRA Without Regret', section on capacity: weights store about 2 bits per parameter (Allen-Zhu and
+Li 2024, arXiv 2404.05405); supervised training offers about 1 bit per token of its data set,
+however many epochs; policy gradients offer at most about 1 bit per episode (its advantage), and
+every episode is new. Orders of magnitude, not thresholds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BITS_PER_EPISODE = 1.0  # of reinforcement learning, at most
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """One job's account.
+    """What one job offers and what its policy can store.
 
     Example, rank 1 of Llama-3.1-8B on 10,000 problems x 32 samples: Capacity(unit="episodes",
     num_units=320000, num_parameters=2621440)
@@ -27,12 +27,12 @@ class Capacity:
 
     unit: Literal["tokens", "episodes"]  # supervised, or reinforcement learning
     num_units: int
-    num_parameters: int  # in training
-    num_fixed: int = 0  # of them, those that a higher rank has no more of (DoRA's magnitudes)
+    num_parameters: int  # trainable
+    num_fixed: int = 0  # those among them independent of the rank (DoRA's magnitudes)
 
     @property
     def held_bits(self) -> float:
-        """What the trained parameters can take in."""
+        """What the trainable parameters can store."""
         return BITS_PER_PARAMETER * self.num_parameters
 
     @property
@@ -48,10 +48,14 @@ class Capacity:
 
 
 def rank_that_holds(capacity: Capacity, rank: int, multiple_of: int = 1) -> int:
-    """The least rank that would hold what is offered, parameters being proportional to rank but
-    for the fixed ones.
+    """The lowest rank that can store what is offered.
 
-    multiple_of: active experts of a mixture, which share a rank.
+    All parameters but the fixed ones are proportional to the rank.
+
+    Args:
+        capacity: at `rank`.
+        rank: the adapter's.
+        multiple_of: active experts of a mixture, which share a rank.
     """
     fixed_bits = BITS_PER_PARAMETER * capacity.num_fixed
     share = (capacity.offered_bits - fixed_bits) / (capacity.held_bits - fixed_bits)
@@ -72,19 +76,22 @@ def capacity_line(capacity: Capacity) -> str:
 
 
 def capacity_warning(capacity: Capacity, rank: int | None, multiple_of: int = 1) -> str | None:
-    """One line where the policy is too small for its job, else None; rank None: all weights."""
+    """One line if the policy is too small for its job, else None; rank None: all weights."""
     if not capacity.is_too_small:
         return None
     who = "all weights together hold" if rank is None else f"rank {rank} holds"
     text = (
         f"{who} about {bits_text(capacity.held_bits)}, less than the "
         f"{bits_text(capacity.offered_bits)} that {capacity.num_units:,} {capacity.unit} may "
-        "carry: it may learn more slowly than full fine-tuning"
+        "carry"
     )
     if rank is None:
         return text
     least = rank_that_holds(capacity, rank, multiple_of)
-    return f"{text}; lora.rank={least} or more would hold them"
+    return (
+        f"{text}: learning may be slower than with full fine-tuning; lora.rank={least} or more "
+        "would hold them"
+    )
 
 
 def bits_text(bits: float) -> str:

@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 from rl_lora.config import RunConfig
 from rl_lora.config.checks import check_full_dtype
 from rl_lora.config.sft import SftConfig
+from rl_lora.models.device import pick_dtype
 from rl_lora.nn.variants import is_shifted
-from rl_lora.policy import pick_dtype
 from rl_lora.samplers.vllm.settings import CPU_MEMORY_SHARE, CPU_NUM_SEQS
 
 # Sequences that the engine decodes at once if sampling.max_num_seqs is not set.

@@ -11,7 +11,7 @@ from rl_lora.report.figures import make_sections
 from rl_lora.report.page import Page, packed_size
 from rl_lora.report.records import RunRecord, read_runs
 from rl_lora.report.summary import evaluation_table, make_tiles, run_table, settings_section
-from rl_lora.report.terminal import printable
+from rl_lora.report.tables import printable
 from rl_lora.report.text import Formulas, segments
 from rl_lora.report.transcripts import (
     HEAD_CHARS,
@@ -30,7 +30,7 @@ def build_page(folders: Sequence[Path]) -> tuple[Page, bytes]:
     """(page, its JSON) of the runs.
 
     Raises:
-        UserError: a folder is no run, is given twice, or has a damaged metrics.jsonl.
+        UserError: a folder is not a run's, is given twice, or has a damaged metrics.jsonl.
     """
     runs = read_runs(folders)
     sample = sample_transcripts(runs)

@@ -1,7 +1,7 @@
-"""`rl-lora report --watch`: the page on localhost, built anew when the run's files change.
+"""`rl-lora report --watch`: the page on localhost, rebuilt when the run's files change.
 
-The browser asks for `version` and, when it is another one, takes `data` and draws it in place, so
-that filters, zoom and scroll position stay.
+The browser polls `version`; when it changes, the browser fetches `data` and redraws in place, which
+keeps filters, zoom and scroll position.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from rl_lora.report.build import build_page
 from rl_lora.report.page import Page, to_html
 
 HOST = "127.0.0.1"
-PORT = 8000  # or, if it is in use and none was asked for, any free one
-_LOOK_S = 1.0  # between looks at the files
-_BUSY_FACTOR = 5  # of the time between two builds to the time that one takes: a fifth of a core
+PORT = 8000  # if it is taken and the user gave none: any free port
+_POLL_S = 1.0  # between looks at the files
+_BUSY_FACTOR = 5  # pause after a build, in units of its duration: a sixth of a core at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,10 @@ class _Built:
 
 
 class LiveReport:
-    """The newest page of the runs, for a server's threads to read.
+    """The newest page of the runs, read by the server's threads.
 
     Raises:
-        UserError: a folder is no run.
+        UserError: a folder is not a run's.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -44,7 +44,7 @@ class LiveReport:
         self._state: tuple[tuple[str, int, int], ...] = ()
         self._num_builds = 0
         self._next_build = 0.0
-        self._start = time.time_ns()  # versions of another server's pages are other ones
+        self._start = time.time_ns()  # so that versions differ between servers
         self._built: _Built | None = None
         self.problem = ""
         self.refresh()
@@ -53,14 +53,14 @@ class LiveReport:
 
     @property
     def built(self) -> _Built:
-        """What is served."""
+        """The page being served."""
         assert self._built is not None
         return self._built
 
     def refresh(self) -> bool:
-        """Builds the page anew where files have changed; returns whether it did.
+        """Rebuilds the page if files have changed; returns whether it did.
 
-        A record that is damaged in this moment leaves the page as it is, and `problem` says why.
+        If a record is damaged right now the page stays as it is, and `problem` says why.
         """
         now = time.monotonic()
         state = self._look()
@@ -81,31 +81,31 @@ class LiveReport:
         return True
 
     def _look(self) -> tuple[tuple[str, int, int], ...]:
-        """(path, size, time of change) of the files that a report is made from."""
+        """(path, size, modification time) of the files that a report is built from."""
         found = []
         for folder in self._folders:
             for pattern in ("*.json", "*.jsonl*", "eval/*.json*"):
                 for path in sorted(folder.glob(pattern)):
                     try:
                         status = path.stat()
-                    except FileNotFoundError:  # replaced or deleted since
+                    except FileNotFoundError:  # replaced or deleted meanwhile
                         continue
                     found.append((str(path), status.st_size, status.st_mtime_ns))
         return tuple(found)
 
 
 def make_server(report: LiveReport, port: int | None) -> ThreadingHTTPServer:
-    """A server on localhost, not yet started; port None: PORT, or any free one; 0: any free one.
+    """A server on localhost, not yet started; port None: PORT if it is free; 0: any free port.
 
     Raises:
-        UserError: the port asked for is in use or not allowed.
+        UserError: the given port is in use or not allowed.
     """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             own_names = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}  # type: ignore[attr-defined]
             if self.headers.get("Host") not in own_names:
-                # Another site whose name was pointed at this address must not read the page.
+                # DNS rebinding: a site whose name resolves to this address must not read the page.
                 self.send_error(HTTPStatus.FORBIDDEN)
                 return
             built = report.built
@@ -130,7 +130,7 @@ def make_server(report: LiveReport, port: int | None) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Nothing: a request a browser and every two seconds is no news."""
+            """Nothing: every browser polls every two seconds."""
 
     try:
         return ThreadingHTTPServer((HOST, PORT if port is None else port), Handler)
@@ -146,22 +146,22 @@ def serve(folders: Sequence[Path], port: int | None = None) -> None:
     """Serves until Ctrl-C.
 
     Raises:
-        UserError: a folder is no run, or the port is in use.
+        UserError: a folder is not a run's, or the port is in use.
     """
     report = LiveReport(folders)
     server = make_server(report, port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    print(f"http://{HOST}:{server.server_port}/  (Ctrl-C ends)", flush=True)
+    print(f"http://{HOST}:{server.server_port}/  (Ctrl-C stops)", flush=True)
     shown = ""
     try:
         while True:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
             report.refresh()
             if report.problem and report.problem != shown:
-                print(f"the page stays as it was: {report.problem}", flush=True)
+                print(f"page not updated: {report.problem}", flush=True)
             shown = report.problem
     except KeyboardInterrupt:
-        print("ended")
+        print("stopped")
     finally:
         server.shutdown()
         server.server_close()

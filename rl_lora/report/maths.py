@@ -1,8 +1,8 @@
-"""LaTeX in hostile text, as bounded trees of MathML that hold names and characters alone.
+"""Converts LaTeX in hostile text to bounded trees of MathML, made of names and characters only.
 
-A tree is [tag, {attribute: value}, child, ...], a child a tree or a string. Tags and attributes are
-of the short lists below and the page builds elements from them, so that no text of a model is ever
-parsed as HTML. What cannot be converted stays text.
+A tree is [tag, {attribute: value}, child, ...], where a child is a tree or a string. Tags and
+attributes come from the short lists below, and the page builds elements from them, so no model text
+is ever parsed as HTML. What cannot be converted stays text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from latex2mathml.converter import Converter
 
 Tree = list[Any]
 
-MAX_CHARS = 600  # of one formula
+MAX_CHARS = 600  # of a formula
 MAX_DEPTH = 30  # of braces in a formula, and of its tree
 MAX_NODES = 800  # of a tree
 
@@ -31,13 +31,13 @@ _PLAIN_ATTRIBUTES = frozenset(
 )
 _LENGTH_ATTRIBUTES = frozenset("columnspacing lspace rowspacing rspace width".split())
 _PLAIN_VALUE = re.compile(r"[A-Za-z0-9.+ -]{1,30}")
-_LENGTH_VALUE = re.compile(r"-?[0-3]?(\.\d{1,4})?(em|ex)")  # a few characters wide, no more
-# Definitions can grow a short formula beyond bounds; conditions and files have no place in one.
+_LENGTH_VALUE = re.compile(r"-?[0-3]?(\.\d{1,4})?(em|ex)")  # a few characters wide at most
+# Definitions can expand a short formula without bound.
 _DEFINES = re.compile(
     r"\\(?:re|provide)?(?:newcommand|command|newenvironment)|\\[egx]?def|\\let|\\Declare"
 )
 _ENVIRONMENTS = "align|aligned|equation|gather|gathered|multline|array|cases|[pbvBV]?matrix"
-# No pattern has nested repetition, and each formula is bounded, so matching is linear.
+# No pattern has nested repetition and each formula is bounded, so matching is linear.
 _FORMULA = re.compile(
     rf"""
       \$\$(?P<dollars>[^$]{{1,{MAX_CHARS}}})\$\$
@@ -55,8 +55,8 @@ _FORMULA = re.compile(
 def find_formulas(text: str) -> Iterator[tuple[int, int, str, bool]]:
     r"""(start, end, LaTeX without its delimiters, is displayed) of each formula, left to right.
 
-    Known are $...$ (pandoc's rule: no space inside the dollars, no digit after them, so that prices
-    stay prices), $$...$$, \(...\), \[...\], environments, and a bare \boxed{...}.
+    Recognised are $...$ (by pandoc's rule, which spares prices: no space just inside the dollars,
+    no digit after them), $$...$$, \(...\), \[...\], environments, and a bare \boxed{...}.
     """
     position = 0
     while match := _FORMULA.search(text, position):
@@ -79,13 +79,13 @@ def find_formulas(text: str) -> Iterator[tuple[int, int, str, bool]]:
 
 
 def to_tree(latex: str) -> Tree | None:
-    """The formula's tree; None: it is too long or too deep, defines macros, or is no LaTeX."""
+    """The formula's tree; None: it is too long or deep, defines macros, or is not LaTeX."""
     if len(latex) > MAX_CHARS or _depth(latex) > MAX_DEPTH or _DEFINES.search(latex):
         return None
     try:
         element = Converter().convert_to_element(latex)
-    # The converter has a dozen exceptions of its own and raises others (IndexError, StopIteration)
-    # on malformed input; whatever it is, the text is then shown as it stands.
+    # On malformed input the converter raises a dozen exceptions of its own and others (IndexError,
+    # StopIteration); in any case the text is then shown as it is.
     except Exception:  # noqa: BLE001
         return None
     if sum(1 for _ in element.iter()) > MAX_NODES:
@@ -97,7 +97,7 @@ def to_tree(latex: str) -> Tree | None:
 def _tree(element: Element, depth: int) -> Tree | None:
     attributes = {}
     tag = element.tag
-    if tag == "menclose":  # not of MathML Core: the page draws the box of \boxed
+    if tag == "menclose":  # not in MathML Core: the page draws the box of \boxed
         tag = "mrow"
         attributes["class"] = "boxed" if "box" in element.get("notation", "") else "struck"
     if tag not in _TAGS or depth == 0:
@@ -105,7 +105,9 @@ def _tree(element: Element, depth: int) -> Tree | None:
     attributes |= {name: v for name, v in element.attrib.items() if _is_allowed(name, v)}
     tree: Tree = [tag, attributes]
     if element.text:
-        tree.append(html.unescape(element.text))  # the converter writes symbols as references
+        tree.append(
+            html.unescape(element.text)
+        )  # the converter writes symbols as character references
     for child in element:
         branch = _tree(child, depth - 1)
         if branch is None:
@@ -129,7 +131,7 @@ def _depth(latex: str) -> int:
 
 
 def _closing_brace(text: str, start: int) -> int | None:
-    """The index of the brace that closes the one before `start`."""
+    """The index of the brace closing the one before `start`."""
     depth = 1
     for index in range(start, min(len(text), start + MAX_CHARS)):
         if text[index] in "{}" and text[index - 1] != "\\":

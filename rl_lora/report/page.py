@@ -1,9 +1,9 @@
-"""The page: one HTML file that holds its data, plotly and our scripts, and asks for nothing.
+"""The page: one HTML file that contains its data, plotly and our scripts, and loads nothing.
 
-Plotly and the data are gzip in base64, which the browser unpacks itself. A Content-Security-Policy
-allows the scripts by their hashes and forbids every connection, so that nothing that a model wrote
-could run or call out even where it were taken for markup; and it is nowhere: the data are JSON, and
-the page is made of text nodes.
+Plotly and the data are gzipped and in base64; the browser unpacks them. A Content-Security-Policy
+allows the scripts by their hashes and forbids every connection, so text written by a model could
+neither run nor call out even if it were taken for markup. It never is: the data are JSON, and the
+page is built from text nodes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ASSETS = resources.files("rl_lora.report") / "assets"
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What a page shows; the sections come in their order, the transcripts before the last one."""
+    """The content of a page; the transcripts come before the last section."""
 
     title: str
     subtitle: str
@@ -39,7 +39,7 @@ class Page:
     notes: Sequence[str] = field(default_factory=tuple)
 
     def to_json(self) -> bytes:
-        """The page's data, as its script takes them: strict JSON in ASCII."""
+        """The page's data for its script: strict JSON in ASCII."""
         record = {
             "title": self.title,
             "subtitle": self.subtitle,
@@ -52,9 +52,12 @@ class Page:
 
 
 def to_html(page: Page, data: bytes | None = None, *, live_version: str = "") -> str:
-    """The whole file. `data` is the page's JSON where it is at hand already.
+    """The whole file.
 
-    A page with a live_version also asks the server that it came from for newer data.
+    Args:
+        page: what to show.
+        data: the page's JSON if it has been made already.
+        live_version: not empty: the page also polls its server for newer data.
     """
     script = _asset("page.js") + _asset("transcripts.js") + _asset("start.js")
     plotly = get_plotlyjs()
@@ -63,8 +66,8 @@ def to_html(page: Page, data: bytes | None = None, *, live_version: str = "") ->
         [
             f"default-src {nothing}",
             f"script-src {_hash(script)} {_hash(plotly)}",
-            "style-src 'unsafe-inline'",  # plotly sets styles; a style runs nothing, loads nothing
-            "img-src data: blob:",  # a figure's download as PNG
+            "style-src 'unsafe-inline'",  # plotly sets styles, which run and load nothing
+            "img-src data: blob:",  # for downloading a figure as PNG
             f"connect-src {own if live_version else nothing}",
             f"base-uri {nothing}",
             f"form-action {nothing}",
@@ -80,7 +83,7 @@ def to_html(page: Page, data: bytes | None = None, *, live_version: str = "") ->
         "DATA": _pack(page.to_json() if data is None else data),
         "SCRIPT": script,
     }
-    # Filled in one pass over the template: no part is searched for the marks of another.
+    # One pass over the template, so that no part is searched for the marks of another.
     first, *pieces = _asset("page.html").split("{{")
     filled = [first]
     for piece in pieces:
@@ -90,12 +93,12 @@ def to_html(page: Page, data: bytes | None = None, *, live_version: str = "") ->
 
 
 def packed_size(data: bytes) -> int:
-    """Bytes that the data take in the page."""
+    """Bytes of the data within the page."""
     return len(_pack(data))
 
 
 def _pack(data: bytes) -> str:
-    # mtime 0: the same data give the same page.
+    # mtime 0, so that equal data give an equal page.
     return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode("ascii")
 
 
@@ -110,7 +113,7 @@ def _hash(script: str) -> str:
 
 
 def _theme() -> str:
-    """The palette as CSS variables: light, dark where the system or the reader wants it."""
+    """The palette as CSS variables: light, or dark if the system or the reader prefers it."""
     light, dark = (
         "".join(f"--{name}:{value};" for name, value in palette.items())
         for palette in (LIGHT, DARK)

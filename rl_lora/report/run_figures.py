@@ -116,7 +116,7 @@ def evaluations_sheet(run: RunRecord) -> Figure:
     """
     evaluations = run.evaluations_of("")
     sources = sorted({source for one in evaluations for source in one.result.by_source})
-    columns = sources[:_MAX_SETS] if len(sources) > 1 else [None]
+    columns: list[str | None] = [*sources[:_MAX_SETS]] if len(sources) > 1 else [None]
     base = run.evaluation_named("base")
     sheet = Figure(figsize=(4.6 * len(columns) + 0.6, 6.4), layout="constrained")
     all_axes = sheet.subplots(2, len(columns), squeeze=False, sharex=True)

@@ -1,4 +1,4 @@
-"""The words and numbers around the figures: tiles, tables of runs and evaluations, settings."""
+"""The numbers around the figures: tiles, tables of runs and evaluations, settings."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rl_lora.config import VARIANT_NAMES, RunConfig
-from rl_lora.evaluation.evaluate import EvalResult
+from rl_lora.evaluation.scores import EvalResult
 from rl_lora.report.blocks import Section, Table, Tile
 from rl_lora.report.evaluation_figures import evaluation_title
 from rl_lora.report.records import RunRecord, series
-from rl_lora.report.terminal import seconds_text
+from rl_lora.report.tables import accuracy_text, seconds_text
 
-_WINDOW = 5  # steps, of the reward at the start and at the end
+_WINDOW = 5  # steps averaged for the reward at the start and at the end
 
 
 def make_tiles(run: RunRecord) -> list[Tile]:
-    """A run's main numbers, as far as it has them."""
+    """The main numbers that a run has recorded."""
     tiles = [_model_tile(run), _policy_tile(run), _steps_tile(run)]
-    names = dict.fromkeys(
-        evaluation.series for evaluation in run.evaluations if evaluation.step is not None
-    )
-    tiles += [_accuracy_tile(run, name) for name in sorted(names)]
+    tiles += [_accuracy_tile(run, name) for name in run.series_names]
     rewards = series(run.steps, "reward/mean")[1]
     if rewards:
         window = min(_WINDOW, max(1, len(rewards) // 2))
@@ -31,7 +28,7 @@ def make_tiles(run: RunRecord) -> list[Tile]:
         tiles.append(Tile("Reward", f"{first:.2f} → {last:.2f}", detail))
     seconds = series(run.steps, "time/step_s")[1]
     if seconds:
-        detail = f"in the steps; {_mean(seconds):.1f} s a step"
+        detail = f"in steps; {_mean(seconds):.1f} s per step"
         tiles.append(Tile("Time", seconds_text(sum(seconds)), detail))
     return [tile for tile in tiles if tile is not None]
 
@@ -53,8 +50,8 @@ def run_table(runs: Sequence[RunRecord]) -> Table:
                 policy_name(run),
                 "–" if rate is None else f"{rate:g}",
                 f"{run.last_step:,}",
-                accuracy_text(evaluations[0].result) if evaluations else "–",
-                accuracy_text(evaluations[-1].result) if len(evaluations) > 1 else "–",
+                accuracy_text(evaluations[0].result.total) if evaluations else "–",
+                accuracy_text(evaluations[-1].result.total) if len(evaluations) > 1 else "–",
                 f"{_mean(rewards[-_WINDOW:]):.3f}" if rewards else "–",
                 seconds_text(sum(seconds)) if seconds else "–",
             ]
@@ -63,7 +60,7 @@ def run_table(runs: Sequence[RunRecord]) -> Table:
 
 
 def evaluation_table(runs: Sequence[RunRecord]) -> Table | None:
-    """Every evaluation on record."""
+    """Every evaluation of the runs; None if there is none."""
     columns = ["evaluation", "step", "problems", "accuracy", "pass@k", "maj@k"]
     columns += ["in the format", "length", "truncated"]
     rows = []
@@ -75,7 +72,7 @@ def evaluation_table(runs: Sequence[RunRecord]) -> Table | None:
                     evaluation.name,
                     "–" if evaluation.step is None else f"{evaluation.step:,}",
                     f"{total.num_problems:,}" + (f" × {k}" if k > 1 else ""),
-                    accuracy_text(evaluation.result),
+                    accuracy_text(total),
                     f"{total.pass_at_k:.1%}" if k > 1 else "–",
                     f"{total.majority_accuracy:.1%}" if k > 1 else "–",
                     f"{total.format_rate:.1%}",
@@ -89,12 +86,12 @@ def evaluation_table(runs: Sequence[RunRecord]) -> Table | None:
         return None
     first = ["run"] if len(runs) > 1 else []
     numeric = [False] * (len(first) + 1) + [True] * 8
-    note = "Lengths in tokens; '× k': completions a problem, accuracy is then their mean."
+    note = "Lengths in tokens; '× k': k completions per problem, averaged in the accuracy."
     return Table("", first + columns, rows, numeric, note)
 
 
 def settings_section(runs: Sequence[RunRecord]) -> Section:
-    """What departs from the defaults, and everything else folded away."""
+    """The settings that differ from the defaults; all others are folded away."""
     defaults = flat(RunConfig().model_dump(mode="json"))
     settings = [flat(run.config) for run in runs]
     keys = list(dict.fromkeys([*defaults, *(key for values in settings for key in values)]))
@@ -131,7 +128,7 @@ def settings_section(runs: Sequence[RunRecord]) -> Section:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"run": {"seed": 0}} as {"run.seed": 0}; lists stay values."""
+    """{"run": {"seed": 0}} as {"run.seed": 0}; lists are values."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
@@ -148,13 +145,6 @@ def policy_name(run: RunRecord) -> str:
         return "–"
     kind = VARIANT_NAMES.get(str(run.setting("lora", "variant")), "LoRA")
     return "all weights" if mode == "full" else f"{kind} rank {rank}"
-
-
-def accuracy_text(result: EvalResult) -> str:
-    """9.0 % (5.8 to 13.8), in percent."""
-    total = result.total
-    low, high = 100 * total.accuracy_low, 100 * total.accuracy_high
-    return f"{total.accuracy:.1%} ({low:.1f} to {high:.1f})"
 
 
 def _model_tile(run: RunRecord) -> Tile | None:
@@ -174,7 +164,7 @@ def _policy_tile(run: RunRecord) -> Tile | None:
         parts.append(f"alpha {alpha:g}, {layers} layers" if alpha is not None else "")
     count = run.facts.get("trainable_parameters")
     if isinstance(count, int):
-        parts.append(f"{count:,} trained parameters")
+        parts.append(f"{count:,} trainable parameters")
     return Tile("Policy", policy_name(run), "; ".join(part for part in parts if part))
 
 
@@ -182,7 +172,7 @@ def _steps_tile(run: RunRecord) -> Tile:
     planned = run.setting("run", "num_steps")
     value = f"{run.last_step:,}" + (f" of {planned:,}" if isinstance(planned, int) else "")
     prompts, samples = (run.setting("sampling", key) for key in ("num_prompts", "num_samples"))
-    detail = f"{prompts} problems × {samples} samples a step" if prompts and samples else ""
+    detail = f"{prompts} problems × {samples} samples per step" if prompts and samples else ""
     return Tile("Steps", value, detail)
 
 
@@ -213,7 +203,7 @@ def _value(values: Mapping[str, Any], key: str) -> str:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A list of sections without the keys that were left at null: they only make it long."""
+    """A list of sections without the keys that are null, which only make it long."""
     if not isinstance(value, list):
         return value
     return [

@@ -1,6 +1,6 @@
-"""Texts and tables that the terminal shows: evaluations, comparisons, times.
+"""Texts and tables for the terminal: evaluations, comparisons, times.
 
-Text from data or model goes through `printable` and is never taken for markup.
+Text from data or models goes through `printable` and is never interpreted as markup.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _Cell = Callable[[EvaluationScores], str]
 
 
 def printable(text: str, max_chars: int | None = None) -> str:
-    """The text with every control, format and unassigned character shown as an escape.
+    """The text with every control, format and unassigned character as an escape.
 
-    Line feed and tab as well: the text cannot move the cursor, set colours or reorder a line.
+    Line feeds and tabs included: the text cannot move the cursor, set colours or reorder a line.
     """
     if max_chars is not None and len(text) > max_chars:
         text = text[: max_chars - 1] + "…"
@@ -61,17 +61,15 @@ def accuracy_text(scores: EvaluationScores) -> str:
 
 
 def accuracy_name(num_samples: int) -> str:
-    """What the accuracy of k samples a problem is called."""
+    """The name of the accuracy with k samples per problem."""
     return "accuracy" if num_samples == 1 else f"accuracy (avg@{num_samples})"
 
 
-# --- evaluations
-# ----------------------------------------------------------------------------------------
+# --- evaluations ----------------------------------------------------------------------------------
 
 
 def evaluation_table(results: Mapping[str, EvalResult], style: box.Box = box.ROUNDED) -> Table:
-    """A column an evaluation: accuracy with its interval, format, length; a block for each
-    source."""
+    """One column per evaluation and one block of rows per source."""
     confidence = next(iter(results.values())).confidence
     table = Table(title=f"Held-out problems ({confidence:.0%} intervals)", box=style)
     table.add_column("")
@@ -101,12 +99,12 @@ def _add_block(
     table.add_section()
 
 
-# Rows that say nothing in most evaluations: left out where every cell is one of these.
+# Rows that are left out if every cell is one of these, as in most evaluations.
 _ONLY_IF_ANY = {"no answer": ("-", "0.0%"), "verifier timeouts": ("-", "0.0%")}
 
 
 def _rows(num_samples: int) -> dict[str, _Cell]:
-    """Label -> cell, of an evaluation with k samples a problem."""
+    """Label -> cell, of an evaluation with k samples per problem."""
     rows: dict[str, _Cell] = {accuracy_name(num_samples): accuracy_text}
     if num_samples > 1:
         rows[f"any of {num_samples} correct (pass@{num_samples})"] = _pass_at_k
@@ -114,7 +112,7 @@ def _rows(num_samples: int) -> dict[str, _Cell]:
             scores.majority_accuracy, scores.majority_low, scores.majority_high
         )
     return rows | {
-        "in the asked format": lambda scores: f"{scores.format_rate:.1%}",
+        "in the requested format": lambda scores: f"{scores.format_rate:.1%}",
         "accuracy within the format": lambda scores: _percent(scores.accuracy_formatted),
         "length, tokens": _length,
         "  correct / wrong": lambda scores: _halves(
@@ -156,7 +154,7 @@ def _percent(value: float | None) -> str:
 
 
 def p_text(p_value: float) -> str:
-    """0.034, or 3.1e-07 where that is short of 0.001."""
+    """0.034, or 3.1e-07 if it is below 0.001."""
     return f"{p_value:.3f}" if p_value >= 0.001 else f"{p_value:.1e}"
 
 
@@ -170,20 +168,18 @@ def paired_line(scores: PairedScores) -> str:
 
 
 def paired_table(result: PairedResult, style: box.Box = box.ROUNDED) -> Table:
-    """The difference with its interval, problems won and lost, tests; a column a source."""
+    """The difference with its interval, problems won and lost, tests; one column per source."""
     columns: dict[str, PairedScores] = {"all": result.total}
     if len(result.by_source) > 1:
         columns |= {printable(source, 30): scores for source, scores in result.by_source.items()}
     first, second = printable(result.first, 30), printable(result.second, 30)
-    table = Table(
-        title=Text(f"{second} against {first} ({result.confidence:.0%} intervals, paired)"),
-        box=style,
-    )
+    title = f"{second} compared with {first} ({result.confidence:.0%} intervals, paired)"
+    table = Table(title=Text(title), box=style, min_width=len(title))
     table.add_column("")
     for name in columns:
         table.add_column(Text(name), justify="right")
     k = result.total.num_samples
-    verdict = result.total.mcnemar.verdict
+    of_majority = f" on the {result.total.mcnemar.verdict}" if k > 1 else ""
     rows: dict[str, Callable[[PairedScores], str]] = {
         f"{accuracy_name(k)}, {first}": lambda scores: f"{scores.first:.1%}",
         f"{accuracy_name(k)}, {second}": lambda scores: f"{scores.second:.1%}",
@@ -194,9 +190,9 @@ def paired_table(result: PairedResult, style: box.Box = box.ROUNDED) -> Table:
             f"{scores.num_won} / {scores.num_lost} / {scores.num_tied}"
         ),
         "p, sign-flip over problems": lambda scores: p_text(scores.p_value),
-        f"p, McNemar on the {verdict}": lambda scores: (
+        f"p, McNemar{of_majority}": lambda scores: (
             f"{p_text(scores.mcnemar.p_value)} "
-            f"({scores.mcnemar.only_second} to {scores.mcnemar.only_first})"
+            f"({scores.mcnemar.only_second} vs. {scores.mcnemar.only_first})"
         ),
         "problems": lambda scores: str(scores.num_problems),
     }
@@ -209,7 +205,7 @@ def paired_table(result: PairedResult, style: box.Box = box.ROUNDED) -> Table:
 
 
 def phase_table(seconds_by_phase: Mapping[str, float], style: box.Box = box.ROUNDED) -> Table:
-    """Seconds by phase with their share, the longest first."""
+    """Seconds by phase and their share, the longest first."""
     total = sum(seconds_by_phase.values())
     table = Table(title="Seconds by phase", box=style)
     table.add_column("phase")
@@ -224,12 +220,12 @@ def phase_table(seconds_by_phase: Mapping[str, float], style: box.Box = box.ROUN
 
 
 def print_regrade(report: Regrade, num_shown: int, console: Console | None = None) -> None:
-    """Old and new score with their intervals, then the first changed verdicts."""
+    """The old and new accuracy with intervals, then the first changed verdicts."""
     console = console or Console(highlight=False)
     old, new = report.old, report.new
     statuses = ", ".join(f"{status} {count}" for status, count in new.statuses.items())
     lines = [
-        f"{new.num_problems} problems x {new.num_samples}, graded by {report.reward} "
+        f"{new.num_problems} problems x {new.num_samples} samples, graded by {report.reward} "
         f"(policy {report.policy}): {statuses}",
         f"{accuracy_name(new.num_samples)} {accuracy_text(old)} -> {accuracy_text(new)} "
         f"({report.confidence:.0%} intervals)",
@@ -255,7 +251,9 @@ def print_regrade(report: Regrade, num_shown: int, console: Console | None = Non
         )
     console.print(table)
     if num > num_shown:
-        console.print(f"and {num - num_shown} more; --show {num} prints all, --json writes them")
+        console.print(
+            f"and {num - num_shown} more; print all with --show {num}, or write them with --json"
+        )
 
 
 def _verdict(is_right: bool) -> str:

@@ -1,7 +1,6 @@
-"""What the terminal shows: a bar with ETA and one line a step, or plain lines where there is none.
+"""Progress on the terminal: a bar with an ETA and one line per step; plain lines elsewhere.
 
-Only numbers and texts of ours are printed as they are; text from data or model goes through
-`tables.printable` and is never taken for markup.
+Text from data or models goes through `tables.printable` and is never interpreted as markup.
 """
 
 from __future__ import annotations
@@ -30,52 +29,49 @@ from rl_lora.report.tables import (
     seconds_text,
 )
 
-_SMOOTHING = 0.2  # weight of the newest step in the seconds a step that the ETA is made of
-_QUIET_LINE_S = 30  # between lines of a long phase's progress, where there is no bar
-_FILE_WIDTH = 120  # characters, where the output is no terminal
+# The ETA is a moving average of our own: rich's has no estimate after the first step, and forgets
+# steps that are longer than its window.
+_SMOOTHING = 0.2  # weight of the newest step
+_QUIET_LINE_S = 30  # between lines on the progress of a long phase, if there is no bar
+_FILE_WIDTH = 120  # characters, if the output is not a terminal
 
-# Key of a step's metrics, label, format.
-_COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("sft/loss", "loss", "{:.3f}"),
-    ("reward/mean", "reward", "{:.3f}"),
-    ("reward/correct_mean", "correct", "{:.1%}"),
-    ("cot/tokens_mean", "length", "{:.0f}"),
-    ("cot/truncated_rate", "truncated", "{:.0%}"),
-    ("mismatch/kl", "kl", "{:.1e}"),
-    ("speed/sample_tokens_per_s", "tok/s", "{:.0f}"),
-    ("eval/accuracy", "held-out", "{:.1%}"),
-    ("time/step_s", "s", "{:.1f}"),
+# Key of a step's metrics, format.
+_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("sft/loss", "loss {:.3f}"),
+    ("reward/mean", "reward {:.3f}"),
+    ("reward/correct_mean", "correct {:.1%}"),
+    ("cot/tokens_mean", "length {:.0f}"),
+    ("cot/truncated_rate", "truncated {:.0%}"),
+    ("mismatch/kl", "kl {:.1e}"),
+    ("speed/sample_tokens_per_s", "{:.0f} tok/s"),
+    ("eval/accuracy", "held-out {:.1%}"),
+    ("time/step_s", "{:.1f} s"),
 )
 
 
 def step_line(metrics: Mapping[str, float]) -> str:
-    """`reward 0.431  correct 31.2%  length 54  ...`, of the numbers that are there."""
-    parts = [
-        f"{label} {form.format(metrics[key])}" for key, label, form in _COLUMNS if key in metrics
-    ]
-    return "  ".join(parts)
+    """`reward 0.431  correct 31.2%  length 54  ...`, of the numbers present."""
+    return "  ".join(form.format(metrics[key]) for key, form in _COLUMNS if key in metrics)
 
 
 @dataclass
 class _Phase:
-    """Progress of a phase that takes long: an evaluation, or the sampling of one step."""
+    """Progress of a long phase: an evaluation, or the sampling of one step."""
 
     name: str
     task: TaskID
     total: int
     start: float  # seconds, of perf_counter
-    told: float  # when a line was last printed
-    done: float = (
-        0  # completions of a step; problems of an evaluation, with a part of those in hand
-    )
-    first: int = 0  # of an evaluation: problems done before it started, as it was resumed
+    last_line: float  # when a line was last printed
+    done: float = 0  # completions of a step; problems of an evaluation, partly sampled ones in part
+    first: int = 0  # of a resumed evaluation: problems done before
     whole: int = 0  # of an evaluation: problems done
     now: int = 0  # of an evaluation: problems being sampled
-    num_tokens: int = 0  # of the calls of the sampler that are over
-    call_tokens: int = 0  # of the one under way
+    num_tokens: int = 0  # of the sampler's finished calls
+    call_tokens: int = 0  # of its current call
 
     def rate_and_eta(self, now: float) -> str:
-        """`210 tok/s  1 min 02 s left`, as far as they can be told yet."""
+        """`210 tok/s  1 min 02 s left`, if they can be estimated yet."""
         elapsed = now - self.start
         parts = []
         if elapsed > 0 and (tokens := self.num_tokens + self.call_tokens):
@@ -94,12 +90,12 @@ class Display:
             display.stage("training", num_steps=100)
             display.step(1, metrics)
 
-    On a terminal a bar stays below the lines; elsewhere (a file, a pipe, CI) there are plain lines
-    alone, without control characters. Quiet: nothing but warnings and the summary.
+    On a terminal a bar stays below the lines; elsewhere (a file, a pipe, CI) there are only plain
+    lines without control characters. Quiet: only warnings and the summary.
     """
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
-        # In a file lines are as long as they are; the tables get room for three columns.
+        # Lines in a file are not wrapped; tables get room for three columns.
         width = None if sys.stdout.isatty() else _FILE_WIDTH
         self._console = console or Console(file=sys.stdout, highlight=False, width=width)
         self._quiet = quiet
@@ -128,16 +124,16 @@ class Display:
         self._progress.stop()
 
     def note(self, text: str) -> None:
-        """One line, e.g. what was loaded."""
+        """Prints one line, e.g. what was loaded."""
         if not self._quiet:
             self._print(text)
 
     def warn(self, text: str) -> None:
-        """One line that quiet does not hide."""
+        """Prints one line, quiet or not."""
         self._print(f"warning: {text}")
 
     def stage(self, name: str, num_steps: int, done: int = 0) -> None:
-        """A new bar: steps done + 1 .. num_steps follow."""
+        """Starts a bar for steps done + 1 .. num_steps."""
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(name, total=num_steps, completed=done, eta="")
@@ -146,7 +142,7 @@ class Display:
         self._last_time = time.perf_counter()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Step `step` of the stage is done."""
+        """Reports that step `step` of the stage is done."""
         now = time.perf_counter()
         seconds, self._last_time = now - self._last_time, now
         previous = seconds if self._step_s is None else self._step_s
@@ -160,28 +156,24 @@ class Display:
             self._print(line if self._is_live or not eta else f"{line}  {eta}")
 
     def evaluation(self, done: int, total: int, now: int) -> None:
-        """Progress of an evaluation; fits `evaluate(on_progress=...)`."""
+        """Progress of an evaluation, for `evaluate(on_progress=...)`."""
         if self._evaluation is None:
             self._evaluation = self._new_phase("evaluation", total)
             self._evaluation.first = done
         evaluation = self._evaluation
         evaluation.num_tokens += evaluation.call_tokens
-        evaluation.done, evaluation.whole, evaluation.now, evaluation.call_tokens = (
-            done,
-            done,
-            now,
-            0,
-        )
+        evaluation.done = evaluation.whole = done
+        evaluation.now, evaluation.call_tokens = now, 0
         self._show(evaluation)
         if done >= total:
             self._progress.remove_task(evaluation.task)
             self._evaluation = None
 
     def sampling(self, done: int, total: int, num_tokens: int) -> None:
-        """Progress of one call of the sampler, in completions; fits its `on_progress`.
+        """Progress of one call of the sampler, in completions, for its `on_progress`.
 
-        Within an evaluation the evaluation's bar moves on. Call it with 0 done where a step begins
-        to sample, so that the speed is counted from there.
+        Within an evaluation this moves the evaluation's bar. Call it with 0 done when a step starts
+        sampling, so that the speed counts from there.
         """
         if self._evaluation is not None:
             evaluation = self._evaluation
@@ -198,7 +190,7 @@ class Display:
             self._sampling = None
 
     def evaluation_result(self, name: str, result: EvalResult) -> None:
-        """One line: `name: accuracy 25.0% (19.2 to 31.6), format 90.0%, ...`."""
+        """Prints `name: accuracy 25.0% (19.2 to 31.6), format 90.0%, ...`."""
         total = result.total
         speed = f", {result.num_tokens / result.seconds:,.0f} tok/s" if result.seconds > 0 else ""
         self.note(
@@ -208,12 +200,12 @@ class Display:
         )
 
     def evaluations(self, results: Mapping[str, EvalResult]) -> None:
-        """A table with a column for each named evaluation, quiet or not; nothing for none."""
+        """Prints a table of the evaluations, if there are any, quiet or not."""
         if results:
             self._console.print(evaluation_table(results, self._box))
 
     def comparison(self, result: PairedResult) -> None:
-        """The table of a paired comparison, quiet or not."""
+        """Prints the table of a paired comparison, quiet or not."""
         self._console.print(paired_table(result, self._box))
         for note in result.notes:
             self._print(note)
@@ -224,12 +216,12 @@ class Display:
         comparisons: Mapping[str, PairedScores],
         seconds_by_phase: Mapping[str, float],
     ) -> None:
-        """The closing tables, quiet or not.
+        """Prints the closing tables, quiet or not.
 
         Args:
-            evaluations: by the policy evaluated: the base model, before and after RL.
-            comparisons: `before to after` and the like -> the paired difference.
-            seconds_by_phase: phase -> seconds of the whole run.
+            evaluations: by policy: the base model, before and after RL.
+            comparisons: paired differences by name, e.g. `before to after`.
+            seconds_by_phase: phase -> seconds over the whole run.
         """
         self.evaluations(evaluations)
         for name, scores in comparisons.items():
@@ -244,20 +236,20 @@ class Display:
     def _new_phase(self, name: str, total: int) -> _Phase:
         now = time.perf_counter()
         task = self._progress.add_task(name, total=total, eta="")
-        return _Phase(name, task, total, start=now, told=now)
+        return _Phase(name, task, total, start=now, last_line=now)
 
     def _show(self, phase: _Phase) -> None:
-        """Moves the bar; where there is none, prints a line now and then."""
+        """Moves the bar; without one, prints a line now and then."""
         now = time.perf_counter()
         eta = phase.rate_and_eta(now)
         self._progress.update(phase.task, completed=int(phase.done), eta=eta)
-        is_due = now - phase.told >= _QUIET_LINE_S and phase.done < phase.total
+        is_due = now - phase.last_line >= _QUIET_LINE_S and phase.done < phase.total
         if is_due and not self._is_live:
             self.note(f"{phase.name} {int(phase.done)}/{phase.total}  {eta}".rstrip())
-            phase.told = now
+            phase.last_line = now
 
     def _print(self, text: str) -> None:
         encoding = self._console.encoding
         text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
-        # soft_wrap: a pipe gets whole lines, whatever width rich takes it for.
+        # soft_wrap: a pipe gets whole lines, whatever width rich assumes.
         self._console.print(Text(text), soft_wrap=True)

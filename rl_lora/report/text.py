@@ -1,7 +1,7 @@
-"""Hostile text as segments that a page can show without parsing any of it.
+"""Splits hostile text into segments that a page can show without parsing any of them.
 
-A segment is a string (characters to be shown as they are), {"h": escape, "n": times} for a hidden
-character, {"cut": number of characters left out}, or {"f": index} of a formula.
+A segment is a string (shown as it is), {"h": escape, "n": times} for a hidden character,
+{"cut": number of characters left out}, or {"f": index} for a formula.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rl_lora.report.transcripts import CutText
 
 Segment = str | dict[str, Any]
 
-MAX_FORMULAS = 6000  # distinct ones converted for a report; the others are shown as text
+MAX_FORMULAS = 6000  # distinct ones converted per report; the others are shown as text
 
 # Controls, direction overrides and other formats, surrogates, private use, line separators.
 _HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
@@ -32,7 +32,7 @@ class Formulas:
         self._max = max_formulas
 
     def index(self, source: str, latex: str, is_displayed: bool) -> int | None:
-        """The formula's place in the table; None: it is shown as text."""
+        """The formula's index in the table; None: it is shown as text."""
         if source not in self._index:
             tree = to_tree(latex) if len(self._index) < self._max else None
             self._index[source] = None if tree is None else len(self.table)
@@ -42,7 +42,7 @@ class Formulas:
 
 
 def segments(text: CutText, formulas: Formulas) -> list[Segment]:
-    """The text's segments, formulas among them."""
+    """The text's segments, formulas included."""
     result = _with_formulas(text.head, formulas)
     if text.num_cut:
         result += [{"cut": text.num_cut}, *_with_formulas(text.tail, formulas)]
@@ -54,7 +54,7 @@ def _with_formulas(text: str, formulas: Formulas) -> list[Segment]:
     position = 0
     for start, end, latex, is_displayed in find_formulas(text):
         source = text[start:end]
-        if len(visible(source)) != 1:  # a formula that hides characters is shown as it stands
+        if len(visible(source)) != 1:  # a formula with hidden characters is shown as text
             continue
         index = formulas.index(source, latex, is_displayed)
         if index is not None:
@@ -85,7 +85,7 @@ def visible(text: str) -> list[Segment]:
 
 
 def _escape(character: str) -> str:
-    """How a hidden character is shown; empty for one that shows itself."""
+    """The escape of a hidden character; empty for a visible one."""
     if unicodedata.category(character) not in _HIDDEN_CATEGORIES:
         return ""
     return f"U+{ord(character):04X}"

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rl_lora.data.collect import HELD_OUT
 from rl_lora.errors import UserError
-from rl_lora.prompts import HELD_OUT
 
 if TYPE_CHECKING:
     from rl_lora.policy import Policy

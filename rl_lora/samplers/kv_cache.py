@@ -1,9 +1,9 @@
-"""The reference sampler's KV cache: buffers with room to grow, in place of a copy a token.
+"""The reference sampler's KV cache: buffers with room to grow, instead of a copy per token.
 
 transformers' DynamicCache copies all keys and values for each new token; its StaticCache attends
-over its whole length at each token, whatever has been filled, and cannot drop rows. Here layers of
-full attention write into buffers and hand out views of what is filled; other layers (sliding
-windows) stay transformers' own.
+over its whole length at each token, however little is filled, and cannot drop rows. Here layers of
+full attention write into buffers and return views of the filled part; other layers (sliding
+windows) remain transformers' own.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from transformers.cache_utils import DynamicLayer
 
 from rl_lora.errors import UserError
 
-_ROOM = 256  # tokens beyond the prompt that a buffer begins with; it doubles when it is full
+_ROOM = 256  # tokens beyond the prompt in a new buffer, which doubles when it is full
 
 
 class KvCache(DynamicCache):
-    """transformers' cache whose layers of full attention are `BufferedLayer`s.
+    """transformers' cache, with `BufferedLayer`s for full attention.
 
     Example: KvCache(model.config), then for each batch begin(longest=132), the prompts' forward
-    pass, batch_repeat_interleave(8), and a forward pass a token.
+    pass, batch_repeat_interleave(8), and a forward pass per token.
 
     Raises:
-        UserError: a layer keeps something else than keys and values, as linear attention does.
+        UserError: a layer whose state is not keys and values, as with linear attention.
     """
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -43,14 +43,14 @@ class KvCache(DynamicCache):
         ]
 
     def begin(self, longest: int) -> None:
-        """Empties the cache for a batch of at most `longest` tokens a row; buffers are kept."""
+        """Empties the cache for a batch of at most `longest` tokens per row; buffers are kept."""
         self.reset()
         for layer in self.layers:
             if isinstance(layer, BufferedLayer):
                 layer.longest = longest
 
     def keep(self, rows: Sequence[int], device: torch.device) -> None:
-        """Drops all rows but these, which come in this order (see `front`)."""
+        """Keeps only these rows, in this order (see `front`)."""
         moved = [(slot, row) for slot, row in enumerate(rows) if slot != row]
         slots_M = torch.tensor([slot for slot, _ in moved], dtype=torch.int64, device=device)
         rows_M = torch.tensor([row for _, row in moved], dtype=torch.int64, device=device)
@@ -65,8 +65,8 @@ class KvCache(DynamicCache):
 class BufferedLayer(DynamicLayer):
     """Keys and values [S, J, T, D] as views of buffers that outlive the batch.
 
-    The prompts' stay what the model made until `batch_repeat_interleave` writes them into the
-    buffers, once for each sample.
+    Those of the prompts stay as the model made them until `batch_repeat_interleave` writes them
+    into the buffers, once per sample.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class BufferedLayer(DynamicLayer):
         self.values = values.fill(self.values, repeats, self.longest)
 
     def keep(self, num_rows: int, slots_M: Tensor, rows_M: Tensor) -> None:
-        """Copies rows into slots, and drops the rows from num_rows on."""
+        """Copies rows into slots, and drops the rows after num_rows."""
         for name in ("keys", "values"):
             states = getattr(self, name)
             states[slots_M] = states[rows_M]
@@ -106,7 +106,7 @@ class BufferedLayer(DynamicLayer):
 
 
 class _Buffer:
-    """One tensor [rows, J, capacity, D] of which a view is filled; rows and tokens from 0 on."""
+    """One tensor [rows, J, capacity, D], of which the first rows and tokens are filled."""
 
     def __init__(self) -> None:
         self._storage: Tensor | None = None
@@ -116,7 +116,7 @@ class _Buffer:
         num_rows, num_tokens = states_NJTD.shape[0] * repeats, states_NJTD.shape[2]
         storage = self._storage
         if storage is None or storage.shape[0] < num_rows or storage.shape[2] < num_tokens:
-            self._storage = storage = None  # freed before the next is made
+            self._storage = storage = None  # freed before the next one is made
             self._storage = storage = _empty(
                 states_NJTD, num_rows, min(longest, num_tokens + _ROOM)
             )
@@ -137,7 +137,7 @@ class _Buffer:
 
 
 def front(is_live_S: Sequence[bool]) -> list[int]:
-    """The live rows, as few as possible away from their places.
+    """The live rows, moved as little as possible.
 
     Example: [True, False, True, True] -> [0, 3, 2].
     """

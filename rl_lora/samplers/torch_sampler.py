@@ -7,7 +7,7 @@ rounding of the log-probs).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,14 +18,14 @@ from rl_lora.batches import to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.models.resolve import context_length
 from rl_lora.policy import Policy
-from rl_lora.sampler import BASE_VERSION, OnGroup, Stops
+from rl_lora.sampler import BASE_VERSION, OnGroup, OnProgress, Stops, check_lengths
 from rl_lora.samplers.end_tokens import end_token_ids as model_end_token_ids
 from rl_lora.samplers.kv_cache import KvCache, front
 from rl_lora.seeds import sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
 _SEQUENCES_AT_ONCE = 128
-_COMPACT_BELOW = 0.75  # the live share of rows under which finished rows are dropped
+_COMPACT_BELOW = 0.75  # share of live rows below which finished rows are dropped
 
 
 class TorchSampler:
@@ -41,7 +41,7 @@ class TorchSampler:
         end_token_ids: Sequence[int] | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
-        on_progress: Callable[[int, int, int], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         """Loads nothing: the weights are the policy's.
 
@@ -52,7 +52,7 @@ class TorchSampler:
             max_model_len: tokens of prompt and completion together, at most; None: the model's
                 context.
             max_num_seqs: sequences decoded at once; None: 128.
-            on_progress: takes (completions done, in all, tokens sampled).
+            on_progress: called as completions finish.
         """
         self.policy = policy
         self.tokenizer = tokenizer or policy.tokenizer
@@ -90,13 +90,7 @@ class TorchSampler:
         Raises:
             UserError: a prompt leaves no room for max_tokens.
         """
-        for prompt in prompts_N:
-            if len(prompt.token_ids) + params.max_tokens > self.max_model_len:
-                raise UserError(
-                    f"prompt {prompt.prompt_id} has {len(prompt.token_ids)} tokens; with "
-                    f"max_tokens={params.max_tokens} it exceeds the context of "
-                    f"{self.max_model_len}"
-                )
+        check_lengths(prompts_N, params.max_tokens, self.max_model_len)
         at_once = max(1, self.max_num_seqs // params.num_samples)
         out: list[list[Completion]] = []
         num_tokens = 0
@@ -135,7 +129,7 @@ class TorchSampler:
     def completion(
         self, token_ids: Sequence[int], logprobs: Sequence[float], max_tokens: int, stopped: bool
     ) -> Completion:
-        """One finished row as a record."""
+        """The record of one finished row."""
         ended = stopped or (bool(token_ids) and token_ids[-1] in self.end_ids)
         return Completion(
             token_ids=tuple(token_ids),
@@ -146,7 +140,7 @@ class TorchSampler:
         )
 
     def release_memory(self) -> None:
-        """Nothing is held between calls: the cache lives as long as a call."""
+        """Nothing to free: the cache only lives during a call."""
 
     def close(self) -> None:
         """Nothing to free: the weights are the policy's."""

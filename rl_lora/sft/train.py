@@ -16,8 +16,8 @@ from rl_lora.adapters.files import save_adapter, version_in
 from rl_lora.batches import pack_samples
 from rl_lora.build import check_run_folder, make_learner, open_model
 from rl_lora.config.sft import SftConfig
+from rl_lora.models.device import check_trainable
 from rl_lora.models.resolve import check_rows
-from rl_lora.policy import check_trainable
 from rl_lora.report.terminal import Display
 from rl_lora.runs.checkpoint import drop_after, load_checkpoint, save_checkpoint
 from rl_lora.runs.inputs import base_inputs, sequence_inputs

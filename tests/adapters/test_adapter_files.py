@@ -122,7 +122,7 @@ def test_a_changed_file_does_not_pass_for_its_version(tmp_path: Path) -> None:
 def test_other_kinds_are_refused(tmp_path: Path, departures: dict[str, object], kind: str) -> None:
     raw = {"peft_type": "LORA", "r": 1, "lora_alpha": 32} | departures
     (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match=f"are served, not {kind}"):
+    with pytest.raises(UserError, match=f"are supported, not {kind}"):
         lora_settings(tmp_path)
 
 

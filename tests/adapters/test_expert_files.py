@@ -12,7 +12,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl_lora.adapters.export import export_merged
 from rl_lora.adapters.files import load_tensors, open_adapter, save_adapter
 from rl_lora.adapters.model_card import card_text, read_facts
 from rl_lora.adapters.peft_files import is_peft_loadable
@@ -21,6 +20,7 @@ from rl_lora.cli import main
 from rl_lora.config import ModelSection, load_config
 from rl_lora.config.sft import load_sft_config
 from rl_lora.errors import UserError
+from rl_lora.export.merge import export_merged
 from rl_lora.models.resolve import resolve_model
 from rl_lora.samplers.vllm.process import process_kept
 from rl_lora.samplers.vllm.settings import check_mixture
@@ -110,7 +110,7 @@ def test_what_peft_cannot_load_is_said_on_the_card(make: Any, more: Any, tmp_pat
     path = save_adapter(policy, tmp_path / "adapters", version=1, run_name="r").path
     assert not is_peft_loadable(path)
     text = card_text(read_facts(path))
-    assert "PEFT does not load this adapter" in text
+    assert "PEFT cannot load this adapter" in text
     assert "PeftModel" not in text
     peft = PeftModel.from_pretrained(load(base), str(path)).eval()
     own = logits_of(policy.model)

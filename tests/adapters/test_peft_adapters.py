@@ -15,11 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from rl_lora.adapters.export import export_merged, find_adapter
-from rl_lora.adapters.files import load_tensors, open_adapter
+from rl_lora.adapters.files import find_adapter, load_tensors, open_adapter
 from rl_lora.adapters.peft_files import lora_settings
 from rl_lora.adapters.resize import common_settings, fitted
 from rl_lora.errors import UserError
+from rl_lora.export.merge import export_merged
 from rl_lora.models.hub import adapter_path
 from rl_lora.samplers.vllm.merged_weights import read_terms
 from rl_lora.types import Adapter
@@ -236,14 +236,14 @@ def test_settings_that_change_the_layers_are_refused_by_name(
     file.write_text(json.dumps(raw))
     assert lora_settings(tmp_path)["rank"] == 1
     file.write_text(json.dumps(raw | {key: value}))
-    with pytest.raises(UserError, match=f"{key}=.* is not served"):
+    with pytest.raises(UserError, match=f"{key}=.* is not supported"):
         lora_settings(tmp_path)
 
 
 def test_a_policy_does_not_take_an_alpha_pattern_unfitted(tmp_path: Path) -> None:
     base = random_llama(tmp_path / "base")
     saved_by_peft(base, tmp_path / "adapter", alpha_pattern={"q_proj": 32})
-    with pytest.raises(UserError, match=r"several alphas .*q_proj first"):
+    with pytest.raises(UserError, match=r"different alphas .*q_proj first"):
         open_adapter(tmp_path / "adapter", make_policy(base, rank=4, alpha=8.0))
 
 

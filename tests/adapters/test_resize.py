@@ -89,7 +89,7 @@ def test_dora_is_evaluated_by_itself_and_keeps_the_lengths_of_other_layers(
 ) -> None:
     path, expected = published(model, tmp_path, 1, rank=2, layers="attention", variant="dora")
     other, _ = published(model, tmp_path, 2, rank=2)
-    with pytest.raises(UserError, match="a DoRA adapter shares no engine"):
+    with pytest.raises(UserError, match="a DoRA adapter cannot share an engine"):
         common_settings([path, other])
     settings = common_settings([path])
     assert settings["variant"] == "dora"

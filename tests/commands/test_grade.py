@@ -96,7 +96,7 @@ def test_run_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str
             '{"completion": "5", "gold": "5", "label": 1}',
             "the label is 1; it must be true or false",
         ),
-        ("\n\n", "holds no completions"),
+        ("\n\n", "has no completions"),
     ],
 )
 def test_bad_files_name_the_line(tmp_path: Path, text: str, message: str) -> None:
@@ -204,10 +204,12 @@ def test_an_evaluation_against_another_judge(tmp_path: Path) -> None:
 
 def test_evaluations_that_cannot_be_graded(tmp_path: Path) -> None:
     path = write_evaluation(tmp_path, {"reward": "os:system"})
-    with pytest.raises(UserError, match=r"was graded by 'os:system'; say so: --reward"):
+    with pytest.raises(
+        UserError, match=r"was graded by 'os:system'; to import that code, pass it as --reward"
+    ):
         run(arguments(str(path)))
     (tmp_path / "empty.jsonl.gz").touch()
-    with pytest.raises(UserError, match="holds no problem yet"):
+    with pytest.raises(UserError, match="has no problems yet"):
         run(arguments(str(tmp_path / "empty.jsonl.gz")))
     with pytest.raises(UserError, match="no such evaluation"):
         run(arguments(str(tmp_path / "none.jsonl.gz")))

@@ -4,6 +4,7 @@ settings end in one line that names the key and the fix."""
 from __future__ import annotations
 
 import io
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -249,7 +250,7 @@ def test_unknown_logger_names_those_there_are() -> None:
 
 
 def test_one_sample_a_prompt_gives_no_advantage() -> None:
-    with pytest.raises(UserError, match="take num_samples >= 2"):
+    with pytest.raises(UserError, match=r"sampling\.num_samples=1 .*; set it to 2 or more"):
         parse_config({"sampling": {"num_samples": 1}})
 
 
@@ -263,6 +264,7 @@ def test_kl_without_weight_has_no_effect() -> None:
     [
         ("vllm", "sampling", 0.005, 'set 0.01 or more, or set sampling.backend="torch"'),
         ("vllm", "eval", 0.009, 'set 0 (greedy) or 0.01 or more, or set sampling.backend="torch"'),
+        ("vllm", "sampling", 1e-9, "set 0.01 or more"),  # too low for torch as well
         ("torch", "sampling", 1e-40, "set 1e-06 or more"),
         ("torch", "eval", 1e-7, "set 0 (greedy) or 1e-06 or more"),
     ],
@@ -274,16 +276,48 @@ def test_temperatures_that_a_back_end_refuses_are_refused_here_with_a_fix_that_w
     raw[section]["temperature"] = value
     with pytest.raises(UserError) as caught:
         parse_config(raw)
-    assert f"{section}.temperature={value:g} is lower than the {backend} sampler takes" in str(
+    assert f"{section}.temperature={value:g} is below the minimum of the {backend} sampler" in str(
         caught.value
     )
-    assert str(caught.value).endswith(fix)
+    assert str(caught.value).endswith(f"; {fix}")
     raw[section]["temperature"] = MIN_TEMPERATURE[backend]
     assert getattr(parse_config(raw), section).temperature == MIN_TEMPERATURE[backend]
-    if backend == "vllm":
+    if "torch" in fix:
         raw["sampling"]["backend"] = "torch"
         raw[section]["temperature"] = value
         assert getattr(parse_config(raw), section).temperature == value
+
+
+@pytest.mark.parametrize(
+    ("backend", "lora", "fix"),
+    [
+        ("vllm", {"variant": "dora"}, {"backend": "torch", "overlap": False}),
+        ("vllm", {"variant": "pissa", "rank": 300}, {"backend": "torch", "overlap": False}),
+        ("torch", {"variant": "dora"}, {"overlap": False}),  # not backend="vllm"
+        ("torch", {}, {"backend": "vllm"}),
+    ],
+)
+def test_advice_on_overlap_and_variants_does_not_go_round_in_circles(
+    backend: str, lora: dict[str, Any], fix: dict[str, Any]
+) -> None:
+    raw: dict[str, Any] = {"lora": lora, "sampling": {"backend": backend, "overlap": True}}
+    with pytest.raises(UserError) as caught:
+        parse_config(raw)
+    named = str(caught.value).rpartition("set ")[2]
+    for key, value in fix.items():
+        assert f"sampling.{key}={json.dumps(value)}" in named
+    assert ("vllm" in named) == (fix.get("backend") == "vllm")
+    raw["sampling"] |= fix
+    parse_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("exam_deepmath_qwen3_8b", "eval_deepmath_qwen3_8b"), ("study_sft_ranks", "study_sft_rank")],
+)
+def test_a_renamed_or_mistyped_config_names_the_nearest(name: str, hint: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean '{hint}'"):
+        load_config(Path(f"configs/{name}.toml"))
 
 
 @pytest.mark.parametrize("key", ["lora.alpha", "optim.lr"])

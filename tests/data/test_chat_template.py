@@ -165,7 +165,7 @@ def test_stops_that_are_special_tokens_are_known_by_id() -> None:
 
 
 def test_an_empty_stop_is_refused() -> None:
-    with pytest.raises(UserError, match=r"sampling\.stop .*empty string stands in every text"):
+    with pytest.raises(UserError, match=r"sampling\.stop .*empty string matches everywhere"):
         load_config(None, ['sampling.stop=["\\n", ""]'])
 
 
@@ -319,16 +319,16 @@ NO_THOUGHTS = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
     ("template", "data", "message"),
     [
         (None, {}, "has no chat template; set data.template='base'"),
-        (NO_SYSTEM + CHATML, {"system": "x"}, "no system; leave data.system and system "),
-        (NO_ROLES_BUT_TWO, {"system": "x"}, "leaves out a part of the system message"),
-        ("{% for m in messages %}{{ m.content ", {}, "does not take .*unexpected end of template"),
+        (NO_SYSTEM + CHATML, {"system": "x"}, "no system; remove data.system and system "),
+        (NO_ROLES_BUT_TWO, {"system": "x"}, "drops a part of the system message"),
+        ("{% for m in messages %}{{ m.content ", {}, "rejects .*unexpected end of template"),
         ("{{ strange_function() }}", {}, "'strange_function' is undefined"),
-        ("{{ messages[0].content + none }}", {}, "does not take .*NoneType"),
-        ("{{ 1 / 0 }}", {}, "does not take .*division"),
-        ({"rag": CHATML, "tool_use": CHATML}, {}, r"\(rag, tool_use\) and none called default"),
+        ("{{ messages[0].content + none }}", {}, "rejects .*NoneType"),
+        ("{{ 1 / 0 }}", {}, "rejects .*division"),
+        ({"rag": CHATML, "tool_use": CHATML}, {}, r"\(rag, tool_use\) and none named default"),
         ({"rag": CHATML, "tool_use": CHATML}, {"chat_template_kwargs": {"chat_template": "rg"}},
-         "neither a template nor one's name; did you mean 'rag'"),
-        (CHATML, {"chat_template_kwargs": {"enable_thinkin": False}}, "has no such setting"),
+         "neither a template nor the name of one; did you mean 'rag'"),
+        (CHATML, {"chat_template_kwargs": {"enable_thinkin": False}}, "has no such variable"),
         (CHATML, {"template": "base", "chat_template_kwargs": {"x": 1}}, "needs data.template='c"),
     ],
 )  # fmt: skip
@@ -356,7 +356,7 @@ def test_the_fixes_that_are_named_work(tmp_path: Path) -> None:
     assert end_of_turn(broken, "chat", {"chat_template": CHATML}) == 258
     config = load_config(None, ["data.chat_template_kwargs.enable_thinking=false"])
     assert config.data.chat_template_kwargs == {"enable_thinking": False}
-    with pytest.raises(UserError, match="add_generation_prompt is not free"):
+    with pytest.raises(UserError, match="add_generation_prompt cannot be set"):
         load_config(None, ["data.chat_template_kwargs.add_generation_prompt=false"])
 
 
@@ -365,22 +365,22 @@ def test_the_fixes_that_are_named_work(tmp_path: Path) -> None:
     [
         (STRICT, chat(("user", "a"), ("user", "b"), ("assistant", "3")), "row 0 .*alternate"),
         (CHATML, chat(("user", "3?"), ("assistant", "3"), reasoning_content="hm"),
-         "leaves out 'reasoning_content'"),
+         "drops 'reasoning_content'"),
         (CHATML, chat(("user", "3?"), ("assistant", "3"), tool_calls=[CALL]),
-         "leaves out 'tool_calls'"),
+         "drops 'tool_calls'"),
         (STRICT, chat(("user", "3?"), ("assistant", None), tool_calls=[CALL]),
-         "must know tool_calls"),
+         "must support tool_calls"),
         (NO_THOUGHTS, chat(("user", "3?"), ("assistant", "<think>hm</think>3")),
-         "leaves out a part of the assistant message"),
+         "drops a part of the assistant message"),
         (CHATML,
-         chat(("user", "3?"), ("assistant", "3"), weight=0.5), "weight 0.5; a message is learnt"),
+         chat(("user", "3?"), ("assistant", "3"), weight=0.5), r"weight 0.5; set 1 \(trained on\)"),
         (CHATML, chat(("user", [{"type": "image", "url": "x"}]), ("assistant", "3")),
          "row 0: the user message has a part of type 'image'"),
         (CHATML, chat(("user", 3), ("assistant", "3")), "content is of type int"),
         (CHATML, chat(("user", "hi \ud83d"), ("assistant", "3")), r"lone surrogate '\\ud83d'"),
         (CHATML, chat(("user", "hi"), ("assistant", "3 \udc00")), r"lone surrogate '\\udc00'"),
         (CHATML, {**chat(("user", "3?"), ("assistant", "3")), "tools": [CALL]},
-         "leaves out the tool 'add'"),
+         "drops the tool 'add'"),
     ],
 )  # fmt: skip
 def test_rows_that_a_template_or_a_tokenizer_does_not_take(
@@ -404,7 +404,7 @@ def test_an_answer_with_reasoning_where_prompts_say_there_is_none(tmp_path: Path
 
 def test_the_base_template_writes_only_contents(tmp_path: Path) -> None:
     row = chat(("user", "3?"), ("assistant", "3"), reasoning_content="hm")
-    with pytest.raises(UserError, match=r"row 0 .* has 'reasoning_content'"):
+    with pytest.raises(UserError, match=r"row 0 .* with 'reasoning_content'"):
         learnt(tmp_path, [row], byte_tokenizer(), template="base")
 
 

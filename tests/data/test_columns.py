@@ -138,15 +138,13 @@ def test_chats_as_json_text(column: str) -> None:
 
 @pytest.mark.parametrize("text", [str(CHAT), "What is 4 + 4?", "[{", "8"])
 def test_chats_as_other_text_are_refused(text: str) -> None:
-    with pytest.raises(
-        UserError, match=r"x\.csv, row 1: column 'messages' is text that is no JSON"
-    ):
+    with pytest.raises(UserError, match=r"x\.csv, row 1: column 'messages' is text but not a JSON"):
         parse_chats([{"messages": CHAT}, {"messages": text}], "x.csv", "")
 
 
 def test_objects_as_pythons_own_text_are_refused() -> None:
     raw = {"prompt": str(CHAT[:1]), "reward_model": str(NESTED)}
-    assert "column 'prompt' is text that is no JSON list or object" in message_of([raw])
+    assert "column 'prompt' is text but not a JSON list or object" in message_of([raw])
 
 
 @pytest.mark.parametrize("text", ['{"x": 1} is JSON; what is x?', "[1, 2] or {3}?", '[{"x": 1}]'])
@@ -159,7 +157,7 @@ SFT: list[tuple[dict[str, Any], dict[str, str], str]] = [
     ({"prompt": "q", "completion": {"text": "8"}}, {}, "answer=completion.text"),
     ({"prompt": {"text": "q"}, "completion": "8"}, {}, "question=prompt.text"),
     ({"prompt": "q", "completion": b"8"}, {}, "the answer (column 'completion') is bytes"),
-    ({"prompt": "q", "completion": ["8", "9"]}, {}, "name an item by answer=completion.0"),
+    ({"prompt": "q", "completion": ["8", "9"]}, {}, "for its first item, set answer=completion.0"),
     ({"prompt": [1], "completion": "8"}, {}, "column 'prompt' is a list, not text"),
     ({"instruction": "q", "output": {"v": "8"}}, {}, "answer=output.v"),
     ({"instruction": {"text": "q"}, "output": "8"}, {}, "question=instruction.text"),
@@ -278,7 +276,7 @@ def test_a_tolerance_belongs_to_each_alternative_and_only_to_olympiad_bench() ->
     assert row.reference == "2.5 [tolerance 0.1] ||| 3 [tolerance 0.1]"
     (row,) = parse_rows([{**raw, "error": "time out"}], "x")
     assert row.reference == "2.5 ||| 3"
-    with pytest.raises(UserError, match="x, row 0: the column error holds 'small'"):
+    with pytest.raises(UserError, match="x, row 0: column error is 'small'"):
         parse_rows([{**marked, "error": "small"}], "x")
 
 

@@ -274,7 +274,7 @@ def test_unknown_columns_name_those_found_and_the_keys_to_set(tmp_path: Path) ->
     assert "(instruction, output)" in message
     assert "data.train.question and data.train.answer" in message
     assert "has no column 'qestion'" in error_of(str(path), question="qestion", answer="output")
-    assert "set both keys" in error_of(str(path), question="instruction")
+    assert "name both" in error_of(str(path), question="instruction")
 
 
 def test_broken_files(tmp_path: Path) -> None:
@@ -293,14 +293,14 @@ def test_broken_files(tmp_path: Path) -> None:
 def test_folder_without_data_names_the_folders_that_have_some(tmp_path: Path) -> None:
     make_folder(tmp_path / "inner", ["train.jsonl"])
     assert "has no data files" in error_of(str(tmp_path))
-    assert "its folders inner have some" in error_of(str(tmp_path))
+    assert "give one of its folders that do: inner" in error_of(str(tmp_path))
     assert "has no dev.* among its data files (train.jsonl)" in error_of(
         str(tmp_path / "inner"), split="dev"
     )
 
 
 def test_evaluations_are_not_trained_on_by_mistake() -> None:
-    assert "is an evaluation" in error_of("aime24")
+    assert "is for evaluation" in error_of("aime24")
 
 
 def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +313,21 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error_of("data/sums").startswith("data set data/sums: no file or folder here, and (hub")
     message = error_of("gsm8k")
     assert "hub id openai/gsm8k, split train" in message
-    assert "give the path of a local copy" in message
+    assert "check the connection, or give the path of a local copy" in message
+
+
+def test_a_split_that_is_not_there_is_no_matter_of_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import datasets
+
+    def refuse(*args: object, **more: object) -> None:
+        raise ValueError("Unknown split 'tst'. Should be one of ['train', 'test'].")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    message = error_of("gsm8k", split="tst")
+    assert "Should be one of ['train', 'test'].; set the source's split to one of them" in message
+    assert "connection" not in message
 
 
 # --- the hub --------------------------------------------------------------------------------------
@@ -433,7 +447,7 @@ def test_generator_options_are_checked() -> None:
     assert "no option 'min_term'; did you mean 'min_terms'?" in message(
         "generated:chain_sum", min_term=3
     )
-    assert "min_terms=5 is over max_terms=3" in message("generated:chain_sum", min_terms=5)
+    assert "min_terms=5 is above max_terms=3" in message("generated:chain_sum", min_terms=5)
     assert "operation 'ad'" in message("generated:word_problems", operations=["ad"])
     assert "need 'add' or 'subtract'" in message("generated:word_problems", operations=["divide"])
     assert "option max_steps = 99" in message("generated:word_problems", max_steps=99)
@@ -443,7 +457,7 @@ def test_generator_options_are_checked() -> None:
 
 def test_options_are_only_for_generators(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "m.jsonl", [{"question": "q", "answer": "1"}])
-    assert "options are for generators" in error_of(str(path), options={"max_terms": 2})
+    assert "remove options" in error_of(str(path), options={"max_terms": 2})
     assert "do not apply" in error_of("generated:chain_sum", answer="gold")
 
 

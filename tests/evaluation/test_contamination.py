@@ -10,7 +10,7 @@ from rl_lora.config import ModelSection
 from rl_lora.evaluation.contamination import (
     FAMILIES,
     contamination_notes,
-    evaluation_date,
+    publication_date,
     release_date,
 )
 
@@ -57,14 +57,14 @@ def test_an_unknown_name_has_no_date_unless_the_config_says_it(name: str) -> Non
     ],
 )
 def test_the_day_on_which_an_evaluation_was_public(source: str, title: str, year: int) -> None:
-    found = evaluation_date(source)
+    found = publication_date(source)
     assert found is not None
     assert (found[0], found[1].year) == (title, year)
 
 
 @pytest.mark.parametrize("source", ["chain_sum", "mine", "aimeless", "aftermath"])
 def test_own_and_generated_problems_have_no_date(source: str) -> None:
-    assert evaluation_date(source) is None
+    assert publication_date(source) is None
 
 
 def test_the_notes_of_qwen3() -> None:
@@ -77,4 +77,4 @@ def test_the_notes_of_qwen3() -> None:
     assert notes[0].endswith("its problems may be in the training data")
     assert notes[1].startswith("AIME 2026 comes after the base model's release")
     (unknown,) = contamination_notes(ModelSection(name="tiny-fast"), ["aime24"])
-    assert "is unknown; model.released = YYYY-MM-DD would tell" in unknown
+    assert "unknown whether it precedes the base model's release; set model.released" in unknown

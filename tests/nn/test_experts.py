@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from rl_lora.errors import UserError
+from rl_lora.nn.context import adapters_off
 from rl_lora.nn.experts import LoraExperts, attach_expert_lora, expert_rank, expert_tensors
-from rl_lora.nn.switch import adapters_off
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"num_key_value_heads": 1, "num_experts_per_tok": 2}

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from rl_lora.nn import attention
 from rl_lora.nn import token_logprobs as logprobs
+from rl_lora.nn.context import adapters_off
 from rl_lora.nn.cpu_workers import map_on_cores
-from rl_lora.nn.lora import LoraLinear, adapters_off
+from rl_lora.nn.lora import LoraLinear
 from rl_lora.nn.segments import Segment, make_layout
 
 
@@ -98,7 +99,7 @@ def test_a_sibling_asked_for_another_input_is_computed_for_it() -> None:
     assert torch.allclose(layers[1](second), layers[1].base(second))  # B is 0
 
 
-def test_adapters_are_off_for_only_one_thread() -> None:
+def test_adapters_are_off_for_one_thread_only() -> None:
     layer = LoraLinear(nn.Linear(4, 3), 1, 32.0, seed=0)
     layer.lora_B.data.fill_(1.0)
     x = random(1, 4)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from rl_lora.nn.context import adapters_off
 from rl_lora.nn.lora import LoraLinear
 from rl_lora.nn.lora_swiglu import SwigluDown, join_swiglu
-from rl_lora.nn.switch import adapters_off
 
 
 class Mlp(nn.Module):

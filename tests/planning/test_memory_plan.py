@@ -399,7 +399,7 @@ def test_the_plan_of_a_mixture_names_what_is_at_work(tmp_path: Path) -> None:
     overrides = {"model": {"name": str(path)}, "lora": {"rank": 4}}
     print_plan(parse_config(overrides), path, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "base, at work on a token" in text
+    assert "base, active per token" in text
     bad = parse_config({"model": {"name": str(path)}, "lora": {"rank": 3}})
     with pytest.raises(UserError, match="take a multiple of 2"):
         print_plan(bad, path, console)

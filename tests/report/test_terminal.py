@@ -109,7 +109,7 @@ def test_seconds_text(seconds: float, text: str) -> None:
 
 def test_step_line_shows_what_is_there() -> None:
     assert step_line(METRICS) == (
-        "reward 0.431  correct 31.2%  length 54  truncated 2%  kl 3.1e-07  tok/s 1234  s 12.3"
+        "reward 0.431  correct 31.2%  length 54  truncated 2%  kl 3.1e-07  1234 tok/s  12.3 s"
     )
     assert step_line({"sft/loss": 1.25, "eval/accuracy": 0.5}) == "loss 1.250  held-out 50.0%"
     assert step_line({"mismatch/kl": float("nan")}) == "kl nan"
@@ -247,7 +247,7 @@ def test_evaluation_table_shows_accuracy_and_format_apart() -> None:
         if len(cells := [cell.strip() for cell in re.split("[│]", line)[1:-1]]) == 3
     }
     assert rows["accuracy"] == ["10.0% (2.8 to 23.7)", "50.0% (33.8 to 66.2)"]
-    assert rows["in the asked format"] == ["0.0%", "100.0%"]
+    assert rows["in the requested format"] == ["0.0%", "100.0%"]
     assert rows["accuracy within the format"] == ["-", "50.0%"]
     assert rows["problems"] == ["40", "40"]
     assert "95% intervals" in text

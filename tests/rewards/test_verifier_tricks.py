@@ -97,6 +97,9 @@ def test_status_says_why(gold: str, answer: str, status: str) -> None:
         ("7 = 8\n0 = 1\nundefined\n1 = -1", "-1"),
         ("First some steps.\n3 = 5.", "5"),
         ("First some steps.\n3 = 5.", "3"),
+        ("What is 3 + 4?", "4"),
+        ("What is 3 + 4? 7 or 8", "7"),
+        ("What is 3 + 4? 3 + 4", "7"),
     ],
 )
 def test_a_truncated_or_false_ending_earns_nothing(completion: str, gold: str) -> None:
@@ -112,6 +115,8 @@ def test_a_truncated_or_false_ending_earns_nothing(completion: str, gold: str) -
         ("2 + 2 = 4\n4 + 2 = 6\n6 = 6\n", "6"),
         ("First some steps.\n-6 = -6", "-6"),
         ("First some steps.\nx = 6", "6"),
+        ("What is 3 + 4? 7", "7"),
+        ("What is 3 + 4 - 2? 3 + 4 - 2 = 5", "5"),
         ("First some steps.\n20 - 10 = 10 dollars left", "10"),
         ("20 - 10 = 10 dollars left", "10"),
         ("Of her 20 dollars she keeps 3 -- and that is all she has.", "3"),

@@ -231,7 +231,7 @@ def test_resume_at_minus_one_starts_over(tmp_path: Path) -> None:
 def test_a_new_run_does_not_write_into_an_older_one(tmp_path: Path) -> None:
     with RunLog(tmp_path) as log:
         log.write(0, {})
-    with pytest.raises(UserError, match=r"metrics\.jsonl holds an older run: resume it"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl holds an older run: add --resume"):
         RunLog(tmp_path)
     with RunLog(tmp_path, metrics_file="warm_start.jsonl") as log:
         log.write(0, {"sft/loss": 1.0})

@@ -28,9 +28,9 @@ from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION
 from rl_lora.samplers.vllm import settings as vllm_settings
-from rl_lora.samplers.vllm.engine import make_engine
+from rl_lora.samplers.vllm.engine import check_adapter, make_engine
 from rl_lora.samplers.vllm.process import import_vllm, process_kept
-from rl_lora.samplers.vllm.sampler import VllmSampler, _check_adapter
+from rl_lora.samplers.vllm.sampler import VllmSampler
 from rl_lora.samplers.vllm.settings import (
     RANK_SLOTS,
     EngineOptions,
@@ -392,11 +392,11 @@ def test_a_name_used_for_other_weights_is_refused(
 def test_an_answer_under_another_adapter_is_refused() -> None:
     third = SimpleNamespace(lora_name="run-v3", lora_int_id=4)
     second = SimpleNamespace(lora_name="run-v2", lora_int_id=3)
-    _check_adapter(None, None)
-    _check_adapter(third, third)
+    check_adapter(None, None)
+    check_adapter(third, third)
     for answered, wanted in ((second, third), (None, third), (third, None)):
         with pytest.raises(StaleAdapterError, match="run-v3"):
-            _check_adapter(answered, wanted)
+            check_adapter(answered, wanted)
 
 
 def test_ends_caps_stops_and_progress(sampler: VllmSampler) -> None:

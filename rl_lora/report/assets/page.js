@@ -1,5 +1,5 @@
 "use strict";
-// Everything that the page shows is made of elements and text nodes; no string is parsed as HTML.
+// The page is built from elements and text nodes only; no string is parsed as HTML.
 
 const byId = (id) => document.getElementById(id);
 
@@ -39,7 +39,7 @@ const systemTheme = matchMedia("(prefers-color-scheme: dark)");
 function storedTheme() {
   try {
     return localStorage.getItem("theme") ?? "auto";
-  } catch {  // storage is switched off for files in some browsers
+  } catch {  // some browsers disable storage for files
     return "auto";
   }
 }
@@ -50,7 +50,7 @@ function setTheme(theme) {
   try {
     localStorage.setItem("theme", theme);
   } catch {
-    // The choice then holds until the page is closed.
+    // The choice then lasts until the page is closed.
   }
   drawAll();
 }
@@ -63,7 +63,7 @@ function cssColor(name) {
   return `rgba(${red},${green},${blue},${opacity})`;
 }
 
-// A copy of a figure's part with the palette's names replaced by the theme's colours.
+// A copy of part of a figure, with the palette's names replaced by the theme's colours.
 function painted(value, key) {
   if (Array.isArray(value)) return key === "x" || key === "y" ? value : value.map((v) => painted(v));
   if (value && typeof value === "object") {
@@ -77,7 +77,7 @@ function painted(value, key) {
 
 const isTouch = matchMedia("(pointer: coarse)");
 const figures = new Map();  // id -> {figure, plot}
-let drawing = 0;  // of the pass over all figures that is under way; a new pass ends the old one
+let drawing = 0;  // number of the current pass over all figures; a new pass ends the old one
 
 function figureLayout(figure) {
   const layout = painted(figure.layout);
@@ -92,7 +92,7 @@ function figureLayout(figure) {
       Object.assign(layout[name], { showgrid: false, zeroline: false }, last <= 8 ? { dtick: 1 } : {});
       layout[name].unifiedhovertitle = { text: "step %{x}" };
     }
-    layout[name].fixedrange = isTouch.matches;  // a finger on a figure scrolls the page
+    layout[name].fixedrange = isTouch.matches;  // dragging a figure on a touch screen scrolls the page
   }
   const long = figure.data.filter((trace) => trace.showlegend !== false).length;
   return {
@@ -113,12 +113,12 @@ function figureLayout(figure) {
 function draw(id) {
   const { figure, plot } = figures.get(id);
   const config = { responsive: true, displaylogo: false, displayModeBar: isTouch.matches ? false : "hover",
-    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],  // none that would send data
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],  // no button that would send data
     toImageButtonOptions: { filename: figure.id, scale: 2 } };
   return Plotly.react(plot, figure.data.map((trace) => painted(trace)), figureLayout(figure), config);
 }
 
-// One after the other, so that the page can be read and scrolled meanwhile.
+// One at a time, so that the page stays responsive.
 async function drawAll() {
   const pass = ++drawing;
   if (!window.Plotly) return;
@@ -176,7 +176,7 @@ function notesNode(notes) {
   return node;
 }
 
-// Puts the data on the page; what the reader has opened, filtered and zoomed stays.
+// Shows the data; what the reader has opened, filtered and zoomed is kept.
 function show(page) {
   const open = [...document.querySelectorAll("details[open] > summary")].map((s) => s.textContent);
   const [left, top] = [window.scrollX, window.scrollY];

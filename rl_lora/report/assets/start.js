@@ -18,7 +18,7 @@ async function poll() {
     live.textContent = "live";
   } catch {
     live.className = "lost";
-    live.textContent = "no longer served; as of the last step shown";
+    live.textContent = "server stopped; showing the last data received";
   }
   setTimeout(poll, POLL_MS);
 }

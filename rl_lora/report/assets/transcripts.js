@@ -1,7 +1,7 @@
 
-// --- the browser of transcripts ------------------------------------------------------------------
+// --- the transcript browser ----------------------------------------------------------------------
 
-const PAGE_SIZE = 12;  // cards of a column that come at once
+const PAGE_SIZE = 12;  // cards added to a column at a time
 const filters = { run: "", origin: "", from: "", to: "", source: "", verdict: "", shortest: "",
   longest: "", search: "", problem: "" };
 const view = { raw: false, tab: "correct", shown: { correct: PAGE_SIZE, wrong: PAGE_SIZE } };
@@ -67,7 +67,7 @@ function segmentNode(segment, isRaw) {
     return isRaw ? document.createTextNode(formula.src) : formulaNode(formula);
   }
   if ("cut" in segment) {
-    return element("span", "cut", `${segment.cut.toLocaleString("en")} characters are left out here`);
+    return element("span", "cut", `${segment.cut.toLocaleString("en")} characters omitted`);
   }
   const times = segment.n > 1 ? ` × ${segment.n.toLocaleString("en")}` : "";
   return element("span", "hidden-char", segment.h + times);
@@ -107,7 +107,7 @@ function columnNode(name, items) {
   const shown = items.slice(0, view.shown[name]);
   const head = element("h3", "", `${name === "correct" ? "Correct" : "Wrong"} (${items.length.toLocaleString("en")})`);
   const node = element("div", `column ${name}`, head, ...shown.map(transcriptCard));
-  if (!items.length) node.append(element("p", "empty", "None of the sample fits the filters."));
+  if (!items.length) node.append(element("p", "empty", "No transcript matches the filters."));
   if (items.length > shown.length) {
     const more = element("button", "more", `show more (${items.length - shown.length} left)`);
     more.type = "button";
@@ -220,6 +220,6 @@ function transcriptsNode(data) {
   const node = element("section", "", element("h2", "", "Transcripts"),
     element("p", "note", data.note), filterBar(), count, problem, tabs, columns);
   node.id = "transcripts";
-  queueMicrotask(listTranscripts);  // once the node is on the page
+  queueMicrotask(listTranscripts);  // after the node has been inserted
   return node;
 }

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from rl_lora.config import LoraSection
-from rl_lora.errors import UserError
+from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.vllm.kept_classes import classes_kept
 from rl_lora.samplers.vllm.merged_weights import MergedWeights
@@ -117,6 +117,14 @@ def check_files(adapter: Adapter) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter.path / name).is_file():
             raise UserError(f"adapter directory {adapter.path} has no {name}")
+
+
+def check_adapter(answered: Any, wanted: Any) -> None:
+    """Raises StaleAdapterError if an output names another adapter than the one wanted."""
+    found = None if answered is None else (answered.lora_name, answered.lora_int_id)
+    expected = None if wanted is None else (wanted.lora_name, wanted.lora_int_id)
+    if found != expected:
+        raise StaleAdapterError(f"vLLM answered under adapter {found}, not {expected}")
 
 
 def one_line(error: ValueError) -> str:

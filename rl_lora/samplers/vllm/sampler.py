@@ -12,22 +12,20 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoConfig
 
-from rl_lora.config import LoraSection
 from rl_lora.config.checks import MIN_TEMPERATURE
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.models.resolve import context_length
-from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, Stops
+from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, OnProgress, Stops, check_lengths
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.end_tokens import end_token_ids as model_end_token_ids
 from rl_lora.samplers.vllm.engine import (
+    check_adapter,
     check_device,
     check_files,
     forget_cache,
@@ -36,7 +34,7 @@ from rl_lora.samplers.vllm.engine import (
     one_line,
     repack_head,
 )
-from rl_lora.samplers.vllm.merged_weights import read_terms
+from rl_lora.samplers.vllm.merged_weights import MergedWeights, read_terms
 from rl_lora.samplers.vllm.process import (
     check_cpu_heads,
     import_vllm,
@@ -44,9 +42,8 @@ from rl_lora.samplers.vllm.process import (
     torch_random_state_kept,
 )
 from rl_lora.samplers.vllm.settings import (
-    CPU_MEMORY_SHARE,
-    CPU_NUM_SEQS,
     EngineOptions,
+    ServedPolicy,
     check_mixture,
     check_model,
     engine_settings,
@@ -56,32 +53,10 @@ from rl_lora.samplers.vllm.settings import (
 from rl_lora.seeds import sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
-__all__ = ["CPU_MEMORY_SHARE", "CPU_NUM_SEQS", "EngineOptions", "OnProgress", "VllmSampler"]
+__all__ = ["EngineOptions", "VllmSampler"]
 
-OnProgress = Callable[[int, int, int], None]  # samples done, samples in all, tokens in those done
-
-
+_Request = tuple[Sequence[int], Any]  # token ids, vllm.SamplingParams
 _CONTEXT = 2048  # tokens of prompt and completion, unless max_model_len says otherwise
-
-
-class ServedPolicy(Protocol):
-    """What a sampler needs to know of a `Policy`."""
-
-    @property
-    def model_dir(self) -> Path:
-        """Has config.json, safetensors and tokenizer."""
-
-    @property
-    def lora(self) -> LoraSection:
-        """Rank and kind of its adapters; mode "full": whole weights instead."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the base weights, and in the engine also of KV cache and adapter."""
-
-    @property
-    def device(self) -> torch.device:
-        """cpu, or the GPU that PyTorch numbers 0."""
 
 
 class VllmSampler:
@@ -145,23 +120,28 @@ class VllmSampler:
             max_num_seqs=max_num_seqs,
         )
         self._runs_eager = bool(settings["enforce_eager"])
-        make = partial(make_engine, vllm, on_cpu=self._on_cpu)
-        layers = lora_settings(lora, policy.dtype)
         merges = merges_adapter(engine.merge_adapter, lora, dtype=policy.dtype, device=device)
-        self._engine = make(settings if merges else settings | layers)
-        self._merged = None
-        if merges:
-            is_required = bool(engine.merge_adapter)
-            self._merged = merged_weights(self._engine, model_dir, is_required=is_required)
-            if self._merged is None:
-                self._shut_down()
-                self._engine = make(settings | layers)
+        is_required = bool(engine.merge_adapter)
+        self._open_engine(settings, lora_settings(lora, policy.dtype), merges, is_required)
         self._tokenizer = self._engine.get_tokenizer()
         if end_token_ids is None:
             end_token_ids = model_end_token_ids(model_dir, self._tokenizer)
         self._end_token_ids = list(end_token_ids)
         VllmSampler._open = weakref.ref(self)
         self.release_memory()
+
+    def _open_engine(
+        self, settings: dict[str, Any], lora_layers: dict[str, Any], merges: bool, is_required: bool
+    ) -> None:
+        """With merged weights, or with LoRA layers if these are asked for or merging fails."""
+        make = partial(make_engine, self._vllm, on_cpu=self._on_cpu)
+        self._engine = make(settings if merges else settings | lora_layers)
+        self._merged: MergedWeights | None = None
+        if merges:
+            self._merged = merged_weights(self._engine, self._model_dir, is_required=is_required)
+            if self._merged is None:
+                self._shut_down()
+                self._engine = make(settings | lora_layers)
 
     def set_adapter(self, adapter: Adapter | None) -> None:
         """Samples from this version from now on; None: from the base model.
@@ -222,8 +202,8 @@ class VllmSampler:
         requests: dict[str, _Request] = {}
         for prompt, seeds_G in zip(prompts_N, sample_seeds(prompts_N, params), strict=True):
             for seed in seeds_G:
-                request = _Request(prompt.token_ids, self._sampling_params(params, stops, seed))
-                requests[str(len(requests))] = request
+                options = self._sampling_params(params, stops, seed)
+                requests[str(len(requests))] = (prompt.token_ids, options)
         groups = Groups(len(prompts_N), params.num_samples, on_group)
 
         def on_output(output: Any) -> None:
@@ -250,7 +230,7 @@ class VllmSampler:
             temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
         requests = {
-            str(n): _Request(token_ids, params)
+            str(n): (token_ids, params)
             for n, token_ids in enumerate(token_ids_N)
             if len(token_ids) > 1
         }
@@ -336,14 +316,7 @@ class VllmSampler:
                 f"temperature {params.temperature} is below {lowest}, which vLLM would use "
                 "instead; use 0 (greedy) or a higher one"
             )
-        for prompt in prompts_N:
-            num_tokens = len(prompt.token_ids) + params.max_tokens
-            if num_tokens > self.max_model_len:
-                raise UserError(
-                    f"prompt {prompt.prompt_id!r} has {len(prompt.token_ids)} tokens, and with "
-                    f"sampling.max_tokens={params.max_tokens} exceeds the context of "
-                    f"{self.max_model_len}; lower sampling.max_tokens or data.max_prompt_tokens"
-                )
+        check_lengths(prompts_N, params.max_tokens, self.max_model_len)
 
     def _sampling_params(self, params: SampleParams, stops: Stops, seed: int) -> Any:
         return self._vllm.SamplingParams(
@@ -377,14 +350,14 @@ class VllmSampler:
         num_tokens = 0
         try:
             with self._compiler_stance(), torch_random_state_kept():
-                for key, request in requests.items():
-                    tokens = self._vllm.tokens_input(list(request.token_ids))
-                    engine.add_request(key, tokens, request.params, lora_request=lora)
+                for key, (token_ids, params) in requests.items():
+                    tokens = self._vllm.tokens_input(list(token_ids))
+                    engine.add_request(key, tokens, params, lora_request=lora)
                 while engine.has_unfinished_requests():
                     for output in engine.step():
                         if not output.finished:
                             continue
-                        _check_adapter(output.lora_request, lora)
+                        check_adapter(output.lora_request, lora)
                         outputs[output.request_id] = output
                         num_tokens += len(output.outputs[0].token_ids)
                         if on_progress is not None:
@@ -422,17 +395,3 @@ class VllmSampler:
             is_truncated=answer.finish_reason == "length",
             adapter_version=BASE_VERSION if self._adapter is None else self._adapter.version,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    token_ids: Sequence[int]
-    params: Any  # vllm.SamplingParams
-
-
-def _check_adapter(answered: Any, wanted: Any) -> None:
-    """Raises StaleAdapterError if an output names another adapter than the one wanted."""
-    found = None if answered is None else (answered.lora_name, answered.lora_int_id)
-    expected = None if wanted is None else (wanted.lora_name, wanted.lora_int_id)
-    if found != expected:
-        raise StaleAdapterError(f"vLLM answered under adapter {found}, not {expected}")

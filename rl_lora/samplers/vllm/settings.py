@@ -8,7 +8,7 @@ import shutil
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -27,6 +27,26 @@ GPU_BATCHED_TOKENS = 2048  # vLLM's minimum per step; it refuses more sequences 
 CPU_BLOCK_SIZE = 32  # tokens of a KV cache block, the unit of prefix caching
 CPU_COMPILED_STEPS = 20_000  # decoding steps above which compiling the model pays on a CPU
 CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the KV cache
+
+
+class ServedPolicy(Protocol):
+    """What a sampler needs to know of a `Policy`."""
+
+    @property
+    def model_dir(self) -> Path:
+        """Has config.json, safetensors and tokenizer."""
+
+    @property
+    def lora(self) -> LoraSection:
+        """Rank and kind of its adapters; mode "full": whole weights instead."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base weights, and in the engine also of KV cache and adapter."""
+
+    @property
+    def device(self) -> torch.device:
+        """cpu, or the GPU that PyTorch numbers 0."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Exports an adapter: merged into a standalone model directory, or pushed to the hub.
+"""Merges an adapter into a standalone model directory.
 
 W + (alpha / rank) B A (for DoRA with each row rescaled to its magnitude) is computed once, in
 float32, from the base's stored weights and rounded once to the requested dtype. Merging in place
@@ -9,25 +9,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rl_lora.adapters.files import is_lora_dir, load_tensors
 from rl_lora.adapters.model_card import CARD_FILE, card_text, read_facts, run_config
 from rl_lora.adapters.patch import Patch, load_patch, mismatch
-from rl_lora.adapters.peft_files import ADAPTER_FILE
 from rl_lora.data.chat_template import end_of_turn
 from rl_lora.errors import UserError
-from rl_lora.models.hub import adapter_path
 from rl_lora.models.resolve import check_model_dir, load_tokenizer
 from rl_lora.storage.directories import atomic_directory
 from rl_lora.storage.jsonl import write_json
@@ -35,8 +29,6 @@ from rl_lora.storage.jsonl import write_json
 _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# The hub's client raises its own errors, its transport httpx's.
-_HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__mro__[1:2])
 
 
 def export_merged(
@@ -94,67 +86,6 @@ def export_merged(
     except OSError as error:
         raise UserError(f"cannot write {out_dir}: {error.strerror or error}") from error
     return out_dir
-
-
-def push_adapter(
-    adapter_dir: Path, repo_id: str, *, private: bool = False, api: HfApi | None = None
-) -> str:
-    """Uploads an adapter with its model card; returns the URL of the commit.
-
-    Args:
-        adapter_dir: a PEFT LoRA directory.
-        repo_id: owner/name, created if it does not exist.
-        private: whether a new repository is private.
-        api: the hub's client; None: one with the user's own token.
-
-    Raises:
-        UserError: not an adapter directory, or the hub refuses or cannot be reached.
-    """
-    facts = read_facts(adapter_dir)
-    api = api or HfApi()
-    with tempfile.TemporaryDirectory() as folder:
-        staging = Path(folder)
-        if (adapter_dir / ADAPTER_FILE).is_file():
-            shutil.copyfile(adapter_dir / ADAPTER_FILE, staging / ADAPTER_FILE)
-        else:
-            save_file(load_tensors(adapter_dir), staging / ADAPTER_FILE, metadata={"format": "pt"})
-        peft = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
-        # A path of this machine means nothing elsewhere.
-        peft["base_model_name_or_path"] = facts.base_hub_id
-        write_json(staging / "adapter_config.json", peft)
-        (staging / CARD_FILE).write_text(card_text(facts), encoding="utf-8")
-        try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=staging,
-                commit_message=f"LoRA adapter of rank {facts.rank}",
-            )
-        except _HUB_ERRORS as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"cannot push to {repo_id!r}: {reason}; check the name, the network and "
-                "`hf auth login`"
-            ) from error
-    return str(commit)
-
-
-def find_adapter(source: Path) -> Path:
-    """The adapter directory of a run folder (the final one, else the newest version), a directory
-    or a hub id.
-
-    Raises:
-        UserError: there is no adapter.
-    """
-    source = adapter_path(source)
-    versions = sorted((source / "adapters").glob("v[0-9]*"))
-    for folder in (source, source / "adapter", *reversed(versions)):
-        has_weights = is_lora_dir(folder) or any(folder.glob("*.safetensors"))
-        if has_weights and not (folder / "config.json").is_file():
-            return folder
-    raise UserError(
-        f"{source} holds no adapter; give a run folder, an adapter directory or a hub id"
-    )
 
 
 # --- parts of a merge -----------------------------------------------------------------------------

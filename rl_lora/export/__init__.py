@@ -1,0 +1,1 @@
+"""Exports: merged models, and adapters on the hub."""

@@ -78,7 +78,7 @@ def test_updates_split_round_robin_with_their_own_denominators() -> None:
 
 
 def test_unknown_denominator_is_an_error() -> None:
-    with pytest.raises(ValueError, match="none of tokens"):
+    with pytest.raises(ValueError, match="not tokens"):
         pack_samples([sample(1, 1)], denominator="words")
 
 

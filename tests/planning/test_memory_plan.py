@@ -368,7 +368,7 @@ def test_a_mixtures_experts_share_the_rank() -> None:
     assert counts.adapter == attention + 48 * 128 * 3 * (2048 + 768)
     assert counts.num_targets == 48 * (4 + 128 * 3)
     assert parameter_counts(model, LoraSection(rank=8, layers="attention")).adapter == attention
-    with pytest.raises(UserError, match=r"lora\.rank=12 is shared by 8 active experts"):
+    with pytest.raises(UserError, match=r"lora\.rank=12 is divided among 8 active experts"):
         parameter_counts(model, LoraSection(rank=12))
     assert parameter_counts(model, LoraSection(rank=12, mode="full")).trainable == counts.base
 

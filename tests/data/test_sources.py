@@ -248,7 +248,10 @@ def error_of(name: str, role: Any = "train", **more: Any) -> str:
 
 
 def test_missing_file() -> None:
-    assert error_of("data/nowhere.jsonl") == "data file or folder data/nowhere.jsonl does not exist"
+    assert error_of("data/nowhere.jsonl") == (
+        "data file or folder data/nowhere.jsonl does not exist; "
+        "check the path (data.train, data.eval)"
+    )
 
 
 def test_unknown_set_names_the_nearest() -> None:

@@ -162,7 +162,7 @@ def test_a_run_of_an_earlier_version_says_what_was_renamed(
     assert note in " ".join(capsys.readouterr().out.split())
 
 
-def test_what_is_no_run_is_one_clear_error(
+def test_a_folder_without_a_run_is_one_clear_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(tmp_path)]) == 2
@@ -255,7 +255,7 @@ def test_formulas_are_found_and_prices_are_not() -> None:
     assert list(find_formulas(r"\boxed{" * 500)) == []
 
 
-def test_formulas_hold_only_allowed_names() -> None:
+def test_formulas_have_only_allowed_names() -> None:
     tree = to_tree(r"\href{javascript:alert(1)}{x} \text{<script>alert(1)</script>} \color{red}{y}")
     text = json.dumps(tree)
     assert "javascript" not in text
@@ -278,7 +278,7 @@ def test_formulas_hold_only_allowed_names() -> None:
         r"\left(",
     ],
 )
-def test_what_is_no_formula_stays_text(latex: str) -> None:
+def test_text_that_is_not_a_formula_stays_text(latex: str) -> None:
     start = time.perf_counter()
     assert to_tree(latex) is None
     assert time.perf_counter() - start < 5
@@ -304,7 +304,7 @@ def test_the_file_has_hostile_text_packed_and_forbids_connections(tmp_path: Path
     assert path.stat().st_size < 2_500_000
 
 
-def test_several_runs_go_to_the_present_folder(
+def test_several_runs_go_to_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")

@@ -129,7 +129,7 @@ def run_two_steps(display: Display) -> None:
         display.evaluation_result("before", BEFORE)
 
 
-def test_a_file_gets_one_plain_line_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_gets_one_plain_line_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     console, file = make_console(is_terminal=False)

@@ -62,7 +62,7 @@ def test_all_tied_keeps_some_for_the_sampler_check() -> None:
     assert not batch.advantages_C.any()
 
 
-def test_budget_bounds_the_padded_size_and_long_ones_go_alone() -> None:
+def test_budget_bounds_the_padded_size_and_long_ones_get_their_own_batch() -> None:
     samples = [sample(2, n) for n in (1, 2, 3, 30, 3)]
     batches = pack_one(samples, microbatch_tokens=15)
     assert [b.num_sequences for b in batches] == [3, 1, 1]

@@ -263,7 +263,7 @@ def test_overlap_needs_a_sampler_with_its_own_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_real_vllm_samples_beside_the_learner_and_resumes(
+def test_real_vllm_samples_while_the_learner_learns_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("vllm")

@@ -129,7 +129,7 @@ def load_source(
 
 
 def has_eval_part(source: SourceSection) -> bool:
-    """Whether a training source has evaluation rows of its own (a test split or test.* file)."""
+    """Whether a training source has its own evaluation rows (a test split or test.* file)."""
     if ":" in source.name or source.split is not None:
         return False
     path = Path(source.name).expanduser()

@@ -84,7 +84,7 @@ def test_an_adapter_that_fits_is_taken_as_it_is(tmp_path: Path, model: Path) -> 
     assert common_settings([]) == {}
 
 
-def test_dora_is_examined_alone_and_keeps_the_lengths_of_other_layers(
+def test_dora_is_evaluated_by_itself_and_keeps_the_lengths_of_other_layers(
     tmp_path: Path, model: Path
 ) -> None:
     path, expected = published(model, tmp_path, 1, rank=2, layers="attention", variant="dora")

@@ -300,7 +300,7 @@ def test_ratio_1_is_one_group_in_todays_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_resumed_run_goes_on_to_the_same_bits(variant: str, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_in_the_same_bits(variant: str, tmp_path: Path) -> None:
     path = random_llama(tmp_path / "model")
     ratio = 4.0 if variant in ("lora", "dora") else 1.0
     config = parse_config(
@@ -405,7 +405,7 @@ def test_an_evaluation_of_dora_in_vllm_is_refused_before_any_work(tmp_path: Path
 
 
 @pytest.mark.parametrize("variant", ["rslora", "pissa", "olora", "dora"])
-def test_experts_have_plain_lora_alone(variant: str) -> None:
+def test_experts_have_only_plain_lora(variant: str) -> None:
     config = MixtralConfig(
         vocab_size=97, hidden_size=32, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,

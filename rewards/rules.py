@@ -70,7 +70,7 @@ RULES: dict[str, GradingRules] = {
     ),
     # Competition golds are exact: a rounded decimal for \frac{1}{3} or \pi is wrong.
     "math": GradingRules(name="math", rounding="gold"),
-    # MATH plus yes/no, true/false and multiple choice, which need no extra rules.
+    # MATH plus yes/no, true/false and multiple choice, which need no separate rules.
     "deepmath": GradingRules(name="deepmath", rounding="gold"),
     # Integers from 0 to 999. Leading zeros belong to the answer sheet, not to the value.
     "aime": GradingRules(name="aime", rounding="none", percent="value", answer_range=(0, 999)),

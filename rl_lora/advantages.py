@@ -73,8 +73,8 @@ ADVANTAGES: dict[str, AdvantageFn] = {
 def _by_group(
     rewards_N_G: Groups, formula: Callable[[Sequence[float]], list[float]]
 ) -> list[list[float]]:
-    """The formula's advantages of each group, and zeros for a tied one: 0.1 less the mean of eight
-    times 0.1 need not be 0 in floating point."""
+    """The formula's advantages of each group, and zeros for a tied one: in floating point, 0.1 less
+    the mean of eight times 0.1 need not be 0."""
     return [
         [0.0] * len(group) if min(group) == max(group) else formula(group) for group in rewards_N_G
     ]

@@ -1,12 +1,12 @@
 """Groups to microbatches: the only place that shifts tokens and makes masks and denominators.
 
-A step's samples are split into `num_updates` optimizer batches, each into microbatches by a budget
-of tokens. Where prompts are shared, a microbatch is one row without padding: each prompt once,
-followed by its completions, which see the prompt and themselves alone and whose positions go on
-from the prompt's end, so that values and gradients are those of separate sequences. Else each row
-is a prompt with one completion; rows are sorted by length and right-padded. Each completion token
-carries weights_C = 1/denominator of its whole optimizer batch, so that gradient accumulation equals
-one big batch.
+A step's samples are split into `num_updates` optimizer batches, and each of those into microbatches
+by a token budget. Where prompts are shared, a microbatch is one row without padding: each prompt
+once, followed by its completions, which see only the prompt and themselves and whose positions
+continue from the prompt's end, so that values and gradients are those of separate sequences.
+Otherwise each row is a prompt with one completion; rows are sorted by length and right-padded. Each
+completion token has the weight 1/denominator of its whole optimizer batch (weights_C), so that
+gradient accumulation equals one big batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rl_lora.types import Microbatch, RolloutGroup, TrainSample
 def make_samples(
     groups_N: Sequence[RolloutGroup], advantages_N_G: Sequence[Sequence[float]]
 ) -> list[TrainSample]:
-    """One TrainSample a completion, in the groups' order; empty completions are left out."""
+    """One TrainSample per completion, in the groups' order; empty completions are skipped."""
     return [
         TrainSample(
             prompt_ids=group.prompt.token_ids,
@@ -129,7 +129,7 @@ def to_device(batch: Microbatch, device: torch.device) -> Microbatch:
 
 @dataclass
 class _Row:
-    """A prompt and completions of it."""
+    """A prompt and some of its completions."""
 
     prompt_ids: tuple[int, ...]
     samples: list[TrainSample]
@@ -140,7 +140,7 @@ class _Row:
 
 
 def _families(samples: Sequence[TrainSample]) -> list[_Row]:
-    """Samples of equal prompts together, in order of first sight."""
+    """Samples grouped by prompt, in the order in which prompts first appear."""
     families: dict[tuple[int, ...], _Row] = {}
     for sample in samples:
         families.setdefault(sample.prompt_ids, _Row(sample.prompt_ids, [])).samples.append(sample)
@@ -150,9 +150,9 @@ def _families(samples: Sequence[TrainSample]) -> list[_Row]:
 def _whole_families(families: Sequence[_Row], budget: int) -> list[list[_Row]]:
     """Microbatches within the budget that keep families whole: each prompt is computed once.
 
-    A family over the budget is cut in pieces, with the prompt in each. Pieces go, largest first,
-    to the first microbatch with room; microbatches come largest first, so that workers that take
-    them in turn end together.
+    A family over the budget is split into pieces, with the prompt in each. Pieces are placed,
+    largest first, in the first microbatch with room; microbatches are ordered largest first, so
+    that workers that take them in turn finish together.
     """
     pieces = [piece for family in families for piece in _pieces(family, budget)]
     bins: list[list[_Row]] = []
@@ -169,7 +169,7 @@ def _whole_families(families: Sequence[_Row], budget: int) -> list[list[_Row]]:
 
 
 def _pieces(family: _Row, budget: int) -> Iterator[_Row]:
-    """The family in as few pieces within the budget as it takes, of about the same size."""
+    """The family in as few pieces as the budget allows, of about the same size."""
     num_prompt = len(family.prompt_ids)
     num_completion = family.width - num_prompt
     count = -(-num_completion // max(1, budget - num_prompt))
@@ -196,11 +196,11 @@ def _weights(samples: Sequence[TrainSample], denominator: str | int) -> dict[int
         return {length: 1 / (len(lengths) * length) for length in lengths}
     if isinstance(denominator, int):
         return dict.fromkeys(lengths, 1 / (len(lengths) * denominator))
-    raise ValueError(f"denominator {denominator!r} is none of tokens, sequences or a number")
+    raise ValueError(f"denominator {denominator!r} is not tokens, sequences or a number")
 
 
 def _by_budget(rows: Sequence[_Row], budget: int) -> Iterator[list[_Row]]:
-    """Consecutive runs of rows, sorted by width, whose padded size keeps within the budget."""
+    """Groups of consecutive rows, sorted by width, whose padded size is within the budget."""
     together: list[_Row] = []
     for row in rows:
         if together and (len(together) + 1) * row.width > budget:
@@ -212,7 +212,7 @@ def _by_budget(rows: Sequence[_Row], budget: int) -> Iterator[list[_Row]]:
 
 
 def _microbatch(rows: Sequence[_Row], weight_of: dict[int, float], *, is_flat: bool) -> Microbatch:
-    """Rows end to end in one (flat), or one under the other with padding."""
+    """Rows concatenated into one (flat), or stacked with padding."""
     num_tokens = sum(row.width for row in rows)
     shape = (1, num_tokens) if is_flat else (len(rows), max(row.width for row in rows))
     token_ids_BT = torch.zeros(shape, dtype=torch.int64)
@@ -254,7 +254,7 @@ def _microbatch(rows: Sequence[_Row], weight_of: dict[int, float], *, is_flat: b
 
 @dataclass
 class _Scored:
-    """The columns of a microbatch's completion tokens, as they grow."""
+    """The fields of a microbatch's completion tokens, as they are collected."""
 
     row: list[int] = field(default_factory=list)
     column: list[int] = field(default_factory=list)

@@ -61,13 +61,13 @@ class Schedule:
 def parameter_groups(
     parameters: Mapping[str, torch.nn.Parameter], ratio: float
 ) -> list[dict[str, Any]]:
-    """One group of all parameters, or LoRA+'s two (Hayou et al., arXiv 2402.12354, section 5).
+    """One group with all parameters, or LoRA+'s two (Hayou et al., arXiv 2402.12354, section 5).
 
-    B has `lr_ratio` times the rate of A; DoRA's magnitudes go with B, as in PEFT's optimizer.
+    B has `lr_ratio` times the rate of A; DoRA's magnitudes are in B's group, as in PEFT.
 
     Args:
         parameters: trainable ones by name, lora_A and lora_B among them.
-        ratio: of the rates of B and A; 1: one group in the parameters' order.
+        ratio: the rate of B over that of A; 1: one group, in the parameters' order.
     """
     if ratio == 1:
         return [{"params": list(parameters.values())}]
@@ -87,7 +87,9 @@ class PassStats:
     logprobs_C: Tensor
     entropy_C: Tensor
     num_clipped: int
-    gradients: Sequence[Tensor | None] = ()  # of the trainable parameters, where passes run at once
+    gradients: Sequence[
+        Tensor | None
+    ] = ()  # of the trainable parameters, if passes run in parallel
 
 
 Objective = Callable[[Microbatch], tuple[Tensor, PassStats]]
@@ -269,9 +271,9 @@ class Learner:
     def _passes(
         self, microbatches: Sequence[Microbatch], objective: Objective
     ) -> Iterator[tuple[Microbatch, PassStats]]:
-        """Forward and backward passes; gradients are added up in the microbatches' order.
+        """Forward and backward passes; gradients are summed in the microbatches' order.
 
-        On a CPU adapters learn from several microbatches at once, each by its own gradients.
+        Where the policy learns in parallel, passes run at once, each with separate gradients.
         """
         parameters = list(self.policy.trainable().values())
         is_parallel = self.policy.learns_in_parallel
@@ -294,7 +296,7 @@ class Learner:
             )
             for batch, stats in zip(microbatches, passes, strict=True):
                 for parameter, gradient in zip(parameters, stats.gradients, strict=False):
-                    if gradient is None:  # an expert that none of the tokens went to
+                    if gradient is None:  # an expert that no token was routed to
                         continue
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
@@ -305,7 +307,7 @@ class Learner:
     def _with_old_logprobs(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
         """The microbatches with the log-probs of the policy as it is now.
 
-        The first update's come from its own pass, so that a single update costs no further one.
+        The first update takes them from its own pass, so that a single update costs no extra one.
         """
         return [
             replace(batch, old_logprobs_C=one.logprobs_C.to(batch.token_ids_BT.device))

@@ -66,7 +66,7 @@ class RolloutWorker:
 
     Args:
         sampler: this worker's from now on: everything else goes through `set_adapter` or `wait`.
-        reward: scores the completions, in a thread of its own.
+        reward: scores the completions, in its own thread.
         requests: one per step, drawn when its sampling starts.
         overlap: sample the next step's batch while the caller learns from this one.
         check: with overlap, called when the sampler has the newest version; returns metrics.

@@ -378,9 +378,9 @@ def _can_share_prompts(model: PreTrainedModel) -> bool:
         batch = to_device(batch, model.device)
         logprobs_C = _score(model, batch, temperature=1.0)[0]
         scores.append(logprobs_C[batch.target_ids_C.argsort()])
-    alone_C, shared_C = scores
+    single_C, shared_C = scores
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
-    if torch.allclose(alone_C, shared_C, atol=tolerance):
+    if torch.allclose(single_C, shared_C, atol=tolerance):
         return True
     model.set_attn_implementation("sdpa")
     return False

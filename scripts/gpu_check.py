@@ -1,9 +1,9 @@
-"""What a GPU is asked, in stages.
+"""Checks and measurements for a GPU, in stages.
 
     python scripts/gpu_check.py STAGE… --device cuda --out FOLDER
 
 STAGE is a name of the table, call1, call2, call3, or all; docs/gpu-check.md says which on the day.
-With --device cpu the same stages run in tiny sizes. Exit code 0 if every stage asked for passed.
+With --device cpu the same stages run at tiny sizes. Exits with 0 if every requested stage passed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def main() -> int:
     parser.add_argument(
         "--gguf", type=Path, nargs="+", default=[], help="the embedded model's file, or its parts"
     )
-    parser.add_argument("--total", type=float, default=math.inf, help="seconds for all of them")
+    parser.add_argument(
+        "--total", type=float, default=math.inf, help="seconds for all stages together"
+    )
     parser.add_argument("--limit", type=float, help="seconds per stage, instead of its default")
     options = parser.parse_args()
     try:
@@ -56,7 +58,7 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
     context = Context(torch.device(options.device), options.out, options.work, tuple(options.gguf))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage ends, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage ends as well
     rows = run_stages(
         stages,
         context,

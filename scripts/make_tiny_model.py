@@ -1,4 +1,4 @@
-"""Makes a tiny arithmetic model in a directory: `make_tiny_model.py DIRECTORY [--recipe tiny]`."""
+"""Trains a tiny arithmetic model: `make_tiny_model.py DIRECTORY [--recipe tiny]`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, help="new or empty directory for the model")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="tiny")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and order of the problems")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the weights and the order of the problems"
+    )
     arguments = parser.parse_args()
     started = time.monotonic()
     recipe = dataclasses.replace(RECIPES[arguments.recipe], seed=arguments.seed)

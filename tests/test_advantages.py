@@ -49,7 +49,7 @@ TIES = st.tuples(REWARDS, st.integers(2, 64)).map(lambda pair: [pair[0]] * pair[
 @example([0.1] * 8, [])
 @example([0.1] * 3, [[0.0, 1.0]])
 @example([1 / 3] * 7, [[0.1, 0.3, 0.2]])
-def test_ties_are_exactly_zero_whatever_stands_beside_them(
+def test_ties_are_exactly_zero_whatever_the_other_groups_are(
     tie: list[float], others: list[list[float]]
 ) -> None:
     rewards_N_G = [*others, tie]

@@ -20,7 +20,7 @@ from tests.test_prompts import numbered, word_tokenizer, write_rows
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_importing_the_package_loads_neither_torch_nor_any_module_of_its_own() -> None:
+def test_importing_the_package_loads_neither_torch_nor_its_own_modules() -> None:
     program = "import sys, rl_lora; print(*(n for n in sys.modules if n[:4] in ('torc', 'rl_l')))"
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True

@@ -62,7 +62,7 @@ def test_all_tied_keeps_some_for_the_sampler_check() -> None:
     assert not batch.advantages_C.any()
 
 
-def test_budget_bounds_the_padded_size_and_long_ones_go_alone() -> None:
+def test_budget_bounds_the_padded_size_and_long_ones_get_their_own_batch() -> None:
     samples = [sample(2, n) for n in (1, 2, 3, 30, 3)]
     batches = pack_one(samples, microbatch_tokens=15)
     assert [b.num_sequences for b in batches] == [3, 1, 1]
@@ -78,7 +78,7 @@ def test_updates_split_round_robin_with_their_own_denominators() -> None:
 
 
 def test_unknown_denominator_is_an_error() -> None:
-    with pytest.raises(ValueError, match="none of tokens"):
+    with pytest.raises(ValueError, match="not tokens"):
         pack_samples([sample(1, 1)], denominator="words")
 
 

@@ -43,7 +43,7 @@ def test_refused_before_data_and_model_are_read(
         pass
 
 
-def test_missing_vllm_is_told_before_data_and_model_are_read(
+def test_missing_vllm_is_reported_before_data_and_model_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
@@ -88,9 +88,7 @@ def test_a_sampler_from_outside_the_package_trains(
         ("json:Sampler", "module 'json' has no function 'Sampler'"),
     ],
 )
-def test_a_sampler_that_is_not_there_is_told_at_once(
-    tmp_path: Path, backend: str, told: str
-) -> None:
+def test_an_unknown_sampler_is_reported_at_once(tmp_path: Path, backend: str, told: str) -> None:
     with (
         pytest.raises(UserError, match=told),
         job.open_run(smoke(tmp_path, f"sampling.backend={backend}", "data.train=no-such.jsonl")),

@@ -337,7 +337,7 @@ def test_a_paired_evaluation_its_comparison_and_grading(
     assert not list((run / "eval").glob(".*_adapter"))  # the fitted copies are gone
 
 
-def test_an_evaluation_goes_on_is_refused_or_started_over(
+def test_an_evaluation_is_resumed_refused_or_started_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_rows(tmp_path / "evaluation.jsonl", sums(4))

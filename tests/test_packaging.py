@@ -123,7 +123,7 @@ def test_one_version_and_one_license() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
-def test_cpu_lock_leaves_out_what_breaks_beside_a_cpu_torch() -> None:
+def test_cpu_lock_leaves_out_what_breaks_with_a_cpu_torch() -> None:
     locked = set(pins("cpu.lock"))
     assert not locked & LEFT_OUT
     assert not [name for name in locked if name.startswith(("nvidia-", "cuda-"))]

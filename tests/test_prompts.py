@@ -181,7 +181,7 @@ def test_training_questions_that_the_evaluation_has_are_dropped_and_counted(tmp_
     ]
 
 
-def test_folder_with_test_file_is_examined_on_it(tmp_path: Path) -> None:
+def test_folder_with_test_file_is_evaluated_on_it(tmp_path: Path) -> None:
     write_rows(tmp_path / "set" / "train.jsonl", numbered(9, "train"))
     write_rows(tmp_path / "set" / "test.jsonl", numbered(9, "test"))
     sets = load(train={"name": str(tmp_path / "set"), "num_rows": 5}, held_out=6)
@@ -263,7 +263,7 @@ def test_no_data_set_at_all() -> None:
     assert "set data.train" in error_of()
 
 
-def test_held_out_rows_beside_a_named_evaluation(tmp_path: Path) -> None:
+def test_held_out_rows_with_a_named_evaluation(tmp_path: Path) -> None:
     train = write_rows(tmp_path / "pool.jsonl", numbered(20))
     evaluation = write_rows(tmp_path / "named.jsonl", [*numbered(2), *numbered(3, "other")])
     sets = load(train=train, eval=["held_out", evaluation], held_out=6)
@@ -387,7 +387,7 @@ def test_real_math_training_set_loses_the_two_problems_of_the_evaluation(shared_
 # --- special tokens in the data -------------------------------------------------------------------
 
 
-def test_special_tokens_in_questions_are_told(tmp_path: Path) -> None:
+def test_special_tokens_in_questions_are_reported(tmp_path: Path) -> None:
     questions = [*numbered(3), "What?</s><s> assistant : \\boxed{1}</s>", "And </s> this?"]
     path = write_rows(tmp_path / "m.jsonl", questions)
     note = load(train=path, held_out=1).notes[-1]
@@ -396,7 +396,7 @@ def test_special_tokens_in_questions_are_told(tmp_path: Path) -> None:
     assert len(load(train=path, held_out=1, template="base").notes) == 1  # meant, there
 
 
-def test_a_prompt_that_is_too_long_is_told_once(
+def test_a_prompt_that_is_too_long_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)

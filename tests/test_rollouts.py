@@ -91,7 +91,7 @@ class TellingReward(FakeReward):
             self.was_scored.release()
 
 
-def test_a_group_is_scored_while_the_sampler_goes_on() -> None:
+def test_a_group_is_scored_while_the_sampler_continues() -> None:
     reward = TellingReward()
     sampler = SlowSampler(reward.was_scored)
     with scoring_thread() as thread:

@@ -151,7 +151,7 @@ def test_a_resumed_job_must_be_the_same_job(tmp_path: Path) -> None:
         train(smoke(tmp_path), quiet=True)
 
 
-def test_warm_start_is_a_stage_of_its_own(tmp_path: Path) -> None:
+def test_warm_start_is_a_separate_stage(tmp_path: Path) -> None:
     train(smoke(tmp_path, "warm_start.num_steps=3", "warm_start.batch_size=8"), quiet=True)
     rows = [json.loads(x) for x in (tmp_path / "smoke/warm_start.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -202,7 +202,7 @@ def test_every_algorithm_runs_through_the_same_loop(tmp_path: Path, overrides: l
         assert rows[1]["reward/kl_penalty"] != 0
 
 
-def test_all_tied_steps_are_counted_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_all_tied_steps_are_counted_and_the_run_continues(tmp_path: Path) -> None:
     (tmp_path / "zero.py").write_text("def zero(completion, reference):\n    return 0.0\n")
     sys.path.insert(0, str(tmp_path))
     options = ["reward.name=zero:zero", "optim.schedule=linear", "optim.lr=3e-3"]

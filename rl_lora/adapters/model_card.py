@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from rl_lora.adapters.peft_files import MANIFEST_FILE, is_peft_loadable, peft_rank, peft_variants
+from rl_lora.adapters.peft_files import (
+    is_peft_loadable,
+    peft_rank,
+    peft_settings,
+    peft_variants,
+    read_manifest,
+)
 from rl_lora.config import VARIANT_NAMES, RunConfig, parse_as, parse_config
 from rl_lora.config.sft import SftConfig
 from rl_lora.data.sources import LOADERS
 from rl_lora.errors import UserError
 from rl_lora.evaluation.scores import EvalResult, load_result
 from rl_lora.models.resolve import EMBEDDED
+from rl_lora.storage.jsonl import read_json
 
 CARD_FILE = "README.md"
 _NOT_PEFT = (
@@ -67,10 +72,7 @@ def read_facts(adapter_dir: Path) -> AdapterFacts:
     Raises:
         UserError: adapter_dir is not a PEFT LoRA directory.
     """
-    peft = _read_json(adapter_dir / "adapter_config.json")
-    if peft is None:
-        raise UserError(f"{adapter_dir} is not an adapter directory: it has no adapter_config.json")
-    manifest = _read_json(adapter_dir / MANIFEST_FILE) or {}
+    peft, manifest = peft_settings(adapter_dir), read_manifest(adapter_dir)
     trained = manifest.get("trained_as", {})
     rank = peft_rank(peft, manifest)
     run_folder = _run_folder(adapter_dir)
@@ -101,7 +103,7 @@ def run_config(adapter_dir: Path) -> RunConfig | SftConfig | None:
     run_folder = _run_folder(adapter_dir)
     if run_folder is None:
         return None
-    raw = (_read_json(run_folder / "run.json") or {}).get("config", {})
+    raw = read_json(run_folder / "run.json").get("config", {})
     return parse_as(SftConfig, raw) if "sft" in raw else parse_config(raw)
 
 
@@ -253,14 +255,3 @@ def _set_name(name: str) -> str:
 
 def _module_names(raw: str | list[str]) -> tuple[str, ...]:
     return (raw,) if isinstance(raw, str) else tuple(sorted(raw))
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """None if there is no such file. Raises UserError if it is not JSON."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from rl_lora.adapters.files import is_directory, is_lora_dir, load_tensors
 from rl_lora.adapters.peft_files import (
     MAGNITUDE_SUFFIX,
-    MANIFEST_FILE,
     LowRank,
     is_extra,
     layer_name,
@@ -23,6 +21,7 @@ from rl_lora.adapters.peft_files import (
     lora_settings,
     low_rank_terms,
     peft_settings,
+    read_manifest,
 )
 from rl_lora.errors import UserError
 from rl_lora.models.shapes import build_on_meta, has_own_head
@@ -173,15 +172,10 @@ def _extras(
 
 def named_base(adapter_dir: Path) -> str | None:
     """The base model's name in the manifest, else in adapter_config.json; None if in neither."""
-    for file, key in (
-        (MANIFEST_FILE, "base_model"),
-        ("adapter_config.json", "base_model_name_or_path"),
-    ):
-        if (adapter_dir / file).is_file():
-            name = json.loads((adapter_dir / file).read_text(encoding="utf-8")).get(key)
-            if name:
-                return str(name)
-    return None
+    name = read_manifest(adapter_dir).get("base_model")
+    if not name and (adapter_dir / "adapter_config.json").is_file():
+        name = peft_settings(adapter_dir).get("base_model_name_or_path")
+    return str(name) if name else None
 
 
 def mismatch(what: str, adapter_dir: Path, model_dir: Path) -> str:

@@ -7,7 +7,6 @@ tensor other than A, B and magnitudes, is refused by name.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from rl_lora.errors import UserError
 from rl_lora.nn.variants import scaling_of
+from rl_lora.storage.jsonl import read_json
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "rl_lora.json"
@@ -95,17 +95,9 @@ def lora_settings(path: Path) -> dict[str, Any]:
 def peft_settings(path: Path) -> dict[str, Any]:
     """adapter_config.json. Raises UserError if it is missing or not a JSON object."""
     file = path / "adapter_config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is not an adapter directory: it has no adapter_config.json"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{file} is not a JSON object")
-    return raw
+    if not file.is_file():
+        raise UserError(f"{path} is not an adapter directory: it has no adapter_config.json")
+    return read_json(file)
 
 
 @cache
@@ -157,10 +149,7 @@ def is_peft_loadable(path: Path) -> bool:
 def read_manifest(path: Path) -> dict[str, Any]:
     """rl_lora.json in an adapter directory; empty for adapters of other tools."""
     file = path / MANIFEST_FILE
-    if not file.is_file():
-        return {}
-    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return manifest
+    return read_json(file) if file.is_file() else {}
 
 
 def layer_scalings(path: Path) -> Callable[[str, int], float]:
@@ -228,7 +217,7 @@ def check_extras(names: Iterable[str], source: Path) -> None:
     for name in sorted(filter(is_extra, names)):
         kind = next(words for part, words in _EXTRAS if part in name)
         raise UserError(
-            f"adapter {source} has {kind}, which is not supported here: {layer_name(name)}; merge "
+            f"adapter {source} has {kind}: {layer_name(name)}, which is not supported here; merge "
             f"it with `rl-lora export {source} --merged DIR` and set model.name=DIR"
         )
 

@@ -228,24 +228,44 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `rl-lora grade`."""
+    """The command's arguments."""
     parser.add_argument(
-        "file", type=Path, help="JSONL file of completions and references, or an evaluation's file"
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="JSONL file of completions and references, or an evaluation's file",
     )
     parser.add_argument(
         "--reward",
+        metavar="NAME",
         help="a reward's name, or 'module:function' (default: the evaluation's, or math)",
     )
     parser.add_argument(
-        "--policy", help=f"one of {', '.join(RULES)} (default: the evaluation's, or default)"
+        "--policy",
+        metavar="NAME",
+        help=f"grading rules: {', '.join(RULES)} (default: the evaluation's, or default)",
     )
     parser.add_argument(
-        "--against", help="compare with this reward (math_verify) instead of the labels"
+        "--against",
+        metavar="NAME",
+        help="compare with this reward, e.g. math_verify, instead of with the file's labels",
     )
-    parser.add_argument("--num-workers", type=int, default=1, help="worker processes")
-    parser.add_argument("--timeout", type=float, default=5.0, help="seconds per hard answer")
-    parser.add_argument("--show", type=int, default=20, help="disagreements to print")
-    parser.add_argument("--json", type=Path, help="write the whole report here")
+    parser.add_argument(
+        "--num-workers", type=int, default=1, metavar="N", help="worker processes (default: 1)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="limit for one symbolic comparison (default: 5)",
+    )
+    parser.add_argument(
+        "--show", type=int, default=20, metavar="N", help="disagreements to print (default: 20)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the whole report here"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

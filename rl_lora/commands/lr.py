@@ -109,9 +109,14 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `rl-lora lr`."""
     parser.add_argument(
-        "model", nargs="?", help="a name, a directory or a hub id; only its config.json is read"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a name, a directory or a hub id; only its config.json is read",
     )
-    parser.add_argument("--hidden", type=int, help="width (default: the model's hidden_size)")
+    parser.add_argument(
+        "--hidden", type=int, metavar="N", help="hidden size (default: the model's hidden_size)"
+    )
     parser.add_argument("--family", help=f"{' or '.join(EXPONENTS)} (default: the model's)")
 
 

@@ -283,8 +283,8 @@ def parameter_table(
         table.add_row("base, active per token", f"{counts.active:,}")
     variant = "" if lora.variant == "lora" else f"{lora.variant}, "
     where = f"{variant}rank {lora.rank}, {lora.layers} layers"
-    table.add_row(f"adapter, {where}, without lm_head", f"{counts.adapter:,}")
-    table.add_row(f"adapter, {where}, with lm_head", f"{counts.adapter_with_lm_head:,}")
+    table.add_row(f"adapter, {where}", f"{counts.adapter:,}")
+    table.add_row("adapter with lm_head as well", f"{counts.adapter_with_lm_head:,}")
     share = counts.trainable / counts.base
     table.add_row(
         f"trainable (mode {lora.mode})", f"{counts.trainable:,} ({share:.3%} of the base)"

@@ -1,4 +1,4 @@
-"""`rl-lora report RUN...`: writes the page, or serves it while the run goes on."""
+"""`rl-lora report RUN...`: writes the page, or serves it during the run."""
 
 from __future__ import annotations
 

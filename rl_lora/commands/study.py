@@ -31,10 +31,16 @@ AFTER_INTERRUPT = "; run the same command again to continue where it stopped"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument(
-        "config", type=Path, help="a TOML file, or a shipped study's name, e.g. study_rl_rank"
+        "config",
+        type=Path,
+        metavar="CONFIG",
+        help="a TOML file, or a shipped study's name, e.g. study_rl_rank",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="e.g. study.seeds=[0,1]"
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings that take precedence over the file's, e.g. study.seeds=[0,1]",
     )
     parser.add_argument(
         "--dry-run",

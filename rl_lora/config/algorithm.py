@@ -1,8 +1,8 @@
 """From [algorithm] to functions: a loss and an advantage by name, with their options bound.
 
-A name is a row of `LOSSES` or `ADVANTAGES`, or "module:function" of the user's own. An option is a
-keyword of the function and is checked against its annotation there. Functions of the tables are
-checked when settings are read, a user's own when its job starts (`load_algorithm`).
+A name is a row of `LOSSES` or `ADVANTAGES`, or a user function as "module:function". An option is a
+keyword of the function and is checked against its annotation. Functions of the tables are checked
+when settings are read, user functions when a job starts (`load_algorithm`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_algorithm(section: AlgorithmSection) -> None:
 
 
 def load_algorithm(section: AlgorithmSection) -> tuple[LossFn, AdvantageFn]:
-    """The loss and the advantage with their options bound; a user's own functions are tried out.
+    """The loss and the advantage with their options bound; user functions are tried out.
 
     Raises:
         UserError: as `check_algorithm`; or a user's function cannot be imported, raises, or does
@@ -118,7 +118,7 @@ def _options(
 def _given(
     kind: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]
 ) -> Options:
-    """Those of the options that the function has, validated by its annotations."""
+    """The options that the function has, validated by its annotations."""
     keywords, out = _keywords(function), {}
     for key, parameter in keywords.items():
         if key not in options:
@@ -140,12 +140,13 @@ def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _annotation(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
-    """The parameter's annotation alone: others may name what only a type checker imports."""
+    """The parameter's annotation, evaluated without the others: those may name types that only a
+    type checker imports."""
     if not isinstance(parameter.annotation, str):
         return Any if parameter.annotation is parameter.empty else parameter.annotation
-    alone = types.SimpleNamespace(__annotations__={"it": parameter.annotation})
+    single = types.SimpleNamespace(__annotations__={"it": parameter.annotation})
     names = getattr(inspect.unwrap(function), "__globals__", {})
-    return get_type_hints(alone, globalns=names, include_extras=True)["it"]
+    return get_type_hints(single, globalns=names, include_extras=True)["it"]
 
 
 def _try_loss(name: str, loss: LossFn) -> None:

@@ -50,7 +50,7 @@ class Chat:
             for place, message in enumerate(self.messages)
             if place
             and message.role == "assistant"
-            and message.is_learnt
+            and message.is_trained
             and (message.content or message.extra)
         ]
 
@@ -60,7 +60,7 @@ def problem_chat(row: DataRow, instruction: str) -> Chat:
     asked = f"{row.question}\n{instruction}" if instruction else row.question
     solution = finish_solution(row.solution, row.reference or "", instruction)
     turns = with_question(row.messages, asked)
-    before = [replace(message, is_learnt=False) for message in turns]
+    before = [replace(message, is_trained=False) for message in turns]
     return Chat((*before, Message("assistant", solution)), row.row)
 
 
@@ -138,8 +138,8 @@ def _instruction(answer: str) -> Reader:
     """Alpaca's format: the input follows the instruction; earlier turns are in column history."""
 
     def read(raw: Raw) -> list[Message]:
-        told = (_text(raw, "instruction"), _text(raw, "input"))
-        asked = "\n\n".join(text for text in told if text)
+        parts = (_text(raw, "instruction"), _text(raw, "input"))
+        asked = "\n\n".join(text for text in parts if text)
         turns = [Message("user", asked), Message("assistant", _text(raw, answer, "answer"))]
         earlier = raw.get("history")
         pairs = earlier if isinstance(earlier, list | tuple) else ()
@@ -167,7 +167,7 @@ def _columns(prompt: str, completion: str) -> Reader:
             if answered is None
             else read_messages(answered)
         )
-        return [*(replace(message, is_learnt=False) for message in before), *after]
+        return [*(replace(message, is_trained=False) for message in before), *after]
 
     return read
 

@@ -28,7 +28,7 @@ class Message:
     role: str  # system, user, assistant; others (tool, ...) as the data set has them
     content: str | None  # None: only tool calls
     extra: str = ""  # the other fields as a JSON object; "": none
-    is_learnt: bool = field(default=True, compare=False)  # False: weight 0, or part of a prompt
+    is_trained: bool = field(default=True, compare=False)  # False: weight 0, or part of a prompt
 
     def as_dict(self) -> dict[str, Any]:
         """The dict that chat templates take."""
@@ -55,14 +55,14 @@ def as_turns(value: Any) -> list[Mapping[str, Any]] | None:
     return turns if is_chat else None
 
 
-def read_messages(turns: list[Mapping[str, Any]], *, is_learnt: bool = True) -> list[Message]:
+def read_messages(turns: list[Mapping[str, Any]], *, is_trained: bool = True) -> list[Message]:
     """One Message per turn.
 
     Raises:
         UserError: a part that is not text (an image), content of another type, or a weight other
             than 0 and 1. The error message does not name the row.
     """
-    return [_message(turn, is_learnt) for turn in turns]
+    return [_message(turn, is_trained) for turn in turns]
 
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
     return list(value)
 
 
-def _message(turn: Mapping[str, Any], is_learnt: bool) -> Message:
+def _message(turn: Mapping[str, Any], is_trained: bool) -> Message:
     role = str(turn.get("role") or turn.get("from") or "")
     role = _ROLES.get(role, role)
     # Arrow and JSON tables fill missing fields with nulls.
@@ -95,7 +95,7 @@ def _message(turn: Mapping[str, Any], is_learnt: bool) -> Message:
     if weight not in (None, 0, 1):
         raise UserError(f"the {role} message has weight {weight!r}; set 1 (trained on) or 0 (not)")
     text = json.dumps(extra, ensure_ascii=False, default=str) if extra else ""
-    return Message(role, content, text, is_learnt and weight != 0)
+    return Message(role, content, text, is_trained and weight != 0)
 
 
 def _part(part: Any, role: str) -> str:

@@ -129,7 +129,7 @@ def load_source(
 
 
 def has_eval_part(source: SourceSection) -> bool:
-    """Whether a training source has evaluation rows of its own (a test split or test.* file)."""
+    """Whether a training source has its own evaluation rows (a test split or test.* file)."""
     if ":" in source.name or source.split is not None:
         return False
     path = Path(source.name).expanduser()
@@ -262,14 +262,14 @@ def is_hub_id(name: str) -> bool:
 def unknown_set(name: str) -> str:
     """The error message for an unknown data set."""
     if "/" in name or Path(name).suffix.lower() in SUFFIXES or name.startswith(("~", ".")):
-        return f"data file or folder {name} does not exist"
+        return f"data file or folder {name} does not exist; check the path (data.train, data.eval)"
     kind, separator, generator = name.partition(":")
     known = [*LOADERS, *(f"generated:{one}" for one in GENERATORS)]
     if separator and kind not in ("hub", "file"):
         return f"data set {name!r} is unknown: write generated:NAME or reasoning_gym:NAME; " + (
             nearest(f"generated:{generator}", known)
         )
-    return f"data set {name!r} is no file, folder or known name; {nearest(name, known)}"
+    return f"data set {name!r} is not a file, folder or known name; {nearest(name, known)}"
 
 
 def _load_hub(source: SourceSection, hub_set: HubSet, label: str, role: Role) -> LoadedSet:

@@ -1,1 +1,1 @@
-"""Evaluations: sampled, stored, scored, compared."""
+"""Held-out evaluations: sampling, files, scores, comparisons."""

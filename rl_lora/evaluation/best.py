@@ -3,8 +3,8 @@
     RUN/best/            the adapter (or the full weights), as in RUN/adapter
     RUN/best/best.json   the evaluation and the step that chose it
 
-The directory is replaced as a whole. It is a copy, so pruning adapters or checkpoints leaves it
-alone.
+The directory is replaced as a whole. It is a copy, which pruning adapters or checkpoints does not
+touch.
 """
 
 from __future__ import annotations

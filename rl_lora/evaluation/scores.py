@@ -284,7 +284,7 @@ def evaluation_scores(
     majority_low, majority_high = clustered_interval(majority_N, 1, confidence)
     tokens_low, tokens_high = bootstrap_interval(lengths_N, confidence)
     formatted = [sample.correct for sample in samples if sample.has_format]
-    everything = _split(samples)
+    everything = _outcome_stats(samples)
     assert everything is not None
     return EvaluationScores(
         num_problems=len(problems_N),
@@ -307,8 +307,8 @@ def evaluation_scores(
         no_answer_rate=everything.no_answer_rate,
         timeout_rate=everything.timeout_rate,
         pass_at=_pass_curve(problems_N, k, confidence),
-        correct=_split([sample for sample in samples if sample.correct]),
-        wrong=_split([sample for sample in samples if not sample.correct]),
+        correct=_outcome_stats([sample for sample in samples if sample.correct]),
+        wrong=_outcome_stats([sample for sample in samples if not sample.correct]),
     )
 
 
@@ -335,7 +335,7 @@ def _pass_curve(
     return curve
 
 
-def _split(samples: Sequence[SampleRecord]) -> OutcomeStats | None:
+def _outcome_stats(samples: Sequence[SampleRecord]) -> OutcomeStats | None:
     if not samples:
         return None
     lengths = [sample.num_tokens for sample in samples]
@@ -364,32 +364,24 @@ def _scores_from(raw: dict[str, Any]) -> EvaluationScores:
     return EvaluationScores(**raw)
 
 
+_FLAT = (
+    "accuracy accuracy_low accuracy_high accuracy_formatted format_rate tokens_mean tokens_low "
+    "tokens_high truncated_rate no_answer_rate timeout_rate num_problems"
+).split()
+_FLAT_OF_SEVERAL = ("pass_at_k", "majority_accuracy", "majority_low", "majority_high")
+
+
 def _flat(scores: EvaluationScores, suffix: str) -> dict[str, float]:
-    numbers: dict[str, float | None] = {
-        "accuracy": scores.accuracy,
-        "accuracy_low": scores.accuracy_low,
-        "accuracy_high": scores.accuracy_high,
-        "accuracy_formatted": scores.accuracy_formatted,
-        "format_rate": scores.format_rate,
-        "tokens_mean": scores.tokens_mean,
-        "tokens_low": scores.tokens_low,
-        "tokens_high": scores.tokens_high,
-        "truncated_rate": scores.truncated_rate,
-        "no_answer_rate": scores.no_answer_rate,
-        "timeout_rate": scores.timeout_rate,
-        "num_problems": scores.num_problems,
-    }
-    for name, split in (("correct", scores.correct), ("wrong", scores.wrong)):
-        if split is not None:
-            numbers[f"tokens_{name}_mean"] = split.tokens_mean
-            numbers[f"truncated_{name}_rate"] = split.truncated_rate
-            numbers[f"no_answer_{name}_rate"] = split.no_answer_rate
-            numbers[f"timeout_{name}_rate"] = split.timeout_rate
+    """eval/NAME + suffix -> number, without those that are None."""
+    numbers: dict[str, float | None] = {name: getattr(scores, name) for name in _FLAT}
+    for name, stats in (("correct", scores.correct), ("wrong", scores.wrong)):
+        if stats is not None:
+            numbers[f"tokens_{name}_mean"] = stats.tokens_mean
+            numbers[f"truncated_{name}_rate"] = stats.truncated_rate
+            numbers[f"no_answer_{name}_rate"] = stats.no_answer_rate
+            numbers[f"timeout_{name}_rate"] = stats.timeout_rate
     if scores.num_samples > 1:
-        numbers["pass_at_k"] = scores.pass_at_k
-        numbers["majority_accuracy"] = scores.majority_accuracy
-        numbers["majority_low"] = scores.majority_low
-        numbers["majority_high"] = scores.majority_high
+        numbers |= {name: getattr(scores, name) for name in _FLAT_OF_SEVERAL}
         for k, estimate in (scores.pass_at or {}).items():
             numbers[f"pass_at_{k}"] = estimate.value
             numbers[f"pass_at_{k}_low"] = estimate.low

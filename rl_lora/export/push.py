@@ -15,6 +15,7 @@ from rl_lora.adapters.files import load_tensors
 from rl_lora.adapters.model_card import CARD_FILE, card_text, read_facts
 from rl_lora.adapters.peft_files import ADAPTER_FILE
 from rl_lora.errors import UserError
+from rl_lora.storage.jsonl import write_json
 
 # The hub's client raises its own errors, its transport httpx's.
 _HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__mro__[1:2])
@@ -45,8 +46,7 @@ def push_adapter(
         peft = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
         # A path of this machine means nothing elsewhere.
         peft["base_model_name_or_path"] = facts.base_hub_id
-        settings = json.dumps(peft, indent=2) + "\n"
-        (staging / "adapter_config.json").write_text(settings, encoding="utf-8")
+        write_json(staging / "adapter_config.json", peft)
         (staging / CARD_FILE).write_text(card_text(facts), encoding="utf-8")
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -22,13 +21,14 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rl_lora.config import ModelSection
 from rl_lora.errors import UserError, nearest
 from rl_lora.models.architectures import check_config
 from rl_lora.models.hub import fetch_model
 from rl_lora.models.tiny import RECIPES, make_tiny_model
+from rl_lora.storage.jsonl import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -109,7 +109,7 @@ def check_model_dir(path: Path) -> None:
                 f"{path} is a LoRA adapter, not a base model; give its base as model.name"
             )
         raise UserError(f"model directory {path} has no config.json; give a transformers model")
-    _read_json(path / "config.json")
+    read_json(path / "config.json")
     check_config(path)
     _check_weights(path)
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
@@ -336,7 +336,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 
 def _check_weights(path: Path) -> None:
     for index in path.glob("*.index.json"):
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
         missing = [shard for shard in shards if not (path / shard).is_file()]
         if missing:
             raise UserError(
@@ -364,13 +364,3 @@ def _check_header(file: Path) -> None:
             f"weights {file} ({file.stat().st_size} bytes) cannot be read: {error}; download the "
             "model again"
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return value

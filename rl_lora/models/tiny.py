@@ -245,9 +245,9 @@ def _train(
     model.train()
     for batch in islice(_batches(examples, recipe.batch_size, recipe.seed), num_steps):
         token_ids_BT, targets_BT = _pad(batch)
-        is_learnt_BT = targets_BT >= 0
-        hidden_CD = model.model(input_ids=token_ids_BT).last_hidden_state[is_learnt_BT]
-        loss = functional.cross_entropy(model.lm_head(hidden_CD), targets_BT[is_learnt_BT])
+        has_loss_BT = targets_BT >= 0
+        hidden_CD = model.model(input_ids=token_ids_BT).last_hidden_state[has_loss_BT]
+        loss = functional.cross_entropy(model.lm_head(hidden_CD), targets_BT[has_loss_BT])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

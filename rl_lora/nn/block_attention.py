@@ -1,9 +1,9 @@
 """Attention of short segments by batched matrix products, for a CPU in float32.
 
-SDPA's kernel for CPUs is made for long rows: it repeats the keys for each query head, and at
-segments of tens of tokens it takes half as long again as plain products over blocks that stay in
-the cache (LOG.md). The probabilities are made again in the backward pass, so that queries, keys and
-values are all that is kept.
+SDPA's CPU kernel is built for long rows: it repeats the keys for each query head, and for segments
+of tens of tokens it takes 1.5 times as long as plain products over blocks that stay in the cache
+(LOG.md). The backward pass recomputes the probabilities, so only queries, keys and values are
+kept.
 
 Letters: S segments, J key heads, G query heads that share a key head (J G = H query heads), Q
 queries and K keys of a segment, D width of a head.
@@ -19,7 +19,7 @@ from torch import Tensor
 from rl_lora.nn.segments import AttentionLayout, Bucket
 
 BLOCK_ELEMENTS = 2**19  # probabilities of a block, 2 MiB; more segments make more blocks
-SEGMENT_ELEMENTS = 2**21  # of one segment, at most: beyond, SDPA's kernel is the faster one
+SEGMENT_ELEMENTS = 2**21  # of one segment at most: above, SDPA's kernel is faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Block:
     the keys as [T J, D]; bias_S11QK: 0 where the query sees the key, else -inf; padding_N: which of
     the query rows repeat a token; sizes: (S, J, G, Q, K).
 
-    Example: a prompt of 2 tokens alone, one head: Block(query_rows=[0, 1], key_rows=[0, 1],
+    Example: only a prompt of 2 tokens, one head: Block(query_rows=[0, 1], key_rows=[0, 1],
     bias_S11QK=[[[[[0, -inf], [0, 0]]]]], padding_N=[], sizes=(1, 1, 1, 2, 2))
     """
 
@@ -43,14 +43,14 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A row's blocks, and where among their concatenated query rows each row [T H] lies."""
+    """A row's blocks, and the position of each row [T H] among their concatenated query rows."""
 
     blocks: tuple[Block, ...]
     output_rows: Tensor
 
 
 def make_blocks(layout: AttentionLayout, num_key_heads: int, num_groups: int) -> Blocks | None:
-    """The layout's blocks; None where a segment is too long for them to pay."""
+    """The layout's blocks; None where a segment is too long for them to pay off."""
     num_heads = num_key_heads * num_groups
     blocks: list[Block] = []
     output_rows = torch.empty(len(layout.output_T) * num_heads, dtype=torch.int64)
@@ -77,7 +77,7 @@ def make_blocks(layout: AttentionLayout, num_key_heads: int, num_groups: int) ->
 def _block(
     bucket: Bucket, is_real_SQ: Tensor, part: slice, num_key_heads: int, num_groups: int
 ) -> tuple[Block, Tensor]:
-    """A block of some of a bucket's segments, and which of its query rows are no padding."""
+    """A block of some of a bucket's segments, and which of its query rows are not padding."""
     query_SQ, key_SK, mask_S1QK = (
         x[part] for x in (bucket.query_SQ, bucket.key_SK, bucket.mask_S1QK)
     )
@@ -99,7 +99,7 @@ def _block(
 def attend(
     query_THD: Tensor, key_TJD: Tensor, value_TJD: Tensor, blocks: Blocks, scale: float
 ) -> Tensor:
-    """[T, H, D] outputs. Without gradient: `attend_backward` has it."""
+    """[T, H, D] outputs, without gradient: `attend_backward` computes it."""
     inputs = [x.reshape(-1, x.shape[-1]) for x in (query_THD, key_TJD, value_TJD)]
     outputs = []
     for block in blocks.blocks:

@@ -1,8 +1,8 @@
-"""Runs a step's microbatches side by side on a CPU's cores.
+"""Runs a step's microbatches in parallel on a CPU's cores.
 
 One thread for each of two microbatches beats two threads for one: a pass has many small operations
-that one core does alone while the other waits, and memory-bound ones go better beside a matmul.
-Results come in the microbatches' order, so that sums do not depend on which thread was first.
+that keep only one core busy, and memory-bound ones overlap well with another pass's matmuls.
+Results come in the microbatches' order, so that sums do not depend on which thread finishes first.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Result = TypeVar("Result")
 
 
 def map_on_cores(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """function(item) for each item, in order; PyTorch's threads are shared out among the workers.
+    """function(item) for each item, in order; the workers divide PyTorch's threads among them.
 
-    An exception of the function is raised here, and the threads are given back.
+    An exception of the function is raised here; the number of threads is restored at the end.
     """
     num_threads = torch.get_num_threads()
     num_workers = min(num_threads, len(items))

@@ -1,10 +1,10 @@
-"""LoRA on the experts of a mixture, one adapter an expert, of rank total / active experts.
+"""LoRA on a mixture's experts: one adapter per expert, of rank lora.rank / active experts.
 
-'LoRA Without Regret' (section on MoE): with `num_experts_per_tok` experts at work on a token, each
-has an adapter of rank R / that number, so that a token meets R in all. transformers keeps the
-experts of a layer in two tensors, gate_up_proj [E, 2 I, D] and down_proj [E, D, I]; the adapters
-lie beside them, for gate, up and down apart. On disk every expert has names of its own, those of
-the model's files, which PEFT and vLLM read (`EXPERT_NAMES`). The router has no adapter.
+'LoRA Without Regret' (section on MoE): if `num_experts_per_tok` experts are active for a token,
+each has an adapter of rank R / that number, so that a token uses R in all. transformers keeps a
+layer's experts in two tensors, gate_up_proj [E, 2 I, D] and down_proj [E, D, I]; there are separate
+adapters for gate, up and down. On disk every expert has separate names, those of the model's files,
+which PEFT and vLLM read (`EXPERT_NAMES`). The router has no adapter.
 
 Letters: E experts, I expert width, N tokens, K active experts.
 """
@@ -26,7 +26,7 @@ from rl_lora.nn.context import CONTEXT
 from rl_lora.seeds import mix_seed
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
-ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers that choose or weigh experts
+ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers that select or weight experts
 NUM_EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")  # in config.json
 _ADVICE = "use lora.layers='attention'"
 _PROBE_TOKENS = 8
@@ -40,10 +40,10 @@ class ExpertNames:
     """
 
     parts: tuple[str, str, str] = PARTS  # gate, up, down
-    block: str = "mlp"  # what the module `mlp` around router and experts is called
+    block: str = "mlp"  # the name of the module `mlp` around router and experts
 
     def outside(self, name: str) -> str:
-        """The name in files of a module or tensor; names outside the block stay."""
+        """A module's or tensor's name in files; names outside the block are unchanged."""
         return name if self.block == "mlp" else name.replace(".mlp.", f".{self.block}.")
 
 
@@ -63,18 +63,18 @@ def expert_rank(rank: int, num_active: int) -> int:
     """
     if rank % num_active:
         raise UserError(
-            f"lora.rank={rank} is shared by {num_active} active experts; take a multiple of "
+            f"lora.rank={rank} is divided among {num_active} active experts; set a multiple of "
             f"{num_active}"
         )
     return rank // num_active
 
 
 def check_rank(config: PretrainedConfig, lora: LoraSection) -> None:
-    """By the model's config alone, before its weights are read.
+    """Checks lora.rank against the model's config, before its weights are read.
 
     Raises:
-        UserError: adapters on experts are asked for, and the rank is no multiple of the active ones
-            or the model's experts can have none here.
+        UserError: experts are to get adapters, and the rank is not a multiple of the active ones
+            or the model's experts are not supported.
     """
     if lora.mode == "full" or lora.layers == "attention" or not is_mixture(config):
         return
@@ -89,15 +89,15 @@ def is_mixture(config: PretrainedConfig) -> bool:
 
 
 def num_active_experts(config: PretrainedConfig) -> int:
-    """Experts at work on a token, of a mixture's config; 1 of a model without experts."""
+    """Experts active for a token by the config; 1 for a model without experts."""
     return int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 1)
 
 
 class LoraExperts(nn.Module):
-    """A layer's experts with a trainable low-rank term beside each of their three matrices.
+    """A layer's experts with a trainable low-rank term added to each of their three matrices.
 
     lora_A[part] is [E, R, d_in] and lora_B[part] [E, d_out, R], float32. A starts uniform in
-    +-1/sqrt(d_in), each expert's from a seed of its own; B at zero.
+    +-1/sqrt(d_in), from a different seed for each expert; B at zero.
     """
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, seed: int) -> None:
@@ -127,7 +127,7 @@ class LoraExperts(nn.Module):
         if not CONTEXT.has_adapter:
             out: Tensor = self.base(hidden_ND, top_k_index, top_k_weights)
             return out
-        # One cast and one split a part: the gradient of E slices would be E whole tensors.
+        # One cast and one split per part: the gradient of E slices would be E whole tensors.
         low = {
             part: list(
                 zip(
@@ -140,7 +140,7 @@ class LoraExperts(nn.Module):
         }
         out_ND = torch.zeros_like(hidden_ND)
         for expert in top_k_index.unique().tolist():
-            if expert >= self.num_experts:  # transformers marks tokens of other devices so
+            if expert >= self.num_experts:  # transformers' mark for tokens of other devices
                 continue
             token, place = torch.where(top_k_index == expert)
             one = self._expert(
@@ -173,7 +173,7 @@ def part_sides(experts: nn.Module) -> tuple[int, dict[str, tuple[int, int]]]:
 
 @dataclass(frozen=True, slots=True)
 class ExpertCounts:
-    """What a mixture's experts come to, over all layers.
+    """Sizes of a mixture's experts, over all layers.
 
     Example, two layers of 4 experts, 2 active, 32 x 24, rank 4: ExpertCounts(num_matrices=24,
     weights=18432, active_weights=9216, adapter=2688, active_adapter=1344)
@@ -181,16 +181,16 @@ class ExpertCounts:
 
     num_matrices: int = 0  # gate, up and down of each expert
     weights: int = 0
-    active_weights: int = 0  # those that one token meets
+    active_weights: int = 0  # those that one token uses
     adapter: int = 0  # parameters of all experts' adapters
-    active_adapter: int = 0  # those that one token meets: rank x (d_in + d_out) of three matrices
+    active_adapter: int = 0  # those that one token uses: rank x (d_in + d_out) of three matrices
 
 
 def expert_counts(model: nn.Module, rank: int) -> ExpertCounts:
-    """Counts of a laid-out or loaded base model; rank is of all active experts together.
+    """Counts of a base model; rank is that of all active experts together.
 
     Raises:
-        UserError: the rank is no multiple of the active experts.
+        UserError: the rank is not a multiple of the active experts.
     """
     found = [part_sides(module) for _, module in expert_modules(model)]
     if not found:
@@ -210,7 +210,7 @@ def expert_counts(model: nn.Module, rank: int) -> ExpertCounts:
 
 
 def expert_size(layer: LoraExperts, part: str) -> Tensor:
-    """About how much a part's base weights make of a unit input: their deviation x sqrt(d_in)."""
+    """About the output size of a part's base weights for a unit input: their std x sqrt(d_in)."""
     weight = layer.base.down_proj if part == "down_proj" else layer.base.gate_up_proj
     assert isinstance(weight, Tensor)
     return weight.float().std() * weight.shape[-1] ** 0.5
@@ -219,7 +219,7 @@ def expert_size(layer: LoraExperts, part: str) -> Tensor:
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that keep a layer's experts in tensors of three axes, with their names.
 
-    A LoraExperts does not count, the module in it does.
+    Of a LoraExperts, the base module inside is yielded.
     """
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -232,7 +232,7 @@ def check_experts(model: nn.Module) -> ExpertNames:
     """Names of the model's experts.
 
     Raises:
-        UserError: the experts are laid out in a way that has no adapter here.
+        UserError: adapters do not support how the model keeps its experts.
     """
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     names_outside = _check_kind(str(config.model_type))
@@ -256,8 +256,8 @@ def _check_kind(kind: str) -> ExpertNames:
     if kind not in EXPERT_NAMES:
         known = ", ".join(sorted(EXPERT_NAMES))
         raise UserError(
-            f"the experts of model type {kind!r} have no adapter here, those of {known} have; "
-            f"{_ADVICE}"
+            f"adapters on the experts of model type {kind!r} are not supported, those on {known} "
+            f"are; {_ADVICE}"
         )
     return EXPERT_NAMES[kind]
 
@@ -272,13 +272,13 @@ def attach_expert_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> 
 
     Args:
         model: a mixture of `EXPERT_NAMES`.
-        rank: of all active experts together.
-        alpha: as elsewhere: an expert's term is scaled by alpha over the expert's rank.
+        rank: that of all active experts together.
+        alpha: an expert's term is scaled by alpha over the expert's rank.
         seed: of A.
 
     Raises:
-        UserError: the rank is no multiple of the active experts, or the experts are laid out in a
-            way that is not known here.
+        UserError: the rank is not a multiple of the active experts, or adapters do not support how
+            the model keeps its experts.
     """
     check_experts(model)
     one_rank = expert_rank(rank, num_active_experts(model.config))  # type: ignore[arg-type]
@@ -296,7 +296,7 @@ def attach_expert_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> 
 
 @torch.no_grad()
 def _check_formula(model: nn.Module, name: str, layer: LoraExperts) -> None:
-    """Raises UserError where the layer, its B at zero, is not what the base computes."""
+    """Raises UserError where the layer, with B at zero, does not compute what the base computes."""
     weight = layer.base.gate_up_proj
     assert isinstance(weight, Tensor)
     hidden, device = weight.shape[-1], weight.device
@@ -309,20 +309,20 @@ def _check_formula(model: nn.Module, name: str, layer: LoraExperts) -> None:
     tolerance = 1e-4 if weight.dtype == torch.float32 else 3e-2
     if not float((found - expected).norm()) <= tolerance * float(expected.norm()):
         raise UserError(
-            f"{type(model).__name__}: the experts of {name} compute something else than "
+            f"{type(model).__name__}: the experts of {name} do not compute "
             f"down(act(gate) * up); {_ADVICE}"
         )
 
 
 def expert_adapters(model: nn.Module) -> Iterator[tuple[str, LoraExperts]]:
-    """The adapted experts with the names of the modules they stand for."""
+    """The adapted experts with the names of the modules that they replace."""
     for name, module in model.named_modules():
         if isinstance(module, LoraExperts):
             yield name, module
 
 
 def adapted_parts(model: nn.Module) -> tuple[str, ...]:
-    """What gate, up and down of the adapted experts are called in files; () without any."""
+    """The names of gate, up and down of the adapted experts in files; () without any."""
     if not any(True for _ in expert_adapters(model)):
         return ()
     return _names_of(model).parts
@@ -330,7 +330,7 @@ def adapted_parts(model: nn.Module) -> tuple[str, ...]:
 
 def expert_tensors(model: nn.Module) -> dict[str, Tensor]:
     """lora_A [R, d_in] and lora_B [d_out, R] of every expert under PEFT's names
-    (`...mlp.experts.3.gate_proj.lora_A.weight`), which vLLM reads, too: views of the parameters."""
+    (`...mlp.experts.3.gate_proj.lora_A.weight`), which vLLM reads too: views of the parameters."""
     tensors: dict[str, Tensor] = {}
     for name, module in expert_adapters(model):
         names = _names_of(model)
@@ -343,9 +343,9 @@ def expert_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def split_experts(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a state dict under the names of the model's files: views, one matrix an expert.
+    """A state dict's weights under the names of the model's files: views, one matrix per expert.
 
-    A model without experts, or with experts that are not of `EXPERT_NAMES`, keeps its names.
+    The names of a model without experts, or with experts not in `EXPERT_NAMES`, are unchanged.
     """
     kind = model.config.get_text_config().model_type  # type: ignore[operator, union-attr]
     fused = {f"{name}." for name, _ in expert_modules(model)}

@@ -1,8 +1,8 @@
 """The LoRA layer: y = W x + (alpha / rank) B (A x), W never written to.
 
 A starts uniform in +-1/sqrt(d_in) (kaiming_uniform with a = sqrt 5, as PEFT's), B at zero
-('LoRA Without Regret', set-up); `variants` has the other starts and scales. Names and shapes follow
-PEFT, so that saved adapters load there.
+('LoRA Without Regret', set-up); other starts and scales are in `variants`. Names and shapes follow
+PEFT, so that it loads saved adapters.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _MLP_PARTS = ("mlp", "feed_forward", "ffn")
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a trainable low-rank term beside it.
+    """A frozen linear layer plus a trainable low-rank term.
 
     lora_A is [rank, d_in] and lora_B [d_out, rank], float32 whatever the base's dtype: the
     optimizer's steps are too small for bfloat16. Siblings (q, k and v; gate and up) are computed
-    together by the first that is called, and the others hand out what waits for them.
+    together by the first that is called, and the others return the outputs kept for them.
     """
 
     def __init__(
@@ -55,24 +55,26 @@ class LoraLinear(nn.Module):
             self.register_buffer("lora_A0", start[0].clone())
             self.register_buffer("lora_B0", start[1].clone())
         self.magnitude = Magnitude(base.weight) if variant == "dora" else None
-        self.siblings: tuple[LoraLinear, ...] = (self,)  # layers that see the same input, this too
+        self.siblings: tuple[LoraLinear, ...] = (
+            self,
+        )  # layers with the same input, this one included
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight, for code that looks at a linear layer's dtype or shape."""
+        """The base's weight, for code that reads a linear layer's dtype or shape."""
         return self.base.weight
 
     def factors(self) -> list[Tensor]:
-        """[A, B] of the low-rank term, with gradient; of twice the rank where a start is taken off.
+        """[A, B] of the low-rank term, with gradient; twice the rank where a start is subtracted.
 
-        Their product times the scaling is what is computed and what is served.
+        Their product times the scaling is both computed and served.
         """
         if not self.is_shifted:
             return [self.lora_A, self.lora_B]
         return shifted_factors(*self.state().values())
 
     def state(self) -> dict[str, Tensor]:
-        """All that the layer is made of beside the base, by PEFT's names; its own tensors."""
+        """The layer's tensors other than the base's, by PEFT's names; not copied."""
         tensors: dict[str, Tensor] = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
         if self.is_shifted:
             tensors["lora_A0.weight"] = self.get_buffer("lora_A0")
@@ -82,13 +84,13 @@ class LoraLinear(nn.Module):
         return tensors
 
     def published(self) -> dict[str, Tensor]:
-        """What a saved adapter has of this layer, by PEFT's names."""
+        """This layer's tensors in a saved adapter, by PEFT's names."""
         if not self.is_shifted:
             return self.state()
         return dict(zip(("lora_A.weight", "lora_B.weight"), self.factors(), strict=True))
 
     def finished(self, out: Tensor) -> Tensor:
-        """The layer's output from W x + scaling B (A x); with a magnitude that has no bias yet."""
+        """The layer's output from W x + scaling B (A x), which with a magnitude is without bias."""
         if self.magnitude is None:
             return out
         own = (self.lora_A, self.lora_B, self.scaling)
@@ -110,18 +112,18 @@ class LoraLinear(nn.Module):
 def target_names(model: nn.Module, section: LoraSection) -> list[str]:
     """Full names of the linear layers that get an adapter, in the model's order.
 
-    A mixture's routers get none, and its experts are no linear layers (`moe`).
+    A mixture's routers get none, and its experts are not linear layers (`experts`).
 
     Raises:
-        UserError: the model has no such layers, or experts that can have no adapter here.
+        UserError: the model has no such layers, or experts that adapters do not support.
     """
     is_mixture = has_experts(model)
     if is_mixture and section.layers != "attention" and section.mode == "lora":
         check_experts(model)
         if section.variant != "lora":
             raise UserError(
-                f"lora.variant={section.variant!r}: the experts of {type(model).__name__} have "
-                "plain LoRA alone; set lora.variant='lora' or lora.layers='attention'"
+                f"lora.variant={section.variant!r}: the experts of {type(model).__name__} support "
+                "plain LoRA only; set lora.variant='lora' or lora.layers='attention'"
             )
     names = []
     has_layers = False
@@ -152,9 +154,9 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 
 def attach_lora(model: nn.Module, section: LoraSection, seed: int) -> list[str]:
-    """Freezes the model and puts a LoraLinear over each target; returns the targets' names.
+    """Freezes the model and replaces each target by a LoraLinear; returns the targets' names.
 
-    A mixture's experts get a LoraExperts each layer where section.layers has them.
+    Unless section.layers is "attention", a mixture's experts get a LoraExperts per layer.
     """
     model.requires_grad_(False)
     names = target_names(model, section)
@@ -174,7 +176,7 @@ def attach_lora(model: nn.Module, section: LoraSection, seed: int) -> list[str]:
 
 
 def _join_siblings(parent: nn.Module) -> None:
-    """Layers that the model calls one after another on the same input are computed together."""
+    """Lets layers that the model calls in turn on the same input be computed together."""
     for group in _SHARED_INPUTS:
         layers = [getattr(parent, name, None) for name in group]
         joined = tuple(layer for layer in layers if isinstance(layer, LoraLinear))
@@ -183,14 +185,14 @@ def _join_siblings(parent: nn.Module) -> None:
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """The adapter's layers with the names of the linear layers they stand for."""
+    """The adapter's layers with the names of the linear layers that they replace."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module
 
 
 def _kind(name: str) -> str | None:
-    """Attention or mlp, by the names of the modules that the layer lies in."""
+    """Attention or mlp, by the names of the modules around the layer."""
     parents = name.split(".")[:-1]
     for part in reversed(parents):
         if any(word in part for word in _ATTENTION_PARTS):

@@ -1,8 +1,9 @@
 """The LoRA layers of one input as one autograd function: y_i = W_i x + scale (B_i (A_i x)).
 
 x A^T is one product for all layers, the low-rank terms are added in place, and the backward pass
-sums the input's gradient in one buffer and never forms a gradient of W. Kept for it: x and A x.
-The slow reference is the same formula written with autograd's own operations (tests/test_lora.py).
+sums the input's gradient in one buffer and never forms a gradient of W. Only x and A x are kept
+for it. The slow reference is the same formula in autograd's operations
+(tests/nn/test_fast_paths.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def lora_products(x: Tensor, layers: Sequence[LoraLinear]) -> tuple[Tensor, ...]:
-    """[..., d_in] to one [..., d_out] a layer; the layers' base weights are frozen."""
+    """[..., d_in] to one [..., d_out] per layer; the layers' base weights are frozen."""
     tensors: list[Tensor | None] = []
     for layer in layers:
         bias = layer.base.bias if layer.magnitude is None else None
@@ -42,7 +43,7 @@ class LoraProducts(torch.autograd.Function):
         weights, biases, a_parts, b_parts = parts_of
         ranks = [a.shape[0] for a in a_parts]
         a_RI = torch.cat(a_parts).to(x.dtype) if len(ranks) > 1 else a_parts[0].to(x.dtype)
-        # Contiguous each: MKL takes three times as long for a column of a wider matrix.
+        # Each contiguous: MKL takes three times as long for columns of a wider matrix.
         hidden_parts = [part.contiguous() for part in (x_TI @ a_RI.T).split(ranks, 1)]
         outputs = []
         parts = zip(weights, biases, hidden_parts, b_parts, scalings, strict=True)
@@ -89,7 +90,7 @@ def low_rank_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of A x, [T, R], and of B, float32 [O, R], where scaling B (A x) is added to y.
 
-    Thin products in the form that MKL is quick at: up to ten times, from rank 2 on (LOG.md).
+    Thin products in the form that MKL computes up to ten times faster, from rank 2 on (LOG.md).
     """
     b_RO = b_OR.to(grad_TO.dtype).T.contiguous()
     low_TR = (grad_TO @ b_RO.T).mul_(scaling)

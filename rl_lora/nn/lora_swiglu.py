@@ -1,8 +1,8 @@
 """silu(gate) * up and the LoRA layer after it as one autograd function.
 
-Autograd keeps gate, silu(gate), up and their product, which are half of all that a step keeps; this
-keeps gate and up, and makes the other two again in the backward pass: two passes over memory, no
-matrix product. The slow reference is the module's own formula (tests/nn/test_lora_swiglu.py).
+Autograd keeps gate, silu(gate), up and their product, half of all the activations of a step; this
+keeps only gate and up and recomputes the other two in the backward pass: two passes over memory, no
+matrix product. The slow reference is the module's formula (tests/nn/test_lora_swiglu.py).
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class SwigluDown(torch.autograd.Function):
 
 
 def join_swiglu(parent: nn.Module) -> bool:
-    """Lets an MLP of the form down(silu(gate(x)) * up(x)), down with LoRA, compute so.
+    """Makes an MLP of the form down(silu(gate(x)) * up(x)), down with LoRA, use `SwigluDown`.
 
-    Whether the module's own forward has that form is seen by its numbers; returns whether it has.
+    Returns whether the module has that form, which is decided by comparing outputs.
     """
     from rl_lora.nn.lora import LoraLinear
 

@@ -1,8 +1,8 @@
-"""How a row of prompts and completions attends: segments, in buckets of like length.
+"""How a row of prompts and completions attends: segments, in buckets of similar length.
 
 A segment (a prompt or a completion) attends to its prompt and causally to itself. The queries of
-like-long segments, and the keys that each sees, make small padded blocks, so that little more than
-the needed products is computed, where a block mask over the row would compute them all.
+segments of similar length, with the keys that each sees, make small padded blocks, so that little
+more than the needed products is computed; a mask over the whole row would compute them all.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_WASTE = 1.3  # a bucket's padded block may be this much larger than what is needed
-# Query-key pairs that a bucket may waste besides, by kind of device: a GPU computes so many (1 Mi
-# pairs of 16 heads of 64 are 4 GFLOP) sooner than it launches the kernels of one bucket more.
+_WASTE = 1.3  # largest ratio of a bucket's padded block to what is needed
+# Query-key pairs that a bucket may waste in any case, by kind of device: a GPU computes this many
+# (1 Mi pairs of 16 heads of 64 are 4 GFLOP) faster than it launches the kernels of another bucket.
 MAX_WASTED_PAIRS = {"cpu": 0, "cuda": 2**20}
 
 
@@ -37,7 +37,7 @@ class Bucket:
     """S segments as padded blocks of Q queries and K keys: int64 [S, Q] and [S, K] positions in the
     row, and which key each query sees, bool [S, 1, Q, K]. Padding repeats a segment's last token.
 
-    Example: a prompt of 2 tokens alone: Bucket(query_SQ=[[0, 1]], key_SK=[[0, 1]],
+    Example: only a prompt of 2 tokens: Bucket(query_SQ=[[0, 1]], key_SK=[[0, 1]],
     mask_S1QK=[[[[True, False], [True, True]]]])
     """
 
@@ -48,7 +48,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:
-    """All buckets of a row, and where in their concatenated outputs each token's output lies."""
+    """All buckets of a row, and each token's position in their concatenated outputs."""
 
     buckets: tuple[Bucket, ...]
     output_T: Tensor  # int64 [T]
@@ -79,7 +79,7 @@ def make_layout(segments: Sequence[Segment], max_wasted_pairs: int = 0) -> Atten
 
 
 def _alike(segments: Sequence[Segment], max_wasted_pairs: int) -> Iterator[list[Segment]]:
-    """Runs of segments, sorted by length, whose common block wastes little."""
+    """Groups of segments, consecutive by length, whose common block wastes little."""
     together: list[Segment] = []
     for segment in sorted(segments, key=lambda s: (s.length, s.prefix_length)):
         trial = [*together, segment]

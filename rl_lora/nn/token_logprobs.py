@@ -1,15 +1,15 @@
 """Token log-probs and entropies from hidden states, without [tokens x vocabulary] in memory.
 
-They differ in what the backward pass needs:
+Two ways, which differ in what the backward pass needs:
 
 - `FrozenHead`: lm_head is a frozen matrix W without bias or adapter. The derivative of a token's
   log-prob by its hidden state, (W[target] - p W) / temperature, does not depend on the loss, so the
-  forward pass makes it at once ([C, D]) and the backward pass is one multiplication: no logits are
-  kept and none computed twice.
-- `chunked`: any lm_head (adapter on it, trained in full, bias). The chunk's logits are remade in
-  the backward pass by activation checkpointing.
+  forward pass computes it right away ([C, D]) and the backward pass is one multiplication: no
+  logits are kept, and none are computed twice.
+- `chunked`: any lm_head (with an adapter, trained in full, with bias). The backward pass recomputes
+  a chunk's logits by activation checkpointing.
 
-`plain` is the slow reference that the tests hold both against.
+`plain` is the slow reference that the tests compare both with.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from rl_lora.nn.context import CONTEXT
 
-CHUNK_ELEMENTS = 2**23  # logits of `chunked` held at once, 32 MiB in float32
-CHUNK_TOKENS = 4096  # of `FrozenHead` at once; only [tokens, D] is held
+CHUNK_ELEMENTS = 2**23  # logits of `chunked` in memory at once, 32 MiB in float32
+CHUNK_TOKENS = 4096  # of `FrozenHead` at once; only [tokens, D] is kept
 CPU_BLOCK = 1024  # of the vocabulary: logits stay in the cache, and MKL is fastest (LOG.md)
-BLOCK_ELEMENTS = 2**25  # logits of a block on a GPU, which wants large ones
+BLOCK_ELEMENTS = 2**25  # logits of a block on a GPU, where large ones are faster
 
 
 def score_hidden(
@@ -37,9 +37,9 @@ def score_hidden(
 
     Args:
         hidden_CD: the final hidden states that predict the targets.
-        lm_head: the output layer; the fast path is taken where it is a frozen linear layer.
+        lm_head: the output layer; a frozen linear layer takes the fast path.
         target_ids_C: int64.
-        temperature: over 0.
+        temperature: above 0.
     """
     is_plain = type(lm_head) is nn.Linear and lm_head.bias is None
     if is_plain and not lm_head.weight.requires_grad:
@@ -61,11 +61,11 @@ def take_positions(hidden_BTD: Tensor, row_C: Tensor, column_C: Tensor) -> Tenso
 
 
 class FrozenHead(torch.autograd.Function):
-    """Log-probs and entropies under a frozen lm_head; gradient to the hidden states alone.
+    """Log-probs and entropies under a frozen lm_head; gradient to the hidden states only.
 
-    The vocabulary is gone through in blocks whose logits stay in the cache, with a running maximum
-    (as flash attention does it), and p W is summed up on the way: V vocabulary, D width, c tokens
-    of a chunk, v of a block.
+    The vocabulary is processed in blocks whose logits stay in the cache, with a running maximum (as
+    in flash attention) and a running sum of p W. Letters: V vocabulary, D width, c tokens of a
+    chunk, v of a block.
     """
 
     @staticmethod
@@ -94,7 +94,7 @@ class FrozenHead(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logprobs_C: Tensor, grad_entropy_C: Tensor
     ) -> tuple[Tensor, None, None, None]:
-        """The unit gradients, each times its token's."""
+        """The unit gradients, each times its token's gradient."""
         (unit_grad_CD,) = ctx.saved_tensors
         return unit_grad_CD * grad_logprobs_C.unsqueeze(-1).to(unit_grad_CD.dtype), None, None, None
 
@@ -102,7 +102,7 @@ class FrozenHead(torch.autograd.Function):
 def chunked(
     hidden_CD: Tensor, lm_head: nn.Module, target_ids_C: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """As `score_hidden`, through any lm_head; logits are remade in the backward pass."""
+    """As `score_hidden`, through any lm_head; logits are recomputed in the backward pass."""
     num_vocab = int(lm_head.weight.shape[0])  # type: ignore[index]
     chunk = max(1, CHUNK_ELEMENTS // num_vocab)
 
@@ -131,7 +131,7 @@ def plain(
 
 
 class _RunningSums:
-    """What one pass over a chunk's logits leaves, shifted by the largest logit so far."""
+    """Sums over a chunk's logits, shifted by the largest logit so far."""
 
     def __init__(self, hidden_cD: Tensor, target_ids_c: Tensor, has_grad: bool) -> None:
         self.hidden_cD, self.target_ids_c1 = hidden_cD, target_ids_c.unsqueeze(-1)
@@ -172,7 +172,7 @@ class _RunningSums:
             self.weighted_cD += exp_cv.to(weight_vD.dtype) @ weight_vD
 
     def _shift_to(self, shift_c1: Tensor) -> None:
-        """The sums under a new shift."""
+        """Rescales the sums to a new shift."""
         if self.shift_c1.device.type == "cpu" and torch.equal(shift_c1, self.shift_c1):
             return
         lowered_c1 = self.shift_c1 - shift_c1  # at the first block -inf, and the sums are 0
@@ -201,9 +201,9 @@ class _RunningSums:
 
 
 def _buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """This thread's buffer of that name, grown where it is too small.
+    """This thread's buffer of that name, enlarged if it is too small.
 
-    Buffers are kept: memory fresh from the system costs a page fault every 4 KiB.
+    Buffers are kept: fresh memory costs a page fault every 4 KiB.
     """
     size = shape[0] * shape[1]
     key = (name, dtype, device)

@@ -1,16 +1,16 @@
-"""LoRA's variants: how an adapter is scaled, where it starts, and what is served of it.
+"""LoRA's variants: how an adapter is scaled, where it starts, and what of it is served.
 
     lora     alpha / r, A uniform, B zero ('LoRA Without Regret', set-up)
     rslora   alpha / sqrt(r) (Kalajdzievski, arXiv 2312.03732)
     pissa    starts at the base's r largest singular directions (Meng et al., arXiv 2404.02948)
     olora    starts at the first r columns of the base's QR (Büyükakyüz, arXiv 2406.01775)
-    dora     direction and magnitude apart (Liu et al., arXiv 2402.09353)
+    dora     direction and magnitude separate (Liu et al., arXiv 2402.09353)
 
-LoRA+ (Hayou et al., arXiv 2402.12354) is a rate of its own for B: `optim.lora_plus_ratio`.
+LoRA+ (Hayou et al., arXiv 2402.12354) is a higher learning rate for B: `optim.lora_plus_ratio`.
 
-Departure from the papers of PiSSA and OLoRA: those write W - s B0 A0 into the base and train B A
-beside it. Here the base is never written to, so the layer is W + s (B A - B0 A0) with B0 and A0
-frozen: the same function of A and B. It is computed, and served, as the adapter of rank 2r
+Departure from the papers of PiSSA and OLoRA: those write W - s B0 A0 into the base and add B A to
+it. Here the base is never written to, so the layer is W + s (B A - B0 A0) with B0 and A0 frozen:
+the same function of A and B. It is computed, and served, as the adapter of rank 2r
 
     [B - B0, B0] [A; A - A0],
 
@@ -32,7 +32,7 @@ from rl_lora.config import LoraSection
 from rl_lora.errors import UserError
 
 _EXACT_UP_TO = 2048  # shorter side of a weight whose singular vectors are found by an eigensolver
-_OVERSAMPLING = 8  # further columns of the subspace iteration, and its rounds
+_OVERSAMPLING = 8  # additional columns of the subspace iteration
 _NUM_ROUNDS = 32
 
 
@@ -57,7 +57,7 @@ def served_alpha(section: LoraSection) -> float:
 
 
 def num_magnitudes(variant: str, num_outputs: int) -> int:
-    """Trained parameters of one layer beside A and B, whatever the rank: DoRA's magnitudes."""
+    """Trained parameters of one layer besides A and B, at any rank: DoRA's magnitudes."""
     return num_outputs if variant == "dora" else 0
 
 
@@ -65,10 +65,10 @@ def num_magnitudes(variant: str, num_outputs: int) -> int:
 def initial_factors(
     variant: str, weight_OI: Tensor, rank: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """(A0 [R, I], B0 [O, R]) of PiSSA or OLoRA, float32, from the base's weight alone.
+    """(A0 [R, I], B0 [O, R]) of PiSSA or OLoRA, float32, from the base's weight only.
 
-    Those of PEFT's init_lora_weights "pissa" and "olora"; singular vectors up to their sign, which
-    is chosen here so that the largest number of each row of A0 is positive.
+    Equal to PEFT's init_lora_weights "pissa" and "olora", singular vectors up to their sign, which
+    is chosen so that the largest number of each row of A0 is positive.
 
     Raises:
         UserError: the rank exceeds the weight's shorter side.
@@ -81,7 +81,7 @@ def initial_factors(
         )
     if variant == "olora":
         weight = weight_OI.double()
-        # Householder's first r columns see the first r columns of W alone.
+        # The first r columns of Q depend on the first r columns of W only.
         b_OR = torch.linalg.qr(weight[:, :rank]).Q
         return (b_OR.T @ weight).float().contiguous(), b_OR.float().contiguous()
     left_OR, values_R, right_RI = top_singular(weight_OI, rank)

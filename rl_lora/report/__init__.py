@@ -1,1 +1,1 @@
-"""The HTML report of runs: `build` makes the page, `command` writes it, `live` serves it."""
+"""Reports: tables and progress on the terminal, figures, and the HTML page of runs."""

@@ -84,7 +84,7 @@ def to_tree(latex: str) -> Tree | None:
         return None
     try:
         element = Converter().convert_to_element(latex)
-    # On malformed input the converter raises a dozen exceptions of its own and others (IndexError,
+    # On malformed input the converter raises a dozen of its own exceptions and others (IndexError,
     # StopIteration); in any case the text is then shown as it is.
     except Exception:  # noqa: BLE001
         return None

@@ -29,7 +29,7 @@ from rl_lora.report.tables import (
     seconds_text,
 )
 
-# The ETA is a moving average of our own: rich's has no estimate after the first step, and forgets
+# Our own moving average for the ETA: rich's has no estimate after the first step, and forgets
 # steps that are longer than its window.
 _SMOOTHING = 0.2  # weight of the newest step
 _QUIET_LINE_S = 30  # between lines on the progress of a long phase, if there is no bar

@@ -5,8 +5,7 @@
 
 A save writes a hidden directory, forces it to disk and renames it, so a kill at any moment leaves
 the older checkpoints intact. Nothing is pickled, so loading a checkpoint cannot run code. The
-global random number generators are not stored: a run draws only from generators of its own, seeded
-by run.seed and the step.
+states of the global random number generators are not stored, as no step draws from them.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ On a file system without locks the file decides: its owner is looked up if it is
 assumed alive if it is on another.
 
 Within one process POSIX would grant the lock twice, and release it when any handle of the file is
-closed. So this process keeps a table of its own locks, and nothing else opens the file.
+closed. So the process keeps a table of the files it has locked, and nothing else opens them.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Start:
     log_step: int | None  # last step whose records stay; -1: none stay; None: there must be none
     state: dict[str, Any]  # the checkpoint's; empty without one
 
-    def restarted(self, config: SomeSection) -> SomeSection:
+    def keep_dtype(self, config: SomeSection) -> SomeSection:
         """The job with model.dtype="auto" replaced by the dtype that the run began with.
 
         On a CPU "auto" is decided by a timing, which may come out differently now.

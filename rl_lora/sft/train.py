@@ -101,7 +101,7 @@ def fine_tune(
             outcome = _outcome(folder)
             display.note(f"{folder} is complete: {config.run.num_steps} steps done")
         else:
-            outcome = _run(start.restarted(config), start, display, accept_changed_data)
+            outcome = _run(start.keep_dtype(config), start, display, accept_changed_data)
         display.note(
             f"test loss {outcome.before:.4f} before, {outcome.after:.4f} after (nats per token); "
             f"everything is in {folder}"

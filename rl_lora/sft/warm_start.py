@@ -8,6 +8,7 @@ metrics (warm_start.jsonl).
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -16,20 +17,14 @@ from rl_lora.batches import pack_samples
 from rl_lora.config import RunConfig
 from rl_lora.data.chat_template import end_of_turn
 from rl_lora.learner import Learner
+from rl_lora.sft.data import Tokens
 from rl_lora.types import Prompt, TrainSample
 
 
 def solution_sample(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, end_id: int) -> TrainSample:
     """The prompt with its worked solution as completion, plus the token that ends a turn."""
     ids = tokenizer.encode(prompt.solution, add_special_tokens=False)
-    completion_ids = (*ids, end_id)
-    return TrainSample(
-        prompt_ids=prompt.token_ids,
-        completion_ids=completion_ids,
-        sampler_logprobs_T=(0.0,) * len(completion_ids),
-        advantage=1.0,
-        adapter_version=0,
-    )
+    return Tokens(array("i", prompt.token_ids), array("i", [*ids, end_id])).sample()
 
 
 def has_solutions(prompts: Sequence[Prompt]) -> bool:

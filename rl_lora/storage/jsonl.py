@@ -111,6 +111,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text_atomically(path, json.dumps(storable(value), allow_nan=False, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError if it is not one or cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value
+
+
 def append_compressed(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Appends the records as one gzip member, forced to disk: all of them or none.
 

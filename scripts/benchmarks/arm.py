@@ -17,9 +17,9 @@ from benchmarks.workload import Size
 
 
 def main() -> None:
-    """Builds the arm that is named, at the size given as key=value arguments."""
+    """Builds the named arm at the size given as key=value arguments."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print goes to standard error
+    os.dup2(2, 1)  # what libraries print goes to standard error
     name, *options = sys.argv[1:]
     kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(Size)}
     pairs = (option.split("=", 1) for option in options)

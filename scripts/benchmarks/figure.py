@@ -16,7 +16,7 @@ PHASES = {"sample": "#0072B2", "score": "#E69F00", "learn": "#009E73", "publish"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Writes a PNG; bars of one step for each arm, a dot for each ratio."""
+    """Writes a PNG: one bar per arm's step, one dot per ratio."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,7 +42,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.set_xlabel("seconds of one step (medians)")
     left.margins(x=0.15)
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4, frameon=False)
-    left.set_title("TRL's generation holds its scoring", fontsize=9, color="0.4")
+    left.set_title("TRL's generation includes scoring", fontsize=9, color="0.4")
     names = list(result["ratios"])
     for row, name in enumerate(names):
         low, high = result["spread"][name]
@@ -57,7 +57,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     right.minorticks_off()
     right.axvline(1, color="0.8", lw=1, zorder=0)
     right.margins(x=0.2, y=0.12)
-    right.set_xlabel("ratio (dot: median, bar: least to greatest)")
+    right.set_xlabel("ratio (dot: median, bar: minimum to maximum)")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -68,7 +68,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def draw_sweep(
     kind: str, rows: Sequence[dict[str, Any]], found: Mapping[str, Power | Line], path: Path
 ) -> None:
-    """Writes a PNG: time, products and memory against what was swept, with the fits."""
+    """Writes a PNG: time, products and memory by what was swept, with the fits."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -113,7 +113,7 @@ def _draw_arm(
 
 
 def _finish(axes: Any, kind: str, rows: Sequence[dict[str, Any]]) -> None:
-    """The axis of what was swept: its own values as ticks."""
+    """Labels the axis of what was swept, with its values as ticks."""
     xs = [row[SWEPT[kind]] for row in rows]
     if kind == "layers":
         axes.set_xticks(range(len(xs)), xs)

@@ -1,9 +1,9 @@
 """How a sweep's numbers grow: least-squares fits, as a table and as records.
 
-Against samples or tokens a power law, factor x number^exponent, fitted on logarithms. Against the
-rank a line, intercept + slope x rank: the article's count is 2 N^2 + 6 N R multiply-adds a token
+In samples or tokens, a power law, factor x number^exponent, fitted on logarithms. In the rank, a
+line, intercept + slope x rank: the article's count is 2 N^2 + 6 N R multiply-adds a token
 for a layer of N x N ('LoRA Without Regret', the section on compute efficiency;
-rl_lora.planning has it for whole models), so a power law would have no meaning there.
+rl_lora.planning has it for whole models), so a power law would make no sense there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Power(NamedTuple):
         return float(self.factor * x**self.exponent)
 
     def text(self) -> str:
-        """For a table."""
+        """As shown in the table."""
         return f"{self.factor:.3g} x n^{self.exponent:.3f}"
 
 
@@ -53,7 +53,7 @@ class Line(NamedTuple):
         return self.intercept + self.slope * x
 
     def text(self) -> str:
-        """For a table."""
+        """As shown in the table."""
         is_flat = abs(self.slope) < 1e-12 * abs(self.intercept)  # what rounding leaves
         return f"{self.intercept:.4g} + {0 if is_flat else self.slope:.3g} n"
 
@@ -65,7 +65,7 @@ def power_law(xs: Sequence[float], ys: Sequence[float]) -> Power:
         ValueError: fewer than two different numbers, or one that is not positive.
     """
     if min((*xs, *ys), default=0) <= 0:
-        raise ValueError("a power law is fitted to positive numbers")
+        raise ValueError("a power law needs positive numbers")
     logs = line([float(np.log(x)) for x in xs], [float(np.log(y)) for y in ys])
     misses = [np.log(y) - logs.at(float(np.log(x))) for x, y in zip(xs, ys, strict=True)]
     return Power(
@@ -88,7 +88,7 @@ def line(xs: Sequence[float], ys: Sequence[float]) -> Line:
 
 
 def fits(kind: str, rows: Sequence[dict[str, Any]]) -> dict[str, Power | Line]:
-    """{column: fit} of a sweep's numeric columns against what was swept; {} where it has no number.
+    """{column: fit} of a sweep's numeric columns in what was swept; {} for a sweep of layers.
 
     Args:
         kind: "samples", "tokens", "ranks" or "layers".
@@ -102,7 +102,7 @@ def fits(kind: str, rows: Sequence[dict[str, Any]]) -> dict[str, Power | Line]:
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The measured columns that are positive throughout, in the table's order."""
+    """The measured columns whose values are all positive, in the table's order."""
     names = [f"{arm}_{quantity}" for quantity in QUANTITIES for arm in ("learner", "full")]
     names += [f"{arm}_formula_mflop_per_token" for arm in ("learner", "full")]
     names += ["tokens", *(f"step_{phase}_s" for phase in PHASES)]
@@ -111,7 +111,7 @@ def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def records(found: dict[str, Power | Line]) -> dict[str, dict[str, Any]]:
-    """The fits as JSON has them."""
+    """The fits for JSON."""
     return {
         name: {"form": "power" if isinstance(fit, Power) else "line", **fit._asdict()}
         for name, fit in found.items()
@@ -135,7 +135,7 @@ def against_formula(found: dict[str, Power | Line]) -> dict[str, dict[str, float
 
 
 def sweep_tables(kind: str, rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """What was measured, a column a size; and the fits with their residuals."""
+    """The measurements, one column per size, and the fits with their residuals."""
     measured = Table(title=f"sweep of {kind}: LoRA (learner) and full fine-tuning")
     measured.add_column(SWEPT[kind])
     for row in rows:

@@ -30,7 +30,7 @@ Built = Iterator[tuple[Commands, dict[str, Any]]]
 
 @contextlib.contextmanager
 def whole_step(size: Size) -> Built:
-    """The product's own loop, phase by phase; only lengths and rewards are fixed."""
+    """The trainer's own loop, phase by phase; only lengths and rewards are fixed."""
     from rl_lora.build import open_run
     from rl_lora.overlap import step_params
     from rl_lora.rollouts import sample_groups, score_groups
@@ -82,7 +82,7 @@ def whole_step(size: Size) -> Built:
         def sample_both() -> dict[str, Any]:
             """Adapter, base, adapter, base: the same requests.
 
-            The adapter's time has in it what taking a new version up costs; the base's has not.
+            The adapter's time includes loading a new version; the base's has no such cost.
             """
             seconds: dict[str, list[float]] = {"lora": [], "base": []}
             publish_and_set()
@@ -133,7 +133,7 @@ def learner(size: Size, mode: str = "lora") -> Built:
         }
 
     def count() -> dict[str, Any]:
-        """FLOPs of the matrix products by torch's counter, in one thread (it sees its own)."""
+        """FLOPs of the matrix products by torch's counter, which sees only its own thread."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         counter = FlopCounterMode(display=False)
@@ -145,9 +145,8 @@ def learner(size: Size, mode: str = "lora") -> Built:
         products = sum(n for name, n in by_name.items() if "mm" in name)
         vocab, width = policy.model.get_output_embeddings().weight.shape
         scored = sum(len(b.target_ids_C) for b in batches[0])
-        remade = (
-            2 * scored * vocab * width if policy.lora.mode == "full" else 0
-        )  # logits, a second time
+        # Full fine-tuning computes the logits a second time, which is not counted.
+        remade = 2 * scored * vocab * width if policy.lora.mode == "full" else 0
         per_token = (products - remade) / batches[0][0].num_tokens
         share = scored / batches[0][0].num_tokens
         return {
@@ -170,9 +169,9 @@ ARMS = {"ours": whole_step, "learner": learner, "full": full}
 
 
 def needed_gflop(policy: Policy, groups_N: list[RolloutGroup]) -> float:
-    """What the mathematics of a frozen base needs: 4 FLOPs a weight and token (the product and the
-    input's gradient), each prompt once, lm_head at completion positions; attention, norms, the
-    low-rank terms and everything computed twice count nothing."""
+    """GFLOP that a frozen base needs: 4 FLOPs per weight and token (the product and the input's
+    gradient), each prompt once, lm_head at completion positions. Attention, norms, the low-rank
+    terms and whatever is computed twice are not counted."""
     head = policy.model.get_output_embeddings().weight.numel()
     inner = sum(
         p.numel()
@@ -185,8 +184,9 @@ def needed_gflop(policy: Policy, groups_N: list[RolloutGroup]) -> float:
 
 
 def formula_per_token(policy: Policy, scored_share: float) -> float:
-    """FLOPs a token by the article's count, 2 (2 N^2 + 6 N R) or 2 (3 N^2) a layer, where lm_head
-    sees a share of the tokens. It lets every layer pass a gradient on; the first need not."""
+    """FLOPs per token by the article's count, 2 (2 N^2 + 6 N R) or 2 (3 N^2) a layer, where lm_head
+    sees only a share of the tokens. It counts an input gradient for every layer; the first needs
+    none."""
     counts = matmul_counts(build_on_meta(policy.model.config), policy.lora)
     head = policy.model.get_output_embeddings().weight.numel()
     passes = 3 if policy.lora.mode == "full" else 2
@@ -195,7 +195,7 @@ def formula_per_token(policy: Policy, scored_share: float) -> float:
 
 
 def made_up_groups(prompts_N: Any, size: Size) -> list[RolloutGroup]:
-    """Random tokens at the workload's lengths, every second one right."""
+    """Random completions of the workload's lengths, every second one correct."""
     rng = random.Random(1)
     numbers = zip(size.lengths(), size.rewards(), strict=True)
     groups_N = []
@@ -211,7 +211,7 @@ def made_up_groups(prompts_N: Any, size: Size) -> list[RolloutGroup]:
 
 
 def with_rewards(groups_N: list[RolloutGroup], rewards: list[float]) -> list[RolloutGroup]:
-    """The groups with the workload's rewards in place of the verifier's."""
+    """The groups with the workload's rewards instead of the verifier's."""
     left = iter(rewards)
     return [
         RolloutGroup(
@@ -226,7 +226,7 @@ def with_rewards(groups_N: list[RolloutGroup], rewards: list[float]) -> list[Rol
 
 
 def fix_lengths(sampler: Any, size: Size) -> None:
-    """Each request samples exactly the workload's number of tokens: no end token, its own cap."""
+    """Each request samples exactly the workload's number of tokens, by its cap and no end token."""
     original = sampler._sampling_params
     lengths = itertools.cycle(size.lengths())
 

@@ -1,4 +1,4 @@
-"""What an arm measures of itself, and how it answers commands."""
+"""An arm's own measurements, and how it answers commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Commands = dict[str, Callable[[], dict[str, Any]]]
 
 
 def peak_reset() -> None:
-    """Starts a new count of the peak resident memory (Linux)."""
+    """Resets the peak of resident memory (Linux)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
@@ -39,7 +39,7 @@ def matmul_peak(size: int = 1024, repeats: int = 9) -> float:
 
 
 def serve(commands: Commands, out: TextIO, ready: dict[str, Any]) -> None:
-    """Answers commands until `end` or the end of input."""
+    """Answers commands until `end` or end of input."""
     print(json.dumps({"ready": True, **ready}), file=out, flush=True)
     for line in sys.stdin:
         name = line.strip()

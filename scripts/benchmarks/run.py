@@ -1,4 +1,4 @@
-"""Runs arms in turn and makes ratios of what they report."""
+"""Runs arms in turn and computes ratios of what they report."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Arm:
 
 @contextlib.contextmanager
 def arms(names: list[str], size: Size, logs: Path) -> Iterator[dict[str, Arm]]:
-    """The arms, built one after another, so that none disturbs another's start."""
+    """The arms, started one after another so that none disturbs another's start."""
     with contextlib.ExitStack() as stack:
         made = {}
         for name in names:
@@ -87,7 +87,7 @@ def has_trl() -> bool:
 
 
 def in_turn(arms_by_name: dict[str, Arm], commands: dict[str, str], rounds: int) -> Any:
-    """{arm: [answers]}: one warm-up each, then `rounds` answers each, taking turns."""
+    """{arm: [answers]}: one warm-up and then `rounds` answers each, taking turns."""
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in arms_by_name}
     for round_number in range(rounds + 1):
         for name, arm in arms_by_name.items():
@@ -104,7 +104,7 @@ Ratios = dict[str, list[float]]
 def measure(size: Size, rounds: int, logs: Path) -> dict[str, Any]:
     """All figures of one run: {"ratios": {...}, "spread": {...}, "answers": {...}, ...}.
 
-    Each part is written to the folder of the logs when it is done.
+    Each part is also written to the folder of the logs as soon as it is done.
     """
     ratios: Ratios = {}
     answers: dict[str, Any] = {}
@@ -124,7 +124,7 @@ def measure(size: Size, rounds: int, logs: Path) -> dict[str, Any]:
 
 
 def measure_steps(size: Size, rounds: int, logs: Path) -> tuple[Ratios, dict[str, Any]]:
-    """Whole steps, ours and TRL's in turn; then sampling with the adapter and without."""
+    """Whole steps, ours and TRL's in turn; then sampling with and without the adapter."""
     ratios: Ratios = {}
     names = ["ours", *(["trl"] if has_trl() else [])]
     with arms(names, size, logs) as made:
@@ -142,7 +142,7 @@ def measure_steps(size: Size, rounds: int, logs: Path) -> tuple[Ratios, dict[str
 
 
 def measure_learners(size: Size, rounds: int, logs: Path) -> tuple[Ratios, dict[str, Any]]:
-    """The learning phase, adapter and full fine-tuning in turn."""
+    """The learning phase of the adapter and of full fine-tuning, in turn."""
     ratios: Ratios = {}
     names = ["learner", "full"]
     with arms(names, size, logs) as made:
@@ -161,7 +161,7 @@ def measure_learners(size: Size, rounds: int, logs: Path) -> tuple[Ratios, dict[
 def sweep(
     sizes: list[Size], rounds: int, logs: Path, *, has_steps: bool = False
 ) -> list[dict[str, Any]]:
-    """The learning phase, adapter against full, at several sizes; has_steps: whole steps too."""
+    """The learning phase, adapter and full, at several sizes; has_steps: also whole steps."""
     rows = []
     for size in sizes:
         print(f"sweep: {asdict(size)}", file=sys.stderr, flush=True)
@@ -180,9 +180,9 @@ Answers = list[dict[str, Any]]
 
 
 def learning_row(learned: dict[str, Answers], flops: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Medians of seconds, the greatest peak of memory, and products, by arm.
+    """Per arm: median seconds, highest memory peak, and FLOPs of the matrix products.
 
-    A step's products are a token's, counted on one microbatch, times the tokens computed.
+    Products are counted per token on one microbatch and multiplied by the step's tokens.
     """
     row: dict[str, float] = {"tokens": learned["learner"][0]["computed_tokens"]}
     for name, answers in learned.items():
@@ -198,7 +198,7 @@ def learning_row(learned: dict[str, Answers], flops: dict[str, dict[str, Any]]) 
 
 
 def phase_row(answers: Answers) -> dict[str, float]:
-    """Median seconds and the greatest peak of memory of a whole step's phases."""
+    """Median seconds and highest memory peak of each phase of a whole step."""
     row: dict[str, float] = {}
     for phase in PHASES:
         row[f"step_{phase}_s"] = median(a[phase] for a in answers)
@@ -207,10 +207,9 @@ def phase_row(answers: Answers) -> dict[str, float]:
 
 
 def compare(ratios: dict[str, float], baseline: dict[str, float]) -> list[str]:
-    """One line for each ratio that lost over 15 % against the baseline.
+    """One line for each ratio that is over 15 % worse than the baseline, or was not measured.
 
-    A ratio that the baseline has and this run could not measure is a line too, unless it is one
-    against TRL and TRL is not installed.
+    Ratios to TRL may be missing where TRL is not installed.
     """
     lines = []
     for name, was in baseline.items():

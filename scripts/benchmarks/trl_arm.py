@@ -1,8 +1,8 @@
 """The same step by TRL's GRPOTrainer with PEFT, at its faster settings.
 
-float32 (bfloat16 is emulated on this kind of CPU), no activation checkpointing, beta 0, its default
-batch of 8 sequences a backward pass. Generation is transformers', as TRL does it without vLLM.
-Lengths are fixed by a logits processor that forces the end token.
+float32 (bfloat16 is emulated on this kind of CPU), no activation checkpointing, beta 0, TRL's
+default of 8 sequences per backward pass, generation by transformers (TRL's way without vLLM).
+A logits processor fixes the lengths by forcing the end token.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from benchmarks.probe import peak_mb, peak_reset
 from benchmarks.workload import Size, config
 from rewards import load_reward
 
-NUM_STEPS = 1000  # never reached: the parent ends it
+NUM_STEPS = 1000  # never reached: the parent stops it first
 
 
 class FixedLengths(LogitsProcessor):
-    """Row i ends with token number lengths[i], and not before."""
+    """Row i ends exactly at its token number lengths[i]."""
 
     def __init__(self, lengths: list[int], end_id: int) -> None:
         self.lengths = torch.tensor(lengths)
@@ -128,7 +128,7 @@ def run(size: Size, out: TextIO) -> None:
 
 
 def hook(trainer: Any, turns: TakesTurns, lengths: list[int], end_id: int) -> None:
-    """Times generation with scoring, and fixes the lengths."""
+    """Times generation including scoring, and fixes the lengths."""
     produce, generate = trainer._generate_and_score_completions, trainer.model.generate
 
     def timed_produce(inputs: Any) -> Any:

@@ -1,8 +1,8 @@
-"""The fixed workload: prompts, completion lengths and rewards that every arm takes.
+"""The fixed workload: prompts, completion lengths and rewards of every arm.
 
 16 of the quickstart's prompts, 8 samples each, completion lengths drawn once from a log-normal
 (median 35, sigma 0.5, cut to 6..96): the spread of worked solutions. Rewards are fixed so that no
-group ties, so no arm gains by leaving sequences out.
+group ties and no arm gains by skipping sequences.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from rl_lora.config import RunConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-PATH = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))  # where an arm finds our packages
+PATH = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))  # of an arm's process
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Size:
 def config(size: Size, *, mode: str = "lora", **overrides: object) -> RunConfig:
     """The quickstart's settings at this size.
 
-    Eager: a compiled engine samples 6 % faster, but its process is 125 MiB larger, which makes
-    the peak 0.517 of TRL's (LOG.md).
+    Eager: a compiled engine samples 6 % faster, but its process is 125 MiB larger, 0.517
+    of TRL's peak (LOG.md).
     """
     settings = {
         "run.name": "bench",

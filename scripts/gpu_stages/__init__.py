@@ -1,1 +1,1 @@
-"""What is to be proved on a GPU in a quarter of an hour, in stages that also run on a CPU."""
+"""Checks for 15 minutes of a GPU, in stages that also run on a CPU."""

@@ -10,7 +10,7 @@ from typing import Any
 from gpu_stages.stages import CheckFailedError, Context
 
 PART_BYTES = 16 * 2**20
-MAX_PARTS = 3  # a machine may give few files back
+MAX_PARTS = 3  # a machine may return only few files
 
 
 def caches(context: Context) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def caches(context: Context) -> dict[str, Any]:
         tar.add(folder, arcname="caches")
     figures = {"files": num_files, "bytes": whole.stat().st_size}
     if whole.stat().st_size > MAX_PARTS * PART_BYTES:
-        raise CheckFailedError(f"over {MAX_PARTS} parts: they stay in {whole}", figures)
+        raise CheckFailedError(f"over {MAX_PARTS} parts: kept in {whole}", figures)
     return figures | {"parts": len(split(whole, context.out, PART_BYTES))}
 
 

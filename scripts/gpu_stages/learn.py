@@ -1,6 +1,6 @@
 """The learner's speed on three model shapes: steps of two microbatches, new lengths each time.
 
-So a run has them; a repeated batch would hide what is compiled or tuned by shape.
+Runs have new lengths, too; a repeated batch would hide what is compiled or tuned per shape.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rl_lora.learner import Learner
 from rl_lora.policy import Policy
 from rl_lora.types import Microbatch, TrainSample
 
-GROUP = 8  # completions a prompt
+GROUP = 8  # completions per prompt
 
 
 def smollm2(context: Context) -> dict[str, Any]:
@@ -61,10 +61,10 @@ ON_CPU = Sizes((256, 1024), prompt=(8, 24), completion=(8, 48), repetitions=2)
 def _learn(
     shape: str, context: Context, *, num_layers: int | None = None, whole: int | None = None
 ) -> dict[str, Any]:
-    """Figures by the microbatch's size; an error at one size leaves the others their figures.
+    """Figures by the microbatch's size; an error at one size keeps those of the others.
 
-    whole: the model's own number of layers, where fewer are measured; the tokens a second of all
-    follow from the time that the measured ones take.
+    whole: the model's full number of layers, where fewer are measured; tokens/s of the full
+    model are extrapolated.
     """
     policy = make_policy(make_model(shape, context, num_layers), context, _dtype(context))
     sizes = ON_GPU if context.is_gpu else ON_CPU
@@ -98,11 +98,11 @@ def _dtype(context: Context) -> torch.dtype:
 
 
 def timed(learner: Learner, sizes: Sizes, tokens: int, peak: float) -> dict[str, float]:
-    """Steps of two microbatches, each of new lengths; the first is not counted, but told.
+    """Steps of two microbatches, each of new lengths; the first is not counted, but reported.
 
     Returns:
-        tokens_per_s (of all counted steps together), slowest and fastest step; mfu, the share of
-        the matmul peak of what is needed (recomputation not counted); first_s; peak_gb, memory.
+        tokens_per_s (over all counted steps), slowest and fastest step; mfu, the needed FLOP/s
+        (no recomputation) as a share of the matmul peak; first_s; peak_gb, memory.
     """
     policy, device = learner.policy, learner.policy.device
     if device.type == "cuda":
@@ -174,7 +174,7 @@ def needed_flops(policy: Policy, batch: Microbatch) -> float:
 
 
 def matmul_peak(device: torch.device) -> float:
-    """FLOP/s of a large square product of random numbers, the fastest of 10 after 3 to warm up."""
+    """FLOP/s of a large square matmul of random numbers, the fastest of 10 after 3 to warm up."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
@@ -189,7 +189,7 @@ def matmul_peak(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def only_first(num_layers: int, policy: Policy) -> Iterator[None]:
-    """Inside, the model runs its first layers only."""
+    """Within the context, the model runs only its first layers."""
     config = policy.model.config
     whole = config.num_hidden_layers
     config.num_hidden_layers = num_layers
@@ -200,7 +200,7 @@ def only_first(num_layers: int, policy: Policy) -> Iterator[None]:
 
 
 def at_depth(many_per_s: float, few_per_s: float, many: int, few: int, depth: int) -> float:
-    """Tokens a second of `depth` layers, from those of two other depths: a token's time is linear
+    """Tokens per second at `depth` layers from those at two other depths: a token's time is linear
     in the number of layers.
 
     Example: 100 tokens/s of 8 layers and 150 of 4 give 1/100 + 28 * (1/100 - 1/150) / 4 seconds a
@@ -211,8 +211,8 @@ def at_depth(many_per_s: float, few_per_s: float, many: int, few: int, depth: in
 
 
 def launches_per_layer(learner: Learner, sizes: Sizes) -> float:
-    """Kernels on a GPU (operators that call no other on a CPU) of one microbatch, forward and
-    backward, a layer. The profiler's table goes to the log."""
+    """Kernels (on a CPU: operators that call no other) per layer of one microbatch's forward and
+    backward pass. The profiler's table goes to the log."""
     policy = learner.policy
     batches = microbatches(policy, sizes, sizes.tokens[0], seed=1, count=1)
     layers = policy.model.config.num_hidden_layers
@@ -240,13 +240,13 @@ def _launches(learner: Learner, batches: list[Microbatch], *, is_printed: bool) 
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for what the device still has to do."""
+    """Waits until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory held at once: on the GPU since its statistics were reset, else of the process."""
+    """Peak memory, bytes: on a GPU since its statistics were reset, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -39,7 +39,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def rms_norms(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(vLLM's kernel's, PyTorch's) of 7 rows of 576."""
+    """(by vLLM's kernel, by PyTorch) of 7 rows of 576."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(7, 576, generator=generator).to(device, dtype)
     weight = (1 + torch.randn(576, generator=generator) / 4).to(device, dtype)
@@ -58,7 +58,7 @@ def heads(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention in float64, written out."""
+    """Causal attention in float64, by its formula."""
     out = []
     for q_THW, k_THW, v_THW in sequences(q, k, v):
         num = len(q_THW)
@@ -70,7 +70,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own kernel, where vLLM has none for the device that goes without its caches."""
+    """PyTorch's kernel: vLLM has none for CPUs that works without its KV cache."""
     attend = torch.nn.functional.scaled_dot_product_attention
     out = []
     for three in sequences(q, k, v):
@@ -80,7 +80,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sequences(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(q, k, v) of each sequence, the key heads repeated for the query heads that they serve."""
+    """(q, k, v) of each sequence, key heads repeated for their query heads."""
     group = NUM_HEADS // NUM_KEY_HEADS
     parts = (
         t.split(LENGTHS) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
@@ -112,7 +112,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def paged(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """(cache [blocks, BLOCK, J, width], table [sequences, blocks of the longest], int32).
 
-    Block 0 belongs to nobody, and holds what must not be seen.
+    Block 0 belongs to no sequence and holds values that must not be read.
     """
     most = -(-max(LENGTHS) // BLOCK)
     cache = tensor.new_full((1 + len(LENGTHS) * most, BLOCK, *tensor.shape[1:]), 100.0)

@@ -18,7 +18,7 @@ METRICS = ("mismatch/kl", "mismatch/abs_mean", "reward/mean", "rollouts/stalenes
 
 
 def convert(context: Context) -> dict[str, Any]:
-    """The embedded model's directory, from its file where --gguf gives it; else fetched."""
+    """The embedded model's directory, from the file that --gguf gives; else fetched."""
     started = time.monotonic()
     was_at_hand = is_at_hand(EMBEDDED)
     if context.gguf and not was_at_hand:
@@ -38,19 +38,19 @@ def convert(context: Context) -> dict[str, Any]:
 
 
 def grpo(context: Context) -> dict[str, Any]:
-    """Two steps, sampled and learned in turn."""
+    """Two steps, sampling and learning in turn."""
     return _run(context, "grpo", [])
 
 
 def grpo_overlap(context: Context) -> dict[str, Any]:
-    """The same with the next step's samples drawn while this one's are learned from."""
+    """The same, sampling the next step while learning from this one."""
     return _run(context, "grpo-overlap", ["sampling.overlap=true"])
 
 
 def _run(context: Context, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Phases and KL of two steps in bfloat16; the loop itself stops where the sides disagree.
+    """Phases and KL of two steps in bfloat16; the loop stops if sampler and learner disagree.
 
-    On a GPU with the embedded model, if `convert` made it; else with a tiny one that is made here.
+    On a GPU with the embedded model, if `convert` made it; else with a tiny one made here.
     """
     is_real = context.is_gpu and is_at_hand(EMBEDDED)
     config = ROOT / "configs" / ("quickstart.toml" if is_real else "smoke.toml")

@@ -57,7 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1_000_000.0,
     },
 }
-# What a CPU gets in place of each: the same architecture in four layers of nothing.
+# Sizes on a CPU: the same architecture in four tiny layers.
 TINY = {
     "vocab_size": 512,
     "hidden_size": 128,
@@ -74,7 +74,7 @@ def make_config(shape: str, context: Context, num_layers: int | None = None) -> 
 
     Args:
         shape: of SHAPES.
-        num_layers: in place of the shape's own number on a GPU.
+        num_layers: on a GPU, instead of the shape's own number.
     """
     sizes = SHAPES[shape] | ({} if context.is_gpu else TINY)
     if context.is_gpu and num_layers is not None:
@@ -92,7 +92,7 @@ def make_config(shape: str, context: Context, num_layers: int | None = None) -> 
 
 
 def make_model(shape: str, context: Context, num_layers: int | None = None) -> Path:
-    """The directory of a bfloat16 model with random weights and a tokenizer, the same each time."""
+    """The directory of a bfloat16 model with a tokenizer and fixed random weights."""
     config = make_config(shape, context, num_layers)
     folder = context.work / "models" / f"{shape}-{config.num_hidden_layers}-{context.device.type}"
     if (folder / "tokenizer.json").is_file():
@@ -107,7 +107,7 @@ def make_model(shape: str, context: Context, num_layers: int | None = None) -> P
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """One that writes token 5 as 't5'."""
+    """Writes a tokenizer whose token 5 is 't5'."""
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(

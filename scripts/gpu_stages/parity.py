@@ -1,6 +1,6 @@
-"""Sampler and learner see the same model: log-probs of both on what the sampler sampled.
+"""Sampler and learner compute the same model: log-probs of both on the sampler's samples.
 
-Eager, so that what a compiler may do to the sampler stays out of it; `decode` compares with graphs.
+Eager, to leave compilation out of the comparison; `decode` compares with graphs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rl_lora.types import Adapter, Completion, Prompt, SampleParams, TrainSample
 
 
 def float32(context: Context) -> dict[str, Any]:
-    """An adapter and the base, almost exact."""
+    """An adapter and the base, almost exactly equal."""
     return _parity(context, torch.float32)
 
 
@@ -41,7 +41,7 @@ def bfloat16(context: Context) -> dict[str, Any]:
 def make_sampler(
     folder: Path, context: Context, dtype: torch.dtype, *, lora: LoraSection, eager: bool | None
 ) -> VllmSampler:
-    """An engine for 1,024 tokens; GPU_CHECK_ATTENTION in the environment names its kernels."""
+    """An engine for 1,024 tokens; the environment's GPU_CHECK_ATTENTION names its kernels."""
     policy: Any = SimpleNamespace(model_dir=folder, lora=lora, dtype=dtype, device=context.device)
     return VllmSampler(
         policy,
@@ -113,7 +113,7 @@ def _parity(context: Context, dtype: torch.dtype) -> dict[str, Any]:
             versions.append(save_adapter(policy, adapters, version=version, run_name="check"))
             compared(versions[-1])
         compared(None)
-        sampler.set_adapter(versions[0])  # an old version shows, or the check could not fail
+        sampler.set_adapter(versions[0])  # an old version must show, or the check could not fail
         stale = mismatch(policy, prompts, sampler.sample(prompts, params))
         figures["stale_kl"] = stale["mismatch/kl"]
         if stale["mismatch/kl"] < tolerances(dtype, None)[0]:
@@ -123,5 +123,5 @@ def _parity(context: Context, dtype: torch.dtype) -> dict[str, Any]:
         except StaleAdapterError as error:
             figures["refused"] = str(error)[:60]
         else:
-            raise CheckFailedError("a name used for other weights was taken", figures)
+            raise CheckFailedError("a name already used for other weights was accepted", figures)
     return figures

@@ -32,9 +32,9 @@ def run_stages(
     total_s: float = math.inf,
     on_line: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """One row a stage, in order; each is also a line of out/results.jsonl, as soon as it is known.
+    """One row per stage, in order; each goes to out/results.jsonl as soon as it is known.
 
-    A stage has limit_s(stage) seconds, or what is left of total_s; without any left it is late.
+    A stage gets limit_s(stage) seconds, or what is left of total_s; with nothing left, it is late.
     A row: stage, status (passed, failed, hung, killed, late), seconds, device, card, versions, and
     figures or error.
     """
@@ -48,7 +48,10 @@ def run_stages(
             row = run_stage(stage, context, limit)
         else:
             row = {"stage": stage.name, "status": "late", "seconds": 0.0}
-            row |= {"device": str(context.device), "error": f"{total_s:g} s were over before it"}
+            row |= {
+                "device": str(context.device),
+                "error": f"the {total_s:g} s were used up before it",
+            }
         with (context.out / RESULTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         on_line(f"{stage.name}: {row['status']}, {row['seconds']} s {row.get('error', '')}")
@@ -90,7 +93,7 @@ def run_stage(stage: Stage, context: Context, limit_s: float) -> dict[str, Any]:
 
 
 def environment(work: Path) -> dict[str, str]:
-    """Of a stage: no network, caches where `caches` finds them, our packages on the path."""
+    """A stage's environment: no network, caches where `caches` looks, our packages on the path."""
     caches = work.resolve() / "caches"
     path = os.pathsep.join(
         p for p in (str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")) if p
@@ -106,32 +109,32 @@ def environment(work: Path) -> dict[str, str]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for the eye: stage, status, seconds, and the figures or the error."""
+    """The rows as text: stage, status, seconds, and the figures or the error."""
     lines = []
     for row in rows:
-        told = row.get("error") or "  ".join(_told(row.get("figures", {})))
-        lines.append(f"{row['stage']:20} {row['status']:7} {row['seconds']:6.1f} s  {told}")
+        text = row.get("error") or "  ".join(_pairs(row.get("figures", {})))
+        lines.append(f"{row['stage']:20} {row['status']:7} {row['seconds']:6.1f} s  {text}")
     return "\n".join(lines)
 
 
-def _told(figures: dict[str, Any], prefix: str = "") -> list[str]:
-    told = []
+def _pairs(figures: dict[str, Any], prefix: str = "") -> list[str]:
+    pairs = []
     for name, value in figures.items():
         if isinstance(value, dict):
-            told += _told(value, f"{prefix}{name}.")
+            pairs += _pairs(value, f"{prefix}{name}.")
         elif isinstance(value, float):
-            told.append(f"{prefix}{name}={value:.4g}")
+            pairs.append(f"{prefix}{name}={value:.4g}")
         else:
-            told.append(f"{prefix}{name}={value}")
-    return told
+            pairs.append(f"{prefix}{name}={value}")
+    return pairs
 
 
 def _verdict(
     code: int | None, limit_s: float, row: dict[str, Any], last_line: str
 ) -> tuple[str, str]:
-    """(status, error) from the exit code (None: over its time) and what the stage left."""
+    """(status, error) from the exit code (None: timed out) and what the stage wrote."""
     if code is None:
-        return "hung", f"no end after {limit_s:.4g} s; last line: {last_line}"
+        return "hung", f"still running after {limit_s:.4g} s; last line: {last_line}"
     if code < 0:
         return "killed", f"by {signal.Signals(-code).name}; last line: {last_line}"
     if code > 0:
@@ -142,8 +145,8 @@ def _verdict(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the stage and whatever it has started."""
-    with contextlib.suppress(ProcessLookupError):  # all have ended by themselves
+    """Kills the stage and whatever it has started."""
+    with contextlib.suppress(ProcessLookupError):  # all have ended already
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -153,7 +156,7 @@ def _log(stage: Stage, context: Context) -> Path:
 
 
 def _read(result: Path) -> dict[str, Any]:
-    """What the stage wrote; nothing where it came to no writing."""
+    """What the stage wrote; empty if it wrote nothing."""
     return json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
 
 

@@ -1,4 +1,4 @@
-"""The stages, what each gets, and how one says that a check did not hold."""
+"""The stages, what each gets, and the error of a failed check."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Stage:
     """
 
     name: str
-    call: int  # of the three that the day is planned in
+    call: int  # 1, 2 or 3: see docs/gpu-check.md
     function: str
-    limit_s: float  # on a GPU; a CPU of two cores has CPU_LIMIT_S
+    limit_s: float  # on a GPU; on a CPU the limit is CPU_LIMIT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +31,27 @@ class Context:
     """
 
     device: torch.device
-    out: Path  # what is to be kept: results.jsonl, logs, compile caches
-    work: Path  # models, runs and caches; the same folder serves the next call
+    out: Path  # what is kept: results.jsonl, logs, compile caches
+    work: Path  # models, runs and caches; the next call reuses them
     gguf: tuple[Path, ...] = field(default=())  # the embedded model's file, in parts
 
     @property
     def is_gpu(self) -> bool:
-        """Real sizes; else tiny ones."""
+        """True: real sizes; False: tiny ones."""
         return self.device.type == "cuda"
 
 
 class CheckFailedError(Exception):
-    """A check did not hold; figures: what was measured until then."""
+    """A check failed; figures: what was measured until then."""
 
     def __init__(self, message: str, figures: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.figures = figures or {}
 
 
-CPU_LIMIT_S = 300.0
+CPU_LIMIT_S = 300.0  # with two cores
 
-# In each call's order of worth: the last ones are those that `--total` leaves no time for.
+# Most important first within a call: `--total` may leave no time for the last ones.
 STAGES = (
     Stage("libraries", 1, "gpu_stages.libraries:libraries", 60),
     Stage("parity-float32", 1, "gpu_stages.parity:float32", 90),
@@ -70,13 +70,13 @@ STAGES = (
 
 
 def chosen(names: list[str]) -> list[Stage]:
-    """The stages of these names in the table's order; call1, call2, call3 and all are sets of them.
+    """The named stages in the table's order; call1, call2, call3 and all name several.
 
     Raises:
-        ValueError: a name that is none of these.
+        ValueError: an unknown name.
     """
     known = {stage.name for stage in STAGES} | {f"call{stage.call}" for stage in STAGES} | {"all"}
     for name in names:
         if name not in known:
-            raise ValueError(f"no stage {name!r}; there are {', '.join(sorted(known))}")
+            raise ValueError(f"no stage {name!r}; known: {', '.join(sorted(known))}")
     return [s for s in STAGES if {s.name, f"call{s.call}", "all"} & set(names)]

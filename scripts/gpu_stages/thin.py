@@ -1,10 +1,10 @@
-"""A CUDA library with the machine code of one GPU architecture only.
+"""Reduces a CUDA library to the machine code of one GPU architecture.
 
 Its fat binaries are in the ELF section .nv_fatbin: each a header (magic, header size, size of what
 follows) and entries (kind, header size, payload size, architecture at byte 28). Those of other
-architectures are dropped, the rest moved to the front, and the freed bytes set to zero, which
-compress to nothing. No section, symbol or address changes. A fat binary without code for the
-architecture keeps its smallest code of another: the driver passes it over, as it did before.
+architectures are dropped, the rest is moved to the front, and the freed bytes are set to zero, so
+that they compress well. No section, symbol or address changes. A fat binary without code for the
+architecture keeps its smallest code of another: the driver skips it, as before.
 """
 
 from __future__ import annotations

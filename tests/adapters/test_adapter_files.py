@@ -10,7 +10,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from rl_lora.adapters.files import fingerprint, load_tensors, open_adapter, remove_old, save_adapter
+from rl_lora.adapters.files import (
+    fingerprint,
+    load_tensors,
+    open_adapter,
+    remove_old,
+    save_adapter,
+    version_in,
+)
 from rl_lora.adapters.peft_files import lora_settings
 from rl_lora.errors import UserError
 from rl_lora.policy import Policy
@@ -132,3 +139,9 @@ def test_remove_old_keeps_what_is_asked(tmp_path: Path) -> None:
         save_adapter(policy, tmp_path / "a", version=version, run_name="r")
     remove_old(tmp_path / "a", keep={2, 3})
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["v000002", "v000003"]
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rl_lora.json").write_text('{"version": 3')
+    with pytest.raises(UserError, match=r"rl_lora\.json is not valid JSON"):
+        version_in(tmp_path)

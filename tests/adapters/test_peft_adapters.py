@@ -51,7 +51,7 @@ SERVED: dict[str, dict[str, Any]] = {
 }
 
 # Merged as PEFT means them, but refused by `rl-lora eval`; the reason it gives.
-MERGED_ALONE: dict[str, tuple[dict[str, Any], str]] = {
+MERGED_ONLY: dict[str, tuple[dict[str, Any], str]] = {
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"a whole tensor .*: lm_head\.weight"),
     "saved_embedding": (
         {"modules_to_save": ["embed_tokens"]},
@@ -144,7 +144,7 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("kind", "tied"), [*((kind, True) for kind in SERVED), ("plain", False), ("lm_head", False)]
 )
-def test_adapters_are_examined_and_merged_as_peft_computes(
+def test_adapters_are_evaluated_and_merged_as_peft_computes(
     tmp_path: Path, kind: str, tied: bool
 ) -> None:
     base = random_llama(tmp_path / "base", tied=tied)
@@ -154,11 +154,11 @@ def test_adapters_are_examined_and_merged_as_peft_computes(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", MERGED_ALONE)
+@pytest.mark.parametrize("kind", MERGED_ONLY)
 def test_whole_tensors_biases_and_embeddings_are_merged_and_refused_elsewhere(
     tmp_path: Path, kind: str, tied: bool
 ) -> None:
-    settings, reason = MERGED_ALONE[kind]
+    settings, reason = MERGED_ONLY[kind]
     base = qwen2(tmp_path / "base", tied=tied)
     adapter = tmp_path / "adapter"
     wanted = saved_by_peft(base, adapter, **settings)
@@ -169,7 +169,7 @@ def test_whole_tensors_biases_and_embeddings_are_merged_and_refused_elsewhere(
     assert_same(logprobs(make_policy(tmp_path / "merged").model), wanted)
 
 
-def test_a_bias_beside_b_needs_one_in_the_base(tmp_path: Path) -> None:
+def test_a_bias_of_b_needs_one_in_the_base(tmp_path: Path) -> None:
     base = random_llama(tmp_path / "base")
     saved_by_peft(base, tmp_path / "adapter", lora_bias=True, target_modules=["q_proj"])
     with pytest.raises(

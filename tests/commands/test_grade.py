@@ -181,7 +181,7 @@ def test_an_evaluation_is_graded_again_with_its_own_thinking_tags(tmp_path: Path
     assert regrade(path).new.accuracy == 1 / 4  # 0.5; the right 7 opens a thought that never ends
 
 
-def test_an_evaluation_graded_alike_has_no_change(
+def test_an_evaluation_with_equal_verdicts_has_no_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = [make_prompt("s/0", "7")]

@@ -1,4 +1,4 @@
-"""How runs stand: states by files and process, the numbers, the curves, hostile folders."""
+"""The status of runs: states by files and process, the numbers, the curves, hostile folders."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_the_state_by_process_and_files(
     assert (status.eta_s is None) == (state != "running")
 
 
-def test_long_steps_are_no_stall(tmp_path: Path) -> None:
+def test_long_steps_are_not_a_stall(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "q", 20, 1, process=this_process())
     line = {"step": 2, "time/step_s": 1000.0}
     with (folder / "metrics.jsonl").open("a") as file:

@@ -207,7 +207,7 @@ def test_every_message_of_a_prompt_is_rendered(tmp_path: Path) -> None:
     assert tokenizer.decode(list(prompt.token_ids)) == expected
 
 
-def test_a_prompt_that_ends_in_the_assistants_words_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_prompt_that_ends_in_the_assistants_words_is_continued(tmp_path: Path) -> None:
     row = {"prompt": [HI, {"role": "assistant", "content": "Let me"}], "answer": "3"}
     assert prompt_texts(tmp_path, [row], byte_tokenizer()) == [
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nLet me"
@@ -402,7 +402,7 @@ def test_an_answer_with_reasoning_where_prompts_say_there_is_none(tmp_path: Path
         )
 
 
-def test_the_base_template_writes_contents_alone(tmp_path: Path) -> None:
+def test_the_base_template_writes_only_contents(tmp_path: Path) -> None:
     row = chat(("user", "3?"), ("assistant", "3"), reasoning_content="hm")
     with pytest.raises(UserError, match=r"row 0 .* with 'reasoning_content'"):
         learnt(tmp_path, [row], byte_tokenizer(), template="base")

@@ -269,7 +269,7 @@ def test_olympiad_bench_tolerances(error: Any, reference: str) -> None:
     assert finish_solution("s", reference, "#### n") == "s\n#### 2.5"
 
 
-def test_a_tolerance_belongs_to_each_alternative_and_to_olympiad_bench_alone() -> None:
+def test_a_tolerance_belongs_to_each_alternative_and_only_to_olympiad_bench() -> None:
     raw = {"question": "q", "final_answer": ["2.5", "3"], "error": "0.1"}
     marked = {**raw, "is_multiple_answer": False}
     (row,) = parse_rows([marked], "x")

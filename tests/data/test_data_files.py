@@ -37,7 +37,7 @@ def test_hidden_files_are_no_data(tmp_path: Path, name: str) -> None:
     assert questions(tmp_path, "train") == ["How many?"]
 
 
-def test_folder_of_hidden_files_alone_has_no_data(tmp_path: Path) -> None:
+def test_folder_of_only_hidden_files_has_no_data(tmp_path: Path) -> None:
     (tmp_path / "._a.jsonl").write_bytes(APPLE_DOUBLE)
     assert "has no data files" in error_of(str(tmp_path))
 

@@ -248,7 +248,10 @@ def error_of(name: str, role: Any = "train", **more: Any) -> str:
 
 
 def test_missing_file() -> None:
-    assert error_of("data/nowhere.jsonl") == "data file or folder data/nowhere.jsonl does not exist"
+    assert error_of("data/nowhere.jsonl") == (
+        "data file or folder data/nowhere.jsonl does not exist; "
+        "check the path (data.train, data.eval)"
+    )
 
 
 def test_unknown_set_names_the_nearest() -> None:
@@ -455,7 +458,7 @@ def test_generator_options_are_checked() -> None:
     assert "refuses its options" in message("reasoning_gym:gcd", min_numbers=1)
 
 
-def test_options_are_for_generators_alone(tmp_path: Path) -> None:
+def test_options_are_only_for_generators(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "m.jsonl", [{"question": "q", "answer": "1"}])
     assert "remove options" in error_of(str(path), options={"max_terms": 2})
     assert "do not apply" in error_of("generated:chain_sum", answer="gold")

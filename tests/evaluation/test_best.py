@@ -1,4 +1,4 @@
-"""RUN/best: the best evaluation's adapter, whole through kills, and never of a step to be run
+"""RUN/best: the best evaluation's adapter, whole through kills, and never of a step that will run
 again."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which evaluations precede a base model, by names and dates."""
+"""Which benchmarks precede a base model, by names and dates."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_the_family_by_name(name: str, family: str) -> None:
 @pytest.mark.parametrize("name", ["tiny-fast", "Qwen/Qwen3.5-9B", "llama", "my/own-model"])
 def test_an_unknown_name_has_no_date_unless_the_config_says_it(name: str) -> None:
     assert release_date(ModelSection(name=name)) is None
-    told = ModelSection(name=name, released=date(2024, 5, 1))
-    assert release_date(told) == (date(2024, 5, 1), "model.released")
+    dated = ModelSection(name=name, released=date(2024, 5, 1))
+    assert release_date(dated) == (date(2024, 5, 1), "model.released")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_an_unknown_name_has_no_date_unless_the_config_says_it(name: str) -> Non
         ("math", "math", 2021),
     ],
 )
-def test_the_day_on_which_an_evaluation_was_public(source: str, title: str, year: int) -> None:
+def test_the_day_by_which_a_benchmark_was_public(source: str, title: str, year: int) -> None:
     found = publication_date(source)
     assert found is not None
     assert (found[0], found[1].year) == (title, year)

@@ -33,7 +33,7 @@ BOXED = r"\boxed{7}"
 def run_evaluation(
     texts: list[str], section: EvalSection = GREEDY, folder: Path | None = None
 ) -> EvalResult:
-    """An evaluation of one problem a text; the reference is 7."""
+    """An evaluation with one problem per text; the reference is 7."""
     prompts = [make_prompt(f"sum/{index}") for index in range(len(texts))]
     script = {f"sum/{index}": [text] for index, text in enumerate(texts)}
     return evaluate(
@@ -83,7 +83,7 @@ def test_clustered_interval_counts_repeated_samples_once() -> None:
     assert clustered_interval([1.0] * 20, 4) == exact_interval(20, 20)
 
 
-def test_clustered_interval_counts_unlike_samples_each() -> None:
+def test_clustered_interval_counts_independent_samples_separately() -> None:
     # Every problem has half its samples right: no variance between problems, so N k samples.
     assert clustered_interval([0.5, 0.5, 0.5], 4) == pytest.approx(exact_interval(6, 12))
 
@@ -221,7 +221,7 @@ def test_evaluate_scores_and_writes(tmp_path: Path) -> None:
     assert rows[0]["samples"][0]["completion"] == BOXED
 
 
-def test_evaluate_samples_as_it_is_asked() -> None:
+def test_evaluate_samples_with_its_settings() -> None:
     sampler = FakeSampler(lambda prompt, index: "7")
     section = EvalSection(num_samples=4, temperature=0.6, top_p=0.95, max_tokens=10)
     result = evaluate(
@@ -284,7 +284,7 @@ SAMPLED = EvalSection(num_samples=2, temperature=1.0, chunk_samples=4)
 def sampled_evaluation(
     folder: Path, *, last: int = 9, seed: int = 0, restart: bool = False
 ) -> EvalResult:
-    """Seven problems by chunks of two; the engine dies at problem `last`."""
+    """Seven problems in chunks of two; the engine dies at problem `last`."""
 
     def script(prompt: Prompt, index: int) -> str:
         number = int(prompt.prompt_id[4:])
@@ -315,7 +315,7 @@ def unlike_seconds(folder: Path) -> tuple[list[dict[str, object]], dict[str, obj
     return rows, {key: value for key, value in result.items() if key != "seconds"}
 
 
-def test_a_killed_evaluation_goes_on_and_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+def test_a_killed_evaluation_resumes_and_has_equal_results(tmp_path: Path) -> None:
     sampled_evaluation(tmp_path / "whole")
     broken = tmp_path / "broken"
     with pytest.raises(RuntimeError, match="the engine died"):
@@ -326,7 +326,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_unbroken_one(tmp_path: Path)
     assert unlike_seconds(broken) == unlike_seconds(tmp_path / "whole")
 
 
-def test_a_file_torn_at_any_byte_goes_on(tmp_path: Path) -> None:
+def test_an_evaluation_resumes_from_a_file_torn_at_any_byte(tmp_path: Path) -> None:
     sampled_evaluation(tmp_path / "whole")
     whole = (tmp_path / "whole" / "eval.jsonl.gz").read_bytes()
     torn = tmp_path / "torn"

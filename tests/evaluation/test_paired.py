@@ -22,7 +22,7 @@ from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
 
 
 def write_evaluation(folder: Path, name: str, texts: list[list[str]], num_samples: int = 1) -> Path:
-    """An evaluation of one problem a list of texts; the reference is 7."""
+    """An evaluation with one problem per list of texts; the reference is 7."""
     section = EvalSection(num_samples=num_samples, temperature=1.0)
     prompts = [make_prompt(f"s/{n}", source=("a", "b")[n % 2]) for n in range(len(texts))]
     sampler = FakeSampler({f"s/{n}": one for n, one in enumerate(texts)})
@@ -102,7 +102,7 @@ def test_two_evaluations_by_hand(tmp_path: Path) -> None:
     assert compare_evaluations(second, second).total.difference == 0
 
 
-def test_evaluations_that_do_not_compare_are_named(tmp_path: Path) -> None:
+def test_evaluations_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
     first = write_evaluation(tmp_path, "one", [["7"], ["7"]])
     other = write_evaluation(tmp_path, "other", [["7"]])
     with pytest.raises(UserError, match=r"not of the same problems: s/1 differs"):

@@ -164,7 +164,7 @@ def test_weights_of_another_shape_are_named(model_dir: Path) -> None:
         make_policy(model_dir)
 
 
-def test_weights_that_no_layer_takes_are_told_of(model_dir: Path) -> None:
+def test_weights_that_no_layer_takes_are_reported(model_dir: Path) -> None:
     rewrite(model_dir, lambda tensors: tensors.update({"model.extra.weight": torch.ones(2)}))
     with pytest.warns(UserWarning, match=r"1 tensors of its files .* model\.extra\.weight first"):
         make_policy(model_dir)
@@ -236,7 +236,7 @@ def test_has_own_head(tmp_path: Path, model_dir: Path) -> None:
     assert not has_own_head(untied, AutoConfig.from_pretrained(untied))
 
 
-def test_the_engine_is_told_of_a_head_of_its_own(own_head: Path, tmp_path: Path) -> None:
+def test_the_engine_gets_an_untied_head(own_head: Path, tmp_path: Path) -> None:
     def overrides(path: Path) -> Any:
         return engine_settings(
             path, EngineOptions(), dtype=torch.float32, device=torch.device("cpu"),
@@ -248,7 +248,7 @@ def test_the_engine_is_told_of_a_head_of_its_own(own_head: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("lora", [{}, {"lm_head": True}, {"mode": "full"}])
-def test_a_head_of_its_own_is_trained_and_exported(
+def test_an_untied_head_is_trained_and_exported(
     own_head: Path, tmp_path: Path, lora: dict[str, Any]
 ) -> None:
     policy = make_policy(own_head, **lora)
@@ -263,7 +263,7 @@ def test_a_head_of_its_own_is_trained_and_exported(
     assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_files_with_lm_head_alone_keep_it(model_dir: Path, tmp_path: Path) -> None:
+def test_files_with_only_lm_head_keep_it(model_dir: Path, tmp_path: Path) -> None:
     """A tied model may have its one tensor under the head's name."""
     rewrite(model_dir, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
     policy = make_policy(model_dir)

@@ -94,7 +94,7 @@ def test_directory_without_tokenizer(model_dir: Path) -> None:
 
 def test_broken_config(model_dir: Path) -> None:
     (model_dir / "config.json").write_text("{")
-    assert "config.json is not readable JSON" in error_of(model_dir)
+    assert "config.json is not valid JSON" in error_of(model_dir)
 
 
 def test_file_and_missing_directory(model_dir: Path) -> None:

@@ -43,7 +43,7 @@ def test_no_text_is_unknown(text: str, tokenizer: PreTrainedTokenizerFast) -> No
     assert tokenizer.decode(ids) == text
 
 
-def test_every_digit_is_a_token_of_its_own(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_every_digit_is_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
     digits = {
         token
         for token in tokenizer.get_vocab()
@@ -141,7 +141,7 @@ def test_tiny_gets_a_part_right() -> None:
     assert 0.2 <= facts["accuracy"] <= 0.5
 
 
-def test_noise_makes_sums_wrong_and_goes_on_from_them() -> None:
+def test_noise_makes_sums_wrong_and_what_follows_uses_them() -> None:
     solution = "7 + 5 = 12\n12 - 2 = 10\n\\boxed{10}"
     assert noisy_solution(solution, 0.0, random.Random(0)) == solution
     for seed in range(20):

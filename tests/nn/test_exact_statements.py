@@ -111,7 +111,7 @@ def test_from_b_at_zero_the_invariance_holds_as_the_layer_starts() -> None:
     assert largest_difference(one, other) < 1e-12
 
 
-def test_another_alpha_alone_is_another_run() -> None:
+def test_another_alpha_is_another_run() -> None:
     one, other = make_layer(RANK, ALPHA), make_layer(RANK, ALPHA / 2)
     first = trajectory(one, make_adam(one, RATE, RATE, 1e-8, 1e-8))
     second = trajectory(other, make_adam(other, RATE, RATE, 1e-8, 1e-8))

@@ -248,12 +248,12 @@ def test_the_sampler_serves_the_learners_experts(tmp_path: Path) -> None:
 def test_ranks_and_models_that_do_not_go_get_one_clear_error(tmp_path: Path) -> None:
     path = random_mixtral(tmp_path / "m")
     (path / "model.safetensors").write_bytes(b"junk")  # refused before it is read
-    with pytest.raises(UserError, match=r"lora\.rank=3 is shared by 2 active.*multiple of 2"):
+    with pytest.raises(UserError, match=r"lora\.rank=3 is divided among 2 active.*multiple of 2"):
         make_policy(path, rank=3)
     config = json.loads((path / "config.json").read_text())
     config |= {"model_type": "minimax", "architectures": ["MiniMaxForCausalLM"]}
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"type 'minimax' have no adapter here.*mixtral.*attention"):
+    with pytest.raises(UserError, match=r"type 'minimax' are not supported.*mixtral.*attention"):
         make_policy(path, rank=2)
     dense = make_policy(random_llama(tmp_path / "dense"), rank=3)
     assert dense.expert_names == ()

@@ -101,7 +101,7 @@ def test_only_the_adapters_of_experts_at_work_get_a_gradient(make) -> None:  # t
 
 def test_rank_is_shared_by_the_active_experts() -> None:
     assert expert_rank(8, 2) == 4
-    with pytest.raises(UserError, match=r"lora\.rank=1 is shared by 2 active experts"):
+    with pytest.raises(UserError, match=r"lora\.rank=1 is divided among 2 active experts"):
         expert_rank(1, 2)
     model = qwen3_moe()
     attach_expert_lora(model, rank=4, alpha=32.0, seed=0)

@@ -300,7 +300,7 @@ def test_ratio_1_is_one_group_in_todays_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_resumed_run_goes_on_to_the_same_bits(variant: str, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_in_the_same_bits(variant: str, tmp_path: Path) -> None:
     path = random_llama(tmp_path / "model")
     ratio = 4.0 if variant in ("lora", "dora") else 1.0
     config = parse_config(
@@ -367,8 +367,8 @@ def test_the_rank_that_holds_counts_magnitudes_once() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora": {"mode": "full", "variant": "dora"}}, r"lora\.variant='dora' is an adapter's"),
-        ({"lora": {"mode": "full"}, "optim": {"lora_plus_ratio": 2}}, r"lora_plus_ratio=2 is"),
+        ({"lora": {"mode": "full", "variant": "dora"}}, r"lora\.variant='dora' needs an adapter"),
+        ({"lora": {"mode": "full"}, "optim": {"lora_plus_ratio": 2}}, r"lora_plus_ratio=2 sets"),
         ({"lora": {"variant": "dora"}}, r'vLLM serves no DoRA.*sampling\.backend="torch"'),
         ({"lora": {"variant": "pissa", "rank": 300}}, r"twice its rank.*rank=300 to 256"),
         ({"lora": {"variant": "rs-lora"}}, r"lora\.variant"),
@@ -405,7 +405,7 @@ def test_an_evaluation_of_dora_in_vllm_is_refused_before_any_work(tmp_path: Path
 
 
 @pytest.mark.parametrize("variant", ["rslora", "pissa", "olora", "dora"])
-def test_experts_have_plain_lora_alone(variant: str) -> None:
+def test_experts_have_only_plain_lora(variant: str) -> None:
     config = MixtralConfig(
         vocab_size=97, hidden_size=32, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,

@@ -1,4 +1,4 @@
-"""The account of bits, on numbers worked out by hand."""
+"""Capacity in bits, on numbers worked out by hand."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_multiply_adds_are_the_articles_formula() -> None:
     )
 
 
-def test_kv_cache_of_llama_8b_takes_128_kib_a_token() -> None:
+def test_kv_cache_of_llama_8b_takes_128_kib_per_token() -> None:
     # 2 (keys, values) x 32 layers x 8 heads x 128 x 2 bytes
     assert kv_bytes_per_token(LLAMA_8B, torch.bfloat16) == 131_072
 
@@ -235,7 +235,7 @@ def test_activation_estimate_is_near_what_autograd_keeps(
     assert 0.7 < estimate / sum(kept.values()) < 1.3
 
 
-def test_checkpointing_keeps_one_tensor_a_layer_and_one_layer() -> None:
+def test_checkpointing_keeps_one_tensor_per_layer_and_one_layer() -> None:
     # Per token: 32 layers of 4096, and one layer of 6 * 4096 + 2 * 4096 + 2 * 1024 + 4 * 14336.
     per_token = 32 * 4096 + 6 * 4096 + 2 * 4096 + 2 * 1024 + 4 * 14336
     assert activation_bytes(LLAMA_8B, 10, torch.bfloat16, is_checkpointed=True) == 20 * per_token
@@ -368,7 +368,7 @@ def test_a_mixtures_experts_share_the_rank() -> None:
     assert counts.adapter == attention + 48 * 128 * 3 * (2048 + 768)
     assert counts.num_targets == 48 * (4 + 128 * 3)
     assert parameter_counts(model, LoraSection(rank=8, layers="attention")).adapter == attention
-    with pytest.raises(UserError, match=r"lora\.rank=12 is shared by 8 active experts"):
+    with pytest.raises(UserError, match=r"lora\.rank=12 is divided among 8 active experts"):
         parameter_counts(model, LoraSection(rank=12))
     assert parameter_counts(model, LoraSection(rank=12, mode="full")).trainable == counts.base
 
@@ -393,7 +393,7 @@ def test_counts_of_a_mixture_are_those_of_the_policy(make: Any, tmp_path: Path) 
     assert 2 * counts.num_targets == len(policy.published_tensors())
 
 
-def test_the_plan_of_a_mixture_names_what_is_at_work(tmp_path: Path) -> None:
+def test_the_plan_of_a_mixture_names_its_active_parameters(tmp_path: Path) -> None:
     path = random_qwen3_moe(tmp_path / "model")
     console = Console(file=io.StringIO(), width=200)
     overrides = {"model": {"name": str(path)}, "lora": {"rank": 4}}

@@ -75,7 +75,7 @@ def test_evaluation_figure_has_the_results_and_their_intervals(tmp_path: Path) -
     assert base["y"] == [0.05, 0.05]
 
 
-def test_an_evaluation_series_has_a_figure_of_its_own(tmp_path: Path) -> None:
+def test_an_evaluation_series_has_its_own_figure(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     write_evaluation(folder, "step_000010_aime24", 10, 7)
     figure = figures_of(folder)["evaluation_aime24"]
@@ -162,7 +162,7 @@ def test_a_run_of_an_earlier_version_says_what_was_renamed(
     assert note in " ".join(capsys.readouterr().out.split())
 
 
-def test_what_is_no_run_is_one_clear_error(
+def test_a_folder_without_a_run_is_one_clear_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(tmp_path)]) == 2
@@ -255,7 +255,7 @@ def test_formulas_are_found_and_prices_are_not() -> None:
     assert list(find_formulas(r"\boxed{" * 500)) == []
 
 
-def test_formulas_hold_allowed_names_alone() -> None:
+def test_formulas_have_only_allowed_names() -> None:
     tree = to_tree(r"\href{javascript:alert(1)}{x} \text{<script>alert(1)</script>} \color{red}{y}")
     text = json.dumps(tree)
     assert "javascript" not in text
@@ -278,7 +278,7 @@ def test_formulas_hold_allowed_names_alone() -> None:
         r"\left(",
     ],
 )
-def test_what_is_no_formula_stays_text(latex: str) -> None:
+def test_text_that_is_not_a_formula_stays_text(latex: str) -> None:
     start = time.perf_counter()
     assert to_tree(latex) is None
     assert time.perf_counter() - start < 5
@@ -304,7 +304,7 @@ def test_the_file_has_hostile_text_packed_and_forbids_connections(tmp_path: Path
     assert path.stat().st_size < 2_500_000
 
 
-def test_several_runs_go_to_the_present_folder(
+def test_several_runs_go_to_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")

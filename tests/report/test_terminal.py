@@ -129,7 +129,7 @@ def run_two_steps(display: Display) -> None:
         display.evaluation_result("before", BEFORE)
 
 
-def test_a_file_gets_one_plain_line_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_gets_one_plain_line_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     console, file = make_console(is_terminal=False)
@@ -202,7 +202,7 @@ def test_a_terminal_gets_the_bar_and_the_lines() -> None:
     assert text.endswith("\x1b[?25h")  # the cursor is back
 
 
-def test_quiet_shows_warnings_and_the_summary_alone() -> None:
+def test_quiet_shows_only_warnings_and_the_summary() -> None:
     for is_terminal in (False, True):
         console, file = make_console(is_terminal)
         display = Display(quiet=True, console=console)

@@ -236,7 +236,7 @@ def test_the_whole_one_that_is_named_is_whole_indeed(tmp_path: Path) -> None:
     assert str(newer) not in str(caught.value)
 
 
-def test_a_passed_over_checkpoint_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_skipped_checkpoint_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, 1)
     (save(tmp_path, 2) / STATE_FILE).unlink()
     latest_checkpoint(tmp_path)
@@ -406,7 +406,7 @@ def train(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]
 
 
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"weight_decay": 0.1}, {"fused": True}])
-def test_adam_goes_on_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_adam_resumes_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     optimizer, parameters = make_adam(0, **options)
     train(optimizer, parameters)
     tensors, meta = flatten_optimizer(optimizer)
@@ -437,7 +437,7 @@ def test_a_fresh_optimizer_and_named_parameters(tmp_path: Path) -> None:
     assert other.param_groups[0]["lr"] == 0.1
 
 
-def test_restoring_leaves_the_loaded_tensors_alone() -> None:
+def test_restoring_does_not_change_the_loaded_tensors() -> None:
     optimizer, parameters = make_adam(0)
     train(optimizer, parameters)
     tensors, meta = flatten_optimizer(optimizer)

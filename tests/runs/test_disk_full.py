@@ -98,7 +98,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_full_disk_is_told_and_the_run_resumes_once_there_is_room(
+def test_a_full_disk_is_reported_and_the_run_resumes_once_there_is_room(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any, writer: str
 ) -> None:
     settings = ["run.name=x", "run.checkpoint_every=1"]

@@ -133,7 +133,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("arm", ["rl", "sft"])
-def test_a_run_does_not_go_on_from_another_base_or_other_data(
+def test_a_run_does_not_resume_from_another_base_or_other_data(
     runs: Path, capsys: pytest.CaptureFixture[str], arm: str, change: str
 ) -> None:
     """In place, as the paths are part of the job; what was changed is put back afterwards."""

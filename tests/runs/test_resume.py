@@ -136,7 +136,7 @@ def kill_at(
         ("rl", "train:finish:1"),  # all done but the adapter's last place
     ],
 )
-def test_a_run_killed_before_its_first_periodic_checkpoint_goes_on(
+def test_a_run_killed_before_its_first_periodic_checkpoint_resumes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     whole: Callable[[str], Any],
@@ -263,7 +263,7 @@ def test_no_step_draws_from_the_global_generators(
 # --- studies --------------------------------------------------------------------------------------
 
 
-def test_a_studys_cell_goes_on_and_a_crashed_one_is_retried(
+def test_a_studys_cell_resumes_and_a_crashed_one_is_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = raw_study(tmp_path)

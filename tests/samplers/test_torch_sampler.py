@@ -96,7 +96,7 @@ def test_samples_do_not_depend_on_the_batch_they_are_in(tmp_path: Path) -> None:
     assert [[c.token_ids for c in group] for group in small] == ids
 
 
-def test_a_prompt_that_stands_in_a_batch_again_is_sampled_anew(tmp_path: Path) -> None:
+def test_a_prompt_that_is_twice_in_a_batch_gets_other_samples(tmp_path: Path) -> None:
     sampler = make(tmp_path)
     params = SampleParams(num_samples=2, max_tokens=10, temperature=1.0, seed=3)
     prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]

@@ -178,7 +178,7 @@ def test_models_that_vllm_does_not_serve(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_an_engine_lacks_is_told_with_its_fix(error: Exception, told: str) -> None:
+def test_what_an_engine_lacks_is_reported_with_its_fix(error: Exception, told: str) -> None:
     def refuse(settings: Any) -> None:
         raise error
 
@@ -306,7 +306,7 @@ def test_an_adapter_on_lm_head_and_the_base_after_it(
         torch.testing.assert_close(scored, expected, atol=1e-4, rtol=0)
 
 
-def test_samples_follow_from_the_seed_alone(sampler: VllmSampler) -> None:
+def test_samples_follow_only_from_the_seed(sampler: VllmSampler) -> None:
     groups = sampler.sample(PROMPTS, PARAMS)
     torch.manual_seed(99)  # the process's own random state has no part in it
     assert [_ids(group) for group in sampler.sample(PROMPTS, PARAMS)] == [_ids(g) for g in groups]

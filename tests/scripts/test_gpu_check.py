@@ -42,7 +42,7 @@ def stage(name: str, limit_s: float = 120) -> Stage:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_whatever_becomes_of_a_stage_is_told_and_the_others_run(tmp_path: Path) -> None:
+def test_however_a_stage_ends_it_is_reported_and_the_others_run(tmp_path: Path) -> None:
     stages = [
         stage("fails"),
         stage("fails_a_check"),
@@ -67,7 +67,7 @@ def test_whatever_becomes_of_a_stage_is_told_and_the_others_run(tmp_path: Path) 
         ),
         "passes": ("passed", None),
     }
-    assert str(found["hangs"][1]).startswith("no end after 1.5 s")
+    assert str(found["hangs"][1]).startswith("still running after 1.5 s")
     assert str(found["is_killed"][1]).startswith("by SIGKILL")
     assert rows[1]["figures"] == {"kl": 0.5}
     assert rows[-1]["figures"] == {"device": "cpu", "speed": {"tokens_per_s": 1234.5}}
@@ -89,8 +89,8 @@ def test_a_call_ends_in_its_time_whatever_hangs(tmp_path: Path) -> None:
         stages, context_at(tmp_path), lambda one: 60, total_s=0.5, on_line=lambda text: None
     )
     assert [(row["status"], row["error"].split(";")[0]) for row in rows] == [
-        ("hung", "no end after 0.5 s"),
-        ("late", "0.5 s were over before it"),
+        ("hung", "still running after 0.5 s"),
+        ("late", "the 0.5 s were used up before it"),
     ]
     assert len((tmp_path / "out" / RESULTS).read_text().splitlines()) == 2
 
@@ -139,7 +139,7 @@ def test_a_choice_of_stages_on_a_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["nothing", "--device", "cpu"], "no stage 'nothing'; there are all, caches, call1,"),
+        (["nothing", "--device", "cpu"], "no stage 'nothing'; known: all, caches, call1,"),
         (["all", "--device", "cpu", "--gguf", "absent.gguf"], "--gguf: no file absent.gguf"),
     ],
 )

@@ -89,7 +89,7 @@ def test_each_sweep_has_its_form() -> None:
     assert fits("layers", [{"layers": "mlp", "learner_s": 1.0}]) == {}
 
 
-def test_measured_products_are_held_against_the_formula() -> None:
+def test_measured_products_are_compared_with_the_formula() -> None:
     found = against_formula(fits("ranks", rank_rows(factor=1.25)))
     assert found["learner"] == pytest.approx({"intercept": 1.0, "slope": 1.25})
     assert found["full"] == pytest.approx({"intercept": 1.0})

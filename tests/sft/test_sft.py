@@ -195,7 +195,7 @@ def test_epochs_are_shuffled_and_every_row_comes_once_in_each() -> None:
     assert step_indices(3, 4, 10, seed=1) != steps[2]
 
 
-def test_tests_lie_at_equal_ratios_and_on_the_last_step() -> None:
+def test_tests_are_at_equal_ratios_and_on_the_last_step() -> None:
     assert curve_steps(1024, 5) == [4, 16, 64, 256, 1024]
     assert curve_steps(3, 10) == [1, 2, 3]
     assert curve_steps(10, 1, every=4) == [4, 8, 10]
@@ -205,7 +205,7 @@ def test_tests_lie_at_equal_ratios_and_on_the_last_step() -> None:
 # --- the loss -------------------------------------------------------------------------------------
 
 
-def test_the_test_loss_is_that_of_transformers_on_the_completion_alone(tmp_path: Path) -> None:
+def test_the_test_loss_is_that_of_transformers_on_only_the_completion(tmp_path: Path) -> None:
     path = random_llama(tmp_path)
     policy = make_policy(path, rank=2)
     samples = [
@@ -226,7 +226,7 @@ def test_the_test_loss_is_that_of_transformers_on_the_completion_alone(tmp_path:
     assert got[2] == pytest.approx(expected[1], abs=1e-5)
 
 
-def test_a_step_moves_the_policy_by_the_completions_gradient_alone(tmp_path: Path) -> None:
+def test_a_step_moves_the_policy_only_by_the_completions_gradient(tmp_path: Path) -> None:
     policy = make_policy(random_llama(tmp_path), rank=2)
     shake(policy)
     sample = TrainSample((1, 5, 9), (7, 2), (0.0,) * 2, 1.0, 0)
@@ -267,7 +267,7 @@ def test_the_loss_falls_and_the_records_are_there(tmp_path: Path, mode: str) -> 
     assert json.loads((outcome.folder / "run.json").read_text())["trainable_parameters"] > 0
 
 
-def test_a_broken_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
+def test_a_broken_run_resumes_to_the_same_end(tmp_path: Path) -> None:
     fine_tune(tiny(tmp_path, "run.name=whole"), quiet=True)
     # sft.num_tests=2 of 4 steps: tests at steps 2 and 4; of 2 steps at 1 and 2: take every step.
     fine_tune(tiny(tmp_path, "run.name=broken", "run.num_steps=2"), quiet=True)

@@ -58,7 +58,7 @@ def test_full_fine_tuning_has_no_rank(tmp_path: Path) -> None:
     }
 
 
-def test_cells_of_a_cost_class_differ_in_rate_and_seed_alone(tmp_path: Path) -> None:
+def test_cells_of_a_cost_class_differ_only_in_rate_and_seed(tmp_path: Path) -> None:
     cells = cells_of(load_study(write(tmp_path, STUDY)))
     assert len({cell.cost_class for cell in cells}) == 3
     moved = cells[0].with_rate(0.5)

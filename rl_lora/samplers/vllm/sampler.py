@@ -79,26 +79,24 @@ class VllmSampler:
 
         Args:
             policy: whose versions are served.
-            end_token_ids: tokens that end a completion; None: those of the model directory.
-            max_model_len: tokens of prompt and completion together, at most; None: 2,048, or the
-                model's context if that is shorter.
+            end_token_ids: tokens that end a completion; None: the model's.
+            max_model_len: of prompt and completion; None: the model's context, at most 2,048.
             max_num_seqs: sequences decoded at once; None: as suits the machine.
             on_progress: called after each finished sample.
             engine: further options; None: the defaults.
 
         Raises:
-            UserError: vLLM is not installed, built for another device or does not serve the model;
-                no such directory; or a context longer than the model's.
+            UserError: vLLM is missing, for another device, or does not serve the model or context.
         """
         model_dir, lora, device = policy.model_dir, policy.lora, policy.device
-        engine = engine or EngineOptions()
+        dtype, engine = policy.dtype, engine or EngineOptions()
         if max_model_len is None:
             max_model_len = min(_CONTEXT, context_length(AutoConfig.from_pretrained(model_dir)))
+        self._on_cpu, self._is_full = device.type == "cpu", lora.mode == "full"
         check_model(model_dir, max_model_len)
         check_device(device, lora)
         check_mixture(model_dir, device)
-        vllm = import_vllm(device)
-        self._on_cpu = device.type == "cpu"
+        self._vllm = import_vllm(device)
         if self._on_cpu:
             check_cpu_heads(model_dir)
         if VllmSampler._open is not None and VllmSampler._open() is not None:
@@ -106,23 +104,21 @@ class VllmSampler:
         self.max_model_len = max_model_len
         self.on_progress = on_progress
         self._model_dir = model_dir
-        self._is_full = lora.mode == "full"
         self._adapter: Adapter | None = None
         self._known: dict[str, tuple[int, str]] = {}  # adapter name -> (vLLM's id, fingerprint)
-        self._vllm = vllm
         self._rests = False
         settings = engine_settings(
             model_dir,
             engine,
-            dtype=policy.dtype,
+            dtype=dtype,
             device=device,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
         )
         self._runs_eager = bool(settings["enforce_eager"])
-        merges = merges_adapter(engine.merge_adapter, lora, dtype=policy.dtype, device=device)
+        merges = merges_adapter(engine.merge_adapter, lora, dtype=dtype, device=device)
         is_required = bool(engine.merge_adapter)
-        self._open_engine(settings, lora_settings(lora, policy.dtype), merges, is_required)
+        self._open_engine(settings, lora_settings(lora, dtype), merges, is_required=is_required)
         self._tokenizer = self._engine.get_tokenizer()
         if end_token_ids is None:
             end_token_ids = model_end_token_ids(model_dir, self._tokenizer)
@@ -131,17 +127,17 @@ class VllmSampler:
         self.release_memory()
 
     def _open_engine(
-        self, settings: dict[str, Any], lora_layers: dict[str, Any], merges: bool, is_required: bool
+        self, settings: dict[str, Any], layers: dict[str, Any], merges: bool, *, is_required: bool
     ) -> None:
         """With merged weights, or with LoRA layers if these are asked for or merging fails."""
         make = partial(make_engine, self._vllm, on_cpu=self._on_cpu)
-        self._engine = make(settings if merges else settings | lora_layers)
+        self._engine = make(settings if merges else settings | layers)
         self._merged: MergedWeights | None = None
         if merges:
             self._merged = merged_weights(self._engine, self._model_dir, is_required=is_required)
             if self._merged is None:
                 self._shut_down()
-                self._engine = make(settings | lora_layers)
+                self._engine = make(settings | layers)
 
     def set_adapter(self, adapter: Adapter | None) -> None:
         """Samples from this version from now on; None: from the base model.

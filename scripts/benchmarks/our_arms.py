@@ -18,12 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.probe import Commands, matmul_peak, peak_mb, peak_reset
 from benchmarks.workload import Size, config
 from rl_lora.batches import pack
-from rl_lora.build import make_learner
+from rl_lora.build import RunContext, make_learner, open_run
 from rl_lora.commands.plan import matmul_counts
 from rl_lora.models.shapes import build_on_meta
+from rl_lora.overlap import step_params
 from rl_lora.policy import Policy, open_policy
 from rl_lora.prompts import load_prompt_sets
-from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, Score
+from rl_lora.types import Adapter, Completion, Prompt, Rollout, RolloutGroup, Score
 
 Built = Iterator[tuple[Commands, dict[str, Any]]]
 
@@ -31,8 +32,6 @@ Built = Iterator[tuple[Commands, dict[str, Any]]]
 @contextlib.contextmanager
 def whole_step(size: Size) -> Built:
     """The trainer's own loop, phase by phase; only lengths and rewards are fixed."""
-    from rl_lora.build import open_run
-    from rl_lora.overlap import step_params
     from rl_lora.rollouts import sample_groups, score_groups
     from rl_lora.state import State, publish
     from rl_lora.train import learn
@@ -80,23 +79,28 @@ def whole_step(size: Size) -> Built:
             return out | {"tokens": count_tokens(groups_N), "kl": metrics["mismatch/kl"]}
 
         def sample_both() -> dict[str, Any]:
-            """Adapter, base, adapter, base: the same requests.
-
-            The adapter's time includes loading a new version; the base's has no such cost.
-            """
-            seconds: dict[str, list[float]] = {"lora": [], "base": []}
             publish_and_set()
-            for name in ("lora", "base") * 2:
-                job.sampler.set_adapter(state.adapter if name == "lora" else None)
-                if name == "base":
-                    job.sampler.token_logprobs([prompts_N[0].token_ids])
-                start = time.perf_counter()
-                job.sampler.sample(prompts_N, step_params(settings, state.step + 1))
-                seconds[name].append(time.perf_counter() - start)
-            job.sampler.set_adapter(state.adapter)
-            return seconds
+            return adapter_and_base(job, state.adapter, prompts_N)
 
         yield {"step": step, "sample_both": sample_both}, {"memory_built": peak_mb()}
+
+
+def adapter_and_base(job: RunContext, adapter: Adapter | None, prompts_N: Any) -> dict[str, Any]:
+    """Seconds for the same requests: adapter, base, adapter, base.
+
+    The adapter's time includes loading a new version; the base's has no such cost.
+    """
+    seconds: dict[str, list[float]] = {"lora": [], "base": []}
+    params = step_params(job.config, adapter.version + 1 if adapter else 1)
+    for name in ("lora", "base") * 2:
+        job.sampler.set_adapter(adapter if name == "lora" else None)
+        if name == "base":
+            job.sampler.token_logprobs([prompts_N[0].token_ids])
+        start = time.perf_counter()
+        job.sampler.sample(prompts_N, params)
+        seconds[name].append(time.perf_counter() - start)
+    job.sampler.set_adapter(adapter)
+    return seconds
 
 
 @contextlib.contextmanager

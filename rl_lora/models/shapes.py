@@ -25,6 +25,7 @@ from rl_lora.models.tiny import RECIPES
 HEAD_NAMES = ("lm_head", "embed_out")  # of the output layer
 
 
+# limits: a table's columns
 def _shape(
     hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
 ) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import itertools
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,16 @@ from rl_lora.commands.plan import matmul_counts
 from rl_lora.models.shapes import build_on_meta
 from rl_lora.policy import Policy, open_policy
 from rl_lora.prompts import load_prompt_sets
-from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, Score
+from rl_lora.sampler import Sampler
+from rl_lora.types import (
+    Adapter,
+    Completion,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    SampleParams,
+    Score,
+)
 
 Built = Iterator[tuple[Commands, dict[str, Any]]]
 
@@ -80,23 +89,30 @@ def whole_step(size: Size) -> Built:
             return out | {"tokens": count_tokens(groups_N), "kl": metrics["mismatch/kl"]}
 
         def sample_both() -> dict[str, Any]:
-            """Adapter, base, adapter, base: the same requests.
-
-            The adapter's time includes loading a new version; the base's has no such cost.
-            """
-            seconds: dict[str, list[float]] = {"lora": [], "base": []}
             publish_and_set()
-            for name in ("lora", "base") * 2:
-                job.sampler.set_adapter(state.adapter if name == "lora" else None)
-                if name == "base":
-                    job.sampler.token_logprobs([prompts_N[0].token_ids])
-                start = time.perf_counter()
-                job.sampler.sample(prompts_N, step_params(settings, state.step + 1))
-                seconds[name].append(time.perf_counter() - start)
-            job.sampler.set_adapter(state.adapter)
-            return seconds
+            params = step_params(settings, state.step + 1)
+            return with_and_without(job.sampler, state.adapter, prompts_N, params)
 
         yield {"step": step, "sample_both": sample_both}, {"memory_built": peak_mb()}
+
+
+def with_and_without(
+    sampler: Sampler, adapter: Adapter | None, prompts_N: Sequence[Prompt], params: SampleParams
+) -> dict[str, list[float]]:
+    """Seconds for the same requests with the adapter ("lora") and without ("base"), twice in turn.
+
+    The adapter's time includes loading a new version; the base's has no such cost.
+    """
+    seconds: dict[str, list[float]] = {"lora": [], "base": []}
+    for name in ("lora", "base") * 2:
+        sampler.set_adapter(adapter if name == "lora" else None)
+        if name == "base":
+            sampler.token_logprobs([prompts_N[0].token_ids])
+        start = time.perf_counter()
+        sampler.sample(prompts_N, params)
+        seconds[name].append(time.perf_counter() - start)
+    sampler.set_adapter(adapter)
+    return seconds
 
 
 @contextlib.contextmanager

@@ -107,6 +107,7 @@ class MatmulPunicaWrapper(PunicaWrapperCPU):
         elif self._slot != NO_ADAPTER:
             y.addmm_(x.to(y.dtype), _of_slot(lora_b_stacked, self._slot).T.to(y.dtype))
 
+    # limits: vLLM's signature
     def add_lora_logits(
         self,
         y: Tensor,

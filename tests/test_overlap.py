@@ -248,15 +248,12 @@ def test_staleness_is_counted_and_limited() -> None:
         "rollouts/staleness_mean": 0.25,
         "rollouts/staleness_max": 1.0,
     }
-    with pytest.raises(StaleAdapterError, match=r"0 to 1 versions older .*4\), and 0 to 0 are"):
+    told = "staleness 0 to 1 for policy version 4, and staleness 0 to 0 is allowed"
+    with pytest.raises(StaleAdapterError, match=told):
         staleness_metrics([group], 4, max_staleness=0)
-    with pytest.raises(
-        StaleAdapterError, match=r"1 to 2 versions older than the policy \(version 5"
-    ):
+    with pytest.raises(StaleAdapterError, match="staleness 1 to 2 for policy version 5"):
         staleness_metrics([group], 5, max_staleness=1)
-    with pytest.raises(
-        StaleAdapterError, match=r"-1 to 0 versions older than the policy \(version 3"
-    ):
+    with pytest.raises(StaleAdapterError, match="staleness -1 to 0 for policy version 3"):
         staleness_metrics([group], 3, max_staleness=1)
 
 
@@ -301,5 +298,5 @@ def test_a_version_that_was_changed_is_not_sampled_from_again(
 ) -> None:
     train(config(tmp_path, "run.num_steps=1"), quiet=True)
     path = tmp_path / "smoke" / "adapters" / "v000001"
-    with pytest.raises(UserError, match="not the one that the run has sampled from"):
+    with pytest.raises(UserError, match="not the one that the run sampled from"):
         saved_version(path, "0123")

@@ -107,7 +107,7 @@ class FunctionParser(NumeralParser):
         raise ParseError
 
     def _parse_marked(self, mark: str) -> Node:
-        r"""\bar{x} and \hat{p}_1 are separate names; \hat{i} is the unit vector i."""
+        r"""\bar{x} and \hat{p}_1 are new names; \hat{i} is the unit vector i."""
         letter = self.read_subscript()
         if mark == "hat" and letter in ("i", "j", "k"):
             return Node("const", name="i") if letter == "i" else Node("sym", name=letter)

@@ -161,7 +161,7 @@ def _is_short_word(piece: str, tokens: list[Token], is_spaced: bool) -> bool:
 
 
 def _follows_operand(tokens: list[Token]) -> bool:
-    """Can a unit follow, also in its own braces (800{ml})?"""
+    """Can a unit follow, with or without braces (800{ml})?"""
     last = next((token for token in reversed(tokens) if token.text != "{"), None)
     if last is None:
         return False

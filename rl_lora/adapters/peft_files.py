@@ -217,7 +217,7 @@ def check_extras(names: Iterable[str], source: Path) -> None:
     for name in sorted(filter(is_extra, names)):
         kind = next(words for part, words in _EXTRAS if part in name)
         raise UserError(
-            f"adapter {source} has {kind}, which is not supported here: {layer_name(name)}; merge "
+            f"adapter {source} has {kind}: {layer_name(name)}, which is not supported here; merge "
             f"it with `rl-lora export {source} --merged DIR` and set model.name=DIR"
         )
 

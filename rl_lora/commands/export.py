@@ -19,8 +19,8 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.description = (
-        "Merge an adapter into its base model, or push it to the hub. With neither --merged nor "
-        "--push, write the model card (README.md) into the adapter's directory."
+        "Merge an adapter into its base model, or push it to the hub.\n"
+        "With neither --merged nor --push, write the model card into the adapter's directory."
     )
     parser.add_argument(
         "source",

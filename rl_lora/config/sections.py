@@ -200,9 +200,11 @@ class AlgorithmSection(Section):
     # Keywords of the loss and the advantage, e.g. clip_low, clip_high and ratio_cap of ppo. They
     # may also be written next to the other keys: algorithm.clip_low.
     options: dict[str, Any] = Field(default_factory=dict)
+    # What a step's summed loss is divided by: completion tokens; sequences times the length of each
+    # token's own sequence; or sequences times sampling.max_tokens (Dr. GRPO).
     denominator: Literal["tokens", "sequences", "max_tokens"] = "tokens"
-    kl: Literal["none", "loss", "reward"] = "none"  # to the base model, without the adapter
-    kl_weight: float = Field(0.0, ge=0)
+    kl: Literal["none", "loss", "reward"] = "none"  # where KL to the base model is penalized
+    kl_weight: float = Field(0.0, ge=0)  # factor of the KL penalty
 
     @model_validator(mode="before")
     @classmethod
@@ -224,19 +226,19 @@ class AlgorithmSection(Section):
 class OptimSection(Section):
     """Adam and the batch."""
 
-    lr: float = Field(1e-4, gt=0, le=1e30)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    grad_clip: float = Field(1.0, gt=0)
+    lr: float = Field(1e-4, gt=0, le=1e30)  # learning rate; `rl-lora lr MODEL` suggests one
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the rate; to 0 at the end
+    warmup_steps: int = Field(0, ge=0)  # steps in which the rate rises from 0
+    betas: tuple[float, float] = (0.9, 0.95)  # Adam's decay rates
+    eps: float = Field(1e-8, ge=0)  # Adam's epsilon
+    weight_decay: float = Field(0.0, ge=0)  # decoupled, as in AdamW
+    grad_clip: float = Field(1.0, gt=0)  # largest norm of the gradient
     # Optimizer steps per batch. Above 1 the bounds of ppo, gspo and cispo take effect; these then
     # score the later updates' tokens once more before the first step.
     num_updates: int = Field(1, ge=1)
     microbatch_tokens: int = Field(4096, ge=1)  # padded tokens in one forward and backward pass
     share_prompts: bool = True  # a prompt is computed once for its completions, to the same result
-    checkpoint_activations: bool = False
+    checkpoint_activations: bool = False  # recompute activations: less memory, more time
     lora_plus_ratio: float = Field(1.0, gt=0)  # LoRA+: rate of B over that of A, which is lr
 
     @field_validator("betas")

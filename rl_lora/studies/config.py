@@ -38,10 +38,10 @@ _LATER = (("lora", "variant", "lora"), ("optim", "lora_plus_ratio", 1.0))
 class StudySection(Section):
     """How the study is run."""
 
-    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the study's folder
     output_dir: str = "runs/studies"  # the study's folder is output_dir/name
-    arm: Literal["rl", "sft"] = "rl"
-    seeds: tuple[int, ...] = (0, 1, 2)
+    arm: Literal["rl", "sft"] = "rl"  # what [job] is: `rl-lora train` or `rl-lora sft`
+    seeds: tuple[int, ...] = (0, 1, 2)  # run.seed of the cells; each condition runs with all
     num_threads: int = Field(1, ge=1)  # per cell on a CPU
     num_per_gpu: int = Field(1, ge=1)  # cells at once per GPU; one small model leaves it idle
     # Rounds of further learning rates for each condition: the geometric means of the best rate and

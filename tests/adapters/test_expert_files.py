@@ -207,7 +207,7 @@ def test_vllm_on_a_cpu_is_refused_before_any_work(
     code = main(["train", str(ROOT / "configs" / "smoke.toml"), *overrides])
     assert code == 2
     error = capsys.readouterr().err
-    assert "on a CPU vLLM serves neither adapters (those on attention alone included)" in error
+    assert "vLLM on a CPU serves neither adapters (not even on attention only)" in error
     assert 'set sampling.backend="torch"' in error
     check_mixture(model, torch.device("cuda"))
     with pytest.raises(UserError, match="is a mixture of experts"):

@@ -12,6 +12,7 @@ import pytest
 
 from rl_lora import cli
 from rl_lora.config import load_config
+from rl_lora.config.algorithm import load_algorithm
 from rl_lora.config.sft import load_sft_config
 from rl_lora.config.shipped import shipped_configs
 from rl_lora.studies.config import load_study
@@ -129,10 +130,27 @@ def test_the_example_rewards_run() -> None:
     assert batch(["so 42", "no"], ["42", "7"], [3, 5]) == [3, 0]
 
 
+def test_the_example_loss_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = blocks((ROOT / "docs" / "algorithms.md").read_text(), "python")
+    (tmp_path / "my_losses.py").write_text(example)
+    monkeypatch.syspath_prepend(tmp_path)
+    section = load_config(
+        None, ["algorithm.loss=my_losses:reinforce", "algorithm.scale=0.5"]
+    ).algorithm
+    loss, _ = load_algorithm(section)  # tried out there
+    assert loss.keywords == {"scale": 0.5}
+
+
 def test_the_configuration_page_is_current() -> None:
     assert docs_configuration.PAGE.read_text() == docs_configuration.page(), (
         "run `python scripts/docs_configuration.py`"
     )
+
+
+def test_every_setting_has_a_meaning() -> None:
+    rows = re.findall(r"^\| (`\w+(?:\.\w+)?`) \|.*\| ([^|]*) \|$", docs_configuration.page(), re.M)
+    assert len(rows) > 80
+    assert [key for key, meaning in rows if not meaning.strip()] == []
 
 
 def test_contributing_names_every_package_and_module() -> None:

@@ -367,8 +367,8 @@ def test_the_rank_that_holds_counts_magnitudes_once() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora": {"mode": "full", "variant": "dora"}}, r"lora\.variant='dora' is an adapter's"),
-        ({"lora": {"mode": "full"}, "optim": {"lora_plus_ratio": 2}}, r"lora_plus_ratio=2 is"),
+        ({"lora": {"mode": "full", "variant": "dora"}}, r"lora\.variant='dora' needs an adapter"),
+        ({"lora": {"mode": "full"}, "optim": {"lora_plus_ratio": 2}}, r"lora_plus_ratio=2 sets"),
         ({"lora": {"variant": "dora"}}, r'vLLM serves no DoRA.*sampling\.backend="torch"'),
         ({"lora": {"variant": "pissa", "rank": 300}}, r"twice its rank.*rank=300 to 256"),
         ({"lora": {"variant": "rs-lora"}}, r"lora\.variant"),

@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from rl_lora import cli, policy
+from rl_lora import cli
 from rl_lora.adapters.files import save_adapter
 from rl_lora.config import ModelSection, load_config
 from rl_lora.config.sft import load_sft_config
+from rl_lora.models import device as devices
 from rl_lora.models.resolve import resolve_model
 from rl_lora.storage.jsonl import read_lines
 from rl_lora.studies.config import load_study
@@ -186,8 +187,8 @@ def test_full_fine_tuning_in_bfloat16_is_refused_before_anything_is_looked_for(
 
     The advice works.
     """
-    monkeypatch.setattr(policy, "_matmul_seconds", lambda dtype, device: dtype.itemsize)
-    assert policy.pick_dtype("auto", torch.device("cpu")) is torch.bfloat16
+    monkeypatch.setattr(devices, "_matmul_seconds", lambda dtype, device: dtype.itemsize)
+    assert devices.pick_dtype("auto", torch.device("cpu")) is torch.bfloat16
     name, *options = command.split()
     if name == "study":
         (tmp_path / "study.toml").write_text(STUDY)

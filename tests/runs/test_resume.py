@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from rl_lora import policy
 from rl_lora.adapters.files import load_tensors
 from rl_lora.cli import main
 from rl_lora.config import RunConfig, load_config, parse_as
 from rl_lora.config.sft import SftConfig, load_sft_config
 from rl_lora.errors import UserError
+from rl_lora.models import device as devices
 from rl_lora.runs.checkpoint import (
     checkpoint_steps,
     latest_checkpoint,
@@ -332,12 +332,12 @@ def test_an_open_dtype_is_decided_once(
 ) -> None:
     """The timing says float32 when the run begins and bfloat16 when it resumes."""
     quickest = torch.float32
-    monkeypatch.setattr(policy, "_matmul_seconds", lambda dtype, device: float(dtype != quickest))
+    monkeypatch.setattr(devices, "_matmul_seconds", lambda dtype, device: float(dtype != quickest))
     auto = ["model.dtype=auto"]
     run(arm, tmp_path, "run.name=whole", *auto)
     run(arm, tmp_path, "run.name=parts", *auto, "run.num_steps=2")
     quickest = torch.bfloat16
-    assert policy.pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    assert devices.pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
     run(arm, tmp_path, "run.name=parts", *auto, resume=True)
     assert read_record(tmp_path / "parts")["dtype"] == "torch.float32"
     assert result(tmp_path / "parts")[:2] == result(tmp_path / "whole")[:2]

@@ -1,1 +1,1 @@
-"""What a job needs before it runs: memory and capacity."""
+"""What a job needs before it runs: parameters, compute, memory and capacity."""

@@ -19,9 +19,9 @@ from benchmarks.probe import Commands, matmul_peak, peak_mb, peak_reset
 from benchmarks.workload import Size, config
 from rl_lora.batches import pack
 from rl_lora.build import RunContext, make_learner, open_run
-from rl_lora.commands.plan import matmul_counts
 from rl_lora.models.shapes import build_on_meta
 from rl_lora.overlap import step_params
+from rl_lora.planning.counts import matmul_counts
 from rl_lora.policy import Policy, open_policy
 from rl_lora.prompts import load_prompt_sets
 from rl_lora.types import Adapter, Completion, Prompt, Rollout, RolloutGroup, Score

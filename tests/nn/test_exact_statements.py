@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rl_lora.commands.plan import matmul_counts
 from rl_lora.config import LoraSection
 from rl_lora.nn.lora import LoraLinear
+from rl_lora.planning.counts import matmul_counts
 
 D_IN, D_OUT, RANK, ALPHA, RATE = 12, 10, 3, 32.0, 1e-2
 P, Q = 4.0, 0.5  # powers of two: scaling by them is exact in floating point

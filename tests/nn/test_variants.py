@@ -17,7 +17,6 @@ from rl_lora.adapters.files import open_adapter, save_adapter
 from rl_lora.adapters.peft_files import lora_settings
 from rl_lora.batches import pack_samples
 from rl_lora.commands.eval import EvalRequest, evaluation
-from rl_lora.commands.plan import matmul_counts, parameter_counts
 from rl_lora.config import (
     VARIANT_NAMES,
     LoraSection,
@@ -40,6 +39,7 @@ from rl_lora.nn.variants import (
     top_singular,
 )
 from rl_lora.planning.capacity import Capacity, rank_that_holds
+from rl_lora.planning.counts import matmul_counts, parameter_counts
 from rl_lora.policy import Policy
 from rl_lora.runs.checkpoint import load_checkpoint, save_checkpoint
 from rl_lora.samplers.vllm import settings as vllm_settings

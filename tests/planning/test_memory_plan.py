@@ -12,11 +12,12 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
-from rl_lora.commands.plan import matmul_counts, memory_table, parameter_counts, print_plan
+from rl_lora.commands.plan import memory_table, print_plan
 from rl_lora.config import LoraSection, ModelSection, RunConfig, parse_config
 from rl_lora.errors import UserError
 from rl_lora.models.shapes import KNOWN_SHAPES, build_on_meta, known_config, load_model_config
 from rl_lora.models.tiny import RECIPES, build_model
+from rl_lora.planning.counts import matmul_counts, parameter_counts
 from rl_lora.planning.memory import (
     ASSUMED_GPU_BYTES,
     MemoryItem,

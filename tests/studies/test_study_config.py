@@ -127,8 +127,8 @@ def test_shipped_studies_are_named_after_their_files_and_sweep_every_condition(p
 
 
 def test_layers_of_the_study_have_equal_parameters() -> None:
-    from rl_lora.commands.plan import parameter_counts
     from rl_lora.models.shapes import build_on_meta, known_config
+    from rl_lora.planning.counts import parameter_counts
 
     shape = known_config("tiny-fast")
     assert shape is not None

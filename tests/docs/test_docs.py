@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import docs_configuration
@@ -19,7 +20,11 @@ from rl_lora.studies.config import load_study
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-LOADERS = {"train": load_config, "sft": load_sft_config, "study": load_study}
+LOADERS: dict[str, Callable[..., object]] = {
+    "train": load_config,
+    "sft": load_sft_config,
+    "study": load_study,
+}
 GENERATED = {"configuration.md", "architectures.md"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -138,6 +143,7 @@ def test_the_example_loss_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         None, ["algorithm.loss=my_losses:reinforce", "algorithm.scale=0.5"]
     ).algorithm
     loss, _ = load_algorithm(section)  # tried out there
+    assert isinstance(loss, partial)
     assert loss.keywords == {"scale": 0.5}
 
 

@@ -193,12 +193,10 @@ def open_model(
         UserError: no such model, a directory without a model, or a model that `lora` cannot train.
     """
     from transformers import AutoConfig
-    from transformers.utils import logging
 
     from rl_lora.models.architectures import check_architecture
     from rl_lora.models.resolve import context_length, is_at_hand, load_tokenizer, resolve_model
 
-    logging.disable_progress_bar()  # weights load in a second, and it garbles our own
     if not is_at_hand(section.name):
         on_note(f"model {section.name}: fetched or made once, then kept; a minute or so")
     model_dir = resolve_model(section)

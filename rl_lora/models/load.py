@@ -24,6 +24,7 @@ def load_model(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     config = AutoConfig.from_pretrained(model_dir)
     verbosity = logging.get_verbosity()
+    logging.disable_progress_bar()  # weights load in a second, and it garbles our own
     logging.set_verbosity_error()  # `_check_complete` reports missing tensors itself
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

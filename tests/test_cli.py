@@ -126,7 +126,7 @@ def test_an_adapter_of_another_base(
     options = [*SHORT, f"run.output_dir={tmp_path}", "--adapter", str(adapter.path)]
     line = refused(capsys, "eval", SMOKE, *options)
     assert str(model_with_tokenizer) in line
-    assert "tiny-fast" in line
+    assert "tiny-noisy" in line
     assert "holds neither adapter_model.safetensors" in refused(
         capsys, "eval", SMOKE, *SHORT, f"run.output_dir={tmp_path}", "--adapter", str(tmp_path)
     )
@@ -304,11 +304,11 @@ def test_advice_after_an_interrupt_is_one_that_the_command_takes(
 
 
 def write_fitting_adapter(folder: Path, **lora: object) -> Path:
-    """A random adapter of tiny-fast."""
-    path = resolve_model(ModelSection(name="tiny-fast"))
+    """A random adapter of tiny-noisy."""
+    path = resolve_model(ModelSection(name="tiny-noisy"))
     policy = make_policy(path, **lora)
     shake(policy, seed=7, size=0.05)
-    policy.base_name = "tiny-fast"
+    policy.base_name = "tiny-noisy"
     return save_adapter(policy, folder, version=1, run_name="other").path
 
 

@@ -129,7 +129,7 @@ def test_an_error_at_the_last_group_is_raised_where_the_groups_are_asked_for() -
         scoring = sample_and_score(
             sampler, Scoring(PROMPTS[:1], Infinite(), thread), PARAMS, version=-1
         )
-        with pytest.raises(UserError, match="must give a finite number"):
+        with pytest.raises(UserError, match="must return a finite number"):
             scoring.groups()
 
 

@@ -402,5 +402,5 @@ def test_the_plan_of_a_mixture_names_its_active_parameters(tmp_path: Path) -> No
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "base, active per token" in text
     bad = parse_config({"model": {"name": str(path)}, "lora": {"rank": 3}})
-    with pytest.raises(UserError, match="take a multiple of 2"):
+    with pytest.raises(UserError, match="set a multiple of 2"):
         print_plan(bad, path, console)

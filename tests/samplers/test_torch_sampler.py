@@ -220,7 +220,7 @@ def test_base_is_sampled_with_the_adapter_off(tmp_path: Path) -> None:
 
 
 def test_a_prompt_without_room_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="prompt p/0 has 3 tokens"):
+    with pytest.raises(UserError, match="prompt 'p/0' has 3 tokens"):
         make(tmp_path).sample(PROMPTS, SampleParams(1, 62, 1.0))
 
 

@@ -70,7 +70,7 @@ def test_a_line_gives_intercept_and_slope() -> None:
 
 @pytest.mark.parametrize(("xs", "ys"), [([2, 2], [1, 3]), ([1], [1]), ([1, 2], [0, 1]), ([], [])])
 def test_what_no_power_law_goes_through_is_refused(xs: list[float], ys: list[float]) -> None:
-    with pytest.raises(ValueError, match="fit"):
+    with pytest.raises(ValueError, match=r"needs (two different|positive) numbers"):
         power_law(xs, ys)
 
 

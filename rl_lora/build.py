@@ -12,24 +12,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import FunctionReward, Reward, load_reward
-from rewards.load import import_function
 from rl_lora.advantages import AdvantageFn
 from rl_lora.config import LoraSection, ModelSection, OptimSection, RunConfig, SamplingSection
-from rl_lora.config.algorithm import load_algorithm
+from rl_lora.config.algorithm import imported, load_algorithm
 from rl_lora.config.checks import SAMPLERS
 from rl_lora.errors import UserError
 from rl_lora.losses import LossFn
 from rl_lora.seeds import mix_seed
+from rl_lora.storage.directories import disk_errors
 from rl_lora.types import SampleParams
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from rl_lora.config.sft import SftConfig
     from rl_lora.evaluation.evaluate import Evaluation
     from rl_lora.learner import Learner
     from rl_lora.policy import Policy
     from rl_lora.prompts import PromptSets
+    from rl_lora.report.terminal import Display
+    from rl_lora.runs.start import Start
     from rl_lora.sampler import Sampler
 
 
@@ -251,10 +254,7 @@ def load_sampler_class(backend: str) -> Callable[..., Sampler]:
     Raises:
         UserError: no such module, or no such class in it.
     """
-    try:
-        return import_function(SAMPLERS.get(backend, backend), "sampling.backend")
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return imported(SAMPLERS.get(backend, backend), "sampling.backend")
 
 
 def make_sampler(
@@ -334,6 +334,27 @@ def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None
         notes=contamination_notes(config.model, (prompt.source for prompt in prompts_N)),
         on_progress=on_progress,
     )
+
+
+@contextlib.contextmanager
+def open_folder(
+    config: RunConfig | SftConfig, *, resume: bool, quiet: bool
+) -> Iterator[tuple[Display, Start]]:
+    """Holds the run's folder for this process; yields the display, and where the run starts.
+
+    Raises:
+        UserError: an older run in the folder, another process using it, or a full disk.
+    """
+    from rl_lora.report.terminal import Display
+    from rl_lora.runs.lock import run_lock
+    from rl_lora.runs.start import find_start
+
+    folder = config.run.folder
+    with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
+        check_run_folder(folder)
+        if taken_over is not None:
+            display.note(taken_over)
+        yield display, find_start(config, resume=resume)
 
 
 def check_run_folder(folder: Path) -> None:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rl_lora.batches import pack
-from rl_lora.build import RunContext, check_run_folder, make_evaluation, make_learner, open_run
+from rl_lora.build import RunContext, make_evaluation, make_learner, open_folder, open_run
 from rl_lora.config import RunConfig
-from rl_lora.config.algorithm import load_algorithm
 from rl_lora.data.stream import PromptStream
 from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
@@ -24,17 +23,16 @@ from rl_lora.report.run_figures import draw_figures
 from rl_lora.report.terminal import Display
 from rl_lora.runs.checkpoint import drop_after
 from rl_lora.runs.inputs import base_inputs, prompt_inputs
-from rl_lora.runs.lock import run_lock
 from rl_lora.runs.log import RunLog
 from rl_lora.runs.machine import MachineMeter
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
 from rl_lora.runs.record import with_absolute_paths, write_record
-from rl_lora.runs.start import Start, find_start
+from rl_lora.runs.start import Start
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.liveness import check_at_start, check_step, check_version, staleness_metrics
 from rl_lora.sft.warm_start import has_solutions, warm_start
 from rl_lora.state import State, publish, restore, save
-from rl_lora.storage.directories import atomic_directory, disk_errors
+from rl_lora.storage.directories import atomic_directory
 from rl_lora.types import RolloutGroup
 
 if TYPE_CHECKING:
@@ -159,14 +157,9 @@ def train(
         StaleAdapterError: the sampler does not use the learner's weights.
     """
     check_trainable(config.model, config.lora)
-    load_algorithm(config.algorithm)  # fails early, before anything is loaded
     config = with_absolute_paths(config)
     folder = config.run.folder
-    with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
-        check_run_folder(folder)
-        if taken_over is not None:
-            display.note(taken_over)
-        start = find_start(config, resume=resume)
+    with open_folder(config, resume=resume, quiet=quiet) as (display, start):
         if outcome := finished(config, start):
             display.note(f"{folder} is complete: {config.run.num_steps} steps done")
             summary(display, outcome, {})

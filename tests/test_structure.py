@@ -181,14 +181,15 @@ def test_there_is_no_circle() -> None:
 
 
 def test_the_command_line_starts_without_heavy_libraries() -> None:
-    """These take seconds to import; a help text or a typing mistake needs none of them."""
+    """These take long to import; a help text, a typing mistake, settings or a status needs none."""
     program = (
         "import contextlib, sys\n"
         "import rl_lora.cli\n"
         "with contextlib.suppress(SystemExit):\n"
         "    rl_lora.cli.main(['train', '--help'])\n"
+        "import rl_lora.config, rl_lora.commands.status\n"
         "print(*(set(sys.modules) & {'torch', 'transformers', 'vllm', 'peft', 'datasets', 'sympy', "
-        "'matplotlib', 'reasoning_gym'}))"
+        "'mpmath', 'matplotlib', 'reasoning_gym'}))"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True

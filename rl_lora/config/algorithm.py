@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from rewards.load import import_function
 from rl_lora.advantages import ADVANTAGES, AdvantageFn
 from rl_lora.errors import UserError, nearest
 from rl_lora.losses import LOSSES, LossFn, LossInputs, needs_of
@@ -46,9 +45,9 @@ def load_algorithm(section: AlgorithmSection) -> tuple[LossFn, AdvantageFn]:
         UserError: as `check_algorithm`; or a user's function cannot be imported, raises, or does
             not return what such a function must.
     """
-    loss = _row("loss", section.loss, LOSSES) or _imported("loss", section.loss)
-    advantage = _row("advantage", section.advantage, ADVANTAGES) or _imported(
-        "advantage", section.advantage
+    loss = _row("loss", section.loss, LOSSES) or imported(section.loss, "algorithm.loss")
+    advantage = _row("advantage", section.advantage, ADVANTAGES) or imported(
+        section.advantage, "algorithm.advantage"
     )
     of_loss, of_advantage = _options(section, loss, advantage)
     loss, advantage = partial(loss, **of_loss), partial(advantage, **of_advantage)
@@ -76,9 +75,20 @@ def _row(
     return table.get(name)
 
 
-def _imported(kind: str, name: str) -> Callable[..., Any]:
+def imported(name: str, what: str) -> Callable[..., Any]:
+    """What "module:name" names, of the user's own or of this project.
+
+    Args:
+        name: "module:name".
+        what: the setting, for the messages.
+
+    Raises:
+        UserError: no such module, or no such name in it.
+    """
+    from rewards.load import import_function  # loads the verifier, which few settings need
+
     try:
-        return import_function(name, f"algorithm.{kind}")
+        return import_function(name, what)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -21,6 +21,7 @@ from rl_lora.evaluation.scores import (
     EvalResult,
     EvaluationScores,
     ProblemRecord,
+    SampleRecord,
     evaluation_scores,
     load_result,
     scores_by_source,
@@ -165,27 +166,27 @@ def _evaluate_missing(
 
 def problem_record(group: RolloutGroup, seconds: float = 0.0) -> ProblemRecord:
     """The record of one graded problem, exactly as it will read back from the file."""
-    row = {
-        "prompt_id": group.prompt.prompt_id,
-        "source": group.prompt.source,
-        "question": group.prompt.question,
-        "reference": group.prompt.reference,
-        "seconds": seconds,
-        "samples": [
-            {
-                "completion": rollout.completion.text,
-                "answer": rollout.score.answer,
-                "correct": rollout.score.correct,
-                "reward": rollout.score.reward,
-                "status": str(rollout.score.status),
-                "has_format": rollout.score.has_format,
-                "tokens": len(rollout.completion.token_ids),
-                "truncated": rollout.completion.is_truncated,
-            }
+    record = ProblemRecord(
+        prompt_id=group.prompt.prompt_id,
+        source=group.prompt.source,
+        question=group.prompt.question,
+        reference=group.prompt.reference,
+        samples_G=tuple(
+            SampleRecord(
+                completion=rollout.completion.text,
+                answer=rollout.score.answer,
+                correct=rollout.score.correct,
+                reward=rollout.score.reward,
+                status=str(rollout.score.status),
+                has_format=rollout.score.has_format,
+                num_tokens=len(rollout.completion.token_ids),
+                is_truncated=rollout.completion.is_truncated,
+            )
             for rollout in group.rollouts_G
-        ],
-    }
-    return ProblemRecord.from_row(jsonl.storable(row))
+        ),
+        seconds=seconds,
+    )
+    return ProblemRecord.from_row(jsonl.storable(record.to_row()))
 
 
 def remove_results_after(folder: Path, step: int) -> list[Path]:

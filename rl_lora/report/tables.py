@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -14,8 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rl_lora.evaluation.paired import PairedResult, PairedScores
-from rl_lora.evaluation.regrade import Regrade
 from rl_lora.evaluation.scores import EvalResult, EvaluationScores, OutcomeStats
+
+if TYPE_CHECKING:
+    from rl_lora.evaluation.regrade import Regrade
 
 _HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _CELL_CHARS = 40

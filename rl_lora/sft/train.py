@@ -14,22 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from rl_lora.adapters.files import save_adapter, version_in
 from rl_lora.batches import pack_samples
-from rl_lora.build import check_run_folder, make_learner, open_model
+from rl_lora.build import make_learner, open_folder, open_model
 from rl_lora.config.sft import SftConfig
 from rl_lora.models.device import check_trainable
 from rl_lora.models.resolve import check_rows
 from rl_lora.report.terminal import Display
 from rl_lora.runs.checkpoint import drop_after, load_checkpoint, save_checkpoint
 from rl_lora.runs.inputs import base_inputs, sequence_inputs
-from rl_lora.runs.lock import run_lock
 from rl_lora.runs.log import METRICS_FILE, RunLog
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, speed_metrics
 from rl_lora.runs.record import with_absolute_paths, write_record
-from rl_lora.runs.start import Start, find_start
+from rl_lora.runs.start import Start
 from rl_lora.sft.data import SftSets, load_sft, step_indices
 from rl_lora.sft.held_out_loss import HeldOutLoss, held_out_loss
 from rl_lora.storage import jsonl
-from rl_lora.storage.directories import atomic_directory, disk_errors
+from rl_lora.storage.directories import atomic_directory
 
 if TYPE_CHECKING:
     from rl_lora.learner import Learner
@@ -92,11 +91,7 @@ def fine_tune(
     check_trainable(config.model, config.lora)
     config = with_absolute_paths(config)
     folder = config.run.folder
-    with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
-        check_run_folder(folder)
-        if taken_over is not None:
-            display.note(taken_over)
-        start = find_start(config, resume=resume)
+    with open_folder(config, resume=resume, quiet=quiet) as (display, start):
         if start.log_step == config.run.num_steps == version_in(folder / "adapter"):
             outcome = _outcome(folder)
             display.note(f"{folder} is complete: {config.run.num_steps} steps done")

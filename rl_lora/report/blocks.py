@@ -144,16 +144,19 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 def layout(y_title: str, *, y_format: str = "", x_title: str = "training step") -> dict[str, Any]:
     """One panel over training steps (or another x)."""
-    return {
-        "xaxis": {"title": {"text": x_title}},
-        "yaxis": {"title": {"text": y_title}, "tickformat": y_format, "rangemode": "tozero"},
-    }
+    return {"xaxis": {"title": {"text": x_title}}, "yaxis": _axis(y_title, y_format)}
 
 
-def two_panels(upper: dict[str, Any], lower: dict[str, Any]) -> dict[str, Any]:
+def two_panels(
+    upper: str, lower: str, *, upper_format: str = "", lower_format: str = ""
+) -> dict[str, Any]:
     """Two stacked panels sharing the x axis; curves of the lower panel are on "y2"."""
     return {
         "xaxis": {"title": {"text": "training step"}, "anchor": "y2"},
-        "yaxis": {"domain": [0.42, 1.0], **upper},
-        "yaxis2": {"domain": [0.0, 0.33], "anchor": "x", **lower},
+        "yaxis": {"domain": [0.42, 1.0], **_axis(upper, upper_format)},
+        "yaxis2": {"domain": [0.0, 0.33], "anchor": "x", **_axis(lower, lower_format)},
     }
+
+
+def _axis(title: str, form: str) -> dict[str, Any]:
+    return {"title": {"text": title}, "tickformat": form, "rangemode": "tozero"}

@@ -7,19 +7,29 @@ from collections.abc import Sequence
 import numpy as np
 
 from rl_lora.evaluation.scores import EvaluationScores
-from rl_lora.report.blocks import DASHES, Figure, Trace, band, color, curve, layout, rounded
+from rl_lora.report.blocks import (
+    DASHES,
+    MAX_MARKERS,
+    Figure,
+    Trace,
+    band,
+    color,
+    curve,
+    layout,
+    rounded,
+    two_panels,
+)
 from rl_lora.report.records import Evaluation, RunRecord
+
+# Of the scores: the field, its format and its panel.
+_NUMBERS = {"accuracy": ("accuracy", ".1%", "y"), "tokens": ("tokens_mean", ".0f", "y2")}
 
 
 def evaluation_figures(runs: Sequence[RunRecord]) -> list[Figure | None]:
     """Each series of evaluations over the training steps, and its sources if it has several."""
     figures: list[Figure | None] = []
     for name in sorted({name for run in runs for name in run.series_names}):
-        figures.append(evaluation_figure(runs, name))
-        if len(runs) == 1:
-            figures.append(_by_source(runs[0], name))
-        else:
-            figures += _source_figures(runs, name)
+        figures += [evaluation_figure(runs, name), *_by_source(runs, name)]
     return figures
 
 
@@ -45,11 +55,11 @@ def evaluation_figure(runs: Sequence[RunRecord], name: str) -> Figure | None:
             data += _base_line(run, name)
     if not data:
         return None
-    results = [one.result for run in runs for one in run.evaluations_of(name)]
-    counts = sorted({result.total.num_problems for result in results})
-    sources = sorted({source for result in results for source in result.by_source})
+    evaluations = [one for run in runs for one in run.evaluations_of(name)]
+    counts = sorted({one.result.total.num_problems for one in evaluations})
+    sources = source_names(evaluations)
     of = f" of {', '.join(sources)}" if 0 < len(sources) <= 6 else ""
-    levels = sorted({result.confidence for result in results})
+    levels = sorted({one.result.confidence for one in evaluations})
     note = (
         f"{' or '.join(f'{count:,}' for count in counts)} problems{of}; "
         f"bands: {' and '.join(f'{level:.0%}' for level in levels)} intervals."
@@ -57,41 +67,51 @@ def evaluation_figure(runs: Sequence[RunRecord], name: str) -> Figure | None:
     return _figure(_id(name), evaluation_title(name), data, note, "share of completions")
 
 
-def _by_source(run: RunRecord, name: str) -> Figure | None:
-    evaluations = run.evaluations_of(name)
-    sources = _sources(evaluations)
-    if not 2 <= len(sources) <= 20:
-        return None
-    data = []
-    for index, source in enumerate(sources):
-        data += _traces(evaluations, source, source, color(index), DASHES[index % len(DASHES)])
-    title = f"{evaluation_title(name)} by source"
-    return _figure(f"{_id(name)}_by_source", title, data, _bands_note(evaluations))
+def _by_source(runs: Sequence[RunRecord], name: str) -> list[Figure]:
+    """The sources of a series: those of one run together, those of several runs in a figure each.
 
-
-def _source_figures(runs: Sequence[RunRecord], name: str) -> list[Figure]:
-    """Each source of an evaluation, several runs overlaid."""
+    A single source is the whole evaluation; the table has them all.
+    """
     evaluations = [one for run in runs for one in run.evaluations_of(name)]
-    sources = _sources(evaluations)
-    if not 2 <= len(sources) <= 6:  # one is the whole evaluation; the table has them all
+    sources, title = source_names(evaluations), evaluation_title(name)
+    if not 2 <= len(sources) <= (20 if len(runs) == 1 else 6):
         return []
+    note = _bands_note(evaluations)
+    if len(runs) == 1:
+        data = []
+        for index, source in enumerate(sources):
+            dash = DASHES[index % len(DASHES)]
+            data += _traces(evaluations, source, source, color(index), dash)
+        return [_figure(f"{_id(name)}_by_source", f"{title} by source", data, note)]
     figures = []
     for place, source in enumerate(sources):
         data = []
         for index, run in enumerate(runs):
             data += _traces(run.evaluations_of(name), source, run.label, color(index))
-        title = f"{evaluation_title(name)}: {source}"
         figure_id = f"{_id(name)}_source_{place}"
-        figures.append(_figure(figure_id, title, data, _bands_note(evaluations)))
+        figures.append(_figure(figure_id, f"{title}: {source}", data, note))
     return figures
+
+
+def panels_figure(run: RunRecord, source: str | None) -> Figure:
+    """Held-out accuracy over mean completion length; source None: of all problems.
+
+    Figure 7b of 'LoRA Without Regret'.
+    """
+    evaluations = run.evaluations_of("")
+    data = _traces(evaluations, source, "accuracy", "c0") + _base_line(run, "", source)
+    data += _traces(evaluations, source, "length (below)", "c1", number="tokens")
+    form = two_panels("accuracy", "mean length (tokens)", upper_format=".0%")
+    return Figure("panels", source or "all problems", data, form, _bands_note(evaluations))
+
+
+def source_names(evaluations: Sequence[Evaluation]) -> list[str]:
+    """The sources of the evaluations' problems, sorted."""
+    return sorted({source for one in evaluations for source in one.result.by_source})
 
 
 def _id(name: str) -> str:
     return f"evaluation_{name or 'held_out'}"
-
-
-def _sources(evaluations: Sequence[Evaluation]) -> list[str]:
-    return sorted({source for one in evaluations for source in one.result.by_source})
 
 
 def _bands_note(evaluations: Sequence[Evaluation]) -> str:
@@ -113,19 +133,35 @@ def _traces(
     name: str,
     shade: str,
     dash: str = "solid",
+    number: str = "accuracy",
 ) -> list[Trace]:
-    """Accuracy with its interval as band and bars, over training steps; source None: all."""
-    points = scores_by_step(evaluations, source)
+    """One number with its interval as band and bars, over training steps.
+
+    Args:
+        evaluations: those of a series.
+        source: of the problems; None: all.
+        name: of the curve.
+        shade: its colour.
+        dash: its line style.
+        number: accuracy, or tokens: the mean completion length, in the lower panel.
+    """
+    points = _scores_by_step(evaluations, source)
     if not points:
         return []
+    middle, form, axis = _NUMBERS[number]
     steps = [step for step, _ in points]
-    mid = [scores.accuracy for _, scores in points]
-    low = [scores.accuracy_low for _, scores in points]
-    high = [scores.accuracy_high for _, scores in points]
-    line = curve((steps, mid), name, shade, dash=dash, legendgroup=name)
-    line["customdata"] = [[f"{lo:.1%}", f"{hi:.1%}"] for lo, hi in zip(low, high, strict=True)]
-    line["hovertemplate"] = "%{y:.1%} (%{customdata[0]} to %{customdata[1]})"
-    if len(steps) <= 30:
+    mid, low, high = (
+        [getattr(scores, key) for _, scores in points]
+        for key in (middle, f"{number}_low", f"{number}_high")
+    )
+    line = curve((steps, mid), name, shade, dash=dash, form=form, legendgroup=name, yaxis=axis)
+    if None in (*low, *high):  # of an earlier version
+        return [line]
+    line["customdata"] = [
+        [f"{lo:{form}}", f"{hi:{form}}"] for lo, hi in zip(low, high, strict=True)
+    ]
+    line["hovertemplate"] += " (%{customdata[0]} to %{customdata[1]})"
+    if len(steps) <= MAX_MARKERS:
         line["error_y"] = {
             "type": "data",
             "symmetric": False,
@@ -136,10 +172,10 @@ def _traces(
             "thickness": 1,
             "width": 4,
         }
-    return [band(steps, low, high, shade, legendgroup=name), line]
+    return [band(steps, low, high, shade, legendgroup=name, yaxis=axis), line]
 
 
-def scores_by_step(
+def _scores_by_step(
     evaluations: Sequence[Evaluation], source: str | None
 ) -> list[tuple[float, EvaluationScores]]:
     """(step, scores) of the evaluations that have the source; None: all problems."""
@@ -153,7 +189,7 @@ def scores_by_step(
 
 def _extras(evaluations: Sequence[Evaluation]) -> list[Trace]:
     """The format, and with several samples per problem pass@k and maj@k."""
-    points = scores_by_step(evaluations, None)
+    points = _scores_by_step(evaluations, None)
     k = points[-1][1].num_samples
     shown = [
         ("in the requested format", "format_rate", "c2", "dot"),
@@ -173,12 +209,11 @@ def _extras(evaluations: Sequence[Evaluation]) -> list[Trace]:
     return data
 
 
-def _base_line(run: RunRecord, name: str) -> list[Trace]:
+def _base_line(run: RunRecord, name: str, source: str | None = None) -> list[Trace]:
     base = run.evaluation_named("base" if not name else f"base_{name}")
     if base is None:
         return []
+    scores = base.result.total if source is None else base.result.by_source[source]
     last = max([1, run.last_step, *(one.step or 0 for one in run.evaluations)])
-    ends = ([0, last], [base.result.accuracy] * 2)
-    line = curve(ends, "base model", "muted", dash="longdash", form=".1%")
-    line["mode"] = "lines"
-    return [line]
+    ends = ([0, last], [scores.accuracy] * 2)
+    return [curve(ends, "base model", "muted", dash="longdash", form=".1%", mode="lines")]

@@ -82,17 +82,10 @@ def length_figure(runs: Sequence[RunRecord]) -> Figure | None:
         Series("cot/tokens_wrong_mean", "wrong", "c1", "dot", form=".0f", unit=" tokens"),
         Series("cot/truncated_rate", "truncated (below)", "c3", axis="y2", form=".1%"),
     ]
-    upper = {"title": {"text": "mean length (tokens)"}, "rangemode": "tozero"}
-    lower = {"title": {"text": "truncated"}, "tickformat": ".0%", "rangemode": "tozero"}
-    figure = metric_figure(
-        "length", "Length of the chain of thought", runs, curves, two_panels(upper, lower)
-    )
+    form = two_panels("mean length (tokens)", "truncated", lower_format=".0%")
     caps = {cap for run in runs if (cap := run.setting("sampling", "max_tokens"))}
-    if figure is not None and len(caps) == 1:
-        cap = caps.pop()
-        note = f"Completions are truncated at {cap:,} tokens. {figure.note}"
-        figure = replace(figure, note=note)
-    return figure
+    note = f"Completions are truncated at {caps.pop():,} tokens." if len(caps) == 1 else ""
+    return metric_figure("length", "Length of the chain of thought", runs, curves, form, note)
 
 
 def _groups(runs: Sequence[RunRecord]) -> Figure | None:
@@ -184,9 +177,7 @@ def _optimizer(runs: Sequence[RunRecord]) -> Figure | None:
         Series("entropy/mean", "entropy", "c0", unit=" nats"),
         Series("grad/norm", "gradient norm (below)", "c1", axis="y2"),
     ]
-    upper = {"title": {"text": "entropy (nats)"}, "rangemode": "tozero"}
-    lower = {"title": {"text": "gradient norm"}, "rangemode": "tozero"}
-    form = two_panels(upper, lower)
+    form = two_panels("entropy (nats)", "gradient norm")
     return metric_figure("entropy", "Entropy and gradient norm", runs, curves, form)
 
 

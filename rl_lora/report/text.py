@@ -12,14 +12,13 @@ from itertools import groupby
 from typing import Any
 
 from rl_lora.report.maths import find_formulas, to_tree
+from rl_lora.report.tables import HIDDEN_CATEGORIES
 from rl_lora.report.transcripts import CutText
 
 Segment = str | dict[str, Any]
 
 MAX_FORMULAS = 6000  # distinct ones converted per report; the others are shown as text
 
-# Controls, direction overrides and other formats, surrogates, private use, line separators.
-_HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 _SUSPECT = re.compile(r"[^ -~\n\t]+")
 
 
@@ -86,6 +85,6 @@ def visible(text: str) -> list[Segment]:
 
 def _escape(character: str) -> str:
     """The escape of a hidden character; empty for a visible one."""
-    if unicodedata.category(character) not in _HIDDEN_CATEGORIES:
+    if unicodedata.category(character) not in HIDDEN_CATEGORIES:
         return ""
     return f"U+{ord(character):04X}"

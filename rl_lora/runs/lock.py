@@ -30,6 +30,7 @@ from typing import Any
 import psutil
 
 from rl_lora.errors import UserError
+from rl_lora.storage.directories import writing_to
 
 LOCK_FILE = ".lock"
 _IS_TAKEN = (errno.EACCES, errno.EAGAIN)
@@ -114,14 +115,9 @@ def _acquire(folder: Path, path: Path, what: str) -> tuple[int, Owner | None]:
     """(descriptor of the locked file, the killed process that held it before)."""
     deadline = time.monotonic() + _PATIENCE_S
     while True:
-        try:
+        with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(
-                f"run folder {folder} cannot be written ({error.strerror}); set run.output_dir to "
-                "one that can"
-            ) from error
         is_held = False
         try:
             is_free = _try_lock(descriptor)

@@ -34,13 +34,15 @@ def add_job_arguments(parser: argparse.ArgumentParser, *, example: str, plan: st
     parser.add_argument("--quiet", action="store_true", help="print only warnings and the summary")
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
+def add_overrides(
+    parser: argparse.ArgumentParser, example: str = "lora.rank=8 data=my.jsonl"
+) -> None:
     """`section.key=value ...`, which take precedence over the config file."""
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="settings that take precedence over the file's, e.g. lora.rank=8 data=my.jsonl",
+        help=f"settings that take precedence over the file's, e.g. {example}",
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rl_lora.evaluation.best import BestCheckpoint, best_evaluation
@@ -99,10 +100,13 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: a folder is not a run's, or a record is damaged.
     """
-    statuses = [read_status(folder) for folder in arguments.runs]
-    blocks = ["\n".join(status_lines(status, _sparks())) for status in statuses]
+    text = "\n\n".join("\n".join(status_lines(read_status(one))) for one in arguments.runs)
     encoding = sys.stdout.encoding or "utf-8"
-    print("\n\n".join(blocks).encode(encoding, "backslashreplace").decode(encoding))
+    try:
+        _SPARKS.encode(encoding)
+    except UnicodeEncodeError:  # an ASCII terminal
+        text = text.translate(str.maketrans(_SPARKS, _ASCII_SPARKS))
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
     return 0
 
 
@@ -129,7 +133,7 @@ def read_status(folder: Path, now: float | None = None) -> Status:
     recent = series(run.steps[-_RECENT_STEPS:], "time/step_s")[1]
     eta_s = None
     if state == "running" and recent and num_steps is not None and step < num_steps:
-        eta_s = (num_steps - step) * sum(recent) / len(recent)
+        eta_s = (num_steps - step) * fmean(recent)
     return Status(
         run=run,
         state=state,
@@ -142,7 +146,7 @@ def read_status(folder: Path, now: float | None = None) -> Status:
     )
 
 
-def status_lines(status: Status, sparks: str = _SPARKS) -> list[str]:
+def status_lines(status: Status) -> list[str]:
     """The lines of one run, none longer than 80 characters."""
     run = status.run
     of = "" if status.num_steps is None else f" of {status.num_steps}"
@@ -162,7 +166,7 @@ def status_lines(status: Status, sparks: str = _SPARKS) -> list[str]:
         if parts:
             body.append("  ".join(parts))
     body += _evaluation_lines(status)
-    body += _curve_lines(run, sparks)
+    body += _curve_lines(run)
     body += [printable(note) for note in run.notes]
     name = printable(str(run.folder))
     room = WIDTH - len(head)
@@ -170,21 +174,26 @@ def status_lines(status: Status, sparks: str = _SPARKS) -> list[str]:
     return [name + head, *(part for line in body for part in _wrapped(line))]
 
 
-def sparkline(values: Sequence[float | None], width: int, sparks: str = _SPARKS) -> str:
+def sparkline(values: Sequence[float | None], width: int) -> str:
     """The curve in one line of up to `width` characters, from its lowest to its highest value.
 
     If there are more values than characters, equal parts are averaged; a part without a number is
     blank.
     """
-    parts = _parts(values, width)
-    numbers = [part for part in parts if part is not None]
+    num = min(width, len(values))
+    edges = [len(values) * index // max(1, num) for index in range(num + 1)]
+    parts = [[v for v in values[first:end] if v is not None] for first, end in pairwise(edges)]
+    means = [fmean(part) if part else None for part in parts]
+    numbers = [mean for mean in means if mean is not None]
     if not numbers:
         return ""
-    low, span = min(numbers), max(numbers) - min(numbers)
-    top = len(sparks) - 1
+    low, high = min(numbers), max(numbers)
+    top = len(_SPARKS) - 1
     return "".join(
-        " " if part is None else sparks[round(top * (part - low) / span) if span else top // 2]
-        for part in parts
+        " "
+        if mean is None
+        else _SPARKS[round(top * (mean - low) / (high - low)) if high > low else top // 2]
+        for mean in means
     )
 
 
@@ -260,7 +269,7 @@ def _pending_evaluation(folder: Path) -> str:
     return f"evaluation {name}: {len(problems)}{of} problems so far"
 
 
-def _curve_lines(run: RunRecord, sparks: str) -> list[str]:
+def _curve_lines(run: RunRecord) -> list[str]:
     """Sparklines, each with its lowest and highest value."""
     records = run.steps or run.warm_start
     curves = [(label, [number(r.get(key)) for r in records], form) for key, label, form in _CURVES]
@@ -271,20 +280,8 @@ def _curve_lines(run: RunRecord, sparks: str) -> list[str]:
         numbers = [value for value in values if value is not None]
         if len(numbers) > 1:
             low, high = form.format(min(numbers)), form.format(max(numbers))
-            curve = sparkline(values, _SPARK_WIDTH, sparks)
-            lines.append(f"{label:8s} {curve}  {low} to {high}")
+            lines.append(f"{label:8s} {sparkline(values, _SPARK_WIDTH)}  {low} to {high}")
     return lines
-
-
-def _parts(values: Sequence[float | None], width: int) -> list[float | None]:
-    if len(values) <= width:
-        return list(values)
-    edges = [len(values) * index // width for index in range(width + 1)]
-    parts: list[float | None] = []
-    for first, end in pairwise(edges):
-        numbers = [value for value in values[first:end] if value is not None]
-        parts.append(sum(numbers) / len(numbers) if numbers else None)
-    return parts
 
 
 def _last(records: Sequence[Record], key: str) -> float | None:
@@ -300,12 +297,3 @@ def _ago(seconds: float) -> str:
 def _wrapped(line: str) -> list[str]:
     lines = textwrap.wrap(line, WIDTH - 4, drop_whitespace=False, replace_whitespace=False)
     return [f"  {lines[0]}", *(f"    {more.strip()}" for more in lines[1:])]
-
-
-def _sparks() -> str:
-    """The characters that the terminal's encoding has."""
-    try:
-        _SPARKS.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return _ASCII_SPARKS
-    return _SPARKS

@@ -100,8 +100,8 @@ def panels_figure(run: RunRecord, source: str | None) -> Figure:
     """
     evaluations = run.evaluations_of("")
     data = _traces(evaluations, source, "accuracy", "c0") + _base_line(run, "", source)
-    data += _traces(evaluations, source, "length (below)", "c1", number="tokens")
-    form = two_panels("accuracy", "mean length (tokens)", upper_format=".0%")
+    data += _traces(evaluations, source, "mean length (below)", "c1", number="tokens")
+    form = two_panels("accuracy", "length (tokens)", upper_format=".0%")
     return Figure("panels", source or "all problems", data, form, _bands_note(evaluations))
 
 

@@ -71,7 +71,7 @@ def best_results(rows: Sequence[Row]) -> dict[Condition, tuple[float, list[float
     seed; in `order`."""
     found = {}
     for condition, by_rate in _in_order(rows):
-        best = sweep(by_rate, GOALS[rows[0]["arm"]], tolerance=0.0, num_resamples=1)
+        best = sweep(by_rate, GOALS[rows[0]["arm"]])
         if best is not None:
             found[condition] = best.best_rate, [*by_rate[best.best_rate].values()]
     return found

@@ -141,19 +141,18 @@ def num_slots(study: StudyConfig, peak_mb: float | None = None) -> tuple[int, bo
 
 
 def run_queue(
+    study: StudyConfig,
     cells: Sequence[Cell],
     folder: Path,
-    *,
-    slots: int,
-    has_gpus: bool,
-    num_threads: int,
     on_end: Callable[[Cell, float, dict[str, str]], None],
+    peak_mb: float | None = None,
 ) -> None:
-    """Runs the cells in processes, `slots` at once.
+    """Runs cells of a study in processes, as many at once as `num_slots` says.
 
     Calls on_end(cell, seconds, outcome) as each ends; an outcome is {"error": ..., "failure": "" |
     "nan" | "crashed"}.
     """
+    slots, has_gpus = num_slots(study, peak_mb)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rl_lora.train", "rl_lora.sft.train"])
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -169,7 +168,7 @@ def run_queue(
             while pending and free:
                 cell, slot = pending.popleft(), free.popleft()
                 variables = {
-                    "OMP_NUM_THREADS": str(num_threads),
+                    "OMP_NUM_THREADS": str(study.study.num_threads),
                     "CUDA_VISIBLE_DEVICES": _gpu(slot) if has_gpus else "",
                 }
                 running.append(_Running(cell, _start(context, cell, folder, variables), slot))
@@ -242,7 +241,7 @@ def refined_cells(study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Any]
     table = results_by_rate([row for row in rows if row["cell"] in keys])
     further: dict[str, Cell] = {}
     for condition, by_rate in table.items():
-        result = sweep(by_rate, GOALS[study.study.arm], tolerance=0.0, num_resamples=1)
+        result = sweep(by_rate, GOALS[study.study.arm])
         if result is None:
             continue
         some = {c.config.run.seed: c for c in cells if c.condition == condition}
@@ -290,7 +289,6 @@ def run_study(
             # Dropped from the table too, so that a retried cell that is killed can resume.
             rows = [row for row in rows if row["status"] != "crashed"]
             write_table(study.folder, rows)
-        slots, has_gpus = num_slots(study, peak_mb)
         for _ in range(1 + study.study.refine_rounds):
             cells = all_cells(study, rows)
             left = pending_cells(cells, {row["cell"] for row in rows})
@@ -298,18 +296,14 @@ def run_study(
             def on_end(
                 cell: Cell, seconds: float, outcome: dict[str, str], total: int = len(cells)
             ) -> None:
-                row = _finish(study, cell, seconds, outcome)
+                run_folder, num = study.folder / "cells" / cell.key, study.study.final_steps
+                row = make_row(cell, run_folder, num, seconds, **outcome)
+                append_row(study.folder, row)
+                _drop_heavy(run_folder)
                 rows.append(row)
                 on_row(row, len(rows), total)
 
-            run_queue(
-                left,
-                study.folder / "cells",
-                slots=slots,
-                has_gpus=has_gpus,
-                num_threads=study.study.num_threads,
-                on_end=on_end,
-            )
+            run_queue(study, left, study.folder / "cells", on_end, peak_mb)
     return rows
 
 
@@ -318,20 +312,8 @@ def finished_rows(study: StudyConfig) -> list[dict[str, Any]]:
     return read_table(study.folder) if (study.folder / TABLE_FILE).is_file() else []
 
 
-def _finish(
-    study: StudyConfig, cell: Cell, seconds: float, outcome: dict[str, str]
-) -> dict[str, Any]:
-    """Adds the cell's row to the table, then deletes the large parts of its run folder."""
-    run_folder = study.folder / "cells" / cell.key
-    row = make_row(
-        cell, run_folder, study.study.final_steps, seconds, outcome["error"], outcome["failure"]
-    )
-    append_row(study.folder, row)
-    _drop_heavy(run_folder)
-    return row
-
-
 def _drop_heavy(run_folder: Path) -> None:
+    """Deletes the large parts of a finished cell's run folder."""
     for name in _HEAVY:
         shutil.rmtree(run_folder / name, ignore_errors=True)
 

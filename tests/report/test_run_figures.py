@@ -183,7 +183,7 @@ def test_evaluation_score_and_length_by_step_for_each_set(tmp_path: Path) -> Non
     assert (score_a.get_title(), score_b.get_title()) == ("a", "b")
     assert points(score_a, "accuracy") == [(0, 0.4), (10, 0.8)]
     assert points(score_b, "accuracy") == [(0, 0.2), (10, 0.8)]
-    assert points(length_a, "length (below)") == [(0, 2), (10, 2)]  # one character and an end
+    assert points(length_a, "mean length (below)") == [(0, 2), (10, 2)]  # one character and an end
     (band,) = score_a.patches
     assert isinstance(band, Polygon)
     corners = band.get_xy().round(5).tolist()

@@ -23,9 +23,8 @@ import platform
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -123,7 +122,8 @@ def _acquire(folder: Path, path: Path, what: str) -> tuple[int, Owner | None]:
             is_free = _try_lock(descriptor)
             before = _read(descriptor)
             if is_free and _is_same_file(descriptor, path):
-                _write(descriptor)
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(asdict(_this_process())).encode(), 0)
                 is_held = True
                 return descriptor, before
         finally:
@@ -159,17 +159,9 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 def _read(descriptor: int) -> Owner | None:
     """Who wrote the file last; None if nobody did, or a writer was killed halfway."""
     try:
-        found: dict[str, Any] = json.loads(os.pread(descriptor, 4096, 0))
-        return Owner(int(found["pid"]), str(found["host"]), float(found["started"]))
-    except (ValueError, KeyError, TypeError):
+        return Owner(**json.loads(os.pread(descriptor, 4096, 0)))
+    except (ValueError, TypeError):
         return None
-
-
-def _write(descriptor: int) -> None:
-    owner = _this_process()
-    text = json.dumps({"pid": owner.pid, "host": owner.host, "started": owner.started})
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode(), 0)
 
 
 def _this_process() -> Owner:

@@ -22,7 +22,6 @@ from typing import Any
 from rl_lora.evaluation.best import BestCheckpoint, best_evaluation
 from rl_lora.evaluation.files import SUFFIX, read_evaluation
 from rl_lora.report.records import (
-    RECORD_FILE,
     WARM_START_FILE,
     Record,
     RunRecord,
@@ -32,7 +31,7 @@ from rl_lora.report.records import (
 )
 from rl_lora.report.tables import accuracy_name, accuracy_text, printable, seconds_text, share_text
 from rl_lora.runs.lock import is_alive
-from rl_lora.runs.log import METRICS_FILE
+from rl_lora.runs.log import METRICS_FILE, RECORD_FILE
 
 WIDTH = 80  # columns that every line fits into
 _SPARK_WIDTH = 40

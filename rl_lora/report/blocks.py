@@ -144,7 +144,8 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 def layout(y_title: str, *, y_format: str = "", x_title: str = "training step") -> dict[str, Any]:
     """One panel over training steps (or another x)."""
-    return {"xaxis": {"title": {"text": x_title}}, "yaxis": _axis(y_title, y_format)}
+    x_axis, y_axis = {"title": {"text": x_title}}, _axis(y_title, y_format)
+    return {"xaxis": x_axis, "yaxis": y_axis, "barmode": "stack"}
 
 
 def two_panels(

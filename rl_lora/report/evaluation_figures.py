@@ -204,7 +204,7 @@ def _extras(evaluations: Sequence[Evaluation]) -> list[Trace]:
     for name, key, shade, dash in shown:
         pairs = [(step, value) for step, s in points if (value := getattr(s, key)) is not None]
         if pairs:
-            steps, values = [step for step, _ in pairs], [value for _, value in pairs]
+            steps, values = zip(*pairs, strict=True)
             data.append(curve((steps, values), name, shade, dash=dash, form=".1%"))
     return data
 

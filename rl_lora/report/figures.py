@@ -19,7 +19,7 @@ from rl_lora.report.blocks import (
 )
 from rl_lora.report.curves import Series, metric_figure, stacked
 from rl_lora.report.evaluation_figures import evaluation_figures
-from rl_lora.report.records import Record, RunRecord, series, thinned
+from rl_lora.report.records import Record, RunRecord, number, series, thinned
 
 _PHASES = ("sample", "learn", "eval", "publish", "score", "warm_start")
 _PHASE_COLORS = dict(zip(_PHASES, ("c0", "c1", "c2", "c3", "c4", "c5"), strict=True))
@@ -104,7 +104,7 @@ def _groups(runs: Sequence[RunRecord]) -> Figure | None:
     if not data or not steps:
         return None
     data.append(curve((steps, tied), "tied: no gradient", "ink", dash="dot", form=".0%"))
-    form = layout(y_title, y_format=".0%") | {"barmode": "stack"}
+    form = layout(y_title, y_format=".0%")
     form["yaxis"]["range"] = [0, 1.02]
     return Figure("groups", title, data, form, note)
 
@@ -113,21 +113,16 @@ def _statuses(runs: Sequence[RunRecord]) -> Figure | None:
     """The verifier's statuses other than ok; for one run."""
     if len(runs) > 1:
         return None
-    records, _ = thinned(runs[0].steps)
-    keys = sorted({key for r in records for key in r if key.startswith("score/")})
-    keys = [key for key in keys if key != "score/ok"]
+    records = [record for record in thinned(runs[0].steps)[0] if record.get("rollouts/num")]
+    keys = sorted({k for r in records for k in r if k.startswith("score/")} - {"score/ok"})
     shares = {
         key.removeprefix("score/").replace("_", " "): (key, color(i)) for i, key in enumerate(keys)
     }
-    scaled = [
-        {**r, **{key: r[key] / r["rollouts/num"] for key in keys if key in r}}
-        for r in records
-        if r.get("rollouts/num")
-    ]
+    scaled = [{**r, **{k: r[k] / r["rollouts/num"] for k in keys if k in r}} for r in records]
     data = stacked(scaled, shares, ".1%")
     if not data:
         return None
-    form = layout("share of the step's completions", y_format=".1~%") | {"barmode": "stack"}
+    form = layout("share of the step's completions", y_format=".1~%")
     note = "Completions that the verifier could not grade normally; all others are 'ok'."
     return Figure("statuses", "Verifier statuses other than ok", data, form, note)
 
@@ -189,22 +184,18 @@ def _speed(runs: Sequence[RunRecord]) -> Figure | None:
     return metric_figure("speed", "Throughput", runs, curves, layout("tokens per second"))
 
 
-def _phases(runs: Sequence[RunRecord]) -> Figure | None:
-    return _phases_by_run(runs) if len(runs) > 1 else _phases_by_step(runs[0])
-
-
 def _phase_records(run: RunRecord) -> list[dict[str, float]]:
     """Each step's seconds by phase; `other` is the time between phases."""
     found = []
     for record in run.steps:
-        seconds = {
-            key[len("time/") : -len("_s")]: record[key]
+        times = {
+            key.removeprefix("time/").removesuffix("_s"): value
             for key in record
-            if key.startswith("time/") and key != "time/step_s" and series([record], key)[0]
+            if key.startswith("time/") and (value := number(record[key])) is not None
         }
-        if series([record], "time/step_s")[0]:
-            seconds["other"] = max(0.0, record["time/step_s"] - sum(seconds.values()))
-        found.append({"step": record["step"], **seconds})
+        if (whole := times.pop("step", None)) is not None:
+            times["other"] = max(0.0, whole - sum(times.values()))
+        found.append({"step": record["step"], **times})
     return found
 
 
@@ -213,15 +204,16 @@ def _phase_names(records: Sequence[Record]) -> list[str]:
     return sorted(names, key=lambda name: (name == "other", (*_PHASES, name).index(name), name))
 
 
-def _phases_by_step(run: RunRecord) -> Figure | None:
-    records = _phase_records(run)
+def _phases(runs: Sequence[RunRecord]) -> Figure | None:
+    if len(runs) > 1:
+        return _phases_by_run(runs)
+    records = _phase_records(runs[0])
     shares = {
         name.replace("_", " "): (name, _PHASE_COLORS.get(name, "c6"))
         for name in _phase_names(records)
     }
     data = stacked(thinned(records)[0], shares, ".1f", " s")
-    form = layout("seconds") | {"barmode": "stack"}
-    return Figure("time", "Seconds by phase", data, form) if data else None
+    return Figure("time", "Seconds by phase", data, layout("seconds")) if data else None
 
 
 def _phases_by_run(runs: Sequence[RunRecord]) -> Figure | None:
@@ -245,10 +237,7 @@ def _phases_by_run(runs: Sequence[RunRecord]) -> Figure | None:
         }
         for name in names
     ]
-    form = layout("", x_title="mean seconds per step") | {
-        "barmode": "stack",
-        "hovermode": "closest",
-    }
+    form = layout("", x_title="mean seconds per step") | {"hovermode": "closest"}
     form["yaxis"] = {"automargin": True, "autorange": "reversed"}
     return Figure("time", "Seconds by phase", data, form)
 

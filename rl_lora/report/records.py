@@ -5,20 +5,19 @@ A run at step 0, one killed in the middle of a line, and one still being written
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rl_lora.errors import UserError
 from rl_lora.evaluation.scores import EvalResult, load_result
-from rl_lora.runs.log import METRICS_FILE
+from rl_lora.runs.log import METRICS_FILE, RECORD_FILE
 from rl_lora.storage import jsonl
 
-RECORD_FILE = "run.json"
 WARM_START_FILE = "warm_start.jsonl"
 MAX_POINTS = 1000  # of a curve: more steps than that are averaged in groups of neighbours
 
@@ -121,7 +120,11 @@ def read_run(folder: Path, label: str | None = None, *, is_strict: bool = True) 
             f"{folder} is not a run folder: it has neither {RECORD_FILE} nor {METRICS_FILE}"
         )
     problems: list[UserError] = []
-    facts = _read_facts(record_path, problems)
+    facts: dict[str, Any] = {}
+    try:
+        facts = jsonl.read_json(record_path) if record_path.is_file() else {}
+    except UserError as error:
+        problems.append(error)
     evaluations = _read_evaluations(folder / "eval", problems)
     if is_strict and problems:
         raise problems[0]
@@ -165,26 +168,7 @@ def thinned(records: Sequence[Record], max_points: int = MAX_POINTS) -> tuple[li
 
 def _mean(records: Sequence[Record]) -> Record:
     keys = dict.fromkeys(key for record in records for key in record)
-    means = {}
-    for key in keys:
-        values = [value for r in records if (value := number(r.get(key))) is not None]
-        if values:
-            means[key] = sum(values) / len(values)
-    return means
-
-
-def _read_facts(path: Path, problems: list[UserError]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        problems.append(UserError(f"{path} is damaged ({error})"))
-        return {}
-    if not isinstance(facts, dict):
-        problems.append(UserError(f"{path} is damaged: it is not a JSON object"))
-        return {}
-    return facts
+    return {key: fmean(values) for key in keys if (values := series(records, key)[1])}
 
 
 def _read_steps(path: Path) -> list[Record]:

@@ -22,6 +22,7 @@ from rl_lora.storage.directories import writing_to
 if TYPE_CHECKING:  # a reader of the files needs no torch
     from rl_lora.types import Rollout, RolloutGroup
 
+RECORD_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 TRANSCRIPTS_FILE = "transcripts.jsonl"
 # What sends a step's numbers to TensorBoard, Weights & Biases or trackio, and what closes it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rl_lora.config import RunConfig, SomeSection
 from rl_lora.errors import UserError
 from rl_lora.runs.inputs import absolute_model, absolute_source
+from rl_lora.runs.log import RECORD_FILE
 from rl_lora.runs.machine import environment
 from rl_lora.storage import jsonl
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from rl_lora.config.sft import SftConfig
     from rl_lora.policy import Policy
 
-RECORD_FILE = "run.json"
 FORMAT = 2  # of the files in a run folder
 
 # What may differ when a run is resumed: it changes how long it is and what is written, not the
@@ -76,11 +75,8 @@ def read_record(
     path = folder / RECORD_FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no {RECORD_FILE}")
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = record.get("format", 1)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
+    record = jsonl.read_json(path)
+    found = record.get("format", 1)
     if found == 1:
         raise UserError(
             f"{folder} was made by an earlier version: its metrics rollouts/age_* are called "

@@ -96,13 +96,8 @@ def loop(parts: Parts, state: State) -> None:
 def learn(
     job: RunContext, learner: Learner, groups_N: list[RolloutGroup], version: int
 ) -> dict[str, float]:
-    """Advantages, microbatches and the optimizer step; checks that the sampler was right.
-
-    Args:
-        job: the run's policy and settings.
-        learner: of that policy.
-        groups_N: the step's rollouts.
-        version: of the policy that learns from them.
+    """Advantages, microbatches and the optimizer step of policy version `version`; checks that the
+    sampler was right.
 
     Raises:
         StaleAdapterError: the rollouts are not from the version that they should be from.

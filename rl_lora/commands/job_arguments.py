@@ -10,13 +10,7 @@ RERUN_HINT = "; run the same command again to continue where it stopped"
 
 
 def add_job_arguments(parser: argparse.ArgumentParser, *, example: str, plan: str) -> None:
-    """The arguments of a training job.
-
-    Args:
-        parser: the command's.
-        example: a shipped config to name in the help.
-        plan: what --dry-run prints.
-    """
+    """The arguments of a training job; its help names a config and what --dry-run prints."""
     parser.add_argument(
         "config",
         type=Path,

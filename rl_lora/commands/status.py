@@ -110,11 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_status(folder: Path, now: float | None = None) -> Status:
-    """Reads a run folder, of RL or of supervised training.
-
-    Args:
-        folder: the run's.
-        now: seconds since 1970; None: the clock's.
+    """Reads a run folder, of RL or of supervised training, at `now` (seconds since 1970).
 
     Raises:
         UserError: as `read_run`.

@@ -135,15 +135,9 @@ def _traces(
     dash: str = "solid",
     number: str = "accuracy",
 ) -> list[Trace]:
-    """One number with its interval as band and bars, over training steps.
+    """One number with its interval as band and bars, over training steps; source None: of all.
 
-    Args:
-        evaluations: those of a series.
-        source: of the problems; None: all.
-        name: of the curve.
-        shade: its colour.
-        dash: its line style.
-        number: accuracy, or tokens: the mean completion length, in the lower panel.
+    It is the accuracy, or "tokens": the mean completion length, in the lower panel.
     """
     points = _scores_by_step(evaluations, source)
     if not points:

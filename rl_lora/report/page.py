@@ -45,13 +45,7 @@ class Page:
 
 
 def to_html(page: Page, data: bytes, *, live_version: str = "") -> str:
-    """The whole file.
-
-    Args:
-        page: what to show.
-        data: its JSON.
-        live_version: not empty: the page also polls its server for newer data.
-    """
+    """The whole file; with a live_version the page also polls its server for newer `data`."""
     script = _asset("page.js") + _asset("transcripts.js") + _asset("start.js")
     plotly = get_plotlyjs()
     nothing, own = "'none'", "'self'"

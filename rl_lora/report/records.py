@@ -101,12 +101,9 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_run(folder: Path, label: str | None = None, *, is_strict: bool = True) -> RunRecord:
-    """One run.
+    """One run; label None: the folder's name.
 
-    Args:
-        folder: the run's.
-        label: its name; None: the folder's.
-        is_strict: raise for a damaged run.json or evaluation; otherwise leave it out with a note.
+    If not is_strict, a damaged run.json or evaluation is left out with a note.
 
     Raises:
         UserError: the folder is not a run's, or has a damaged record. A half-written last line is

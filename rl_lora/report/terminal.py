@@ -207,13 +207,8 @@ class Display:
         comparisons: Mapping[str, PairedScores],
         seconds_by_phase: Mapping[str, float],
     ) -> None:
-        """Prints the closing tables, quiet or not.
-
-        Args:
-            evaluations: by policy: the base model, before and after RL.
-            comparisons: paired differences by name, e.g. `before to after`.
-            seconds_by_phase: phase -> seconds over the whole run.
-        """
+        """Prints the closing tables, quiet or not: evaluations by policy, paired differences by
+        name (`before to after`), and the seconds of the whole run."""
         self.evaluations(evaluations)
         for name, scores in comparisons.items():
             self._print(f"{name}: {paired_line(scores)}")

@@ -47,13 +47,8 @@ _NAME = re.compile(r"step_(\d{6,})")
 def save_checkpoint(
     step: int, learner: Learner, config: RunConfig | SftConfig, **more: Any
 ) -> Path:
-    """Writes policy, optimizer and `more`, then deletes all but the newest run.keep_last.
-
-    Args:
-        step: steps done.
-        learner: its policy and optimizer are saved.
-        config: the job, which is saved too; its run section says where to.
-        more: further state, as JSON takes it.
+    """Writes policy, optimizer, config and `more` (JSON), then deletes all but the newest
+    run.keep_last.
 
     Raises:
         UserError: the disk is full or cannot be written.

@@ -78,13 +78,8 @@ def check_base(old: Mapping[str, Any], new: Mapping[str, Any], run: Path) -> Non
     The fingerprint of the same weights depends on the dtype: if the dtypes differ, only the
     configurations are compared.
 
-    Args:
-        old: from the run's record.
-        new: as it is now.
-        run: the run's folder, for the message.
-
     Raises:
-        ChangedInputsError: weights or configuration differ.
+        ChangedInputsError: weights or configuration differ; it names the run's folder.
     """
     what = ""
     if old["config"] != new["config"]:

@@ -76,12 +76,7 @@ def is_alive(pid: int, started: float) -> bool:
 
 @contextlib.contextmanager
 def run_lock(folder: Path, file: str = LOCK_FILE, what: str = "") -> Iterator[str | None]:
-    """Holds a folder's lock; makes the folder if needed.
-
-    Args:
-        folder: a run's or a study's.
-        file: name of the lock file in it.
-        what: what is locked, for the message; "" for the folder.
+    """Holds the lock of a folder, which is made if needed; `what` names it in messages.
 
     Yields:
         a note on the killed process that held the lock before; None if there is none.

@@ -33,7 +33,7 @@ class RunLog:
     """Writes a run's records; a context manager.
 
     Args:
-        run_folder: the run's folder, made if needed.
+        run_folder: made if needed.
         loggers: "tensorboard", "wandb", "trackio".
         transcripts_per_step: rollouts kept per step; 0: no transcripts.
         resume_step: the checkpoint's step: lines of later steps are cut; -1 cuts all. None: a new

@@ -40,13 +40,8 @@ _FREE_KEYS = {
 
 
 def write_record(config: RunConfig | SftConfig, policy: Policy, inputs: dict[str, Any]) -> None:
-    """Writes settings, versions and inputs, and which process writes to the folder.
-
-    Args:
-        config: the job.
-        policy: its policy.
-        inputs: {"base": ..., "data": {"train": ..., "eval": ...}} as in `rl_lora.runs.inputs`.
-    """
+    """Writes settings, versions, which process writes to the folder, and `inputs`: {"base": ...,
+    "data": {"train": ..., "eval": ...}} as in `rl_lora.runs.inputs`."""
     record = {
         "format": FORMAT,
         "config": config.model_dump(mode="json"),
@@ -63,11 +58,7 @@ def write_record(config: RunConfig | SftConfig, policy: Policy, inputs: dict[str
 def read_record(
     folder: Path, fix: str = "start again under another run.name, or delete it"
 ) -> dict[str, Any]:
-    """The run's record.
-
-    Args:
-        folder: the run's.
-        fix: what to do with a run of another version, for the message.
+    """The run's record; `fix` says what to do with one of another version.
 
     Raises:
         UserError: the folder has no record, a damaged one, or one of another format.
@@ -97,13 +88,7 @@ def check_same_job(
     """Raises UserError naming the first setting in which a checkpoint's job differs.
 
     A key that the checkpoint lacks counts as its default; a file or folder may be named by another
-    path; model.dtype="auto" counts as the dtype it was resolved to.
-
-    Args:
-        old: settings of the checkpoint's job.
-        config: the job to be resumed.
-        path: the checkpoint's, for the message.
-        dtype: what the checkpoint's job computes in, e.g. "float32".
+    path; model.dtype="auto" counts as `dtype`, what the checkpoint's job computes in.
     """
     new, default = config.model_dump(mode="json"), type(config)().model_dump(mode="json")
     for section, values in new.items():

@@ -19,11 +19,8 @@ _FULL_OR_GONE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
 def atomic_directory(final: Path, *, is_durable: bool = False) -> Iterator[Path]:
     """A scratch directory next to `final` that takes its place at the end.
 
-    If anything fails, `final` stays as it was and the scratch directory is deleted.
-
-    Args:
-        final: the directory to make or to replace.
-        is_durable: force its files to disk first, so that it survives a power failure as well.
+    If anything fails, `final` stays as it was and the scratch directory is deleted. Durable: its
+    files are forced to disk first, so that it survives a power failure as well.
     """
     recover_directory(final)
     scratch = final.with_name(f".{final.name}.{os.getpid()}")

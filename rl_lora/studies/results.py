@@ -38,11 +38,11 @@ _CURVES = {
 def make_row(
     cell: Cell, run_folder: Path, final_steps: int, seconds: float, error: str, failure: str
 ) -> dict[str, Any]:
-    """The row of a cell that has ended.
+    """The row of a cell that has ended, its run folder in whatever state.
 
     Args:
         cell: the cell.
-        run_folder: its run folder, in whatever state.
+        run_folder: its own.
         final_steps: number of last steps whose mean reward is the result (rl).
         seconds: duration of its process, since its last start.
         error: what stopped it; "" if it ran to its end.

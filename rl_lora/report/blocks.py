@@ -126,6 +126,15 @@ def band(
     }
 
 
+def bar(
+    x: Sequence[Any], y: Sequence[Any], name: str, color: str, hover: str, **more: Any
+) -> Trace:
+    """One level of stacked bars."""
+    marker = {"color": color, "line": {"width": 0}}
+    trace = {"type": "bar", "x": x, "y": y, "name": name, "marker": marker}
+    return {**trace, "hovertemplate": hover, **more}
+
+
 def moving(values: Sequence[float], reach: int) -> tuple[list[float], list[float]]:
     """(means, standard deviations) over up to `reach` values on either side; fewer at the ends."""
     windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]

@@ -17,6 +17,7 @@ from rl_lora.report.blocks import (
     Figure,
     Trace,
     band,
+    bar,
     color,
     curve,
     moving,
@@ -126,14 +127,6 @@ def stacked(
     for name, (key, shade) in shares.items():
         steps, values = series(records, key)
         if any(values):
-            data.append(
-                {
-                    "type": "bar",
-                    "x": rounded(steps),
-                    "y": rounded(values),
-                    "name": name,
-                    "marker": {"color": shade, "line": {"width": 0}},
-                    "hovertemplate": f"%{{y:{form}}}{unit}",
-                }
-            )
+            hover = f"%{{y:{form}}}{unit}"
+            data.append(bar(rounded(steps), rounded(values), name, shade, hover))
     return data

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from rl_lora.report.blocks import (
     DASHES,
@@ -11,6 +12,7 @@ from rl_lora.report.blocks import (
     Section,
     Trace,
     band,
+    bar,
     color,
     curve,
     layout,
@@ -27,20 +29,20 @@ _PHASE_COLORS = dict(zip(_PHASES, ("c0", "c1", "c2", "c3", "c4", "c5"), strict=T
 
 def make_sections(runs: Sequence[RunRecord]) -> list[Section]:
     """All figures that the records have numbers for, in four sections."""
-    parts: list[tuple[str, str, list[Callable[[Sequence[RunRecord]], Figure | None]]]] = [
-        ("learning", "Does it learn?", [reward_figure]),
-        ("answers", "How does it answer?", [length_figure, _groups, _statuses]),
-        ("health", "Is the training healthy?", [_kl, _ratio, _optimizer]),
-        ("cost", "What does it cost?", [_phases, _speed, _memory]),
+    learning = [
+        reward_figure(runs), *evaluation_figures(runs), _reward_by_source(runs), _warm_start(runs)
+    ]  # fmt: skip
+    parts = [
+        ("learning", "Does it learn?", learning),
+        ("answers", "How does it answer?", [length_figure(runs), _groups(runs), _statuses(runs)]),
+        ("health", "Is the training healthy?", [_kl(runs), _ratio(runs), _optimizer(runs)]),
+        ("cost", "What does it cost?", [_phases(runs), _speed(runs), _memory(runs)]),
     ]
-    sections = []
-    for section_id, title, makers in parts:
-        made = [make(runs) for make in makers]
-        if section_id == "learning":
-            made += [*evaluation_figures(runs), _reward_by_source(runs), _warm_start(runs)]
-        if figures := [figure for figure in made if figure is not None]:
-            sections.append(Section(section_id, title, figures))
-    return sections
+    return [
+        Section(section_id, title, there)
+        for section_id, title, figures in parts
+        if (there := [figure for figure in figures if figure is not None])
+    ]
 
 
 def reward_figure(runs: Sequence[RunRecord]) -> Figure | None:
@@ -223,20 +225,13 @@ def _phases_by_run(runs: Sequence[RunRecord]) -> Figure | None:
     if not records_of:
         return None
     names = _phase_names([record for records in records_of.values() for record in records])
-    data = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "y": list(records_of),
-            "x": rounded(
-                [sum(r.get(name, 0.0) for r in rs) / len(rs) for rs in records_of.values()]
-            ),
-            "name": name.replace("_", " "),
-            "marker": {"color": _PHASE_COLORS.get(name, "c6")},
-            "hovertemplate": "%{x:.1f} s",
-        }
-        for name in names
-    ]
+    data = []
+    for name in names:
+        means = [fmean(r.get(name, 0.0) for r in records) for records in records_of.values()]
+        shade = _PHASE_COLORS.get(name, "c6")
+        label, seconds = name.replace("_", " "), rounded(means)
+        hover = "%{x:.1f} s"
+        data.append(bar(seconds, list(records_of), label, shade, hover, orientation="h"))
     form = layout("", x_title="mean seconds per step") | {"hovermode": "closest"}
     form["yaxis"] = {"automargin": True, "autorange": "reversed"}
     return Figure("time", "Seconds by phase", data, form)

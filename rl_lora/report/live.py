@@ -34,7 +34,6 @@ class LiveReport:
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = folders
         self._state: object = None  # of the files, at the last build
-        self._next_build = 0.0
         self.built: tuple[Page, bytes, str]  # the page being served, its JSON and its version
         self.problem = ""
         self.refresh()
@@ -46,17 +45,14 @@ class LiveReport:
 
         If a record is damaged right now the page stays as it is, and `problem` says why.
         """
-        now = time.monotonic()
         state = self._look()
-        if state == self._state or now < self._next_build:
+        if state == self._state:
             return False
         self._state, self.problem = state, ""
         try:
             self.built = *build_page(self._folders), str(time.time_ns())
         except UserError as error:
             self.problem = str(error)
-        end = time.monotonic()
-        self._next_build = end + _BUSY_FACTOR * (end - now)
         return not self.problem
 
     def _look(self) -> list[tuple[str, int, int]]:
@@ -134,11 +130,12 @@ def serve(folders: Sequence[Path], port: int | None = None) -> None:
     shown = ""
     try:
         while True:
-            time.sleep(_POLL_S)
+            start = time.monotonic()
             report.refresh()
             if report.problem and report.problem != shown:
                 print(f"page not updated: {report.problem}", flush=True)
             shown = report.problem
+            time.sleep(max(_POLL_S, _BUSY_FACTOR * (time.monotonic() - start)))
     except KeyboardInterrupt:
         print("stopped")
     finally:

@@ -42,12 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """The objects that a run's steps work with, the same from start to end.
-
-    Example: Parts(job=RunContext(...), learner=Learner(...), worker=RolloutWorker(...),
-    evaluation=Evaluation(...), display=Display(), log=RunLog(...), timer=PhaseTimer(),
-    inputs={"base": {...}, "data": {...}})
-    """
+    """The objects that a run's steps work with, the same from start to end."""
 
     job: RunContext
     learner: Learner

@@ -7,6 +7,7 @@ checked only on its own host; elsewhere the age of the files has to do.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import sys
@@ -65,15 +66,11 @@ _CURVES: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class Status:
-    """The state of one run.
-
-    Example: Status(run=RunRecord(...), state="running", reason="process 4711", num_steps=20,
-    eta_s=210.0, silent_s=8.0, pending="", best=BestCheckpoint(...))
-    """
+    """The state of one run."""
 
     run: RunRecord
     state: str  # running, stalled, killed, finished; unknown: on another host, and silent
-    reason: str
+    reason: str  # how the state is known, e.g. "process 4711"
     num_steps: int | None  # None: there is no run.json yet
     eta_s: float | None
     silent_s: float  # since the last write to a file
@@ -120,7 +117,7 @@ def read_status(folder: Path, now: float | None = None) -> Status:
     num_steps, step = run.setting("run", "num_steps"), run.last_step
     silent_s = max(0.0, now - _last_write(folder))
     is_complete = num_steps is not None and step >= num_steps and (folder / "adapter").is_dir()
-    if "sampling" in run.config and num_steps not in [one.step for one in run.evaluations_of("")]:
+    if "sampling" in run.config and num_steps not in [one.step for one in run.held_out]:
         is_complete = False  # the last evaluation is still to come
     step_s = series(run.steps, "time/step_s")[1]
     patience_s = max(_STALLED_S, 3 * max(step_s, default=0.0))
@@ -222,13 +219,11 @@ def _last_write(folder: Path) -> float:
     """When the newest record was written, in seconds since 1970."""
     files = [folder / name for name in (RECORD_FILE, METRICS_FILE, WARM_START_FILE)]
     files += [*(folder / "eval").glob("*"), *(folder / "checkpoints").glob("*")]
-    times = []
+    times = [0.0]
     for path in files:
-        try:
+        with contextlib.suppress(FileNotFoundError):  # absent, or being replaced
             times.append(path.stat().st_mtime)
-        except FileNotFoundError:  # absent, or being replaced
-            continue
-    return max(times, default=0.0)
+    return max(times)
 
 
 # --- lines ----------------------------------------------------------------------------------------
@@ -236,7 +231,7 @@ def _last_write(folder: Path) -> float:
 
 def _evaluation_lines(status: Status) -> list[str]:
     lines = []
-    if evaluations := status.run.evaluations_of(""):
+    if evaluations := status.run.held_out:
         last, total = evaluations[-1], evaluations[-1].result.total
         lines.append(
             f"evaluation, step {last.step}: {accuracy_name(total.num_samples)} "
@@ -268,7 +263,7 @@ def _curve_lines(run: RunRecord) -> list[str]:
     """Sparklines, each with its lowest and highest value."""
     records = run.steps or run.warm_start
     curves = [(label, [number(r.get(key)) for r in records], form) for key, label, form in _CURVES]
-    accuracies: list[float | None] = [one.result.accuracy for one in run.evaluations_of("")]
+    accuracies: list[float | None] = [one.result.accuracy for one in run.held_out]
     curves.append(("accuracy", accuracies, "{:.1%}"))
     lines = []
     for label, values, form in curves:

@@ -43,10 +43,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One plotly figure.
-
-    Example: Figure(id="reward", title="Reward", note="...", data=[curve(...)], layout={...})
-    """
+    """One plotly figure."""
 
     id: str
     title: str

@@ -100,7 +100,7 @@ def _transcripts(
 
 
 def _sample_note(sample: Sample, head_chars: int, tail_chars: int) -> str:
-    num, files = len(sample.records), len(sample.files)
+    num, files = len(sample.records), sample.num_files
     source = f"{files} file" + ("s" if files > 1 else "")
     if num == sample.num_read:
         text = f"All {num:,} transcripts of {source}."

@@ -21,41 +21,50 @@ from rl_lora.report.blocks import (
 )
 from rl_lora.report.records import Evaluation, RunRecord
 
+TITLE = "Held-out accuracy"
+_ID = "evaluation_held_out"
 # Of the scores: the field, its format and its panel.
 _NUMBERS = {"accuracy": ("accuracy", ".1%", "y"), "tokens": ("tokens_mean", ".0f", "y2")}
 
 
 def evaluation_figures(runs: Sequence[RunRecord]) -> list[Figure | None]:
-    """Each series of evaluations over the training steps, and its sources if it has several."""
-    figures: list[Figure | None] = []
-    for name in sorted({name for run in runs for name in run.series_names}):
-        figures += [evaluation_figure(runs, name), *_by_source(runs, name)]
+    """Held-out accuracy over the training steps; its sources if there are several.
+
+    Those of one run are in one figure, those of several runs in a figure each.
+    """
+    figures = [evaluation_figure(runs)]
+    evaluations = [one for run in runs for one in run.held_out]
+    sources = source_names(evaluations)
+    if not 2 <= len(sources) <= (20 if len(runs) == 1 else 6):
+        return figures  # a single source is the whole evaluation; the table has them all
+    note = _bands_note(evaluations)
+    by_source: list[Trace] = []
+    for place, source in enumerate(sources):
+        if len(runs) == 1:
+            dash = DASHES[place % len(DASHES)]
+            by_source += _traces(evaluations, source, source, color(place), dash)
+            continue
+        data = []
+        for index, run in enumerate(runs):
+            data += _traces(run.held_out, source, run.label, color(index))
+        figures.append(_figure(f"{_ID}_source_{place}", f"{TITLE}: {source}", data, note))
+    if by_source:
+        figures.append(_figure(f"{_ID}_by_source", f"{TITLE} by source", by_source, note))
     return figures
 
 
-def evaluation_title(name: str) -> str:
-    """A series' heading. Example: "Held-out accuracy", "AIME 2024"."""
-    if not name:
-        return "Held-out accuracy"
-    if name.lower().startswith("aime") and name[4:].isdigit():
-        return f"AIME {2000 + int(name[4:]) % 2000}"
-    return name
-
-
-def evaluation_figure(runs: Sequence[RunRecord], name: str) -> Figure | None:
-    """A series' accuracy by step; of one run also the format, pass@k, maj@k and the base model."""
+def evaluation_figure(runs: Sequence[RunRecord]) -> Figure | None:
+    """Held-out accuracy by step; of one run also the format, pass@k, maj@k and the base model."""
     data: list[Trace] = []
     for index, run in enumerate(runs):
-        evaluations = run.evaluations_of(name)
         if len(runs) > 1:
-            data += _traces(evaluations, None, run.label, color(index))
-        elif evaluations:
-            data += _traces(evaluations, None, "accuracy", "c0")
-            data += _extras(evaluations)
-            data += _base_line(run, name)
+            data += _traces(run.held_out, None, run.label, color(index))
+        elif run.held_out:
+            data += _traces(run.held_out, None, "accuracy", "c0")
+            data += _extras(run.held_out) + _base_line(run, None)
     if not data:
         return None
-    evaluations = [one for run in runs for one in run.evaluations_of(name)]
+    evaluations = [one for run in runs for one in run.held_out]
     counts = sorted({one.result.total.num_problems for one in evaluations})
     sources = source_names(evaluations)
     of = f" of {', '.join(sources)}" if 0 < len(sources) <= 6 else ""
@@ -64,33 +73,7 @@ def evaluation_figure(runs: Sequence[RunRecord], name: str) -> Figure | None:
         f"{' or '.join(f'{count:,}' for count in counts)} problems{of}; "
         f"bands: {' and '.join(f'{level:.0%}' for level in levels)} intervals."
     )
-    return _figure(_id(name), evaluation_title(name), data, note, "share of completions")
-
-
-def _by_source(runs: Sequence[RunRecord], name: str) -> list[Figure]:
-    """The sources of a series: those of one run together, those of several runs in a figure each.
-
-    A single source is the whole evaluation; the table has them all.
-    """
-    evaluations = [one for run in runs for one in run.evaluations_of(name)]
-    sources, title = source_names(evaluations), evaluation_title(name)
-    if not 2 <= len(sources) <= (20 if len(runs) == 1 else 6):
-        return []
-    note = _bands_note(evaluations)
-    if len(runs) == 1:
-        data = []
-        for index, source in enumerate(sources):
-            dash = DASHES[index % len(DASHES)]
-            data += _traces(evaluations, source, source, color(index), dash)
-        return [_figure(f"{_id(name)}_by_source", f"{title} by source", data, note)]
-    figures = []
-    for place, source in enumerate(sources):
-        data = []
-        for index, run in enumerate(runs):
-            data += _traces(run.evaluations_of(name), source, run.label, color(index))
-        figure_id = f"{_id(name)}_source_{place}"
-        figures.append(_figure(figure_id, f"{title}: {source}", data, note))
-    return figures
+    return _figure(_ID, TITLE, data, note, "share of completions")
 
 
 def panels_figure(run: RunRecord, source: str | None) -> Figure:
@@ -98,20 +81,15 @@ def panels_figure(run: RunRecord, source: str | None) -> Figure:
 
     Figure 7b of 'LoRA Without Regret'.
     """
-    evaluations = run.evaluations_of("")
-    data = _traces(evaluations, source, "accuracy", "c0") + _base_line(run, "", source)
-    data += _traces(evaluations, source, "mean length (below)", "c1", number="tokens")
+    data = _traces(run.held_out, source, "accuracy", "c0") + _base_line(run, source)
+    data += _traces(run.held_out, source, "mean length (below)", "c1", number="tokens")
     form = two_panels("accuracy", "length (tokens)", upper_format=".0%")
-    return Figure("panels", source or "all problems", data, form, _bands_note(evaluations))
+    return Figure("panels", source or "all problems", data, form, _bands_note(run.held_out))
 
 
 def source_names(evaluations: Sequence[Evaluation]) -> list[str]:
     """The sources of the evaluations' problems, sorted."""
     return sorted({source for one in evaluations for source in one.result.by_source})
-
-
-def _id(name: str) -> str:
-    return f"evaluation_{name or 'held_out'}"
 
 
 def _bands_note(evaluations: Sequence[Evaluation]) -> str:
@@ -173,12 +151,12 @@ def _scores_by_step(
     evaluations: Sequence[Evaluation], source: str | None
 ) -> list[tuple[float, EvaluationScores]]:
     """(step, scores) of the evaluations that have the source; None: all problems."""
-    points = []
-    for one in evaluations:
-        scores = one.result.total if source is None else one.result.by_source.get(source)
-        if one.step is not None and scores is not None:
-            points.append((float(one.step), scores))
-    return points
+    return [
+        (float(one.step), scores)
+        for one in evaluations
+        if one.step is not None
+        and (scores := one.result.by_source.get(source) if source else one.result.total)
+    ]
 
 
 def _extras(evaluations: Sequence[Evaluation]) -> list[Trace]:
@@ -203,11 +181,11 @@ def _extras(evaluations: Sequence[Evaluation]) -> list[Trace]:
     return data
 
 
-def _base_line(run: RunRecord, name: str, source: str | None = None) -> list[Trace]:
-    base = run.evaluation_named("base" if not name else f"base_{name}")
+def _base_line(run: RunRecord, source: str | None) -> list[Trace]:
+    base = next((one.result for one in run.evaluations if one.name == "base"), None)
     if base is None:
         return []
-    scores = base.result.total if source is None else base.result.by_source[source]
+    scores = base.total if source is None else base.by_source[source]
     last = max([1, run.last_step, *(one.step or 0 for one in run.evaluations)])
     ends = ([0, last], [scores.accuracy] * 2)
     return [curve(ends, "base model", "muted", dash="longdash", form=".1%", mode="lines")]

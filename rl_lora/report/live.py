@@ -6,6 +6,7 @@ keeps filters, zoom and scroll position.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -61,11 +62,9 @@ class LiveReport:
         for folder in self._folders:
             for pattern in ("*.json", "*.jsonl*", "eval/*.json*"):
                 for path in sorted(folder.glob(pattern)):
-                    try:
+                    with contextlib.suppress(FileNotFoundError):  # replaced or deleted meanwhile
                         status = path.stat()
-                    except FileNotFoundError:  # replaced or deleted meanwhile
-                        continue
-                    found.append((str(path), status.st_size, status.st_mtime_ns))
+                        found.append((str(path), status.st_size, status.st_mtime_ns))
         return found
 
 

@@ -6,7 +6,6 @@ A run at step 0, one killed in the middle of a line, and one still being written
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from rl_lora.storage import jsonl
 WARM_START_FILE = "warm_start.jsonl"
 MAX_POINTS = 1000  # of a curve: more steps than that are averaged in groups of neighbours
 
-_EVALUATION_NAME = re.compile(r"(?:(?P<before>.+?)[._-])?step_(?P<step>\d+)(?:[._-](?P<after>.+))?")
 _RENAMED_METRIC = "rollouts/age_max"  # of runs before "age" became "staleness"
 _RENAMED_FIGURE = "figures/exams.png"
 
@@ -30,33 +28,28 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One evaluation of a run.
+    """One evaluation of a run."""
 
-    Example: Evaluation(name="step_000010", series="", step=10, result=EvalResult(...))
-    """
-
-    name: str  # of its files
-    series: str  # the name without its step: "" for the held-out evaluation, or e.g. "aime24"
-    step: int | None  # training steps done; None: not a step of the run (base, `rl-lora eval`)
+    name: str  # of its files, e.g. step_000010
     result: EvalResult
+
+    @property
+    def step(self) -> int | None:
+        """Training steps done; None: not a step of the run (base, `rl-lora eval`)."""
+        return self.result.step
 
 
 @dataclass(slots=True)
 class RunRecord:
-    """A run as its folder records it.
-
-    Example: RunRecord(label="quickstart", folder=Path("runs/quickstart"), config={"run": {...}},
-    facts={"dtype": "torch.float32", ...}, steps=[{"step": 1, "reward/mean": 0.2}], warm_start=[],
-    evaluations=[...])
-    """
+    """A run as its folder records it."""
 
     label: str  # unique among the runs of a report
     folder: Path
     config: dict[str, Any]  # sections of settings; empty without run.json
     facts: dict[str, Any]  # the rest of run.json: versions, fingerprints, parameters, process
-    steps: list[Record]  # lines of metrics.jsonl, by step
+    steps: list[Record]  # lines of metrics.jsonl, by step: {"step": 1, "reward/mean": 0.2, ...}
     warm_start: list[Record]
-    evaluations: list[Evaluation]  # the base's, those of training by series and step, others
+    evaluations: list[Evaluation]  # the base's, those of training by step, others
     notes: list[str] = field(default_factory=list)  # what could not be read, what was renamed
 
     def setting(self, section: str, key: str) -> Any:
@@ -69,18 +62,10 @@ class RunRecord:
         """Steps done."""
         return self.steps[-1]["step"] if self.steps else 0
 
-    def evaluations_of(self, series: str) -> list[Evaluation]:
-        """The evaluations of a series made during training, by step."""
-        return [one for one in self.evaluations if one.series == series and one.step is not None]
-
     @property
-    def series_names(self) -> list[str]:
-        """The series evaluated during training, the held-out evaluation's "" first."""
-        return sorted({one.series for one in self.evaluations if one.step is not None})
-
-    def evaluation_named(self, name: str) -> Evaluation | None:
-        """The evaluation whose files have the name."""
-        return next((one for one in self.evaluations if one.name == name), None)
+    def held_out(self) -> list[Evaluation]:
+        """The evaluations made during training, by step."""
+        return [one for one in self.evaluations if one.step is not None]
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -180,22 +165,13 @@ def _read_evaluations(folder: Path, problems: list[UserError]) -> list[Evaluatio
     evaluations = []
     for path in sorted(folder.glob("*.json")):
         try:
-            result = load_result(path)
+            evaluations.append(Evaluation(path.stem, load_result(path)))
         except UserError as error:
             problems.append(error)
-            continue
-        match = _EVALUATION_NAME.fullmatch(path.stem)
-        parts = [part for part in (match["before"], match["after"]) if part] if match else []
-        step = int(match["step"]) if match else result.step
-        evaluations.append(
-            Evaluation(path.stem, " ".join(parts) if match else path.stem, step, result)
-        )
     return sorted(
         evaluations,
-        key=lambda one: (
-            not one.name.startswith("base"), one.step is None, one.series, one.step or 0
-        ),
-    )  # fmt: skip
+        key=lambda one: (not one.name.startswith("base"), one.step is None, one.step or 0),
+    )
 
 
 def _renamed(folder: Path, steps: Sequence[Record]) -> list[str]:

@@ -54,14 +54,14 @@ def draw_figures(run_folder: Path) -> list[Path]:
     figures = {
         "reward": reward_figure([run]),
         "length": length_figure([run]),
-        "accuracy": evaluation_figure([run], ""),
+        "accuracy": evaluation_figure([run]),
     }
     drawn = {name: figure for name, figure in figures.items() if figure is not None}
     if not run.steps and not drawn:
         raise UserError(f"{run_folder} has no step and no evaluation yet: nothing to draw")
     sheets = {name: [figure] for name, figure in drawn.items()}
-    if len(evaluations := run.evaluations_of("")) > 1:
-        sources = source_names(evaluations)
+    if len(run.held_out) > 1:
+        sources = source_names(run.held_out)
         columns = sources[:_MAX_SOURCES] if len(sources) > 1 else [None]
         sheets["evaluations"] = [panels_figure(run, source) for source in columns]
     if drawn:

@@ -8,9 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from rl_lora.config import VARIANT_NAMES, RunConfig
-from rl_lora.evaluation.scores import EvalResult
 from rl_lora.report.blocks import Section, Table, Tile
-from rl_lora.report.evaluation_figures import evaluation_title
+from rl_lora.report.evaluation_figures import TITLE
 from rl_lora.report.records import RunRecord, series
 from rl_lora.report.tables import accuracy_text, seconds_text
 
@@ -40,7 +39,19 @@ def make_tiles(run: RunRecord) -> list[Tile]:
     prompts, samples = (run.setting("sampling", key) for key in ("num_prompts", "num_samples"))
     per_step = f"{prompts} problems × {samples} samples per step" if prompts and samples else ""
     add("Steps", f"{run.last_step:,}{of}", per_step)
-    tiles += [_accuracy_tile(run, name) for name in run.series_names]
+    if run.held_out:
+        first, last = run.held_out[0].result, run.held_out[-1].result
+        bounds = (
+            f"{100 * one.total.accuracy_low:.1f} to {100 * one.total.accuracy_high:.1f}"
+            for one in (first, last)
+        )
+        interval = f"{last.confidence:.0%} interval"
+        if len(run.held_out) == 1:
+            add(TITLE, f"{last.accuracy:.1%}", f"{next(bounds)}, {interval}")
+        else:
+            change = f"{100 * (last.accuracy - first.accuracy):+.1f} points"
+            ends = f"{first.accuracy:.1%} → {last.accuracy:.1%}"
+            add(TITLE, ends, change, f"{interval}s {' and '.join(bounds)}")
     if rewards := series(run.steps, "reward/mean")[1]:
         window = min(_WINDOW, max(1, len(rewards) // 2))
         steps = "step" if window == 1 else f"{window} steps"
@@ -51,31 +62,13 @@ def make_tiles(run: RunRecord) -> list[Tile]:
     return tiles
 
 
-def _accuracy_tile(run: RunRecord, name: str) -> Tile:
-    results = [evaluation.result for evaluation in run.evaluations_of(name)]
-    first, last = results[0], results[-1]
-    confidence = f"{last.confidence:.0%} interval"
-    if len(results) == 1:
-        detail = f"{_bounds(last)}, {confidence}"
-        return Tile(evaluation_title(name), f"{last.accuracy:.1%}", detail)
-    detail = (
-        f"{100 * (last.accuracy - first.accuracy):+.1f} points; {confidence}s "
-        f"{_bounds(first)} and {_bounds(last)}"
-    )
-    return Tile(evaluation_title(name), f"{first.accuracy:.1%} → {last.accuracy:.1%}", detail)
-
-
-def _bounds(result: EvalResult) -> str:
-    return f"{100 * result.total.accuracy_low:.1f} to {100 * result.total.accuracy_high:.1f}"
-
-
 def run_table(runs: Sequence[RunRecord]) -> Table:
     """The runs side by side, for a report of several."""
     columns = ["run", "model", "policy", "learning rate", "steps"]
     columns += ["before", "after", "reward at the end", "time"]
     rows = []
     for run in runs:
-        evaluations = run.evaluations_of("")
+        evaluations = run.held_out
         rewards = series(run.steps, "reward/mean")[1]
         seconds = series(run.steps, "time/step_s")[1]
         model, rate = run.setting("model", "name"), run.setting("optim", "lr")

@@ -14,7 +14,7 @@ import random
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class Sample:
     records: list[Record]  # by run, origin, step
     num_read: int = 0
     num_damaged: int = 0  # lines that are not transcripts
-    files: list[str] = field(default_factory=list)
+    num_files: int = 0
     num_strata_skipped: int = 0  # steps and evaluations left out because there are too many
 
 
@@ -85,10 +85,8 @@ def sample_transcripts(
     )
     stride = max(1, -(-2 * num_strata // max_transcripts))  # at least two of each stratum taken
     quota = min(MAX_STRATUM, max(2, max_transcripts * stride // max(1, num_strata)))
-    sample = Sample([])
+    sample = Sample([], num_files=len(sources))
     for place, source in enumerate(sources):
-        run = runs[source.run]
-        sample.files.append(f"{run.label}/{source.path.relative_to(run.folder)}")
         if source.evaluation and place % stride and place != len(sources) - 1:
             sample.num_strata_skipped += 1
         else:

@@ -112,18 +112,15 @@ def _acquire(folder: Path, path: Path, what: str) -> tuple[int, Owner | None]:
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        is_held = False
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, descriptor)
             is_free = _try_lock(descriptor)
             before = _read(descriptor)
             if is_free and _is_same_file(descriptor, path):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(asdict(_this_process())).encode(), 0)
-                is_held = True
+                stack.pop_all()
                 return descriptor, before
-        finally:
-            if not is_held:
-                os.close(descriptor)
         # If the owner released the lock after this open, its file is deleted: try again at once.
         if not is_free:
             if time.monotonic() > deadline:

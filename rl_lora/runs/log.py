@@ -11,6 +11,7 @@ import importlib
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -121,11 +122,7 @@ class RunLog:
                 "question": group.prompt.question,
                 "reference": group.prompt.reference,
                 "completion": completion.text,
-                "reward": score.reward,
-                "correct": score.correct,
-                "has_format": score.has_format,
-                "status": score.status,
-                "answer": score.answer,
+                **asdict(score),
                 "tokens": len(completion.token_ids),
                 "truncated": completion.is_truncated,
                 "adapter_version": completion.adapter_version,

@@ -82,12 +82,9 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study.
+    """One run of a study."""
 
-    Example: Cell(key="3f2a90c1b7", config=RunConfig(...))
-    """
-
-    key: str  # digest of all settings that the run's result depends on
+    key: str  # digest of all settings that the run's result depends on, e.g. 3f2a90c1b7
     config: JobConfig
 
     @property

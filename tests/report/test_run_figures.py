@@ -156,7 +156,7 @@ def test_accuracy_has_interval_bars_and_the_base(tmp_path: Path) -> None:
     write_evaluation(tmp_path, "step_000000", 0, 3)
     write_evaluation(tmp_path, "step_000010", 10, 8)
     write_evaluation(tmp_path, "by-hand", None, 10)  # an evaluation outside the training
-    panels = drawn(evaluation_figure([read_run(tmp_path)], ""))
+    panels = drawn(evaluation_figure([read_run(tmp_path)]))
     assert points(panels[0], "accuracy") == [(0, 0.3), (10, 0.8)]
     (bars,) = [
         collection.get_segments()

@@ -108,9 +108,20 @@ def open_run(
             end_token_ids=end_ids,
             max_model_len=min(context, _longest(config, prompts)),
             on_progress=on_progress,
+            learner_bytes=_bytes_to_come(config, policy),
         )
         stack.callback(sampler.close)
         yield RunContext(config, tokenizer, prompts, reward, policy, loss, advantage, sampler)
+
+
+def _bytes_to_come(config: RunConfig, policy: Policy) -> int:
+    """GPU memory that the learner will still take and hold while the sampler works."""
+    from rl_lora.planning.memory import bytes_to_come
+
+    if policy.device.type == "cpu":
+        return 0
+    num_trainable = sum(parameter.numel() for parameter in policy.trainable().values())
+    return bytes_to_come(config, policy.model.config, num_trainable)
 
 
 def _longest(config: RunConfig, prompts: PromptSets) -> int:
@@ -263,11 +274,12 @@ def make_sampler(
     end_token_ids: tuple[int, ...],
     max_model_len: int,
     on_progress: Callable[[int, int, int], None] | None = None,
+    learner_bytes: int = 0,
 ) -> Sampler:
     """The sampler of `sampling.backend`.
 
     A user's own class is called with the policy and the keywords of `TorchSampler`; one that has
-    a keyword `engine` also gets vLLM's options.
+    a keyword `engine` also gets vLLM's options. learner_bytes: `EngineOptions.learner_bytes`.
 
     Raises:
         UserError: it cannot be used.
@@ -288,6 +300,7 @@ def make_sampler(
             attention_backend=section.attention_backend,
             merge_adapter=section.merge_adapter,
             memory_fraction=section.memory_fraction,
+            learner_bytes=learner_bytes,
         )
     return make(
         policy,

@@ -99,9 +99,27 @@ def merged_weights(engine: Any, model_dir: Path, *, is_required: bool) -> Merged
         return None
 
 
-def forget_cache(worker: Any) -> None:
-    """Returns the pages of a worker's KV cache to the system; its blocks are zero afterwards."""
+def release_cpu_memory(engine: Any, merged: MergedWeights | None) -> None:
+    """Frees the merged weights, and returns the KV cache's pages, which are zero afterwards."""
+    if merged is not None:
+        merged.unload()
+    engine.collective_rpc(_forget_cache)
+    cpu_memory.trim()
+
+
+def _forget_cache(worker: Any) -> None:
     cpu_memory.forget(worker.model_runner.kv_caches)
+
+
+def compiler_stance(never_compiles: bool) -> contextlib.AbstractContextManager[object]:
+    """No compilation in an eager engine on a CPU.
+
+    At the first sample vLLM compiles the ranking of log-probs, which is not used here; that takes
+    14 s on two cores.
+    """
+    if never_compiles:
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 def repack_head(model: torch.nn.Module) -> None:

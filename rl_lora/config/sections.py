@@ -164,7 +164,8 @@ class SamplingSection(Section):
     attention_backend: str | None = None  # vLLM's on a GPU, e.g. TRITON_ATTN; none: its choice
     # Merge the adapter into vLLM's own copy of the weights; none: on a CPU in float32.
     merge_adapter: bool | None = None
-    memory_fraction: float = Field(0.45, gt=0, le=0.95)  # share of the GPU's memory for vLLM
+    # Share of the GPU's memory for vLLM; none: what the learner leaves free while sampling.
+    memory_fraction: float | None = Field(None, gt=0, le=0.95)
     # Sampler-learner mismatch (KL, nats) at which the run stops; none: 1e-4 in float32, 2e-2 in
     # bfloat16.
     max_kl: float | None = Field(None, gt=0)

@@ -269,6 +269,7 @@ def warm_up(parts: Parts, state: State) -> None:
         return
     if job.policy.has_base:
         evaluate_policy(parts, state, is_base=True)
+    job.sampler.release_memory()  # for the learner
     with (
         RunLog(config.run.folder, resume_step=-1, metrics_file="warm_start.jsonl") as log,
         parts.timer.phase("warm_start"),

@@ -21,7 +21,7 @@ from rl_lora.config import SourceSection
 from rl_lora.config.sft import SftDataSection
 from rl_lora.data.chat_template import ChatTemplate, check_characters, check_plain, encode_prompts
 from rl_lora.data.chats import Chat, parse_chats, problem_chat
-from rl_lora.data.files import Role, file_label, folder_files, folder_label, read_file
+from rl_lora.data.files import Role, folder_files, label_of, read_file
 from rl_lora.data.generators import generated_rows
 from rl_lora.data.messages import Message, conversation_text
 from rl_lora.data.sources import DEFAULT_ROWS, HubSet, is_hub_id, load_hub, unknown_set
@@ -165,13 +165,12 @@ def _read(source: SourceSection, role: Role, data: SftDataSection) -> tuple[str,
     path = Path(source.name).expanduser()
     if path.exists():
         files = folder_files(path, role, source.split) if path.is_dir() else [path]
-        label = folder_label(path) if path.is_dir() else file_label(path)
         chats = [
             chat
             for file in files
             for chat in parse_chats(read_file(file), str(file), data.instruction, *columns)
         ]
-        return label, _draw(chats, source)
+        return label_of(path), _draw(chats, source)
     if source.name not in SFT_SETS and not is_hub_id(source.name):
         raise UserError(unknown_set(source.name))
     known = SFT_SETS.get(source.name, HubSet(source.name, "train", "test"))

@@ -139,7 +139,7 @@ def _run(
 def _prepare(config: SftConfig, display: Display) -> tuple[Policy, SftSets]:
     from rl_lora.policy import open_policy
 
-    model_dir, tokenizer, context = open_model(config.model, display.note, config.lora)
+    model_dir, tokenizer, context = open_model(config.model, display.note)
     sets = load_sft(config.data, tokenizer, context, config.run.seed)
     for note in sets.notes:
         display.note(note)

@@ -17,7 +17,8 @@ from rl_lora.batches import pack_samples
 from rl_lora.cli import main
 from rl_lora.config import ModelSection, parse_as
 from rl_lora.config.sft import SftConfig, SftDataSection, load_sft_config
-from rl_lora.data.chats import Message, parse_chats
+from rl_lora.data.chats import parse_chats
+from rl_lora.data.messages import Message
 from rl_lora.errors import UserError
 from rl_lora.models.resolve import load_tokenizer, resolve_model
 from rl_lora.sft.data import load_sft, step_indices

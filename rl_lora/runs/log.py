@@ -155,19 +155,19 @@ def pick_transcripts(
     They are in the order of prompts and samples. The sample is not unbiased.
     """
     # First samples of all groups, then second samples, ...: prompts before repetitions.
-    places = sorted(
-        (sample, index)
-        for index, group in enumerate(groups_N)
-        for sample in range(len(group.rollouts_G))
+    rollouts = sorted(
+        (
+            (sample, index, group, rollout)
+            for index, group in enumerate(groups_N)
+            for sample, rollout in enumerate(group.rollouts_G)
+        ),
+        key=lambda one: one[:2],
     )
-    correct = [(s, i) for s, i in places if groups_N[i].rollouts_G[s].score.correct]
-    wrong = [(s, i) for s, i in places if not groups_N[i].rollouts_G[s].score.correct]
+    correct = [one for one in rollouts if one[3].score.correct]
+    wrong = [one for one in rollouts if not one[3].score.correct]
     num_correct = min(len(correct), max((num + 1) // 2, num - len(wrong)))
     picked = correct[:num_correct] + wrong[: num - num_correct]
-    return [
-        (groups_N[index], groups_N[index].rollouts_G[sample])
-        for index, sample in sorted((index, sample) for sample, index in picked)
-    ]
+    return [one[2:] for one in sorted(picked, key=lambda one: (one[1], one[0]))]
 
 
 # --- trackers -------------------------------------------------------------------------------------

@@ -28,9 +28,7 @@ import psutil
 
 from rl_lora.config import RunConfig
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.runs.checkpoint import checkpoint_steps
 from rl_lora.runs.lock import run_lock
-from rl_lora.runs.record import read_record
 from rl_lora.storage.directories import disk_errors
 from rl_lora.studies.config import Cell, JobConfig, StudyConfig, cells_of
 from rl_lora.studies.rate_sweep import refined_rates, sweep
@@ -215,13 +213,6 @@ def pending_cells(cells: Sequence[Cell], done: set[str]) -> list[Cell]:
     condition."""
     left = [cell for cell in cells if cell.key not in done]
     return sorted(left, key=lambda cell: cell.config.run.seed)  # stable: else in the grid's order
-
-
-def check_resumable(study: StudyConfig, cell: Cell) -> None:
-    """Raises UserError if a cell's unfinished run was made by an earlier version."""
-    run_folder = study.folder / "cells" / cell.key
-    if checkpoint_steps(run_folder):
-        read_record(run_folder, fix="delete it, and the cell starts again")
 
 
 def refined_cells(study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Any]) -> list[Cell]:

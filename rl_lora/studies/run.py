@@ -252,11 +252,8 @@ def run_study(
 ) -> list[dict[str, Any]]:
     """Runs the remaining cells of a study; returns the whole table.
 
-    Args:
-        study: what to run.
-        retry: run crashed cells again.
-        on_row: called with (row, cells done, cells known so far) as each cell ends.
-        peak_mb: memory of one cell, if known.
+    Crashed cells run again with `retry`. on_row is called with (row, cells done, cells known so
+    far) as each cell ends; peak_mb is the memory of one cell, if known.
 
     Raises:
         UserError: another process is running this study, or the disk is full.

@@ -39,8 +39,6 @@ def exact(node: Node, values: Mapping[str, int] | None = None) -> Fraction:
         return exact(node.args[0], values) / 100
     if kind == "sym" and values is not None and node.name in values:
         return Fraction(values[node.name])
-    if kind == "ratio" and len(node.args) == 2:
-        return divide_exactly(exact(node.args[0], values), exact(node.args[1], values))
     if kind == "func":
         return _function(node.name, [exact(arg, values) for arg in node.args])
     raise Undecided
@@ -50,13 +48,6 @@ def _checked(value: Fraction) -> Fraction:
     if value.numerator.bit_length() + value.denominator.bit_length() > MAX_EXACT_BITS:
         raise Undecided
     return value
-
-
-def divide_exactly(left: Fraction, right: Fraction) -> Fraction:
-    """left / right. Raises Undecided for a zero divisor."""
-    if right == 0:
-        raise Undecided
-    return left / right
 
 
 def exact_power(base: Fraction, exponent: Fraction) -> Fraction:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from typing import NamedTuple
 
 from rewards.extraction.extract import extract_boxes, phrase_of
-from rewards.extraction.unannounced import last_formula, last_number
+from rewards.extraction.unannounced import last_maths, last_number
 from rewards.parsing.nodes import LimitExceeded, Node, ParseError
 from rewards.parsing.parser import Parsed, parse
 from rewards.parsing.phrases import states_value
@@ -70,12 +71,7 @@ def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
         return _read_prose(text, is_gold, depth)
     except (LimitExceeded, RecursionError):  # the caller's stack may be deep already
         return Reading((), status="limit")
-    for variant in _variants(text):
-        try:
-            candidates.append(parse(variant))
-        except (ParseError, LimitExceeded, RecursionError):
-            continue
-    candidates += _choice_readings(text)
+    candidates += _parse_all(_variants(text)) + _choice_readings(text)
     prose = text if is_gold and candidates[0].node.kind in ("text", "rel", "unit") else ""
     return Reading(tuple(candidates), prose)
 
@@ -89,12 +85,15 @@ def _choice_readings(text: str) -> list[Parsed]:
     match = _CHOICE.fullmatch(text.strip().strip("$"))
     if match is None or _OPTION.search(match["content"]) or _RETHOUGHT.search(match["content"]):
         return []
+    return _parse_all([match["letter"] or match["plain"], match["content"]])
+
+
+def _parse_all(texts: list[str]) -> list[Parsed]:
+    """The readings of the texts that can be parsed."""
     readings = []
-    for part in (match["letter"] or match["plain"], match["content"]):
-        try:
-            readings.append(parse(part))
-        except (ParseError, LimitExceeded, RecursionError):
-            continue
+    for text in texts:
+        with contextlib.suppress(ParseError, LimitExceeded, RecursionError):
+            readings.append(parse(text))
     return readings
 
 
@@ -132,24 +131,16 @@ def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
         return inner._replace(prose=text)
     if _HEDGE.search(text) and not is_gold:
         return Reading((words,), text, "unparsable")
-    formula, number = last_formula(text), last_number(text)
-    content = None
-    if formula is not None and (number is None or formula[0] >= number[0]):
-        content = formula[1]
-        end = formula[0]
-        start = text.rfind(content, 0, end)
-        if not states_value(text[:start], text[end:]):
-            content = None
-    elif number is not None:
-        before = text[: number[0] - len(number[1])]
-        is_only = last_number(before) is None
-        if (
+    found, content = last_maths(text), None
+    if found is not None:
+        before = text[: found.start]
+        is_stated = found.is_formula or (
             not _NEGATED.search(before)
             and not _CALLED.search(before)
-            and (is_only or is_gold or _STATED.search(before))
-            and states_value(before, text[number[0] :])
-        ):
-            content = number[1]
+            and (is_gold or _STATED.search(before) or last_number(before) is None)
+        )
+        if is_stated and states_value(before, text[found.end :]):
+            content = found.content
     if content is None or content.strip() == text.strip():
         return Reading((words,), text, "unparsable")
     inner = read(content, is_gold=is_gold, depth=depth + 1)

@@ -42,20 +42,19 @@ MAX_PROSE = 4096
 
 
 class Reading(NamedTuple):
-    """Readings of one answer, most likely first; `prose` is the text if it is a sentence.
+    """Readings of one answer, most likely first.
 
     `status` is "limit" if the text exceeds a limit, "unparsable" if it could not be parsed.
     """
 
     candidates: tuple[Parsed, ...]
-    prose: str = ""
     status: str = "ok"
 
 
 def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
     """Readings of an answer."""
     if len(text) > MAX_PROSE:
-        return Reading((), status="limit")
+        return Reading((), "limit")
     if "oxed" in text or "\\fbox" in text:
         content = extract_boxes(text, is_gold=is_gold)
         if content is not None:
@@ -70,10 +69,9 @@ def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
             return Reading(tuple(readings))
         return _read_prose(text, is_gold, depth)
     except (LimitExceeded, RecursionError):  # the caller's stack may be deep already
-        return Reading((), status="limit")
+        return Reading((), "limit")
     candidates += _parse_all(_variants(text)) + _choice_readings(text)
-    prose = text if is_gold and candidates[0].node.kind in ("text", "rel", "unit") else ""
-    return Reading(tuple(candidates), prose)
+    return Reading(tuple(candidates))
 
 
 # Cached because a prompt's rollouts share its gold.
@@ -122,15 +120,14 @@ def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
     kind = "text" if is_prose(text) and not re.search(r"[\\_^=]", text) else "raw"
     words = Parsed(Node(kind, name=text.lower() if kind == "text" else text), frozenset())
     if depth > 2:
-        return Reading((), text, "unparsable")
+        return Reading((), "unparsable")
     if not is_prose(text):
-        return Reading((words,), text, "unparsable")
+        return Reading((words,), "unparsable")
     phrase = phrase_of(text)
     if phrase and len(phrase) < len(text):
-        inner = read(phrase, is_gold=is_gold, depth=depth + 1)
-        return inner._replace(prose=text)
+        return read(phrase, is_gold=is_gold, depth=depth + 1)
     if _HEDGE.search(text) and not is_gold:
-        return Reading((words,), text, "unparsable")
+        return Reading((words,), "unparsable")
     found, content = last_maths(text), None
     if found is not None:
         before = text[: found.start]
@@ -142,6 +139,6 @@ def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
         if is_stated and states_value(before, text[found.end :]):
             content = found.content
     if content is None or content.strip() == text.strip():
-        return Reading((words,), text, "unparsable")
+        return Reading((words,), "unparsable")
     inner = read(content, is_gold=is_gold, depth=depth + 1)
-    return Reading((*inner.candidates, words), text, inner.status)
+    return Reading((*inner.candidates, words), inner.status)

@@ -7,7 +7,9 @@ digits at a working precision of 40 digits, and to 68 digits at 80.
 from __future__ import annotations
 
 import cmath
+import functools
 import math
+import operator
 import os
 import random
 import threading
@@ -112,15 +114,9 @@ def _evaluate(node: Node, values: Values, system: Arithmetic) -> Any:
         return getattr(system, node.name)
     args = [_evaluate(arg, values, system) for arg in node.args]
     if kind == "add":
-        total = args[0]
-        for term in args[1:]:
-            total = total + term
-        return total
+        return sum(args[1:], args[0])
     if kind == "mul":
-        product = args[0]
-        for factor in args[1:]:
-            product = product * factor
-        return product
+        return functools.reduce(operator.mul, args)
     if kind == "pow":
         return _power(args[0], args[1], system)
     if kind == "percent":
@@ -193,6 +189,15 @@ def _root(value: Any, degree: Any, system: Arithmetic) -> Any:
     if is_real and value < 0 and degree == int(degree) and int(degree) % 2:
         return -_power(-value, 1 / degree, system)
     return _power(value, 1 / degree, system)
+
+
+def line_in(node: Node, name: str, values: Values) -> tuple[Any, Any]:
+    """(value at 0, slope) of a tree that is linear in one symbol. Raises Undecided."""
+    at = [value_of(node, {**values, name: LOW.number(Fraction(k))}, LOW) for k in range(3)]
+    slope = at[1] - at[0]
+    if abs(slope) < LOW.tiny or abs(at[2] - at[1] - slope) > LOW.tiny * abs(slope):
+        raise Undecided
+    return at[0], slope
 
 
 def is_real(value: Any) -> bool:

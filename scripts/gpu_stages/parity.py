@@ -52,6 +52,7 @@ def make_sampler(
             eager=eager,
             merge_adapter=False if lora.mode == "lora" else None,
             attention_backend=os.environ.get("GPU_CHECK_ATTENTION"),
+            memory_fraction=0.45,  # the policy scores samples while the engine is awake
         ),
     )
 

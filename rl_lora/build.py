@@ -370,17 +370,7 @@ def open_folder(
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raises UserError if the run folder cannot be written to."""
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("", encoding="utf-8")
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run folder {folder} cannot be written ({error.strerror}); set run.output_dir to a "
-            "folder that can"
-        ) from error
+    """Raises UserError if its disk is about full; that it can be written to, its lock has shown."""
     free = shutil.disk_usage(folder).free
     if free < 50 * 2**20:
         raise UserError(f"run folder {folder} has {free / 2**20:.0f} MiB of disk left; free some")

@@ -20,8 +20,8 @@ from rl_lora.adapters.peft_files import (
     layer_scalings,
     lora_settings,
     low_rank_terms,
+    named_base,
     peft_settings,
-    read_manifest,
 )
 from rl_lora.errors import UserError
 from rl_lora.models.shapes import build_on_meta, has_own_head
@@ -167,14 +167,6 @@ def _extras(
                 "merge_and_unload"
             )
     return whole, added, terms
-
-
-def named_base(adapter_dir: Path) -> str | None:
-    """The base model's name in the manifest, else in adapter_config.json; None if in neither."""
-    name = read_manifest(adapter_dir).get("base_model")
-    if not name and (adapter_dir / "adapter_config.json").is_file():
-        name = peft_settings(adapter_dir).get("base_model_name_or_path")
-    return str(name) if name else None
 
 
 def mismatch(what: str, adapter_dir: Path, model_dir: Path) -> str:

@@ -34,6 +34,7 @@ from rl_lora.planning.memory import (
     machine_bytes,
     memory_plan,
     plan_device,
+    planned_microbatch_tokens,
 )
 
 
@@ -98,8 +99,8 @@ def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
     table.add_row("compute, at most", flops_text(flops * seen * config.data.max_tokens))
     console.print(table)
     warn_of_capacity(console, capacity, config.lora, num_active_experts(model_config))
-    microbatch_tokens = max(config.optim.microbatch_tokens, config.data.max_tokens)
-    parts = learner_memory(config, model_config, counts.base, counts.trainable, microbatch_tokens)
+    num_tokens = max(planned_microbatch_tokens(config), config.data.max_tokens)
+    parts = learner_memory(config, model_config, counts.base, counts.trainable, num_tokens)
     console.print(memory_table(parts, config.model))
 
 

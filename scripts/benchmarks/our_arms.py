@@ -117,7 +117,7 @@ def learner(size: Size, mode: str = "lora") -> Built:
         return pack(
             groups_N,
             advantages_N_G,
-            microbatch_tokens=settings.optim.microbatch_tokens,
+            microbatch_tokens=learns.microbatch_tokens,
             share_prompts=True,
         )
 

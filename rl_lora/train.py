@@ -41,12 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """The objects that a run's steps work with, the same from start to end.
-
-    Example: Parts(job=RunContext(...), learner=Learner(...), worker=RolloutWorker(...),
-    evaluation=Evaluation(...), display=Display(), log=RunLog(...), timer=PhaseTimer(),
-    inputs={"base": {...}, "data": {...}})
-    """
+    """The objects that a run's steps work with, the same from start to end."""
 
     job: RunContext
     learner: Learner
@@ -95,13 +90,8 @@ def loop(parts: Parts, state: State) -> None:
 def learn(
     job: RunContext, learner: Learner, groups_N: list[RolloutGroup], version: int
 ) -> dict[str, float]:
-    """Advantages, microbatches and the optimizer step; checks that the sampler was right.
-
-    Args:
-        job: the run's policy and settings.
-        learner: of that policy.
-        groups_N: the step's rollouts.
-        version: of the policy that learns from them.
+    """Advantages, microbatches and the optimizer step of policy version `version`; checks that the
+    sampler was right.
 
     Raises:
         StaleAdapterError: the rollouts are not from the version that they should be from.
@@ -276,6 +266,7 @@ def warm_up(parts: Parts, state: State) -> None:
         return
     if job.policy.has_base:
         evaluate_policy(parts, state, is_base=True)
+    job.sampler.release_memory()  # for the learner
     with (
         RunLog(config.run.folder, resume_step=-1, metrics_file="warm_start.jsonl") as log,
         parts.timer.phase("warm_start"),

@@ -6,7 +6,7 @@ import torch
 
 from rl_lora.config import ModelSection, OptimSection
 from rl_lora.config.sft import SftConfig
-from rl_lora.planning.memory import MICROBATCH_TOKENS, learner_memory
+from rl_lora.planning.memory import MICROBATCH_TOKENS, largest_microbatch, learner_memory
 from rl_lora.policy import Policy
 
 _STEP = 256  # sizes are multiples of it, so that small changes of the free memory change nothing
@@ -34,8 +34,6 @@ def fitting_tokens(policy: Policy, optim: OptimSection, most: int, free_bytes: i
     )
     num_trainable = sum(p.numel() for p in policy.trainable().values())
     parts = learner_memory(job, policy.model.config, 0, num_trainable, most)
-    sizes = {part.part: part.num_bytes for part in parts if part.part != "adapter"}
-    activations = sizes.pop("activations")
-    room = int(_USABLE * free_bytes) - sum(sizes.values())
-    tokens = min(most, room * most // activations)
+    to_come = [part for part in parts if part.part != "adapter"]
+    tokens = min(most, largest_microbatch(to_come, most, int(_USABLE * free_bytes)))
     return max(_STEP, tokens - tokens % _STEP)

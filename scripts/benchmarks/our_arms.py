@@ -20,7 +20,6 @@ from benchmarks.probe import Commands, matmul_peak, peak_mb, peak_reset
 from benchmarks.workload import Size, config
 from rl_lora.batches import pack
 from rl_lora.build import RunContext, make_learner, open_run
-from rl_lora.config import RunConfig
 from rl_lora.models.shapes import build_on_meta
 from rl_lora.overlap import step_params
 from rl_lora.planning.counts import matmul_counts
@@ -121,7 +120,7 @@ def learner(size: Size, mode: str = "lora") -> Built:
     def learn() -> dict[str, Any]:
         peak_before = peak_gflops()
         peak_reset(size.device)
-        batches = packed(groups_N, settings)
+        batches = packed(groups_N, learns.microbatch_tokens)
         start = time.perf_counter()
         metrics = learns.update(batches)
         seconds = time.perf_counter() - start
@@ -139,7 +138,9 @@ def learner(size: Size, mode: str = "lora") -> Built:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         counter = FlopCounterMode(display=False)
-        batches = [packed(groups_N, settings)[0][:1]]  # one microbatch stands for all
+        batches = [
+            packed(groups_N, learns.microbatch_tokens)[0][:1]
+        ]  # one microbatch stands for all
         with torch.compiler.set_stance("force_eager"), counter:
             learns.update(batches)
         torch.set_num_threads(threads)
@@ -170,12 +171,12 @@ def full(size: Size) -> Built:
 ARMS = {"ours": whole_step, "learner": learner, "full": full}
 
 
-def packed(groups_N: list[RolloutGroup], settings: RunConfig) -> list[list[Microbatch]]:
+def packed(groups_N: list[RolloutGroup], microbatch_tokens: int) -> list[list[Microbatch]]:
     """The groups' microbatches, by optimizer step."""
     return pack(
         groups_N,
         [[reward - 0.5 for reward in group.rewards_G] for group in groups_N],
-        microbatch_tokens=settings.optim.microbatch_tokens,
+        microbatch_tokens=microbatch_tokens,
         share_prompts=True,
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewards import FunctionReward, Reward, load_reward
 from rl_lora.advantages import AdvantageFn
-from rl_lora.config import LoraSection, ModelSection, OptimSection, RunConfig, SamplingSection
+from rl_lora.config import ModelSection, OptimSection, RunConfig, SamplingSection
 from rl_lora.config.algorithm import imported, load_algorithm
 from rl_lora.config.checks import SAMPLERS
 from rl_lora.errors import UserError
@@ -84,7 +84,7 @@ def open_run(
         from rl_lora.samplers.end_tokens import end_token_ids
 
         load_sampler_class(config.sampling.backend)
-        model_dir, tokenizer, context = open_model(config.model, on_note, config.lora)
+        model_dir, tokenizer, context = open_model(config.model, on_note)
         if config.sampling.backend == "vllm":
             check_vllm(model_dir, config)
         prompts = _load_prompts(config, reward, model_dir, tokenizer, context)
@@ -173,7 +173,7 @@ def check_vllm(model_dir: Path, config: RunConfig) -> None:
     device = pick_device(config.model.device)
     if importlib.util.find_spec("vllm") is None:
         import_vllm(device)  # which says how to get it
-    check_device(device, config.lora)
+    check_device(device, config.lora, model_dir)
     check_mixture(model_dir, device)
     # What dtype "auto" is gets measured later; the sampler checks it again then.
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
@@ -199,12 +199,12 @@ def _with_compilation(
 
 
 def open_model(
-    section: ModelSection, on_note: Callable[[str], None], lora: LoraSection | None = None
+    section: ModelSection, on_note: Callable[[str], None]
 ) -> tuple[Path, PreTrainedTokenizerBase, int]:
     """(directory, tokenizer, context length) of a model, which is fetched or made if need be.
 
     Raises:
-        UserError: no such model, a directory without a model, or a model that `lora` cannot train.
+        UserError: no such model, a directory without a model, or a model that cannot be trained.
     """
     from transformers import AutoConfig
 
@@ -215,8 +215,7 @@ def open_model(
         on_note(f"model {section.name}: fetched or made once, then kept; a minute or so")
     model_dir = resolve_model(section)
     config = AutoConfig.from_pretrained(model_dir)
-    if lora is not None:
-        check_architecture(config, lora, model_dir)
+    check_architecture(config, model_dir)
     return model_dir, load_tokenizer(model_dir), context_length(config)
 
 
@@ -371,17 +370,7 @@ def open_folder(
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raises UserError if the run folder cannot be written to."""
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("", encoding="utf-8")
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run folder {folder} cannot be written ({error.strerror}); set run.output_dir to a "
-            "folder that can"
-        ) from error
+    """Raises UserError if its disk is about full; that it can be written to, its lock has shown."""
     free = shutil.disk_usage(folder).free
     if free < 50 * 2**20:
         raise UserError(f"run folder {folder} has {free / 2**20:.0f} MiB of disk left; free some")

@@ -68,7 +68,7 @@ class Policy(ABC):
         self.device = pick_device(model.device)
         self.dtype = pick_dtype(model.dtype, self.device)
         config = AutoConfig.from_pretrained(model_dir)
-        check_architecture(config, lora, model_dir)
+        check_architecture(config, model_dir)
         check_rank(config, lora)
         self.model: PreTrainedModel = load_model(model_dir, self.dtype)
         self.model.to(self.device)  # type: ignore[arg-type]  # its stubs know no device

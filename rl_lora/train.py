@@ -42,12 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """The objects that a run's steps work with, the same from start to end.
-
-    Example: Parts(job=RunContext(...), learner=Learner(...), worker=RolloutWorker(...),
-    evaluation=Evaluation(...), display=Display(), log=RunLog(...), timer=PhaseTimer(),
-    inputs={"base": {...}, "data": {...}})
-    """
+    """The objects that a run's steps work with, the same from start to end."""
 
     job: RunContext
     learner: Learner
@@ -96,13 +91,8 @@ def loop(parts: Parts, state: State) -> None:
 def learn(
     job: RunContext, learner: Learner, groups_N: list[RolloutGroup], version: int
 ) -> dict[str, float]:
-    """Advantages, microbatches and the optimizer step; checks that the sampler was right.
-
-    Args:
-        job: the run's policy and settings.
-        learner: of that policy.
-        groups_N: the step's rollouts.
-        version: of the policy that learns from them.
+    """Advantages, microbatches and the optimizer step of policy version `version`; checks that the
+    sampler was right.
 
     Raises:
         StaleAdapterError: the rollouts are not from the version that they should be from.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -37,6 +38,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert len(lines) == 1, lines
     assert lines[0].startswith("rl-lora: error: ")
     return lines[0]
+
+
+def module_of(command: str) -> ModuleType:
+    return import_module(f"rl_lora.commands.{cli.COMMANDS[command][0]}")
 
 
 def smoke(tmp_path: Path, *overrides: str) -> list[str]:
@@ -261,7 +266,7 @@ def test_the_console_command_is_installed_and_quick_to_help() -> None:
 EXAMPLES = sorted(
     {
         *cli.EXAMPLES,
-        *(line for one in cli.COMMANDS.values() for line in import_module(one.module).EXAMPLES),
+        *(line for name in cli.COMMANDS for line in module_of(name).EXAMPLES),
     }
 )
 
@@ -296,7 +301,7 @@ def test_advice_after_an_interrupt_is_one_that_the_command_takes(
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(import_module(cli.COMMANDS[command].module), "run", interrupted)
+    monkeypatch.setattr(module_of(command), "run", interrupted)
     assert cli.main([command, SMOKE]) == 130
     assert capsys.readouterr().err == f"rl-lora: interrupted{advice}\n"
     if "--resume" in advice:

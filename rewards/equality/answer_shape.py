@@ -86,11 +86,6 @@ def _are_constants(left: str, right: str) -> bool:
     return any("_" in name or name.isupper() for name in names)
 
 
-def without_label(node: Node) -> Node:
-    """The value of a labelled item."""
-    return node.args[0] if node.kind == "label" else node
-
-
 def option_letters(node: Node) -> list[str] | None:
     """The options of ABD, or A, B, D; None for anything else."""
     names = [item.name.upper() for item in node.args if item.kind in ("sym", "text")]
@@ -119,13 +114,6 @@ def by_coordinates(node: Node) -> Node:
     return node
 
 
-def form_of(node: Node) -> str:
-    """How a subset of the real line is written: "membership", "inequality" or "set"."""
-    if node.kind == "rel":
-        return "membership" if node.name == "in" else "inequality"
-    return "set"
-
-
 def unlabelled(node: Node) -> Node:
     """The node without the names of its values."""
     if node.kind in ("list", "set"):
@@ -133,15 +121,11 @@ def unlabelled(node: Node) -> Node:
     return item_value(node)
 
 
-def has_mixed_brackets(gold: Node, answer: Node) -> bool:
-    """Is either of them a half-open interval?"""
-    names = {item.name for item in (gold, answer) if item.kind == "seq" and len(item.args) == 2}
-    return bool(names & {"[)", "(]"})
-
-
-def is_condition(node: Node) -> bool:
-    """Does a list contain inequalities or unions?"""
-    return any(
+def is_set_of_reals(node: Node) -> bool:
+    """Is this a half-open interval, or a list with inequalities or unions?"""
+    if node.kind == "seq":
+        return len(node.args) == 2 and node.name in ("[)", "(]")
+    return node.kind == "list" and any(
         item.kind == "rel" and not is_equation(item) or item.kind == "union" for item in node.args
     )
 

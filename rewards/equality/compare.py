@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 from rewards.equality.answer_shape import (
     by_coordinates,
     expand_all,
-    form_of,
-    has_mixed_brackets,
-    is_condition,
     is_coordinates,
+    is_set_of_reals,
     item_value,
     items_of,
     match_names,
@@ -21,7 +19,6 @@ from rewards.equality.answer_shape import (
     split_conditions,
     unlabelled,
     without_common,
-    without_label,
     without_repeats,
 )
 from rewards.equality.congruences import equal_congruences
@@ -35,7 +32,6 @@ from rewards.equality.relations import (
     ascending,
     bind_arguments,
     compatible_names,
-    is_order_of_names,
     same_equation,
     same_inequality,
     solution_of,
@@ -117,7 +113,7 @@ class Comparison:
         if "label" in kinds:
             if names_clash(gold, answer):
                 return False
-            return self.equal(without_label(gold), without_label(answer))
+            return self.equal(*(n.args[0] if n.kind == "label" else n for n in (gold, answer)))
         are_residues = kinds == {"open"} and gold.name == answer.name == "mod"
         is_single = "list" not in kinds and not has_kind(gold, "pm") and not has_kind(answer, "pm")
         if are_residues or ("congruence" in kinds and is_single):
@@ -135,9 +131,10 @@ class Comparison:
             return True
         if Node("sym", name="\\mathbb{R}") in (gold, answer):
             return self._equal_regions(gold, answer)
-        if kinds & _REGION_KINDS or has_mixed_brackets(gold, answer):
+        are_reals = is_set_of_reals(gold) or is_set_of_reals(answer)
+        if kinds & _REGION_KINDS or (are_reals and "list" not in kinds):
             return self._equal_regions(gold, answer)
-        if "list" in kinds and any(n.kind == "list" and is_condition(n) for n in (gold, answer)):
+        if are_reals:
             regions = self._try_regions(gold, answer)
             if regions is not None:
                 return regions
@@ -227,17 +224,16 @@ class Comparison:
         if is_equation(gold) or is_equation(answer):
             return self._equal_equations(gold, answer)
         for one, other in ((gold, answer), (answer, gold)):
-            if one.kind == "rel" and is_order_of_names(one) and other.kind in ("list", "seq"):
-                chain = ascending(one)
-                if chain is not None:
-                    return self._in_order(one.args, other.args)
+            is_order = len(one.args) > 2 and all(item.kind == "sym" for item in one.args)
+            if one.kind == "rel" and is_order and other.kind in ("list", "seq") and ascending(one):
+                return self._in_order(one.args, other.args)  # b < a < d
         if gold.kind == answer.kind == "rel":
             if self._same_chain(gold, answer):
                 return True
-            same = same_inequality(gold, answer)
-            if same:
+            if same_inequality(gold, answer):
                 return True
-        if not self.rules.relations_as_sets and form_of(gold) != form_of(answer):
+        forms = [n.kind == "rel" and ("in" if n.name == "in" else "<") for n in (gold, answer)]
+        if not self.rules.relations_as_sets and forms[0] != forms[1]:
             return False
         if gold.kind == "rel" and gold.name == "in" and answer.kind != "rel":
             return self.equal(gold.args[1], answer)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from fractions import Fraction
 
+from mpmath import libmp
+
 from rewards.parsing.nodes import MAX_EXACT_BITS, Node
 
 MAX_FACTORIAL = 1000
@@ -86,15 +88,8 @@ def exact_root(value: Fraction, degree: int) -> Fraction:
 def _integer_root(value: int, degree: int) -> int:
     if value < 2:
         return value
-    if degree == 2:
-        root = math.isqrt(value)
-    else:
-        root = 1 << -(-value.bit_length() // degree)
-        while True:
-            better = ((degree - 1) * root + value // root ** (degree - 1)) // degree
-            if better >= root:
-                break
-            root = better
+    digits = value.bit_length() // degree + 16
+    root = libmp.to_int(libmp.mpf_nthroot(libmp.from_int(value), degree, digits, "n"), "n")
     if root**degree != value:
         raise Undecided
     return root

@@ -51,12 +51,6 @@ class Reading(NamedTuple):
     status: str = "ok"
 
 
-@functools.lru_cache(maxsize=4096)
-def read_gold(text: str) -> Reading:
-    """Readings of a gold, cached because a prompt's rollouts share it."""
-    return read(text, is_gold=True)
-
-
 def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
     """Readings of an answer."""
     if len(text) > MAX_PROSE:
@@ -84,6 +78,10 @@ def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
     candidates += _choice_readings(text)
     prose = text if is_gold and candidates[0].node.kind in ("text", "rel", "unit") else ""
     return Reading(tuple(candidates), prose)
+
+
+# Cached because a prompt's rollouts share its gold.
+read_gold = functools.lru_cache(maxsize=4096)(functools.partial(read, is_gold=True))
 
 
 def _choice_readings(text: str) -> list[Parsed]:

@@ -40,70 +40,34 @@ class Arithmetic:
     max_log: float  # natural logarithm of the largest magnitude
 
 
-def _float_number(value: Fraction) -> float:
-    return value.numerator / value.denominator
+_FUNCTIONS = (
+    "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth asinh acosh atanh"
+    " exp ln gamma floor ceil"
+)
 
 
-def _context(digits: int) -> Arithmetic:
-    context = mpmath.MPContext()
-    context.dps = digits
+def _arithmetic(context: Any, tiny: float, max_log: float) -> Arithmetic:
+    """mpmath's floats, or its numbers of a fixed precision."""
+    functions: dict[str, Callable[..., Any]] = {"abs": abs}
+    for name in _FUNCTIONS.split():  # mpmath's floats have no asinh, acosh, atanh
+        functions[name] = getattr(context, name, getattr(cmath, name, None))
 
     def number(value: Fraction) -> Any:
-        return context.mpf(value.numerator) / value.denominator
+        top = value.numerator if context is mpmath.fp else context.mpf(value.numerator)
+        return top / value.denominator
 
-    names = "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth asinh acosh"
-    functions: dict[str, Callable[..., Any]] = {
-        name: getattr(context, name) for name in [*names.split(), "atanh", "exp", "ln", "gamma"]
-    }
-    functions |= {"abs": abs, "floor": context.floor, "ceil": context.ceil}
-    return Arithmetic(
-        number,
-        +context.pi,
-        +context.e,
-        context.j,
-        functions,
-        10.0 ** -(digits - 12),
-        MAX_LOG_OF_LOG,
-    )
+    return Arithmetic(number, +context.pi, +context.e, context.j, functions, tiny, max_log)
 
 
-def _real_or_complex(name: str) -> Callable[[Any], Any]:
-    real, general = getattr(math, name), getattr(cmath, name)
-
-    def call(value: Any) -> Any:
-        if isinstance(value, complex):
-            return general(value)
-        try:
-            return real(value)
-        except ValueError:
-            return general(value)
-
-    return call
-
-
-def _reciprocal_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda x: 1 / function(x)
-
-
-def _of_reciprocal(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda x: function(1 / x)
-
-
-def _float_functions() -> dict[str, Callable[..., Any]]:
-    names = "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp"
-    functions = {name: _real_or_complex(name) for name in names.split()}
-    functions["ln"] = _real_or_complex("log")
-    for name, inverse in (("cot", "tan"), ("sec", "cos"), ("csc", "sin"), ("coth", "tanh")):
-        functions[name] = _reciprocal_of(functions[inverse])
-    for name, inverse in (("acot", "atan"), ("asec", "acos"), ("acsc", "asin")):
-        functions[name] = _of_reciprocal(functions[inverse])
-    functions |= {"abs": abs, "floor": math.floor, "ceil": math.ceil, "gamma": math.gamma}
-    return functions
+def _precise(digits: int) -> Arithmetic:
+    context = mpmath.MPContext()
+    context.dps = digits
+    return _arithmetic(context, 10.0 ** -(digits - 12), MAX_LOG_OF_LOG)
 
 
 IMAGINARY = Node("const", name="i")
-FLOATS = Arithmetic(_float_number, math.pi, math.e, 1j, _float_functions(), 1e-7, 700.0)
-LOW, HIGH = _context(40), _context(80)
+FLOATS = _arithmetic(mpmath.fp, 1e-7, 700.0)
+LOW, HIGH = _precise(40), _precise(80)
 
 
 class Precise:
@@ -310,7 +274,7 @@ def same_value(left: Node, right: Node) -> bool:
 def _agree_where_defined(left: Node, right: Node, places: list[dict[str, Fraction]]) -> bool:
     """Do the two sides agree, as floats, wherever both are defined?"""
     for point in places:
-        floats = {name: _float_number(value) for name, value in point.items()}
+        floats = {name: FLOATS.number(value) for name, value in point.items()}
         try:
             a, b = value_of(left, floats, FLOATS), value_of(right, floats, FLOATS)
         except Undecided:
@@ -357,7 +321,7 @@ def _vanishes(low: Any, high: Any) -> bool:
 
 def _agree_at(left: Node, right: Node, point: Mapping[str, Fraction], must_be_real: bool) -> bool:
     """Compare at one point. Raises Undecided if a side is undefined or out of range there."""
-    floats = {name: _float_number(value) for name, value in point.items()}
+    floats = {name: FLOATS.number(value) for name, value in point.items()}
     try:
         a, b = value_of(left, floats, FLOATS), value_of(right, floats, FLOATS)
     except Undecided:

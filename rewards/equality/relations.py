@@ -299,8 +299,3 @@ def same_inequality(left: Node, right: Node) -> bool | None:
         )
     except (Undecided, TypeError):
         return None
-
-
-def is_order_of_names(node: Node) -> bool:
-    """Is this an order of unknowns: b < a < d < c?"""
-    return len(node.args) > 2 and all(item.kind == "sym" for item in node.args)

@@ -26,7 +26,7 @@ from rewards.extraction.announcements import (
     lower,
     tags,
 )
-from rewards.extraction.boxes import BoxGroup, box_group, find_boxes, opener, opens_a_box
+from rewards.extraction.boxes import BoxGroup, box_group, find_boxes, may_have_box, opener
 from rewards.extraction.languages import DIGITS, HAS_DIGITS
 from rewards.extraction.retractions import hedged_values, revision
 from rewards.extraction.thinking import ExtraTags, after_thinking
@@ -73,7 +73,8 @@ def extract(completion: str, extra_tags: ExtraTags = ()) -> Extraction:
     text = after_thinking(completion, extra_tags)
     if text is None:
         return NOTHING
-    group = box_group(text)
+    has_boxes = may_have_box(text)
+    group = box_group(text) if has_boxes else None
     statement = _last_statement(text, group)
     has_format = group is not None and group.is_formatted and not _is_overruled(text)
     if statement is not None:
@@ -81,7 +82,8 @@ def extract(completion: str, extra_tags: ExtraTags = ()) -> Extraction:
         return _revised(found, text, statement.end)
     if group is not None:
         return _revised(_boxed(group, has_format), text, group.end)
-    plain = None if opens_a_box(text) else unannounced(text)  # a truncated box states nothing
+    is_truncated = has_boxes and opener(text) is not None  # a truncated box states nothing
+    plain = None if is_truncated else unannounced(text)
     if plain is None:
         return NOTHING
     return Extraction(_spelled(plain[0]), "bold" if plain[1] else "math")

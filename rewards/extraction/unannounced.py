@@ -96,6 +96,7 @@ _SUPPOSED = re.compile(
     re.IGNORECASE,
 )
 # A number after an operator is part of a sum: 7 + 2 states neither 2 nor + 2.
+_OPERATORS = ("+", "-", "−", "*", "/", "×", "·", "x", "\\times", "\\cdot")
 _OPERATOR_BEFORE = re.compile(r"[\d)\]}]\s*(?:[-+*/×·−]|x|\\times|\\cdot)\s*$")
 _SUM_BEFORE = re.compile(r"(?:[\d.,()+*/×·−x\s-]|\\times|\\cdot)*$")
 _UNFINISHED = re.compile(r"\s*(?:=|\\approx|[-+*/×·−])\s*$")
@@ -107,8 +108,9 @@ _ALTERNATIVE = re.compile(
     r"(?:(?:maybe|perhaps|possibly|even|else|it's|it is"
     r"|it (?:could|might|may) (?:also )?be)\s)*|\s?[–-]\s?)$"
 )
-_OR = ("or", "或", "или", "oder", " ou ", " o ", "または", "또는")
+_OR = re.compile(r"or|或|или|oder| ou | o |または|또는|[-–]\s*$")
 _BETWEEN = re.compile(r"\bbetween\s+[$\d.,/-]+\s+and\s+$", re.IGNORECASE)
+_CURRENCY = re.compile("[$€£]")
 _EARNED = re.compile(
     r"\b(?:earn|pay|paid|cost|spen[dt]|save|make|made|owe|receive|charge|get|got|raise|sold|sell"
     r"|lose|lost|ha[sd]|donate|collect)\w*\s+(?P<money>\\?[$€£]\s?\d[\d,]*(?:\.\d+)?)\s+"
@@ -336,7 +338,8 @@ def _last_maths(text: str) -> str | None:
 
 def _is_false_equation(text: str) -> bool:
     """Does the text end with an equation between two different integers?"""
-    match = _EQUATED.search(text, max(len(text) - MAX_WHOLE_CHARS, 0))
+    low = max(len(text) - MAX_WHOLE_CHARS, 0)
+    match = _EQUATED.search(text, low) if text.rfind("=", low) >= 0 else None
     if match is None:
         return False
     left, right = (int(match[name].replace("−", "-")) for name in ("left", "right"))
@@ -347,7 +350,8 @@ def _with_sum(text: str, end: int, number: str) -> str:
     """The number that ends at `end`, with the sum or product that it is the last operand of."""
     digits = number.lstrip("-−+ ")
     before = text[max(end - len(digits) - MAX_NUMBER_CHARS, 0) : end - len(digits)]
-    if _OPERATOR_BEFORE.search(before) is None:
+    is_operand = before.rstrip().endswith(_OPERATORS)
+    if not is_operand or _OPERATOR_BEFORE.search(before) is None:
         return number
     found = _SUM_BEFORE.search(before)
     return (before[found.start() :] if found is not None else "").lstrip() + digits
@@ -369,7 +373,7 @@ def _is_place(text: str, end: int) -> bool:
 def _widened(text: str, start: int, end: int, content: str) -> str:
     """The value between start and end, with the adjacent words that change it."""
     before = text[max(start - 120, 0) : start]
-    if any(sign in before for sign in "$€£"):
+    if _CURRENCY.search(before):
         money = _EARNED.search(text[max(start - 120, 0) : end + 120])
         if money is not None:
             return money["money"]
@@ -389,9 +393,7 @@ def _words_before(before: str) -> re.Match[str] | None:
     found = None
     if words and words[-1].lower() in _LEADING_ENDS:
         found = _LEADING_WORDS.search(before, max(len(before) - 25, 0))
-    if found is None and (
-        any(word in before[-30:] for word in _OR) or before.rstrip().endswith(("-", "–"))
-    ):
+    if found is None and _OR.search(before[-30:]):
         found = _ALTERNATIVE.search(before)
     if found is None and "and" in before[-6:]:
         found = _BETWEEN.search(before)

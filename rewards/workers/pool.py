@@ -13,7 +13,6 @@ import json
 import os
 import select
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -24,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-from rewards.workers.worker import MAX_FRAME_BYTES, encode
+from rewards.workers.worker import encode
 
 STARTUP_TIMEOUT_S = 120.0
 DEFAULT_MEMORY_MB = 1024
@@ -50,17 +49,9 @@ class Worker:
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         # One thread per worker: a BLAS thread pool would use up address space under RLIMIT_AS.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "rewards.workers.worker",
-            str(os.getpid()),
-            str(memory_mb),
-            json.dumps(warm_up),
-        ]
+        command = [sys.executable, "-P", "-m", "rewards.workers.worker"]
         self.process = subprocess.Popen(
-            command,
+            [*command, str(os.getpid()), str(memory_mb), json.dumps(warm_up)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -94,37 +85,29 @@ class Worker:
     def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """One request, one response. Raises WorkerCannotStart, WorkerDied, DeadlinePassed."""
         self.wait_ready()
-        frame = encode({**request, "timeout_s": timeout_s})
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(frame)
+            self.process.stdin.write(encode({**request, "timeout_s": timeout_s}))
         except (BrokenPipeError, OSError) as error:
             raise WorkerDied from error
         return self._receive(time.monotonic() + timeout_s)
 
     def _receive(self, deadline: float) -> dict[str, Any]:
-        header = self._read(4, deadline)
-        (size,) = struct.unpack(">I", header)
-        if size > MAX_FRAME_BYTES:
-            raise WorkerDied
-        message: dict[str, Any] = json.loads(self._read(size, deadline))
-        return message
-
-    def _read(self, size: int, deadline: float) -> bytes:
         assert self.process.stdout is not None
         fd = self.process.stdout.fileno()
         poller = select.poll()
         poller.register(fd, select.POLLIN | select.POLLHUP)
-        data = b""
-        while len(data) < size:
+        line = b""
+        while not line.endswith(b"\n"):
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0 or not poller.poll(remaining_s * 1000):
                 raise DeadlinePassed
-            chunk = os.read(fd, size - len(data))
+            chunk = os.read(fd, 1 << 16)
             if not chunk:
                 raise WorkerDied
-            data += chunk
-        return data
+            line += chunk
+        message: dict[str, Any] = json.loads(line)
+        return message
 
     def exit_code(self) -> int | None:
         """Its exit code; None if it is still running."""

@@ -260,6 +260,7 @@ def _peft_config(policy: Policy) -> LoraConfig:
         lora_alpha=served_alpha(policy.lora),  # type: ignore[arg-type]  # a float works too
         target_modules=sorted({*suffixes, *experts}),
         rank_pattern=dict.fromkeys(whole, policy.lora.rank) if experts else {},
+        fan_in_fan_out=policy.model.config.model_type == "gpt2",  # Conv1D: weights are [I, O]
         use_rslora=policy.lora.variant == "rslora",
         use_dora=policy.lora.variant == "dora",
         lora_dropout=0.0,

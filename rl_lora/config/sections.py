@@ -12,7 +12,7 @@ from __future__ import annotations
 import tomllib
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -24,7 +24,7 @@ from rl_lora.config.checks import (
     check_temperatures,
     check_variant,
 )
-from rl_lora.config.overrides import apply_overrides
+from rl_lora.config.overrides import apply_overrides, is_section
 from rl_lora.config.shipped import find_config
 from rl_lora.errors import UserError, nearest
 
@@ -349,33 +349,24 @@ def parse_config(raw: dict[str, Any]) -> RunConfig:
     return parse_as(RunConfig, raw)
 
 
-def parse_as(root: type[SomeSection], raw: dict[str, Any]) -> SomeSection:
-    """Validates a nested dict as `root`. Raises UserError naming the first bad key."""
+def parse_as(root: type[SomeSection], raw: dict[str, Any], what: str = "config") -> SomeSection:
+    """Validates a nested dict as `root`. Raises UserError naming `what` and its first bad key."""
     try:
         return root.model_validate(raw)
     except ValidationError as error:
-        raise UserError(_explain(error, root)) from error
-
-
-def _explain(error: ValidationError, root: type[BaseModel]) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        section = _section_at(first["loc"][:-1], root)
-        hint = nearest(str(first["loc"][-1]), section.model_fields)
-        return f"config: unknown key {key!r}; {hint}"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"config: {key} = {first['input']!r}: {message}" if key else f"config: {message}"
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            hint = nearest(str(first["loc"][-1]), _section_at(first["loc"][:-1], root).model_fields)
+            raise UserError(f"{what}: unknown key {key!r}; {hint}") from error
+        where = f"{key} = {first['input']!r}: " if key else ""
+        raise UserError(f"{what}: {where}{first['msg'].removeprefix('Value error, ')}") from error
 
 
 def _section_at(location: tuple[int | str, ...], root: type[BaseModel]) -> type[BaseModel]:
-    """The section class at a validation error's location."""
+    """The section class at a validation error's location; lists are of sources."""
     section = root
     for part in location:
-        if isinstance(part, int):
-            section = SourceSection
-        else:
-            annotation = section.model_fields[part].annotation
-            is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-            section = cast("type[BaseModel]", annotation) if is_section else SourceSection
+        annotation: Any = getattr(section.model_fields.get(str(part)), "annotation", None)
+        section = annotation if is_section(annotation) else SourceSection
     return section

@@ -41,10 +41,8 @@ def warm_start(
 ) -> None:
     """Takes `warm_start.num_steps` supervised steps, then resets the learner's optimizer.
 
-    The rate is constant: `optim.schedule` only applies to the RL steps that follow.
-
-    Args:
-        on_step: called with (step, metrics) after each step.
+    The rate is constant: `optim.schedule` only applies to the RL steps that follow. on_step is
+    called with (step, metrics) after each step.
 
     Raises:
         ValueError: no prompt has a worked solution (see `has_solutions`).

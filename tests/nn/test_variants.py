@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from rl_lora.adapters.files import open_adapter, save_adapter
 from rl_lora.adapters.peft_files import lora_settings
 from rl_lora.batches import pack_samples
-from rl_lora.commands.eval import EvalRequest, evaluation
+from rl_lora.cli import _parse
+from rl_lora.commands.eval import evaluation
 from rl_lora.config import (
     VARIANT_NAMES,
     LoraSection,
@@ -400,7 +401,11 @@ def test_an_evaluation_of_dora_in_vllm_is_refused_before_any_work(tmp_path: Path
     config = tmp_path / "evaluation.toml"
     config.write_text(f'[model]\nname = "{path}"\n')
     with pytest.raises(UserError, match=r'v000001: .*vLLM serves no DoRA.*backend="torch"'):
-        evaluation(EvalRequest(config, [f"run.output_dir={tmp_path}"], str(adapter.path), "x"))
+        evaluation(
+            _parse(
+                ["eval", str(config), f"run.output_dir={tmp_path}", "--adapter", str(adapter.path)]
+            )
+        )
     assert not (tmp_path / "run").exists()
 
 

@@ -31,6 +31,7 @@ from rl_lora.planning.memory import (
 )
 from tests.helpers.tiny_models import (
     make_policy,
+    random_gpt2,
     random_llama,
     random_mixtral,
     random_qwen3,
@@ -82,7 +83,7 @@ def test_lm_head_and_full_mode_change_what_trains() -> None:
     assert full.trainable == full.base
 
 
-@pytest.mark.parametrize("make", [random_llama, random_qwen3])
+@pytest.mark.parametrize("make", [random_llama, random_qwen3, random_gpt2])
 @pytest.mark.parametrize("layers", ["all", "attention", "mlp"])
 @pytest.mark.parametrize("lm_head", [False, True])
 def test_counts_equal_those_of_the_real_policy(

@@ -17,11 +17,20 @@ from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.vllm.kept_classes import classes_kept
 from rl_lora.samplers.vllm.merged_weights import MergedWeights
 from rl_lora.samplers.vllm.process import keep_float32_exact, process_kept
+from rl_lora.samplers.vllm.settings import text_config
 from rl_lora.types import Adapter
 
+_NO_LORA_TYPES = ("gpt2",)  # model types whose class in vLLM (0.32) has no LoRA layers
 
-def check_device(device: torch.device, lora: LoraSection) -> None:
+
+def check_device(device: torch.device, lora: LoraSection, model_dir: Path) -> None:
     """Raises UserError for a device or an adapter that vLLM does not serve correctly."""
+    model_type = text_config(model_dir).model_type
+    if lora.mode == "lora" and model_type in _NO_LORA_TYPES:
+        raise UserError(
+            f"model {model_dir}: vLLM serves no adapters on {model_type}; set "
+            'sampling.backend="torch"'
+        )
     if device.index:
         raise UserError(
             f"model.device={str(device)!r}: vLLM takes the first visible GPU; set "

@@ -95,7 +95,7 @@ class VllmSampler:
             max_model_len = min(_CONTEXT, context_length(AutoConfig.from_pretrained(model_dir)))
         self._on_cpu, self._is_full = device.type == "cpu", lora.mode == "full"
         check_model(model_dir, max_model_len)
-        check_device(device, lora)
+        check_device(device, lora, model_dir)
         check_mixture(model_dir, device)
         self._vllm = import_vllm(device)
         if self._on_cpu:

@@ -108,6 +108,7 @@ def test_known_shapes_have_the_published_sizes() -> None:
     assert sizes == {
         "meta-llama/Llama-3.1-8B": 8_030_261_248,
         "Qwen/Qwen3-8B-Base": 8_190_735_360,
+        "Qwen/Qwen3-30B-A3B-Base": 30_532_122_624,
         "smollm2-135m-instruct": 134_515_008,
     }
 
@@ -390,19 +391,7 @@ def _printed(config: RunConfig) -> str:
     return console.file.getvalue()
 
 
-QWEN3_30B_A3B = Qwen3MoeConfig(
-    hidden_size=2048,
-    intermediate_size=6144,
-    moe_intermediate_size=768,
-    num_hidden_layers=48,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    num_experts=128,
-    num_experts_per_tok=8,
-    vocab_size=151936,
-    tie_word_embeddings=False,
-    head_dim=128,  # type: ignore[call-arg]
-)
+QWEN3_30B_A3B = Qwen3MoeConfig(**KNOWN_SHAPES["Qwen/Qwen3-30B-A3B-Base"][1])
 
 
 def test_a_mixtures_experts_share_the_rank() -> None:

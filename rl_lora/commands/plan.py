@@ -124,7 +124,7 @@ def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
     table.add_row("compute, at most", flops_text(flops * seen * config.data.max_tokens))
     console.print(table)
     warn_of_capacity(console, capacity, config.lora, num_active_experts(model_config))
-    num_tokens = max(config.optim.microbatch_tokens, config.data.max_tokens)
+    num_tokens = microbatch_tokens(config)
     parts = learner_memory(config, model_config, counts.base, counts.trainable, num_tokens)
     console.print(memory_table(parts, config.model, phases=("learning",)))
 
@@ -250,7 +250,9 @@ def memory_table(
         total = peak(parts, phase)
         verdict = f"of {what} {bytes_text(available)}"
         if total > available:
-            verdict = f"MORE than {what} {bytes_text(available)}: {_CURES[phase]}"
+            no_cache = any(part.part == "KV cache" and not part.num_bytes for part in parts)
+            cure = _NO_CACHE if phase == "sampling" and no_cache else _CURES[phase]
+            verdict = f"MORE than {what} {bytes_text(available)}: {cure}"
         if device == "cuda" and here is None:
             verdict += " (this machine has none)"
         table.add_row("peak", bytes_text(total), phase, verdict, style="bold")
@@ -258,11 +260,11 @@ def memory_table(
 
 
 _CURES: dict[Phase, str] = {
-    "sampling": "lower sampling.memory_fraction, sampling.max_num_seqs or sampling.max_tokens, or "
-    "take a smaller model",
+    "sampling": "lower sampling.memory_fraction, sampling.max_num_seqs or sampling.max_tokens",
     "learning": "lower optim.microbatch_tokens or sampling.max_tokens, or set "
     "optim.checkpoint_activations",
 }
+_NO_CACHE = "vLLM's copy of the base does not fit beside the learner's: take a smaller model"
 
 
 def time_table(config: RunConfig, found: StepTime, card: Card, largest: int) -> Table:

@@ -108,6 +108,7 @@ def test_known_shapes_have_the_published_sizes() -> None:
     assert sizes == {
         "meta-llama/Llama-3.1-8B": 8_030_261_248,
         "Qwen/Qwen3-8B-Base": 8_190_735_360,
+        "Qwen/Qwen3-30B-A3B-Base": 30_532_122_624,
         "smollm2-135m-instruct": 134_515_008,
     }
 
@@ -216,10 +217,11 @@ def test_kv_cache_of_a_gpu_is_what_vllms_share_leaves() -> None:
         assert nowhere.num_bytes == ASSUMED_GPU_BYTES // 2 - 2 * counts.base - engine
 
 
-def test_memory_plan_of_full_training_follows_the_models_dtype() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_plan_of_full_training_has_masters_of_bfloat16(dtype: str) -> None:
     config = parse_config(
         {
-            "model": {"name": "x", "device": "cpu", "dtype": "float32"},
+            "model": {"name": "x", "device": "cpu", "dtype": dtype},
             "lora": {"mode": "full"},
             "sampling": {"backend": "torch"},
             "algorithm": {"kl": "loss", "kl_weight": 0.1},
@@ -229,9 +231,11 @@ def test_memory_plan_of_full_training_follows_the_models_dtype() -> None:
     sizes: dict[str, list[int]] = {}
     for part in memory_plan(config, LLAMA_8B, counts.base, counts.trainable):
         sizes.setdefault(part.part, []).append(part.num_bytes)
+    size = 4 if dtype == "float32" else 2
     assert "adapter" not in sizes
-    assert sizes["base weights"] == [4 * counts.base]  # TorchSampler samples from the learner's
-    assert sizes["reference weights"] == [4 * counts.base]
+    assert sizes["base weights"] == [size * counts.base]  # TorchSampler samples from the learner's
+    assert sizes["reference weights"] == [size * counts.base]
+    assert sizes.get("master weights") == (None if dtype == "float32" else [4 * counts.base])
     assert sizes["gradients"] == [4 * counts.base]
     assert sizes["optimizer"] == [8 * counts.base]
 
@@ -387,19 +391,7 @@ def _printed(config: RunConfig) -> str:
     return console.file.getvalue()
 
 
-QWEN3_30B_A3B = Qwen3MoeConfig(
-    hidden_size=2048,
-    intermediate_size=6144,
-    moe_intermediate_size=768,
-    num_hidden_layers=48,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    num_experts=128,
-    num_experts_per_tok=8,
-    vocab_size=151936,
-    tie_word_embeddings=False,
-    head_dim=128,  # type: ignore[call-arg]
-)
+QWEN3_30B_A3B = Qwen3MoeConfig(**KNOWN_SHAPES["Qwen/Qwen3-30B-A3B-Base"][1])
 
 
 def test_a_mixtures_experts_share_the_rank() -> None:

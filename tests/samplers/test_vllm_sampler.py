@@ -278,7 +278,8 @@ def test_an_engine_that_slept_samples_the_same(
     if is_merged(sampler):
         return
     (model,) = engine.apply_model(lambda model: model)
-    slot = next(m for m in model.modules() if hasattr(m, "lora_b_stacked")).lora_b_stacked[0]
+    stacked = (getattr(module, "lora_b_stacked", ()) for module in model.modules())
+    slot = next(slot for slots in stacked for slot in slots if slot.any())
     sums = put_to_sleep(engine)
     saved = slot.clone()
     slot.zero_()

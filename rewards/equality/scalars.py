@@ -21,15 +21,7 @@ from rewards.equality.numeric import (
     same_value,
     value_of,
 )
-from rewards.parsing.nodes import (
-    INFINITY,
-    SCALAR_KINDS,
-    Node,
-    has_kind,
-    number_node,
-    symbols,
-    walk_to_tasks,
-)
+from rewards.parsing.nodes import INFINITY, SCALAR_KINDS, Node, number_node
 from rewards.rules import GradingRules
 
 FLOAT_DIGITS = 12
@@ -100,7 +92,7 @@ def rounds_to(value: Fraction, target: Printed) -> bool:
 
 def equal_scalars(gold: Node, answer: Node, rules: GradingRules) -> bool:
     """Are two scalars equal under the rules? Raises Undecided."""
-    if has_kind(answer, "open") and not has_kind(gold, "open"):
+    if answer.has("open") and not gold.has("open"):
         return False  # a task is not its value
     if gold == answer:
         return True
@@ -141,10 +133,10 @@ def _equal_pair(gold: Node, answer: Node, rules: GradingRules) -> bool:
         pass
     if left is not None and right is not None:
         return left == right or _within(gold, answer, left, right, rules)
-    is_numeric = not symbols(gold) and not symbols(answer)
+    is_numeric = not gold.symbols() and not answer.symbols()
     if is_numeric and _rounds(gold, answer, rules):
         return True
-    if has_kind(gold, "pm") or has_kind(answer, "pm"):
+    if gold.has("pm") or answer.has("pm"):
         return False
     verdict = identical(gold, answer)
     if verdict is not None:
@@ -153,7 +145,7 @@ def _equal_pair(gold: Node, answer: Node, rules: GradingRules) -> bool:
 
 
 def _equal_numerically(gold: Node, answer: Node, is_numeric: bool) -> bool:
-    nodes = [*walk_to_tasks(gold), *walk_to_tasks(answer)]
+    nodes = [*gold.walk_to_tasks(), *answer.walk_to_tasks()]
     if any(node == INFINITY or node.kind not in NUMERIC_KINDS for node in nodes):
         return False  # N(0, 1), -221_3 and infinities are equal only to the same tree
     tasks = [node for node in nodes if node.kind == "open" and node.name not in EVALUATED_TASKS]
@@ -164,7 +156,7 @@ def _equal_numerically(gold: Node, answer: Node, is_numeric: bool) -> bool:
     try:
         return same_value(gold, answer)
     except Undecided:
-        if symbols(gold) != symbols(answer):
+        if gold.symbols() != answer.symbols():
             return False
         if not is_numeric:
             raise
@@ -180,7 +172,7 @@ def _is_for_sympy(task: Node) -> bool:
     if task.name == "det":
         return task.args[0].kind == "matrix"
     if task.name in ("gcd", "lcm", "mod"):
-        return not symbols(task)
+        return not task.symbols()
     return task.name in ("sum", "product", "integral")
 
 

@@ -16,7 +16,7 @@ from rewards.equality.text_answers import is_short_form, text_of
 from rewards.equality.unevaluated import has_unevaluated_sum, is_literal
 from rewards.extraction.extract import extract
 from rewards.parsing.clean import clean
-from rewards.parsing.nodes import LimitExceeded, Node, ParseError, has_kind
+from rewards.parsing.nodes import LimitExceeded, Node, ParseError
 from rewards.parsing.parser import Parsed
 from rewards.parsing.tokens import tokenize
 from rewards.rules import GradingRules
@@ -213,7 +213,7 @@ def _short_text(sentence: str, given: Reading) -> bool:
 
 def _status_of(wanted: Reading, given: Reading) -> Status:
     node = given.candidates[0].node
-    if has_kind(node, "open") and not has_kind(wanted.candidates[0].node, "open"):
+    if node.has("open") and not wanted.candidates[0].node.has("open"):
         return "unevaluated"
     if given.status == "unparsable":
         return "unparsable"

@@ -158,11 +158,11 @@ def _revised(found: Extraction, text: str, end: int) -> Extraction:
     """The answer after what the following text does to it: retract, correct, or add another."""
     if found.answer is None:
         return found
-    after = revision(text, end, found.answer)
-    if after.answer != found.answer:
-        return Extraction(after.answer, "phrase", found.has_format)
-    if after.other is not None:
-        return replace(found, joined=(*(found.joined or (found.answer,)), after.other))
+    revised, other = revision(text, end, found.answer)
+    if revised != found.answer:
+        return Extraction(revised, "phrase", found.has_format)
+    if other is not None:
+        return replace(found, joined=(*(found.joined or (found.answer,)), other))
     values = hedged_values(found.answer) if found.method == "phrase" else ()
     return replace(found, joined=values) if values else found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from rewards.extraction.wording import VALUE
 
@@ -48,29 +47,21 @@ _CONDITION = re.compile(r"\b(?:if|when|unless|otherwise|else)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Revision:
-    """`answer`: the revised answer, None if retracted. `other`: an answer offered as well."""
-
-    answer: str | None
-    other: str | None = None
-
-
-def revision(text: str, end: int, answer: str) -> Revision:
-    """How the text after `end` changes a statement."""
+def revision(text: str, end: int, answer: str) -> tuple[str | None, str | None]:
+    """(answer, another) after the text after `end`: revised or None; offered as well or None."""
     rest = text[end : end + MAX_AFTERMATH]
     if len(rest) < MIN_AFTERMATH or not rest.strip(" .$*)}\n\\]"):
-        return Revision(answer)
+        return answer, None
     lowered = rest.lower()
     if any(hint in lowered for hint in _HINTS):
         corrections = [*_CORRECTED.finditer(rest), *_NO_WAIT.finditer(rest)]
         if corrections:
             last = max(corrections, key=lambda match: match.start("value"))
-            return Revision(last["value"].strip("*"))
+            return last["value"].strip("*"), None
         if _TAKEN_BACK.match(rest):
-            return Revision(None)
+            return None, None
     offered = _OFFERED.match(rest)
-    return Revision(answer) if offered is None else Revision(answer, offered["value"].strip("*"))
+    return answer, None if offered is None else offered["value"].strip("*")
 
 
 def hedged_values(answer: str) -> tuple[str, ...]:

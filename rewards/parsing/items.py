@@ -6,7 +6,7 @@ import re
 
 from rewards.parsing import phrases
 from rewards.parsing.names import is_equation, is_name
-from rewards.parsing.nodes import UNNAMED, Node, ParseError, has_kind, number_node, symbols
+from rewards.parsing.nodes import UNNAMED, Node, ParseError, number_node
 from rewards.parsing.quantities import compound, quantity_of_product, temperature
 from rewards.parsing.structures import StructureParser
 from rewards.parsing.units import is_unit, read_unit
@@ -160,7 +160,7 @@ class ItemParser(StructureParser):
         )
         if is_statement or len(self.conditions) > num_before:
             names = {token.text for token in skipped if token.kind == "sym"}
-            if names and not names & symbols(value):
+            if names and not names & value.symbols():
                 raise ParseError
 
     def _read_condition(self, closers: tuple[str, ...]) -> bool:
@@ -226,7 +226,7 @@ class ItemParser(StructureParser):
         name = _INCH.sub("inch", name)
         if phrases.is_loaded(words) and read_unit(name) is None:
             raise ParseError
-        if node.kind in ("sym", "mul") and not has_kind(node, "num"):
+        if node.kind in ("sym", "mul") and not node.has("num"):
             if read_unit(name) is None and words[0] not in ("unit", "units"):
                 raise ParseError  # "AB wins it all" is a sentence, not a quantity
         node = Node("unit", (node,), name)

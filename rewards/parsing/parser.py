@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from rewards.parsing.clean import clean
 from rewards.parsing.items import ItemParser
-from rewards.parsing.nodes import Node, ParseError, symbols
+from rewards.parsing.nodes import Node, ParseError
 from rewards.parsing.quantities import compound
 from rewards.parsing.tokens import tokenize
 
@@ -66,8 +66,8 @@ class AnswerParser(ItemParser):
             if item is not None:
                 groups[-1].append(item)
                 if self.conditions:
-                    names = symbols(item)
-                    groups[-1] += [c for c in self.conditions if names & symbols(c) and c != item]
+                    names = item.symbols()
+                    groups[-1] += [c for c in self.conditions if names & c.symbols() and c != item]
                     self.conditions.clear()
             if not (self._at_closer(closers) or self._at_separator()):
                 raise ParseError

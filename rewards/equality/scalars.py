@@ -45,41 +45,27 @@ class Printed(NamedTuple):
 
 def printed(node: Node) -> Printed | None:
     r"""A literal decimal with its sign and power of ten: -0.25, 1.5 \times 10^{-3}; else None."""
-    if node.kind == "num":
-        return _printed(node.number, node.decimals) if node.name == "decimal" else None
     if node.kind == "percent":
         inner = printed(node.args[0])
         return inner and Printed(inner.value / 100, inner.decimals + 2, inner.num_significant)
-    if node.kind != "mul":
-        return None
-    value, found = Fraction(1), None
-    shift = 0
-    for factor in node.args:
+    found, sign, shift = None, Fraction(1), 0
+    for factor in node.args if node.kind == "mul" else (node,):
         if factor.kind == "num" and factor.name == "decimal" and found is None:
             found = factor
         elif factor.kind == "num" and abs(factor.number) == 1:
-            value *= factor.number
+            sign *= factor.number
         elif factor.kind == "pow" and factor.args[0] == number_node(10):
-            exponent = factor.args[1]
-            if exponent.kind != "num" or exponent.number.denominator != 1:
+            power = factor.args[1]
+            if power.kind != "num" or power.number.denominator != 1 or abs(power.number) > 3000:
                 return None
-            if abs(exponent.number) > 3000:
-                return None
-            shift += int(exponent.number)
+            shift += int(power.number)
         else:
             return None
     if found is None:
         return None
-    inner_printed = _printed(found.number * value, found.decimals)
-    scale = Fraction(10) ** shift
-    return Printed(
-        inner_printed.value * scale, found.decimals - shift, inner_printed.num_significant
-    )
-
-
-def _printed(value: Fraction, decimals: int) -> Printed:
-    digits = str(abs(value.numerator * 10**decimals // value.denominator)).lstrip("0")
-    return Printed(value, decimals, len(digits))
+    num_significant = len(str(abs(int(found.number * 10**found.decimals))).lstrip("0"))
+    value = found.number * sign * Fraction(10) ** shift
+    return Printed(value, found.decimals - shift, num_significant)
 
 
 def rounds_to(value: Fraction, target: Printed) -> bool:

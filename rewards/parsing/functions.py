@@ -149,12 +149,10 @@ class FunctionParser(Cursor):
     def _parse_function_argument(self) -> Node:
         if self.at("open", "(", "{", "[", "\\{"):
             return self.parse_list(self.next().text)
-        self.enter()
         sign = -1 if self.accept("op", "-") else 1
         factors = [self.parse_power()]
         while self.starts_factor(factors[-1]) and not self.at("func") and not self.at("open", "("):
             factors.append(self.parse_power())
-        self.depth -= 1
         return product_of(factors) if sign > 0 else negative(product_of(factors))
 
     def parse_argument(self) -> Node:

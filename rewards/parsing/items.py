@@ -42,9 +42,7 @@ class ItemParser(StructureParser):
     """Parses a value with the words around it."""
 
     def _at_closer(self, closers: tuple[str, ...]) -> bool:
-        if self.at("end"):
-            return True
-        return bool(closers) and self.at("close", *closers)
+        return self.at("end") or (bool(closers) and self.at("close", *closers))
 
     def _at_separator(self) -> bool:
         return self.at("op", ",", ";") or self.at("word", *SEPARATOR_WORDS)
@@ -61,22 +59,19 @@ class ItemParser(StructureParser):
             if words[-1] in _EXCEPT and " ".join(words[:-1]) in _ALL_REALS:
                 items, _, _ = self.parse_items(closers)
                 return Node("minus", (Node("sym", name="\\mathbb{R}"), Node("set", tuple(items))))
-            if phrases.DENIALS & set(words):
-                return self._denied(words, closers)
-            if self.accept("op", ":", "="):
-                return self._labelled(words, closers)
-            if self.at("num") and self.following.text == ":":
+            is_denied = not phrases.DENIALS.isdisjoint(words)
+            if not is_denied and self.at("num") and self.following.text == ":":
                 words.append(self.next().text)
-                self.next()
+            if not is_denied and self.accept("op", ":", "="):
                 return self._labelled(words, closers)
             if words[0] in QUALIFIER_WORDS:
                 self._skip_qualifier(closers)
                 return None
-            if words[-1] in phrases.VERBS:
+            if not is_denied and words[-1] in phrases.VERBS:
                 return self._labelled(words[:-1] or words, closers)
             operations = phrases.leading_operations(words)
-            if operations is None:
-                raise ParseError
+            if operations is None or (is_denied and not operations):
+                raise ParseError  # "not equal to 5" is an answer, other denials are not
             return phrases.apply(operations, self._parse_value(closers))
         unit = self._accept_currency()
         node = self.parse_relation()
@@ -92,16 +87,6 @@ class ItemParser(StructureParser):
         if self.token.kind == "op" and self.token.text in CURRENCIES:
             return CURRENCIES[self.next().text]
         return ""
-
-    def _denied(self, words: list[str], closers: tuple[str, ...]) -> Node | None:
-        """Parse "not equal to 5"; other denials are not answers, except inside a qualifier."""
-        if words[0] in QUALIFIER_WORDS:
-            self._skip_qualifier(closers)
-            return None
-        operations = phrases.leading_operations(words)
-        if not operations:
-            raise ParseError
-        return phrases.apply(operations, self._parse_value(closers))
 
     def _labelled(self, words: list[str], closers: tuple[str, ...]) -> Node:
         return Node("label", (self._parse_value(closers),), " ".join(words).lower())

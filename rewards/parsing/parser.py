@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 from rewards.parsing.clean import clean
@@ -10,9 +9,6 @@ from rewards.parsing.items import ItemParser
 from rewards.parsing.nodes import Node, ParseError
 from rewards.parsing.quantities import compound
 from rewards.parsing.tokens import tokenize
-
-_TIMES_TEN = re.compile(r"(?<=[\d.])\s*[xX]\s*(?=10\s*(?:\^|\*\*))")  # 1.5 x 10^3
-_EMPTY_BASE = re.compile(r"\{\}\s*(?=[\^_])")  # {}^{10}C_3
 
 
 class Parsed(NamedTuple):
@@ -27,12 +23,6 @@ def parse(text: str) -> Parsed:
     text = clean(text)
     if text.endswith("?"):
         text = text.rstrip("? ")
-    if "x" in text or "X" in text:
-        text = _TIMES_TEN.sub(r" \\times ", text)
-    if "+/-" in text:
-        text = text.replace("+/-", "\\pm ")
-    if "{}" in text:
-        text = _EMPTY_BASE.sub("", text)
     parser = AnswerParser(tokenize(text))
     node = parser.parse_answer()
     return Parsed(node, frozenset(parser.bound))

@@ -108,23 +108,21 @@ class StructureParser(ExpressionParser):
         return parts[0] if len(parts) == 1 else Node("ratio", tuple(parts))
 
     def parse_list(self, opener: str) -> Node:
-        self.enter()
         if opener not in _CLOSERS:
             raise ParseError
         closers = _CLOSERS[opener]
         saved = self.num_open_bars, self.is_bar_separator
         self.num_open_bars, self.is_bar_separator = 0, opener in ("\\{", "{")
-        items, _, _ = self._parse_set_items(closers)
+        items = self._parse_set_items(closers)
         self.num_open_bars, self.is_bar_separator = saved
         if not self.at("close", *closers):
             raise ParseError
         closer = self.next().text
-        self.depth -= 1
         return _bracketed(opener, closer, items)
 
-    def _parse_set_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
+    def _parse_set_items(self, closers: tuple[str, ...]) -> list[Node]:
         if not (self.is_bar_separator and self._has_bar()):
-            return self.parse_items(closers)
+            return self.parse_items(closers)[0]
         self.num_attempts += 1
         if self.num_attempts > MAX_ATTEMPTS:
             raise LimitExceeded  # each nested attempt doubles the work
@@ -146,9 +144,9 @@ class StructureParser(ExpressionParser):
             condition = (
                 conditions[0] if len(conditions) == 1 else Node("list", tuple(conditions), joint)
             )
-            return [Node("builder", (first, condition))], set(), False
+            return [Node("builder", (first, condition))]
         self.index = start
-        return self.parse_items(closers)
+        return self.parse_items(closers)[0]
 
     def _has_bar(self) -> bool:
         """Does this bracket contain a bar or colon, outside nested brackets?"""

@@ -90,8 +90,7 @@ _OTHER_CASE = re.compile(
 # 'The answer is correct', 'the answer is found by' state no value.
 _REFUSED = re.compile(
     r"(?:in)?correct\b|right\b|wrong\b|verified\b|as follows|formatted|expressed|written|rounded"
-    r"|found\b|given\b|obtained\b|shown\b|derived\b|stated\b|computed\b|calculated\b"
-    r"|in the\b"
+    r"|found\b|given\b|obtained\b|shown\b|derived\b|stated\b|computed\b|calculated\b|in the\b"
     r"|reasonable|valid\b|clear\b|unique\b|below\b|above\b|consistent|simply$|(?:an?|the) (?:number"
     r"|integer|value|sum|product|difference|ratio|letter|option|one|same|following)\b",
     re.IGNORECASE,
@@ -114,8 +113,7 @@ _LETTER = r"(?:\*\*|\$|\\text(?:bf)?\{|\\mathbf\{|\(){0,3}(?P<letter>[A-J])(?:\}
 _LONE_LETTER = re.compile(
     rf"[\s*_]*(?:(?i:{SO}|∴)[\s,:]+)?"
     r"(?:(?i:it's|it is|it must be|(?:i|i'd|i would|we|i'll) (?:pick|choose|say|go with"
-    r"|select))\s+)?"
-    rf"(?:(?i:option|choice)\s+)?{_LETTER}(?:,?\s(?:because|since|as)\s.*|[\s.*_]*)"
+    rf"|select))\s+)?(?:(?i:option|choice)\s+)?{_LETTER}(?:,?\s(?:because|since|as)\s.*|[\s.*_]*)"
 )
 _HAS_VALUE = re.compile(r"\d|\$|\\")
 _LETTER_IS = re.compile(

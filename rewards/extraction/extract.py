@@ -14,9 +14,9 @@ import re
 from dataclasses import dataclass, replace
 
 from rewards.extraction import announcements
+from rewards.extraction.aftermath import hedged_values, revision
 from rewards.extraction.boxes import BoxGroup, box_group, find_boxes, may_have_box, opener
 from rewards.extraction.languages import DIGITS, HAS_DIGITS
-from rewards.extraction.retractions import hedged_values, revision
 from rewards.extraction.thinking import ExtraTags, after_thinking
 from rewards.extraction.unannounced import unannounced
 from rewards.extraction.wording import asked_value, num_prose_words, opens_a_value

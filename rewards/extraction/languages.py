@@ -55,8 +55,7 @@ jibu: ni
 
 # Ends of a sentence that are not part of the answer.
 PARTICLES = re.compile(
-    r"\s*(?:です|でした|である|となります|になります|だ|입니다|이다|이에요|예요|है|हैं|होगा|است|می‌باشد"
-    r"|'[td][iıuü]r)[\s.!]*$"
+    r"\s*(?:です|でした|である|となります|になります|だ|입니다|이다|이에요|예요|है|हैं|होगा|است|می‌باشد|'[td][iıuü]r)[\s.!]*$"
 )
 # Counters that follow a number without a space.
 COUNTERS = re.compile(
@@ -68,8 +67,7 @@ SENTENCE_END = re.compile(r"[。！？।॥؟]")
 FOREIGN_TAIL = re.compile(
     r"(?<=\d)(?!.*(?:以上|以下|以内|或|万|千|百|亿|億|倍|多|余|未満|이상|이하|만|억|천|或))"
     r"(?!.*\b(?:или|больше|меньше|тысяч\w*|млн|миллион\w*|más|menos|mil|millones|ou|oder|mehr"
-    r"|weniger|plus|moins|mille)\b)"
-    r"(?=.*[^\W\d_\x00-\x7f])\s?(?:[^\W\d_]+\.?\s?){1,3}$"
+    r"|weniger|plus|moins|mille)\b)(?=.*[^\W\d_\x00-\x7f])\s?(?:[^\W\d_]+\.?\s?){1,3}$"
 )
 _UNSPACED = 0x2E80  # scripts above this write no spaces between words
 

@@ -16,6 +16,7 @@ import threading
 import time
 from typing import Any
 
+from rewards.rules import GradingRules
 from rewards.types import Verdict
 
 
@@ -29,7 +30,6 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
     try:
         if request["op"] == "verify":
             from rewards.equality.symbolic import decide_symbolically
-            from rewards.rules import GradingRules
 
             rules = GradingRules(**request["rules"])
             verdict = decide_symbolically(request["gold"], request["answer"], rules)

@@ -44,7 +44,7 @@ class Arithmetic:
 
 _FUNCTIONS = (
     "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth asinh acosh atanh"
-    " exp ln gamma floor ceil"
+    " exp ln gamma loggamma floor ceil"
 )
 
 

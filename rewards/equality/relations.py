@@ -86,17 +86,13 @@ def _check_steps(steps: list[Node], operators: list[str], equal: Equal) -> None:
                 a, b = value_of(left, {}, LOW), value_of(right, {}, LOW)
             except (Undecided, KeyError):
                 continue
-            if abs(a - b) > _allowed_error(right, a):
+            error = abs(a) / 100
+            if right.kind == "num":  # one unit of its last decimal, 1/2 for an integer
+                error = LOW.number(Fraction(1, 10**right.decimals if right.decimals else 2))
+            if abs(a - b) > error:
                 raise Contradiction
         elif not equal(left, right):
             raise Contradiction
-
-
-def _allowed_error(printed: Node, value: Any) -> Any:
-    """Largest error of an approximation: one unit of its last decimal, 1/2 for an integer."""
-    if printed.kind != "num":
-        return abs(value) / 100
-    return LOW.number(Fraction(1, 10**printed.decimals if printed.decimals else 2))
 
 
 def bind_arguments(name: Node, value: Node) -> tuple[Node, Node]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-import mpmath
-
 from rewards.equality.exact import Undecided, exact
 from rewards.equality.modular import identical
 from rewards.equality.numeric import (
@@ -164,7 +162,7 @@ def _is_for_sympy(task: Node) -> bool:
 
 def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, rules: GradingRules) -> bool:
     """Is one of two unequal exact values within tolerance of, or the rounding of, the other?"""
-    tolerance = _tolerance(rules)
+    tolerance = rules.largest_difference
     if tolerance is not None and abs(left - right) <= tolerance:
         return True
     gold_printed, answer_printed = printed(gold), printed(answer)
@@ -174,22 +172,10 @@ def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, rules: Gr
         # Of two printed decimals, the answer must be the more precise one.
         is_finer = answer_printed.decimals > gold_printed.decimals
         return is_finer and _allowed(gold_printed, rules, True) and rounds_to(right, gold_printed)
-    if gold_printed and right.denominator != 1:
-        allowed = _allowed(gold_printed, rules, True, right)
-        return allowed and rounds_to(right, gold_printed)
-    if answer_printed and left.denominator != 1:
-        allowed = _allowed(answer_printed, rules, False, left)
-        return allowed and rounds_to(left, answer_printed)
-    return False
-
-
-def _tolerance(rules: GradingRules) -> Fraction | None:
-    """The largest difference that the rules allow; None if only rounding counts."""
-    if rules.tolerance is not None:
-        return Fraction(str(rules.tolerance))
-    if rules.tolerance_decimals is not None:
-        return Fraction(1, 2 * 10**rules.tolerance_decimals)
-    return None
+    target, value = (gold_printed, right) if gold_printed else (answer_printed, left)
+    if target is None or value.denominator == 1:
+        return False
+    return _allowed(target, rules, gold_printed is not None, value) and rounds_to(value, target)
 
 
 def _is_float_noise(target: Printed | None, value: Fraction) -> bool:
@@ -212,7 +198,7 @@ def _allowed(
 
 def _rounds(gold: Node, answer: Node, rules: GradingRules) -> bool:
     """Is one side a printed decimal to which the other, an irrational value, rounds?"""
-    tolerance = _tolerance(rules)
+    tolerance = rules.largest_difference
     if tolerance is not None:
         try:
             difference = value_of(gold, {}, FLOATS) - value_of(answer, {}, FLOATS)
@@ -250,13 +236,11 @@ def _log_magnitude(node: Node, system: Arithmetic) -> Any:
     if node.kind == "pow":
         return _value_or_huge(node.args[1], system) * _log_magnitude(node.args[0], system)
     if node.kind == "func" and node.name in ("factorial", "binom"):
-        context = mpmath.MPContext()
-        context.dps = 40 if system is LOW else 80
         whole = [_value_or_huge(arg, system) for arg in node.args]
         parts = [whole[0]] if node.name == "factorial" else [*whole, whole[0] - whole[1]]
         if any(not is_real(part) or part <= -1 for part in parts):
             raise Undecided
-        logs = [context.loggamma(part + 1) for part in parts]
+        logs = [system.functions["loggamma"](part + 1) for part in parts]
         return logs[0] - sum(logs[1:])
     value = value_of(node, {}, system)
     if not is_real(value) or not value > 0:
@@ -266,8 +250,6 @@ def _log_magnitude(node: Node, system: Arithmetic) -> Any:
 
 def _value_or_huge(node: Node, system: Arithmetic) -> Any:
     """A real value, computed from its logarithm if it is large."""
-    if node.kind in ("num", "add"):
-        return value_of(node, {}, system)
     try:
         return value_of(node, {}, system)
     except Undecided:

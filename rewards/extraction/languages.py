@@ -120,9 +120,14 @@ _ZEROS = (
     0x0660, 0x06F0, 0x07C0, 0x0966, 0x09E6, 0x0A66, 0x0AE6, 0x0B66, 0x0BE6, 0x0C66, 0x0CE6, 0x0D66,
     0x0E50, 0x0ED0, 0x0F20, 0x1040, 0x17E0, 0x1810, 0xFF10,
 )  # fmt: skip
-DIGITS: dict[int, str] = {zero + digit: str(digit) for zero in _ZEROS for digit in range(10)} | {
+_DIGITS: dict[int, str] = {zero + digit: str(digit) for zero in _ZEROS for digit in range(10)} | {
     ord("٫"): ".",
     ord("٬"): ",",
     ord("٪"): "%",
 }
-HAS_DIGITS = re.compile("[" + "".join(chr(code) for code in DIGITS) + "]")
+_HAS_DIGITS = re.compile("[" + "".join(chr(code) for code in _DIGITS) + "]")
+
+
+def with_ascii_digits(text: str) -> str:
+    """The text with the digits of other scripts as 0 to 9."""
+    return text if text.isascii() or not _HAS_DIGITS.search(text) else text.translate(_DIGITS)

@@ -11,11 +11,10 @@ import re
 
 from rewards.extraction.languages import (
     COUNTERS,
-    DIGITS,
     FOREIGN_TAIL,
-    HAS_DIGITS,
     PARTICLES,
     SENTENCE_END,
+    with_ascii_digits,
 )
 from rewards.parsing.units import is_unit
 
@@ -174,8 +173,7 @@ def stated(text: str) -> str:
     if not sentence.isascii():
         sentence = COUNTERS.sub("", PARTICLES.sub("", _SYMBOLS.sub("", sentence)))
         sentence = FOREIGN_TAIL.sub("", sentence[:MAX_VALUE]) + sentence[MAX_VALUE:]
-        if HAS_DIGITS.search(sentence):
-            sentence = sentence.translate(DIGITS)
+        sentence = with_ascii_digits(sentence)
     elif "'" in sentence:
         sentence = PARTICLES.sub("", sentence)
     sentence = _LETTER_NAME.sub("", _FILLER.sub("", sentence.strip(_DECORATION)))

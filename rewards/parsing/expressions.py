@@ -67,8 +67,8 @@ class ExpressionParser(FunctionParser):
                 self.next()
                 left = product_of(factors)
                 factors = [Node("open", (left, self.parse_signed()), "mod")]
-            elif factors[-1].kind == "num" and self.at_selection():
-                factors[-1] = self.parse_selection(factors[-1])
+            elif factors[-1].kind == self.following.kind == "num" and self.at("sym", "C", "P"):
+                factors[-1] = self.parse_selection(factors[-1])  # 10C3
             elif self.starts_factor(factors[-1]):
                 factor = self.parse_power()
                 if factor.kind == "open" and factor.name == "mod" and len(factor.args) == 1:

@@ -237,10 +237,6 @@ class FunctionParser(Cursor):
         limits = tuple(Node("sym", name=f"{mark}{text}") for mark, text in bounds.items())
         return Node("open", (body, *limits), name)
 
-    def at_selection(self) -> bool:
-        """At the C3 of 10C3 or the P3 of 10P3?"""
-        return self.at("sym", "C", "P") and self.following.kind == "num"
-
     def parse_selection(self, top: Node) -> Node:
         """Combinations (C) or permutations (P) of `top` things."""
         kind = self.expect("sym", "C", "P").text

@@ -49,7 +49,9 @@ class AnswerParser(ItemParser):
             if self._at_separator():
                 separator = self.next().text
                 separators.add(separator)
-                if separator == ";" or (separator == "or" and _are_equations(groups[-1])):
+                operators = {item.kind == "rel" and item.name for item in groups[-1]}
+                is_solution = len(groups[-1]) > 1 and operators == {"="}  # x = 1, y = 2 or ...
+                if separator == ";" or (separator == "or" and is_solution):
                     groups.append([])
                 continue
             item = self.parse_item(closers)
@@ -66,11 +68,8 @@ class AnswerParser(ItemParser):
         groups = [_spread(self._without_domains(group)) for group in groups]
         groups = [group for group in groups if group]
         if len(groups) > 1 and any(len(group) > 1 for group in groups):
-            return (
-                [Node("seq", tuple(g), "()") if len(g) > 1 else g[0] for g in groups],
-                separators,
-                True,
-            )
+            points = [Node("seq", tuple(g), "()") if len(g) > 1 else g[0] for g in groups]
+            return points, separators, True
         return [item for group in groups for item in group], separators, False
 
     def _without_domains(self, items: list[Node]) -> list[Node]:
@@ -90,11 +89,6 @@ class AnswerParser(ItemParser):
             else:
                 kept.append(item)
         return kept
-
-
-def _are_equations(items: list[Node]) -> bool:
-    """Is this several equations (x = 1, y = 2), which are one solution before an 'or'?"""
-    return len(items) > 1 and all(item.kind == "rel" and item.name == "=" for item in items)
 
 
 def _spread(items: list[Node]) -> list[Node]:

@@ -17,7 +17,8 @@ _CLOSERS: dict[str, tuple[str, ...]] = {
 }
 _CLOSERS |= {"<": (">",), "lfloor": ("rfloor",), "lceil": ("rceil",)}
 _SET_OPERATIONS = {"cup": "union", "cap": "inter", "setminus": "minus", "U": "union"}
-_MATRIX_NAMES = frozenset({"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array"})
+_DETERMINANTS = frozenset({"vmatrix", "Vmatrix"})
+_MATRICES = frozenset("matrix pmatrix bmatrix Bmatrix smallmatrix array".split()) | _DETERMINANTS
 
 
 class StructureParser(ExpressionParser):
@@ -191,12 +192,10 @@ class StructureParser(ExpressionParser):
                 row[0] if len(row) == 1 else Node("seq", tuple(row), "case") for row in rows
             )
             return Node("list", items, "and")
-        if name not in _MATRIX_NAMES and name not in ("vmatrix", "Vmatrix"):
-            raise ParseError
-        if len({len(row) for row in rows}) != 1:
+        if name not in _MATRICES or len({len(row) for row in rows}) != 1:
             raise ParseError
         matrix = Node("matrix", tuple(Node("seq", tuple(row), "row") for row in rows))
-        return Node("open", (matrix,), "det") if name in ("vmatrix", "Vmatrix") else matrix
+        return Node("open", (matrix,), "det") if name in _DETERMINANTS else matrix
 
 
 def _bracketed(opener: str, closer: str, items: list[Node]) -> Node:

@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rl_lora.config.algorithm import check_algorithm
 from rl_lora.config.checks import (
     check_backend,
-    check_full_dtype,
     check_served,
     check_temperatures,
     check_variant,
@@ -164,7 +163,8 @@ class SamplingSection(Section):
     attention_backend: str | None = None  # vLLM's on a GPU, e.g. TRITON_ATTN; none: its choice
     # Merge the adapter into vLLM's own copy of the weights; none: on a CPU in float32.
     merge_adapter: bool | None = None
-    memory_fraction: float = Field(0.45, gt=0, le=0.95)  # share of the GPU's memory for vLLM
+    # Share of the GPU's memory for vLLM; none: what the learner leaves free while sampling.
+    memory_fraction: float | None = Field(None, gt=0, le=0.95)
     # Sampler-learner mismatch (KL, nats) at which the run stops; none: 1e-4 in float32, 2e-2 in
     # bfloat16.
     max_kl: float | None = Field(None, gt=0)
@@ -236,7 +236,9 @@ class OptimSection(Section):
     # Optimizer steps per batch. Above 1 the bounds of ppo, gspo and cispo take effect; these then
     # score the later updates' tokens once more before the first step.
     num_updates: int = Field(1, ge=1)
-    microbatch_tokens: int = Field(4096, ge=1)  # padded tokens in one forward and backward pass
+    # Padded tokens in one forward and backward pass; none: 4,096 on a CPU, and on a GPU 16,384 or
+    # what fits its free memory.
+    microbatch_tokens: int | None = Field(None, ge=1)
     share_prompts: bool = True  # a prompt is computed once for its completions, to the same result
     checkpoint_activations: bool = False  # recompute activations: less memory, more time
     lora_plus_ratio: float = Field(1.0, gt=0)  # LoRA+: rate of B over that of A, which is lr
@@ -294,7 +296,6 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         check_variant(self.lora, self.optim)
-        check_full_dtype(self.lora, self.model.dtype)
         check_served(self.lora, self.sampling)
         check_temperatures(self.sampling, self.eval)
         check_algorithm(self.algorithm)

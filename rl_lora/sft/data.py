@@ -230,14 +230,6 @@ class _Renderer:
             notes.append(f"{what}: {len(sequences)} sequences of up to {max_tokens} tokens; {text}")
         return sequences
 
-    def prompt(self, messages: Sequence[Message], who: str = "the row") -> str:
-        """The text before an answer: chat markup with the turn opened, or `User: ...` lines."""
-        turns = self._with_system(messages)
-        if self._chat is not None:
-            return self._chat.render(turns, who, opens_turn=True)
-        check_plain(turns, who)
-        return conversation_text(turns)
-
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         system = self._data.system
         has_own = system is None or messages[0].role == "system"
@@ -248,18 +240,18 @@ class _Renderer:
         for chat in chats:
             places = chat.answers if self._data.learn_on == "all" else chat.answers[-1:]
             for place in places:
-                pair = self._pair(chat, place)
+                pair = self._pair(self._with_system(chat.messages[: place + 1]), chat)
                 for text in pair:
                     check_characters(text, chat.who)
                 yield pair
 
-    def _pair(self, chat: Chat, place: int) -> tuple[str, str]:
-        turns = chat.messages[: place + 1]
+    def _pair(self, turns: list[Message], chat: Chat) -> tuple[str, str]:
+        """Chat markup with the answer's turn opened, or `User: ...` lines; the last turn."""
         if self._chat is not None:
             tools = json.loads(chat.tools) if chat.tools else None
-            return self._chat.render_answer(self._with_system(turns), chat.who, tools)
+            return self._chat.render_answer(turns, chat.who, tools)
         check_plain(turns, chat.who)
-        return self.prompt(turns[:-1], chat.who), f" {turns[-1].content or ''}"
+        return conversation_text(turns[:-1]), f" {turns[-1].content or ''}"
 
     def _encode(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[int]]]:
         """(prompt ids, answer ids with an end token).
@@ -277,10 +269,3 @@ class _Renderer:
                 answer = self._tokenizer.encode(text, add_special_tokens=False)
             is_ended = not has_start and bool(answer) and answer[-1] in self._end_ids
             yield prompt, answer if is_ended else [*answer, int(self._tokenizer.eos_token_id)]
-
-
-def render_prompt(
-    messages: Sequence[Message], data: SftDataSection, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    """The text before the answer: chat markup with the turn opened, or `User: ...` lines."""
-    return _Renderer(data, tokenizer).prompt(messages)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from rl_lora.nn.block_attention import Blocks
@@ -27,8 +27,6 @@ class ForwardContext(threading.local):
         # The last row's layout and its blocks, kept for the next pass over the same row.
         self.kept_layout: tuple[tuple[Segment, ...], torch.device, AttentionLayout] | None = None
         self.kept_blocks: tuple[AttentionLayout, tuple[int, int], Blocks | None] | None = None
-        # Outputs of sibling LoRA layers that are computed together, with their input.
-        self.waiting: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self.buffers: dict[Any, Tensor] = {}  # of `token_logprobs`, by name, dtype and device
 
 

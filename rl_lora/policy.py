@@ -28,6 +28,7 @@ from rl_lora.models.load import load_model
 from rl_lora.models.resolve import load_tokenizer, resolve_model
 from rl_lora.nn import attention
 from rl_lora.nn.checksum import weights_hash
+from rl_lora.nn.compiled import compile_layers
 from rl_lora.nn.context import adapters_off
 from rl_lora.nn.experts import adapted_parts, check_rank, expert_tensors, split_experts
 from rl_lora.nn.lora import BASE_PREFIX, attach_lora, lora_layers
@@ -79,6 +80,9 @@ class Policy(ABC):
             self.model.gradient_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": attention.checkpoint_contexts}
             )
+        compiles = self.device.type == "cuda" if model.compile is None else model.compile
+        if compiles:
+            compile_layers(self.model, keeps_activations=not checkpoint_activations)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @staticmethod

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rewards.equality.tiers import decide
 from rewards.extraction.extract import Extraction, extract
 from rewards.extraction.thinking import ExtraTags
-from rewards.rules import RULES, GradingRules, load_rules, split_tolerance, to_wire
+from rewards.rules import RULES, GradingRules, load_rules, split_tolerance
 from rewards.types import Reward, Score, Verdict
 from rewards.workers.pool import WorkerPool
 
@@ -111,7 +112,7 @@ class Grader(Reward):
         return outcome.verdict
 
     def _request(self, gold: str, answer: str, rules: GradingRules) -> dict[str, Any]:
-        return {"op": self.engine, "gold": gold, "answer": answer, "rules": to_wire(rules)}
+        return {"op": self.engine, "gold": gold, "answer": answer, "rules": asdict(rules)}
 
     def close(self) -> None:
         """End the worker processes."""

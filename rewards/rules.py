@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +99,3 @@ def load_rules(name: str) -> GradingRules:
             f"unknown policy {name!r}: did you mean {near[0]!r}? Known: {', '.join(RULES)}"
         )
     return RULES[name]
-
-
-def to_wire(rules: GradingRules) -> dict[str, Any]:
-    """The fields that differ from the default, as JSON values."""
-    default = asdict(GradingRules())
-    return {key: value for key, value in asdict(rules).items() if value != default[key]}
-
-
-def from_wire(fields: dict[str, Any]) -> GradingRules:
-    """Inverse of `to_wire`, also after a trip through JSON."""
-    if fields.get("answer_range") is not None:
-        low, high = fields["answer_range"]
-        fields = {**fields, "answer_range": (low, high)}
-    return replace(GradingRules(), **fields)

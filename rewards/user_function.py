@@ -70,45 +70,45 @@ class FunctionReward(Reward):
         """
         if not completions:
             return []
-        if self.is_batch:
-            return self._score_at_once(completions, references, rows)
-        calls = [
-            self._call(_got(completion, reference), completion, reference)
+        got = [
+            f"completion {_shown(completion)} and reference {_shown(reference)}"
             for completion, reference in zip(completions, references, strict=True)
         ]
-        return [
-            self._score(result, _got(completion, reference))
-            for result, completion, reference in zip(
-                self._awaited(calls, _got(completions[0], references[0])),
-                completions,
-                references,
-                strict=True,
-            )
-        ]
+        if self.is_batch:
+            results = self._call_at_once(completions, references, rows)
+        else:
+            pairs = zip(got, completions, references, strict=True)
+            results = self._awaited([self._call(*pair) for pair in pairs], got[0])
+        return [self._score(result, text) for result, text in zip(results, got, strict=True)]
 
-    def _score_at_once(
+    def _call_at_once(
         self, completions: Sequence[str], references: Sequence[str], rows: Sequence[Row]
-    ) -> list[Score]:
-        columns = self._columns(references, rows)
+    ) -> Sequence[Any]:
+        """The function's values for a batch, in TRL's form."""
+        names = {name for row in rows for name in row} - {"prompt", "completion"}
+        columns: dict[str, list[Any]] = {
+            name: [row.get(name) for row in rows] for name in sorted(names)
+        }
+        columns["reference"] = list(references)
         prompts = columns.get("prompts", [])
         is_chat = bool(prompts) and all(isinstance(prompt, list) for prompt in prompts)
-        columns["completions"] = (
-            [[{"role": "assistant", "content": text}] for text in completions]
-            if is_chat
-            else list(completions)
+        columns["completions"] = [
+            [{"role": "assistant", "content": text}] if is_chat else text for text in completions
+        ]
+        available = ", ".join(sorted(columns))
+        got = (
+            f"{len(completions)} completions, the first {_shown(completions[0])}, with {available}"
         )
-        names = ", ".join(sorted(columns))
-        got = f"{len(completions)} completions, the first {_shown(completions[0])}, with {names}"
+        missing = [name for name in self._needed if name not in columns]
+        if missing:
+            raise RewardError(
+                f"reward {self.name} asks for the column {missing[0]!r}; available: {available}"
+            )
         arguments = {
             name: values
             for name, values in columns.items()
             if self._takes_all or name in self._named
         }
-        missing = [name for name in self._needed if name not in columns]
-        if missing:
-            raise RewardError(
-                f"reward {self.name} asks for the column {missing[0]!r}; available: {names}"
-            )
         (results,) = self._awaited([self._call(got, **arguments)], got)
         if hasattr(results, "tolist"):  # an array or a tensor
             results = results.tolist()
@@ -119,16 +119,7 @@ class FunctionReward(Reward):
             )
         if len(results) != len(completions):
             raise RewardError(f"reward {self.name} returned {len(results)} rewards for {got}")
-        return [
-            self._score(result, _got(completion, reference))
-            for result, completion, reference in zip(results, completions, references, strict=True)
-        ]
-
-    def _columns(self, references: Sequence[str], rows: Sequence[Row]) -> dict[str, list[Any]]:
-        names = {name for row in rows for name in row if name not in ("prompt", "completion")}
-        columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
-        columns["reference"] = list(references)
-        return columns
+        return results
 
     def _call(self, got: str, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -207,10 +198,6 @@ def _number(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return math.inf
-
-
-def _got(completion: str, reference: str) -> str:
-    return f"completion {_shown(completion)} and reference {_shown(reference)}"
 
 
 def _shown(value: Any) -> str:

@@ -134,12 +134,7 @@ def _rows(
 
 
 def check_reward(reward: Reward, prompt: Prompt, token_ids: Sequence[int]) -> None:
-    """Tries a user's own function on a made-up completion, twice, before any is sampled.
-
-    Args:
-        reward: any; those of this project are not tried.
-        prompt: any of the job's.
-        token_ids: of MADE_UP.
+    """Tries a user's own function on MADE_UP, whose ids are given, twice, before any is sampled.
 
     Raises:
         UserError: the function fails, or returns something else than a reward.

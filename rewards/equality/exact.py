@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from fractions import Fraction
 
+from mpmath import libmp
+
 from rewards.parsing.nodes import MAX_EXACT_BITS, Node
 
 MAX_FACTORIAL = 1000
@@ -37,24 +39,26 @@ def exact(node: Node, values: Mapping[str, int] | None = None) -> Fraction:
         return exact(node.args[0], values) / 100
     if kind == "sym" and values is not None and node.name in values:
         return Fraction(values[node.name])
-    if kind == "ratio" and len(node.args) == 2:
-        return divide_exactly(exact(node.args[0], values), exact(node.args[1], values))
     if kind == "func":
         return _function(node.name, [exact(arg, values) for arg in node.args])
     raise Undecided
+
+
+def quadratic(node: Node, name: str) -> tuple[Fraction, Fraction, Fraction] | None:
+    """(a, b, c) of a x^2 + b x + c with rational coefficients; None for anything else."""
+    try:
+        at = {x: exact(node, {name: x}) for x in (0, 1, -1, 2, 7, -3, 1000)}
+    except Undecided:
+        return None
+    c, b = at[0], (at[1] - at[-1]) / 2
+    a = at[1] - b - c
+    return (a, b, c) if all(at[x] == a * x * x + b * x + c for x in at) else None
 
 
 def _checked(value: Fraction) -> Fraction:
     if value.numerator.bit_length() + value.denominator.bit_length() > MAX_EXACT_BITS:
         raise Undecided
     return value
-
-
-def divide_exactly(left: Fraction, right: Fraction) -> Fraction:
-    """left / right. Raises Undecided for a zero divisor."""
-    if right == 0:
-        raise Undecided
-    return left / right
 
 
 def exact_power(base: Fraction, exponent: Fraction) -> Fraction:
@@ -86,15 +90,8 @@ def exact_root(value: Fraction, degree: int) -> Fraction:
 def _integer_root(value: int, degree: int) -> int:
     if value < 2:
         return value
-    if degree == 2:
-        root = math.isqrt(value)
-    else:
-        root = 1 << -(-value.bit_length() // degree)
-        while True:
-            better = ((degree - 1) * root + value // root ** (degree - 1)) // degree
-            if better >= root:
-                break
-            root = better
+    digits = value.bit_length() // degree + 16
+    root = libmp.to_int(libmp.mpf_nthroot(libmp.from_int(value), degree, digits, "n"), "n")
     if root**degree != value:
         raise Undecided
     return root

@@ -13,22 +13,29 @@ from rewards.equality.numeric import FLOATS, is_real, value_of
 from rewards.parsing.nodes import INFINITY, Node, negative, symbols
 
 MAX_PIECES = 64
-End = tuple[Node, bool, float]  # the end of a piece, is it closed, its value
+MINUS_INFINITY = negative(INFINITY)
 
 
 class NotARegion(Exception):
     """The answer does not describe a subset of the real line."""
 
 
-class Piece(NamedTuple):
-    """From `low` to `high`. `low_value` and `high_value` are their values, NaN if symbolic."""
+class End(NamedTuple):
+    """One end of a piece; `value` is NaN if it is symbolic."""
 
-    low: Node
-    is_low_closed: bool
-    high: Node
-    is_high_closed: bool
-    low_value: float
-    high_value: float
+    node: Node
+    is_closed: bool
+    value: float
+
+
+class Piece(NamedTuple):
+    """Everything between two ends."""
+
+    low: End
+    high: End
+
+
+LOWEST, HIGHEST = End(MINUS_INFINITY, False, -math.inf), End(INFINITY, False, math.inf)
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,10 @@ class Region:
 
     @property
     def is_numeric(self) -> bool:
-        return not any(math.isnan(p.low_value) or math.isnan(p.high_value) for p in self.pieces)
+        return not any(math.isnan(end.value) for piece in self.pieces for end in piece)
 
 
-MINUS_INFINITY = negative(INFINITY)
-LINE = Region((Piece(MINUS_INFINITY, False, INFINITY, False, -math.inf, math.inf),))
+LINE = Region((Piece(LOWEST, HIGHEST),))
 
 
 def order_of(node: Node) -> float:
@@ -64,14 +70,22 @@ def order_of(node: Node) -> float:
     return float(getattr(value, "real", value))
 
 
-def make_piece(low: Node, is_low_closed: bool, high: Node, is_high_closed: bool) -> Piece:
-    """A piece with its values. Raises NotARegion if its ends are the wrong way round."""
-    low_value, high_value = order_of(low), order_of(high)
-    if low_value > high_value:
+def end_at(node: Node, is_closed: bool) -> End:
+    """An end with its value; infinite ends are open."""
+    value = order_of(node)
+    return End(node, is_closed and not math.isinf(value), value)
+
+
+def between(low: End, high: End) -> Piece:
+    """A piece. Raises NotARegion if its ends are the wrong way round."""
+    if low.value > high.value:
         raise NotARegion
-    is_low_closed = is_low_closed and not math.isinf(low_value)
-    is_high_closed = is_high_closed and not math.isinf(high_value)
-    return Piece(low, is_low_closed, high, is_high_closed, low_value, high_value)
+    return Piece(low, high)
+
+
+def point(node: Node) -> Piece:
+    """A single number."""
+    return Piece(end_at(node, True), end_at(node, True))
 
 
 def normalised(pieces: list[Piece]) -> Region:
@@ -82,20 +96,14 @@ def normalised(pieces: list[Piece]) -> Region:
     if len(pieces) > MAX_PIECES:
         raise NotARegion
     merged: list[Piece] = []
-    for piece in sorted(pieces, key=lambda p: (p.low_value, not p.is_low_closed)):
-        last = merged[-1] if merged else None
-        if last is not None and (
-            piece.low_value < last.high_value
-            or (piece.low_value == last.high_value and (piece.is_low_closed or last.is_high_closed))
-        ):
-            if (piece.high_value, piece.is_high_closed) > (last.high_value, last.is_high_closed):
-                merged[-1] = last._replace(
-                    high=piece.high,
-                    high_value=piece.high_value,
-                    is_high_closed=piece.is_high_closed,
-                )
-        else:
+    for piece in sorted(pieces, key=lambda p: (p.low.value, not p.low.is_closed)):
+        low, high = piece
+        last = merged[-1].high if merged else LOWEST
+        is_closed = low.is_closed or last.is_closed
+        if not merged or low.value > last.value or (low.value == last.value and not is_closed):
             merged.append(piece)
+        elif (high.value, high.is_closed) > (last.value, last.is_closed):
+            merged[-1] = Piece(merged[-1].low, high)
     return Region(tuple(merged))
 
 
@@ -115,25 +123,11 @@ def intersect(left: Region, right: Region) -> Region:
     pieces = []
     for a in left.pieces:
         for b in right.pieces:
-            piece = _meet(a, b)
-            if piece is not None:
-                pieces.append(piece)
+            low, high = _inner_end(a.low, b.low, 1), _inner_end(a.high, b.high, -1)
+            is_point = low.value == high.value and low.is_closed and high.is_closed
+            if is_point or not low.value >= high.value:
+                pieces.append(Piece(low, high))
     return dataclasses.replace(normalised(pieces), variable=left.variable or right.variable)
-
-
-def _meet(a: Piece, b: Piece) -> Piece | None:
-    """The intersection of two pieces; None if it is empty."""
-    low, is_low_closed, low_value = _inner_end(
-        (a.low, a.is_low_closed, a.low_value), (b.low, b.is_low_closed, b.low_value), 1
-    )
-    high, is_high_closed, high_value = _inner_end(
-        (a.high, a.is_high_closed, a.high_value), (b.high, b.is_high_closed, b.high_value), -1
-    )
-    if low_value > high_value:
-        return None
-    if low_value == high_value and not (is_low_closed and is_high_closed):
-        return None
-    return Piece(low, is_low_closed, high, is_high_closed, low_value, high_value)
 
 
 def _inner_end(a: End, b: End, sign: int) -> End:
@@ -141,12 +135,12 @@ def _inner_end(a: End, b: End, sign: int) -> End:
 
     A symbolic end can only be compared with an infinite one; else raises NotARegion.
     """
-    if math.isinf(a[2]) or sign * b[2] > sign * a[2]:
+    if math.isinf(a.value) or sign * b.value > sign * a.value:
         return b
-    if math.isinf(b[2]) or sign * a[2] > sign * b[2]:
+    if math.isinf(b.value) or sign * a.value > sign * b.value:
         return a
-    if a[2] == b[2]:
-        return a[0], a[1] and b[1], a[2]
+    if a.value == b.value:
+        return a._replace(is_closed=a.is_closed and b.is_closed)
     raise NotARegion
 
 
@@ -154,21 +148,15 @@ def complement(region: Region) -> Region:
     """The complement in the real line."""
     if not region.is_numeric:
         raise NotARegion
-    pieces = []
-    low, is_low_closed, low_value = MINUS_INFINITY, False, -math.inf
-    for piece in region.pieces:
-        is_point_gap = piece.low_value == low_value
-        if piece.low_value > low_value or (is_point_gap and is_low_closed):
-            is_closed = not piece.is_low_closed and not math.isinf(piece.low_value)
-            if piece.low_value > -math.inf:
-                pieces.append(
-                    Piece(low, is_low_closed, piece.low, is_closed, low_value, piece.low_value)
-                )
-        low, low_value = piece.high, piece.high_value
-        is_low_closed = not piece.is_high_closed
-    if low_value < math.inf:
-        pieces.append(Piece(low, is_low_closed, INFINITY, False, low_value, math.inf))
-    return Region(tuple(pieces))
+    outside = LINE
+    for low, high in region.pieces:
+        sides = []
+        if low != LOWEST:
+            sides.append(Piece(LOWEST, low._replace(is_closed=not low.is_closed)))
+        if high != HIGHEST:
+            sides.append(Piece(high._replace(is_closed=not high.is_closed), HIGHEST))
+        outside = intersect(outside, Region(tuple(sides)))
+    return outside
 
 
 def equal_regions(left: Region, right: Region, equal: Callable[[Node, Node], bool]) -> bool:
@@ -185,12 +173,11 @@ def equal_regions(left: Region, right: Region, equal: Callable[[Node, Node], boo
 
 
 def _same_piece(left: Piece, right: Piece, equal: Callable[[Node, Node], bool]) -> bool:
-    if (left.is_low_closed, left.is_high_closed) != (right.is_low_closed, right.is_high_closed):
-        return False
-    for a, b in ((left.low_value, right.low_value), (left.high_value, right.high_value)):
-        if (math.isinf(a) or math.isinf(b)) and a != b:
+    ends = list(zip(left, right, strict=True))
+    for a, b in ends:
+        is_infinite = math.isinf(a.value) or math.isinf(b.value)
+        if a.is_closed != b.is_closed or (is_infinite and a.value != b.value):
             return False
-        if abs(a - b) > 1e-2 * max(1.0, abs(a)):
+        if abs(a.value - b.value) > 1e-2 * max(1.0, abs(a.value)):
             return False
-    ends = ((left.low, right.low), (left.high, right.high))
-    return all(a == b or equal(a, b) for a, b in ends)
+    return all(a.node == b.node or equal(a.node, b.node) for a, b in ends)

@@ -29,18 +29,14 @@ class Residues:
         self.is_odd = salt == 0  # (-1)^n and 1^n differ only at odd n
         self.is_opaque = False
         self.has_symbolic_power = False
-        self._integers: dict[str, int] = {}
+        self.integers: dict[str, int] = {}
 
     def symbol(self, name: str) -> int:
         """A random integer for the symbol, the same in a base and in an exponent."""
-        if name not in self._integers:
+        if name not in self.integers:
             value = abs(hash((self.salt, name))) % (1 << 40) + 3
-            self._integers[name] = value | 1 if self.is_odd else value
-        return self._integers[name]
-
-    @property
-    def has_symbols(self) -> bool:
-        return bool(self._integers)
+            self.integers[name] = value | 1 if self.is_odd else value
+        return self.integers[name]
 
     def of(self, node: Node) -> int:
         """Residue of a tree. Raises Undecided if a divisor is zero."""
@@ -156,7 +152,7 @@ def identical(left: Node, right: Node) -> bool | None:
             continue
         if a != b:
             return None if residues.is_opaque else False
-        if a == 0 and residues.has_symbols and left != right:
+        if a == 0 and residues.integers and left != right:
             return None if residues.is_opaque else False
         num_agreed += 1
         if num_agreed == 4 and symbols(left) == symbols(right):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from fractions import Fraction
 
 from rewards.equality.exact import Undecided
@@ -9,13 +10,9 @@ from rewards.equality.numeric import FLOATS, differ, value_of
 from rewards.parsing.nodes import Node, symbols, walk
 
 _ORDER = {
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
-    "=": lambda a, b: a == b,
-    "!=": lambda a, b: a != b,
-}
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "=": operator.eq,
+    "!=": operator.ne,
+}  # fmt: skip
 MAX_ROWS = 12
 
 
@@ -78,11 +75,11 @@ def _holds(condition: Node, values: dict[str, float]) -> bool:
     if condition.kind == "text":  # otherwise
         return True
     sides = [value_of(item, values, FLOATS) for item in condition.args]
-    operators = condition.name.split(" ")
+    names = condition.name.split(" ")
     try:
         return all(
-            _ORDER[operator](left, right)
-            for operator, left, right in zip(operators, sides, sides[1:], strict=False)
+            _ORDER[name](left, right)
+            for name, left, right in zip(names, sides, sides[1:], strict=False)
         )
     except TypeError as error:  # complex numbers have no order
         raise Undecided from error

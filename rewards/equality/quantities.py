@@ -24,11 +24,12 @@ _ANGLE = Unit((("degree", 1),), Fraction(1))
 def equal_quantities(gold: Node, answer: Node, equal: Equal, *, is_strict: bool) -> bool:
     """Compare, at least one side with a unit. `is_strict`: the answer must have the gold's unit."""
     if gold.kind != answer.kind:
-        read = [
+        one, other = (
             side if side.kind == "unit" else quantity_of_product(side) for side in (gold, answer)
-        ]
-        if None not in read and equal(*[_in_base(side) for side in read if side is not None]):
-            return _same_dimension(*[side.name for side in read if side is not None])
+        )
+        if one is not None and other is not None and equal(_in_base(one), _in_base(other)):
+            left, right = read_unit(one.name), read_unit(other.name)
+            return left is not None and right is not None and left.dimension == right.dimension
         return _equal_without_unit(gold, answer, equal, is_strict=is_strict)
     left, right = read_unit(gold.name), read_unit(answer.name)
     if left is None or right is None:
@@ -61,11 +62,6 @@ def _in_base(quantity: Node) -> Node:
     if unit is None or unit.scale == 1:
         return quantity.args[0]
     return Node("mul", (number_node(unit.scale), quantity.args[0]))
-
-
-def _same_dimension(left: str, right: str) -> bool:
-    one, other = read_unit(left), read_unit(right)
-    return one is not None and other is not None and one.dimension == other.dimension
 
 
 def _same_words(left: str, right: str) -> bool:

@@ -9,22 +9,39 @@ import dataclasses
 import functools
 import math
 
-from rewards.equality.inequalities import FLIPPED, solve
+from rewards.equality.exact import quadratic
 from rewards.equality.line import (
+    HIGHEST,
     LINE,
+    LOWEST,
     MAX_PIECES,
     NotARegion,
     Region,
+    between,
     complement,
+    end_at,
     intersect,
-    make_piece,
     normalised,
+    order_of,
+    point,
     unite,
 )
-from rewards.parsing.nodes import UNNAMED, Node, number_node
+from rewards.parsing.nodes import (
+    HALF,
+    UNNAMED,
+    Node,
+    divide,
+    negative,
+    number_node,
+    replace,
+    symbols,
+    walk,
+)
 
 _INTEGERS = {"\\mathbb{Z}": None, "\\mathbb{N}": 1, "\\mathbb{Z}^+": 1}  # and the least one
 _WHOLE_LINE = ("\\mathbb{R}", "\\mathbb R", "R")
+FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
+_MAGNITUDE = Node("sym", name="\\magnitude")
 
 
 def to_region(node: Node) -> Region:
@@ -32,12 +49,12 @@ def to_region(node: Node) -> Region:
     kind = node.kind
     if kind == "seq" and len(node.args) == 2 and node.name in ("()", "[)", "(]", "[]"):
         low, high = node.args
-        piece = make_piece(low, node.name[0] == "[", high, node.name[1] == "]")
-        if piece.low_value == piece.high_value:
+        piece = between(end_at(low, node.name[0] == "["), end_at(high, node.name[1] == "]"))
+        if piece.low.value == piece.high.value:
             raise NotARegion
         return Region((piece,))
     if kind == "set" and all(item.kind not in ("seq", "set", "text") for item in node.args):
-        return normalised([make_piece(item, True, item, True) for item in node.args])
+        return normalised([point(item) for item in node.args])
     if kind == "sym" and node.name in _WHOLE_LINE:
         return LINE
     if kind == "union":
@@ -49,7 +66,9 @@ def to_region(node: Node) -> Region:
     if kind == "builder":
         return _from_builder(node)
     if kind == "rel":
-        return from_relation(node)
+        region = _from_relation(node)
+        # "at least 5" has no name for its unknown.
+        return dataclasses.replace(region, variable=None) if region.variable == UNNAMED else region
     if kind == "list" and node.args:
         return _from_list(node)
     if kind == "label":
@@ -76,17 +95,13 @@ def _integers_in(region: Region, least: int | None) -> Region:
     """The integers in a bounded region, each as its own piece."""
     found: set[int] = set()
     for piece in region.pieces:
-        low = piece.low_value if least is None else max(piece.low_value, least)
-        if not piece.high_value - low < MAX_PIECES:
+        low = piece.low.value if least is None else max(piece.low.value, least)
+        if not piece.high.value - low < MAX_PIECES:
             raise NotARegion
-        for value in range(math.ceil(low), math.floor(piece.high_value) + 1):
-            is_low_end = value == piece.low_value and not piece.is_low_closed
-            if not is_low_end and not (value == piece.high_value and not piece.is_high_closed):
-                found.add(value)
-    nodes = [number_node(value) for value in sorted(found)]
-    return dataclasses.replace(
-        normalised([make_piece(node, True, node, True) for node in nodes]), variable=region.variable
-    )
+        excluded = {end.value for end in piece if not end.is_closed}
+        found |= {*range(math.ceil(low), math.floor(piece.high.value) + 1)} - excluded
+    points = [point(number_node(value)) for value in sorted(found)]
+    return dataclasses.replace(normalised(points), variable=region.variable)
 
 
 def _from_list(node: Node) -> Region:
@@ -107,13 +122,7 @@ def _from_list(node: Node) -> Region:
     return dataclasses.replace(unite(regions), variable=variable)
 
 
-def from_relation(node: Node) -> Region:
-    """The region of a relation in one unknown, which may be unnamed ("at least 5")."""
-    region = _solved(node)
-    return dataclasses.replace(region, variable=None) if region.variable == UNNAMED else region
-
-
-def _solved(node: Node) -> Region:
+def _from_relation(node: Node) -> Region:
     """The set of x for `-2 < x \\le 7`, `x \\ne 3`, `x \\in [0, 1]`, `-2x > 6`."""
     operators = node.name.split(" ")
     if operators == ["in"]:
@@ -129,3 +138,111 @@ def _solved(node: Node) -> Region:
             raise NotARegion
         return intersect(left, right)
     raise NotARegion
+
+
+def solve(left: Node, operator: str, right: Node) -> Region:
+    """The region of the unknown for which a relation holds. Raises NotARegion."""
+    within = _magnitude_of(left, right)
+    if within is not None:
+        return _from_magnitude(left, operator, right, within)
+    if not _is_variable(left) and _is_variable(right):
+        left, operator, right = right, FLIPPED[operator], left
+    if not _is_variable(left):
+        try:
+            left, operator, right = _solve_linear(left, operator, right)
+        except NotARegion:
+            return _solve_quadratic(left, operator, right)
+    if left.kind == "sym" and left.name in symbols(right):
+        raise NotARegion
+    end = end_at(right, operator in ("<=", ">="))
+    below, above = between(LOWEST, end), between(end, HIGHEST)
+    pieces = {"=": (point(right),), "!=": (below, above), "<": (below,), ">": (above,)}
+    return Region(pieces[operator if operator == "!=" else operator[0]], left)
+
+
+def _magnitude_of(left: Node, right: Node) -> Node | None:
+    """The |x - 1| of |x - 1| < 2, if there are no unknowns outside it."""
+    found = {item for item in (*walk(left), *walk(right)) if _is_magnitude(item)}
+    if len(found) != 1:
+        return None
+    (magnitude,) = found
+    outside = symbols(replace(left, magnitude, _MAGNITUDE)) | symbols(
+        replace(right, magnitude, _MAGNITUDE)
+    )
+    return magnitude if symbols(magnitude) and outside == {_MAGNITUDE.name} else None
+
+
+def _is_magnitude(node: Node) -> bool:
+    return node.kind == "func" and node.name == "abs"
+
+
+def _from_magnitude(left: Node, operator: str, right: Node, magnitude: Node) -> Region:
+    """Solve |u| < c as -c < u < c, and |u| > c as u < -c or u > c."""
+    left, right = replace(left, magnitude, _MAGNITUDE), replace(right, magnitude, _MAGNITUDE)
+    if right == _MAGNITUDE:
+        left, operator, right = right, FLIPPED[operator], left
+    if left != _MAGNITUDE:
+        left, operator, right = _solve_linear(left, operator, right)
+    if not order_of(right) >= 0:
+        raise NotARegion
+    inner = magnitude.args[0]
+    above = solve(inner, operator, right)
+    below = solve(inner, FLIPPED[operator], negative(right))
+    if operator in ("<", "<=", "!="):
+        return intersect(above, below)
+    return unite([above, below])
+
+
+def _is_variable(node: Node) -> bool:
+    return node.kind in ("sym", "call")
+
+
+def _solve_linear(left: Node, operator: str, right: Node) -> tuple[Node, str, Node]:
+    """a x + b < c, with rational a and b, as x < (c - b) / a."""
+    name = _only_symbol(left, right)
+    if name in symbols(left) & symbols(right):
+        left, right = Node("add", (left, negative(right))), number_node(0)
+    elif name in symbols(right):
+        left, operator, right = right, FLIPPED[operator], left
+    coefficients = quadratic(left, name)
+    if coefficients is None or coefficients[0] or not coefficients[1]:
+        raise NotARegion
+    _, slope, constant = coefficients
+    shifted = Node("add", (right, number_node(-constant))) if constant else right
+    bound = divide(shifted, number_node(slope)) if slope != 1 else shifted
+    return Node("sym", name=name), operator if slope > 0 else FLIPPED[operator], bound
+
+
+def _only_symbol(left: Node, right: Node) -> str:
+    names = symbols(left) | symbols(right)
+    if len(names) != 1:
+        raise NotARegion
+    return next(iter(names))
+
+
+def _solve_quadratic(left: Node, operator: str, right: Node) -> Region:
+    """x^2 < 4, with rational coefficients, as -2 < x < 2."""
+    name = _only_symbol(left, right)
+    coefficients = quadratic(Node("add", (left, negative(right))), name)
+    if coefficients is None or not coefficients[0]:
+        raise NotARegion
+    a, b, c = coefficients
+    operator = operator if a > 0 else FLIPPED[operator]
+    variable = Node("sym", name=name)
+    square = b * b - 4 * a * c
+    if square < 0 or (square == 0 and operator in ("<", ">=")):  # nowhere or everywhere
+        if operator[0] not in (">", "!"):
+            raise NotARegion
+        return Region(LINE.pieces, variable)
+    root = Node("pow", (number_node(square), HALF))
+    low, high = (
+        divide(Node("add", (number_node(-b), side)), number_node(2 * a))
+        for side in ((negative(root), root) if a > 0 else (root, negative(root)))
+    )
+    if operator in ("=", "!="):
+        inside = normalised([point(low), point(high)])
+    else:
+        is_closed = operator in ("<=", ">")
+        inside = Region((between(end_at(low, is_closed), end_at(high, is_closed)),))
+    is_inside = operator in ("=", "<", "<=")
+    return Region((inside if is_inside else complement(inside)).pieces, variable)

@@ -72,8 +72,6 @@ def to_sympy(node: Node) -> Any:
         return args[0] / 100
     if kind == "deg":
         return args[0] * sympy.pi / 180
-    if kind == "ratio" and len(args) == 2:
-        return args[0] / args[1]
     if kind == "call":
         return sympy.Function(node.name)(*args)
     if kind == "func":
@@ -112,7 +110,8 @@ def _open(node: Node) -> Any:
         return sympy.Matrix(rows).det()
     if node.name in ("sum", "product"):
         body, lower, upper = node.args
-        index, start = _bounds(lower.name[1:])
+        name, _, start_text = lower.name[1:].partition("=")
+        index, start = sympy.Symbol(name), _parsed(start_text)
         stop = _parsed(upper.name[1:])
         combine = sympy.Sum if node.name == "sum" else sympy.Product
         if start.is_number and stop.is_Integer and stop - start > MAX_EVALUATED:
@@ -128,11 +127,6 @@ def _parsed(text: str) -> Any:
         return to_sympy(parse(text).node)
     except (ParseError, LimitExceeded) as error:
         raise Undecided from error
-
-
-def _bounds(text: str) -> tuple[Any, Any]:
-    name, _, start = text.partition("=")
-    return sympy.Symbol(name), _parsed(start)
 
 
 def _integral(node: Node) -> Any:

@@ -143,11 +143,8 @@ def lower(text: str) -> str:
 
 def places(lowered: str, words: tuple[str, ...], floor: int) -> Iterator[tuple[int, str]]:
     """(position, word) of the last MAX_PLACES words at or after `floor`, last one first."""
-    last = {}
-    for word in words:
-        position = lowered.rfind(word, floor)
-        if position >= 0:
-            last[word] = position
+    found = [(word, lowered.rfind(word, floor)) for word in words]
+    last = {word: position for word, position in found if position >= 0}
     num_places = 0
     for _ in range(MAX_LOOKED_AT):
         if not last or num_places == MAX_PLACES:
@@ -318,7 +315,7 @@ def hashes(text: str, floor: int) -> Iterator[Statement]:
 
 def tags(text: str, lowered: str, floor: int) -> Iterator[Statement]:
     """Contents of <answer>5</answer>, last one first; an unclosed tag ends with its line."""
-    names = _TAGS if "<" in text else _TAGS[-1:]
+    names = tuple(tag for tag in _TAGS if tag[0] in text)
     for position, tag in places(lowered, names, floor):
         start = position + len(tag)
         end = lowered.find(tag[0] + "/" + tag[1:], start)
@@ -332,7 +329,7 @@ def tags(text: str, lowered: str, floor: int) -> Iterator[Statement]:
 
 def answer_line(text: str, floor: int) -> Iterator[Statement]:
     """A last line such as 'A: 18', unless it starts a list of options."""
-    position = text.rfind("\nA:", floor)
+    position = text.rfind("\nA:", floor) if "\n" in text else -1
     if position < 0 and (floor > 0 or not text.startswith("A:")):
         return
     start = position + 3 if position >= 0 else 2

@@ -9,13 +9,11 @@ MAX_JOINED_BOXES = 64  # last boxes that may be joined
 MAX_OPENERS = 4096  # last openings of a box that are checked
 MAX_BOX_CHARS = 4096  # of a box that may be joined to the next
 MAX_BETWEEN = 120  # characters between two boxes of one sentence
-_NAMES = ("oxed", "\\fbox", "\\framebox", "\\answer{")
-_PREFIXES = ("\\beginb", "\\b", "\x08", "b", "")  # before "oxed"
-_PREFIX_CHARS = 7
+_PREFIX_CHARS = len("\\beginb")  # before "oxed"
 
 # "\b" read as an escape sequence leaves a backspace character and "oxed{".
 _BOX = re.compile(
-    r"(?:\\(?:boxed|fbox|beginboxed|answer|framebox(?:\s*\[[^\[\]{}]{0,20}\]){0,2})"
+    r"(?:\\(?:boxed|fbox|beginboxed|answer(?=\{)|framebox(?:\s*\[[^\[\]{}]{0,20}\]){0,2})"
     r"|\x08oxed|(?<![A-Za-z\\])b?oxed)"
     r"(?:\s*\{|\s+(?=[-+\d])(?P<bare>[-+]?\d[\d,.]*)|(?P<digit>\d))"
 )
@@ -88,9 +86,9 @@ def opener(text: str) -> re.Match[str] | None:
     return _BOX.search(text)
 
 
-def opens_a_box(text: str) -> bool:
-    """Is a box opened anywhere, closed or not? Fast if there is none."""
-    return _last_name(text, 0, len(text)) >= 0 and opener(text) is not None
+def may_have_box(text: str) -> bool:
+    """Is there any text that could open a box? Fast."""
+    return _last_name(text, 0, len(text)) >= 0
 
 
 def find_boxes(text: str) -> list[tuple[int, int, str]]:
@@ -144,13 +142,7 @@ def _balanced_boxes(text: str, start: int) -> list[tuple[int, int, str]]:
     """Balanced boxes from `start` on, in one pass over the braces."""
     openers: dict[int, int] = {}
     found: list[tuple[int, int, str]] = []
-    for position in _box_positions(text, start)[-MAX_OPENERS:]:
-        prefix = ""
-        if text[position] != "\\":
-            prefix = next(item for item in _PREFIXES if text.endswith(item, 0, position))
-        match = _BOX.match(text, position - len(prefix))
-        if match is None:
-            continue
+    for match in list(_BOX.finditer(text, start))[-MAX_OPENERS:]:
         bare = match["bare"] or match["digit"]
         if bare is not None:
             found.append((match.start(), match.end(), bare.rstrip(".,")))
@@ -167,17 +159,6 @@ def _balanced_boxes(text: str, start: int) -> list[tuple[int, int, str]]:
                 if opening in openers:
                     found.append((openers[opening], match.end(), text[opening + 1 : match.start()]))
     return sorted(set(found))
-
-
-def _box_positions(text: str, start: int) -> list[int]:
-    """Positions of commands that open a box, in text order."""
-    positions = []
-    for name in _NAMES:
-        position = text.find(name, start)
-        while position >= 0:
-            positions.append(position)
-            position = text.find(name, position + 4)
-    return sorted(positions)
 
 
 def box_group(text: str) -> BoxGroup | None:

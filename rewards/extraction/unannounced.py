@@ -7,6 +7,7 @@ Closing remarks and checks are skipped. A number is extracted with the words tha
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from rewards.extraction.boxes import MAX_BOX_CHARS
 from rewards.extraction.languages import DIGITS, HAS_DIGITS
@@ -42,6 +43,8 @@ _FOREIGN_NOT = (
     *"不是 不等于 不 ではなく 아니라".split(),
     *(" не", " no es", " nicht", " pas", " non"),
 )
+_COMMAND = re.compile(r"\\[a-z]+\{[^}]*\}")
+_PROSE = re.compile(r"[A-Za-z]{3,} +[A-Za-z]{2,}")  # between two dollar signs: not a formula
 _BOLD = re.compile(r"\*\*([^*\n]{1,400})\*\*")
 _BOLD_LABEL = re.compile(r"^[A-Za-z][A-Za-z ]{0,40}[:=]\s*(?=[-$\d\\(])")
 _HEADER = re.compile(r"(?:step|part|case|problem|solution|example|method)\b", re.IGNORECASE)
@@ -96,6 +99,7 @@ _SUPPOSED = re.compile(
     re.IGNORECASE,
 )
 # A number after an operator is part of a sum: 7 + 2 states neither 2 nor + 2.
+_OPERATORS = ("+", "-", "−", "*", "/", "×", "·", "x", "\\times", "\\cdot")
 _OPERATOR_BEFORE = re.compile(r"[\d)\]}]\s*(?:[-+*/×·−]|x|\\times|\\cdot)\s*$")
 _SUM_BEFORE = re.compile(r"(?:[\d.,()+*/×·−x\s-]|\\times|\\cdot)*$")
 _UNFINISHED = re.compile(r"\s*(?:=|\\approx|[-+*/×·−])\s*$")
@@ -107,8 +111,9 @@ _ALTERNATIVE = re.compile(
     r"(?:(?:maybe|perhaps|possibly|even|else|it's|it is"
     r"|it (?:could|might|may) (?:also )?be)\s)*|\s?[–-]\s?)$"
 )
-_OR = ("or", "或", "или", "oder", " ou ", " o ", "または", "또는")
+_OR = re.compile(r"or|或|или|oder| ou | o |または|또는|[-–]\s*$")
 _BETWEEN = re.compile(r"\bbetween\s+[$\d.,/-]+\s+and\s+$", re.IGNORECASE)
+_CURRENCY = re.compile("[$€£]")
 _EARNED = re.compile(
     r"\b(?:earn|pay|paid|cost|spen[dt]|save|make|made|owe|receive|charge|get|got|raise|sold|sell"
     r"|lose|lost|ha[sd]|donate|collect)\w*\s+(?P<money>\\?[$€£]\s?\d[\d,]*(?:\.\d+)?)\s+"
@@ -150,7 +155,7 @@ def unannounced(text: str) -> tuple[str, bool] | None:
         return bold, True
     if "\\" in text and (rows := _last_rows(text)) is not None:
         return rows, False
-    answer = _whole(text) or _solutions(text[start:]) or _last_maths(_without_clause(text, start))
+    answer = _whole(text) or _solutions(text[start:]) or _last_value(_without_clause(text, start))
     if answer is None and "*" in text:
         contents = _BOLD.findall(text)
         return (contents[-1].strip(), True) if contents else None
@@ -264,36 +269,45 @@ def _whole(text: str) -> str | None:
     return text
 
 
-def last_formula(text: str) -> tuple[int, str] | None:
-    """(end, content) of the last `$..$`, `\\(..\\)` or `\\[..\\]` that reads as a formula."""
-    best: tuple[int, str] | None = None
+class Found(NamedTuple):
+    """A formula with its delimiters, or a number: text[start:end]."""
+
+    start: int
+    end: int
+    content: str
+    is_formula: bool
+
+
+def last_maths(text: str) -> Found | None:
+    """The last formula or number."""
+    formula, number = _last_formula(text), last_number(text)
+    if formula is not None and (number is None or formula.end >= number.end):
+        return formula
+    return number
+
+
+def _last_formula(text: str) -> Found | None:
+    """The last `$..$`, `\\(..\\)` or `\\[..\\]` that reads as a formula."""
+    best: Found | None = None
     if "$" not in text and "\\" not in text:
         return None
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
         end = text.rfind(closing)
-        if end < 0:
+        if opening == "$" and end > 0 and text[end - 1] == "$":
+            opening, closing, end = "$$", "$$", end - 1
+        start = text.rfind(opening, 0, max(end, 0))
+        content = text[start + len(opening) : end]
+        if start < 0 or not content.strip() or len(content) > MAX_BOX_CHARS:
             continue
-        double = opening == "$" and end > 0 and text[end - 1] == "$"
-        stop = end - 1 if double else end
-        start = text.rfind("$$" if double else opening, 0, stop)
-        if start < 0:
+        if opening[0] == "$" and _PROSE.search(_COMMAND.sub("", content)):
             continue
-        content = text[start + (2 if double else len(opening)) : stop]
-        if len(content) > MAX_BOX_CHARS:
-            continue
-        # Prose between two dollar signs is not a formula.
-        if not content.strip() or (
-            opening == "$"
-            and re.search(r"[A-Za-z]{3,} +[A-Za-z]{2,}", re.sub(r"\\[a-z]+\{[^}]*\}", "", content))
-        ):
-            continue
-        if best is None or end > best[0]:
-            best = (end, content)
+        if best is None or end > best.end:
+            best = Found(start, end + len(closing), content, True)
     return best
 
 
-def last_number(text: str) -> tuple[int, str] | None:
-    """(end, content) of the last number, with its sign, percent sign or denominator."""
+def last_number(text: str) -> Found | None:
+    """The last number, with its sign, percent sign or denominator."""
     is_last = text[-1:] in _DIGITS
     end = len(text) if is_last else max(text.rfind(digit) for digit in "0123456789") + 1
     if end == 0:
@@ -302,41 +316,32 @@ def last_number(text: str) -> tuple[int, str] | None:
     while start > low and text[start - 1] in _NUMBER_CHARS:
         start -= 1
     matches = list(_NUMBER.finditer(text, start, min(end + 3, len(text))))
-    return (matches[-1].end(), matches[-1].group()) if matches else None
+    return Found(*matches[-1].span(), matches[-1].group(), False) if matches else None
 
 
-def _last_maths(text: str) -> str | None:
+def _last_value(text: str) -> str | None:
     """The last formula or number that is not rejected, with the words that change its value."""
     for _ in range(4):
-        formula, number = last_formula(text), last_number(text)
-        if formula is not None and (number is None or formula[0] >= number[0]):
-            end, content = formula
-            start = text.rfind(content, 0, end)
-            opening = start - (
-                2 if text[start - 1 : start] != "$" or text[start - 2 : start] == "$$" else 1
-            )
-            stop = end + (1 if text[end : end + 1] == "$" else 2)
-        elif number is not None:
-            end, content = number
-            if _UNFINISHED.match(text, end):
-                return None  # 7 = ..., and the text ends
-            if _is_false_equation(text):
-                return None
-            content = _with_sum(text, end, content)
-            start = opening = end - len(content)
-            stop = end
-        else:
+        found = last_maths(text)
+        if found is None:
             return None
-        is_refused = _REFUSING_WORDS.match(text, stop) is not None
-        if not (is_refused or _is_supposed(text, opening) or _is_place(text, opening)):
-            return _widened(text, opening, stop, content.strip())
-        text = text[:opening]
+        start, end, content, is_formula = found
+        if not is_formula:
+            if _UNFINISHED.match(text, end) or _is_false_equation(text):
+                return None  # 7 = ..., and the text ends
+            content = _with_sum(text, end, content)
+            start = end - len(content)
+        is_refused = _REFUSING_WORDS.match(text, end) is not None
+        if not (is_refused or _is_supposed(text, start) or _is_place(text, start)):
+            return _widened(text, start, end, content.strip())
+        text = text[:start]
     return None
 
 
 def _is_false_equation(text: str) -> bool:
     """Does the text end with an equation between two different integers?"""
-    match = _EQUATED.search(text, max(len(text) - MAX_WHOLE_CHARS, 0))
+    low = max(len(text) - MAX_WHOLE_CHARS, 0)
+    match = _EQUATED.search(text, low) if text.rfind("=", low) >= 0 else None
     if match is None:
         return False
     left, right = (int(match[name].replace("−", "-")) for name in ("left", "right"))
@@ -347,7 +352,8 @@ def _with_sum(text: str, end: int, number: str) -> str:
     """The number that ends at `end`, with the sum or product that it is the last operand of."""
     digits = number.lstrip("-−+ ")
     before = text[max(end - len(digits) - MAX_NUMBER_CHARS, 0) : end - len(digits)]
-    if _OPERATOR_BEFORE.search(before) is None:
+    is_operand = before.rstrip().endswith(_OPERATORS)
+    if not is_operand or _OPERATOR_BEFORE.search(before) is None:
         return number
     found = _SUM_BEFORE.search(before)
     return (before[found.start() :] if found is not None else "").lstrip() + digits
@@ -369,7 +375,7 @@ def _is_place(text: str, end: int) -> bool:
 def _widened(text: str, start: int, end: int, content: str) -> str:
     """The value between start and end, with the adjacent words that change it."""
     before = text[max(start - 120, 0) : start]
-    if any(sign in before for sign in "$€£"):
+    if _CURRENCY.search(before):
         money = _EARNED.search(text[max(start - 120, 0) : end + 120])
         if money is not None:
             return money["money"]
@@ -389,9 +395,7 @@ def _words_before(before: str) -> re.Match[str] | None:
     found = None
     if words and words[-1].lower() in _LEADING_ENDS:
         found = _LEADING_WORDS.search(before, max(len(before) - 25, 0))
-    if found is None and (
-        any(word in before[-30:] for word in _OR) or before.rstrip().endswith(("-", "–"))
-    ):
+    if found is None and _OR.search(before[-30:]):
         found = _ALTERNATIVE.search(before)
     if found is None and "and" in before[-6:]:
         found = _BETWEEN.search(before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rewards.parsing.nodes import MAX_DEPTH, LimitExceeded, Node, ParseError
 from rewards.parsing.tokens import Token
 
@@ -12,6 +14,20 @@ class Cursor:
     The grammar is a chain of subclasses: numerals, functions, expressions, structures, items and
     whole answers. Methods that are called before they are defined in the chain are declared here.
     """
+
+    parse_sum: Callable[[], Node]
+    parse_product: Callable[[], Node]
+    parse_power: Callable[[], Node]
+    parse_exponent: Callable[[], Node]
+    parse_primary: Callable[[], Node]
+    parse_list: Callable[[str], Node]  # after its opening bracket
+    parse_environment: Callable[[str], Node]  # after its \\begin
+    # Arguments: the brackets that end it. None: it only qualifies the other items.
+    parse_item: Callable[[tuple[str, ...]], Node | None]
+    # The items up to a closing bracket, their separators, and whether ';' groups them.
+    parse_items: Callable[[tuple[str, ...]], tuple[list[Node], set[str], bool]]
+    starts_factor: Callable[[Node], bool]  # does a juxtaposed factor follow this one?
+    at_modulus: Callable[[], bool]  # at the bare modulus of a congruence?
 
     def __init__(self, tokens: list[Token]) -> None:
         self.tokens = tokens
@@ -65,10 +81,7 @@ class Cursor:
             if token.kind in ("end", "close"):
                 raise ParseError
             return token.text
-        return self._read_group_text()
-
-    def _read_group_text(self) -> str:
-        self.expect("open", "{")
+        self.next()
         depth, pieces = 1, []
         while depth:
             token = self.next()
@@ -78,50 +91,6 @@ class Cursor:
             if depth:
                 pieces.append(token.text)
         return "".join(pieces)
-
-    def parse_sum(self) -> Node:
-        """Terms joined by +, - and plus-minus."""
-        raise NotImplementedError
-
-    def parse_product(self) -> Node:
-        """Factors joined by *, / and juxtaposition."""
-        raise NotImplementedError
-
-    def parse_power(self) -> Node:
-        """A primary with its exponents and postfix operators."""
-        raise NotImplementedError
-
-    def parse_exponent(self) -> Node:
-        """The exponent after ^."""
-        raise NotImplementedError
-
-    def parse_primary(self) -> Node:
-        """A number, a name, a function, a bracket."""
-        raise NotImplementedError
-
-    def starts_factor(self, previous: Node) -> bool:
-        """Does a juxtaposed factor follow?"""
-        raise NotImplementedError
-
-    def parse_item(self, closers: tuple[str, ...]) -> Node | None:
-        """One item of a list; None if it only qualifies the others."""
-        raise NotImplementedError
-
-    def parse_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
-        """Items up to a closing bracket, their separators, and whether ';' groups them."""
-        raise NotImplementedError
-
-    def at_modulus(self) -> bool:
-        """Does the bare modulus of a congruence follow?"""
-        raise NotImplementedError
-
-    def parse_list(self, opener: str) -> Node:
-        """The rest of a bracketed list after its opening bracket."""
-        raise NotImplementedError
-
-    def parse_environment(self, token_text: str) -> Node:
-        """The rest of a LaTeX environment after its \\begin."""
-        raise NotImplementedError
 
 
 def product_of(factors: list[Node]) -> Node:

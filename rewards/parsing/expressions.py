@@ -5,6 +5,8 @@ From loosest to tightest: + - \pm; * / and juxtaposition; unary sign; ^; postfix
 
 from __future__ import annotations
 
+import itertools
+
 from rewards.parsing.cursor import product_of
 from rewards.parsing.functions import FunctionParser
 from rewards.parsing.nodes import (
@@ -22,6 +24,7 @@ from rewards.parsing.units import is_unit
 from rewards.parsing.vocabulary import PERCENT_WORDS
 
 _CALLED = frozenset("fghFGH")
+_COMPARISONS = ("<", ">", "<=", ">=", "=")
 _SET_KINDS = frozenset({"set", "union", "inter", "minus", "builder"})
 _STARTS_FACTOR = frozenset({"num", "sym", "const", "func", "cmd", "open"})
 
@@ -141,7 +144,7 @@ class ExpressionParser(FunctionParser):
             self.next()
             if self._accept_mark("circ", "degree"):
                 base = self._read_minutes(base)
-            elif self._accept_word_mark("th", "st", "nd", "rd", "o", "e"):
+            elif self._accept_mark("th", "st", "nd", "rd"):
                 pass  # 12^{th} is 12 by the labels of HardVerify-Math
             elif self.at("end") or self.at("close"):
                 break  # "90^" lost its degree sign
@@ -155,33 +158,16 @@ class ExpressionParser(FunctionParser):
         return base
 
     def _accept_mark(self, *names: str) -> bool:
-        if self.accept("op", *names):
-            return True
-        group = self.tokens[self.index : self.index + 3]
-        if (
-            len(group) == 3
-            and group[0].text == "{"
-            and group[1].kind == "op"
-            and group[1].text in names
-            and group[2].text == "}"
-        ):
-            self.index += 3
-            return True
-        return False
-
-    def _accept_word_mark(self, *names: str) -> bool:
-        token = self.token
-        if token.kind in ("word", "text") and token.text in names and token.text not in "oe":
-            self.index += 1
-            return True
-        group = self.tokens[self.index : self.index + 4]
-        texts = "".join(item.text for item in group if item.kind in ("word", "sym", "text"))
-        if group and group[0].text == "{":
-            end = 2 if len(group) > 2 and group[2].text == "}" else 3
-            if len(group) > end and group[end].text == "}" and texts in ("th", "st", "nd", "rd"):
-                self.index += end + 1
-                return True
-        return False
+        """Skip a mark such as \\circ or th, bare or in braces."""
+        texts = [token.text for token in self.tokens[self.index : self.index + 4]]
+        if self.token.kind in ("op", "word", "text") and texts[0] in names:
+            size = 1
+        elif texts[0] == "{" and "}" in texts and "".join(texts[1 : texts.index("}")]) in names:
+            size = texts.index("}") + 1
+        else:
+            return False
+        self.index += size
+        return True
 
     def parse_exponent(self) -> Node:
         self.enter()
@@ -273,29 +259,18 @@ class ExpressionParser(FunctionParser):
             return Node("const", name="i")
         if name[0] in _CALLED and self._accept_inverse_mark():
             name += "^{-1}"
-        if len(name) == 1 and name.isupper() and (self._is_numbered() or self._is_of_event()):
-            return self.parse_call(name)
-        if name[0] in _CALLED and self.at("open", "(") and not self.token.is_spaced:
-            return self.parse_call(name)
-        return Node("sym", name=name)
+        return self.parse_call(name) if self._is_call(name) else Node("sym", name=name)
 
-    def _is_numbered(self) -> bool:
-        """J(0): a capital letter with a number in parentheses is a call, not a product."""
-        rest = [token.kind for token in self.tokens[self.index : self.index + 3]]
-        return (
-            rest == ["open", "num", "close"] and self.at("open", "(") and not self.token.is_spaced
-        )
-
-    def _is_of_event(self) -> bool:
-        r"""P(X \ge 1): a capital letter with a relation in parentheses."""
+    def _is_call(self, name: str) -> bool:
+        r"""At the parenthesis of f(x), J(0), P(X \ge 1)? Other letters before it are factors."""
         if not self.at("open", "(") or self.token.is_spaced:
             return False
-        for token in self.tokens[self.index + 1 :]:
-            if token.kind == "close":
-                return False
-            if token.kind == "op" and token.text in ("<", ">", "<=", ">=", "="):
-                return True
-        return False
+        if name[0] in _CALLED or len(name) > 1 or not name.isupper():
+            return name[0] in _CALLED
+        rest = self.tokens[self.index + 1 :]
+        inside = list(itertools.takewhile(lambda token: token.kind not in ("close", "end"), rest))
+        is_number = len(inside) == 1 and inside[0].kind == "num"
+        return is_number or any(t.kind == "op" and t.text in _COMPARISONS for t in inside)
 
     def _accept_inverse_mark(self) -> bool:
         """f^{-1}( names the inverse function."""

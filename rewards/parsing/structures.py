@@ -23,8 +23,11 @@ _MATRIX_NAMES = frozenset({"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatr
 class StructureParser(ExpressionParser):
     """Parses relations, sets and environments; subclasses parse their items."""
 
+    _head = -1  # where the current relation begins
+    num_attempts = 0  # at reading braces as a set-builder
+
     def parse_relation(self) -> Node:
-        self._mark_called_head()
+        self._head = self.index
         # "< 5" is about an unknown without a name.
         is_bare = self.token.kind == "op" and self.at("op", "<", ">", "<=", ">=", "!=")
         operands = [UNNAMED if is_bare else self.parse_set_operation()]
@@ -64,34 +67,25 @@ class StructureParser(ExpressionParser):
             and self.tokens[self.index + 3].kind == "end"
         )
 
-    def _mark_called_head(self) -> None:
-        """`T(10) = 2`: a letter with parentheses before a relation sign is a function value."""
-        self._called_head = -1
-        index = self.index
-        if self.tokens[index].kind != "sym" or self.tokens[index + 1].text != "(":
-            return
-        depth = 0
-        for position in range(index + 1, len(self.tokens)):
-            kind = self.tokens[position].kind
-            depth += {"open": 1, "close": -1}.get(kind, 0)
-            if depth == 0:
-                follower = self.tokens[position + 1]
-                content = self.tokens[index + 2 : position]
-                is_plain = all(t.kind in ("sym", "num") or t.text in (",", "-") for t in content)
-                is_own = any(t.text == self.tokens[index].text for t in content)
-                is_relation = follower.kind == "op" and follower.text in _HEAD_RELATIONS
-                if is_relation and is_plain and not is_own:
-                    self._called_head = index
-                return
-
-    _called_head = -1
-    num_attempts = 0  # at reading braces as a set-builder
-
     def parse_symbol(self, token: Token) -> Node:
-        if self.index - 1 == self._called_head and self.at("open", "("):
-            self._called_head = -1
+        if self.index - 1 == self._head and self._is_called_head(token.text):
             return self.parse_call(token.text)
         return super().parse_symbol(token)
+
+    def _is_called_head(self, name: str) -> bool:
+        """`T(10) = 2`: a letter with parentheses before a relation sign is a function value."""
+        if self.token.text != "(":
+            return False
+        depth, end = 1, self.index
+        while depth:
+            end += 1
+            if self.tokens[end].kind == "end":
+                return False
+            depth += {"open": 1, "close": -1}.get(self.tokens[end].kind, 0)
+        content, follower = self.tokens[self.index + 1 : end], self.tokens[end + 1]
+        is_plain = all(t.kind in ("sym", "num") or t.text in (",", "-") for t in content)
+        is_relation = follower.kind == "op" and follower.text in _HEAD_RELATIONS
+        return is_relation and is_plain and all(t.text != name for t in content)
 
     def parse_set_operation(self) -> Node:
         left = self.parse_ratio()

@@ -39,45 +39,33 @@ LETTER_COMMANDS: dict[str, str] = {name: "\\" + name for name in _GREEK.split()}
     "dots": "\\ldots", "dotsc": "\\ldots", "dotsb": "\\ldots", "R": "\\mathbb{R}",
     "N": "\\mathbb{N}", "Z": "\\mathbb{Z}", "Q": "\\mathbb{Q}", "ell": "l",
 }  # fmt: skip
+# Kind of token -> "text command command ...; text ..."; without a command, the text is one itself.
+_COMMANDS = {
+    "cmd": """frac frac dfrac tfrac cfrac nicefrac sfrac; binom binom dbinom tbinom; sqrt;
+        integral int iint oint; sum; product prod; emptyset emptyset varnothing; dot; ddot;
+        overline overline bar; hat hat widehat; tilde tilde widetilde; stackrel stackrel overset;
+        angle angle measuredangle triangle""",
+    "op": r"""+- pm; -+ mp; * cdot times ast star; / div; <= le leq leqslant leqq; < lt; > gt;
+        >= ge geq geqslant geqq; != ne neq; ~= approx simeq sim doteq; === equiv cong; in; notin;
+        cup cup bigcup; cap cap bigcap; setminus setminus backslash; | mid vert Vert; |( lvert;
+        |) rvert; to to rightarrow Rightarrow implies longrightarrow; circ; degree; perp; parallel;
+        iff iff Leftrightarrow leftrightarrow; mod bmod pmod mod; ' prime; choose; over;
+        subset subset subseteq; £ pounds; € euro; currency textdollar; % percent""",
+    "open": r"\{ lbrace; [ lbrack; ( lparen; < langle; lfloor; lceil",
+    "close": r"\} rbrace; ] rbrack; ) rparen; > rangle; rfloor; rceil",
+    "word": "and land wedge; or lor vee; forall; exists",
+    "const": "pi; inf infty infin",
+    "sym": r"\partial partial; \nabla nabla",
+}
 COMMANDS: dict[str, tuple[str, str]] = {
     **{name: ("func", value) for name, value in FUNCTIONS.items()},
-    **dict.fromkeys(("frac", "dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"), ("cmd", "frac")),
-    **dict.fromkeys(("binom", "dbinom", "tbinom"), ("cmd", "binom")),
-    "sqrt": ("cmd", "sqrt"), "pi": ("const", "pi"), "infty": ("const", "inf"),
-    "infin": ("const", "inf"), "pm": ("op", "+-"), "mp": ("op", "-+"), "cdot": ("op", "*"),
-    "times": ("op", "*"), "ast": ("op", "*"), "star": ("op", "*"), "div": ("op", "/"),
-    "le": ("op", "<="), "leq": ("op", "<="), "leqslant": ("op", "<="), "leqq": ("op", "<="),
-    "ge": ("op", ">="), "geq": ("op", ">="), "geqslant": ("op", ">="), "geqq": ("op", ">="),
-    "lt": ("op", "<"), "gt": ("op", ">"), "ne": ("op", "!="), "neq": ("op", "!="),
-    "approx": ("op", "~="), "simeq": ("op", "~="), "sim": ("op", "~="), "doteq": ("op", "~="),
-    "equiv": ("op", "==="), "cong": ("op", "==="), "in": ("op", "in"), "notin": ("op", "notin"),
-    "cup": ("op", "cup"), "cap": ("op", "cap"), "bigcup": ("op", "cup"), "bigcap": ("op", "cap"),
-    "setminus": ("op", "setminus"), "backslash": ("op", "setminus"), "mid": ("op", "|"),
-    "vert": ("op", "|"), "lvert": ("op", "|("), "rvert": ("op", "|)"), "Vert": ("op", "|"),
-    "to": ("op", "to"), "rightarrow": ("op", "to"), "Rightarrow": ("op", "to"),
-    "implies": ("op", "to"), "iff": ("op", "iff"), "Leftrightarrow": ("op", "iff"),
-    "leftrightarrow": ("op", "iff"),
-    "longrightarrow": ("op", "to"), "land": ("word", "and"), "lor": ("word", "or"),
-    "wedge": ("word", "and"), "vee": ("word", "or"), "lbrace": ("open", "\\{"),
-    "rbrace": ("close", "\\}"), "lbrack": ("open", "["), "rbrack": ("close", "]"),
-    "lparen": ("open", "("), "rparen": ("close", ")"), "langle": ("open", "<"),
-    "rangle": ("close", ">"), "lfloor": ("open", "lfloor"), "rfloor": ("close", "rfloor"),
-    "lceil": ("open", "lceil"), "rceil": ("close", "rceil"), "int": ("cmd", "integral"),
-    "iint": ("cmd", "integral"), "oint": ("cmd", "integral"), "sum": ("cmd", "sum"),
-    "prod": ("cmd", "product"), "partial": ("sym", "\\partial"), "nabla": ("sym", "\\nabla"),
-    "emptyset": ("cmd", "emptyset"), "varnothing": ("cmd", "emptyset"), "bmod": ("op", "mod"),
-    "pmod": ("op", "mod"), "mod": ("op", "mod"), "overline": ("cmd", "overline"),
-    "dot": ("cmd", "dot"), "bar": ("cmd", "overline"), "hat": ("cmd", "hat"),
-    "widehat": ("cmd", "hat"), "tilde": ("cmd", "tilde"), "widetilde": ("cmd", "tilde"),
-    "ddot": ("cmd", "ddot"), "circ": ("op", "circ"), "degree": ("op", "degree"),
-    "prime": ("op", "'"), "choose": ("op", "choose"), "over": ("op", "over"),
-    "angle": ("cmd", "angle"), "measuredangle": ("cmd", "angle"), "triangle": ("cmd", "angle"),
-    "perp": ("op", "perp"), "parallel": ("op", "parallel"), "subset": ("op", "subset"),
-    "subseteq": ("op", "subset"), "forall": ("word", "forall"), "exists": ("word", "exists"),
-    "cosec": ("func", "csc"), "arccot": ("func", "acot"), "pounds": ("op", "£"),
-    "euro": ("op", "€"), "textdollar": ("op", "currency"), "percent": ("op", "%"),
-    "stackrel": ("cmd", "stackrel"), "overset": ("cmd", "stackrel"),
-}  # fmt: skip
+    **{
+        name: (kind, entry.split()[0])
+        for kind, table in _COMMANDS.items()
+        for entry in table.split(";")
+        for name in entry.split()[1:] or entry.split()
+    },
+}
 
 CURRENCIES = {"currency": "dollar", "€": "euro", "£": "sterling", "¥": "yen"}
 SEPARATOR_WORDS = frozenset({"and", "or"})

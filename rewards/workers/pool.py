@@ -13,7 +13,6 @@ import json
 import os
 import select
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -24,22 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-from rewards.workers.worker import MAX_FRAME_BYTES, encode
+from rewards.workers.worker import encode
 
 STARTUP_TIMEOUT_S = 120.0
 DEFAULT_MEMORY_MB = 1024
 
 
-class WorkerDied(Exception):
-    """The worker's pipe closed before it answered: it has exited or is about to."""
-
-
 class WorkerCannotStart(Exception):
     """The worker died or hung before it was ready."""
-
-
-class DeadlinePassed(Exception):
-    """No answer within the deadline."""
 
 
 class Worker:
@@ -50,17 +41,9 @@ class Worker:
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         # One thread per worker: a BLAS thread pool would use up address space under RLIMIT_AS.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "rewards.workers.worker",
-            str(os.getpid()),
-            str(memory_mb),
-            json.dumps(warm_up),
-        ]
+        command = [sys.executable, "-P", "-m", "rewards.workers.worker"]
         self.process = subprocess.Popen(
-            command,
+            [*command, str(os.getpid()), str(memory_mb), json.dumps(warm_up)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -78,7 +61,7 @@ class Worker:
         if not self.is_ready:
             try:
                 self._receive(time.monotonic() + STARTUP_TIMEOUT_S)
-            except (WorkerDied, DeadlinePassed) as error:
+            except OSError as error:
                 raise WorkerCannotStart from error
             self.is_ready = True
 
@@ -92,39 +75,28 @@ class Worker:
         return True
 
     def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """One request, one response. Raises WorkerCannotStart, WorkerDied, DeadlinePassed."""
+        """One request, one response. Raises WorkerCannotStart, TimeoutError, BrokenPipeError."""
         self.wait_ready()
-        frame = encode({**request, "timeout_s": timeout_s})
         assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(frame)
-        except (BrokenPipeError, OSError) as error:
-            raise WorkerDied from error
+        self.process.stdin.write(encode({**request, "timeout_s": timeout_s}))
         return self._receive(time.monotonic() + timeout_s)
 
     def _receive(self, deadline: float) -> dict[str, Any]:
-        header = self._read(4, deadline)
-        (size,) = struct.unpack(">I", header)
-        if size > MAX_FRAME_BYTES:
-            raise WorkerDied
-        message: dict[str, Any] = json.loads(self._read(size, deadline))
-        return message
-
-    def _read(self, size: int, deadline: float) -> bytes:
         assert self.process.stdout is not None
         fd = self.process.stdout.fileno()
         poller = select.poll()
         poller.register(fd, select.POLLIN | select.POLLHUP)
-        data = b""
-        while len(data) < size:
+        line = b""
+        while not line.endswith(b"\n"):
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0 or not poller.poll(remaining_s * 1000):
-                raise DeadlinePassed
-            chunk = os.read(fd, size - len(data))
+                raise TimeoutError
+            chunk = os.read(fd, 1 << 16)
             if not chunk:
-                raise WorkerDied
-            data += chunk
-        return data
+                raise BrokenPipeError  # it has exited or is about to
+            line += chunk
+        message: dict[str, Any] = json.loads(line)
+        return message
 
     def exit_code(self) -> int | None:
         """Its exit code; None if it is still running."""
@@ -191,9 +163,9 @@ class WorkerPool:
                 response = worker.ask(request, timeout_s)
                 is_healthy = True
                 return response
-            except DeadlinePassed:
+            except TimeoutError:
                 return {"correct": False, "status": "timeout", "tier": "none"}
-            except WorkerDied:
+            except OSError:  # its pipe is closed
                 was_killed = worker.exit_code() == -signal.SIGKILL
                 num_kills += was_killed
                 num_deaths += not was_killed

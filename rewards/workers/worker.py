@@ -1,7 +1,7 @@
 """Worker process: grades what the parent could not decide cheaply.
 
-Run as `-m rewards.workers.worker`. Protocol in both directions: a 4-byte big-endian length, then
-that many bytes of JSON. The first frame sent is {"ready": true}, then one response per request.
+Run as `-m rewards.workers.worker`. Protocol in both directions: one line of JSON per message. The
+first line sent is {"ready": true}, then one response per request.
 It exits when stdin closes, when its parent dies, or when a request exceeds its CPU limit.
 """
 
@@ -11,19 +11,15 @@ import json
 import os
 import resource
 import signal
-import struct
 import sys
 import threading
 import time
 from typing import Any
 
-MAX_FRAME_BYTES = 1 << 20
-
 
 def encode(message: dict[str, Any]) -> bytes:
-    """One frame, as ASCII JSON so that lone surrogates survive."""
-    body = json.dumps(message).encode("ascii")
-    return struct.pack(">I", len(body)) + body
+    """One line, as ASCII JSON so that lone surrogates survive."""
+    return json.dumps(message).encode("ascii") + b"\n"
 
 
 def handle(request: dict[str, Any]) -> dict[str, Any]:
@@ -31,9 +27,9 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
     try:
         if request["op"] == "verify":
             from rewards.equality.symbolic import decide_symbolically
-            from rewards.rules import from_wire
+            from rewards.rules import GradingRules
 
-            rules = from_wire(request["rules"])
+            rules = GradingRules(**request["rules"])
             verdict = decide_symbolically(request["gold"], request["answer"], rules)
         elif request["op"] == "math_verify":
             from rewards.workers.math_verify import verify_with_math_verify
@@ -81,14 +77,8 @@ def main() -> None:
     handle(json.loads(sys.argv[3]))
     responses.write(encode({"ready": True}))
     responses.flush()
-    while True:
-        header = requests.read(4)
-        if len(header) < 4:
-            return
-        (size,) = struct.unpack(">I", header)
-        if size > MAX_FRAME_BYTES:
-            return
-        request = json.loads(requests.read(size))
+    for line in requests:
+        request = json.loads(line)
         limit_cpu(float(request["timeout_s"]))
         responses.write(encode(handle(request)))
         responses.flush()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -20,8 +20,8 @@ from rl_lora.adapters.peft_files import (
     layer_scalings,
     lora_settings,
     low_rank_terms,
+    named_base,
     peft_settings,
-    read_manifest,
 )
 from rl_lora.errors import UserError
 from rl_lora.models.shapes import build_on_meta, has_own_head
@@ -46,6 +46,7 @@ class Patch:
     head: str  # lm_head's weight
     is_tied: bool  # in the base, lm_head is the input embedding
     unties: bool  # in the merged model, it no longer is
+    transposed: frozenset[str] = frozenset()  # weights that are [d_in, d_out] (GPT-2's Conv1D)
 
     @property
     def names(self) -> set[str]:
@@ -60,10 +61,14 @@ class Patch:
         if name not in self.lora:
             return weight
         term = self.lora[name]
-        factors = term.a_RI.float(), term.b_OR.float()
+        a_RI, b_OR = term.a_RI.float(), term.b_OR.float()
+        weight_OI = weight.T if name in self.transposed else weight
         if name in self.magnitudes:
-            return merged_dora(weight, self.magnitudes[name], *factors, term.scaling)
-        return torch.addmm(weight.float(), factors[1], factors[0], alpha=term.scaling)
+            magnitude_O = self.magnitudes[name]
+            merged_OI = merged_dora(weight_OI, magnitude_O, a_RI, b_OR, term.scaling)
+        else:
+            merged_OI = torch.addmm(weight_OI.float(), b_OR, a_RI, alpha=term.scaling)
+        return merged_OI.T if name in self.transposed else merged_OI
 
 
 def load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> Patch:
@@ -90,7 +95,8 @@ def load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> Pat
     replaced = tensors
     if is_lora_dir(adapter_dir):
         low_rank = {name: tensor for name, tensor in tensors.items() if not is_extra(name)}
-        lora = _by_weight(low_rank_terms(low_rank, adapter_dir), model)
+        terms = low_rank_terms(low_rank, adapter_dir)
+        lora = {f"{layer}.weight": term for layer, term in terms.items()}
         magnitudes = _magnitudes(low_rank)
         replaced, added, on_tables = _extras(tensors, adapter_dir)
         lora |= on_tables
@@ -109,9 +115,13 @@ def load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> Pat
             )
     layout = split_experts(model, model.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in layout.items()}
-    patch = Patch(lora, magnitudes, replaced, added, embedding, head, is_tied, unties)
+    transposed = frozenset(
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
+    )
+    patch = Patch(lora, magnitudes, replaced, added, embedding, head, is_tied, unties, transposed)
     found: dict[str, tuple[int, ...]] = {
-        name: (term.b_OR.shape[0], term.a_RI.shape[1]) for name, term in lora.items()
+        name: (term.b_OR.shape[0], term.a_RI.shape[1])[:: -1 if name in transposed else 1]
+        for name, term in lora.items()
     }
     found |= {name: tuple(tensor.shape) for name, tensor in (replaced | added).items()}
     for name, shape in found.items():
@@ -129,17 +139,6 @@ def _magnitudes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         f"{layer_name(name.removesuffix(MAGNITUDE_SUFFIX))}.weight": tensor
         for name, tensor in tensors.items()
         if name.endswith(MAGNITUDE_SUFFIX)
-    }
-
-
-def _by_weight(terms: dict[str, LowRank], model: nn.Module) -> dict[str, LowRank]:
-    """Terms by the names of their weights; Conv1D's weights (GPT-2) are [I, O]."""
-    conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    return {
-        f"{layer}.weight": LowRank(term.b_OR.T, term.a_RI.T, term.scaling)
-        if layer in conv1d
-        else term
-        for layer, term in terms.items()
     }
 
 
@@ -168,14 +167,6 @@ def _extras(
                 "merge_and_unload"
             )
     return whole, added, terms
-
-
-def named_base(adapter_dir: Path) -> str | None:
-    """The base model's name in the manifest, else in adapter_config.json; None if in neither."""
-    name = read_manifest(adapter_dir).get("base_model")
-    if not name and (adapter_dir / "adapter_config.json").is_file():
-        name = peft_settings(adapter_dir).get("base_model_name_or_path")
-    return str(name) if name else None
 
 
 def mismatch(what: str, adapter_dir: Path, model_dir: Path) -> str:

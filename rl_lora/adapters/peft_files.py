@@ -152,6 +152,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
+def named_base(adapter_dir: Path) -> str | None:
+    """The base model's name in the manifest, else in adapter_config.json; None if in neither."""
+    name = read_manifest(adapter_dir).get("base_model")
+    if not name and (adapter_dir / "adapter_config.json").is_file():
+        name = peft_settings(adapter_dir).get("base_model_name_or_path")
+    return str(name) if name else None
+
+
 def layer_scalings(path: Path) -> Callable[[str, int], float]:
     """PEFT's scaling of B A in an adapter directory, as a function of (layer, its rank)."""
     raw = peft_settings(path)

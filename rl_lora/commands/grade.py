@@ -12,7 +12,6 @@ with another judge.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from rl_lora.evaluation.files import find_evaluation, is_evaluation, read_evalua
 from rl_lora.evaluation.regrade import Regrade, regrade, reward_and_rules
 from rl_lora.report.tables import print_regrade, printable
 from rl_lora.scoring import score_best
-from rl_lora.storage.jsonl import read_values, storable
+from rl_lora.storage.jsonl import read_values, write_json
 
 COMPLETION_KEYS = ("completion", "response", "output", "prediction", "answer")
 REFERENCE_KEYS = ("reference", "gold", "ground_truth", "target", "solution")
@@ -65,11 +64,8 @@ class Disagreement:
 class GradeReport:
     """Outcome of grading a file.
 
-    `statuses` counts every outcome. Accuracy, precision and recall are in 0..1, and None if there
-    is nothing to compare with or nothing to divide by. Example::
-
-        GradeReport(num=2, num_correct=1, statuses={"ok": 2}, seconds=0.01, judge="labels",
-                    num_compared=2, accuracy=1.0, precision=1.0, recall=1.0, disagreements=())
+    Accuracy, precision and recall are in 0..1, and None if there is nothing to compare with or
+    nothing to divide by.
     """
 
     num: int
@@ -88,29 +84,21 @@ def read_rows(path: Path) -> list[GradeRow]:
     """The completions of a file. Raises UserError naming the line and what it lacks."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a JSONL file of completions")
-    if is_evaluation(path):
-        return _evaluation_rows(path)
-    rows = []
-    for number, fields in read_values(path):
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object")
-        rows.append(_row(fields, f"{path}, line {number}", number))
+    if is_evaluation(path):  # one row per completion; `line` counts problems
+        return [
+            GradeRow(number, sample.completion, problem.reference, sample.correct)
+            for number, problem in enumerate(read_evaluation(find_evaluation(path))[1], start=1)
+            for sample in problem.samples_G
+        ]
+    rows = [_row(fields, f"{path}, line {number}", number) for number, fields in read_values(path)]
     if not rows:
         raise UserError(f"{path}: the file has no completions")
     return rows
 
 
-def _evaluation_rows(path: Path) -> list[GradeRow]:
-    """One row per completion; `line` counts problems."""
-    _, problems = read_evaluation(find_evaluation(path))
-    return [
-        GradeRow(number, sample.completion, problem.reference, sample.correct)
-        for number, problem in enumerate(problems, start=1)
-        for sample in problem.samples_G
-    ]
-
-
-def _row(fields: dict[str, Any], where: str, number: int) -> GradeRow:
+def _row(fields: Any, where: str, number: int) -> GradeRow:
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: not a JSON object")
     completion = _field(fields, COMPLETION_KEYS, "completion", where)
     reference = gold_text(_field(fields, REFERENCE_KEYS, "reference", where))
     label = next((fields[key] for key in LABEL_KEYS if key in fields), None)
@@ -161,62 +149,41 @@ def grade_file(
         UserError: the file cannot be used. ValueError: unknown reward or policy.
     """
     rows = read_rows(path)
+
+    def scores_by(name: str) -> list[Score]:
+        options = {"num_workers": num_workers, "timeout_s": timeout_s}
+        with load_reward(name, rules=policy, **options) as scorer:
+            return score_best(scorer, [r.completion for r in rows], [r.reference for r in rows])
+
     start = time.perf_counter()
-    scores = _score(rows, reward, policy, num_workers, timeout_s)
+    scores = scores_by(reward)
     seconds = time.perf_counter() - start
+    expected: list[bool | None] = [row.label for row in rows]
     if against is not None:
-        others = _score(rows, against, policy, num_workers, timeout_s)
-        expected: list[bool | None] = [other.correct for other in others]
-        judge: str | None = against
-    else:
-        expected = [row.label for row in rows]
-        judge = "labels" if any(label is not None for label in expected) else None
-    return _report(rows, scores, expected, judge, seconds)
+        expected = [other.correct for other in scores_by(against)]
+    compared = [one for one in zip(rows, scores, expected, strict=True) if one[2] is not None]
+    counts = Counter((score.correct, truth) for _, score, truth in compared)
+    hits = counts[True, True]
 
+    def ratio(part: int, whole: int) -> float | None:
+        return part / whole if whole else None
 
-def _score(
-    rows: Sequence[GradeRow], reward: str, policy: str, num_workers: int, timeout_s: float
-) -> list[Score]:
-    with load_reward(reward, rules=policy, num_workers=num_workers, timeout_s=timeout_s) as scorer:
-        return score_best(scorer, [row.completion for row in rows], [row.reference for row in rows])
-
-
-def _report(
-    rows: Sequence[GradeRow],
-    scores: Sequence[Score],
-    expected: Sequence[bool | None],
-    judge: str | None,
-    seconds: float,
-) -> GradeReport:
-    counts: Counter[tuple[bool, bool]] = Counter()
-    disagreements = []
-    for row, score, truth in zip(rows, scores, expected, strict=True):
-        if truth is None:
-            continue
-        counts[score.correct, truth] += 1
-        if score.correct != truth:
-            disagreements.append(
-                Disagreement(
-                    row.line, row.reference, score.answer, score.correct, truth, score.status
-                )
-            )
-    hits, num_compared = counts[True, True], sum(counts.values())
     return GradeReport(
         num=len(rows),
         num_correct=sum(score.correct for score in scores),
         statuses=dict(Counter(score.status for score in scores)),
         seconds=seconds,
-        judge=judge,
-        num_compared=num_compared,
-        accuracy=_ratio(hits + counts[False, False], num_compared),
-        precision=_ratio(hits, hits + counts[True, False]),
-        recall=_ratio(hits, hits + counts[False, True]),
-        disagreements=tuple(disagreements),
+        judge=(against or "labels") if compared else None,
+        num_compared=len(compared),
+        accuracy=ratio(hits + counts[False, False], len(compared)),
+        precision=ratio(hits, hits + counts[True, False]),
+        recall=ratio(hits, hits + counts[False, True]),
+        disagreements=tuple(
+            Disagreement(row.line, row.reference, score.answer, score.correct, truth, score.status)
+            for row, score, truth in compared
+            if truth is not None and score.correct != truth
+        ),
     )
-
-
-def _ratio(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
 
 
 EXAMPLES = (
@@ -277,27 +244,24 @@ def run(args: argparse.Namespace) -> int:
             report = regrade(args.file, reward=args.reward, policy=args.policy, **bounds)
             print_regrade(report, args.show)
         else:
-            settings = (
-                read_evaluation(find_evaluation(args.file))[0] if is_evaluation(args.file) else {}
-            )
-            reward, policy = reward_and_rules(args.file, settings, args.reward, args.policy)
-            report = grade_file(
-                args.file, reward=reward, policy=policy, against=args.against, **bounds
-            )
+            file, settings = args.file, {}
+            if is_evaluation(file):
+                settings, _ = read_evaluation(find_evaluation(file))
+            reward, policy = reward_and_rules(file, settings, args.reward, args.policy)
+            report = grade_file(file, reward=reward, policy=policy, against=args.against, **bounds)
             print_report(report, args.show)
     except ValueError as error:  # an unknown reward or policy: the message names the nearest
         raise UserError(str(error)) from None
     if args.json is not None:
-        text = json.dumps(storable(asdict(report)), indent=1) + "\n"
-        args.json.write_text(text, encoding="utf-8")
+        write_json(args.json, asdict(report))
     return 0
 
 
-def print_report(report: GradeReport, num_shown: int, console: Console | None = None) -> None:
+def print_report(report: GradeReport, num_shown: int) -> None:
     """The scores, then the first disagreements."""
-    console = console or Console()
+    console = Console()
     statuses = ", ".join(f"{status} {count}" for status, count in sorted(report.statuses.items()))
-    rate = report.num / report.seconds if report.seconds > 0 else float("inf")
+    rate = report.num / max(report.seconds, 1e-9)
     console.print(
         f"{report.num_correct} of {report.num} correct ({report.num_correct / report.num:.1%}); "
         f"{statuses}; {rate:,.0f} per second"
@@ -307,10 +271,8 @@ def print_report(report: GradeReport, num_shown: int, console: Console | None = 
             "Nothing to compare with: the file has no labels, and --against is not given."
         )
         return
-    figures = {"accuracy": report.accuracy, "precision": report.precision, "recall": report.recall}
-    shown = ", ".join(
-        f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in figures.items()
-    )
+    figures = [(name, getattr(report, name)) for name in ("accuracy", "precision", "recall")]
+    shown = ", ".join(f"{name} {'-' if v is None else f'{v:.4f}'}" for name, v in figures)
     console.print(f"Compared with {report.judge} ({report.num_compared} completions): {shown}")
     if not report.disagreements:
         return

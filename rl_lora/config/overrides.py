@@ -81,12 +81,13 @@ def _table(value: Any, field: Any) -> Any:
 
 def _field(field: Any, key: str) -> Any:
     """The annotation of a section's key; Any for an unknown key."""
-    section = next((one for one in (field, _item(field)) if _is_section(one)), None)
+    section = next((one for one in (field, _item(field)) if is_section(one)), None)
     known = section.model_fields.get(key) if section is not None else None
     return Any if known is None else known.annotation
 
 
-def _is_section(field: Any) -> bool:
+def is_section(field: Any) -> bool:
+    """Whether an annotation is a section's class."""
     return isinstance(field, type) and issubclass(field, BaseModel)
 
 
@@ -102,7 +103,7 @@ def _takes(field: Any) -> tuple[bool, bool]:
     choices = get_args(field) if is_union else (field,)
     is_text = any(
         one is str
-        or _is_section(one)  # the short form of a section
+        or is_section(one)  # the short form of a section
         or (get_origin(one) is Literal and all(isinstance(word, str) for word in get_args(one)))
         for one in choices
     )
@@ -123,14 +124,14 @@ def parse_value(text: str, field: Any) -> Any:
     takes_text, takes_none = _takes(field)
     if text in ("none", "None") and (takes_none or not takes_text):
         return None
-    if plain is None or (takes_text and not (isinstance(plain, dict) and _is_section(field))):
+    if plain is None or (takes_text and not (isinstance(plain, dict) and is_section(field))):
         return text
     return plain
 
 
 def _texts(text: str, plain: Any, item: Any) -> Any:
     is_of_texts = isinstance(plain, list) and all(isinstance(one, str) for one in plain)
-    if is_of_texts or (_is_section(item) and "{" in text):
+    if is_of_texts or (is_section(item) and "{" in text):
         return plain if plain is not None else text
     if not (text.startswith("[") and text.endswith("]")):
         return [plain if isinstance(plain, str) else text] if text else []

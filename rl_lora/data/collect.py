@@ -89,7 +89,7 @@ class Collected:
             key, full_key = (question_key(row.asked(with_system=one)) for one in (False, True))
             item = Item(f"{prefix}/{row.row}", label, row, key, full_key)
             if role == "train" and item.full_key in self._seen:
-                loaded.dropped["in an earlier set"] = loaded.dropped.get("in an earlier set", 0) + 1
+                loaded.dropped["in an earlier set"] += 1
             else:
                 items.append(item)
                 if role == "train":

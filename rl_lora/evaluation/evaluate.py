@@ -19,27 +19,15 @@ from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.evaluation.files import EvaluationFile, problems_key
 from rl_lora.evaluation.scores import (
     EvalResult,
-    EvaluationScores,
     ProblemRecord,
     SampleRecord,
     evaluation_scores,
-    load_result,
     scores_by_source,
 )
 from rl_lora.rollouts import Scoring, sample_and_score, scoring_thread
 from rl_lora.sampler import Sampler
 from rl_lora.storage import jsonl
 from rl_lora.types import Prompt, RolloutGroup, SampleParams
-
-__all__ = [
-    "EvalResult",
-    "Evaluation",
-    "EvaluationScores",
-    "evaluate",
-    "load_result",
-    "problem_record",
-    "remove_results_after",
-]
 
 Progress = Callable[[int, int, int], None]  # (problems done, in all, being sampled now)
 
@@ -107,9 +95,8 @@ def evaluate(
     params, prompts_N = evaluation.params, evaluation.prompts_N
     if not prompts_N:
         raise UserError("evaluation: there are no problems; check data.eval")
-    file = None
-    if path is not None:
-        file = EvaluationFile(path.parent, path.name, evaluation.settings(policy), restart=restart)
+    settings = evaluation.settings(policy)
+    file = path and EvaluationFile(path.parent, path.name, settings, restart=restart)
     problems_N, version = _evaluate_missing(sampler, evaluation, file)
     result = EvalResult(
         total=evaluation_scores(problems_N, evaluation.confidence),

@@ -10,7 +10,6 @@ takes the majority's; it is reported next to the sign-flip test, which uses ever
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,10 +31,7 @@ from rl_lora.storage import jsonl
 
 @dataclass(frozen=True, slots=True)
 class McNemar:
-    """McNemar's exact test.
-
-    Example: McNemar(verdict="only sample", only_first=3, only_second=21, p_value=0.00028)
-    """
+    """McNemar's exact test."""
 
     verdict: str  # whose verdict counts for a problem: the only sample's, or the majority's
     only_first: int  # problems that only the first policy solves
@@ -45,12 +41,7 @@ class McNemar:
 
 @dataclass(frozen=True, slots=True)
 class PairedScores:
-    """Two policies on the same problems.
-
-    Example: PairedScores(num_problems=200, num_samples=1, first=0.065, second=0.27,
-    difference=0.205, low=0.145, high=0.265, interval="bootstrap", num_won=43, num_lost=2,
-    num_tied=155, p_value=5.9e-11, mcnemar=McNemar(...))
-    """
+    """Two policies on the same problems."""
 
     num_problems: int
     num_samples: int  # k, of each policy
@@ -69,11 +60,7 @@ class PairedScores:
 
 @dataclass(frozen=True, slots=True)
 class PairedResult:
-    """A comparison of two evaluations.
-
-    Example: PairedResult(first="base", second="adapter", total=PairedScores(...),
-    by_source={"gsm8k": PairedScores(...)}, confidence=0.95, has_common_seeds=True)
-    """
+    """A comparison of two evaluations."""
 
     first: str
     second: str
@@ -114,22 +101,18 @@ def compare_evaluations(
     _check_same(first, problems_1, second, problems_2)
     by_id = {problem.prompt_id: problem for problem in problems_2}
     pairs = [(problem, by_id[problem.prompt_id]) for problem in problems_1]
-    by_source: defaultdict[str, list[tuple[ProblemRecord, ProblemRecord]]] = defaultdict(list)
-    for pair in pairs:
-        by_source[pair[0].source].append(pair)
+    names = names or (first.name.partition(".")[0], second.name.partition(".")[0])
     difference = _sampling_difference(settings_1, settings_2)
     return PairedResult(
-        first=names[0] if names else first.name.partition(".")[0],
-        second=names[1] if names else second.name.partition(".")[0],
+        *names,
         total=paired_scores(pairs, confidence, seed),
         by_source={
-            name: paired_scores(by_source[name], confidence, seed) for name in sorted(by_source)
+            name: paired_scores([p for p in pairs if p[0].source == name], confidence, seed)
+            for name in sorted({problem.source for problem in problems_1})
         },
         confidence=confidence,
         has_common_seeds=difference is None,
-        notes=()
-        if difference is None
-        else (f"the evaluations were sampled differently: {difference}",),
+        notes=(f"the evaluations were sampled differently: {difference}",) if difference else (),
     )
 
 

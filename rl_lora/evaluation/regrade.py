@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from rewards import Score, load_reward
 from rl_lora.errors import UserError
 from rl_lora.evaluation.files import find_evaluation, read_evaluation
-from rl_lora.evaluation.scores import (
-    EvaluationScores,
-    ProblemRecord,
-    SampleRecord,
-    evaluation_scores,
-)
+from rl_lora.evaluation.scores import EvaluationScores, SampleRecord, evaluation_scores
 from rl_lora.scoring import score_best
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A completion whose verdict has changed.
-
-    Example: Change(prompt_id="math500/7", sample=1, reference="1/2", answer="0.5", was=False,
-    now=True, status="ok")
-    """
+    """A completion whose verdict has changed."""
 
     prompt_id: str
     sample: int  # 1..k
@@ -38,11 +30,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Regrade:
-    """An evaluation with its old and its new verdicts.
-
-    Example: Regrade(evaluation="runs/q/eval/eval.jsonl.gz", reward="math", policy="default",
-    old=EvaluationScores(...), new=EvaluationScores(...), confidence=0.95, changes=(Change(...),))
-    """
+    """An evaluation with its old and its new verdicts."""
 
     evaluation: str
     reward: str
@@ -82,20 +70,27 @@ def regrade(
     if not problems_N:
         raise UserError(f"{path} has no problems yet; wait for rl-lora eval to finish")
     name, rules = reward_and_rules(path, settings, reward, policy)
-    weight = float(settings.get("format_weight", 0.0))
-    tags = tuple((opening, closing) for opening, closing in settings.get("thinking_tags", ()))
     samples = [sample for problem in problems_N for sample in problem.samples_G]
     references = [problem.reference for problem in problems_N for _ in problem.samples_G]
     with load_reward(
         name,
         rules=rules,
-        format_weight=weight,
+        format_weight=float(settings.get("format_weight", 0.0)),
         num_workers=num_workers,
         timeout_s=timeout_s,
-        thinking_tags=tags,
+        thinking_tags=tuple((start, end) for start, end in settings.get("thinking_tags", ())),
     ) as scorer:
-        scores = score_best(scorer, [sample.completion for sample in samples], references)
-    graded_N = _with_scores(problems_N, scores)
+        scores = iter(score_best(scorer, [sample.completion for sample in samples], references))
+    graded_N = [
+        replace(one, samples_G=tuple(_graded(sample, next(scores)) for sample in one.samples_G))
+        for one in problems_N
+    ]
+    changes = [
+        Change(new.prompt_id, n, new.reference, now.answer, was.correct, now.correct, now.status)
+        for old, new in zip(problems_N, graded_N, strict=True)
+        for n, was, now in zip(count(1), old.samples_G, new.samples_G, strict=False)
+        if was.correct != now.correct
+    ]
     return Regrade(
         evaluation=str(path),
         reward=name,
@@ -103,7 +98,7 @@ def regrade(
         old=evaluation_scores(problems_N, confidence),
         new=evaluation_scores(graded_N, confidence),
         confidence=confidence,
-        changes=_changes(problems_N, graded_N),
+        changes=tuple(changes),
     )
 
 
@@ -123,19 +118,6 @@ def reward_and_rules(
     return name, policy or str(settings.get("reward_policy", "default"))
 
 
-def _with_scores(
-    problems_N: Sequence[ProblemRecord], scores: Sequence[Score]
-) -> list[ProblemRecord]:
-    left = iter(scores)
-    return [
-        replace(
-            problem,
-            samples_G=tuple(_graded(sample, next(left)) for sample in problem.samples_G),
-        )
-        for problem in problems_N
-    ]
-
-
 def _graded(sample: SampleRecord, score: Score) -> SampleRecord:
     return replace(
         sample,
@@ -144,23 +126,4 @@ def _graded(sample: SampleRecord, score: Score) -> SampleRecord:
         reward=score.reward,
         status=str(score.status),
         has_format=score.has_format,
-    )
-
-
-def _changes(old_N: Sequence[ProblemRecord], new_N: Sequence[ProblemRecord]) -> tuple[Change, ...]:
-    return tuple(
-        Change(
-            prompt_id=old.prompt_id,
-            sample=index,
-            reference=old.reference,
-            answer=after.answer,
-            was=before.correct,
-            now=after.correct,
-            status=after.status,
-        )
-        for old, new in zip(old_N, new_N, strict=True)
-        for index, (before, after) in enumerate(
-            zip(old.samples_G, new.samples_G, strict=True), start=1
-        )
-        if before.correct != after.correct
     )

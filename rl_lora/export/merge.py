@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rl_lora.adapters.model_card import CARD_FILE, card_text, read_facts, run_config
+from rl_lora.adapters.model_card import CARD_FILE, card_text, run_config
 from rl_lora.adapters.patch import Patch, load_patch, mismatch
 from rl_lora.data.chat_template import end_of_turn
 from rl_lora.errors import UserError
@@ -81,7 +81,7 @@ def export_merged(
             _rewrite_config(scratch / "config.json", dtype, unties=unties)
             _add_turn_end(scratch, adapter_dir)
             if patch.lora:
-                card = card_text(read_facts(adapter_dir), merged=True)
+                card = card_text(adapter_dir, merged=True)
                 (scratch / CARD_FILE).write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {out_dir}: {error.strerror or error}") from error

@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     PretrainedConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from rl_lora.config import ModelSection
@@ -44,6 +45,11 @@ KNOWN_SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "Qwen/Qwen3-8B-Base": (
         Qwen3Config,
         _shape(4096, 12288, 36, 32, 8, 151936, head_dim=128, tie_word_embeddings=False),
+    ),
+    "Qwen/Qwen3-30B-A3B-Base": (
+        Qwen3MoeConfig,
+        _shape(2048, 6144, 48, 32, 4, 151936, head_dim=128, tie_word_embeddings=False)
+        | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
     ),
     "smollm2-135m-instruct": (
         LlamaConfig,

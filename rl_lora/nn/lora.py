@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rl_lora.config import LoraSection
 from rl_lora.errors import UserError
@@ -129,7 +130,7 @@ def target_names(model: nn.Module, section: LoraSection) -> list[str]:
     has_layers = False
     for name, module in model.named_modules():
         last = name.rsplit(".", 1)[-1]
-        if not isinstance(module, nn.Linear) or (is_mixture and last in ROUTERS):
+        if not isinstance(module, nn.Linear | Conv1D) or (is_mixture and last in ROUTERS):
             continue
         if module is head_of(model):
             if section.lm_head:
@@ -144,6 +145,17 @@ def target_names(model: nn.Module, section: LoraSection) -> list[str]:
             f"lora.layers={section.layers!r}: {type(model).__name__} has no {what}; set {fix}"
         )
     return names
+
+
+def as_linear(layer: nn.Module) -> nn.Linear | None:
+    """A linear layer itself; of GPT-2's Conv1D, whose weight is [d_in, d_out], a linear layer over
+    a transposed view of it; None of any other layer."""
+    if not isinstance(layer, Conv1D):
+        return layer if isinstance(layer, nn.Linear) else None
+    linear = nn.Linear(layer.nx, layer.nf, device="meta")
+    linear.weight = nn.Parameter(layer.weight.T, requires_grad=layer.weight.requires_grad)
+    linear.bias = layer.bias
+    return linear
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
@@ -163,8 +175,8 @@ def attach_lora(model: nn.Module, section: LoraSection, seed: int) -> list[str]:
     if section.layers != "attention" and has_experts(model):
         attach_expert_lora(model, section.rank, section.alpha, seed)
     for name in names:
-        base = model.get_submodule(name)
-        assert isinstance(base, nn.Linear)
+        base = as_linear(model.get_submodule(name))
+        assert base is not None
         parent, _, child = name.rpartition(".")
         own_seed = mix_seed(seed, "lora_A", name)
         layer = LoraLinear(base, section.rank, section.alpha, own_seed, section.variant)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 from xml.etree.ElementTree import Element
 
@@ -104,10 +105,8 @@ def _tree(element: Element, depth: int) -> Tree | None:
         return None
     attributes |= {name: v for name, v in element.attrib.items() if _is_allowed(name, v)}
     tree: Tree = [tag, attributes]
-    if element.text:
-        tree.append(
-            html.unescape(element.text)
-        )  # the converter writes symbols as character references
+    if element.text:  # the converter writes symbols as character references
+        tree.append(html.unescape(element.text))
     for child in element:
         branch = _tree(child, depth - 1)
         if branch is None:
@@ -123,11 +122,7 @@ def _is_allowed(name: str, value: str) -> bool:
 
 
 def _depth(latex: str) -> int:
-    depth = deepest = 0
-    for character in latex:
-        depth += (character == "{") - (character == "}")
-        deepest = max(deepest, depth)
-    return deepest
+    return max(accumulate((c == "{") - (c == "}") for c in latex), default=0)
 
 
 def _closing_brace(text: str, start: int) -> int | None:

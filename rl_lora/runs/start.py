@@ -11,7 +11,8 @@ from rl_lora.config import SomeSection
 from rl_lora.errors import UserError
 from rl_lora.runs.checkpoint import checkpoint_steps, latest_checkpoint, read_state
 from rl_lora.runs.inputs import check_base, check_data, data_difference
-from rl_lora.runs.record import RECORD_FILE, check_same_job, read_record, with_dtype
+from rl_lora.runs.log import RECORD_FILE
+from rl_lora.runs.record import check_same_job, read_record, with_dtype
 
 if TYPE_CHECKING:
     from rl_lora.config import RunConfig

@@ -41,10 +41,8 @@ def warm_start(
 ) -> None:
     """Takes `warm_start.num_steps` supervised steps, then resets the learner's optimizer.
 
-    The rate is constant: `optim.schedule` only applies to the RL steps that follow.
-
-    Args:
-        on_step: called with (step, metrics) after each step.
+    The rate is constant: `optim.schedule` only applies to the RL steps that follow. on_step is
+    called with (step, metrics) after each step.
 
     Raises:
         ValueError: no prompt has a worked solution (see `has_solutions`).
@@ -61,6 +59,6 @@ def warm_start(
             order += rng.sample(solved, len(solved))
         batch, order = order[: section.batch_size], order[section.batch_size :]
         samples = [solution_sample(p, tokenizer, end_id) for p in batch]
-        (microbatches,) = pack_samples(samples, microbatch_tokens=config.optim.microbatch_tokens)
+        (microbatches,) = pack_samples(samples, microbatch_tokens=learner.microbatch_tokens)
         on_step(step, learner.fit(microbatches, lr=section.lr))
     learner.restart()

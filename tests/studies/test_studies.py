@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from rl_lora.cli import main
-from rl_lora.commands.study import duration
 from rl_lora.config import parse_as
 from rl_lora.errors import UserError
 from rl_lora.studies.config import StudyConfig, cells_of, make_cell
@@ -180,10 +179,6 @@ def test_cells_on_gpus_go_round_those_that_are_visible(monkeypatch: pytest.Monke
     assert [_gpu(slot) for slot in range(4)] == ["4", "7", "4", "7"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert [_gpu(slot) for slot in range(4)] == ["0", "1", "0", "1"]
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (42, 186, 7560)] == ["42 s", "3.1 min", "2.1 h"]
 
 
 # --- real studies ---------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from rl_lora.models.architectures import check_architecture
 from rl_lora.models.device import pick_device, pick_dtype
 from rl_lora.models.load import load_model
 from rl_lora.models.resolve import load_tokenizer, resolve_model
-from rl_lora.nn import attention
 from rl_lora.nn.checksum import weights_hash
 from rl_lora.nn.compiled import compile_layers
 from rl_lora.nn.context import adapters_off
@@ -77,9 +76,7 @@ class Policy(ABC):
         self._make_trainable(seed, keep_reference)
         self._has_checkpoints = checkpoint_activations
         if checkpoint_activations:
-            self.model.gradient_checkpointing_enable(
-                {"use_reentrant": False, "context_fn": attention.checkpoint_contexts}
-            )
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         compiles = self.device.type == "cuda" if model.compile is None else model.compile
         if compiles:
             compile_layers(self.model, keeps_activations=not checkpoint_activations)

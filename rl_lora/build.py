@@ -221,15 +221,29 @@ def open_model(
 
 
 def make_learner(
-    policy: Policy, optim: OptimSection, *, num_steps: int, temperature: float = 1.0
+    policy: Policy,
+    optim: OptimSection,
+    *,
+    num_steps: int,
+    temperature: float = 1.0,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Learner:
-    """The learner of [optim]; num_steps: optimizer steps of the whole run, for the schedule.
+    """The learner of [optim].
 
-    Raises:
-        UserError: full fine-tuning in bfloat16.
+    Args:
+        policy: what learns.
+        optim: its settings.
+        num_steps: optimizer steps of the whole run, for the schedule.
+        temperature: of sampling.
+        on_note: called with one line on what was chosen for the machine.
     """
     from rl_lora.learner import Learner, Schedule
+    from rl_lora.planning.microbatch import default_microbatch_tokens
 
+    microbatch_tokens = optim.microbatch_tokens
+    if microbatch_tokens is None:
+        microbatch_tokens = default_microbatch_tokens(policy, optim)
+        on_note(f"microbatches of up to {microbatch_tokens:,} tokens (optim.microbatch_tokens)")
     return Learner(
         policy,
         optim.lr,
@@ -240,6 +254,7 @@ def make_learner(
         grad_clip=optim.grad_clip,
         lora_plus_ratio=optim.lora_plus_ratio,
         temperature=temperature,
+        microbatch_tokens=microbatch_tokens,
     )
 
 

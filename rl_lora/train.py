@@ -15,7 +15,6 @@ from rl_lora.data.stream import PromptStream
 from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult
-from rl_lora.models.device import check_trainable
 from rl_lora.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.overlap import Request, RolloutWorker, step_params
 from rl_lora.prompts import PromptSets
@@ -104,15 +103,13 @@ def learn(
     rewards_N_G = [group.rewards_G for group in groups_N]
     kl: dict[str, float] = {}
     if algorithm.kl == "reward":
-        rewards_N_G, kl = learner.penalised_rewards(
-            groups_N, algorithm.kl_weight, config.optim.microbatch_tokens
-        )
+        rewards_N_G, kl = learner.penalised_rewards(groups_N, algorithm.kl_weight)
     cap = config.sampling.max_tokens
     updates = pack(
         groups_N,
         job.advantage(rewards_N_G),
         denominator=cap if algorithm.denominator == "max_tokens" else algorithm.denominator,
-        microbatch_tokens=config.optim.microbatch_tokens,
+        microbatch_tokens=learner.microbatch_tokens,
         num_updates=config.optim.num_updates,
         share_prompts=config.optim.share_prompts and policy.can_share_prompts,
         keep_zero_advantage=algorithm.kl == "loss",
@@ -146,7 +143,6 @@ def train(
             a full disk.
         StaleAdapterError: the sampler does not use the learner's weights.
     """
-    check_trainable(config.model, config.lora)
     config = with_absolute_paths(config)
     folder = config.run.folder
     with open_folder(config, resume=resume, quiet=quiet) as (display, start):
@@ -201,6 +197,7 @@ def open_parts(
             config.optim,
             num_steps=config.run.num_steps * config.optim.num_updates,
             temperature=config.sampling.temperature,
+            on_note=display.note,
         )
         stream = PromptStream(job.prompts.train, config.run.seed)
         probes, max_kl = job.prompts.eval[:4], config.sampling.max_kl

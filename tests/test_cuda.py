@@ -88,7 +88,7 @@ def learn(policy: Policy, *, share_prompts: bool) -> tuple[dict[str, float], dic
             batches(share_prompts=share_prompts),
             lambda batch: learner._policy_objective(batch, importance_sampling, 0.0),
         ):
-            loss += seen.loss
+            loss += float(seen.loss)
     gradients = {name: p.grad.float().cpu() for name, p in policy.trainable().items()}
     return {"loss": loss}, gradients
 

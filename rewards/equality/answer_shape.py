@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
-from fractions import Fraction
 
 from rewards.equality.exact import Undecided
 from rewards.equality.modular import Residues
-from rewards.equality.numeric import LOW, is_real, value_of
+from rewards.equality.numeric import is_real, line_in
 from rewards.equality.relations import compatible_names, standard_name
 from rewards.parsing.names import is_equation, is_name
 from rewards.parsing.nodes import PI, LimitExceeded, Node, has_kind, number_node, symbols, walk
 from rewards.rules import GradingRules
 
 MAX_EXPANSION = 64
+TINY = 1e-20
 _PARAMETERS = frozenset("kKnNmltsjCcpq")
 _CONSTANT = re.compile(r"[CKck](?:_\{\d\})?|[AB]")
 
@@ -137,14 +137,25 @@ def items_of(node: Node) -> list[Node]:
 
 def item_value(item: Node) -> Node:
     """The value of a labelled item: 16 for `w = 16` and for `Paolo: 16`."""
+    return _named(item)[1]
+
+
+def name_of(item: Node) -> Node | None:
+    """The standard spelling of the name that an item gives its value; None without a name."""
+    name = _named(item)[0]
+    return None if name is None else standard_name(name)
+
+
+def _named(item: Node) -> tuple[Node | None, Node]:
     if item.kind == "label":
-        return item.args[0]
-    if is_equation(item) and len(item.args) == 2 and is_name(item.args[0]):
-        return item.args[1]
-    if item.kind == "mul" and len(item.args) == 2 and item.args[1].kind == "seq":
-        if item.args[0].kind == "sym" and item.args[0].name.isupper():
-            return item.args[1]  # the point A(1, 2)
-    return item
+        return Node("text", name=item.name), item.args[0]
+    is_pair = len(item.args) == 2
+    if is_pair and is_equation(item) and is_name(item.args[0]):
+        return item.args[0], item.args[1]
+    is_point = is_pair and item.kind == "mul" and item.args[1].kind == "seq"
+    if is_point and item.args[0].kind == "sym" and item.args[0].name.isupper():
+        return item.args[0], item.args[1]  # the point A(1, 2)
+    return None, item
 
 
 def split_conditions(node: Node) -> tuple[Node, list[Node]]:
@@ -172,31 +183,12 @@ def same_family(gold: Node, answer: Node) -> bool:
         return False
     (name,) = names
     try:
-        a, b = (
-            [value_of(side, {name: LOW.number(Fraction(k))}, LOW) for k in range(3)]
-            for side in (gold, answer)
-        )
+        (start, period), (other, step) = (line_in(side, name, {}) for side in (gold, answer))
     except Undecided:
         return False
-    period, other = a[1] - a[0], b[1] - b[0]
-    tiny = 1e-20
-    if abs(period) < tiny or abs(abs(period) - abs(other)) > tiny:
-        return False
-    if abs(a[2] - a[1] - period) > tiny or abs(b[2] - b[1] - other) > tiny:
-        return False
-    shift = (a[0] - b[0]) / period
-    return is_real(shift) and bool(abs(shift - round(float(shift.real))) < tiny)
-
-
-def name_of(item: Node) -> Node | None:
-    """The standard spelling of the name that an item gives its value; None without a name."""
-    if item.kind == "label":
-        return standard_name(Node("text", name=item.name))
-    if is_equation(item) and len(item.args) == 2 and is_name(item.args[0]):
-        return standard_name(item.args[0])
-    if item.kind == "mul" and item_value(item) is not item:
-        return item.args[0]  # the point A(1, 2)
-    return None
+    shift = (start - other) / period
+    is_whole = is_real(shift) and abs(shift - round(float(shift.real))) < TINY
+    return bool(is_whole and abs(abs(period) - abs(step)) < TINY)
 
 
 def names_clash(gold: Node, answer: Node) -> bool:

@@ -4,23 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rewards.equality.answer_shape import (
-    by_coordinates,
-    expand_all,
-    is_coordinates,
-    is_set_of_reals,
-    item_value,
-    items_of,
-    match_names,
-    names_clash,
-    option_letters,
-    renamings,
-    same_family,
-    split_conditions,
-    unlabelled,
-    without_common,
-    without_repeats,
-)
+from rewards.equality import answer_shape as shape
+from rewards.equality import relations
 from rewards.equality.congruences import equal_congruences
 from rewards.equality.exact import Undecided
 from rewards.equality.line import NotARegion, equal_regions
@@ -28,15 +13,6 @@ from rewards.equality.matrices import reduce_matrices
 from rewards.equality.pieces import is_piecewise, same_pieces
 from rewards.equality.quantities import equal_quantities
 from rewards.equality.real_sets import to_region
-from rewards.equality.relations import (
-    ascending,
-    bind_arguments,
-    compatible_names,
-    same_equation,
-    same_inequality,
-    solution_of,
-    unwrap,
-)
 from rewards.equality.scalars import equal_scalars
 from rewards.equality.text_answers import equal_texts
 from rewards.parsing.names import is_equation
@@ -81,21 +57,21 @@ class Comparison:
         left, right = reduce_matrices(gold.node), reduce_matrices(answer.node)
         if self.equal(left, right):
             return True
-        if names_clash(left, right) and not self.rules.rename_free:
+        if shape.names_clash(left, right) and not self.rules.rename_free:
             return False
         if self.rules.accept_labels:
-            left, right = unlabelled(left), unlabelled(right)
+            left, right = shape.unlabelled(left), shape.unlabelled(right)
         # k is an integer if the answer says so, or if it solves for an unknown.
         is_family = self.rules.rename_bound and (
             bool(gold.bound | answer.bound) or "rel" in (gold.node.kind, answer.node.kind)
         )
-        for names in renamings(left, right, gold.bound, answer.bound, self.rules):
+        for names in shape.renamings(left, right, gold.bound, answer.bound, self.rules):
             renamed = rename(right, names)
             if self.equal(left, renamed):
                 return True
-            if is_family and same_family(left, renamed):
+            if is_family and shape.same_family(left, renamed):
                 return True
-        return is_family and same_family(left, right)
+        return is_family and shape.same_family(left, right)
 
     def equal(self, gold: Node, answer: Node) -> bool:
         """Is the answer equal to the gold? Symmetric except for rounding and open tasks."""
@@ -111,7 +87,7 @@ class Comparison:
             is_strict = self.rules.units == "strict"
             return equal_quantities(gold, answer, self.equal, is_strict=is_strict)
         if "label" in kinds:
-            if names_clash(gold, answer):
+            if shape.names_clash(gold, answer):
                 return False
             return self.equal(*(n.args[0] if n.kind == "label" else n for n in (gold, answer)))
         are_residues = kinds == {"open"} and gold.name == answer.name == "mod"
@@ -119,7 +95,7 @@ class Comparison:
         if are_residues or ("congruence" in kinds and is_single):
             return equal_congruences(gold, answer, self.equal)
         if kinds == {"rel", "list"}:
-            gold, answer = by_coordinates(gold), by_coordinates(answer)
+            gold, answer = shape.by_coordinates(gold), shape.by_coordinates(answer)
             kinds = {gold.kind, answer.kind}
         if "rel" in kinds:
             return self._equal_relations(gold, answer)
@@ -131,7 +107,7 @@ class Comparison:
             return True
         if Node("sym", name="\\mathbb{R}") in (gold, answer):
             return self._equal_regions(gold, answer)
-        are_reals = is_set_of_reals(gold) or is_set_of_reals(answer)
+        are_reals = shape.is_set_of_reals(gold) or shape.is_set_of_reals(answer)
         if kinds & _REGION_KINDS or (are_reals and "list" not in kinds):
             return self._equal_regions(gold, answer)
         if are_reals:
@@ -158,16 +134,16 @@ class Comparison:
 
     def _equal_points(self, gold: Node, answer: Node) -> bool:
         """The point P(2, 3) and (2, 3); the options ABD and A, B, D."""
-        left, right = item_value(gold), item_value(answer)
+        left, right = shape.item_value(gold), shape.item_value(answer)
         if left.kind == right.kind:
             return self.equal(left, right)
-        letters = [option_letters(item) for item in (gold, answer)]
+        letters = [shape.option_letters(item) for item in (gold, answer)]
         return letters[0] is not None and letters[0] == letters[1]
 
     def _equal_formulas(self, gold: Node, answer: Node) -> bool | None:
         """Compare formulas with a domain, which one side may omit. None if neither has one."""
-        left, gold_conditions = split_conditions(gold)
-        right, answer_conditions = split_conditions(answer)
+        left, gold_conditions = shape.split_conditions(gold)
+        right, answer_conditions = shape.split_conditions(answer)
         if not gold_conditions and not answer_conditions:
             return None
         if (
@@ -225,12 +201,17 @@ class Comparison:
             return self._equal_equations(gold, answer)
         for one, other in ((gold, answer), (answer, gold)):
             is_order = len(one.args) > 2 and all(item.kind == "sym" for item in one.args)
-            if one.kind == "rel" and is_order and other.kind in ("list", "seq") and ascending(one):
+            if (
+                one.kind == "rel"
+                and is_order
+                and other.kind in ("list", "seq")
+                and relations.ascending(one)
+            ):
                 return self._in_order(one.args, other.args)  # b < a < d
         if gold.kind == answer.kind == "rel":
             if self._same_chain(gold, answer):
                 return True
-            if same_inequality(gold, answer):
+            if relations.same_inequality(gold, answer):
                 return True
         forms = [n.kind == "rel" and ("in" if n.name == "in" else "<") for n in (gold, answer)]
         if not self.rules.relations_as_sets and forms[0] != forms[1]:
@@ -242,7 +223,7 @@ class Comparison:
         return self._equal_regions(gold, answer)
 
     def _same_chain(self, gold: Node, answer: Node) -> bool:
-        left, right = ascending(gold), ascending(answer)
+        left, right = relations.ascending(gold), relations.ascending(answer)
         if left is None or right is None:
             if gold.name != answer.name:
                 return False
@@ -253,16 +234,20 @@ class Comparison:
         return left[1] == right[1] and self._in_order(left[0], right[0])
 
     def _equal_equations(self, gold: Node, answer: Node) -> bool:
-        left = unwrap(gold, self.equal, is_trusted=True) if is_equation(gold) else None
-        right = unwrap(answer, self.equal, is_trusted=False) if is_equation(answer) else None
+        left = relations.unwrap(gold, self.equal, is_trusted=True) if is_equation(gold) else None
+        right = (
+            relations.unwrap(answer, self.equal, is_trusted=False) if is_equation(answer) else None
+        )
         if left is not None and right is not None:
             if left[0].kind == right[0].kind == "call" or self.rules.rename_free:
-                left, right = bind_arguments(*left), bind_arguments(*right)
-            are_compatible = self.rules.rename_free or compatible_names(left[0], right[0])
+                left, right = relations.bind_arguments(*left), relations.bind_arguments(*right)
+            are_compatible = self.rules.rename_free or relations.compatible_names(left[0], right[0])
             if are_compatible and self.equal(left[1], right[1]):
                 return True
         if gold.kind == answer.kind == "rel" and len(gold.args) == len(answer.args) == 2:
-            return is_equation(gold) and is_equation(answer) and same_equation(gold, answer)
+            return (
+                is_equation(gold) and is_equation(answer) and relations.same_equation(gold, answer)
+            )
         if not self.rules.accept_labels:
             return False
         if left is not None and answer.kind != "rel":
@@ -272,7 +257,7 @@ class Comparison:
         # Only the gold may be unsolved: an answer that restates an equation is not a solution.
         if answer.kind not in SCALAR_KINDS or not is_equation(gold):
             return False
-        sides = solution_of(gold, answer)
+        sides = relations.solution_of(gold, answer)
         return sides is not None and self._equal_scalars(*sides)
 
     def _try_regions(self, gold: Node, answer: Node) -> bool | None:
@@ -315,27 +300,30 @@ class Comparison:
         return self._in_order(gold.args, answer.args)
 
     def _equal_collections(self, gold: Node, answer: Node) -> bool:
-        if names_clash(gold, answer) and not self.rules.rename_free:
+        if shape.names_clash(gold, answer) and not self.rules.rename_free:
             return False
         if gold.kind == answer.kind == "list" and "or" in (gold.name, answer.name):
             if gold.name != answer.name and all(
                 item.kind in ("text", "sym") for item in (*gold.args, *answer.args)
             ):
                 return False  # "Alice and Bob" is not "Alice or Bob"
-        left, right = items_of(gold), items_of(answer)
+        left, right = shape.items_of(gold), shape.items_of(answer)
         is_set = "set" in (gold.kind, answer.kind)
         for one, other in ((gold, answer), (answer, gold)):
             if one.kind == "seq" and other.kind == "list" and not has_kind(one, "pm"):
-                if one.name == "()" and is_coordinates(other):
+                if one.name == "()" and shape.is_coordinates(other):
                     return self._in_order(
-                        [item_value(item) for item in gold.args],
-                        [item_value(item) for item in answer.args],
+                        [shape.item_value(item) for item in gold.args],
+                        [shape.item_value(item) for item in answer.args],
                     )
-        by_name = match_names(left, right)
+        by_name = shape.match_names(left, right)
         if by_name is not None:
-            return all(self.equal(item_value(a), item_value(b)) for a, b in by_name)
-        left, right = [item_value(item) for item in left], [item_value(item) for item in right]
-        left, right = expand_all(left), expand_all(right)
+            return all(self.equal(shape.item_value(a), shape.item_value(b)) for a, b in by_name)
+        left, right = (
+            [shape.item_value(item) for item in left],
+            [shape.item_value(item) for item in right],
+        )
+        left, right = shape.expand_all(left), shape.expand_all(right)
         if is_set or all(item.kind == "seq" for item in (*left, *right)):
             left, right = self._distinct(left), self._distinct(right)
         if len(left) != len(right):
@@ -353,7 +341,7 @@ class Comparison:
         return (left.kind == "set") == (right.kind == "set") and self.equal(left, right)
 
     def _same_multiset(self, left: list[Node], right: list[Node]) -> bool:
-        left, remaining = without_common(left, right)
+        left, remaining = shape.without_common(left, right)
         undecided: Undecided | None = None
         for item in left:
             for index, other in enumerate(remaining):
@@ -371,7 +359,7 @@ class Comparison:
 
     def _distinct(self, items: list[Node]) -> list[Node]:
         kept: list[Node] = []
-        items = without_repeats(items)
+        items = shape.without_repeats(items)
         if len(items) > MAX_DISTINCT:
             return items
         for item in items:

@@ -3,9 +3,8 @@ r"""Congruences: x \equiv 2 \pmod 5, and equivalent families such as x = 5k + 2.
 from __future__ import annotations
 
 from collections.abc import Callable
-from fractions import Fraction
 
-from rewards.equality.exact import Undecided, exact
+from rewards.equality.exact import Undecided, exact, quadratic
 from rewards.parsing.names import is_equation
 from rewards.parsing.nodes import Node, number_node, symbols
 
@@ -61,11 +60,8 @@ def _as_congruence(node: Node) -> Node | None:
     if len(symbols(value)) != 1 or not free:
         return None
     (parameter,) = free
-    try:
-        at = [exact(value, {parameter: place}) for place in (0, 1, 2, -5)]
-    except Undecided:
+    coefficients = quadratic(value, parameter)
+    if coefficients is None or coefficients[0] or not coefficients[1]:
         return None
-    period = at[1] - at[0]
-    if period == 0 or at[2] - at[1] != period or at[3] != at[0] - 5 * period:
-        return None
-    return Node("congruence", (name, number_node(at[0]), number_node(abs(Fraction(period)))))
+    _, period, start = coefficients
+    return Node("congruence", (name, number_node(start), number_node(abs(period))))

@@ -39,24 +39,26 @@ def exact(node: Node, values: Mapping[str, int] | None = None) -> Fraction:
         return exact(node.args[0], values) / 100
     if kind == "sym" and values is not None and node.name in values:
         return Fraction(values[node.name])
-    if kind == "ratio" and len(node.args) == 2:
-        return divide_exactly(exact(node.args[0], values), exact(node.args[1], values))
     if kind == "func":
         return _function(node.name, [exact(arg, values) for arg in node.args])
     raise Undecided
+
+
+def quadratic(node: Node, name: str) -> tuple[Fraction, Fraction, Fraction] | None:
+    """(a, b, c) of a x^2 + b x + c with rational coefficients; None for anything else."""
+    try:
+        at = {x: exact(node, {name: x}) for x in (0, 1, -1, 2, 7, -3, 1000)}
+    except Undecided:
+        return None
+    c, b = at[0], (at[1] - at[-1]) / 2
+    a = at[1] - b - c
+    return (a, b, c) if all(at[x] == a * x * x + b * x + c for x in at) else None
 
 
 def _checked(value: Fraction) -> Fraction:
     if value.numerator.bit_length() + value.denominator.bit_length() > MAX_EXACT_BITS:
         raise Undecided
     return value
-
-
-def divide_exactly(left: Fraction, right: Fraction) -> Fraction:
-    """left / right. Raises Undecided for a zero divisor."""
-    if right == 0:
-        raise Undecided
-    return left / right
 
 
 def exact_power(base: Fraction, exponent: Fraction) -> Fraction:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from typing import NamedTuple
 
 from rewards.extraction.extract import extract_boxes, phrase_of
-from rewards.extraction.unannounced import last_formula, last_number
+from rewards.extraction.unannounced import last_maths, last_number
 from rewards.parsing.nodes import LimitExceeded, Node, ParseError
 from rewards.parsing.parser import Parsed, parse
 from rewards.parsing.phrases import states_value
@@ -41,20 +42,19 @@ MAX_PROSE = 4096
 
 
 class Reading(NamedTuple):
-    """Readings of one answer, most likely first; `prose` is the text if it is a sentence.
+    """Readings of one answer, most likely first.
 
     `status` is "limit" if the text exceeds a limit, "unparsable" if it could not be parsed.
     """
 
     candidates: tuple[Parsed, ...]
-    prose: str = ""
     status: str = "ok"
 
 
 def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
     """Readings of an answer."""
     if len(text) > MAX_PROSE:
-        return Reading((), status="limit")
+        return Reading((), "limit")
     if "oxed" in text or "\\fbox" in text:
         content = extract_boxes(text, is_gold=is_gold)
         if content is not None:
@@ -69,15 +69,9 @@ def read(text: str, *, is_gold: bool = False, depth: int = 0) -> Reading:
             return Reading(tuple(readings))
         return _read_prose(text, is_gold, depth)
     except (LimitExceeded, RecursionError):  # the caller's stack may be deep already
-        return Reading((), status="limit")
-    for variant in _variants(text):
-        try:
-            candidates.append(parse(variant))
-        except (ParseError, LimitExceeded, RecursionError):
-            continue
-    candidates += _choice_readings(text)
-    prose = text if is_gold and candidates[0].node.kind in ("text", "rel", "unit") else ""
-    return Reading(tuple(candidates), prose)
+        return Reading((), "limit")
+    candidates += _parse_all(_variants(text)) + _choice_readings(text)
+    return Reading(tuple(candidates))
 
 
 # Cached because a prompt's rollouts share its gold.
@@ -89,12 +83,15 @@ def _choice_readings(text: str) -> list[Parsed]:
     match = _CHOICE.fullmatch(text.strip().strip("$"))
     if match is None or _OPTION.search(match["content"]) or _RETHOUGHT.search(match["content"]):
         return []
+    return _parse_all([match["letter"] or match["plain"], match["content"]])
+
+
+def _parse_all(texts: list[str]) -> list[Parsed]:
+    """The readings of the texts that can be parsed."""
     readings = []
-    for part in (match["letter"] or match["plain"], match["content"]):
-        try:
-            readings.append(parse(part))
-        except (ParseError, LimitExceeded, RecursionError):
-            continue
+    for text in texts:
+        with contextlib.suppress(ParseError, LimitExceeded, RecursionError):
+            readings.append(parse(text))
     return readings
 
 
@@ -123,34 +120,25 @@ def _read_prose(text: str, is_gold: bool, depth: int) -> Reading:
     kind = "text" if is_prose(text) and not re.search(r"[\\_^=]", text) else "raw"
     words = Parsed(Node(kind, name=text.lower() if kind == "text" else text), frozenset())
     if depth > 2:
-        return Reading((), text, "unparsable")
+        return Reading((), "unparsable")
     if not is_prose(text):
-        return Reading((words,), text, "unparsable")
+        return Reading((words,), "unparsable")
     phrase = phrase_of(text)
     if phrase and len(phrase) < len(text):
-        inner = read(phrase, is_gold=is_gold, depth=depth + 1)
-        return inner._replace(prose=text)
+        return read(phrase, is_gold=is_gold, depth=depth + 1)
     if _HEDGE.search(text) and not is_gold:
-        return Reading((words,), text, "unparsable")
-    formula, number = last_formula(text), last_number(text)
-    content = None
-    if formula is not None and (number is None or formula[0] >= number[0]):
-        content = formula[1]
-        end = formula[0]
-        start = text.rfind(content, 0, end)
-        if not states_value(text[:start], text[end:]):
-            content = None
-    elif number is not None:
-        before = text[: number[0] - len(number[1])]
-        is_only = last_number(before) is None
-        if (
+        return Reading((words,), "unparsable")
+    found, content = last_maths(text), None
+    if found is not None:
+        before = text[: found.start]
+        is_stated = found.is_formula or (
             not _NEGATED.search(before)
             and not _CALLED.search(before)
-            and (is_only or is_gold or _STATED.search(before))
-            and states_value(before, text[number[0] :])
-        ):
-            content = number[1]
+            and (is_gold or _STATED.search(before) or last_number(before) is None)
+        )
+        if is_stated and states_value(before, text[found.end :]):
+            content = found.content
     if content is None or content.strip() == text.strip():
-        return Reading((words,), text, "unparsable")
+        return Reading((words,), "unparsable")
     inner = read(content, is_gold=is_gold, depth=depth + 1)
-    return Reading((*inner.candidates, words), text, inner.status)
+    return Reading((*inner.candidates, words), inner.status)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import zip_longest
+
 from rewards.parsing.nodes import Node, ParseError
 
 MAX_CELLS = 64
@@ -31,37 +34,31 @@ def _cells(matrix: Node) -> list[tuple[Node, ...]]:
     return rows
 
 
-def _matrix(rows: list[list[Node]]) -> Node:
+def _matrix(rows: Iterable[Iterable[Node]]) -> Node:
     return Node("matrix", tuple(Node("seq", tuple(row), "row") for row in rows))
 
 
 def _multiply(left: Node, right: Node) -> Node:
-    if left.kind != "matrix" and right.kind != "matrix":
-        return Node("mul", (left, right))
-    if left.kind == "matrix" and right.kind == "matrix":
+    if left.kind == right.kind == "matrix":
         a, b = _cells(left), _cells(right)
         if len(a[0]) != len(b):
             raise ParseError
-        rows = []
-        for row in a:
-            columns = range(len(b[0]))
-            rows.append(
-                [
-                    Node("add", tuple(Node("mul", (x, b[k][c])) for k, x in enumerate(row)))
-                    for c in columns
-                ]
-            )
-        return _matrix(rows)
+        columns = list(zip(*b, strict=True))
+        return _matrix([[_dot(row, column) for column in columns] for row in a])
+    if "matrix" not in (left.kind, right.kind):
+        return Node("mul", (left, right))
     scalar, matrix = (right, left) if left.kind == "matrix" else (left, right)
     return _matrix([[Node("mul", (scalar, cell)) for cell in row] for row in _cells(matrix)])
+
+
+def _dot(row: tuple[Node, ...], column: tuple[Node, ...]) -> Node:
+    return Node("add", tuple(Node("mul", pair) for pair in zip(row, column, strict=True)))
 
 
 def _add(left: Node, right: Node) -> Node:
     if left.kind != "matrix" or right.kind != "matrix":
         raise ParseError
-    a, b = _cells(left), _cells(right)
-    if len(a) != len(b) or len(a[0]) != len(b[0]):
+    rows = list(zip_longest(_cells(left), _cells(right), fillvalue=()))
+    if any(len(one) != len(other) for one, other in rows):
         raise ParseError
-    return _matrix(
-        [[Node("add", pair) for pair in zip(x, y, strict=True)] for x, y in zip(a, b, strict=True)]
-    )
+    return _matrix([[Node("add", pair) for pair in zip(*row, strict=True)] for row in rows])

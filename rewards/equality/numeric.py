@@ -7,11 +7,13 @@ digits at a working precision of 40 digits, and to 68 digits at 80.
 from __future__ import annotations
 
 import cmath
+import functools
 import math
+import operator
 import os
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -112,15 +114,9 @@ def _evaluate(node: Node, values: Values, system: Arithmetic) -> Any:
         return getattr(system, node.name)
     args = [_evaluate(arg, values, system) for arg in node.args]
     if kind == "add":
-        total = args[0]
-        for term in args[1:]:
-            total = total + term
-        return total
+        return sum(args[1:], args[0])
     if kind == "mul":
-        product = args[0]
-        for factor in args[1:]:
-            product = product * factor
-        return product
+        return functools.reduce(operator.mul, args)
     if kind == "pow":
         return _power(args[0], args[1], system)
     if kind == "percent":
@@ -195,6 +191,15 @@ def _root(value: Any, degree: Any, system: Arithmetic) -> Any:
     return _power(value, 1 / degree, system)
 
 
+def line_in(node: Node, name: str, values: Values) -> tuple[Any, Any]:
+    """(value at 0, slope) of a tree that is linear in one symbol. Raises Undecided."""
+    at = [value_of(node, {**values, name: LOW.number(Fraction(k))}, LOW) for k in range(3)]
+    slope = at[1] - at[0]
+    if abs(slope) < LOW.tiny or abs(at[2] - at[1] - slope) > LOW.tiny * abs(slope):
+        raise Undecided
+    return at[0], slope
+
+
 def is_real(value: Any) -> bool:
     """Is the imaginary part just noise?"""
     return abs(getattr(value, "imag", 0)) <= 1e-12 * max(1.0, abs(value))
@@ -239,68 +244,64 @@ def same_value(left: Node, right: Node) -> bool:
     names = symbols(left) | symbols(right)
     if not names:
         return _agree_at(left, right, {}, must_be_real=False)
+    places: Sequence[Values]
     if IMAGINARY in walk(left) or IMAGINARY in walk(right):
-        return _same_complex_value(left, right, names)
-    positive, mixed = points(names, 5, True), points(names, 6, False)
-    num_real = 0
-    for candidates in (positive, mixed):
-        agreements = 0
-        for point in candidates:
-            try:
-                if not _agree_at(left, right, point, must_be_real=True):
-                    return False
-            except Undecided:
-                continue
-            agreements += 1
-            if agreements == 3:
-                break
-        num_real += agreements
-    if num_real >= 2:
-        return _agree_where_defined(left, right, corners(names))
-    # Rarely real: compare the principal values instead.
-    num_complex = 0
-    for point in positive:
-        try:
-            if not _agree_at(left, right, point, must_be_real=False):
+        # At complex points, since |z - i| and |z + i| agree on the whole real line.
+        pairs = zip(points(names, 4, False), points(names, 5, False), strict=False)
+        places = [{name: (x[name], y[name]) for name in names} for x, y in pairs]
+    else:
+        num_real = 0
+        for places in (points(names, 5, True), points(names, 6, False)):
+            num = _num_agreed(left, right, places, 3, must_be_real=True)
+            if num is None:
                 return False
-            num_complex += 1
+            num_real += num
+        if num_real >= 2:
+            return _agree_where_defined(left, right, corners(names))
+        places = points(names, 5, True)  # rarely real: compare the principal values instead
+    num = _num_agreed(left, right, places, len(places), must_be_real=False)
+    if num is not None and num < 2:
+        raise Undecided
+    return num is not None
+
+
+def _num_agreed(
+    left: Node, right: Node, places: Sequence[Values], enough: int, *, must_be_real: bool
+) -> int | None:
+    """At how many points both sides agree, up to `enough`; None if they differ at one."""
+    num = 0
+    for point in places:
+        try:
+            if not _agree_at(left, right, point, must_be_real):
+                return None
         except Undecided:
             continue
-    if num_complex < 2:
-        raise Undecided
-    return True
+        num += 1
+        if num == enough:
+            break
+    return num
+
+
+def _numbers(point: Values, system: Arithmetic) -> Values:
+    """The coordinates of a point, fractions or pairs of real and imaginary parts, as numbers."""
+    return {
+        name: system.number(value)
+        if isinstance(value, Fraction)
+        else system.number(value[0]) + system.i * system.number(value[1])
+        for name, value in point.items()
+    }
 
 
 def _agree_where_defined(left: Node, right: Node, places: list[dict[str, Fraction]]) -> bool:
     """Do the two sides agree, as floats, wherever both are defined?"""
     for point in places:
-        floats = {name: FLOATS.number(value) for name, value in point.items()}
+        floats = _numbers(point, FLOATS)
         try:
             a, b = value_of(left, floats, FLOATS), value_of(right, floats, FLOATS)
         except Undecided:
             continue
         if is_real(a) and is_real(b) and abs(a - b) > 1e-5 * max(abs(a), abs(b), 1e-3):
             return False
-    return True
-
-
-def _same_complex_value(left: Node, right: Node, names: frozenset[str]) -> bool:
-    """Compare at complex points, since |z - i| and |z + i| agree on the whole real line."""
-    num_agreed = 0
-    real, imaginary = points(names, 4, False), points(names, 5, False)
-    for x, y in zip(real, imaginary, strict=False):
-        values: list[tuple[Any, Any]] = []
-        try:
-            for system in (LOW, HIGH):
-                point = {n: system.number(x[n]) + system.i * system.number(y[n]) for n in names}
-                values.append((value_of(left, point, system), value_of(right, point, system)))
-        except Undecided:
-            continue
-        if not _certified(*values):
-            return False
-        num_agreed += 1
-    if num_agreed < 2:
-        raise Undecided
     return True
 
 
@@ -319,9 +320,9 @@ def _vanishes(low: Any, high: Any) -> bool:
     return bool(abs(high) <= 1e-10 * abs(low))
 
 
-def _agree_at(left: Node, right: Node, point: Mapping[str, Fraction], must_be_real: bool) -> bool:
+def _agree_at(left: Node, right: Node, point: Values, must_be_real: bool) -> bool:
     """Compare at one point. Raises Undecided if a side is undefined or out of range there."""
-    floats = {name: FLOATS.number(value) for name, value in point.items()}
+    floats = _numbers(point, FLOATS)
     try:
         a, b = value_of(left, floats, FLOATS), value_of(right, floats, FLOATS)
     except Undecided:
@@ -338,12 +339,10 @@ def _agree_at(left: Node, right: Node, point: Mapping[str, Fraction], must_be_re
     return _agree_precisely(left, right, point, must_be_real)
 
 
-def _agree_precisely(
-    left: Node, right: Node, point: Mapping[str, Fraction], must_be_real: bool
-) -> bool:
+def _agree_precisely(left: Node, right: Node, point: Values, must_be_real: bool) -> bool:
     sides: list[tuple[Any, Any]] = []
     for system in (LOW, HIGH):
-        values = {name: system.number(value) for name, value in point.items()}
+        values = _numbers(point, system)
         sides.append((value_of(left, values, system), value_of(right, values, system)))
     if must_be_real and not all(is_real(value) for pair in sides for value in pair):
         raise Undecided

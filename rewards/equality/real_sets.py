@@ -8,9 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from fractions import Fraction
 
-from rewards.equality.exact import Undecided, exact
+from rewards.equality.exact import quadratic
 from rewards.equality.line import (
     HIGHEST,
     LINE,
@@ -43,7 +42,6 @@ _INTEGERS = {"\\mathbb{Z}": None, "\\mathbb{N}": 1, "\\mathbb{Z}^+": 1}  # and t
 _WHOLE_LINE = ("\\mathbb{R}", "\\mathbb R", "R")
 FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
 _MAGNITUDE = Node("sym", name="\\magnitude")
-_PLACES = (2, 7, -3, 1000)  # where a polynomial is checked
 
 
 def to_region(node: Node) -> Region:
@@ -206,9 +204,10 @@ def _solve_linear(left: Node, operator: str, right: Node) -> tuple[Node, str, No
         left, right = Node("add", (left, negative(right))), number_node(0)
     elif name in symbols(right):
         left, operator, right = right, FLIPPED[operator], left
-    square, slope, constant = _coefficients(left, name)
-    if square or not slope:
+    coefficients = quadratic(left, name)
+    if coefficients is None or coefficients[0] or not coefficients[1]:
         raise NotARegion
+    _, slope, constant = coefficients
     shifted = Node("add", (right, number_node(-constant))) if constant else right
     bound = divide(shifted, number_node(slope)) if slope != 1 else shifted
     return Node("sym", name=name), operator if slope > 0 else FLIPPED[operator], bound
@@ -221,25 +220,13 @@ def _only_symbol(left: Node, right: Node) -> str:
     return next(iter(names))
 
 
-def _coefficients(node: Node, name: str) -> tuple[Fraction, Fraction, Fraction]:
-    """(a, b, c) of a x^2 + b x + c with rational coefficients. Raises NotARegion."""
-    try:
-        at = {x: exact(node, {name: x}) for x in (0, 1, -1, *_PLACES)}
-    except Undecided:
-        raise NotARegion from None
-    c, b = at[0], (at[1] - at[-1]) / 2
-    a = at[1] - b - c
-    if any(at[x] != a * x * x + b * x + c for x in _PLACES):
-        raise NotARegion
-    return a, b, c
-
-
 def _solve_quadratic(left: Node, operator: str, right: Node) -> Region:
     """x^2 < 4, with rational coefficients, as -2 < x < 2."""
     name = _only_symbol(left, right)
-    a, b, c = _coefficients(Node("add", (left, negative(right))), name)
-    if a == 0:
+    coefficients = quadratic(Node("add", (left, negative(right))), name)
+    if coefficients is None or not coefficients[0]:
         raise NotARegion
+    a, b, c = coefficients
     operator = operator if a > 0 else FLIPPED[operator]
     variable = Node("sym", name=name)
     square = b * b - 4 * a * c

@@ -18,6 +18,7 @@ from rewards.equality.numeric import (
     Arithmetic,
     corners,
     is_real,
+    line_in,
     points,
     value_of,
 )
@@ -189,16 +190,10 @@ def solution_of(equation: Node, solution: Node) -> tuple[Node, Node] | None:
         return None
     (unknown,) = unknowns
     difference = Node("add", (equation.args[0], negative(equation.args[1])))
-    point = points(symbols(equation), 1, True)[0]
+    (point,) = points(symbols(equation), 1, True)
     try:
-        at = [
-            value_of(difference, {n: LOW.number(v) for n, v in point.items()} | {unknown: k}, LOW)
-            for k in (0, 1, 2)
-        ]
+        line_in(difference, unknown, {name: LOW.number(value) for name, value in point.items()})
     except Undecided:
-        return None
-    slope = at[1] - at[0]
-    if abs(slope) < LOW.tiny or abs(at[2] - at[1] - slope) > LOW.tiny * abs(slope):
         return None
     left, right = (replace(side, Node("sym", name=unknown), solution) for side in equation.args)
     return left, right

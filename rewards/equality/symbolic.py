@@ -72,8 +72,6 @@ def to_sympy(node: Node) -> Any:
         return args[0] / 100
     if kind == "deg":
         return args[0] * sympy.pi / 180
-    if kind == "ratio" and len(args) == 2:
-        return args[0] / args[1]
     if kind == "call":
         return sympy.Function(node.name)(*args)
     if kind == "func":

@@ -13,19 +13,7 @@ import itertools
 import re
 from dataclasses import dataclass, replace
 
-from rewards.extraction.announcements import (
-    MAX_BEFORE,
-    Method,
-    Statement,
-    answer_line,
-    answers,
-    choices,
-    foreign_phrases,
-    hashes,
-    lone_letter,
-    lower,
-    tags,
-)
+from rewards.extraction import announcements
 from rewards.extraction.boxes import BoxGroup, box_group, find_boxes, may_have_box, opener
 from rewards.extraction.languages import DIGITS, HAS_DIGITS
 from rewards.extraction.retractions import hedged_values, revision
@@ -56,7 +44,7 @@ class Extraction:
     """
 
     answer: str | None
-    method: Method
+    method: announcements.Method
     has_format: bool = False
     joined: tuple[str, ...] = ()
     listed: tuple[str, ...] = ()
@@ -107,25 +95,25 @@ def _boxed(group: BoxGroup, has_format: bool) -> Extraction:
     return Extraction(answer, "boxed", has_format, joined, listed)
 
 
-def _last_statement(text: str, group: BoxGroup | None) -> Statement | None:
+def _last_statement(text: str, group: BoxGroup | None) -> announcements.Statement | None:
     """The last statement after the last box that states an answer."""
     floor = group.end if group is not None and group.boxes else 0
-    offset = max(floor - MAX_BEFORE, 0)
+    offset = max(floor - announcements.MAX_BEFORE, 0)
     tail, floor = text[offset:], floor - offset
     if not (_MAY_STATE if floor else _ALPHANUMERIC).search(tail, floor):
         return None
-    lowered = lower(tail)
-    values: list[Statement] = []
-    sentences: list[Statement] = []
-    supposed: list[Statement] = []
+    lowered = announcements.lower(tail)
+    values: list[announcements.Statement] = []
+    sentences: list[announcements.Statement] = []
+    supposed: list[announcements.Statement] = []
     for finder in (
-        answers(tail, lowered, floor),
-        choices(tail, lowered, floor),
-        foreign_phrases(tail, lowered, floor),
-        hashes(tail, floor),
-        tags(tail, lowered, floor),
-        answer_line(tail, floor),
-        lone_letter(tail, floor),
+        announcements.answers(tail, lowered, floor),
+        announcements.choices(tail, lowered, floor),
+        announcements.foreign_phrases(tail, lowered, floor),
+        announcements.hashes(tail, floor),
+        announcements.tags(tail, lowered, floor),
+        announcements.answer_line(tail, floor),
+        announcements.lone_letter(tail, floor),
     ):
         sentence = None
         for item in finder:
@@ -149,7 +137,9 @@ def _last_statement(text: str, group: BoxGroup | None) -> Statement | None:
     return replace(chosen, start=chosen.start + offset, end=chosen.end + offset)
 
 
-def _value_or_sentence(text: str, value: Statement | None, sentence: Statement) -> Statement:
+def _value_or_sentence(
+    text: str, value: announcements.Statement | None, sentence: announcements.Statement
+) -> announcements.Statement:
     """Without a box: does the last announced value count, or the last sentence?"""
     num_words = num_prose_words(sentence.answer)
     if value is not None:
@@ -207,8 +197,8 @@ def extract_boxes(text: str, *, is_gold: bool) -> str | None:
 
 def phrase_of(text: str) -> str | None:
     """The answer in the last 'the answer is ...' of a text."""
-    lowered = lower(text)
-    finders = (answers, choices, foreign_phrases)
+    lowered = announcements.lower(text)
+    finders = (announcements.answers, announcements.choices, announcements.foreign_phrases)
     found = [next(finder(text, lowered, 0), None) for finder in finders]
     last = max((item for item in found if item), key=lambda item: item.start, default=None)
     return None if last is None else last.answer

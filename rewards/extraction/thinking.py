@@ -12,23 +12,11 @@ import re
 
 # A single word stands for <word> and </word>, in any case; a pair is (opening, closing) text.
 TAGS: tuple[tuple[str, str] | str, ...] = (
-    "think",
-    "thinking",
-    "thought",
-    "thoughts",
-    "reason",
-    "reasoning",
-    "scratchpad",
-    "analysis",
-    "reflection",
-    "inner_monologue",
-    "seed:think",
-    "mm:think",
-    ("[THINK]", "[/THINK]"),
-    ("◁think▷", "◁/think▷"),
+    *"think thinking thought thoughts reason reasoning scratchpad analysis reflection".split(),
+    *("inner_monologue", "seed:think", "mm:think"),
+    *(("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"), ("<|channel>thought", "<channel|>")),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|channel>thought", "<channel|>"),
 )
 # </thinking> also closes <think>, and so on: models mix them.
 _ALIASES = {"thinking": "think", "thoughts": "thought", "reasoning": "reason"}

@@ -7,6 +7,7 @@ Closing remarks and checks are skipped. A number is extracted with the words tha
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from rewards.extraction.boxes import MAX_BOX_CHARS
 from rewards.extraction.languages import DIGITS, HAS_DIGITS
@@ -42,6 +43,8 @@ _FOREIGN_NOT = (
     *"不是 不等于 不 ではなく 아니라".split(),
     *(" не", " no es", " nicht", " pas", " non"),
 )
+_COMMAND = re.compile(r"\\[a-z]+\{[^}]*\}")
+_PROSE = re.compile(r"[A-Za-z]{3,} +[A-Za-z]{2,}")  # between two dollar signs: not a formula
 _BOLD = re.compile(r"\*\*([^*\n]{1,400})\*\*")
 _BOLD_LABEL = re.compile(r"^[A-Za-z][A-Za-z ]{0,40}[:=]\s*(?=[-$\d\\(])")
 _HEADER = re.compile(r"(?:step|part|case|problem|solution|example|method)\b", re.IGNORECASE)
@@ -152,7 +155,7 @@ def unannounced(text: str) -> tuple[str, bool] | None:
         return bold, True
     if "\\" in text and (rows := _last_rows(text)) is not None:
         return rows, False
-    answer = _whole(text) or _solutions(text[start:]) or _last_maths(_without_clause(text, start))
+    answer = _whole(text) or _solutions(text[start:]) or _last_value(_without_clause(text, start))
     if answer is None and "*" in text:
         contents = _BOLD.findall(text)
         return (contents[-1].strip(), True) if contents else None
@@ -266,36 +269,45 @@ def _whole(text: str) -> str | None:
     return text
 
 
-def last_formula(text: str) -> tuple[int, str] | None:
-    """(end, content) of the last `$..$`, `\\(..\\)` or `\\[..\\]` that reads as a formula."""
-    best: tuple[int, str] | None = None
+class Found(NamedTuple):
+    """A formula with its delimiters, or a number: text[start:end]."""
+
+    start: int
+    end: int
+    content: str
+    is_formula: bool
+
+
+def last_maths(text: str) -> Found | None:
+    """The last formula or number."""
+    formula, number = _last_formula(text), last_number(text)
+    if formula is not None and (number is None or formula.end >= number.end):
+        return formula
+    return number
+
+
+def _last_formula(text: str) -> Found | None:
+    """The last `$..$`, `\\(..\\)` or `\\[..\\]` that reads as a formula."""
+    best: Found | None = None
     if "$" not in text and "\\" not in text:
         return None
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
         end = text.rfind(closing)
-        if end < 0:
+        if opening == "$" and end > 0 and text[end - 1] == "$":
+            opening, closing, end = "$$", "$$", end - 1
+        start = text.rfind(opening, 0, max(end, 0))
+        content = text[start + len(opening) : end]
+        if start < 0 or not content.strip() or len(content) > MAX_BOX_CHARS:
             continue
-        double = opening == "$" and end > 0 and text[end - 1] == "$"
-        stop = end - 1 if double else end
-        start = text.rfind("$$" if double else opening, 0, stop)
-        if start < 0:
+        if opening[0] == "$" and _PROSE.search(_COMMAND.sub("", content)):
             continue
-        content = text[start + (2 if double else len(opening)) : stop]
-        if len(content) > MAX_BOX_CHARS:
-            continue
-        # Prose between two dollar signs is not a formula.
-        if not content.strip() or (
-            opening == "$"
-            and re.search(r"[A-Za-z]{3,} +[A-Za-z]{2,}", re.sub(r"\\[a-z]+\{[^}]*\}", "", content))
-        ):
-            continue
-        if best is None or end > best[0]:
-            best = (end, content)
+        if best is None or end > best.end:
+            best = Found(start, end + len(closing), content, True)
     return best
 
 
-def last_number(text: str) -> tuple[int, str] | None:
-    """(end, content) of the last number, with its sign, percent sign or denominator."""
+def last_number(text: str) -> Found | None:
+    """The last number, with its sign, percent sign or denominator."""
     is_last = text[-1:] in _DIGITS
     end = len(text) if is_last else max(text.rfind(digit) for digit in "0123456789") + 1
     if end == 0:
@@ -304,35 +316,25 @@ def last_number(text: str) -> tuple[int, str] | None:
     while start > low and text[start - 1] in _NUMBER_CHARS:
         start -= 1
     matches = list(_NUMBER.finditer(text, start, min(end + 3, len(text))))
-    return (matches[-1].end(), matches[-1].group()) if matches else None
+    return Found(*matches[-1].span(), matches[-1].group(), False) if matches else None
 
 
-def _last_maths(text: str) -> str | None:
+def _last_value(text: str) -> str | None:
     """The last formula or number that is not rejected, with the words that change its value."""
     for _ in range(4):
-        formula, number = last_formula(text), last_number(text)
-        if formula is not None and (number is None or formula[0] >= number[0]):
-            end, content = formula
-            start = text.rfind(content, 0, end)
-            opening = start - (
-                2 if text[start - 1 : start] != "$" or text[start - 2 : start] == "$$" else 1
-            )
-            stop = end + (1 if text[end : end + 1] == "$" else 2)
-        elif number is not None:
-            end, content = number
-            if _UNFINISHED.match(text, end):
-                return None  # 7 = ..., and the text ends
-            if _is_false_equation(text):
-                return None
-            content = _with_sum(text, end, content)
-            start = opening = end - len(content)
-            stop = end
-        else:
+        found = last_maths(text)
+        if found is None:
             return None
-        is_refused = _REFUSING_WORDS.match(text, stop) is not None
-        if not (is_refused or _is_supposed(text, opening) or _is_place(text, opening)):
-            return _widened(text, opening, stop, content.strip())
-        text = text[:opening]
+        start, end, content, is_formula = found
+        if not is_formula:
+            if _UNFINISHED.match(text, end) or _is_false_equation(text):
+                return None  # 7 = ..., and the text ends
+            content = _with_sum(text, end, content)
+            start = end - len(content)
+        is_refused = _REFUSING_WORDS.match(text, end) is not None
+        if not (is_refused or _is_supposed(text, start) or _is_place(text, start)):
+            return _widened(text, start, end, content.strip())
+        text = text[:start]
     return None
 
 

@@ -4,24 +4,9 @@ from __future__ import annotations
 
 import re
 
+from rewards.parsing import phrases
 from rewards.parsing.names import is_equation, is_name
 from rewards.parsing.nodes import UNNAMED, Node, ParseError, has_kind, number_node, symbols
-from rewards.parsing.phrases import (
-    ARTICLED,
-    DENIALS,
-    NUMBERED,
-    OR_MORE,
-    ORDINALS,
-    TRAILING,
-    VERBS,
-    apply,
-    comparison_of,
-    fraction_of,
-    is_loaded,
-    joins_number,
-    leading_operations,
-    number_of,
-)
 from rewards.parsing.quantities import compound, quantity_of_product, temperature
 from rewards.parsing.structures import StructureParser
 from rewards.parsing.units import is_unit, read_unit
@@ -65,7 +50,7 @@ class ItemParser(StructureParser):
         return self.at("op", ",", ";") or self.at("word", *SEPARATOR_WORDS)
 
     def parse_item(self, closers: tuple[str, ...]) -> Node | None:
-        if self.at("sym", "a", "A") and self.following.text in ARTICLED:
+        if self.at("sym", "a", "A") and self.following.text in phrases.ARTICLED:
             self.next()  # a third of 5
         if self.at("word") or self.at("text"):
             words = self._read_words()
@@ -76,7 +61,7 @@ class ItemParser(StructureParser):
             if words[-1] in _EXCEPT and " ".join(words[:-1]) in _ALL_REALS:
                 items, _, _ = self.parse_items(closers)
                 return Node("minus", (Node("sym", name="\\mathbb{R}"), Node("set", tuple(items))))
-            if DENIALS & set(words):
+            if phrases.DENIALS & set(words):
                 return self._denied(words, closers)
             if self.accept("op", ":", "="):
                 return self._labelled(words, closers)
@@ -87,12 +72,12 @@ class ItemParser(StructureParser):
             if words[0] in QUALIFIER_WORDS:
                 self._skip_qualifier(closers)
                 return None
-            if words[-1] in VERBS:
+            if words[-1] in phrases.VERBS:
                 return self._labelled(words[:-1] or words, closers)
-            operations = leading_operations(words)
+            operations = phrases.leading_operations(words)
             if operations is None:
                 raise ParseError
-            return apply(operations, self._parse_value(closers))
+            return phrases.apply(operations, self._parse_value(closers))
         unit = self._accept_currency()
         node = self.parse_relation()
         node = self._parse_suffix(node, closers)
@@ -113,10 +98,10 @@ class ItemParser(StructureParser):
         if words[0] in QUALIFIER_WORDS:
             self._skip_qualifier(closers)
             return None
-        operations = leading_operations(words)
+        operations = phrases.leading_operations(words)
         if not operations:
             raise ParseError
-        return apply(operations, self._parse_value(closers))
+        return phrases.apply(operations, self._parse_value(closers))
 
     def _labelled(self, words: list[str], closers: tuple[str, ...]) -> Node:
         return Node("label", (self._parse_value(closers),), " ".join(words).lower())
@@ -131,7 +116,9 @@ class ItemParser(StructureParser):
         words: list[str] = []
         while self.at("word") or self.at("text"):
             is_joint = self.at("word", *SEPARATOR_WORDS) and words
-            if is_joint and not joins_number(words[-1], [self.token.text, self.following.text]):
+            if is_joint and not phrases.joins_number(
+                words[-1], [self.token.text, self.following.text]
+            ):
                 break
             token = self.next()
             words.append(token.text if token.kind == "text" else token.text.lower())
@@ -168,7 +155,9 @@ class ItemParser(StructureParser):
         if not is_case:
             return
         skipped = self.tokens[start : self.index]
-        is_statement = any(token.kind == "word" and token.text in VERBS for token in skipped)
+        is_statement = any(
+            token.kind == "word" and token.text in phrases.VERBS for token in skipped
+        )
         if is_statement or len(self.conditions) > num_before:
             names = {token.text for token in skipped if token.kind == "sym"}
             if names and not names & symbols(value):
@@ -210,32 +199,32 @@ class ItemParser(StructureParser):
             return node
         if self._at_separator():
             return node
-        if self.at("word", *VERBS) and is_name(node):
+        if self.at("word", *phrases.VERBS) and is_name(node):
             return self._parse_statement(node, closers)
         if self.token.text.lower() in QUALIFIER_WORDS:
             self._skip_condition(node, closers)
             return node
-        is_ordinal = self.token.text in ORDINALS
+        is_ordinal = self.token.text in phrases.ORDINALS
         words = self._read_suffix(closers)
-        if is_ordinal and not {word.lower() for word in words} <= NUMBERED:
+        if is_ordinal and not {word.lower() for word in words} <= phrases.NUMBERED:
             raise ParseError  # the 5th prime
         if is_ordinal and not words:
             return Node("text", name=f"{node.number}th")  # not 5; but the 5th day is day 5
         while words and words[0].lower() in SCALE_WORDS:
             node = Node("mul", (node, number_node(SCALE_WORDS[words.pop(0).lower()])))
-        while words and words[0].lower() in TRAILING:
-            node, words = apply([TRAILING[words[0].lower()]], node), words[1:]
+        while words and words[0].lower() in phrases.TRAILING:
+            node, words = phrases.apply([phrases.TRAILING[words[0].lower()]], node), words[1:]
         if not words:
             return node
         if words[0] == "(" and words[-1] == ")":
-            spelled = number_of([word.lower() for word in words[1:-1]])
+            spelled = phrases.number_of([word.lower() for word in words[1:-1]])
             if spelled is not None and not spelled[1]:
                 if node != number_node(spelled[0]):
                     raise ParseError
                 return node  # 5 (five)
         name = " ".join(words).replace(" ^ ", "^").replace(" / ", "/")
         name = _INCH.sub("inch", name)
-        if is_loaded(words) and read_unit(name) is None:
+        if phrases.is_loaded(words) and read_unit(name) is None:
             raise ParseError
         if node.kind in ("sym", "mul") and not has_kind(node, "num"):
             if read_unit(name) is None and words[0] not in ("unit", "units"):
@@ -274,7 +263,7 @@ class ItemParser(StructureParser):
                     raise ParseError
             self.next()
             pieces.append(token.text)
-        return [piece for piece in pieces if piece not in (*ORDINALS, "{", "}")]
+        return [piece for piece in pieces if piece not in (*phrases.ORDINALS, "{", "}")]
 
     def _parse_open_end(self, node: Node) -> Node:
         """5 or more; 5 and a half. Anything else after "or" and "and" is another item."""
@@ -283,12 +272,12 @@ class ItemParser(StructureParser):
             words.append(token.text.lower())
             kinds.append(token.kind)
         if self.at("word", "or") and kinds[0] == "word":
-            operator = OR_MORE.get(words[0])
+            operator = phrases.OR_MORE.get(words[0])
             if operator is not None and kinds[1:2] != ["word"]:
                 self.index += 2
                 return Node("rel", (UNNAMED, node), operator)
         for size in (2, 1):
-            fraction = fraction_of(words[:size])
+            fraction = phrases.fraction_of(words[:size])
             if self.at("word", "and") and fraction is not None and node.kind == "num":
                 self.index += size + 1
                 return Node("num", number=node.number + fraction)
@@ -306,7 +295,7 @@ class ItemParser(StructureParser):
 
     def _parse_statement(self, name: Node, closers: tuple[str, ...]) -> Node:
         """x is 5; n is at least 3."""
-        operator = comparison_of(self._read_words())
+        operator = phrases.comparison_of(self._read_words())
         value = None if operator is None else self.parse_item(closers)
         if operator is None or value is None or value.kind in ("rel", "text", "label"):
             raise ParseError
@@ -318,14 +307,14 @@ def _text_or_number(words: list[str]) -> Node:
     if " ".join(words) in _ALL_REALS:
         return Node("sym", name="\\mathbb{R}")
     for start in range(min(len(words), 6)):
-        operations = leading_operations(words[:start])
-        spelled = number_of(words[start:])
+        operations = phrases.leading_operations(words[:start])
+        spelled = phrases.number_of(words[start:])
         if operations is None or spelled is None:
             continue
         value, rest = spelled
-        if is_loaded(rest):
+        if phrases.is_loaded(rest):
             break
-        node = apply(operations, number_node(value))
+        node = phrases.apply(operations, number_node(value))
         if rest and rest[0] in PERCENT_WORDS:
             node, rest = Node("percent", (node,)), rest[1:]
         return Node("unit", (node,), " ".join(rest)) if rest else node

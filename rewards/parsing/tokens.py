@@ -20,13 +20,12 @@ from rewards.parsing.vocabulary import (
 class Token(NamedTuple):
     """`kind`: num, sym, const, func, cmd, op, word, text, env, open, close, end.
 
-    `is_spaced`: preceded by white space. `position`: where it starts in the cleaned text.
+    `is_spaced`: preceded by white space.
     """
 
     kind: str
     text: str
     is_spaced: bool = False
-    position: int = 0
 
 
 _TOKEN = re.compile(
@@ -70,7 +69,7 @@ def tokenize(text: str) -> list[Token]:
             raise ParseError
         kind = match.lastgroup
         piece = match.group()
-        start, position = position, match.end()
+        position = match.end()
         if kind == "space":
             is_spaced = True
             continue
@@ -78,30 +77,31 @@ def tokenize(text: str) -> list[Token]:
             if len(piece) > MAX_DIGITS:
                 raise LimitExceeded
             if "," in piece and brackets and brackets[-1] != "{":
-                _split_at_commas(piece, tokens, is_spaced, start)  # the point (3,500)
+                _split_at_commas(piece, tokens, is_spaced)  # the point (3,500)
             else:
-                tokens.append(Token("num", piece, is_spaced, start))
+                tokens.append(Token("num", piece, is_spaced))
         elif kind == "letters":
-            _split_letters(piece, tokens, is_spaced, start)
+            _split_letters(piece, tokens, is_spaced)
         elif kind == "cmd":
-            position = _read_command(text, piece, position, tokens, is_spaced, start)
+            position = _read_command(text, piece, position, tokens, is_spaced)
         elif kind == "escaped":
-            _read_escaped(piece, tokens, is_spaced, start)
+            if piece in _ESCAPED:
+                tokens.append(Token(*_ESCAPED[piece], is_spaced))
             _track(piece, brackets)
         elif kind == "env":
-            tokens.append(Token("env", piece.replace(" ", ""), is_spaced, start))
+            tokens.append(Token("env", piece.replace(" ", ""), is_spaced))
         elif kind == "op":
-            tokens.append(Token("op", _OPERATORS.get(piece, piece), is_spaced, start))
+            tokens.append(Token("op", _OPERATORS.get(piece, piece), is_spaced))
         elif kind in ("open", "close"):
             _track(piece, brackets)
-            tokens.append(Token(kind, piece, is_spaced, start))
+            tokens.append(Token(kind, piece, is_spaced))
         elif kind == "dots":
-            tokens.append(Token("sym", "\\ldots", is_spaced, start))
+            tokens.append(Token("sym", "\\ldots", is_spaced))
         # A lone dot only ends a sentence.
         is_spaced = False
         if len(tokens) > MAX_TOKENS:
             raise LimitExceeded
-    tokens.append(Token("end", "", is_spaced, size))
+    tokens.append(Token("end", "", is_spaced))
     return tokens
 
 
@@ -115,29 +115,29 @@ def _track(piece: str, brackets: list[str]) -> None:
         brackets.pop()
 
 
-def _split_at_commas(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
+def _split_at_commas(piece: str, tokens: list[Token], is_spaced: bool) -> None:
     for index, number in enumerate(piece.split(",")):
         if index:
-            tokens.append(Token("op", ",", False, start))
-        tokens.append(Token("num", number, is_spaced and index == 0, start))
+            tokens.append(Token("op", ","))
+        tokens.append(Token("num", number, is_spaced and index == 0))
 
 
-def _split_letters(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
+def _split_letters(piece: str, tokens: list[Token], is_spaced: bool) -> None:
     """Append a run of letters as a function, a word, a unit, or a product of symbols."""
     lowered = piece.lower()
     if piece in FUNCTIONS and not (piece == "min" and is_spaced and _follows_operand(tokens)):
-        tokens.append(Token("func", FUNCTIONS[piece], is_spaced, start))
+        tokens.append(Token("func", FUNCTIONS[piece], is_spaced))
     elif lowered in ("pi", "infinity", "inf", "oo") and len(piece) > 1:
         name = "pi" if lowered == "pi" else "inf"
-        tokens.append(Token("const", name, is_spaced, start))
+        tokens.append(Token("const", name, is_spaced))
     elif len(piece) == 1:
-        tokens.append(Token("sym", piece, is_spaced, start))
+        tokens.append(Token("sym", piece, is_spaced))
     elif len(piece) >= 4 or _is_short_word(piece, tokens, is_spaced):
         if piece.startswith("sqrt"):  # sqrtx, sqrt3 without braces
-            tokens.append(Token("cmd", "sqrt", is_spaced, start))
-            _split_letters(piece[4:], tokens, False, start + 4)
+            tokens.append(Token("cmd", "sqrt", is_spaced))
+            _split_letters(piece[4:], tokens, False)
             return
-        tokens.append(Token("word", piece, is_spaced, start))
+        tokens.append(Token("word", piece, is_spaced))
     elif (
         piece in UNIT_WORDS
         and _follows_operand(tokens)
@@ -145,10 +145,10 @@ def _split_letters(piece: str, tokens: list[Token], is_spaced: bool, start: int)
         and re.search(r"[aeiou]", piece)
         and (is_spaced or piece.istitle())
     ):
-        tokens.append(Token("word", piece, is_spaced, start))
+        tokens.append(Token("word", piece, is_spaced))
     else:
         for offset, letter in enumerate(piece):
-            tokens.append(Token("sym", letter, is_spaced and offset == 0, start + offset))
+            tokens.append(Token("sym", letter, is_spaced and offset == 0))
 
 
 def _is_short_word(piece: str, tokens: list[Token], is_spaced: bool) -> bool:
@@ -168,39 +168,33 @@ def _follows_operand(tokens: list[Token]) -> bool:
     return last.kind in ("num", "close", "const") or last.text in ("square", "cubic")
 
 
-def _read_escaped(piece: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
-    if piece in _ESCAPED:
-        kind, text = _ESCAPED[piece]
-        tokens.append(Token(kind, text, is_spaced, start))
-
-
 def _read_command(
-    text: str, piece: str, position: int, tokens: list[Token], is_spaced: bool, start: int
+    text: str, piece: str, position: int, tokens: list[Token], is_spaced: bool
 ) -> int:
     r"""Append the tokens of a command; return the position after it and its text argument."""
     name = piece[1:].rstrip("*")
     if name in TEXT_COMMANDS:
         content, position = _read_braces(text, position)
-        _read_text(name, content, tokens, is_spaced, start)
+        _read_text(name, content, tokens, is_spaced)
         return position
     if name not in COMMANDS and name not in LETTER_COMMANDS and name not in IGNORED_COMMANDS:
         # \quadx, \cdotx: a command and the letter after it.
         for length in range(len(name) - 1, 1, -1):
             if name[:length] in COMMANDS or name[:length] in IGNORED_COMMANDS:
-                _read_known(name[:length], tokens, is_spaced, start)
-                return start + 1 + length
-        tokens.append(Token("sym", "\\" + name, is_spaced, start))
+                _read_known(name[:length], tokens, is_spaced)
+                return position - len(piece) + 1 + length
+        tokens.append(Token("sym", "\\" + name, is_spaced))
         return position
-    _read_known(name, tokens, is_spaced, start)
+    _read_known(name, tokens, is_spaced)
     return position
 
 
-def _read_known(name: str, tokens: list[Token], is_spaced: bool, start: int) -> None:
+def _read_known(name: str, tokens: list[Token], is_spaced: bool) -> None:
     if name in LETTER_COMMANDS:
-        tokens.append(Token("sym", LETTER_COMMANDS[name], is_spaced, start))
+        tokens.append(Token("sym", LETTER_COMMANDS[name], is_spaced))
     elif name in COMMANDS:
         kind, value = COMMANDS[name]
-        tokens.append(Token(kind, value, is_spaced, start))
+        tokens.append(Token(kind, value, is_spaced))
 
 
 def _read_braces(text: str, position: int) -> tuple[str, int]:
@@ -226,22 +220,20 @@ _UNIT = re.compile(r"[A-Za-z]{1,4}(?:\^\{?\d\}?)?(?:[/ ][A-Za-z]{1,4}(?:\^\{?\d\
 _FORMULA = re.compile(r"[\d\\$^_=+*/<>{}]")
 
 
-def _read_text(
-    command: str, content: str, tokens: list[Token], is_spaced: bool, start: int
-) -> None:
+def _read_text(command: str, content: str, tokens: list[Token], is_spaced: bool) -> None:
     r"""Append the content of \text{...}: words, but maths for \mathrm{e}, \text{sin}, formulas."""
     stripped = content.strip()
     if command == "mathbb":
-        tokens.append(Token("sym", f"\\mathbb{{{stripped}}}", is_spaced, start))
+        tokens.append(Token("sym", f"\\mathbb{{{stripped}}}", is_spaced))
         return
     is_roman = command not in ("text", "mbox", "textbf", "textnormal", "textit", "hbox", "textrm")
     if _UNIT.fullmatch(stripped) and read_unit(stripped) and _follows_operand(tokens):
         for piece in re.findall(r"[A-Za-z]+|\d+|[\^/]", stripped):
             kind = "word" if piece.isalpha() else "num" if piece.isdigit() else "op"
-            tokens.append(Token(kind, piece, False, start))
+            tokens.append(Token(kind, piece))
         return
     if stripped in FUNCTIONS:
-        tokens.append(Token("func", FUNCTIONS[stripped], is_spaced, start))
+        tokens.append(Token("func", FUNCTIONS[stripped], is_spaced))
         return
     if _FORMULA.search(stripped) or (is_roman and len(stripped) == 1):
         if len(tokens) > MAX_TOKENS:
@@ -260,4 +252,4 @@ def _read_text(
             continue
         if kind == "word" and len(word) == 1:
             kind = "text"  # \text{e} is a name, never Euler's number
-        tokens.append(Token(kind, word, is_spaced or index > 0, start))
+        tokens.append(Token(kind, word, is_spaced or index > 0))

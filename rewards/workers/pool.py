@@ -29,16 +29,8 @@ STARTUP_TIMEOUT_S = 120.0
 DEFAULT_MEMORY_MB = 1024
 
 
-class WorkerDied(Exception):
-    """The worker's pipe closed before it answered: it has exited or is about to."""
-
-
 class WorkerCannotStart(Exception):
     """The worker died or hung before it was ready."""
-
-
-class DeadlinePassed(Exception):
-    """No answer within the deadline."""
 
 
 class Worker:
@@ -69,7 +61,7 @@ class Worker:
         if not self.is_ready:
             try:
                 self._receive(time.monotonic() + STARTUP_TIMEOUT_S)
-            except (WorkerDied, DeadlinePassed) as error:
+            except OSError as error:
                 raise WorkerCannotStart from error
             self.is_ready = True
 
@@ -83,13 +75,10 @@ class Worker:
         return True
 
     def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """One request, one response. Raises WorkerCannotStart, WorkerDied, DeadlinePassed."""
+        """One request, one response. Raises WorkerCannotStart, TimeoutError, BrokenPipeError."""
         self.wait_ready()
         assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(encode({**request, "timeout_s": timeout_s}))
-        except (BrokenPipeError, OSError) as error:
-            raise WorkerDied from error
+        self.process.stdin.write(encode({**request, "timeout_s": timeout_s}))
         return self._receive(time.monotonic() + timeout_s)
 
     def _receive(self, deadline: float) -> dict[str, Any]:
@@ -101,10 +90,10 @@ class Worker:
         while not line.endswith(b"\n"):
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0 or not poller.poll(remaining_s * 1000):
-                raise DeadlinePassed
+                raise TimeoutError
             chunk = os.read(fd, 1 << 16)
             if not chunk:
-                raise WorkerDied
+                raise BrokenPipeError  # it has exited or is about to
             line += chunk
         message: dict[str, Any] = json.loads(line)
         return message
@@ -174,9 +163,9 @@ class WorkerPool:
                 response = worker.ask(request, timeout_s)
                 is_healthy = True
                 return response
-            except DeadlinePassed:
+            except TimeoutError:
                 return {"correct": False, "status": "timeout", "tier": "none"}
-            except WorkerDied:
+            except OSError:  # its pipe is closed
                 was_killed = worker.exit_code() == -signal.SIGKILL
                 num_kills += was_killed
                 num_deaths += not was_killed

@@ -57,7 +57,8 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 
 def save_adapter(policy: Policy, folder: Path, *, version: int, run_name: str) -> Adapter:
     """Writes the policy's current weights to folder/vNNNNNN and returns the handle."""
-    tensors = {n: t.detach().cpu().contiguous() for n, t in policy.published_tensors().items()}
+    on_host = policy.on_host(policy.published_tensors())
+    tensors = {name: tensor.contiguous() for name, tensor in on_host.items()}
     adapter = Adapter(
         version=version,
         name=f"{run_name}-v{version:06d}",

@@ -124,7 +124,7 @@ def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
     table.add_row("compute, at most", flops_text(flops * seen * config.data.max_tokens))
     console.print(table)
     warn_of_capacity(console, capacity, config.lora, num_active_experts(model_config))
-    num_tokens = max(config.optim.microbatch_tokens, config.data.max_tokens)
+    num_tokens = microbatch_tokens(config)
     parts = learner_memory(config, model_config, counts.base, counts.trainable, num_tokens)
     console.print(memory_table(parts, config.model, phases=("learning",)))
 

@@ -17,7 +17,7 @@ from rl_lora.config import (
     parse_as,
     read_settings,
 )
-from rl_lora.config.checks import check_full_dtype, check_variant
+from rl_lora.config.checks import check_variant
 
 
 class SftDataSection(SourcesSection):
@@ -56,7 +56,6 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> SftConfig:
         check_variant(self.lora, self.optim)
-        check_full_dtype(self.lora, self.model.dtype)
         return self
 
 

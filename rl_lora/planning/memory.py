@@ -19,7 +19,6 @@ import torch
 from transformers import PretrainedConfig
 
 from rl_lora.config import RunConfig
-from rl_lora.config.checks import check_full_dtype
 from rl_lora.config.sft import SftConfig
 from rl_lora.models.device import pick_dtype
 from rl_lora.nn.variants import is_shifted, served_rank
@@ -39,6 +38,8 @@ PHASES: tuple[Phase, ...] = ("sampling", "learning")
 _NUM_SEQS = {"cpu": CPU_NUM_SEQS, "cuda": GPU_NUM_SEQS}
 _LOGITS_ELEMENTS = 2**24  # one chunk of logits in `policy`
 _LOGITS_COPIES = 3  # logits, log-probs, gradient
+# Tokens of a microbatch if optim.microbatch_tokens is not set; on a GPU, the most.
+MICROBATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
 ASSUMED_GPU_BYTES = 79 * 2**30  # an "80 GB" card as CUDA reports it
 _CONTEXT_BYTES = 2**29  # CUDA's context and libraries, once a process
 _ENGINE_BYTES = 2 * 2**30  # vLLM's activations, logits and CUDA graphs
@@ -122,10 +123,14 @@ def memory_plan(
     return parts if is_turns else [replace(part, phases=PHASES) for part in parts]
 
 
-def microbatch_tokens(config: RunConfig) -> int:
+def microbatch_tokens(config: RunConfig | SftConfig) -> int:
     """Tokens of the largest microbatch: one sequence may exceed optim.microbatch_tokens."""
-    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
-    return max(config.optim.microbatch_tokens, longest)
+    if isinstance(config, RunConfig):
+        longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+    else:
+        longest = config.data.max_tokens
+    device = plan_device(config.model.device)
+    return max(config.optim.microbatch_tokens or MICROBATCH_TOKENS[device], longest)
 
 
 def bytes_to_come(config: RunConfig, model_config: PretrainedConfig, num_trainable: int) -> int:
@@ -154,24 +159,19 @@ def learner_memory(
     num_trainable: int,
     num_tokens: int,
 ) -> list[MemoryItem]:
-    """Weights, gradients, optimizer and the activations of a microbatch of num_tokens tokens.
-
-    Raises:
-        UserError: full fine-tuning in bfloat16.
-    """
+    """Weights, gradients, optimizer and the activations of a microbatch of num_tokens tokens."""
     model, lora, optim = config.model, config.lora, config.optim
     dtype = pick_dtype(model.dtype, torch.device(plan_device(model.device)))
     dtype_name = str(dtype).removeprefix("torch.")
-    check_full_dtype(lora, dtype_name)
     is_full = lora.mode == "full"
-    # An adapter trains in float32, all weights in the model's dtype.
-    size, name = (dtype.itemsize, dtype_name) if is_full else (4, "float32")
     parts = [MemoryItem("base weights", num_base * dtype.itemsize, f"learner, {dtype_name}")]
     if not is_full:
         copies = 2 if is_shifted(lora.variant) else 1
         note = "float32, with its initial value" if copies == 2 else "float32"
         parts.append(MemoryItem("adapter", copies * num_trainable * 4, note))
-    elif isinstance(config, RunConfig) and config.algorithm.kl != "none":
+    elif dtype != torch.float32:
+        parts.append(MemoryItem("master weights", num_trainable * 4, "float32"))
+    if is_full and isinstance(config, RunConfig) and config.algorithm.kl != "none":
         parts.append(MemoryItem("reference weights", num_base * dtype.itemsize, "for the KL"))
     checkpointed = ", checkpointed" if optim.checkpoint_activations else ""
     activations = activation_bytes(
@@ -190,8 +190,8 @@ def learner_memory(
     logits = _LOGITS_ELEMENTS * _LOGITS_COPIES * 4
     return [
         *parts,
-        MemoryItem("gradients", num_trainable * size, name),
-        MemoryItem("optimizer", num_trainable * size * 2, f"Adam, 2 x {name}"),
+        MemoryItem("gradients", num_trainable * 4, "float32"),
+        MemoryItem("optimizer", num_trainable * 4 * 2, "Adam, 2 x float32"),
         MemoryItem("activations", activations, note, ("learning",)),
         MemoryItem("logits", logits, "one chunk, float32", ("learning",)),
     ]

@@ -53,7 +53,8 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or cannot be written.
     """
-    policy = {f"policy/{n}": t for n, t in learner.policy.state_tensors().items()}
+    own = learner.policy.on_host(learner.policy.state_tensors())
+    policy = {f"policy/{name}": tensor for name, tensor in own.items()}
     optimizer, meta = flatten_optimizer(learner.optimizer)
     state = {
         "num_updates": learner.num_updates_done,
@@ -115,9 +116,9 @@ def restore_optimizer(
     shapes = _shapes(optimizer)
     if meta["class"] != type(optimizer).__name__ or meta["shapes"] != shapes:
         raise UserError(
-            f"the checkpoint's optimizer ({meta['class']}, {len(meta['shapes'])} parameters) does "
-            f"not match this run's ({type(optimizer).__name__}, {len(shapes)} parameters): resume "
-            "with the config that the run was started with"
+            f"the checkpoint's optimizer ({meta['class']}, {len(meta['shapes'])} tensors) does not "
+            f"match this run's ({type(optimizer).__name__}, {len(shapes)} tensors): resume with "
+            "the config, and the version of rl-lora, that the run was started with"
         )
     parameter_states: defaultdict[int, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():

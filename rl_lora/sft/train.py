@@ -17,7 +17,6 @@ from rl_lora.adapters.files import save_adapter, version_in
 from rl_lora.batches import pack_samples
 from rl_lora.build import make_learner, open_folder, open_model
 from rl_lora.config.sft import SftConfig
-from rl_lora.models.device import check_trainable
 from rl_lora.models.resolve import check_rows
 from rl_lora.report.terminal import Display
 from rl_lora.runs.checkpoint import drop_after, load_checkpoint, save_checkpoint
@@ -89,7 +88,6 @@ def fine_tune(
         UserError: bad input, an older run in the folder, another process using it, or a full disk.
         FloatingPointError: the gradient is not finite.
     """
-    check_trainable(config.model, config.lora)
     config = with_absolute_paths(config)
     folder = config.run.folder
     with open_folder(config, resume=resume, quiet=quiet) as (display, start):
@@ -120,7 +118,9 @@ def _run(
         inputs: dict[str, Any] = {"base": base_inputs(policy), "data": data}
         if not accept_changed_data:
             start.check_inputs(inputs, folder)
-        learner = make_learner(policy, config.optim, num_steps=config.run.num_steps)
+        learner = make_learner(
+            policy, config.optim, num_steps=config.run.num_steps, on_note=display.note
+        )
         job = _Job(config, learner, sets, inputs, log, display)
         write_record(config, policy, inputs)
         if start.checkpoint is not None:
@@ -176,9 +176,8 @@ def _loop(job: _Job, step: int) -> None:
 
 
 def _step(job: _Job, indices: list[int]) -> dict[str, float]:
-    config = job.config
     samples = [job.sets.train[index].sample() for index in indices]
-    (microbatches,) = pack_samples(samples, microbatch_tokens=config.optim.microbatch_tokens)
+    (microbatches,) = pack_samples(samples, microbatch_tokens=job.learner.microbatch_tokens)
     num_tokens = sum(batch.num_tokens for batch in microbatches)
     num_padded = sum(batch.token_ids_BT.numel() for batch in microbatches)
     counts = {
@@ -191,8 +190,8 @@ def _step(job: _Job, indices: list[int]) -> dict[str, float]:
 
 def _test(job: _Job) -> dict[str, float]:
     samples = [sequence.sample() for sequence in job.sets.test]
-    size = job.config.optim.microbatch_tokens
-    return mean_with_interval(*sequence_nll(job.learner.policy, samples, size))
+    learner = job.learner
+    return mean_with_interval(*sequence_nll(learner.policy, samples, learner.microbatch_tokens))
 
 
 def _publish(policy: Policy, folder: Path, config: SftConfig) -> None:

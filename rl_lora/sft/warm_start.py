@@ -59,6 +59,6 @@ def warm_start(
             order += rng.sample(solved, len(solved))
         batch, order = order[: section.batch_size], order[section.batch_size :]
         samples = [solution_sample(p, tokenizer, end_id) for p in batch]
-        (microbatches,) = pack_samples(samples, microbatch_tokens=config.optim.microbatch_tokens)
+        (microbatches,) = pack_samples(samples, microbatch_tokens=learner.microbatch_tokens)
         on_step(step, learner.fit(microbatches, lr=section.lr))
     learner.restart()

@@ -84,7 +84,10 @@ def curve(steps: Sequence[Row], key: str) -> dict[str, list[float]]:
         scale = CURVE_POINTS / math.log(len(points) + 1)
         for number, point in enumerate(points, start=1):
             spans.setdefault(int(scale * math.log(number)), []).append(point)
-        points = [tuple(map(fmean, zip(*span, strict=True))) for span in spans.values()]
+        points = [
+            (fmean(step for step, _ in span), fmean(value for _, value in span))
+            for span in spans.values()
+        ]
     return {"step": [round(s, 2) for s, _ in points], "value": [round(v, 6) for _, v in points]}
 
 

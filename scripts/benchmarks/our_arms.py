@@ -8,21 +8,18 @@ import itertools
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_stages.learn import work_of
-from gpu_stages.measures import measured_card
-from gpu_stages.roofline import Card, seconds_per_token
+from gpu_stages.measures import bound_s, measured_device
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.probe import Commands, matmul_peak, peak_mb, peak_reset
 from benchmarks.workload import Size, config
 from rl_lora.batches import pack
 from rl_lora.build import RunContext, make_learner, open_run
-from rl_lora.config import RunConfig
 from rl_lora.models.shapes import build_on_meta
 from rl_lora.overlap import step_params
 from rl_lora.planning.counts import matmul_counts
@@ -115,22 +112,22 @@ def learner(size: Size, mode: str = "lora") -> Built:
     policy = open_policy(model_dir, settings.model, settings.lora, seed=0)
     learns = make_learner(policy, settings.optim, num_steps=1000)
     groups_N = made_up_groups(prompts_N, size)
-    card = measured_card(policy.device)
+    device = measured_device(policy.device)
 
     def peak_gflops() -> float:
-        return matmul_peak() if size.device == "cpu" else card.matmul_flops / 1e9
+        return matmul_peak() if size.device == "cpu" else device.matmul_flops / 1e9
 
     def learn() -> dict[str, Any]:
         peak_before = peak_gflops()
         peak_reset(size.device)
-        batches = packed(groups_N, settings)
+        batches = packed(groups_N, learns.microbatch_tokens)
         start = time.perf_counter()
         metrics = learns.update(batches)
         seconds = time.perf_counter() - start
         return {
             "learn": seconds,
             "peak_gflops": max(peak_before, peak_gflops()),
-            "bound_s": bound_s(policy, batches[0], card),
+            "bound_s": sum(bound_s(policy, batch, device) for batch in batches[0]),
             "needed_gflop": needed_gflop(policy, groups_N),
             "computed_tokens": metrics["learn/tokens"],
             "memory": peak_mb(size.device),
@@ -141,7 +138,9 @@ def learner(size: Size, mode: str = "lora") -> Built:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         counter = FlopCounterMode(display=False)
-        batches = [packed(groups_N, settings)[0][:1]]  # one microbatch stands for all
+        batches = [
+            packed(groups_N, learns.microbatch_tokens)[0][:1]
+        ]  # one microbatch stands for all
         with torch.compiler.set_stance("force_eager"), counter:
             learns.update(batches)
         torch.set_num_threads(threads)
@@ -172,12 +171,12 @@ def full(size: Size) -> Built:
 ARMS = {"ours": whole_step, "learner": learner, "full": full}
 
 
-def packed(groups_N: list[RolloutGroup], settings: RunConfig) -> list[list[Microbatch]]:
+def packed(groups_N: list[RolloutGroup], microbatch_tokens: int) -> list[list[Microbatch]]:
     """The groups' microbatches, by optimizer step."""
     return pack(
         groups_N,
         [[reward - 0.5 for reward in group.rewards_G] for group in groups_N],
-        microbatch_tokens=settings.optim.microbatch_tokens,
+        microbatch_tokens=microbatch_tokens,
         share_prompts=True,
     )
 
@@ -195,13 +194,6 @@ def needed_gflop(policy: Policy, groups_N: list[RolloutGroup]) -> float:
     completions = sum(len(r.completion.token_ids) for g in groups_N for r in g.rollouts_G)
     prompts = sum(len(g.prompt.token_ids) for g in groups_N)
     return 4e-9 * (inner * (prompts + completions) + head * completions)
-
-
-def bound_s(policy: Policy, batches: Sequence[Microbatch], card: Card) -> float:
-    """The roofline's seconds for the microbatches of an update."""
-    config = policy.model.config
-    works = ((work_of(batch, policy), batch.num_tokens) for batch in batches)
-    return sum(seconds_per_token(config, card, work) * num for work, num in works)
 
 
 def formula_per_token(policy: Policy, scored_share: float) -> float:

@@ -15,15 +15,17 @@ import torch
 from torch._dynamo.utils import counters
 
 from gpu_stages.measures import (
+    Device,
     at_depth,
+    bound_s,
     launches_per_layer,
-    measured_card,
+    measured_device,
+    needed_flops,
     only_first,
     peak_bytes,
     synchronize,
 )
 from gpu_stages.models import make_model, make_policy
-from gpu_stages.roofline import Card, Work, needed_flops_per_token, seconds_per_token
 from gpu_stages.stages import CheckFailedError, Context
 from rl_lora.batches import pack_samples
 from rl_lora.learner import Learner
@@ -75,17 +77,17 @@ def _learn(
     are extrapolated.
     """
     folder = make_model(shape, context, num_layers)
-    card = measured_card(context.device)
+    device = measured_device(context.device)
     figures: dict[str, Any] = {
-        "matmul_tflops": card.matmul_flops / 1e12,
-        "copy_gb_per_s": card.bytes_per_s / 1e9,
+        "matmul_tflops": device.matmul_flops / 1e12,
+        "copy_gb_per_s": device.bytes_per_s / 1e9,
     }
     failed: list[str] = []
     dtype = torch.bfloat16 if context.is_gpu else torch.float32  # which most CPUs emulate
     for name, compiles in (("compiled", True), ("eager", False)):
         policy = make_policy(folder, context, dtype, compiles=compiles)
         figures["layers"] = policy.model.config.num_hidden_layers
-        figures[name] = _figures(Learner(policy), context, card, whole, failed)
+        figures[name] = _figures(Learner(policy), context, device, whole, failed)
         context.keep(figures)
         del policy
         _free()
@@ -95,7 +97,7 @@ def _learn(
 
 
 def _figures(
-    learner: Learner, context: Context, card: Card, whole: int | None, failed: list[str]
+    learner: Learner, context: Context, device: Device, whole: int | None, failed: list[str]
 ) -> dict[str, Any]:
     """By the microbatch's size, what `timed` measures; graphs compiled in all, launches per layer,
     and bytes that a token's activations take (the peak's growth from one size to the next)."""
@@ -106,11 +108,11 @@ def _figures(
     counters.clear()
     for tokens in sizes.tokens:
         try:
-            found = timed(learner, sizes, tokens, card)
+            found = timed(learner, sizes, tokens, device)
             peaks.append((found["largest"], found["peak_bytes"]))
             if whole is not None:
                 with only_first(layers // 2, policy):
-                    few = timed(learner, sizes, tokens, card)
+                    few = timed(learner, sizes, tokens, device)
                 found |= extrapolated(found, few, layers, layers // 2, whole)
             figures[f"{tokens}"] = found
         except torch.OutOfMemoryError as error:
@@ -125,7 +127,7 @@ def _figures(
     return figures
 
 
-def timed(learner: Learner, sizes: Sizes, tokens: int, card: Card) -> dict[str, Any]:
+def timed(learner: Learner, sizes: Sizes, tokens: int, reached: Device) -> dict[str, Any]:
     """Steps of two microbatches, each of new lengths; the first is not counted, but reported.
 
     Returns:
@@ -135,7 +137,6 @@ def timed(learner: Learner, sizes: Sizes, tokens: int, card: Card) -> dict[str, 
         tokens of the largest microbatch.
     """
     policy, device = learner.policy, learner.policy.device
-    config = policy.model.config
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds, numbers, flops, bounds, largest = [], [], [], [], 0
@@ -147,17 +148,16 @@ def timed(learner: Learner, sizes: Sizes, tokens: int, card: Card) -> dict[str, 
         synchronize(device)
         seconds.append(time.perf_counter() - started)
         numbers.append(sum(batch.num_tokens for batch in batches))
-        works = [(work_of(batch, policy), batch.num_tokens) for batch in batches]
-        flops.append(sum(needed_flops_per_token(config, work) * num for work, num in works))
-        bounds.append(sum(seconds_per_token(config, card, work) * num for work, num in works))
-        largest = max(largest, *(num for _, num in works))
+        flops.append(sum(needed_flops(policy, batch) for batch in batches))
+        bounds.append(sum(bound_s(policy, batch, reached) for batch in batches))
+        largest = max(largest, *(batch.num_tokens for batch in batches))
     speeds = [n / s for n, s in zip(numbers[1:], seconds[1:], strict=True)]
     counted_s = sum(seconds[1:])
     return {
         "tokens_per_s": sum(numbers[1:]) / counted_s,
         "slowest": min(speeds),
         "fastest": max(speeds),
-        "mfu": sum(flops[1:]) / counted_s / card.matmul_flops,
+        "mfu": sum(flops[1:]) / counted_s / reached.matmul_flops,
         "roofline": sum(bounds[1:]) / counted_s,
         "bound_tokens_per_s": sum(numbers[1:]) / sum(bounds[1:]),
         "first_s": seconds[0],
@@ -203,19 +203,6 @@ def microbatches(
         samples, microbatch_tokens=tokens, share_prompts=policy.can_share_prompts
     )
     return batches[:count]
-
-
-def work_of(batch: Microbatch, policy: Policy) -> Work:
-    """What a token of the batch needs, on average."""
-    position_BT = batch.position_BT
-    if position_BT is None:  # every row is one sequence
-        position_BT = torch.arange(batch.token_ids_BT.shape[1]).expand_as(batch.token_ids_BT)
-    return Work(
-        keys=float((position_BT + 1).sum()) / batch.num_tokens,
-        scored=len(batch.target_ids_C) / batch.num_tokens,
-        rank=policy.lora.rank,
-        itemsize=policy.dtype.itemsize,
-    )
 
 
 def _free() -> None:

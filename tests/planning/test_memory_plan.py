@@ -217,10 +217,11 @@ def test_kv_cache_of_a_gpu_is_what_vllms_share_leaves() -> None:
         assert nowhere.num_bytes == ASSUMED_GPU_BYTES // 2 - 2 * counts.base - engine
 
 
-def test_memory_plan_of_full_training_follows_the_models_dtype() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_plan_of_full_training_has_masters_of_bfloat16(dtype: str) -> None:
     config = parse_config(
         {
-            "model": {"name": "x", "device": "cpu", "dtype": "float32"},
+            "model": {"name": "x", "device": "cpu", "dtype": dtype},
             "lora": {"mode": "full"},
             "sampling": {"backend": "torch"},
             "algorithm": {"kl": "loss", "kl_weight": 0.1},
@@ -230,9 +231,11 @@ def test_memory_plan_of_full_training_follows_the_models_dtype() -> None:
     sizes: dict[str, list[int]] = {}
     for part in memory_plan(config, LLAMA_8B, counts.base, counts.trainable):
         sizes.setdefault(part.part, []).append(part.num_bytes)
+    size = 4 if dtype == "float32" else 2
     assert "adapter" not in sizes
-    assert sizes["base weights"] == [4 * counts.base]  # TorchSampler samples from the learner's
-    assert sizes["reference weights"] == [4 * counts.base]
+    assert sizes["base weights"] == [size * counts.base]  # TorchSampler samples from the learner's
+    assert sizes["reference weights"] == [size * counts.base]
+    assert sizes.get("master weights") == (None if dtype == "float32" else [4 * counts.base])
     assert sizes["gradients"] == [4 * counts.base]
     assert sizes["optimizer"] == [8 * counts.base]
 

@@ -18,16 +18,18 @@ from gpu_stages import learn, libraries, measures, release
 from gpu_stages.caches import caches, split
 from gpu_stages.cuda_tests import counts
 from gpu_stages.models import make_config
-from gpu_stages.roofline import Card, Work, needed_flops_per_token, seconds_per_token
 from gpu_stages.run import RESULTS, run_stage, run_stages, table
 from gpu_stages.stages import STAGES, CheckFailedError, Context, Stage, chosen
 from safetensors.torch import save
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rl_lora.batches import pack_samples
+from rl_lora.config import LoraSection, OptimSection, RunConfig
 from rl_lora.errors import UserError
 from rl_lora.models import resolve as models
-from rl_lora.types import TrainSample
+from rl_lora.planning.cards import Card
+from rl_lora.planning.speed import learner_token_s, shape_of
+from rl_lora.types import Microbatch, TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,7 +193,7 @@ def test_the_needed_operations_of_a_microbatch() -> None:
     3 * (4 * 576 * 4 + 12 * 8 * 10) + 4 * 8 * 10 * 2. A second completion of one token in the same
     row sees 3 keys: 3 * (4 * 576 * 5 + 12 * 8 * 13) + 4 * 8 * 10 * 3.
     """
-    config = SimpleNamespace(
+    config = LlamaConfig(
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=4,
@@ -200,63 +202,30 @@ def test_the_needed_operations_of_a_microbatch() -> None:
         num_hidden_layers=3,
         vocab_size=10,
     )
-    policy: Any = SimpleNamespace(lora=SimpleNamespace(rank=1), dtype=torch.bfloat16)
+    policy: Any = SimpleNamespace(model=SimpleNamespace(config=config), lora=LoraSection())
     samples = [
         TrainSample((1, 5), (7, 2), (0.0, 0.0), 1.0, 0),
         TrainSample((1, 5), (9,), (0.0,), 1.0, 0),
     ]
 
-    def flops(count: int, share_prompts: bool) -> float:
-        ((batch,),) = pack_samples(
-            samples[:count],
-            microbatch_tokens=64,
-            share_prompts=share_prompts,
-        )
-        work = learn.work_of(batch, policy)
-        return needed_flops_per_token(config, work) * batch.num_tokens
+    def batch(count: int, share_prompts: bool) -> Microbatch:
+        ((one,),) = pack_samples(samples[:count], microbatch_tokens=64, share_prompts=share_prompts)
+        return one
 
-    assert flops(1, False) == pytest.approx(31_168, rel=1e-12)
-    assert flops(1, True) == pytest.approx(31_168, rel=1e-12)
-    assert flops(2, True) == pytest.approx(39_264, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("shape", "keys", "tokens_per_s", "mfu"),
-    [  # an H100 at 795 TFLOP/s and 3.0 TB/s, by a calculation of its own
-        ("smollm2-135m", 100, 306_028, 0.215),
-        ("qwen3-0.6b", 1000, 85_872, 0.332),
-        ("qwen3-0.6b", 8192, 33_216, 0.335),
-        ("qwen3-8b", 1000, 13_697, 0.552),
-    ],
-)
-def test_the_roofline_of_known_models(
-    shape: str, keys: float, tokens_per_s: float, mfu: float, tmp_path: Path
-) -> None:
-    config, card = make_config(shape, context_at(tmp_path, "cuda")), Card(795e12, 3.0e12)
-    seconds = seconds_per_token(config, card, Work(keys))
-    assert 1 / seconds == pytest.approx(tokens_per_s, rel=0.01)
-    flops = needed_flops_per_token(config, Work(keys))
-    assert flops / seconds / card.matmul_flops == pytest.approx(mfu, rel=0.01)
-
-
-def test_the_roofline_by_hand() -> None:
-    """One layer of width 1 with nothing attended to, and no lm_head: 7 weights take 28 FLOPs at
-    0.82 of the peak, 90 low-rank ones at a fifth of it, and 65 + 36 + 26 + 29 elements of 4 bytes
-    are moved."""
-    config = SimpleNamespace(
-        hidden_size=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=1,
-        intermediate_size=1,
-        num_hidden_layers=1,
-        vocab_size=10,
+    for share_prompts in (False, True):
+        flops = measures.needed_flops(policy, batch(1, share_prompts))
+        assert flops == pytest.approx(31_168, rel=1e-12)
+    assert measures.needed_flops(policy, batch(2, True)) == pytest.approx(39_264, rel=1e-12)
+    reached = measures.Device(matmul_flops=100e9, bytes_per_s=1e9)
+    seconds = measures.bound_s(policy, batch(2, True), reached)
+    layers_s, head_s = learner_token_s(
+        RunConfig.model_construct(lora=LoraSection(), optim=OptimSection()),
+        shape_of(config),
+        Card("", 0, tflops=0.125, terabytes_s=1 / 900, link_gb_s=0),
+        context=13 / 5,
     )
-    work = Work(keys=0, scored=0, rank=1, itemsize=4)
-    seconds = seconds_per_token(config, Card(100, 10), work)
-    assert seconds == pytest.approx(28 / 82 + 90 / 20 + 4 * 156 / 10)
-    head = seconds_per_token(config, Card(100, 10), Work(0, 0.5, 1, 4)) - seconds
-    assert head == pytest.approx(0.5 * (40 / 82 + 6 * 10 * 4 / 10))
+    assert seconds == pytest.approx(5 * layers_s + 3 * head_s)
+    assert seconds > 39_264 / 100e9
 
 
 def test_the_speed_at_another_depth() -> None:

@@ -26,8 +26,8 @@ from rl_lora.models.architectures import check_architecture
 from rl_lora.models.device import pick_device, pick_dtype
 from rl_lora.models.load import load_model
 from rl_lora.models.resolve import load_tokenizer, resolve_model
-from rl_lora.nn import attention
 from rl_lora.nn.checksum import weights_hash
+from rl_lora.nn.compiled import compile_layers
 from rl_lora.nn.context import adapters_off
 from rl_lora.nn.experts import adapted_parts, check_rank, expert_tensors, split_experts
 from rl_lora.nn.lora import BASE_PREFIX, attach_lora, lora_layers
@@ -76,9 +76,10 @@ class Policy(ABC):
         self._make_trainable(seed, keep_reference)
         self._has_checkpoints = checkpoint_activations
         if checkpoint_activations:
-            self.model.gradient_checkpointing_enable(
-                {"use_reentrant": False, "context_fn": attention.checkpoint_contexts}
-            )
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        compiles = self.device.type == "cuda" if model.compile is None else model.compile
+        if compiles:
+            compile_layers(self.model, keeps_activations=not checkpoint_activations)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @staticmethod

@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rl_lora.nn import attention
 from rl_lora.nn import token_logprobs as logprobs
 from rl_lora.nn.context import adapters_off
 from rl_lora.nn.cpu_workers import map_on_cores
 from rl_lora.nn.lora import LoraLinear
-from rl_lora.nn.segments import Segment, make_layout
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -115,40 +113,6 @@ def test_adapters_are_off_for_one_thread_only() -> None:
         (True, False) * 4, map_on_cores(compute, (True, False) * 4), strict=True
     ):
         assert torch.allclose(out, base) is is_off
-
-
-@pytest.mark.parametrize(("max_wasted_pairs", "num_buckets"), [(0, 4), (10, 3), (1000, 1)])
-def test_attention_by_segments_is_that_of_separate_sequences(
-    max_wasted_pairs: int, num_buckets: int
-) -> None:
-    """Prompt of 3 with completions of 2 and 4, then a prompt of 1 with one of 3; grouped heads."""
-    segments = [
-        *(Segment(0, 3), Segment(3, 2, 0, 3), Segment(5, 4, 0, 3)),
-        *(Segment(9, 1), Segment(10, 3, 9, 1)),
-    ]
-    sequences = [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6, 7, 8], [9, 10, 11, 12]]
-    query_THD, key_TJD, value_TJD = random(13, 4, 8), random(13, 2, 8, seed=1), random(13, 2, 8)
-    layout = make_layout(segments, max_wasted_pairs)
-    assert len(layout.buckets) == num_buckets
-    out_THD = attention.attend(query_THD, key_TJD, value_TJD, layout, 0.3)
-    for ids in sequences:
-        query, key, value = (x[ids].transpose(0, 1)[None] for x in (query_THD, key_TJD, value_TJD))
-        expected = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=0.3, enable_gqa=True
-        )
-        assert torch.allclose(out_THD[ids], expected[0].transpose(0, 1), atol=1e-5)
-
-
-def test_attention_computed_again_in_the_backward_pass_has_the_same_gradients() -> None:
-    layout = make_layout([Segment(0, 3), Segment(3, 2, 0, 3), Segment(5, 4, 0, 3)])
-    gradients = []
-    for function in (attention.attend, attention._Attend.apply):
-        inputs = [random(9, heads, 8, seed=heads).requires_grad_() for heads in (4, 2, 2)]
-        query_THD, key_TJD, value_TJD = inputs
-        out_THD = function(query_THD, key_TJD, value_TJD, layout, 0.3)
-        gradients.append(torch.autograd.grad((out_THD * random(9, 4, 8, seed=7)).sum(), inputs))
-    for again, kept in zip(*gradients, strict=True):
-        assert torch.allclose(again, kept, atol=1e-5)
 
 
 def test_work_on_cores_comes_in_order_and_gives_the_threads_back() -> None:

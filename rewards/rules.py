@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal
 
 
@@ -60,6 +61,14 @@ class GradingRules:
     accept_short_text: bool = True
     # Integer answers outside this inclusive range are wrong.
     answer_range: tuple[int, int] | None = None
+
+    @property
+    def largest_difference(self) -> Fraction | None:
+        """Between equal values; None if only rounding counts."""
+        if self.tolerance is not None:
+            return Fraction(str(self.tolerance))
+        decimals = self.tolerance_decimals
+        return None if decimals is None else Fraction(1, 2 * 10**decimals)
 
 
 RULES: dict[str, GradingRules] = {

@@ -31,12 +31,7 @@ from rl_lora.nn.variants import merged_dora
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """Changes to the base's tensors, by their names in the base's files.
-
-    Example: Patch(lora={"model.layers.0.self_attn.q_proj.weight": LowRank(...)}, magnitudes={},
-    replaced={}, added={}, embedding="model.embed_tokens.weight", head="lm_head.weight",
-    is_tied=True, unties=False)
-    """
+    """Changes to the base's tensors, by their names in the base's files."""
 
     lora: dict[str, LowRank]
     magnitudes: dict[str, Tensor]  # DoRA's row norms, [d_out]

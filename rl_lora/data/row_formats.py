@@ -27,7 +27,6 @@ from rl_lora.data.columns import (
     Raw,
     check_named,
     check_text,
-    explain_missing,
     parsed,
     reach,
     unpack,
@@ -310,16 +309,13 @@ def parse_rows(
     """
     raws = [unpack(raw, f"{where}, row {index}") for index, raw in enumerate(raws)]
     columns = {str(column) for raw in raws for column in raw}
-    check_named(columns, where, question, answer)
+    check_named(raws, where, question, answer)
     found = find_format(columns)
     if found is None and (question is None or answer is None):
         raise UserError(
             f"{where}: no question and gold answer among its columns "
             f"({', '.join(sorted(columns)) or 'none'}); name both: {COLUMN_KEYS}"
         )
-    for key, column in (("question", question), ("answer", answer)):
-        if column is not None and all(reach(raw, column) is None for raw in raws):
-            explain_missing(raws, column, key, where)
     rows = []
     for index, raw in enumerate(raws):
         full = {**dict.fromkeys(sorted(columns)), **raw}

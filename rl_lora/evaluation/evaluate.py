@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,10 @@ class Evaluation:
 
     def settings(self, policy: str) -> dict[str, Any]:
         """All that the samples and verdicts of a policy depend on; the file's first line."""
-        params = self.params
         return {
             "problems": problems_key(self.prompts_N),
             "num_problems": len(self.prompts_N),
-            "num_samples": params.num_samples,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "max_tokens": params.max_tokens,
-            "stop": list(params.stop),
-            "seed": params.seed,
+            **asdict(self.params),
             "policy": policy,
             **self.identity,
         }
@@ -96,7 +90,9 @@ def evaluate(
     if not prompts_N:
         raise UserError("evaluation: there are no problems; check data.eval")
     settings = evaluation.settings(policy)
-    file = path and EvaluationFile(path.parent, path.name, settings, restart=restart)
+    file = None
+    if path is not None:
+        file = EvaluationFile(path.parent, path.name, settings, restart=restart)
     problems_N, version = _evaluate_missing(sampler, evaluation, file)
     result = EvalResult(
         total=evaluation_scores(problems_N, evaluation.confidence),

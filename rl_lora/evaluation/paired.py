@@ -209,20 +209,17 @@ def _check_same(
     second: Path,
     problems_2: Sequence[ProblemRecord],
 ) -> None:
-    for path, problems in ((first, problems_1), (second, problems_2)):
+    sides = ((first, problems_1), (second, problems_2))
+    for path, problems in sides:
         if not problems:
             raise UserError(f"{path} has no problems yet; wait for rl-lora eval to finish")
-    questions_1, questions_2 = (
-        {problem.prompt_id: (problem.question, problem.reference) for problem in problems}
-        for problems in (problems_1, problems_2)
-    )
-    for prompt_id in (*questions_1, *questions_2):
-        if questions_1.get(prompt_id) != questions_2.get(prompt_id):
-            raise UserError(
-                f"{first} ({len(problems_1)} problems) and {second} ({len(problems_2)}) are not of "
-                f"the same problems: {prompt_id} differs or is in only one of them; evaluate both "
-                "policies with the same data.eval"
-            )
+    asked = [{(p.prompt_id, p.question, p.reference) for p in problems} for _, problems in sides]
+    if differing := sorted(asked[0] ^ asked[1]):
+        raise UserError(
+            f"{first} ({len(problems_1)} problems) and {second} ({len(problems_2)}) are not of "
+            f"the same problems: {differing[0][0]} differs or is in only one of them; evaluate "
+            "both policies with the same data.eval"
+        )
     num_samples = {len(problem.samples_G) for problem in (*problems_1, *problems_2)}
     if len(num_samples) > 1:
         raise UserError(

@@ -46,10 +46,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What remains of a study.
-
-    Example: Estimate(seconds=610.0, peak_mb=620.0, slots=2, has_gpus=False)
-    """
+    """What remains of a study."""
 
     seconds: float  # wall clock, with all slots busy
     peak_mb: float  # of one process

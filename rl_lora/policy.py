@@ -21,9 +21,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_lora.config import LoraSection, ModelSection, parse_as
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.forward import can_share_prompts, token_logprobs
 from rl_lora.models.architectures import check_architecture
 from rl_lora.models.device import pick_device, pick_dtype
+from rl_lora.models.forward import can_share_prompts, token_logprobs
 from rl_lora.models.load import load_model
 from rl_lora.models.resolve import load_tokenizer, resolve_model
 from rl_lora.nn.checksum import weights_hash

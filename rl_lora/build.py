@@ -52,6 +52,7 @@ class RunContext:
     loss: LossFn
     advantage: AdvantageFn
     sampler: Sampler
+    handover: Path | None = None  # in memory, for the versions that only the sampler needs
 
 
 @contextlib.contextmanager

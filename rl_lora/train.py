@@ -30,7 +30,7 @@ from rl_lora.runs.start import Start
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.liveness import check_at_start, check_step, check_version, staleness_metrics
 from rl_lora.sft.warm_start import has_solutions, warm_start
-from rl_lora.state import State, publish, restore, save
+from rl_lora.state import State, publish, restore, save, with_handover
 from rl_lora.storage.directories import atomic_directory
 from rl_lora.types import RolloutGroup
 
@@ -189,7 +189,8 @@ def open_parts(
         ) as log,
         open_run(
             config, on_loaded=on_loaded, on_note=display.note, on_progress=display.sampling
-        ) as job,
+        ) as opened,
+        with_handover(opened) as job,
     ):
         learner = make_learner(
             job.policy,

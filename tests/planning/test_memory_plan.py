@@ -102,7 +102,7 @@ def test_counts_equal_those_of_the_real_policy(
 
 def test_known_shapes_have_the_published_sizes() -> None:
     sizes = {
-        name: parameter_counts(build_on_meta(config_class(**shape)), LoraSection()).base
+        name: parameter_counts(build_on_meta(config_class(**shape)), LoraSection(rank=8)).base
         for name, (config_class, shape) in KNOWN_SHAPES.items()
     }
     assert sizes == {
@@ -145,6 +145,7 @@ def test_memory_plan_adds_up_by_hand() -> None:
             "model": {"name": "meta-llama/Llama-3.1-8B", "device": "cuda", "dtype": "bfloat16"},
             "lora": {"rank": 1},
             "data": {"max_prompt_tokens": 256},
+            "optim": {"microbatch_tokens": 4096},
             "sampling": {"max_tokens": 256, "num_prompts": 4, "num_samples": 8},
         }
     )

@@ -64,6 +64,7 @@ class VllmSampler:
     """A `Sampler` on an in-process vLLM engine; only one may be open at a time."""
 
     has_own_weights = True
+    _rests = False  # while the learner works
     _open: ClassVar[weakref.ref[VllmSampler] | None] = None  # vLLM's state is one per process
 
     def __init__(
@@ -107,7 +108,6 @@ class VllmSampler:
         self._model_dir = model_dir
         self._adapter: Adapter | None = None
         self._known: dict[str, tuple[int, str]] = {}  # adapter name -> (vLLM's id, fingerprint)
-        self._rests = False  # while the learner works
         self._checksums: list[int] = []  # of the weights of an engine that sleeps on a GPU
         settings = engine_settings(
             model_dir,

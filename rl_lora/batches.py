@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_lora.nn.segments import make_layout
+from rl_lora.nn.segments import make_layout, moved
 from rl_lora.types import Microbatch, RolloutGroup, TrainSample
 
 
@@ -120,7 +120,7 @@ def to_device(batch: Microbatch, device: torch.device) -> Microbatch:
     if batch.token_ids_BT.device == device:
         return batch
     tensors: dict[str, Any] = {
-        name: value.to(device, non_blocking=True)
+        name: moved(value, device)
         for name in Microbatch.__slots__
         if isinstance(value := getattr(batch, name), Tensor)
     }

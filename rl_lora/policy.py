@@ -21,9 +21,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_lora.config import LoraSection, ModelSection, parse_as
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.forward import can_share_prompts, token_logprobs
 from rl_lora.models.architectures import check_architecture
 from rl_lora.models.device import pick_device, pick_dtype
+from rl_lora.models.forward import can_share_prompts, token_logprobs
 from rl_lora.models.load import load_model
 from rl_lora.models.resolve import load_tokenizer, resolve_model
 from rl_lora.nn.checksum import weights_hash
@@ -77,8 +77,8 @@ class Policy(ABC):
         self._has_checkpoints = checkpoint_activations
         if checkpoint_activations:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        compiles = self.device.type == "cuda" if model.compile is None else model.compile
-        if compiles:
+        self._is_compiled = self.device.type == "cuda" if model.compile is None else model.compile
+        if self._is_compiled:
             compile_layers(self.model, keeps_activations=not checkpoint_activations)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
@@ -203,7 +203,7 @@ class Policy(ABC):
         Raises:
             ValueError: the batch shares prompts in a row, which this model cannot compute.
         """
-        return token_logprobs(self.model, batch, temperature)
+        return token_logprobs(self.model, batch, temperature, self._is_compiled)
 
     @abstractmethod
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
@@ -285,7 +285,7 @@ class LoraPolicy(Policy):
     @torch.no_grad()
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
         with self.adapter_off():
-            return token_logprobs(self.model, batch, temperature)[0]
+            return token_logprobs(self.model, batch, temperature, self._is_compiled)[0]
 
     def base_fingerprint(self) -> str:
         """`weights_hash` of the frozen weights."""
@@ -350,7 +350,7 @@ class FullPolicy(Policy):
     @torch.no_grad()
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
         assert self._reference is not None, "built without keep_reference"
-        return token_logprobs(self._reference, batch, temperature)[0]
+        return token_logprobs(self._reference, batch, temperature, self._is_compiled)[0]
 
     def base_fingerprint(self) -> str:
         from rl_lora.adapters.files import fingerprint

@@ -47,9 +47,14 @@ class AttentionLayout(NamedTuple):
     def to(self, device: torch.device) -> AttentionLayout:
         """The layout with its tensors on the device."""
         starts_S, families_N, sizes = self
-        return AttentionLayout(
-            starts_S.to(device, non_blocking=True), families_N.to(device, non_blocking=True), sizes
-        )
+        return AttentionLayout(moved(starts_S, device), moved(families_N, device), sizes)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; the host does not wait for a copy to a GPU, from pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def make_layout(

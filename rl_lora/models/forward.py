@@ -19,10 +19,10 @@ from rl_lora.types import Microbatch, TrainSample
 
 
 def token_logprobs(
-    model: PreTrainedModel, batch: Microbatch, temperature: float
+    model: PreTrainedModel, batch: Microbatch, temperature: float, is_compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(policy_logprobs_C with gradient, entropy_C without), float32, nats, as
-    `Policy.token_logprobs`.
+    `Policy.token_logprobs`; is_compiled: compile what follows the model's layers.
 
     Raises:
         ValueError: the batch shares prompts in a row, which this model cannot compute.
@@ -38,7 +38,8 @@ def token_logprobs(
         input_ids=batch.token_ids_BT, position_ids=batch.position_BT, use_cache=False, **attending
     ).last_hidden_state
     hidden_CD = take_positions(hidden_BTD, batch.row_C, batch.column_C)
-    return score_hidden(hidden_CD, model.get_output_embeddings(), batch.target_ids_C, temperature)
+    head = model.get_output_embeddings()
+    return score_hidden(hidden_CD, head, batch.target_ids_C, temperature, is_compiled=is_compiled)
 
 
 @torch.no_grad()

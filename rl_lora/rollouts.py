@@ -36,7 +36,8 @@ def rollout(
     """One group of num_samples scored completions per prompt, in the prompts' order.
 
     Args:
-        sampler: with the adapter to sample from set.
+        sampler: with the adapter to sample from set; its memory is released at the end, for the
+            learner.
         prompts_N: the problems.
         reward: `rl_lora.load_reward("math")`, or a function of (completion, reference) that
             returns a finite number; other forms of function: see `rewards.FunctionReward`.
@@ -52,7 +53,9 @@ def rollout(
     params = SampleParams(num_samples, max_tokens, temperature, stop=stop, seed=seed)
     with scoring_thread() as thread:
         scoring = Scoring(prompts_N, _as_reward(reward), thread)
-        return sample_and_score(sampler, scoring, params, version=None).groups()
+        groups_N = sample_and_score(sampler, scoring, params, version=None).groups()
+    sampler.release_memory()
+    return groups_N
 
 
 def _as_reward(reward: Reward | UserReward) -> Reward:

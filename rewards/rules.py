@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal
 
 
@@ -61,6 +62,14 @@ class GradingRules:
     # Integer answers outside this inclusive range are wrong.
     answer_range: tuple[int, int] | None = None
 
+    @property
+    def largest_difference(self) -> Fraction | None:
+        """Between equal values; None if only rounding counts."""
+        if self.tolerance is not None:
+            return Fraction(str(self.tolerance))
+        decimals = self.tolerance_decimals
+        return None if decimals is None else Fraction(1, 2 * 10**decimals)
+
 
 RULES: dict[str, GradingRules] = {
     "default": GradingRules(),
@@ -96,6 +105,6 @@ def load_rules(name: str) -> GradingRules:
     if name not in RULES:
         near = difflib.get_close_matches(name, RULES, n=1, cutoff=0.0)
         raise ValueError(
-            f"unknown policy {name!r}: did you mean {near[0]!r}? Known: {', '.join(RULES)}"
+            f"unknown rules {name!r}: did you mean {near[0]!r}? Known: {', '.join(RULES)}"
         )
     return RULES[name]

@@ -10,7 +10,7 @@ import inspect
 import math
 import numbers
 import traceback
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -129,17 +129,23 @@ class FunctionReward(Reward):
 
     def _awaited(self, results: list[Any], got: str) -> list[Any]:
         """The results, with coroutines awaited."""
-        if not any(inspect.iscoroutine(result) for result in results):
+        coroutines = [result for result in results if inspect.iscoroutine(result)]
+        if not coroutines:
             return results
         import asyncio  # lazy: slows every start of the command line
 
+        async def gathered() -> list[Any]:
+            # An exception becomes a result, so that no coroutine is left running.
+            return await asyncio.gather(*coroutines, return_exceptions=True)
+
         # One loop for the reward's lifetime: clients cached by the user's function are tied to it.
         self._runner = self._runner or asyncio.Runner()
-        done = self._runner.run(_gathered(results))
+        done = self._runner.run(gathered())
         for result in done:
             if isinstance(result, Exception):
                 raise self._failed(result, got) from result
-        return done
+        values = iter(done)
+        return [next(values) if inspect.iscoroutine(result) else result for result in results]
 
     def _failed(self, error: Exception, got: str) -> RewardError:
         frames = traceback.extract_tb(error.__traceback__)
@@ -173,19 +179,6 @@ class FunctionReward(Reward):
 
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
-
-async def _gathered(results: list[Any]) -> list[Any]:
-    """Run coroutines concurrently; an exception becomes a result, so that none is left running."""
-    import asyncio
-
-    async def plain(value: Any) -> Any:
-        return value
-
-    calls: list[Coroutine[Any, Any, Any]] = [
-        result if inspect.iscoroutine(result) else plain(result) for result in results
-    ]
-    return list(await asyncio.gather(*calls, return_exceptions=True))
 
 
 def _number(value: Any) -> float | None:

@@ -21,13 +21,13 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_lora.config import LoraSection, ModelSection, parse_as
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.forward import can_share_prompts, token_logprobs
 from rl_lora.models.architectures import check_architecture
 from rl_lora.models.device import pick_device, pick_dtype
+from rl_lora.models.forward import can_share_prompts, token_logprobs
 from rl_lora.models.load import load_model
 from rl_lora.models.resolve import load_tokenizer, resolve_model
-from rl_lora.nn import attention
 from rl_lora.nn.checksum import weights_hash
+from rl_lora.nn.compiled import compile_layers
 from rl_lora.nn.context import adapters_off
 from rl_lora.nn.experts import adapted_parts, check_rank, expert_tensors, split_experts
 from rl_lora.nn.lora import BASE_PREFIX, attach_lora, lora_layers
@@ -76,9 +76,10 @@ class Policy(ABC):
         self._make_trainable(seed, keep_reference)
         self._has_checkpoints = checkpoint_activations
         if checkpoint_activations:
-            self.model.gradient_checkpointing_enable(
-                {"use_reentrant": False, "context_fn": attention.checkpoint_contexts}
-            )
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._is_compiled = self.device.type == "cuda" if model.compile is None else model.compile
+        if self._is_compiled:
+            compile_layers(self.model, keeps_activations=not checkpoint_activations)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @staticmethod
@@ -202,7 +203,7 @@ class Policy(ABC):
         Raises:
             ValueError: the batch shares prompts in a row, which this model cannot compute.
         """
-        return token_logprobs(self.model, batch, temperature)
+        return token_logprobs(self.model, batch, temperature, self._is_compiled)
 
     @abstractmethod
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
@@ -284,7 +285,7 @@ class LoraPolicy(Policy):
     @torch.no_grad()
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
         with self.adapter_off():
-            return token_logprobs(self.model, batch, temperature)[0]
+            return token_logprobs(self.model, batch, temperature, self._is_compiled)[0]
 
     def base_fingerprint(self) -> str:
         """`weights_hash` of the frozen weights."""
@@ -349,7 +350,7 @@ class FullPolicy(Policy):
     @torch.no_grad()
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
         assert self._reference is not None, "built without keep_reference"
-        return token_logprobs(self._reference, batch, temperature)[0]
+        return token_logprobs(self._reference, batch, temperature, self._is_compiled)[0]
 
     def base_fingerprint(self) -> str:
         from rl_lora.adapters.files import fingerprint

@@ -33,10 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PromptSets:
-    """The prompts for training and evaluation.
-
-    Example: PromptSets(train=[Prompt(...)], eval=[Prompt(...)], notes=["gsm8k: 7473 of 7473 ..."])
-    """
+    """The prompts for training and evaluation."""
 
     train: list[Prompt]
     eval: list[Prompt]

@@ -52,16 +52,13 @@ def rollout(
     """
     params = SampleParams(num_samples, max_tokens, temperature, stop=stop, seed=seed)
     with scoring_thread() as thread:
-        scoring = Scoring(prompts_N, _as_reward(reward), thread)
+        is_reward = hasattr(reward, "score_batch")
+        name = getattr(reward, "__name__", "reward")
+        graded_by = cast("Reward", reward) if is_reward else FunctionReward(name, reward)
+        scoring = Scoring(prompts_N, graded_by, thread)
         groups_N = sample_and_score(sampler, scoring, params, version=None).groups()
     sampler.release_memory()
     return groups_N
-
-
-def _as_reward(reward: Reward | UserReward) -> Reward:
-    if hasattr(reward, "score_batch"):
-        return cast("Reward", reward)
-    return FunctionReward(getattr(reward, "__name__", "reward"), reward)
 
 
 def sample_groups(

@@ -382,7 +382,7 @@ def test_a_step_of_more_than_2_to_the_24_tokens_has_its_metrics() -> None:
     batch = Microbatch(
         token_ids_BT=torch.zeros(1, 2, dtype=torch.int64),
         position_BT=None,
-        segments=None,
+        layout=None,
         row_C=row,
         column_C=row,
         target_ids_C=row,

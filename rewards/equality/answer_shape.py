@@ -11,7 +11,7 @@ from rewards.equality.modular import Residues
 from rewards.equality.numeric import is_real, line_in
 from rewards.equality.relations import compatible_names, standard_name
 from rewards.parsing.names import is_equation, is_name
-from rewards.parsing.nodes import PI, LimitExceeded, Node, has_kind, number_node, symbols, walk
+from rewards.parsing.nodes import PI, LimitExceeded, Node, number_node
 from rewards.rules import GradingRules
 
 MAX_EXPANSION = 64
@@ -31,8 +31,8 @@ def renamings(
     is_option = gold.kind == "sym" and gold.name.upper() in tuple("ABCDE")
     if not rules.rename_bound or (gold.kind == "sym" and not is_option):
         return
-    gold_names = sorted(symbols(gold) - symbols(answer))
-    answer_names = sorted(symbols(answer) - symbols(gold))
+    gold_names = sorted(gold.symbols() - answer.symbols())
+    answer_names = sorted(answer.symbols() - gold.symbols())
     if not 0 < len(answer_names) == len(gold_names) <= 3:
         return
     is_shared = _are_families(gold, answer)
@@ -56,14 +56,14 @@ def renamings(
 def _are_families(*nodes: Node) -> bool:
     """Are these families of solutions: multiples of pi, or collections that repeat a letter?"""
     return all(
-        any(item == PI for item in walk(node))
-        or (has_kind(node, "seq", "union", "set") and _has_repeated_letter(node))
+        any(item == PI for item in node.walk())
+        or (node.has("seq", "union", "set") and _has_repeated_letter(node))
         for node in nodes
     )
 
 
 def _has_repeated_letter(node: Node) -> bool:
-    names = [item.name for item in walk(node) if item.kind == "sym"]
+    names = [item.name for item in node.walk() if item.kind == "sym"]
     return len(set(names)) < len(names)
 
 
@@ -71,9 +71,9 @@ def _runs_through(node: Node, names: list[str]) -> bool:
     """Is there one symbol, the parameter of a tuple such as (3 + 2t, 5 - t)?"""
     if len(names) != 1 or node.kind not in ("seq", "matrix", "list", "set"):
         return False
-    parts = [item for item in walk(node) if item.kind not in ("seq", "matrix", "list", "set")]
-    components = [part for part in parts if names[0] in symbols(part) and part.kind != "sym"]
-    return has_kind(node, "seq") and len(components) > 1
+    parts = [item for item in node.walk() if item.kind not in ("seq", "matrix", "list", "set")]
+    components = [part for part in parts if names[0] in part.symbols() and part.kind != "sym"]
+    return node.has("seq") and len(components) > 1
 
 
 def _are_constants(left: str, right: str) -> bool:
@@ -168,18 +168,18 @@ def split_conditions(node: Node) -> tuple[Node, list[Node]]:
         return node, []
     formula = formulas[0]
     body = item_value(formula)
-    if not all(symbols(item) & symbols(body) for item in conditions):
+    if not all(item.symbols() & body.symbols() for item in conditions):
         return node, []
     return formula, conditions
 
 
 def same_family(gold: Node, answer: Node) -> bool:
     r"""Same values over the integers k, up to a shift: -\pi/3 + k\pi and 2\pi/3 + k\pi?"""
-    names = symbols(gold) | symbols(answer)
+    names = gold.symbols() | answer.symbols()
     is_integer = bool(names & set("kKnNmlj"))
-    if len(names) != 1 or not is_integer or symbols(gold) != symbols(answer):
+    if len(names) != 1 or not is_integer or gold.symbols() != answer.symbols():
         return False
-    if PI not in walk(gold):
+    if PI not in gold.walk():
         return False
     (name,) = names
     try:
@@ -237,7 +237,7 @@ def expand_all(items: list[Node]) -> list[Node]:
 
 def expand_signs(node: Node) -> list[Node]:
     """All values of a node with plus-minus signs; signs within one scalar are tied."""
-    if not has_kind(node, "pm"):
+    if not node.has("pm"):
         return [node]
     if node.kind in ("seq", "set", "matrix", "rel", "congruence"):
         choices = [expand_signs(item) for item in node.args]

@@ -22,11 +22,7 @@ from rewards.parsing.nodes import (
     LimitExceeded,
     Node,
     divide,
-    has_kind,
     number_node,
-    rename,
-    replace,
-    symbols,
 )
 from rewards.parsing.parser import Parsed
 from rewards.rules import GradingRules
@@ -66,7 +62,7 @@ class Comparison:
             bool(gold.bound | answer.bound) or "rel" in (gold.node.kind, answer.node.kind)
         )
         for names in shape.renamings(left, right, gold.bound, answer.bound, self.rules):
-            renamed = rename(right, names)
+            renamed = right.rename(names)
             if self.equal(left, renamed):
                 return True
             if is_family and shape.same_family(left, renamed):
@@ -91,7 +87,7 @@ class Comparison:
                 return False
             return self.equal(*(n.args[0] if n.kind == "label" else n for n in (gold, answer)))
         are_residues = kinds == {"open"} and gold.name == answer.name == "mod"
-        is_single = "list" not in kinds and not has_kind(gold, "pm") and not has_kind(answer, "pm")
+        is_single = "list" not in kinds and not gold.has("pm") and not answer.has("pm")
         if are_residues or ("congruence" in kinds and is_single):
             return equal_congruences(gold, answer, self.equal)
         if kinds == {"rel", "list"}:
@@ -120,7 +116,7 @@ class Comparison:
                 return formulas
         if is_piecewise(gold) or is_piecewise(answer):
             return self._equal_pieces(gold, answer)
-        if kinds & {"list", "set"} or has_kind(gold, "pm") or has_kind(answer, "pm"):
+        if kinds & {"list", "set"} or gold.has("pm") or answer.has("pm"):
             return self._equal_collections(gold, answer)
         if kinds & {"seq", "matrix"}:
             return self._equal_sequences(gold, answer)
@@ -168,9 +164,9 @@ class Comparison:
         try:
             if equal_scalars(gold, answer, self.rules):
                 return True
-            if symbols(gold) ^ symbols(answer) != {_GOLDEN.name}:
+            if gold.symbols() ^ answer.symbols() != {_GOLDEN.name}:
                 return False
-            gold, answer = (replace(side, _GOLDEN, GOLDEN_RATIO) for side in (gold, answer))
+            gold, answer = (side.substitute(_GOLDEN, GOLDEN_RATIO) for side in (gold, answer))
             return equal_scalars(gold, answer, self.rules)
         except Undecided:
             if self.last_resort is None:
@@ -310,7 +306,7 @@ class Comparison:
         left, right = shape.items_of(gold), shape.items_of(answer)
         is_set = "set" in (gold.kind, answer.kind)
         for one, other in ((gold, answer), (answer, gold)):
-            if one.kind == "seq" and other.kind == "list" and not has_kind(one, "pm"):
+            if one.kind == "seq" and other.kind == "list" and not one.has("pm"):
                 if one.name == "()" and shape.is_coordinates(other):
                     return self._in_order(
                         [shape.item_value(item) for item in gold.args],

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from rewards.equality.exact import Undecided, exact, quadratic
 from rewards.parsing.names import is_equation
-from rewards.parsing.nodes import Node, number_node, symbols
+from rewards.parsing.nodes import Node, number_node
 
 Equal = Callable[[Node, Node], bool]
 _INTEGERS = frozenset("kKnNmltsjq")
@@ -56,8 +56,8 @@ def _as_congruence(node: Node) -> Node | None:
         name, value = node.args
         if name.kind != "sym":
             return None
-    free = symbols(value) & _INTEGERS
-    if len(symbols(value)) != 1 or not free:
+    free = value.symbols() & _INTEGERS
+    if len(value.symbols()) != 1 or not free:
         return None
     (parameter,) = free
     coefficients = quadratic(value, parameter)

@@ -113,6 +113,8 @@ def _function(name: str, args: list[Fraction]) -> Fraction:
         return Fraction(math.factorial(whole[0]))
     if name == "factorial2" and whole[0] <= MAX_FACTORIAL:
         return Fraction(math.prod(range(whole[0], 0, -2)))
-    if name == "binom" and len(whole) == 2 and whole[0] <= MAX_EXACT_BITS // 2:
-        return Fraction(math.comb(whole[0], whole[1]))
+    if name == "binom" and len(whole) == 2:
+        num_bits = min(whole[1], whole[0] - whole[1]) * whole[0].bit_length()
+        if whole[0] <= MAX_EXACT_BITS // 2 or num_bits <= MAX_EXACT_BITS:
+            return Fraction(math.comb(whole[0], whole[1]))
     raise Undecided

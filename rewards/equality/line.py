@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from rewards.equality.exact import Undecided
 from rewards.equality.numeric import FLOATS, is_real, value_of
-from rewards.parsing.nodes import INFINITY, Node, negative, symbols
+from rewards.parsing.nodes import INFINITY, Node, negative
 
 MAX_PIECES = 64
 MINUS_INFINITY = negative(INFINITY)
@@ -59,7 +59,7 @@ def order_of(node: Node) -> float:
         return math.inf
     if node == MINUS_INFINITY:
         return -math.inf
-    if symbols(node):
+    if node.symbols():
         return math.nan
     try:
         value = value_of(node, {}, FLOATS)

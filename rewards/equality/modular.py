@@ -8,11 +8,12 @@ residues prove equality with an error probability of about degree / 2^61 (Schwar
 
 from __future__ import annotations
 
+import contextlib
 import random
 from fractions import Fraction
 
-from rewards.equality.exact import MAX_FACTORIAL, Undecided, exact
-from rewards.parsing.nodes import Node, symbols
+from rewards.equality.exact import Undecided, exact
+from rewards.parsing.nodes import Node
 
 PRIME = 2**61 - 31  # 1 modulo 4, so that -1 has a root
 SQRT_MINUS_ONE = 583529827753931384
@@ -61,7 +62,8 @@ class Residues:
         if kind == "func" and node.name == "exp":
             return self._power(Node("pow", (Node("const", name="e"), node.args[0])))
         if kind == "func" and node.name in ("factorial", "binom"):
-            return self._combinatorial(node)
+            with contextlib.suppress(Undecided):
+                return _fraction(exact(node))
         if kind == "func" and node.name == "root" and len(node.args) == 2:
             inverse = Node("pow", (node.args[1], Node("num", number=Fraction(-1))))
             return self._power(Node("pow", (node.args[0], inverse)))
@@ -83,7 +85,7 @@ class Residues:
 
     def _power(self, node: Node) -> int:
         base, exponent = node.args
-        values = {name: self.symbol(name) for name in symbols(exponent)}
+        values = {name: self.symbol(name) for name in exponent.symbols()}
         self.has_symbolic_power |= bool(values)
         residue = self.of(base)
         try:
@@ -100,29 +102,6 @@ class Residues:
         if residue == 0 and power <= 0:
             raise Undecided
         return pow(residue, int(power) % (PRIME - 1), PRIME)
-
-    def _combinatorial(self, node: Node) -> int:
-        try:
-            whole = [exact(arg) for arg in node.args]
-        except Undecided:
-            return self._opaque(node)
-        if any(value.denominator != 1 or value < 0 for value in whole):
-            return self._opaque(node)
-        top = int(whole[0])
-        if node.name == "factorial" and top <= MAX_FACTORIAL:
-            return _falling(top, top)
-        if node.name == "binom" and len(whole) == 2:
-            bottom = min(int(whole[1]), top - int(whole[1]))
-            if 0 <= bottom <= MAX_FACTORIAL:
-                return _falling(top, bottom) * _inverse(_falling(bottom, bottom)) % PRIME
-        return self._opaque(node)
-
-
-def _falling(top: int, count: int) -> int:
-    product = 1
-    for factor in range(top - count + 1, top + 1):
-        product = product * factor % PRIME
-    return product
 
 
 def _inverse(value: int) -> int:
@@ -155,7 +134,7 @@ def identical(left: Node, right: Node) -> bool | None:
         if a == 0 and residues.integers and left != right:
             return None if residues.is_opaque else False
         num_agreed += 1
-        if num_agreed == 4 and symbols(left) == symbols(right):
+        if num_agreed == 4 and left.symbols() == right.symbols():
             return True
         if num_agreed == MAX_POINTS or not residues.has_symbolic_power:
             return True

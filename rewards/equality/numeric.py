@@ -21,7 +21,7 @@ from typing import Any
 import mpmath
 
 from rewards.equality.exact import Undecided
-from rewards.parsing.nodes import Node, symbols, walk
+from rewards.parsing.nodes import Node
 
 MAX_LOG_OF_LOG = 1e5  # beyond it, not even logarithms are computed
 MAX_FACTORIAL_ARGUMENT = 1e4
@@ -44,12 +44,12 @@ class Arithmetic:
 
 _FUNCTIONS = (
     "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth asinh acosh atanh"
-    " exp ln gamma floor ceil"
+    " exp ln gamma loggamma floor ceil"
 )
 
 
 def _arithmetic(context: Any, tiny: float, max_log: float) -> Arithmetic:
-    """mpmath's floats, or its numbers of a fixed precision."""
+    """The arithmetic of a context of mpmath: of its floats, or of a fixed precision."""
     functions: dict[str, Callable[..., Any]] = {"abs": abs}
     for name in _FUNCTIONS.split():  # mpmath's floats have no asinh, acosh, atanh
         functions[name] = getattr(context, name, getattr(cmath, name, None))
@@ -77,13 +77,9 @@ class Precise:
 
     lock = threading.RLock()
 
-    @classmethod
-    def renew(cls) -> None:
-        """Replace the lock after a fork, since another thread may have held it."""
-        cls.lock = threading.RLock()
 
-
-os.register_at_fork(after_in_child=Precise.renew)
+# Another thread may hold it during a fork.
+os.register_at_fork(after_in_child=lambda: setattr(Precise, "lock", threading.RLock()))
 
 
 def value_of(node: Node, values: Values, system: Arithmetic) -> Any:
@@ -241,11 +237,11 @@ def corners(names: frozenset[str]) -> list[dict[str, Fraction]]:
 
 def same_value(left: Node, right: Node) -> bool:
     """Are two trees equal as functions of their symbols? Raises Undecided."""
-    names = symbols(left) | symbols(right)
+    names = left.symbols() | right.symbols()
     if not names:
         return _agree_at(left, right, {}, must_be_real=False)
     places: Sequence[Values]
-    if IMAGINARY in walk(left) or IMAGINARY in walk(right):
+    if IMAGINARY in left.walk() or IMAGINARY in right.walk():
         # At complex points, since |z - i| and |z + i| agree on the whole real line.
         pairs = zip(points(names, 4, False), points(names, 5, False), strict=False)
         places = [{name: (x[name], y[name]) for name in names} for x, y in pairs]

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from rewards.equality.exact import Undecided
 from rewards.equality.numeric import FLOATS, differ, value_of
-from rewards.parsing.nodes import Node, symbols, walk
+from rewards.parsing.nodes import Node
 
 _ORDER = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "=": operator.eq,
@@ -34,11 +34,11 @@ def _is_row(node: Node) -> bool:
 
 def same_pieces(gold: Node, answer: Node) -> bool:
     """Compare two functions of one unknown, at least one of them piecewise. Raises Undecided."""
-    names = symbols(gold) | symbols(answer)
+    names = gold.symbols() | answer.symbols()
     if len(names) != 1:
         raise Undecided
     (name,) = names
-    numbers = {item.number for side in (gold, answer) for item in walk(side) if item.kind == "num"}
+    numbers = {item.number for side in (gold, answer) for item in side.walk() if item.kind == "num"}
     ends = sorted({Fraction(0), *numbers, *(-number for number in numbers)})[:32]
     places = [*ends, *(end + Fraction(37, 101) for end in ends)]
     places += [ends[0] - Fraction(57, 101), ends[0] - 41, ends[-1] + 43]

@@ -26,17 +26,7 @@ from rewards.equality.line import (
     point,
     unite,
 )
-from rewards.parsing.nodes import (
-    HALF,
-    UNNAMED,
-    Node,
-    divide,
-    negative,
-    number_node,
-    replace,
-    symbols,
-    walk,
-)
+from rewards.parsing.nodes import HALF, UNNAMED, Node, divide, negative, number_node
 
 _INTEGERS = {"\\mathbb{Z}": None, "\\mathbb{N}": 1, "\\mathbb{Z}^+": 1}  # and the least one
 _WHOLE_LINE = ("\\mathbb{R}", "\\mathbb R", "R")
@@ -152,7 +142,7 @@ def solve(left: Node, operator: str, right: Node) -> Region:
             left, operator, right = _solve_linear(left, operator, right)
         except NotARegion:
             return _solve_quadratic(left, operator, right)
-    if left.kind == "sym" and left.name in symbols(right):
+    if left.kind == "sym" and left.name in right.symbols():
         raise NotARegion
     end = end_at(right, operator in ("<=", ">="))
     below, above = between(LOWEST, end), between(end, HIGHEST)
@@ -162,14 +152,15 @@ def solve(left: Node, operator: str, right: Node) -> Region:
 
 def _magnitude_of(left: Node, right: Node) -> Node | None:
     """The |x - 1| of |x - 1| < 2, if there are no unknowns outside it."""
-    found = {item for item in (*walk(left), *walk(right)) if _is_magnitude(item)}
+    found = {item for item in (*left.walk(), *right.walk()) if _is_magnitude(item)}
     if len(found) != 1:
         return None
     (magnitude,) = found
-    outside = symbols(replace(left, magnitude, _MAGNITUDE)) | symbols(
-        replace(right, magnitude, _MAGNITUDE)
+    outside = (
+        left.substitute(magnitude, _MAGNITUDE).symbols()
+        | right.substitute(magnitude, _MAGNITUDE).symbols()
     )
-    return magnitude if symbols(magnitude) and outside == {_MAGNITUDE.name} else None
+    return magnitude if magnitude.symbols() and outside == {_MAGNITUDE.name} else None
 
 
 def _is_magnitude(node: Node) -> bool:
@@ -178,7 +169,7 @@ def _is_magnitude(node: Node) -> bool:
 
 def _from_magnitude(left: Node, operator: str, right: Node, magnitude: Node) -> Region:
     """Solve |u| < c as -c < u < c, and |u| > c as u < -c or u > c."""
-    left, right = replace(left, magnitude, _MAGNITUDE), replace(right, magnitude, _MAGNITUDE)
+    left, right = left.substitute(magnitude, _MAGNITUDE), right.substitute(magnitude, _MAGNITUDE)
     if right == _MAGNITUDE:
         left, operator, right = right, FLIPPED[operator], left
     if left != _MAGNITUDE:
@@ -200,9 +191,9 @@ def _is_variable(node: Node) -> bool:
 def _solve_linear(left: Node, operator: str, right: Node) -> tuple[Node, str, Node]:
     """a x + b < c, with rational a and b, as x < (c - b) / a."""
     name = _only_symbol(left, right)
-    if name in symbols(left) & symbols(right):
+    if name in left.symbols() & right.symbols():
         left, right = Node("add", (left, negative(right))), number_node(0)
-    elif name in symbols(right):
+    elif name in right.symbols():
         left, operator, right = right, FLIPPED[operator], left
     coefficients = quadratic(left, name)
     if coefficients is None or coefficients[0] or not coefficients[1]:
@@ -214,7 +205,7 @@ def _solve_linear(left: Node, operator: str, right: Node) -> tuple[Node, str, No
 
 
 def _only_symbol(left: Node, right: Node) -> str:
-    names = symbols(left) | symbols(right)
+    names = left.symbols() | right.symbols()
     if len(names) != 1:
         raise NotARegion
     return next(iter(names))

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 from rewards.equality.exact import Undecided
 from rewards.equality.modular import PRIME, Residues
@@ -24,15 +23,7 @@ from rewards.equality.numeric import (
 )
 from rewards.equality.text_answers import words_of
 from rewards.parsing.names import is_asked, is_name
-from rewards.parsing.nodes import (
-    Node,
-    has_kind,
-    negative,
-    rename,
-    replace,
-    symbols,
-    walk,
-)
+from rewards.parsing.nodes import Node, negative
 from rewards.parsing.vocabulary import FILLER_WORDS
 
 Equal = Callable[[Node, Node], bool]
@@ -68,14 +59,14 @@ def unwrap(node: Node, equal: Equal, *, is_trusted: bool) -> tuple[Node, Node] |
     elif is_trusted and len(operands) > 2:
         return operands[0], operands[-1]
     else:
-        if any(symbols(step) for step in operands):
+        if any(step.symbols() for step in operands):
             return None
         name, steps = operands[0], operands
     if name.kind == "seq" and steps[-1].kind not in ("seq", "set", "list", "matrix"):
         return None
-    if name.kind in ("add", "mul") and symbols(name) and is_asked(name) and symbols(steps[-1]):
+    if name.kind in ("add", "mul") and name.symbols() and is_asked(name) and steps[-1].symbols():
         return None  # a + b = 2c relates unknowns
-    if name.kind in ("sym", "seq") and symbols(name) & symbols(steps[-1]):
+    if name.kind in ("sym", "seq") and name.symbols() & steps[-1].symbols():
         return None
     if not is_trusted:
         _check_steps(steps, operators, equal)
@@ -87,24 +78,20 @@ def unwrap(node: Node, equal: Equal, *, is_trusted: bool) -> tuple[Node, Node] |
 
 def _check_steps(steps: list[Node], operators: list[str], equal: Equal) -> None:
     for left, right, operator in zip(steps, steps[1:], operators, strict=False):
-        if has_kind(left, "open"):
+        if left.has("open"):
             continue
         if operator == "~=":
             try:
                 a, b = value_of(left, {}, LOW), value_of(right, {}, LOW)
             except (Undecided, KeyError):
                 continue
-            if abs(a - b) > _allowed_error(right, a):
+            error = abs(a) / 100
+            if right.kind == "num":  # one unit of its last decimal, 1/2 for an integer
+                error = LOW.number(Fraction(1, 10**right.decimals if right.decimals else 2))
+            if abs(a - b) > error:
                 raise Contradiction
         elif not equal(left, right):
             raise Contradiction
-
-
-def _allowed_error(printed: Node, value: Any) -> Any:
-    """Largest error of an approximation: one unit of its last decimal, 1/2 for an integer."""
-    if printed.kind != "num":
-        return abs(value) / 100
-    return LOW.number(Fraction(1, 10**printed.decimals if printed.decimals else 2))
 
 
 def bind_arguments(name: Node, value: Node) -> tuple[Node, Node]:
@@ -116,7 +103,7 @@ def bind_arguments(name: Node, value: Node) -> tuple[Node, Node]:
         for place, arg in enumerate(name.args)
         if arg.kind == "sym" and not arg.name.isupper()  # P(A) is not P(B)
     }
-    return rename(name, names), rename(value, names)
+    return name.rename(names), value.rename(names)
 
 
 def compatible_names(left: Node, right: Node) -> bool:
@@ -185,17 +172,17 @@ def solution_of(equation: Node, solution: Node) -> tuple[Node, Node] | None:
     Example: \rho \sin t = 3 with 3 \csc t for \rho. None if the solution has no symbols, or the
     equation is not linear in the one symbol that the solution does not contain.
     """
-    unknowns = symbols(equation) - symbols(solution)
-    if len(unknowns) != 1 or not symbols(solution) or len(equation.args) != 2:
+    unknowns = equation.symbols() - solution.symbols()
+    if len(unknowns) != 1 or not solution.symbols() or len(equation.args) != 2:
         return None
     (unknown,) = unknowns
     difference = Node("add", (equation.args[0], negative(equation.args[1])))
-    (point,) = points(symbols(equation), 1, True)
+    (point,) = points(equation.symbols(), 1, True)
     try:
         line_in(difference, unknown, {name: LOW.number(value) for name, value in point.items()})
     except Undecided:
         return None
-    left, right = (replace(side, Node("sym", name=unknown), solution) for side in equation.args)
+    left, right = (side.substitute(Node("sym", name=unknown), solution) for side in equation.args)
     return left, right
 
 
@@ -209,15 +196,15 @@ def _proportional_residues(a: Node, b: Node) -> bool | None:
     )
     if is_proportional:
         # An identity (0 = 0) or a nonzero constant is not an equation.
-        return pairs[0][0] != 0 and pairs[0][1] != 0 and bool(symbols(a))
+        return pairs[0][0] != 0 and pairs[0][1] != 0 and bool(a.symbols())
     return None if here.is_opaque else False
 
 
 def _proportional_values(a: Node, b: Node) -> bool:
     """Is a / b constant wherever both are defined? Floats may refute it, 40 digits confirm it."""
-    names = symbols(a) | symbols(b)
+    names = a.symbols() | b.symbols()
     # An equation with i has complex unknowns: |z - i| and |z + i| agree on the real line.
-    is_complex = IMAGINARY in [*walk(a), *walk(b)]
+    is_complex = IMAGINARY in [*a.walk(), *b.walk()]
     positive, mixed = points(names, 5, True), points(names, 6, False)
     try:
         if not _same_ratio(a, b, [*positive, *mixed, *corners(names)], FLOATS, is_complex):
@@ -281,9 +268,9 @@ def same_inequality(left: Node, right: Node) -> bool | None:
     if a is None or b is None or len(a[1]) != 1 or a[1] != b[1]:
         return None
     difference = [Node("add", (side[0][0], negative(side[0][1]))) for side in (a, b)]
-    if any(has_kind(item, "call", "open", "text") for item in difference):
+    if any(item.has("call", "open", "text") for item in difference):
         return None
-    names = symbols(difference[0]) | symbols(difference[1])
+    names = difference[0].symbols() | difference[1].symbols()
     try:
         if not names or not _proportional_values(*difference):
             return False

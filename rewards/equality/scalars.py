@@ -5,8 +5,6 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-import mpmath
-
 from rewards.equality.exact import Undecided, exact
 from rewards.equality.modular import identical
 from rewards.equality.numeric import (
@@ -21,15 +19,7 @@ from rewards.equality.numeric import (
     same_value,
     value_of,
 )
-from rewards.parsing.nodes import (
-    INFINITY,
-    SCALAR_KINDS,
-    Node,
-    has_kind,
-    number_node,
-    symbols,
-    walk_to_tasks,
-)
+from rewards.parsing.nodes import INFINITY, SCALAR_KINDS, Node, number_node
 from rewards.rules import GradingRules
 
 FLOAT_DIGITS = 12
@@ -53,41 +43,27 @@ class Printed(NamedTuple):
 
 def printed(node: Node) -> Printed | None:
     r"""A literal decimal with its sign and power of ten: -0.25, 1.5 \times 10^{-3}; else None."""
-    if node.kind == "num":
-        return _printed(node.number, node.decimals) if node.name == "decimal" else None
     if node.kind == "percent":
         inner = printed(node.args[0])
         return inner and Printed(inner.value / 100, inner.decimals + 2, inner.num_significant)
-    if node.kind != "mul":
-        return None
-    value, found = Fraction(1), None
-    shift = 0
-    for factor in node.args:
+    found, sign, shift = None, Fraction(1), 0
+    for factor in node.args if node.kind == "mul" else (node,):
         if factor.kind == "num" and factor.name == "decimal" and found is None:
             found = factor
         elif factor.kind == "num" and abs(factor.number) == 1:
-            value *= factor.number
+            sign *= factor.number
         elif factor.kind == "pow" and factor.args[0] == number_node(10):
-            exponent = factor.args[1]
-            if exponent.kind != "num" or exponent.number.denominator != 1:
+            power = factor.args[1]
+            if power.kind != "num" or power.number.denominator != 1 or abs(power.number) > 3000:
                 return None
-            if abs(exponent.number) > 3000:
-                return None
-            shift += int(exponent.number)
+            shift += int(power.number)
         else:
             return None
     if found is None:
         return None
-    inner_printed = _printed(found.number * value, found.decimals)
-    scale = Fraction(10) ** shift
-    return Printed(
-        inner_printed.value * scale, found.decimals - shift, inner_printed.num_significant
-    )
-
-
-def _printed(value: Fraction, decimals: int) -> Printed:
-    digits = str(abs(value.numerator * 10**decimals // value.denominator)).lstrip("0")
-    return Printed(value, decimals, len(digits))
+    num_significant = len(str(abs(int(found.number * 10**found.decimals))).lstrip("0"))
+    value = found.number * sign * Fraction(10) ** shift
+    return Printed(value, found.decimals - shift, num_significant)
 
 
 def rounds_to(value: Fraction, target: Printed) -> bool:
@@ -100,7 +76,7 @@ def rounds_to(value: Fraction, target: Printed) -> bool:
 
 def equal_scalars(gold: Node, answer: Node, rules: GradingRules) -> bool:
     """Are two scalars equal under the rules? Raises Undecided."""
-    if has_kind(answer, "open") and not has_kind(gold, "open"):
+    if answer.has("open") and not gold.has("open"):
         return False  # a task is not its value
     if gold == answer:
         return True
@@ -141,10 +117,10 @@ def _equal_pair(gold: Node, answer: Node, rules: GradingRules) -> bool:
         pass
     if left is not None and right is not None:
         return left == right or _within(gold, answer, left, right, rules)
-    is_numeric = not symbols(gold) and not symbols(answer)
+    is_numeric = not gold.symbols() and not answer.symbols()
     if is_numeric and _rounds(gold, answer, rules):
         return True
-    if has_kind(gold, "pm") or has_kind(answer, "pm"):
+    if gold.has("pm") or answer.has("pm"):
         return False
     verdict = identical(gold, answer)
     if verdict is not None:
@@ -153,7 +129,7 @@ def _equal_pair(gold: Node, answer: Node, rules: GradingRules) -> bool:
 
 
 def _equal_numerically(gold: Node, answer: Node, is_numeric: bool) -> bool:
-    nodes = [*walk_to_tasks(gold), *walk_to_tasks(answer)]
+    nodes = [*gold.walk_to_tasks(), *answer.walk_to_tasks()]
     if any(node == INFINITY or node.kind not in NUMERIC_KINDS for node in nodes):
         return False  # N(0, 1), -221_3 and infinities are equal only to the same tree
     tasks = [node for node in nodes if node.kind == "open" and node.name not in EVALUATED_TASKS]
@@ -164,7 +140,7 @@ def _equal_numerically(gold: Node, answer: Node, is_numeric: bool) -> bool:
     try:
         return same_value(gold, answer)
     except Undecided:
-        if symbols(gold) != symbols(answer):
+        if gold.symbols() != answer.symbols():
             return False
         if not is_numeric:
             raise
@@ -180,13 +156,13 @@ def _is_for_sympy(task: Node) -> bool:
     if task.name == "det":
         return task.args[0].kind == "matrix"
     if task.name in ("gcd", "lcm", "mod"):
-        return not symbols(task)
+        return not task.symbols()
     return task.name in ("sum", "product", "integral")
 
 
 def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, rules: GradingRules) -> bool:
     """Is one of two unequal exact values within tolerance of, or the rounding of, the other?"""
-    tolerance = _tolerance(rules)
+    tolerance = rules.largest_difference
     if tolerance is not None and abs(left - right) <= tolerance:
         return True
     gold_printed, answer_printed = printed(gold), printed(answer)
@@ -196,22 +172,10 @@ def _within(gold: Node, answer: Node, left: Fraction, right: Fraction, rules: Gr
         # Of two printed decimals, the answer must be the more precise one.
         is_finer = answer_printed.decimals > gold_printed.decimals
         return is_finer and _allowed(gold_printed, rules, True) and rounds_to(right, gold_printed)
-    if gold_printed and right.denominator != 1:
-        allowed = _allowed(gold_printed, rules, True, right)
-        return allowed and rounds_to(right, gold_printed)
-    if answer_printed and left.denominator != 1:
-        allowed = _allowed(answer_printed, rules, False, left)
-        return allowed and rounds_to(left, answer_printed)
-    return False
-
-
-def _tolerance(rules: GradingRules) -> Fraction | None:
-    """The largest difference that the rules allow; None if only rounding counts."""
-    if rules.tolerance is not None:
-        return Fraction(str(rules.tolerance))
-    if rules.tolerance_decimals is not None:
-        return Fraction(1, 2 * 10**rules.tolerance_decimals)
-    return None
+    target, value = (gold_printed, right) if gold_printed else (answer_printed, left)
+    if target is None or value.denominator == 1:
+        return False
+    return _allowed(target, rules, gold_printed is not None, value) and rounds_to(value, target)
 
 
 def _is_float_noise(target: Printed | None, value: Fraction) -> bool:
@@ -234,7 +198,7 @@ def _allowed(
 
 def _rounds(gold: Node, answer: Node, rules: GradingRules) -> bool:
     """Is one side a printed decimal to which the other, an irrational value, rounds?"""
-    tolerance = _tolerance(rules)
+    tolerance = rules.largest_difference
     if tolerance is not None:
         try:
             difference = value_of(gold, {}, FLOATS) - value_of(answer, {}, FLOATS)
@@ -272,13 +236,11 @@ def _log_magnitude(node: Node, system: Arithmetic) -> Any:
     if node.kind == "pow":
         return _value_or_huge(node.args[1], system) * _log_magnitude(node.args[0], system)
     if node.kind == "func" and node.name in ("factorial", "binom"):
-        context = mpmath.MPContext()
-        context.dps = 40 if system is LOW else 80
         whole = [_value_or_huge(arg, system) for arg in node.args]
         parts = [whole[0]] if node.name == "factorial" else [*whole, whole[0] - whole[1]]
         if any(not is_real(part) or part <= -1 for part in parts):
             raise Undecided
-        logs = [context.loggamma(part + 1) for part in parts]
+        logs = [system.functions["loggamma"](part + 1) for part in parts]
         return logs[0] - sum(logs[1:])
     value = value_of(node, {}, system)
     if not is_real(value) or not value > 0:
@@ -288,8 +250,6 @@ def _log_magnitude(node: Node, system: Arithmetic) -> Any:
 
 def _value_or_huge(node: Node, system: Arithmetic) -> Any:
     """A real value, computed from its logarithm if it is large."""
-    if node.kind in ("num", "add"):
-        return value_of(node, {}, system)
     try:
         return value_of(node, {}, system)
     except Undecided:

@@ -40,14 +40,8 @@ def decide_symbolically(gold: str, answer: str, rules: GradingRules) -> Verdict:
 
 def equal_symbolically(gold: Node, answer: Node) -> bool:
     """Does the difference simplify to zero? Raises Undecided as `to_sympy` does."""
-    left, right = to_sympy(gold), to_sympy(answer)
-    difference = left - right
-    if difference == 0:
-        return True
-    simplified = sympy.simplify(difference)
-    if simplified == 0:
-        return True
-    return bool(simplified.is_number and simplified.equals(0))
+    difference = sympy.simplify(to_sympy(gold) - to_sympy(answer))
+    return bool(difference == 0 or (difference.is_number and difference.equals(0)))
 
 
 def to_sympy(node: Node) -> Any:
@@ -80,9 +74,8 @@ def to_sympy(node: Node) -> Any:
 
 
 def _power(base: Any, exponent: Any) -> Any:
-    if exponent.is_number and base.is_number and abs(exponent.evalf(5)) > MAX_EVALUATED:
-        raise Undecided
-    if exponent.is_number and abs(exponent.evalf(5)) > 64 and base.is_Add:
+    size = abs(exponent.evalf(5)) if exponent.is_number else 0
+    if (base.is_number and size > MAX_EVALUATED) or (base.is_Add and size > 64):
         raise Undecided
     return sympy.Pow(base, exponent)
 

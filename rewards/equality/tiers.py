@@ -16,7 +16,7 @@ from rewards.equality.text_answers import is_short_form, text_of
 from rewards.equality.unevaluated import has_unevaluated_sum, is_literal
 from rewards.extraction.extract import extract
 from rewards.parsing.clean import clean
-from rewards.parsing.nodes import LimitExceeded, Node, ParseError, has_kind
+from rewards.parsing.nodes import LimitExceeded, Node, ParseError
 from rewards.parsing.parser import Parsed
 from rewards.parsing.tokens import tokenize
 from rewards.rules import GradingRules
@@ -85,19 +85,18 @@ def _plain_outcome(gold: str, answer: str, rules: GradingRules) -> Outcome | Non
     gold, answer = gold.strip(), answer.strip()
     if not gold:
         raise ValueError("the gold answer is empty: pass the prompt's reference")
-    is_plain_gold = _INTEGER.fullmatch(gold) is not None
-    if is_plain_gold and _INTEGER.fullmatch(answer):
+    if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer):
         number = int(answer)
         if number == int(gold):
             return RIGHT_EXACT if _in_range(number, rules) else WRONG_EXACT
-        return None if _has_tolerance(rules) else WRONG_EXACT
+        return WRONG_EXACT if rules.largest_difference is None else None
     if gold == answer and rules.answer_range is None:
         return RIGHT_STRING
     if max(len(gold), len(answer)) > MAX_PLAIN_CHARS:
         return None
     left = _plain_number(gold)
     right = None if left is None else _plain_number(answer)
-    if left is None or right is None or _has_tolerance(rules):
+    if left is None or right is None or rules.largest_difference is not None:
         return None
     if left[0] == right[0]:
         is_integer = right[0].denominator == 1
@@ -108,10 +107,6 @@ def _plain_outcome(gold: str, answer: str, rules: GradingRules) -> Outcome | Non
     may_round = left[1] or right[1]  # a printed decimal may round
     may_be_list = "," in gold or "," in answer
     return None if may_round or may_be_list else WRONG_EXACT
-
-
-def _has_tolerance(rules: GradingRules) -> bool:
-    return rules.tolerance is not None or rules.tolerance_decimals is not None
 
 
 def _in_range(number: int, rules: GradingRules) -> bool:
@@ -213,7 +208,7 @@ def _short_text(sentence: str, given: Reading) -> bool:
 
 def _status_of(wanted: Reading, given: Reading) -> Status:
     node = given.candidates[0].node
-    if has_kind(node, "open") and not has_kind(wanted.candidates[0].node, "open"):
+    if node.has("open") and not wanted.candidates[0].node.has("open"):
         return "unevaluated"
     if given.status == "unparsable":
         return "unparsable"

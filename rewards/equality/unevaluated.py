@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from rewards.parsing.nodes import Node, walk
+from rewards.parsing.nodes import Node
 
 # Degrees and minutes, dozens and millions are sums and products in the tree, not in the text.
 _OPERATOR = re.compile(r"[\d)}\]]\s*(?:[-+*×·−–]|x\b|\\times|\\cdot|\\ast|\()")
@@ -43,7 +43,7 @@ def _has_sum(node: Node) -> bool:
     if node.kind == "rel":
         is_evaluated = any(is_literal(item) for item in node.args)
         return not is_evaluated and any(_has_sum(item) for item in node.args)
-    return any(_is_unevaluated(item) for item in walk(node))
+    return any(_is_unevaluated(item) for item in node.walk())
 
 
 def _is_unevaluated(node: Node) -> bool:

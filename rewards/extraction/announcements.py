@@ -64,6 +64,7 @@ _FORWARD = re.compile(
     re.IGNORECASE,
 )
 _HEADING_BEFORE = re.compile(rf"(?:^|\n)[\s#*_>\d.)]*(?:the\s+)?(?:{_TITLE}\s+)?$", re.IGNORECASE)
+_AFTER_ANS = re.compile(r"\s?[.:=)]+\s*|\s+(?=[\d$\\-])")
 _HEADING_AFTER = re.compile(r"s?[*_# \t]*\n\s*")
 # Before 'the answer': words that make it a hypothesis, or someone else's answer.
 _HYPOTHESIS = re.compile(
@@ -89,8 +90,7 @@ _OTHER_CASE = re.compile(
 # 'The answer is correct', 'the answer is found by' state no value.
 _REFUSED = re.compile(
     r"(?:in)?correct\b|right\b|wrong\b|verified\b|as follows|formatted|expressed|written|rounded"
-    r"|found\b|given\b|obtained\b|shown\b|derived\b|stated\b|computed\b|calculated\b"
-    r"|in the\b"
+    r"|found\b|given\b|obtained\b|shown\b|derived\b|stated\b|computed\b|calculated\b|in the\b"
     r"|reasonable|valid\b|clear\b|unique\b|below\b|above\b|consistent|simply$|(?:an?|the) (?:number"
     r"|integer|value|sum|product|difference|ratio|letter|option|one|same|following)\b",
     re.IGNORECASE,
@@ -113,8 +113,7 @@ _LETTER = r"(?:\*\*|\$|\\text(?:bf)?\{|\\mathbf\{|\(){0,3}(?P<letter>[A-J])(?:\}
 _LONE_LETTER = re.compile(
     rf"[\s*_]*(?:(?i:{SO}|∴)[\s,:]+)?"
     r"(?:(?i:it's|it is|it must be|(?:i|i'd|i would|we|i'll) (?:pick|choose|say|go with"
-    r"|select))\s+)?"
-    rf"(?:(?i:option|choice)\s+)?{_LETTER}(?:,?\s(?:because|since|as)\s.*|[\s.*_]*)"
+    rf"|select))\s+)?(?:(?i:option|choice)\s+)?{_LETTER}(?:,?\s(?:because|since|as)\s.*|[\s.*_]*)"
 )
 _HAS_VALUE = re.compile(r"\d|\$|\\")
 _LETTER_IS = re.compile(
@@ -193,7 +192,8 @@ def _statement(text: str, start: int) -> Statement | None:
 def _answer(text: str, position: int) -> Statement | None:
     """'The answer is 5', 'Ans: 5', '5 is our answer', and 'Answer' as a heading."""
     if text[position + 3 : position + 6].lower() != "wer":
-        return _abbreviation(text, position)
+        match = _AFTER_ANS.match(text, position + len("ans"))
+        return None if match is None else _statement(text, match.end())
     before = text[max(position - MAX_BEFORE, 0) : position]
     end = position + len("answer")
     heading = _HEADING_AFTER.match(text, end)
@@ -222,11 +222,6 @@ def _denied(text: str, start: int, end: int) -> Statement:
     return Statement(start, end, answer, "phrase", is_value(answer))
 
 
-def _abbreviation(text: str, position: int) -> Statement | None:
-    match = re.compile(r"\s?[.:=)]+\s*|\s+(?=[\d$\\-])").match(text, position + len("ans"))
-    return None if match is None else _statement(text, match.end())
-
-
 def _option(text: str, position: int) -> Statement | None:
     """'The correct option is (B)', 'option: B'."""
     before = text[max(position - MAX_BEFORE, 0) : position]
@@ -245,18 +240,14 @@ def _final(text: str, position: int) -> Statement | None:
 
 
 def _correct(text: str, position: int) -> Statement | None:
-    """'Option B is correct'."""
+    """'Option B is correct', 'option B is right', but not 'angle B is right'."""
     before = text[max(position - MAX_BEFORE, 0) : position]
+    if text[position] in "rR" and not re.search("option|choice", before[-40:], re.IGNORECASE):
+        return None
     match = _LETTER_IS.search(before[-120:].rpartition("\n")[2])
     if match is None or match["not"] or text[position - 1] not in " *\n":
         return None
     return Statement(position, position + len("correct"), match["letter"], "phrase", True)
-
-
-def _right(text: str, position: int) -> Statement | None:
-    """'Option B is right', but not 'angle B is right'."""
-    before = text[max(position - 40, 0) : position].lower()
-    return _correct(text, position) if "option" in before or "choice" in before else None
 
 
 def _chosen(text: str, position: int) -> Statement | None:
@@ -272,7 +263,7 @@ _FORMS: dict[str, Callable[[str, int], Statement | None]] = {
     "choice": _option,
     "final ": _final,
     "correct": _correct,
-    "right": _right,
+    "right": _correct,
     "choose": _chosen,
     "select": _chosen,
 }

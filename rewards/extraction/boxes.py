@@ -14,8 +14,7 @@ _PREFIX_CHARS = len("\\beginb")  # before "oxed"
 # "\b" read as an escape sequence leaves a backspace character and "oxed{".
 _BOX = re.compile(
     r"(?:\\(?:boxed|fbox|beginboxed|answer(?=\{)|framebox(?:\s*\[[^\[\]{}]{0,20}\]){0,2})"
-    r"|\x08oxed|(?<![A-Za-z\\])b?oxed)"
-    r"(?:\s*\{|\s+(?=[-+\d])(?P<bare>[-+]?\d[\d,.]*)|(?P<digit>\d))"
+    r"|\x08oxed|(?<![A-Za-z\\])b?oxed)(?:\s*\{|\s+(?=[-+\d])(?P<bare>[-+]?\d[\d,.]*)|(?P<digit>\d))"
 )
 _BRACE = re.compile(r"\\[{}\\]|[{}]")
 _JOINT = re.compile(
@@ -37,8 +36,7 @@ _ABANDONED_BEFORE = re.compile(
     r"|\b(?:wrong|incorrect|mistaken|first|initial|previous|earlier|old|original)\s+(?:attempt|try|guess|answer|result|thought)"
     r"|\bat first,?\s+(?:i|we))"
     r"(?:\s+(?:was|is|be|it|i|we|got|had|answer|value|result|gave|said|wrote|the|as|of"
-    r"|equal to)\b)*"
-    r"[\s:,$*(\\\[]*$",
+    r"|equal to)\b)*[\s:,$*(\\\[]*$",
     re.IGNORECASE,
 )
 # Every match of that pattern contains one of these, which are faster to search for.

@@ -14,9 +14,9 @@ import re
 from dataclasses import dataclass, replace
 
 from rewards.extraction import announcements
+from rewards.extraction.aftermath import hedged_values, revision
 from rewards.extraction.boxes import BoxGroup, box_group, find_boxes, may_have_box, opener
-from rewards.extraction.languages import DIGITS, HAS_DIGITS
-from rewards.extraction.retractions import hedged_values, revision
+from rewards.extraction.languages import with_ascii_digits
 from rewards.extraction.thinking import ExtraTags, after_thinking
 from rewards.extraction.unannounced import unannounced
 from rewards.extraction.wording import asked_value, num_prose_words, opens_a_value
@@ -66,7 +66,7 @@ def extract(completion: str, extra_tags: ExtraTags = ()) -> Extraction:
     statement = _last_statement(text, group)
     has_format = group is not None and group.is_formatted and not _is_overruled(text)
     if statement is not None:
-        found = Extraction(_spelled(statement.answer), statement.method, has_format)
+        found = Extraction(with_ascii_digits(statement.answer), statement.method, has_format)
         return _revised(found, text, statement.end)
     if group is not None:
         return _revised(_boxed(group, has_format), text, group.end)
@@ -74,21 +74,14 @@ def extract(completion: str, extra_tags: ExtraTags = ()) -> Extraction:
     plain = None if is_truncated else unannounced(text)
     if plain is None:
         return NOTHING
-    return Extraction(_spelled(plain[0]), "bold" if plain[1] else "math")
-
-
-def _spelled(answer: str) -> str:
-    """With ASCII digits."""
-    if answer.isascii() or not HAS_DIGITS.search(answer):
-        return answer
-    return answer.translate(DIGITS)
+    return Extraction(with_ascii_digits(plain[0]), "bold" if plain[1] else "math")
 
 
 def _boxed(group: BoxGroup, has_format: bool) -> Extraction:
     """The answer in the last box, with those joined to it."""
     if not group.boxes:
         return Extraction(None, "boxed", has_format)
-    answer = _spelled(asked_value(group.boxes[-1]))
+    answer = with_ascii_digits(asked_value(group.boxes[-1]))
     if len(group.boxes) == 1:
         return Extraction(answer, "boxed", has_format)
     joined, listed = (group.boxes, ()) if group.is_either else ((), group.boxes)
@@ -115,17 +108,11 @@ def _last_statement(text: str, group: BoxGroup | None) -> announcements.Statemen
         announcements.answer_line(tail, floor),
         announcements.lone_letter(tail, floor),
     ):
-        sentence = None
         for item in finder:
-            if item.is_supposed:
-                supposed.append(item)
-                continue
-            if item.is_value:
-                values.append(item)
+            kind = supposed if item.is_supposed else values if item.is_value else sentences
+            kind.append(item)
+            if kind is values:
                 break
-            sentence = sentence or item
-        if sentence is not None:
-            sentences.append(sentence)
     if not values and not sentences and floor + offset == 0:
         values = supposed
     chosen = max(values, key=lambda item: item.start, default=None)
@@ -158,11 +145,11 @@ def _revised(found: Extraction, text: str, end: int) -> Extraction:
     """The answer after what the following text does to it: retract, correct, or add another."""
     if found.answer is None:
         return found
-    after = revision(text, end, found.answer)
-    if after.answer != found.answer:
-        return Extraction(after.answer, "phrase", found.has_format)
-    if after.other is not None:
-        return replace(found, joined=(*(found.joined or (found.answer,)), after.other))
+    revised, other = revision(text, end, found.answer)
+    if revised != found.answer:
+        return Extraction(revised, "phrase", found.has_format)
+    if other is not None:
+        return replace(found, joined=(*(found.joined or (found.answer,)), other))
     values = hedged_values(found.answer) if found.method == "phrase" else ()
     return replace(found, joined=values) if values else found
 
@@ -184,10 +171,9 @@ def extract_boxes(text: str, *, is_gold: bool) -> str | None:
     An unclosed box in a gold extends to the end of the text; in an answer it does not count.
     """
     boxes = find_boxes(text)
-    if is_gold and len(boxes) > 1:
-        gaps = [text[a[1] : b[0]].strip(" $") for a, b in itertools.pairwise(boxes)]
-        if not any(gaps):
-            return ", ".join(box[2] for box in boxes)
+    gaps = [text[a[1] : b[0]].strip(" $") for a, b in itertools.pairwise(boxes)]
+    if is_gold and gaps and not any(gaps):
+        return ", ".join(box[2] for box in boxes)
     group = box_group(text)
     if group is not None and group.boxes:
         return ", ".join(group.boxes) if is_gold else group.boxes[-1]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from rewards.extraction.aftermath import MAX_SENTENCE, TAIL, last_sentence, without_remarks
 from rewards.extraction.boxes import MAX_BOX_CHARS
-from rewards.extraction.languages import DIGITS, HAS_DIGITS
-from rewards.extraction.remarks import MAX_SENTENCE, TAIL, last_sentence, without_remarks
+from rewards.extraction.languages import with_ascii_digits
 from rewards.extraction.wording import (
     SO,
     asked_value,
@@ -51,8 +51,7 @@ _HEADER = re.compile(r"(?:step|part|case|problem|solution|example|method)\b", re
 _JUDGED = re.compile(
     r"\b(?:statement|claim|assertion|proposition|conjecture|it|this|that|hypothesis)\s+is\s+"
     r"(?:(?:therefore|thus|indeed|always|also|clearly|hence)\s+)*\**(?P<not>not\s+(?:necessarily "
-    r"|always )?)?"
-    r"\**(?P<word>true|false|correct|incorrect|valid|invalid)\b",
+    r"|always )?)?\**(?P<word>true|false|correct|incorrect|valid|invalid)\b",
     re.IGNORECASE,
 )
 _REASON = re.compile(r"\**[,;:]?\s+(?:since|because|as)\b")
@@ -64,8 +63,7 @@ _LEADING_WORDS = re.compile(
     r"\b(?:negative|minus|at least|at most|over|under|above|below|half(?: of)?|twice|double|triple"
     r"|(?:no )?(?:more|less|fewer|greater|larger|smaller) than|a (?:third|quarter) of|not|never"
     r"|except|but|anything but|(?:square|cube|multiples?|factors?|power|root)s? of|plus or minus"
-    r"|± ?"
-    r"|(?<!add )(?<!adds )(?<!comes )up to|(?:not|never|cannot|can't|n't)\s+(?:be|equal))\s+$",
+    r"|± ?|(?<!add )(?<!adds )(?<!comes )up to|(?:not|never|cannot|can't|n't)\s+(?:be|equal))\s+$",
     re.IGNORECASE,
 )
 _LEADING_ENDS = frozenset(
@@ -143,9 +141,7 @@ _LABELLED = re.compile(r"\s*([A-Za-z](?:_\{?\w\}?)?)\s*&?\s*=\s*&?\s*([^=]+)$")
 
 def unannounced(text: str) -> tuple[str, bool] | None:
     """(answer, is it bold) of a text without an announcement; None if there is no answer."""
-    if not text.isascii() and HAS_DIGITS.search(text):
-        text = text.translate(DIGITS)
-    text = without_remarks(text)
+    text = without_remarks(with_ascii_digits(text))
     start = last_sentence(text)
     judged = _judgement(text[start : start + MAX_SENTENCE])
     if judged is not None:

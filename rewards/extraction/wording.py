@@ -11,11 +11,10 @@ import re
 
 from rewards.extraction.languages import (
     COUNTERS,
-    DIGITS,
     FOREIGN_TAIL,
-    HAS_DIGITS,
     PARTICLES,
     SENTENCE_END,
+    with_ascii_digits,
 )
 from rewards.parsing.units import is_unit
 
@@ -43,8 +42,7 @@ _CLAUSE = re.compile(
     r"|which|meaning|representing|corresponding to|obtained|rounded|that is|namely|given that"
     r"|assuming|where (?:the|we|it|she|he|each|all)|so (?:the|that|we|it|she|he|there|they)\b"
     r"|according to|thanks to|due to|owing to|after (?:rounding|simplif)|when rounded"
-    r"|with equality|attained|achieved"
-    r"|by \w+ing|and (?:it|this|that|we|they|so))\b"
+    r"|with equality|attained|achieved|by \w+ing|and (?:it|this|that|we|they|so))\b"
     r"|\s*[,;]\s*(?:which|that(?:'s| is)|this|these|it|they|there|so|hence|thus|therefore|and so"
     r"|and (?:this|that|it|we|the answer|therefore|thus|hence)|making|giving|leaving|showing|but"
     r"|the|we|she|he|as|note|while|with (?:the|a)|matching|confirming|if you|obtained|rounded"
@@ -175,8 +173,7 @@ def stated(text: str) -> str:
     if not sentence.isascii():
         sentence = COUNTERS.sub("", PARTICLES.sub("", _SYMBOLS.sub("", sentence)))
         sentence = FOREIGN_TAIL.sub("", sentence[:MAX_VALUE]) + sentence[MAX_VALUE:]
-        if HAS_DIGITS.search(sentence):
-            sentence = sentence.translate(DIGITS)
+        sentence = with_ascii_digits(sentence)
     elif "'" in sentence:
         sentence = PARTICLES.sub("", sentence)
     sentence = _LETTER_NAME.sub("", _FILLER.sub("", sentence.strip(_DECORATION)))

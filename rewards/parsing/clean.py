@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 
 from rewards.parsing.nodes import MAX_CHARS, LimitExceeded, ParseError
 
@@ -76,9 +77,7 @@ _TEX_THOUSANDS = re.compile(
     r"(?<=\d)(?:\s*\{\s*,\s*\}|,\s*\\!|\\,|\\ |\\;|\\:|\\thinspace)\s*(?=\d{3}(?!\d))"
 )
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,/])\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?![\d])")
-_HTML = re.compile(r"<(/?)(sup|sub|b|i|em|strong|br|p)\s*/?>", re.IGNORECASE)
 _SPACES = re.compile(r"\\[,;:!> ]|\\quad|\\qquad|\\enspace|\\thinspace|\\newline|~|&nbsp;")
-_CLOCK = re.compile(r"\b(0?[1-9]|1[0-2]):([0-5]\d)\s*(?:\\text\{)?\s*([AaPp])\.?\s*[Mm]\b\.?\}?")
 _DISPLAY = re.compile(
     r"\\(?:begin|end)\{(?:equation|align|aligned|gather|split|math|displaymath)\*?\}"
 )
@@ -88,14 +87,6 @@ _LEADING = re.compile(
 # ]a, b[ for (a, b), only if no other reading of the brackets is possible.
 _OUTWARD = re.compile(r"(?:^|\\cup\s*)\]|\[\s*(?:$|\\cup)")
 _PIECE = re.compile(r"^([\[\](])([^\[\]]+,[^\[\]]+)([\[\])])$")
-_GLUED = re.compile(r"(?<=[\d)}])(or|and)(?=[A-Z(\d\\-])")
-# twenty-one; 42 sq. cm
-_HYPHENATED = re.compile(
-    r"\b((?:twen|thir|for|fif|six|seven|eigh|nine)ty)-(?=[a-z])", re.IGNORECASE
-)
-_SQUARE = re.compile(r"(?<=[\d\s{])(sq|cu)\b(?:\.\s*|\s+)(?=[A-Za-z])")
-# The ellipsis of 1, 2, 3, ...; not that of 0.333...
-_DOTS = re.compile(r"(?<=,)\s*\.\.\.")
 _MATH_DELIMITER = re.compile(r"\\[()\[\]]")
 
 
@@ -115,8 +106,6 @@ def clean(text: str) -> str:
     if "rac" in text or "ext" in text or "imes" in text:
         for pattern, replacement in _LOST:
             text = pattern.sub(replacement, text)
-    if "..." in text:
-        text = _DOTS.sub(r"\\ldots ", text)
     if "\x00" in text:
         raise ParseError
     if "{" in text or "\\" in text:
@@ -125,18 +114,10 @@ def clean(text: str) -> str:
         text = _simplify_latex(text)
     if "&" in text:
         text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    if "<" in text:
-        text = _HTML.sub(_html_tag, text)
-    if _SPACED_THOUSANDS.search(text):
-        text = _SPACED_THOUSANDS.sub(lambda match: re.sub(r"\s", "", match.group()), text)
-    if ":" in text:
-        text = _CLOCK.sub(_to_24_hours, text)
-    if "or" in text or "and" in text:
-        text = _GLUED.sub(r" \1 ", text)
-    if "ty-" in text:
-        text = _HYPHENATED.sub(r"\1 ", text)
-    if "sq" in text or "cu" in text:
-        text = _SQUARE.sub(lambda match: "square " if match[1] == "sq" else "cubic ", text)
+    text = _SPACED_THOUSANDS.sub(lambda match: re.sub(r"\s", "", match.group()), text)
+    for hint, pattern, replacement in _REWRITTEN:
+        if hint in text:
+            text = pattern.sub(replacement, text)
     if "[" in text and _OUTWARD.search(text):
         text = _outward_brackets(text)
     text = _LEADING.sub("", text.strip(' \t\r\n"`'))
@@ -173,6 +154,34 @@ def _html_tag(match: re.Match[str]) -> str:
     return " "
 
 
+def _to_24_hours(match: re.Match[str]) -> str:
+    hour = int(match[1]) % 12 + (12 if match[3] in "pP" else 0)
+    return f"{hour}:{match[2]}"
+
+
+_GLUED = re.compile(r"(?<=[\d)}])(or|and)(?=[A-Z(\d\\-])")
+# (a text that every match contains and that is faster to find, pattern, replacement)
+_REWRITTEN: tuple[tuple[str, re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+    ("<", re.compile(r"<(/?)(sup|sub|b|i|em|strong|br|p)\s*/?>", re.IGNORECASE), _html_tag),
+    (
+        ":",
+        re.compile(r"\b(0?[1-9]|1[0-2]):([0-5]\d)\s*(?:\\text\{)?\s*([AaPp])\.?\s*[Mm]\b\.?\}?"),
+        _to_24_hours,
+    ),
+    ("or", _GLUED, r" \1 "),
+    ("and", _GLUED, r" \1 "),
+    # twenty-one; 42 sq. cm
+    ("ty-", re.compile(r"\b((?:twen|thir|for|fif|six|seven|eigh|nine)ty)-(?=[a-z])", re.I), r"\1 "),
+    ("sq", re.compile(r"(?<=[\d\s{])sq\b(?:\.\s*|\s+)(?=[A-Za-z])"), "square "),
+    ("cu", re.compile(r"(?<=[\d\s{])cu\b(?:\.\s*|\s+)(?=[A-Za-z])"), "cubic "),
+    ("+/-", re.compile(r"\+/-"), r"\\pm "),
+    ("{}", re.compile(r"\{\}\s*(?=[\^_])"), ""),  # {}^{10}C_3
+    ("10", re.compile(r"(?<=[\d.])\s*[xX]\s*(?=10\s*(?:\^|\*\*))"), r" \\times "),  # 1.5 x 10^3
+    # The ellipsis of 1, 2, 3, ...; not that of 0.333...
+    ("...", re.compile(r"(?<=,)\s*\.\.\."), r"\\ldots "),
+)
+
+
 def _outward_brackets(text: str) -> str:
     """Replace the outward brackets of each interval of a union by parentheses."""
     pieces = []
@@ -184,11 +193,6 @@ def _outward_brackets(text: str) -> str:
         right = ")" if match[3] == "[" else match[3]
         pieces.append(left + match[2] + right)
     return "\\cup ".join(pieces)
-
-
-def _to_24_hours(match: re.Match[str]) -> str:
-    hour = int(match[1]) % 12 + (12 if match[3] in "pP" else 0)
-    return f"{hour}:{match[2]}"
 
 
 def _simplify_latex(text: str) -> str:

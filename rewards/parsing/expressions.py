@@ -33,7 +33,6 @@ class ExpressionParser(FunctionParser):
     """Reads sums, products, powers and primaries."""
 
     def parse_sum(self) -> Node:
-        self.enter()
         left = self.parse_product()
         terms = [left]
         while self.at("op", "+", "-", "+-", "-+"):
@@ -46,11 +45,9 @@ class ExpressionParser(FunctionParser):
                 terms.append(negative(term))
             else:
                 terms.append(term if sign == "+" else Node("pm", (term,), sign))
-        self.depth -= 1
         return terms[0] if len(terms) == 1 else Node("add", tuple(terms))
 
     def parse_product(self) -> Node:
-        self.enter()
         factors = [self.parse_signed()]
         while self.token.kind not in ("end", "close"):
             if self.at("op", "*"):
@@ -70,8 +67,8 @@ class ExpressionParser(FunctionParser):
                 self.next()
                 left = product_of(factors)
                 factors = [Node("open", (left, self.parse_signed()), "mod")]
-            elif factors[-1].kind == "num" and self.at_selection():
-                factors[-1] = self.parse_selection(factors[-1])
+            elif factors[-1].kind == self.following.kind == "num" and self.at("sym", "C", "P"):
+                factors[-1] = self.parse_selection(factors[-1])  # 10C3
             elif self.starts_factor(factors[-1]):
                 factor = self.parse_power()
                 if factor.kind == "open" and factor.name == "mod" and len(factor.args) == 1:
@@ -82,7 +79,6 @@ class ExpressionParser(FunctionParser):
                     factors.append(factor)
             else:
                 break
-        self.depth -= 1
         return product_of(factors)
 
     def bind(self, condition: Node) -> None:
@@ -138,7 +134,6 @@ class ExpressionParser(FunctionParser):
         return node
 
     def parse_power(self) -> Node:
-        self.enter()
         base = self.parse_postfix(self.parse_primary())
         while self.at("op", "^"):
             self.next()
@@ -154,7 +149,6 @@ class ExpressionParser(FunctionParser):
                     base = base._replace(name=base.name + "_{" + self.read_subscript() + "}")
                 base = Node("pow", (base, exponent))  # v^2_0 is v_0^2
             base = self.parse_postfix(base)
-        self.depth -= 1
         return base
 
     def _accept_mark(self, *names: str) -> bool:

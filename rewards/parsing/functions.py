@@ -149,12 +149,10 @@ class FunctionParser(Cursor):
     def _parse_function_argument(self) -> Node:
         if self.at("open", "(", "{", "[", "\\{"):
             return self.parse_list(self.next().text)
-        self.enter()
         sign = -1 if self.accept("op", "-") else 1
         factors = [self.parse_power()]
         while self.starts_factor(factors[-1]) and not self.at("func") and not self.at("open", "("):
             factors.append(self.parse_power())
-        self.depth -= 1
         return product_of(factors) if sign > 0 else negative(product_of(factors))
 
     def parse_argument(self) -> Node:
@@ -238,10 +236,6 @@ class FunctionParser(Cursor):
         body = self.parse_product()
         limits = tuple(Node("sym", name=f"{mark}{text}") for mark, text in bounds.items())
         return Node("open", (body, *limits), name)
-
-    def at_selection(self) -> bool:
-        """At the C3 of 10C3 or the P3 of 10P3?"""
-        return self.at("sym", "C", "P") and self.following.kind == "num"
 
     def parse_selection(self, top: Node) -> Node:
         """Combinations (C) or permutations (P) of `top` things."""

@@ -6,7 +6,7 @@ import re
 
 from rewards.parsing import phrases
 from rewards.parsing.names import is_equation, is_name
-from rewards.parsing.nodes import UNNAMED, Node, ParseError, has_kind, number_node, symbols
+from rewards.parsing.nodes import UNNAMED, Node, ParseError, number_node
 from rewards.parsing.quantities import compound, quantity_of_product, temperature
 from rewards.parsing.structures import StructureParser
 from rewards.parsing.units import is_unit, read_unit
@@ -42,9 +42,7 @@ class ItemParser(StructureParser):
     """Parses a value with the words around it."""
 
     def _at_closer(self, closers: tuple[str, ...]) -> bool:
-        if self.at("end"):
-            return True
-        return bool(closers) and self.at("close", *closers)
+        return self.at("end") or (bool(closers) and self.at("close", *closers))
 
     def _at_separator(self) -> bool:
         return self.at("op", ",", ";") or self.at("word", *SEPARATOR_WORDS)
@@ -61,22 +59,19 @@ class ItemParser(StructureParser):
             if words[-1] in _EXCEPT and " ".join(words[:-1]) in _ALL_REALS:
                 items, _, _ = self.parse_items(closers)
                 return Node("minus", (Node("sym", name="\\mathbb{R}"), Node("set", tuple(items))))
-            if phrases.DENIALS & set(words):
-                return self._denied(words, closers)
-            if self.accept("op", ":", "="):
-                return self._labelled(words, closers)
-            if self.at("num") and self.following.text == ":":
+            is_denied = not phrases.DENIALS.isdisjoint(words)
+            if not is_denied and self.at("num") and self.following.text == ":":
                 words.append(self.next().text)
-                self.next()
+            if not is_denied and self.accept("op", ":", "="):
                 return self._labelled(words, closers)
             if words[0] in QUALIFIER_WORDS:
                 self._skip_qualifier(closers)
                 return None
-            if words[-1] in phrases.VERBS:
+            if not is_denied and words[-1] in phrases.VERBS:
                 return self._labelled(words[:-1] or words, closers)
             operations = phrases.leading_operations(words)
-            if operations is None:
-                raise ParseError
+            if operations is None or (is_denied and not operations):
+                raise ParseError  # "not equal to 5" is an answer, other denials are not
             return phrases.apply(operations, self._parse_value(closers))
         unit = self._accept_currency()
         node = self.parse_relation()
@@ -92,16 +87,6 @@ class ItemParser(StructureParser):
         if self.token.kind == "op" and self.token.text in CURRENCIES:
             return CURRENCIES[self.next().text]
         return ""
-
-    def _denied(self, words: list[str], closers: tuple[str, ...]) -> Node | None:
-        """Parse "not equal to 5"; other denials are not answers, except inside a qualifier."""
-        if words[0] in QUALIFIER_WORDS:
-            self._skip_qualifier(closers)
-            return None
-        operations = phrases.leading_operations(words)
-        if not operations:
-            raise ParseError
-        return phrases.apply(operations, self._parse_value(closers))
 
     def _labelled(self, words: list[str], closers: tuple[str, ...]) -> Node:
         return Node("label", (self._parse_value(closers),), " ".join(words).lower())
@@ -160,7 +145,7 @@ class ItemParser(StructureParser):
         )
         if is_statement or len(self.conditions) > num_before:
             names = {token.text for token in skipped if token.kind == "sym"}
-            if names and not names & symbols(value):
+            if names and not names & value.symbols():
                 raise ParseError
 
     def _read_condition(self, closers: tuple[str, ...]) -> bool:
@@ -226,7 +211,7 @@ class ItemParser(StructureParser):
         name = _INCH.sub("inch", name)
         if phrases.is_loaded(words) and read_unit(name) is None:
             raise ParseError
-        if node.kind in ("sym", "mul") and not has_kind(node, "num"):
+        if node.kind in ("sym", "mul") and not node.has("num"):
             if read_unit(name) is None and words[0] not in ("unit", "units"):
                 raise ParseError  # "AB wins it all" is a sentence, not a quantity
         node = Node("unit", (node,), name)

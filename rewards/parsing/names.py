@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewards.parsing.nodes import MINUS_ONE, Node, symbols
+from rewards.parsing.nodes import MINUS_ONE, Node
 
 _EQUALITIES = frozenset({"=", "~=", "==="})
 _TASKS = frozenset("integral sum product lim max min gcd lcm mod derivative".split())
@@ -39,7 +39,7 @@ def is_name(node: Node) -> bool:
     if kind == "deg":
         return is_name(node.args[0])
     if kind == "open":  # \int ... = 5: the task, then its value
-        return node.name in _TASKS and (node.name in _BINDING_TASKS or not symbols(node))
+        return node.name in _TASKS and (node.name in _BINDING_TASKS or not node.symbols())
     return kind == "text"
 
 
@@ -62,6 +62,6 @@ def is_asked(node: Node) -> bool:
                 letters.append(factor.name)
             elif factor.kind != "num" or factor.number < 1 or node.kind != "add":
                 return False
-        if not symbols(term):
+        if not term.symbols():
             return False
     return len(set(letters)) == len(letters) > 1

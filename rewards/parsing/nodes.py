@@ -8,7 +8,7 @@ from typing import NamedTuple
 MAX_CHARS = 4096
 MAX_TOKENS = 2048
 MAX_NESTING = 32  # of brackets
-MAX_DEPTH = 200  # of the parser's calls: a bracket takes about six
+MAX_DEPTH = 70  # of signs, exponents and primaries: a bracket takes two
 MAX_DIGITS = 1024  # of one number
 MAX_EXACT_BITS = 16_384  # of an exact result
 
@@ -56,6 +56,41 @@ class Node(NamedTuple):
     number: Fraction = Fraction(0)
     decimals: int = 0
 
+    def walk(self) -> list[Node]:
+        """Every node of the tree, parents first."""
+        found = [self]
+        for item in found:
+            found.extend(item.args)
+        return found
+
+    def walk_to_tasks(self) -> list[Node]:
+        """Every node outside open tasks, and the tasks themselves."""
+        found = [self]
+        for item in found:
+            if item.kind != "open":
+                found.extend(item.args)
+        return found
+
+    def has(self, *kinds: str) -> bool:
+        """Does any node of the tree have one of these kinds?"""
+        return any(item.kind in kinds for item in self.walk())
+
+    def symbols(self) -> frozenset[str]:
+        """Names of the free symbols."""
+        return frozenset(item.name for item in self.walk() if item.kind == "sym")
+
+    def rename(self, names: dict[str, str]) -> Node:
+        """The tree with symbols renamed; `names` maps old names to new ones."""
+        if self.kind == "sym":
+            return self._replace(name=names.get(self.name, self.name))
+        return self._replace(args=tuple(item.rename(names) for item in self.args))
+
+    def substitute(self, old: Node, new: Node) -> Node:
+        """The tree with every `old` replaced by `new`."""
+        if self == old:
+            return new
+        return self._replace(args=tuple(item.substitute(old, new) for item in self.args))
+
 
 def number_node(value: int | Fraction) -> Node:
     """An exact number."""
@@ -83,15 +118,6 @@ def divide(numerator: Node, denominator: Node) -> Node:
     return Node("mul", (numerator, Node("pow", (denominator, MINUS_ONE))))
 
 
-def replace(node: Node, old: Node, new: Node) -> Node:
-    """The tree with every `old` replaced by `new`."""
-    if node == old:
-        return new
-    if not node.args:
-        return node
-    return node._replace(args=tuple(replace(item, old, new) for item in node.args))
-
-
 GOLDEN_RATIO = Node(
     "mul", (HALF, Node("add", (number_node(1), Node("pow", (number_node(5), HALF)))))
 )
@@ -105,39 +131,3 @@ def function(name: str, *args: Node) -> Node:
 SCALAR_KINDS = frozenset(
     {"num", "sym", "const", "add", "mul", "pow", "func", "call", "pm", "open", "percent", "deg"}
 )
-
-
-def walk(node: Node) -> list[Node]:
-    """Every node of the tree, parents first."""
-    found = [node]
-    for item in found:
-        found.extend(item.args)
-    return found
-
-
-def walk_to_tasks(node: Node) -> list[Node]:
-    """Every node outside open tasks, and the tasks themselves."""
-    found = [node]
-    for item in found:
-        if item.kind != "open":
-            found.extend(item.args)
-    return found
-
-
-def has_kind(node: Node, *kinds: str) -> bool:
-    """Does any node of the tree have one of these kinds?"""
-    return any(item.kind in kinds for item in walk(node))
-
-
-def symbols(node: Node) -> frozenset[str]:
-    """Names of the free symbols."""
-    return frozenset(item.name for item in walk(node) if item.kind == "sym")
-
-
-def rename(node: Node, names: dict[str, str]) -> Node:
-    """The tree with symbols renamed; `names` maps old names to new ones."""
-    if node.kind == "sym":
-        return node._replace(name=names.get(node.name, node.name))
-    if not node.args:
-        return node
-    return node._replace(args=tuple(rename(item, names) for item in node.args))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 from rewards.parsing.clean import clean
 from rewards.parsing.items import ItemParser
-from rewards.parsing.nodes import Node, ParseError, symbols
+from rewards.parsing.nodes import Node, ParseError
 from rewards.parsing.quantities import compound
 from rewards.parsing.tokens import tokenize
-
-_TIMES_TEN = re.compile(r"(?<=[\d.])\s*[xX]\s*(?=10\s*(?:\^|\*\*))")  # 1.5 x 10^3
-_EMPTY_BASE = re.compile(r"\{\}\s*(?=[\^_])")  # {}^{10}C_3
 
 
 class Parsed(NamedTuple):
@@ -27,12 +23,6 @@ def parse(text: str) -> Parsed:
     text = clean(text)
     if text.endswith("?"):
         text = text.rstrip("? ")
-    if "x" in text or "X" in text:
-        text = _TIMES_TEN.sub(r" \\times ", text)
-    if "+/-" in text:
-        text = text.replace("+/-", "\\pm ")
-    if "{}" in text:
-        text = _EMPTY_BASE.sub("", text)
     parser = AnswerParser(tokenize(text))
     node = parser.parse_answer()
     return Parsed(node, frozenset(parser.bound))
@@ -59,15 +49,17 @@ class AnswerParser(ItemParser):
             if self._at_separator():
                 separator = self.next().text
                 separators.add(separator)
-                if separator == ";" or (separator == "or" and _are_equations(groups[-1])):
+                operators = {item.kind == "rel" and item.name for item in groups[-1]}
+                is_solution = len(groups[-1]) > 1 and operators == {"="}  # x = 1, y = 2 or ...
+                if separator == ";" or (separator == "or" and is_solution):
                     groups.append([])
                 continue
             item = self.parse_item(closers)
             if item is not None:
                 groups[-1].append(item)
                 if self.conditions:
-                    names = symbols(item)
-                    groups[-1] += [c for c in self.conditions if names & symbols(c) and c != item]
+                    names = item.symbols()
+                    groups[-1] += [c for c in self.conditions if names & c.symbols() and c != item]
                     self.conditions.clear()
             if not (self._at_closer(closers) or self._at_separator()):
                 raise ParseError
@@ -76,11 +68,8 @@ class AnswerParser(ItemParser):
         groups = [_spread(self._without_domains(group)) for group in groups]
         groups = [group for group in groups if group]
         if len(groups) > 1 and any(len(group) > 1 for group in groups):
-            return (
-                [Node("seq", tuple(g), "()") if len(g) > 1 else g[0] for g in groups],
-                separators,
-                True,
-            )
+            points = [Node("seq", tuple(g), "()") if len(g) > 1 else g[0] for g in groups]
+            return points, separators, True
         return [item for group in groups for item in group], separators, False
 
     def _without_domains(self, items: list[Node]) -> list[Node]:
@@ -100,11 +89,6 @@ class AnswerParser(ItemParser):
             else:
                 kept.append(item)
         return kept
-
-
-def _are_equations(items: list[Node]) -> bool:
-    """Is this several equations (x = 1, y = 2), which are one solution before an 'or'?"""
-    return len(items) > 1 and all(item.kind == "rel" and item.name == "=" for item in items)
 
 
 def _spread(items: list[Node]) -> list[Node]:

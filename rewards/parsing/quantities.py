@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewards.parsing.nodes import Node, number_node, walk
+from rewards.parsing.nodes import Node, number_node
 from rewards.parsing.units import is_unit, read_unit
 
 _TEMPERATURES = {"C": "celsius", "F": "fahrenheit", "K": "K"}
@@ -22,7 +22,7 @@ def quantity_of_product(node: Node) -> Node | None:
             numbers.append(factor)
         else:
             units += powers
-    if not units or not numbers or any(item.kind == "sym" for n in numbers for item in walk(n)):
+    if not units or not numbers or any(item.kind == "sym" for n in numbers for item in n.walk()):
         return None
     name = " * ".join(f"{unit}^{power}" for unit, power in units)
     value = numbers[0] if len(numbers) == 1 else Node("mul", tuple(numbers))
@@ -46,16 +46,11 @@ def _unit_powers(node: Node, exponent: int) -> list[tuple[str, int]] | None:
 
 def temperature(node: Node, letter: str) -> Node | None:
     r"""The temperature of -3^\circ followed by C; None if the node is not an angle."""
-    value = _without_degrees(node)
-    return None if value is None else Node("unit", (value,), _TEMPERATURES[letter])
-
-
-def _without_degrees(node: Node) -> Node | None:
-    if node.kind == "deg":
-        return node.args[0]
-    if node.kind == "mul" and node.args[-1].kind == "deg":
-        return node._replace(args=(*node.args[:-1], node.args[-1].args[0]))
-    return None
+    *factors, degrees = node.args if node.kind == "mul" else (node,)
+    if degrees.kind != "deg":
+        return None
+    value = node._replace(args=(*factors, *degrees.args)) if factors else degrees.args[0]
+    return Node("unit", (value,), _TEMPERATURES[letter])
 
 
 def compound(first: Node, second: Node) -> Node | None:

@@ -17,7 +17,8 @@ _CLOSERS: dict[str, tuple[str, ...]] = {
 }
 _CLOSERS |= {"<": (">",), "lfloor": ("rfloor",), "lceil": ("rceil",)}
 _SET_OPERATIONS = {"cup": "union", "cap": "inter", "setminus": "minus", "U": "union"}
-_MATRIX_NAMES = frozenset({"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array"})
+_DETERMINANTS = frozenset({"vmatrix", "Vmatrix"})
+_MATRICES = frozenset("matrix pmatrix bmatrix Bmatrix smallmatrix array".split()) | _DETERMINANTS
 
 
 class StructureParser(ExpressionParser):
@@ -108,23 +109,21 @@ class StructureParser(ExpressionParser):
         return parts[0] if len(parts) == 1 else Node("ratio", tuple(parts))
 
     def parse_list(self, opener: str) -> Node:
-        self.enter()
         if opener not in _CLOSERS:
             raise ParseError
         closers = _CLOSERS[opener]
         saved = self.num_open_bars, self.is_bar_separator
         self.num_open_bars, self.is_bar_separator = 0, opener in ("\\{", "{")
-        items, _, _ = self._parse_set_items(closers)
+        items = self._parse_set_items(closers)
         self.num_open_bars, self.is_bar_separator = saved
         if not self.at("close", *closers):
             raise ParseError
         closer = self.next().text
-        self.depth -= 1
         return _bracketed(opener, closer, items)
 
-    def _parse_set_items(self, closers: tuple[str, ...]) -> tuple[list[Node], set[str], bool]:
+    def _parse_set_items(self, closers: tuple[str, ...]) -> list[Node]:
         if not (self.is_bar_separator and self._has_bar()):
-            return self.parse_items(closers)
+            return self.parse_items(closers)[0]
         self.num_attempts += 1
         if self.num_attempts > MAX_ATTEMPTS:
             raise LimitExceeded  # each nested attempt doubles the work
@@ -146,9 +145,9 @@ class StructureParser(ExpressionParser):
             condition = (
                 conditions[0] if len(conditions) == 1 else Node("list", tuple(conditions), joint)
             )
-            return [Node("builder", (first, condition))], set(), False
+            return [Node("builder", (first, condition))]
         self.index = start
-        return self.parse_items(closers)
+        return self.parse_items(closers)[0]
 
     def _has_bar(self) -> bool:
         """Does this bracket contain a bar or colon, outside nested brackets?"""
@@ -193,12 +192,10 @@ class StructureParser(ExpressionParser):
                 row[0] if len(row) == 1 else Node("seq", tuple(row), "case") for row in rows
             )
             return Node("list", items, "and")
-        if name not in _MATRIX_NAMES and name not in ("vmatrix", "Vmatrix"):
-            raise ParseError
-        if len({len(row) for row in rows}) != 1:
+        if name not in _MATRICES or len({len(row) for row in rows}) != 1:
             raise ParseError
         matrix = Node("matrix", tuple(Node("seq", tuple(row), "row") for row in rows))
-        return Node("open", (matrix,), "det") if name in ("vmatrix", "Vmatrix") else matrix
+        return Node("open", (matrix,), "det") if name in _DETERMINANTS else matrix
 
 
 def _bracketed(opener: str, closer: str, items: list[Node]) -> Node:

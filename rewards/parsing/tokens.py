@@ -77,7 +77,10 @@ def tokenize(text: str) -> list[Token]:
             if len(piece) > MAX_DIGITS:
                 raise LimitExceeded
             if "," in piece and brackets and brackets[-1] != "{":
-                _split_at_commas(piece, tokens, is_spaced)  # the point (3,500)
+                first, *others = piece.split(",")  # the point (3,500)
+                tokens.append(Token("num", first, is_spaced))
+                for number in others:
+                    tokens += [Token("op", ","), Token("num", number)]
             else:
                 tokens.append(Token("num", piece, is_spaced))
         elif kind == "letters":
@@ -113,13 +116,6 @@ def _track(piece: str, brackets: list[str]) -> None:
             raise LimitExceeded
     elif piece in (")", "]", "}", "\\}") and brackets:
         brackets.pop()
-
-
-def _split_at_commas(piece: str, tokens: list[Token], is_spaced: bool) -> None:
-    for index, number in enumerate(piece.split(",")):
-        if index:
-            tokens.append(Token("op", ","))
-        tokens.append(Token("num", number, is_spaced and index == 0))
 
 
 def _split_letters(piece: str, tokens: list[Token], is_spaced: bool) -> None:

@@ -61,8 +61,7 @@ _LONG_PREFIXES = {
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 _FACTOR = re.compile(
     r"\s*(?P<sign>[/*]?)\s*(?P<before>(?:(?:square|sq|cubic|cu)(?![A-Za-z])\s*)*)"
-    r"(?:(?P<name>\\?[A-Za-z]+)|\((?P<inner>[^()]+)\))\s*"
-    r"(?:(?P<behind>squared|cubed)(?![A-Za-z])"
+    r"(?:(?P<name>\\?[A-Za-z]+)|\((?P<inner>[^()]+)\))\s*(?:(?P<behind>squared|cubed)(?![A-Za-z])"
     r"|(?P<marks>(?:[\^-][\^\s-]*(?P<open>\(\s*-?\s*)?)?)(?P<digits>\d+)(?(open)\s*\)))?"
 )
 

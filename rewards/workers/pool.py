@@ -9,6 +9,7 @@ own, its request is retried once on a new worker.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -21,7 +22,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rewards.workers.worker import encode
 
@@ -51,10 +52,6 @@ class Worker:
             bufsize=0,
         )
         self.is_ready = False
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
 
     def wait_ready(self) -> None:
         """Raises WorkerCannotStart."""
@@ -114,7 +111,7 @@ class Worker:
                 pipe.close()
 
 
-class WorkerPool:
+class WorkerPool(contextlib.AbstractContextManager["WorkerPool"]):
     """Up to `num_workers` busy workers, started when first needed. Thread-safe.
 
     `num_spare` more are kept ready to replace a worker that is killed.
@@ -144,11 +141,6 @@ class WorkerPool:
         self._is_closed = False
         self._pid = os.getpid()
         _POOLS.add(self)
-
-    @property
-    def worker_pids(self) -> list[int]:
-        with self._available:
-            return [worker.pid for worker in self._workers]
 
     def request(self, request: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
         """The response, or {"status": "timeout" | "crashed"}. Blocks until a worker is free."""
@@ -257,9 +249,6 @@ class WorkerPool:
             self._available.notify_all()
         for worker in idle:
             worker.kill()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

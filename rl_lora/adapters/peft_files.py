@@ -51,10 +51,7 @@ _EXTRAS = (
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """One layer's update, y += scaling * B (A x); a_RI is [R, I], b_OR is [O, R].
-
-    Example: LowRank(a_RI=..., b_OR=..., scaling=32.0).
-    """
+    """One layer's update, y += scaling * B (A x)."""
 
     a_RI: Tensor
     b_OR: Tensor

@@ -151,8 +151,9 @@ def grade_file(
     rows = read_rows(path)
 
     def scores_by(name: str) -> list[Score]:
-        options = {"num_workers": num_workers, "timeout_s": timeout_s}
-        with load_reward(name, rules=policy, **options) as scorer:
+        with load_reward(
+            name, rules=policy, num_workers=num_workers, timeout_s=timeout_s
+        ) as scorer:
             return score_best(scorer, [r.completion for r in rows], [r.reference for r in rows])
 
     start = time.perf_counter()
@@ -244,9 +245,8 @@ def run(args: argparse.Namespace) -> int:
             report = regrade(args.file, reward=args.reward, policy=args.policy, **bounds)
             print_regrade(report, args.show)
         else:
-            file, settings = args.file, {}
-            if is_evaluation(file):
-                settings, _ = read_evaluation(find_evaluation(file))
+            file = args.file
+            settings = read_evaluation(find_evaluation(file))[0] if is_evaluation(file) else {}
             reward, policy = reward_and_rules(file, settings, args.reward, args.policy)
             report = grade_file(file, reward=reward, policy=policy, against=args.against, **bounds)
             print_report(report, args.show)

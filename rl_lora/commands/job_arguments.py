@@ -28,6 +28,11 @@ def add_job_arguments(parser: argparse.ArgumentParser, *, example: str, plan: st
     parser.add_argument("--quiet", action="store_true", help="print only warnings and the summary")
 
 
+def job_options(arguments: argparse.Namespace) -> dict[str, bool]:
+    """The options of `train` and `fine_tune`, as typed."""
+    return {key: getattr(arguments, key) for key in ("resume", "quiet", "accept_changed_data")}
+
+
 def add_overrides(
     parser: argparse.ArgumentParser, example: str = "lora.rank=8 data=my.jsonl"
 ) -> None:

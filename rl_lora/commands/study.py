@@ -56,10 +56,11 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     from rl_lora.models.device import check_trainable
     from rl_lora.report.tables import seconds_text
+    from rl_lora.runs.checkpoint import checkpoint_steps
+    from rl_lora.runs.record import read_record
     from rl_lora.studies.plan import calibrate, estimate
     from rl_lora.studies.run import (
         all_cells,
-        check_resumable,
         finished_rows,
         pending_cells,
         run_study,
@@ -77,7 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
     left = pending_cells(cells, {row["cell"] for row in rows})
     for cell in left:
         check_trainable(cell.config.model, cell.config.lora)
-        check_resumable(study, cell)
+        run_folder = study.folder / "cells" / cell.key
+        if checkpoint_steps(run_folder):  # an earlier version's run cannot be resumed
+            read_record(run_folder, fix="delete it, and the cell starts again")
     display.note(f"{study.study.name}: {len(cells)} cells, {len(left)} to run; in {study.folder}")
     _make_models(display, left)
     timings = calibrate(study, left, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rl_lora.commands.job_arguments import RESUME_HINT, add_job_arguments
+from rl_lora.commands.job_arguments import RESUME_HINT, add_job_arguments, job_options
 
 EXAMPLES = (
     "rl-lora train smoke",
@@ -55,10 +55,5 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     from rl_lora.train import train
 
-    train(
-        config,
-        resume=arguments.resume,
-        quiet=arguments.quiet,
-        accept_changed_data=arguments.accept_changed_data,
-    )
+    train(config, **job_options(arguments))
     return 0

@@ -72,6 +72,7 @@ class ModelSection(Section):
     device: str = "auto"  # a torch device; auto: cuda if available
     # auto: bfloat16 if its matmul is faster than float32's on the device.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool | None = None  # the learner's layers and head are compiled; none: on a GPU
 
 
 # As their papers spell them; plain LoRA is not a variant.

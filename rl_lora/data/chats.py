@@ -82,7 +82,7 @@ def parse_chats(
     raws = [unpack(raw, f"{where}, row {index}") for index, raw in enumerate(raws)]
     columns = {str(column) for raw in raws for column in raw}
     found = ", ".join(sorted(columns)) or "none"
-    check_named(columns, where, prompt, completion)
+    check_named(raws, where, prompt, completion)
     if (prompt is None) != (completion is None):
         raise UserError(
             f"{where}: set both keys, question and answer, of the data source (the columns of "

@@ -27,13 +27,12 @@ from rl_lora.data.columns import (
     Raw,
     check_named,
     check_text,
-    explain_missing,
     parsed,
     reach,
     unpack,
 )
 from rl_lora.data.messages import Message, as_turns, read_messages
-from rl_lora.data.references import alternatives, join_alternatives, with_tolerance
+from rl_lora.data.references import SEPARATOR, alternatives, with_tolerance
 from rl_lora.errors import UserError
 
 
@@ -98,7 +97,7 @@ def gold_text(value: Any) -> str | None:
     """
     if (items := _list_items(value)) is not None:
         parts = [gold_text(item) for item in items]
-        return join_alternatives([as_one(part) for part in parts if part]) or None
+        return SEPARATOR.join(as_one(part) for part in parts if part) or None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     text = number_text(value).strip()
@@ -310,16 +309,13 @@ def parse_rows(
     """
     raws = [unpack(raw, f"{where}, row {index}") for index, raw in enumerate(raws)]
     columns = {str(column) for raw in raws for column in raw}
-    check_named(columns, where, question, answer)
+    check_named(raws, where, question, answer)
     found = find_format(columns)
     if found is None and (question is None or answer is None):
         raise UserError(
             f"{where}: no question and gold answer among its columns "
             f"({', '.join(sorted(columns)) or 'none'}); name both: {COLUMN_KEYS}"
         )
-    for key, column in (("question", question), ("answer", answer)):
-        if column is not None and all(reach(raw, column) is None for raw in raws):
-            explain_missing(raws, column, key, where)
     rows = []
     for index, raw in enumerate(raws):
         full = {**dict.fromkeys(sorted(columns)), **raw}

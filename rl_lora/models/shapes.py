@@ -60,23 +60,16 @@ KNOWN_SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 
 def known_config(name: str) -> PretrainedConfig | None:
     """The shape of a model in KNOWN_SHAPES or of a tiny model; None for others."""
-    if name in KNOWN_SHAPES:
-        config_class, shape = KNOWN_SHAPES[name]
-        return config_class(**shape)
-    recipe = RECIPES.get(name)
-    if recipe is None:
-        return None
-    heads = recipe.hidden_size // recipe.head_dim
-    sizes = (recipe.hidden_size, recipe.intermediate_size, recipe.num_layers, heads, heads)
-    more = {"head_dim": recipe.head_dim, "tie_word_embeddings": True}
-    return LlamaConfig(**_shape(*sizes, recipe.vocab_size, **more))
+    if name in RECIPES:
+        return RECIPES[name].config()
+    config_class, shape = KNOWN_SHAPES.get(name, (None, {}))
+    return None if config_class is None else config_class(**shape)
 
 
 def find_model_dir(name: str) -> Path | None:
     """The model's local directory, if it is a directory or already made; else None."""
-    made = {entry.name: entry.path for entry in list_models()}
-    if name in made:
-        return made[name]
+    if entry := next((entry for entry in list_models() if entry.name == name), None):
+        return entry.path
     path = Path(name).expanduser()
     return path if path.is_dir() else None
 
@@ -130,10 +123,9 @@ def has_own_head(model_dir: Path, config: PretrainedConfig) -> bool:
     model: Any = build_on_meta(config)
     tied: dict[str, str] = model.all_tied_weights_keys
 
-    def read(name: str) -> torch.Tensor:
+    def read(name: str) -> Any:
         with safe_open(files[name], framework="pt") as opened:
-            tensor: torch.Tensor = opened.get_tensor(name)
-        return tensor
+            return opened.get_tensor(name)
 
     return any(
         head in files and source in files and not torch.equal(read(head), read(source))

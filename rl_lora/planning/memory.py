@@ -111,26 +111,45 @@ def memory_plan(
         num_trainable: trainable parameters.
         gpu_bytes: the GPU's memory; None: this machine's, or ASSUMED_GPU_BYTES if it has no GPU.
     """
-    learner = learner_memory(
-        config, model_config, num_base, num_trainable, microbatch_tokens(config)
-    )
+    counts, tokens = (num_base, num_trainable), microbatch_tokens(config)
+    total = gpu_bytes or gpu_memory(plan_device(config.model.device))
+    parts = _memory_plan(config, model_config, counts, tokens, total)
+    is_open = config.optim.microbatch_tokens is None and plan_device(config.model.device) == "cuda"
+    if is_open and (fitting := largest_microbatch(parts, tokens, total)) < tokens:
+        tokens = max(fitting, longest_sequence(config))
+        parts = _memory_plan(config, model_config, counts, tokens, total)
+    return parts
+
+
+def _memory_plan(
+    config: RunConfig,
+    model_config: PretrainedConfig,
+    counts: tuple[int, int],
+    num_tokens: int,
+    total: int,
+) -> list[MemoryItem]:
+    """With microbatches of num_tokens; counts and total as `_sampler_memory`'s."""
+    learner = learner_memory(config, model_config, *counts, num_tokens)
     if plan_device(config.model.device) == "cuda":
         learner.append(MemoryItem("CUDA", _CONTEXT_BYTES, "estimate, context and libraries"))
     is_turns = not config.sampling.overlap
     held = peak(learner, "sampling" if is_turns else "learning")
-    total = gpu_bytes or gpu_memory(plan_device(config.model.device))
-    parts = learner + _sampler_memory(config, model_config, (num_base, num_trainable), held, total)
+    parts = learner + _sampler_memory(config, model_config, counts, held, total)
     return parts if is_turns else [replace(part, phases=PHASES) for part in parts]
+
+
+def longest_sequence(config: RunConfig | SftConfig) -> int:
+    """Tokens that the settings allow a prompt with its completion."""
+    if isinstance(config, RunConfig):
+        return config.data.max_prompt_tokens + config.sampling.max_tokens
+    return config.data.max_tokens
 
 
 def microbatch_tokens(config: RunConfig | SftConfig) -> int:
     """Tokens of the largest microbatch: one sequence may exceed optim.microbatch_tokens."""
-    if isinstance(config, RunConfig):
-        longest = config.data.max_prompt_tokens + config.sampling.max_tokens
-    else:
-        longest = config.data.max_tokens
     device = plan_device(config.model.device)
-    return max(config.optim.microbatch_tokens or MICROBATCH_TOKENS[device], longest)
+    limit = config.optim.microbatch_tokens or MICROBATCH_TOKENS[device]
+    return max(limit, longest_sequence(config))
 
 
 def bytes_to_come(config: RunConfig, model_config: PretrainedConfig, num_trainable: int) -> int:

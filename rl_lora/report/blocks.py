@@ -25,7 +25,6 @@ DARK = {
     "c5": "#a9a2f5", "c6": "#9aa5b1", "ink": "#e4e8ec", "muted": "#9aa5b1", "line": "#333b44",
     "page": "#12161b", "card": "#1a2027", "mark": "#4a3f1a",
 }  # fmt: skip
-NUM_COLORS = 7
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MAX_MARKERS = 30  # points of a line that has markers
 
@@ -76,7 +75,7 @@ class Section:
 
 def color(index: int) -> str:
     """The palette's name for the index-th run or series."""
-    return f"c{index % NUM_COLORS}"
+    return f"c{index % 7}"
 
 
 def curve(

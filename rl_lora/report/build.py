@@ -70,8 +70,7 @@ def _page(runs: Sequence[RunRecord], sample: Sample, head_chars: int, tail_chars
 def _subtitle(runs: Sequence[RunRecord]) -> str:
     if len(runs) > 1:
         return ", ".join(run.label for run in runs)
-    config = runs[0].config.get("data")
-    sources = config.get("train") if isinstance(config, dict) else None
+    sources = runs[0].setting("data", "train")
     names = [str(s["name"]) for s in sources or [] if isinstance(s, dict) and "name" in s]
     return f"Reinforcement learning on {', '.join(names)}" if names else ""
 

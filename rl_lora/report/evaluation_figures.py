@@ -68,11 +68,8 @@ def evaluation_figure(runs: Sequence[RunRecord]) -> Figure | None:
     counts = sorted({one.result.total.num_problems for one in evaluations})
     sources = source_names(evaluations)
     of = f" of {', '.join(sources)}" if 0 < len(sources) <= 6 else ""
-    levels = sorted({one.result.confidence for one in evaluations})
-    note = (
-        f"{' or '.join(f'{count:,}' for count in counts)} problems{of}; "
-        f"bands: {' and '.join(f'{level:.0%}' for level in levels)} intervals."
-    )
+    problems = f"{' or '.join(f'{count:,}' for count in counts)} problems{of}."
+    note = f"{problems} {_bands_note(evaluations)}"
     return _figure(_ID, TITLE, data, note, "share of completions")
 
 
@@ -93,7 +90,8 @@ def source_names(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def _bands_note(evaluations: Sequence[Evaluation]) -> str:
-    return f"Bands: {evaluations[-1].result.confidence:.0%} intervals."
+    levels = sorted({one.result.confidence for one in evaluations})
+    return f"Bands: {' and '.join(f'{level:.0%}' for level in levels)} intervals."
 
 
 def _figure(

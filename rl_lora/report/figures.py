@@ -91,16 +91,17 @@ def length_figure(runs: Sequence[RunRecord]) -> Figure | None:
 
 
 def _groups(runs: Sequence[RunRecord]) -> Figure | None:
-    names = {"solved_all": "all solved", "mixed": "mixed", "solved_none": "none solved"}
+    shares = {
+        "all solved": ("groups/solved_all_rate", "c0"),
+        "mixed": ("groups/mixed_rate", "c2"),
+        "none solved": ("groups/solved_none_rate", "c1"),
+    }
     title, y_title = "Groups by outcome", "share of the step's groups"
     note = "A group is the samples of one problem; a tied one (all rewards equal) has no gradient."
     if len(runs) > 1:
-        dashes = zip(("mixed", "solved_all", "solved_none"), DASHES, strict=False)
-        curves = [Series(f"groups/{k}_rate", names[k], "c0", d, form=".0%") for k, d in dashes]
+        curves = [Series(key, name, shade, form=".0%") for name, (key, shade) in shares.items()]
         return metric_figure("groups", title, runs, curves, layout(y_title, y_format=".0%"))
     records, _ = thinned(runs[0].steps)
-    shades = {"solved_all": "c0", "mixed": "c2", "solved_none": "c1"}
-    shares = {names[key]: (f"groups/{key}_rate", shades[key]) for key in names}
     data = stacked(records, shares, ".0%")
     steps, tied = series(records, "groups/tied_rate")
     if not data or not steps:

@@ -122,11 +122,10 @@ def serve(folders: Sequence[Path], port: int | None = None) -> None:
     Raises:
         UserError: a folder is not a run's, or the port is in use.
     """
-    report = LiveReport(folders)
+    report, shown = LiveReport(folders), ""
     server = make_server(report, port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"http://{HOST}:{server.server_port}/  (Ctrl-C stops)", flush=True)
-    shown = ""
     try:
         while True:
             start = time.monotonic()

@@ -70,12 +70,8 @@ def find_formulas(text: str) -> Iterator[tuple[int, int, str, bool]]:
             end = close + 1
             yield match.start(), end, text[match.start() : end], False
         else:
-            latex = next(
-                match[name]
-                for name in ("dollars", "brackets", "parens", "environment", "dollar")
-                if match[name] is not None
-            )
-            yield match.start(), end, latex, bool(match["dollars"] or match["brackets"])
+            kind = match.lastgroup or ""  # the outermost
+            yield match.start(), end, match[kind], kind in ("dollars", "brackets")
         position = end
 
 

@@ -124,27 +124,19 @@ def settings_section(runs: Sequence[RunRecord]) -> Section:
     defaults = flat(RunConfig().model_dump(mode="json"))
     settings = [flat(run.config) for run in runs]
     keys = list(dict.fromkeys([*defaults, *(key for values in settings for key in values)]))
-    changed = [
-        key
-        for key in keys
-        if any(key in values and values[key] != defaults.get(key) for values in settings)
+    rows = [
+        [key, *(_value(values, key) for values in settings), _value(defaults, key)] for key in keys
     ]
+    changed = [row for row in rows if any(cell not in ("–", row[-1]) for cell in row[1:-1])]
     columns = ["setting", *(run.label for run in runs), "default"]
     left = [False] * len(columns)
-
-    def rows(wanted: Sequence[str]) -> list[list[str]]:
-        return [
-            [key, *(_value(values, key) for values in settings), _value(defaults, key)]
-            for key in wanted
-        ]
-
     facts = [flat(run.facts) for run in runs]
     names = list(dict.fromkeys(key for values in facts for key in values))
     versions = [[name, *(_value(values, name) for values in facts)] for name in names]
     title = "Versions and fingerprints"
     tables = [
-        Table("Differences from the defaults", columns, rows(changed), left),
-        Table("All settings", columns, rows(keys), left, is_folded=True),
+        Table("Differences from the defaults", columns, changed, left),
+        Table("All settings", columns, rows, left, is_folded=True),
         Table(title, ["", *columns[1:-1]], versions, left[:-1], is_folded=True),
     ]
     return Section("settings", "Settings", tables=[table for table in tables if table.rows])

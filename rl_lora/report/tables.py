@@ -127,9 +127,8 @@ def _rows(num_samples: int) -> dict[str, _Cell]:
 
 def _pass_at_k(scores: EvaluationScores) -> str:
     estimate = (scores.pass_at or {}).get(str(scores.num_samples))
-    if estimate is None:
-        return f"{scores.pass_at_k:.1%}"
-    return share_text(estimate.value, estimate.low, estimate.high)
+    low, high = (estimate.low, estimate.high) if estimate else (None, None)
+    return share_text(scores.pass_at_k, low, high)
 
 
 def _length(scores: EvaluationScores) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl_lora.report.records import RunRecord, number
+from rl_lora.report.records import Evaluation, RunRecord, number
 from rl_lora.report.tables import printable
 from rl_lora.runs.log import TRANSCRIPTS_FILE
 from rl_lora.storage.jsonl import parse_object
@@ -71,8 +71,7 @@ class _Source:
 
     run: int  # index
     path: Path
-    evaluation: str = ""  # its name; "": rollouts of training
-    step: int | None = None  # the evaluation's
+    evaluation: Evaluation | None  # None: rollouts of training
 
 
 def sample_transcripts(
@@ -90,21 +89,20 @@ def sample_transcripts(
         if source.evaluation and place % stride and place != len(sources) - 1:
             sample.num_strata_skipped += 1
         else:
-            rng = random.Random(f"{seed}/{source.run}/{source.evaluation}")
+            name = source.evaluation.name if source.evaluation else ""
+            rng = random.Random(f"{seed}/{source.run}/{name}")
             sample.records += _draw(source, quota, stride, rng, sample)
     return sample
 
 
 def _sources(index: int, run: RunRecord) -> Iterator[_Source]:
     """The run's files, plain or gzip."""
-    files: list[tuple[Path, str, int | None]] = [(run.folder / TRANSCRIPTS_FILE, "", None)]
-    files += [
-        (run.folder / "eval" / f"{one.name}.jsonl", one.name, one.step) for one in run.evaluations
-    ]
-    for plain, evaluation, step in files:
+    files: list[tuple[Path, Evaluation | None]] = [(run.folder / TRANSCRIPTS_FILE, None)]
+    files += [(run.folder / "eval" / f"{one.name}.jsonl", one) for one in run.evaluations]
+    for plain, evaluation in files:
         for path in (plain, plain.with_name(f"{plain.name}.gz")):
             if path.is_file():
-                yield _Source(index, path, evaluation, step)
+                yield _Source(index, path, evaluation)
                 break
 
 
@@ -117,7 +115,7 @@ def _draw(
     skipped_steps: set[float] = set()
     for place, raw in enumerate(_transcripts(source.path, sample)):
         sample.num_read += 1
-        step = source.step if source.evaluation else number(raw.get("step"))
+        step = source.evaluation.step if source.evaluation else number(raw.get("step"))
         key = -1.0 if step is None else float(step)
         if not source.evaluation and int(key) % stride:
             skipped_steps.add(key)
@@ -174,7 +172,7 @@ def _record(raw: Record, source: _Source, step: float | None) -> Record:
     tokens = number(raw.get("tokens"))
     return {
         "run": source.run,
-        "origin": source.evaluation or "training",
+        "origin": source.evaluation.name if source.evaluation else "training",
         "step": step,
         "source": _field(raw.get("source")) or "",
         "problem": _field(raw.get("prompt_id")) or "",

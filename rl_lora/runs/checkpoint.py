@@ -238,9 +238,7 @@ def checkpoint_steps(run_folder: Path) -> set[int]:
 
 
 def prune(run_folder: Path, keep_last: int) -> list[Path]:
-    """Deletes all but the newest `keep_last` checkpoints; returns what was deleted."""
-    if keep_last < 1:
-        raise ValueError(f"keep_last = {keep_last}: at least one checkpoint is kept")
+    """Deletes all but the newest `keep_last` (1 or more) checkpoints; returns what was deleted."""
     return _remove(_checkpoints(run_folder / FOLDER)[:-keep_last])
 
 

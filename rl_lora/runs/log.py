@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rl_lora.errors import UserError
 from rl_lora.storage import jsonl
@@ -73,14 +73,18 @@ class RunLog:
                     f"{metrics_path} holds an older run: add --resume, choose another run.name, "
                     f"or delete {run_folder}"
                 )
-            self._metrics = metrics_path.open("a", encoding="utf-8")
-            self._transcripts = (
-                transcripts_path.open("a", encoding="utf-8") if transcripts_per_step else None
-            )
-        self._trackers: list[Tracker] = [
-            _TRACKERS[logger][0](module, run_folder, dict(config or {}), resume_step)
-            for logger, module in modules.items()
-        ]
+            self._open = contextlib.ExitStack()  # closes all, even if a full disk stops one
+            self._metrics = self._open.enter_context(metrics_path.open("a", encoding="utf-8"))
+            self._transcripts: TextIO | None = None
+            if transcripts_per_step:
+                file = transcripts_path.open("a", encoding="utf-8")
+                self._transcripts = self._open.enter_context(file)
+        self._trackers = []
+        for logger, module in modules.items():
+            start, *_ = _TRACKERS[logger]
+            log, close = start(module, run_folder, dict(config or {}), resume_step)
+            self._trackers.append(log)
+            self._open.callback(close)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one step's line, {"step": step, ...}; NaN and infinities become null.
@@ -106,7 +110,7 @@ class RunLog:
 
         These are the evaluations before the first step and after the last, recorded in RUN/eval.
         """
-        for log, _ in self._trackers:
+        for log in self._trackers:
             log(step, metrics)
 
     def transcripts(self, step: int, groups_N: Sequence[RolloutGroup]) -> None:
@@ -132,13 +136,7 @@ class RunLog:
 
     def close(self) -> None:
         """Closes files and trackers; a second call does nothing."""
-        trackers, self._trackers = self._trackers, []
-        with contextlib.ExitStack() as stack:  # closes all, even if a full disk stops one
-            for _, close in reversed(trackers):
-                stack.callback(close)
-            if self._transcripts is not None:
-                stack.callback(self._transcripts.close)
-            stack.callback(self._metrics.close)
+        self._open.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -155,19 +153,19 @@ def pick_transcripts(
     They are in the order of prompts and samples. The sample is not unbiased.
     """
     # First samples of all groups, then second samples, ...: prompts before repetitions.
-    places = sorted(
-        (sample, index)
-        for index, group in enumerate(groups_N)
-        for sample in range(len(group.rollouts_G))
+    rollouts = sorted(
+        (
+            (sample, index, group, rollout)
+            for index, group in enumerate(groups_N)
+            for sample, rollout in enumerate(group.rollouts_G)
+        ),
+        key=lambda one: one[:2],
     )
-    correct = [(s, i) for s, i in places if groups_N[i].rollouts_G[s].score.correct]
-    wrong = [(s, i) for s, i in places if not groups_N[i].rollouts_G[s].score.correct]
+    correct = [one for one in rollouts if one[3].score.correct]
+    wrong = [one for one in rollouts if not one[3].score.correct]
     num_correct = min(len(correct), max((num + 1) // 2, num - len(wrong)))
     picked = correct[:num_correct] + wrong[: num - num_correct]
-    return [
-        (groups_N[index], groups_N[index].rollouts_G[sample])
-        for index, sample in sorted((index, sample) for sample, index in picked)
-    ]
+    return [one[2:] for one in sorted(picked, key=lambda one: (one[1], one[0]))]
 
 
 # --- trackers -------------------------------------------------------------------------------------

@@ -24,16 +24,10 @@ FORMAT = 2  # of the files in a run folder
 # What may differ when a run is resumed: it changes how long it is and what is written, not the
 # policy at each step.
 _FREE_KEYS = {
-    "run": {
-        "num_steps",
-        "output_dir",
-        "eval_every",
-        "checkpoint_every",
-        "keep_last",
-        "transcripts_per_step",
-        "loggers",
-        "name",
-    },
+    "run": set(
+        "num_steps output_dir eval_every checkpoint_every keep_last transcripts_per_step loggers "
+        "name".split()
+    ),
     "model": {"released"},
     "eval": {"chunk_samples"},
 }

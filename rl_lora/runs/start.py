@@ -46,10 +46,8 @@ class Start:
 
     def has_other_data(self, part: str, inputs: Mapping[str, Any]) -> bool:
         """Whether "train" or "eval" differs from what the checkpoint's run began with."""
-        if not self.state:
-            return False
-        old = self.state["inputs"]["data"][part]
-        return data_difference(old, inputs["data"][part]) is not None
+        old = self.state["inputs"]["data"] if self.state else inputs["data"]
+        return data_difference(old[part], inputs["data"][part]) is not None
 
 
 def recorded_dtype(state: Mapping[str, Any]) -> str:

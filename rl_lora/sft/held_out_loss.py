@@ -37,13 +37,8 @@ def mean_with_interval(nll_N: Sequence[float], num_tokens_N: Sequence[int]) -> d
 
     By linearization (Cochran, Sampling Techniques, section 6.5) the standard error is
     sqrt(N / (N - 1) sum (nll_i - ratio tokens_i)^2) / sum tokens; infinite for one sequence.
-
-    Raises:
-        ValueError: no tokens.
     """
     total, num = sum(num_tokens_N), len(nll_N)
-    if total == 0:
-        raise ValueError("no tokens to take the mean over")
     ratio = sum(nll_N) / total
     squares = sum(
         (nll - ratio * count) ** 2 for nll, count in zip(nll_N, num_tokens_N, strict=True)

@@ -37,10 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SftOutcome:
-    """The result of a supervised run.
-
-    Example: SftOutcome(folder=Path("runs/sft"), before=2.31, after=1.62)
-    """
+    """The result of a supervised run."""
 
     folder: Path
     before: float  # test loss of the base, nats per token
@@ -76,13 +73,8 @@ def fine_tune(
     quiet: bool = False,
     accept_changed_data: bool = False,
 ) -> SftOutcome:
-    """Runs a supervised job to its end and leaves everything in its run folder.
-
-    Args:
-        config: the job.
-        resume: continue from the newest checkpoint, if any; a complete run is only reported.
-        quiet: print only warnings and the summary.
-        accept_changed_data: continue even if base or data have changed since the run began.
+    """Runs a supervised job to its end and leaves everything in its run folder; the arguments are
+    those of `rl_lora.train.train`.
 
     Raises:
         UserError: bad input, an older run in the folder, another process using it, or a full disk.

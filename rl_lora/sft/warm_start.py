@@ -42,15 +42,10 @@ def warm_start(
     """Takes `warm_start.num_steps` supervised steps, then resets the learner's optimizer.
 
     The rate is constant: `optim.schedule` only applies to the RL steps that follow. on_step is
-    called with (step, metrics) after each step.
-
-    Raises:
-        ValueError: no prompt has a worked solution (see `has_solutions`).
+    called with (step, metrics) after each step. Some prompt must have a worked solution.
     """
     section = config.warm_start
     solved = [prompt for prompt in prompts if prompt.solution]
-    if not solved:
-        raise ValueError("warm_start needs prompts with worked solutions")
     rng = random.Random(f"warm_start/{section.seed}")
     order: list[Prompt] = []
     end_id = end_of_turn(tokenizer, config.data.template, config.data.chat_template_kwargs)

@@ -21,11 +21,7 @@ _NUM_RESAMPLES = 2000  # of the bootstrap
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """One condition's sweep.
-
-    Example: Sweep(best_rate=1e-3, best_value=1.62, value_low=1.60, value_high=1.64, rate_low=1e-3,
-    rate_high=3e-3, plateau_low=4e-4, plateau_high=2e-3, is_at_edge=False, num_seeds=5)
-    """
+    """One condition's sweep."""
 
     best_rate: float
     best_value: float  # mean over seeds at the best rate
@@ -45,13 +41,7 @@ class Sweep:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high): 95 % by Student's t; the bounds are infinite for one value.
-
-    Raises:
-        ValueError: there is no value.
-    """
-    if not values:
-        raise ValueError("no values to take the mean of")
+    """(mean, low, high): 95 % by Student's t; the bounds are infinite for one value."""
     mean, num = float(np.mean(values)), len(values)
     half_width = float(student.ppf(0.975, num - 1) * sem(values)) if num > 1 else math.inf
     return mean, mean - half_width, mean + half_width
@@ -68,10 +58,8 @@ def sweep(
     The bootstrap resamples seeds jointly for all rates, so that a seed's effect common to all rates
     cancels. Only seeds that ran at every usable rate are resampled.
 
-    Args:
-        values: rate -> seed -> result (loss or reward); NaN: failed.
-        goal: whether a lower or a higher result is better.
-        tolerance: of the plateau, in the result's unit.
+    `values` are rate -> seed -> result (loss or reward), NaN if it failed; the plateau's tolerance
+    is in the result's unit.
     """
     sign = 1.0 if goal == "min" else -1.0
     usable = {

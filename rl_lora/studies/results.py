@@ -40,13 +40,8 @@ def make_row(
 ) -> dict[str, Any]:
     """The row of a cell that has ended, its run folder in whatever state.
 
-    Args:
-        cell: the cell.
-        run_folder: its own.
-        final_steps: number of last steps whose mean reward is the result (rl).
-        seconds: duration of its process, since its last start.
-        error: what stopped it; "" if it ran to its end.
-        failure: the status for the error: nan or crashed.
+    The seconds are those of its process since the last start; `error` is what stopped it ("": it
+    ran to its end), and `failure` the status for that, nan or crashed.
     """
     metrics_path = run_folder / METRICS_FILE
     steps = jsonl.read_lines(metrics_path) if metrics_path.is_file() else []

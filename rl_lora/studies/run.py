@@ -28,9 +28,7 @@ import psutil
 
 from rl_lora.config import RunConfig
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.runs.checkpoint import checkpoint_steps
 from rl_lora.runs.lock import run_lock
-from rl_lora.runs.record import read_record
 from rl_lora.storage.directories import disk_errors
 from rl_lora.studies.config import Cell, JobConfig, StudyConfig, cells_of
 from rl_lora.studies.rate_sweep import refined_rates, sweep
@@ -217,13 +215,6 @@ def pending_cells(cells: Sequence[Cell], done: set[str]) -> list[Cell]:
     return sorted(left, key=lambda cell: cell.config.run.seed)  # stable: else in the grid's order
 
 
-def check_resumable(study: StudyConfig, cell: Cell) -> None:
-    """Raises UserError if a cell's unfinished run was made by an earlier version."""
-    run_folder = study.folder / "cells" / cell.key
-    if checkpoint_steps(run_folder):
-        read_record(run_folder, fix="delete it, and the cell starts again")
-
-
 def refined_cells(study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Any]) -> list[Cell]:
     """Cells at rates around each condition's best, by the rows of `cells`."""
     keys = {cell.key for cell in cells}
@@ -261,11 +252,8 @@ def run_study(
 ) -> list[dict[str, Any]]:
     """Runs the remaining cells of a study; returns the whole table.
 
-    Args:
-        study: what to run.
-        retry: run crashed cells again.
-        on_row: called with (row, cells done, cells known so far) as each cell ends.
-        peak_mb: memory of one cell, if known.
+    Crashed cells run again with `retry`. on_row is called with (row, cells done, cells known so
+    far) as each cell ends; peak_mb is the memory of one cell, if known.
 
     Raises:
         UserError: another process is running this study, or the disk is full.

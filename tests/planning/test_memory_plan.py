@@ -145,6 +145,7 @@ def test_memory_plan_adds_up_by_hand() -> None:
             "model": {"name": "meta-llama/Llama-3.1-8B", "device": "cuda", "dtype": "bfloat16"},
             "lora": {"rank": 1},
             "data": {"max_prompt_tokens": 256},
+            "optim": {"microbatch_tokens": 4096},
             "sampling": {"max_tokens": 256, "num_prompts": 4, "num_samples": 8},
         }
     )

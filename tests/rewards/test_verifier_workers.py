@@ -44,6 +44,10 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
+def pids(pool: WorkerPool) -> list[int]:
+    return [worker.process.pid for worker in list(pool._workers)]
+
+
 @pytest.fixture(scope="module")
 def pool():  # type: ignore[no-untyped-def]
     shared = WorkerPool(num_workers=2, timeout_s=20.0)
@@ -65,7 +69,7 @@ def test_the_deadline_kills_and_the_next_answer_is_graded() -> None:
     with Grader(timeout_s=0.4) as grader:
         grader.pool.num_spare = 0
         grader.pool.request(request(), timeout_s=60)  # the imports are done
-        (pid,) = grader.pool.worker_pids
+        (pid,) = pids(grader.pool)
         os.kill(pid, signal.SIGSTOP)  # a worker that hangs forever
         response = grader.pool.request(request())
         assert response["status"] == "timeout"
@@ -76,7 +80,7 @@ def test_the_deadline_kills_and_the_next_answer_is_graded() -> None:
 def test_a_real_hang_ends_at_the_deadline() -> None:
     with Grader(timeout_s=1.0) as grader:
         grader.pool.request(request(), timeout_s=60)
-        (pid,) = [worker.pid for worker in grader.pool._idle if worker.is_ready]
+        (pid,) = [worker.process.pid for worker in grader.pool._idle if worker.is_ready]
         verdict = grader.verify(r"\int_{0}^{1} x^{-x} dx", "1.2912859970626636")
         assert (verdict.correct, verdict.status) == (False, "timeout")
         assert not is_running(pid)
@@ -90,7 +94,7 @@ def test_sigkill_of_every_worker_during_a_batch_loses_no_answer() -> None:
         thread = threading.Thread(target=lambda: responses.extend(pool.map([request()] * 30)))
         thread.start()
         assert wait_until(lambda: pool._num_busy == 2)
-        for pid in pool.worker_pids:
+        for pid in pids(pool):
             os.kill(pid, signal.SIGKILL)
         thread.join()
         assert [r["correct"] for r in responses] == [True] * 30
@@ -100,7 +104,7 @@ def test_sigkill_of_every_worker_during_a_batch_loses_no_answer() -> None:
 def test_idle_workers_that_were_killed_are_replaced() -> None:
     with WorkerPool(num_workers=2, timeout_s=30) as pool:
         pool.map([request()] * 4)
-        for pid in pool.worker_pids:
+        for pid in pids(pool):
             os.kill(pid, signal.SIGKILL)
         assert pool.request(request())["correct"] is True
 
@@ -109,9 +113,9 @@ def test_idle_workers_that_were_killed_are_replaced() -> None:
 def test_a_spare_worker_takes_over_at_once() -> None:
     with Grader() as grader:
         grader.pool.request(request(), timeout_s=60)
-        assert wait_until(lambda: len(grader.pool.worker_pids) == 2)
+        assert wait_until(lambda: len(pids(grader.pool)) == 2)
         assert wait_until(lambda: all(w.has_started() for w in grader.pool._idle))
-        used = next(w.pid for w in grader.pool._idle if w.is_ready)
+        used = next(w.process.pid for w in grader.pool._idle if w.is_ready)
         os.kill(used, signal.SIGSTOP)
         statuses = [grader.pool.request(request(), timeout_s=5.0)["status"] for _ in range(2)]
         assert statuses in (["timeout", "ok"], ["ok", "timeout"])
@@ -126,14 +130,14 @@ def test_a_worker_that_cannot_start_is_reported() -> None:
 def test_memory_stays_under_the_limit() -> None:
     with WorkerPool(timeout_s=3.0, memory_mb=400, num_spare=0) as pool:
         pool.request(request(), timeout_s=60)
-        (pid,) = pool.worker_pids
+        (pid,) = pids(pool)
         limits = Path(f"/proc/{pid}/limits").read_text()
         (line,) = [row for row in limits.splitlines() if row.startswith("Max address space")]
         assert line.split()[3] == str(400 << 20)
         # 2^(10^9) would need 125 MB as a number and far more to square.
         wide = "+".join(f"x_{{{n}}}" for n in range(300))
         pool.request(request(answer=f"\\left({wide}\\right)^{{60}} + \\sum_{{k=1}}^{{n}} k"))
-        status = Path(f"/proc/{pool.worker_pids[0]}/status").read_text()
+        status = Path(f"/proc/{pids(pool)[0]}/status").read_text()
         peak_kb = next(int(r.split()[1]) for r in status.splitlines() if r.startswith("VmPeak"))
         assert peak_kb <= 400 << 10
 
@@ -141,10 +145,10 @@ def test_memory_stays_under_the_limit() -> None:
 def test_close_leaves_no_process() -> None:
     pool = WorkerPool(num_workers=2)
     pool.map([request()] * 4)
-    pids = pool.worker_pids
+    running = pids(pool)
     pool.close()
     pool.close()
-    assert wait_until(lambda: not any(map(is_running, pids)))
+    assert wait_until(lambda: not any(map(is_running, running)))
     with pytest.raises(RuntimeError, match="closed"):
         pool.request(request())
 
@@ -154,7 +158,7 @@ import os, signal, sys
 from rewards.workers.pool import WorkerPool
 pool = WorkerPool(timeout_s=60)
 pool.request({"op": "verify", "gold": "\\\\sum_{k=1}^{n} k", "answer": "n", "rules": {}})
-print(*pool.worker_pids, flush=True)
+print(*(worker.process.pid for worker in pool._workers), flush=True)
 if sys.argv[1] == "fork" and os.fork() == 0:
     import time
     time.sleep(30)  # keeps the worker's pipes open after the parent's death

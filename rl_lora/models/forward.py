@@ -6,6 +6,8 @@ chunks, so no [tokens x vocabulary] tensor is kept.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,22 +19,27 @@ from rl_lora.types import Microbatch, TrainSample
 
 
 def token_logprobs(
-    model: PreTrainedModel, batch: Microbatch, temperature: float
+    model: PreTrainedModel, batch: Microbatch, temperature: float, is_compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(policy_logprobs_C with gradient, entropy_C without), float32, nats, as
-    `Policy.token_logprobs`.
+    `Policy.token_logprobs`; is_compiled: compile what follows the model's layers.
 
     Raises:
         ValueError: the batch shares prompts in a row, which this model cannot compute.
     """
-    if batch.segments is not None and model.config._attn_implementation != attention.NAME:
-        raise ValueError("this model cannot share prompts in a row: pack with share_prompts=False")
-    with attention.using(batch.segments, batch.token_ids_BT.device):
-        hidden_BTD = model.base_model(
-            input_ids=batch.token_ids_BT, position_ids=batch.position_BT, use_cache=False
-        ).last_hidden_state
+    attending: dict[str, Any] = {}
+    if batch.layout is not None:
+        if model.config._attn_implementation != attention.NAME:
+            raise ValueError("this model cannot share prompts: pack with share_prompts=False")
+        # A mask of four axes is taken as it is, so that none is made; the layout replaces it.
+        mask_1111 = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.token_ids_BT.device)
+        attending = {"layout": batch.layout, "attention_mask": mask_1111}
+    hidden_BTD = model.base_model(
+        input_ids=batch.token_ids_BT, position_ids=batch.position_BT, use_cache=False, **attending
+    ).last_hidden_state
     hidden_CD = take_positions(hidden_BTD, batch.row_C, batch.column_C)
-    return score_hidden(hidden_CD, model.get_output_embeddings(), batch.target_ids_C, temperature)
+    head = model.get_output_embeddings()
+    return score_hidden(hidden_CD, head, batch.target_ids_C, temperature, is_compiled=is_compiled)
 
 
 @torch.no_grad()
@@ -43,8 +50,7 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
     They do not under a sliding window, with positions counted along the row, or in a model outside
     transformers' attention interface; such a model keeps SDPA, one completion a row.
     """
-    window = getattr(model.config, "sliding_window", None)
-    if window is not None and getattr(model.config, "use_sliding_window", True):
+    if attention.has_windows(model.config.get_text_config()):
         return False
     samples = [
         TrainSample((5, 6, 7), completion, (0.0,) * len(completion), 1.0, 0)

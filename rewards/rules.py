@@ -105,6 +105,6 @@ def load_rules(name: str) -> GradingRules:
     if name not in RULES:
         near = difflib.get_close_matches(name, RULES, n=1, cutoff=0.0)
         raise ValueError(
-            f"unknown policy {name!r}: did you mean {near[0]!r}? Known: {', '.join(RULES)}"
+            f"unknown rules {name!r}: did you mean {near[0]!r}? Known: {', '.join(RULES)}"
         )
     return RULES[name]

@@ -49,7 +49,7 @@ _FUNCTIONS = (
 
 
 def _arithmetic(context: Any, tiny: float, max_log: float) -> Arithmetic:
-    """mpmath's floats, or its numbers of a fixed precision."""
+    """The arithmetic of a context of mpmath: of its floats, or of a fixed precision."""
     functions: dict[str, Callable[..., Any]] = {"abs": abs}
     for name in _FUNCTIONS.split():  # mpmath's floats have no asinh, acosh, atanh
         functions[name] = getattr(context, name, getattr(cmath, name, None))

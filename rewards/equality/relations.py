@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 from rewards.equality.exact import Undecided
 from rewards.equality.modular import PRIME, Residues

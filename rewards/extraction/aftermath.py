@@ -1,4 +1,4 @@
-"""Text after a conclusion: remarks and checks change nothing; others retract, correct, or add."""
+"""Text after a conclusion: it may retract, correct or add to it; remarks and checks do not."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ _HINTS = (
 _HEDGE = re.compile(r"\b(?:maybe|perhaps|possibly|might|could|(?-i:may))\b", re.IGNORECASE)
 _CONDITION = re.compile(r"\b(?:if|when|unless|otherwise|else)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
 MAX_REMARKS = 12  # closing sentences that are skipped
 MAX_SENTENCE = 1000
 TAIL = 6000  # characters at the end that are searched for a check
@@ -74,7 +75,10 @@ _CONCLUSION = re.compile(rf"\b(?:{SO}|in total|altogether|finally)\b", re.IGNORE
 
 
 def revision(text: str, end: int, answer: str) -> tuple[str | None, str | None]:
-    """(answer, another) after the text after `end`: revised or None; offered as well or None."""
+    """(answer, other): the answer as the text after `end` revises it, and one offered as well.
+
+    `answer` is None if it is retracted, `other` if there is none.
+    """
     rest = text[end : end + MAX_AFTERMATH]
     if len(rest) < MIN_AFTERMATH or not rest.strip(" .$*)}\n\\]"):
         return answer, None

@@ -160,7 +160,7 @@ def _to_24_hours(match: re.Match[str]) -> str:
 
 
 _GLUED = re.compile(r"(?<=[\d)}])(or|and)(?=[A-Z(\d\\-])")
-# A text that each match contains, which is faster to search for; pattern; replacement.
+# (a text that every match contains and that is faster to find, pattern, replacement)
 _REWRITTEN: tuple[tuple[str, re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     ("<", re.compile(r"<(/?)(sup|sub|b|i|em|strong|br|p)\s*/?>", re.IGNORECASE), _html_tag),
     (

@@ -11,8 +11,8 @@ from rewards.parsing.tokens import Token
 class Cursor:
     """Tokens, a position, and the state that brackets save and restore.
 
-    The grammar is a chain of subclasses: numerals, functions, expressions, structures, items and
-    whole answers. Methods that are called before they are defined in the chain are declared here.
+    The grammar is a chain of subclasses: functions, expressions, structures, items and whole
+    answers. Methods that are called before they are defined in the chain are declared here.
     """
 
     parse_sum: Callable[[], Node]

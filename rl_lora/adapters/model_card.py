@@ -190,7 +190,7 @@ def _run_folder(adapter_dir: Path) -> Path | None:
 def _hub_sets(config: RunConfig | SftConfig | None) -> list[str]:
     names = [source.name for source in config.data.train] if config else []
     known = [LOADERS[name].hub_id if name in LOADERS else name for name in names]
-    return [name for name in known if _HUB_ID.fullmatch(name) and not Path(name).exists()]
+    return [name for name in known if hub_id(name)]
 
 
 def _set_name(name: str) -> str:

@@ -90,9 +90,12 @@ def load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> Pat
     replaced = tensors
     if is_lora_dir(adapter_dir):
         low_rank = {name: tensor for name, tensor in tensors.items() if not is_extra(name)}
-        terms = low_rank_terms(low_rank, adapter_dir)
-        lora = {f"{layer}.weight": term for layer, term in terms.items()}
-        magnitudes = _magnitudes(low_rank)
+        lora = {f"{n}.weight": term for n, term in low_rank_terms(low_rank, adapter_dir).items()}
+        magnitudes = {
+            f"{layer_name(stem)}.weight": tensor
+            for name, tensor in low_rank.items()
+            if (stem := name.removesuffix(MAGNITUDE_SUFFIX)) != name
+        }
         replaced, added, on_tables = _extras(tensors, adapter_dir)
         lora |= on_tables
         is_dora = lora_settings(adapter_dir)["variant"] == "dora"
@@ -100,41 +103,29 @@ def load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> Pat
             raise UserError(
                 f"adapter {adapter_dir} is damaged: DoRA needs a magnitude for each layer"
             )
-        keeps_tie = bool(peft_settings(adapter_dir).get("ensure_weight_tying"))
         changed = lora.keys() | replaced.keys()
         unties = is_tied and (head in changed or embedding in changed)
-        if unties and keeps_tie:
+        if unties and peft_settings(adapter_dir).get("ensure_weight_tying"):
             raise UserError(
                 f"adapter {adapter_dir} has ensure_weight_tying on lm_head or the embedding, which "
                 "is not merged here; use PEFT's merge_and_unload"
             )
     layout = split_experts(model, model.state_dict())
-    shapes = {name: tuple(tensor.shape) for name, tensor in layout.items()}
     transposed = frozenset(
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
     )
-    patch = Patch(lora, magnitudes, replaced, added, embedding, head, is_tied, unties, transposed)
     found: dict[str, tuple[int, ...]] = {
         name: (term.b_OR.shape[0], term.a_RI.shape[1])[:: -1 if name in transposed else 1]
         for name, term in lora.items()
     }
     found |= {name: tuple(tensor.shape) for name, tensor in (replaced | added).items()}
     for name, shape in found.items():
-        if name not in shapes:
+        if name not in layout:
             raise UserError(mismatch(f"the base has no {name}", adapter_dir, model_dir))
-        if shapes[name] != shape:
-            what = f"{name} is {list(shapes[name])} in the base, {list(shape)} in the adapter"
+        if layout[name].shape != shape:
+            what = f"{name} is {list(layout[name].shape)} in the base, {list(shape)} in the adapter"
             raise UserError(mismatch(what, adapter_dir, model_dir))
-    return patch
-
-
-def _magnitudes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DoRA's magnitudes by the names of their weights."""
-    return {
-        f"{layer_name(name.removesuffix(MAGNITUDE_SUFFIX))}.weight": tensor
-        for name, tensor in tensors.items()
-        if name.endswith(MAGNITUDE_SUFFIX)
-    }
+    return Patch(lora, magnitudes, replaced, added, embedding, head, is_tied, unties, transposed)
 
 
 def _extras(

@@ -36,13 +36,10 @@ if TYPE_CHECKING:
 
 
 def evaluation(arguments: Namespace) -> None:
-    """Evaluates and writes RUN/eval/NAME.jsonl.gz (one line per problem) and NAME.json.
+    """Evaluates as `eval_options` says, into RUN/eval/NAME.jsonl.gz (a line per problem) and .json.
 
     An evaluation that was killed resumes. With --against the other policy's evaluation is
     NAME-against, and the comparison RUN/paired/NAME.json.
-
-    Args:
-        arguments: `eval_options` describes them.
 
     Raises:
         UserError: no such run, config or adapter, an adapter of another base model, an evaluation
@@ -66,9 +63,8 @@ def evaluation(arguments: Namespace) -> None:
         notes = [stack.enter_context(_lock(folder, file)) for file in policies]
         check_run_folder(folder)
         if arguments.overwrite:
-            for file in policies:
-                for suffix in (SUFFIX, ".json"):
-                    (folder / "eval" / f"{file}{suffix}").unlink(missing_ok=True)
+            for file in [f"{name}{suffix}" for name in policies for suffix in (SUFFIX, ".json")]:
+                (folder / "eval" / file).unlink(missing_ok=True)
         display = stack.enter_context(Display())
         for note in filter(None, notes):
             display.note(note)

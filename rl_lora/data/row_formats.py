@@ -32,7 +32,7 @@ from rl_lora.data.columns import (
     unpack,
 )
 from rl_lora.data.messages import Message, as_turns, read_messages
-from rl_lora.data.references import alternatives, join_alternatives, with_tolerance
+from rl_lora.data.references import SEPARATOR, alternatives, with_tolerance
 from rl_lora.errors import UserError
 
 
@@ -97,7 +97,7 @@ def gold_text(value: Any) -> str | None:
     """
     if (items := _list_items(value)) is not None:
         parts = [gold_text(item) for item in items]
-        return join_alternatives([as_one(part) for part in parts if part]) or None
+        return SEPARATOR.join(as_one(part) for part in parts if part) or None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     text = number_text(value).strip()

@@ -17,10 +17,10 @@ from typing import Any
 from rewards import Reward
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.evaluation.files import EvaluationFile, problems_key
+from rl_lora.evaluation.intervals import CONFIDENCE
 from rl_lora.evaluation.scores import (
     EvalResult,
     ProblemRecord,
-    SampleRecord,
     evaluation_scores,
     scores_by_source,
 )
@@ -44,7 +44,6 @@ class Evaluation:
     reward: Reward
     params: SampleParams  # the same seed gives the same samples, whatever the chunks
     chunk_samples: int = 256  # completions sampled, graded and saved at a time
-    confidence: float = 0.95  # of the intervals
     # What else samples and verdicts depend on: the base model, the reward, ...
     identity: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # for the result
@@ -95,11 +94,11 @@ def evaluate(
         file = EvaluationFile(path.parent, path.name, settings, restart=restart)
     problems_N, version = _evaluate_missing(sampler, evaluation, file)
     result = EvalResult(
-        total=evaluation_scores(problems_N, evaluation.confidence),
-        by_source=scores_by_source(problems_N, evaluation.confidence),
+        total=evaluation_scores(problems_N),
+        by_source=scores_by_source(problems_N),
         step=step,
         adapter_version=version,
-        confidence=evaluation.confidence,
+        confidence=CONFIDENCE,
         interval="exact" if params.num_samples == 1 else "clustered_exact",
         temperature=params.temperature,
         top_p=params.top_p,
@@ -149,27 +148,23 @@ def _evaluate_missing(
 
 def problem_record(group: RolloutGroup, seconds: float = 0.0) -> ProblemRecord:
     """The record of one graded problem, exactly as it will read back from the file."""
-    record = ProblemRecord(
-        prompt_id=group.prompt.prompt_id,
-        source=group.prompt.source,
-        question=group.prompt.question,
-        reference=group.prompt.reference,
-        samples_G=tuple(
-            SampleRecord(
-                completion=rollout.completion.text,
-                answer=rollout.score.answer,
-                correct=rollout.score.correct,
-                reward=rollout.score.reward,
-                status=str(rollout.score.status),
-                has_format=rollout.score.has_format,
-                num_tokens=len(rollout.completion.token_ids),
-                is_truncated=rollout.completion.is_truncated,
-            )
+    row = {
+        "prompt_id": group.prompt.prompt_id,
+        "source": group.prompt.source,
+        "question": group.prompt.question,
+        "reference": group.prompt.reference,
+        "samples": [
+            {
+                "completion": rollout.completion.text,
+                "tokens": len(rollout.completion.token_ids),
+                "truncated": rollout.completion.is_truncated,
+                **asdict(rollout.score),
+            }
             for rollout in group.rollouts_G
-        ),
-        seconds=seconds,
-    )
-    return ProblemRecord.from_row(jsonl.storable(record.to_row()))
+        ],
+        "seconds": seconds,
+    }
+    return ProblemRecord.from_row(jsonl.storable(row))
 
 
 def remove_results_after(folder: Path, step: int) -> list[Path]:

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import betaincinv
 
+CONFIDENCE = 0.95  # of all intervals of evaluations
 NUM_RESAMPLES = 10_000  # of the bootstrap
 _BLOCK = 1 << 22  # numbers drawn at once, which bounds the memory
 
 
 def exact_interval(
-    num_correct: float, num_total: float, confidence: float = 0.95
+    num_correct: float, num_total: float, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
     """(low, high) of a binomial proportion (Clopper and Pearson 1934), by quantiles of the beta.
 
@@ -36,9 +37,7 @@ def exact_interval(
     return low, high
 
 
-def clustered_interval(
-    shares_N: Sequence[float], num_samples: int, confidence: float = 0.95
-) -> tuple[float, float]:
+def clustered_interval(shares_N: Sequence[float], num_samples: int) -> tuple[float, float]:
     """(low, high) of the mean of N problems' shares, each estimated from k samples.
 
     The exact interval at the effective number of samples (Korn and Graubard 1998, 'Confidence
@@ -58,26 +57,20 @@ def clustered_interval(
     variance = math.fsum((share - mean) ** 2 for share in shares_N) / num
     ratio = mean * (1 - mean) / max(variance, 1e-12)  # 0 if all shares are 0, or all 1
     effective = num * min(float(num_samples), max(1.0, ratio))
-    return exact_interval(min(mean * effective, effective), effective, confidence)
+    return exact_interval(min(mean * effective, effective), effective)
 
 
-def bootstrap_interval(
-    values_N: Sequence[float],
-    confidence: float = 0.95,
-    *,
-    seed: int = 0,
-    num_resamples: int = NUM_RESAMPLES,
-) -> tuple[float, float]:
+def bootstrap_interval(values_N: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
     """(low, high) of the mean over problems: percentiles of the means of resampled problems.
 
     (Efron and Tibshirani 1993, 'An Introduction to the Bootstrap', chapter 13.) A problem is drawn
     with all of its samples. Identical values give an interval of zero width.
 
     Raises:
-        ValueError: there is no value, or the confidence is not between 0 and 1.
+        ValueError: there is no value.
     """
-    if not len(values_N) or not 0 < confidence < 1:
-        raise ValueError(f"no interval for {len(values_N)} values at confidence {confidence}")
+    if not values_N:
+        raise ValueError("no interval without values")
     if len(values_N) == 1:
         return float(values_N[0]), float(values_N[0])
     from scipy import stats  # slow to import, and most readers of results need no bootstrap
@@ -85,9 +78,9 @@ def bootstrap_interval(
     interval = stats.bootstrap(
         (np.asarray(values_N, dtype=np.float64),),
         np.mean,
-        n_resamples=num_resamples,
+        n_resamples=NUM_RESAMPLES,
         batch=max(1, _BLOCK // len(values_N)),
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval

@@ -24,7 +24,7 @@ from rl_lora.evaluation.files import (
     read_evaluation,
     settings_difference,
 )
-from rl_lora.evaluation.intervals import bootstrap_interval, exact_interval
+from rl_lora.evaluation.intervals import CONFIDENCE, bootstrap_interval, exact_interval
 from rl_lora.evaluation.scores import ProblemRecord
 from rl_lora.storage import jsonl
 
@@ -76,12 +76,7 @@ class PairedResult:
 
 
 def compare_evaluations(
-    first: Path,
-    second: Path,
-    names: tuple[str, str] | None = None,
-    *,
-    confidence: float = 0.95,
-    seed: int = 0,
+    first: Path, second: Path, names: tuple[str, str] | None = None
 ) -> PairedResult:
     """Compares two evaluations on disk; nothing is sampled.
 
@@ -89,8 +84,6 @@ def compare_evaluations(
         first: NAME.jsonl.gz or NAME.json of the baseline.
         second: NAME.jsonl.gz or NAME.json of the policy compared with it.
         names: names of the two policies; None: the files' names.
-        confidence: of the intervals.
-        seed: of the bootstrap.
 
     Raises:
         UserError: no such evaluation, or the two differ in problems or number of samples.
@@ -105,20 +98,18 @@ def compare_evaluations(
     difference = _sampling_difference(settings_1, settings_2)
     return PairedResult(
         *names,
-        total=paired_scores(pairs, confidence, seed),
+        total=paired_scores(pairs),
         by_source={
-            name: paired_scores([p for p in pairs if p[0].source == name], confidence, seed)
+            name: paired_scores([pair for pair in pairs if pair[0].source == name])
             for name in sorted({problem.source for problem in problems_1})
         },
-        confidence=confidence,
+        confidence=CONFIDENCE,
         has_common_seeds=difference is None,
         notes=(f"the evaluations were sampled differently: {difference}",) if difference else (),
     )
 
 
-def paired_scores(
-    pairs_N: Sequence[tuple[ProblemRecord, ProblemRecord]], confidence: float = 0.95, seed: int = 0
-) -> PairedScores:
+def paired_scores(pairs_N: Sequence[tuple[ProblemRecord, ProblemRecord]]) -> PairedScores:
     """Scores of N problems, each evaluated under both policies with k samples.
 
     Raises:
@@ -129,7 +120,7 @@ def paired_scores(
         raise ValueError("paired_scores needs problems with the same number of samples, at least 1")
     gains_N = [second.num_correct - first.num_correct for first, second in pairs_N]
     num = len(pairs_N)
-    low, high, interval = difference_interval(gains_N, num_samples, confidence, seed)
+    low, high, interval = difference_interval(gains_N, num_samples)
     majority = [(one.is_majority_correct, two.is_majority_correct) for one, two in pairs_N]
     only_first = sum(one and not two for one, two in majority)
     only_second = sum(two and not one for one, two in majority)
@@ -158,9 +149,7 @@ def paired_scores(
 # --- statistics -----------------------------------------------------------------------------------
 
 
-def difference_interval(
-    gains_N: Sequence[int], num_samples: int, confidence: float = 0.95, seed: int = 0
-) -> tuple[float, float, str]:
+def difference_interval(gains_N: Sequence[int], num_samples: int) -> tuple[float, float, str]:
     """(low, high, method) of the mean of gains / k over problems.
 
     A bootstrap over problems. If all gains are equal (e.g. neither policy solves anything) it would
@@ -169,8 +158,8 @@ def difference_interval(
     """
     shares_N = [gain / num_samples for gain in gains_N]
     if len(set(gains_N)) > 1:
-        return *bootstrap_interval(shares_N, confidence, seed=seed), "bootstrap"
-    _, u = exact_interval(0, len(gains_N), confidence)
+        return *bootstrap_interval(shares_N), "bootstrap"
+    _, u = exact_interval(0, len(gains_N))
     return (1 - u) * shares_N[0] - u, (1 - u) * shares_N[0] + u, "exact"
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from rewards import Score, load_reward
+from rewards import load_reward
 from rl_lora.errors import UserError
 from rl_lora.evaluation.files import find_evaluation, read_evaluation
-from rl_lora.evaluation.scores import EvaluationScores, SampleRecord, evaluation_scores
+from rl_lora.evaluation.intervals import CONFIDENCE
+from rl_lora.evaluation.scores import EvaluationScores, evaluation_scores
 from rl_lora.scoring import score_best
 
 
@@ -48,7 +49,6 @@ def regrade(
     policy: str | None = None,
     num_workers: int = 1,
     timeout_s: float = 5.0,
-    confidence: float = 0.95,
 ) -> Regrade:
     """Grades every completion of an evaluation again.
 
@@ -58,7 +58,6 @@ def regrade(
         policy: grading rules; None: the evaluation's, or "default".
         num_workers: verifier processes.
         timeout_s: seconds for a hard answer.
-        confidence: of the intervals.
 
     Raises:
         UserError: there is no such evaluation, it has no problems yet, or its reward is a module's
@@ -82,8 +81,11 @@ def regrade(
     ) as scorer:
         scores = iter(score_best(scorer, [sample.completion for sample in samples], references))
     graded_N = [
-        replace(one, samples_G=tuple(_graded(sample, next(scores)) for sample in one.samples_G))
-        for one in problems_N
+        replace(
+            problem,
+            samples_G=tuple(replace(one, **asdict(next(scores))) for one in problem.samples_G),
+        )
+        for problem in problems_N
     ]
     changes = [
         Change(new.prompt_id, n, new.reference, now.answer, was.correct, now.correct, now.status)
@@ -95,9 +97,9 @@ def regrade(
         evaluation=str(path),
         reward=name,
         policy=rules,
-        old=evaluation_scores(problems_N, confidence),
-        new=evaluation_scores(graded_N, confidence),
-        confidence=confidence,
+        old=evaluation_scores(problems_N),
+        new=evaluation_scores(graded_N),
+        confidence=CONFIDENCE,
         changes=tuple(changes),
     )
 
@@ -116,14 +118,3 @@ def reward_and_rules(
             f"{path} was graded by {name[:80]!r}; to import that code, pass it as --reward"
         )
     return name, policy or str(settings.get("reward_policy", "default"))
-
-
-def _graded(sample: SampleRecord, score: Score) -> SampleRecord:
-    return replace(
-        sample,
-        answer=score.answer,
-        correct=score.correct,
-        reward=score.reward,
-        status=str(score.status),
-        has_format=score.has_format,
-    )

@@ -198,9 +198,7 @@ def key_part(name: str) -> str:
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def evaluation_scores(
-    problems_N: Sequence[ProblemRecord], confidence: float = 0.95
-) -> EvaluationScores:
+def evaluation_scores(problems_N: Sequence[ProblemRecord]) -> EvaluationScores:
     """Scores of N problems with k samples each.
 
     Intervals of proportions are exact at the effective number of samples
@@ -216,9 +214,9 @@ def evaluation_scores(
     shares_N = [problem.share for problem in problems_N]
     majority_N = [float(problem.is_majority_correct) for problem in problems_N]
     lengths_N = [_mean([s.num_tokens for s in problem.samples_G]) for problem in problems_N]
-    low, high = clustered_interval(shares_N, k, confidence)
-    majority_low, majority_high = clustered_interval(majority_N, 1, confidence)
-    tokens_low, tokens_high = bootstrap_interval(lengths_N, confidence)
+    low, high = clustered_interval(shares_N, k)
+    majority_low, majority_high = clustered_interval(majority_N, 1)
+    tokens_low, tokens_high = bootstrap_interval(lengths_N)
     formatted = [sample.correct for sample in samples if sample.has_format]
     everything = _outcome_stats(samples)
     assert everything is not None
@@ -242,31 +240,27 @@ def evaluation_scores(
         tokens_high=tokens_high,
         no_answer_rate=everything.no_answer_rate,
         timeout_rate=everything.timeout_rate,
-        pass_at=_pass_curve(problems_N, k, confidence),
+        pass_at=_pass_curve(problems_N, k),
         correct=_outcome_stats([sample for sample in samples if sample.correct]),
         wrong=_outcome_stats([sample for sample in samples if not sample.correct]),
     )
 
 
-def scores_by_source(
-    problems_N: Sequence[ProblemRecord], confidence: float = 0.95
-) -> dict[str, EvaluationScores]:
+def scores_by_source(problems_N: Sequence[ProblemRecord]) -> dict[str, EvaluationScores]:
     """Scores of each data set, sorted by name."""
     return {
-        name: evaluation_scores([one for one in problems_N if one.source == name], confidence)
+        name: evaluation_scores([one for one in problems_N if one.source == name])
         for name in sorted({problem.source for problem in problems_N})
     }
 
 
-def _pass_curve(
-    problems_N: Sequence[ProblemRecord], num_samples: int, confidence: float
-) -> dict[str, Estimate]:
+def _pass_curve(problems_N: Sequence[ProblemRecord], num_samples: int) -> dict[str, Estimate]:
     """pass@1, 2, 4, ... and k, each with its interval by the effective number of samples."""
     sizes = [2**power for power in range(num_samples.bit_length()) if 2**power < num_samples]
     curve = {}
     for size in [*sizes, num_samples]:
         estimates_N = [pass_at(problem.num_correct, num_samples, size) for problem in problems_N]
-        low, high = clustered_interval(estimates_N, num_samples // size, confidence)
+        low, high = clustered_interval(estimates_N, num_samples // size)
         curve[str(size)] = Estimate(math.fsum(estimates_N) / len(estimates_N), low, high)
     return curve
 

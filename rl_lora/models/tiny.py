@@ -76,7 +76,7 @@ class TinyRecipe:
             text += f" noise={self.noise} num_copies={self.num_copies}"
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
-    def config(self, **token_ids: int) -> LlamaConfig:
+    def config(self, **token_ids: Any) -> LlamaConfig:
         """The model's shape."""
         from transformers import LlamaConfig
 

@@ -37,10 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SftOutcome:
-    """The result of a supervised run.
-
-    Example: SftOutcome(folder=Path("runs/sft"), before=2.31, after=1.62)
-    """
+    """The result of a supervised run."""
 
     folder: Path
     before: float  # test loss of the base, nats per token

@@ -65,15 +65,11 @@ class StudyConfig(Section):
 
 
 class Condition(NamedTuple):
-    """What identifies a learning-rate sweep.
-
-    Example: Condition(mode="lora", rank=8, layers="all", lm_head=False, batch_size=32,
-    variant="dora", lora_plus_ratio=1.0)
-    """
+    """What identifies a learning-rate sweep."""
 
     mode: str  # lora or full
     rank: int  # 0: full
-    layers: str
+    layers: str  # with an adapter: all, attention or mlp
     lm_head: bool
     batch_size: int  # sequences a step
     variant: str = "lora"

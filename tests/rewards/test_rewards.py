@@ -56,7 +56,7 @@ def test_an_empty_gold_is_an_error() -> None:
 def test_unknown_reward_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="unknown reward 'mth': did you mean 'math'"):
         load_reward("mth")
-    with pytest.raises(ValueError, match="unknown policy 'gsm': did you mean 'gsm8k'"):
+    with pytest.raises(ValueError, match="unknown rules 'gsm': did you mean 'gsm8k'"):
         load_reward("math", rules="gsm")
     with pytest.raises(ValueError, match="num_workers must be at least 1"):
         load_reward("math", num_workers=0)

@@ -100,8 +100,8 @@ def num_graphs() -> int:
     ("make", "lora"),
     [
         (random_llama, {"rank": 1}),
-        (random_qwen3, {"rank": 4, "variant": "dora"}),
-        (random_llama, {"rank": 1, "variant": "pissa"}),
+        pytest.param(random_qwen3, {"rank": 4, "variant": "dora"}, marks=pytest.mark.slow),
+        pytest.param(random_llama, {"rank": 1, "variant": "pissa"}, marks=pytest.mark.slow),
     ],
 )
 def test_ten_batches_take_two_graphs_and_agree_with_eager_layers(

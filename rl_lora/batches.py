@@ -2,8 +2,8 @@
 
 A step's samples are split into `num_updates` optimizer batches, and each of those into microbatches
 by a token budget. Where prompts are shared, a microbatch is one row without padding: each prompt
-once, followed by its completions, which see only the prompt and themselves and whose positions
-continue from the prompt's end, so that values and gradients are those of separate sequences.
+once, then all completions, which see only their prompt and themselves and whose positions continue
+from the prompt's end, so that values and gradients are those of separate sequences.
 Otherwise each row is a prompt with one completion; rows are sorted by length and right-padded. Each
 completion token has the weight 1/denominator of its whole optimizer batch (weights_C), so that
 gradient accumulation equals one big batch.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_lora.nn.segments import Segment
+from rl_lora.nn.segments import make_layout, moved
 from rl_lora.types import Microbatch, RolloutGroup, TrainSample
 
 
@@ -120,11 +120,12 @@ def to_device(batch: Microbatch, device: torch.device) -> Microbatch:
     if batch.token_ids_BT.device == device:
         return batch
     tensors: dict[str, Any] = {
-        name: value.to(device, non_blocking=True)
+        name: moved(value, device)
         for name in Microbatch.__slots__
         if isinstance(value := getattr(batch, name), Tensor)
     }
-    return replace(batch, **tensors)
+    layout = None if batch.layout is None else batch.layout.to(device)
+    return replace(batch, **tensors, layout=layout)
 
 
 @dataclass
@@ -212,34 +213,34 @@ def _by_budget(rows: Sequence[_Row], budget: int) -> Iterator[list[_Row]]:
 
 
 def _microbatch(rows: Sequence[_Row], weight_of: dict[int, float], *, is_flat: bool) -> Microbatch:
-    """Rows concatenated into one (flat), or stacked with padding."""
+    """Rows in one, all prompts before all completions (flat), or stacked with padding."""
     num_tokens = sum(row.width for row in rows)
     shape = (1, num_tokens) if is_flat else (len(rows), max(row.width for row in rows))
     token_ids_BT = torch.zeros(shape, dtype=torch.int64)
     position_BT = torch.zeros(shape, dtype=torch.int64)
     scored = _Scored()
-    segments: list[Segment] = []
-    first = 0  # of the family in the flat row
-    for index, family in enumerate(rows):
+    prompt_lengths = [len(family.prompt_ids) for family in rows]
+    first, start = 0, sum(prompt_lengths)  # of a prompt and a completion in the flat row
+    for index, (family, num_prompt) in enumerate(zip(rows, prompt_lengths, strict=True)):
         row = 0 if is_flat else index
-        num_prompt = len(family.prompt_ids)
-        start = first + num_prompt
-        token_ids_BT[row, first:start] = torch.tensor(family.prompt_ids)
-        position_BT[row, first:start] = torch.arange(num_prompt)
-        segments.append(Segment(first, num_prompt))
+        if not is_flat:
+            first, start = 0, num_prompt
+        prompt_end = first + num_prompt
+        token_ids_BT[row, first:prompt_end] = torch.tensor(family.prompt_ids)
+        position_BT[row, first:prompt_end] = torch.arange(num_prompt)
         for sample in family.samples:
             count = len(sample.completion_ids)
             end = start + count
             token_ids_BT[row, start:end] = torch.tensor(sample.completion_ids)
             position_BT[row, start:end] = torch.arange(num_prompt, num_prompt + count)
-            segments.append(Segment(start, count, first, num_prompt))
-            scored.add(sample, row, first + num_prompt - 1, start, weight_of[count])
+            scored.add(sample, row, prompt_end - 1, start, weight_of[count])
             start = end
-        first = start if is_flat else 0
+        first = prompt_end
+    completion_lengths = [[len(s.completion_ids) for s in family.samples] for family in rows]
     return Microbatch(
         token_ids_BT=token_ids_BT,
         position_BT=position_BT if is_flat else None,
-        segments=tuple(segments) if is_flat else None,
+        layout=make_layout(prompt_lengths, completion_lengths) if is_flat else None,
         row_C=torch.tensor(scored.row),
         column_C=torch.tensor(scored.column),
         target_ids_C=torch.tensor(scored.target),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewards import FunctionReward, Reward, load_reward
 from rl_lora.advantages import AdvantageFn
-from rl_lora.config import LoraSection, ModelSection, OptimSection, RunConfig, SamplingSection
+from rl_lora.config import ModelSection, OptimSection, RunConfig, SamplingSection
 from rl_lora.config.algorithm import imported, load_algorithm
 from rl_lora.config.checks import SAMPLERS
 from rl_lora.errors import UserError
@@ -52,6 +52,7 @@ class RunContext:
     loss: LossFn
     advantage: AdvantageFn
     sampler: Sampler
+    handover: Path | None = None  # in memory, for the versions that only the sampler needs
 
 
 @contextlib.contextmanager
@@ -84,7 +85,7 @@ def open_run(
         from rl_lora.samplers.end_tokens import end_token_ids
 
         load_sampler_class(config.sampling.backend)
-        model_dir, tokenizer, context = open_model(config.model, on_note, config.lora)
+        model_dir, tokenizer, context = open_model(config.model, on_note)
         if config.sampling.backend == "vllm":
             check_vllm(model_dir, config)
         prompts = _load_prompts(config, reward, model_dir, tokenizer, context)
@@ -108,9 +109,20 @@ def open_run(
             end_token_ids=end_ids,
             max_model_len=min(context, _longest(config, prompts)),
             on_progress=on_progress,
+            learner_bytes=_bytes_to_come(config, policy),
         )
         stack.callback(sampler.close)
         yield RunContext(config, tokenizer, prompts, reward, policy, loss, advantage, sampler)
+
+
+def _bytes_to_come(config: RunConfig, policy: Policy) -> int:
+    """GPU memory that the learner will still take and hold while the sampler works."""
+    from rl_lora.planning.memory import bytes_to_come
+
+    if policy.device.type == "cpu":
+        return 0
+    num_trainable = sum(parameter.numel() for parameter in policy.trainable().values())
+    return bytes_to_come(config, policy.model.config, num_trainable)
 
 
 def _longest(config: RunConfig, prompts: PromptSets) -> int:
@@ -162,7 +174,7 @@ def check_vllm(model_dir: Path, config: RunConfig) -> None:
     device = pick_device(config.model.device)
     if importlib.util.find_spec("vllm") is None:
         import_vllm(device)  # which says how to get it
-    check_device(device, config.lora)
+    check_device(device, config.lora, model_dir)
     check_mixture(model_dir, device)
     # What dtype "auto" is gets measured later; the sampler checks it again then.
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
@@ -188,12 +200,12 @@ def _with_compilation(
 
 
 def open_model(
-    section: ModelSection, on_note: Callable[[str], None], lora: LoraSection | None = None
+    section: ModelSection, on_note: Callable[[str], None]
 ) -> tuple[Path, PreTrainedTokenizerBase, int]:
     """(directory, tokenizer, context length) of a model, which is fetched or made if need be.
 
     Raises:
-        UserError: no such model, a directory without a model, or a model that `lora` cannot train.
+        UserError: no such model, a directory without a model, or a model that cannot be trained.
     """
     from transformers import AutoConfig
 
@@ -204,21 +216,34 @@ def open_model(
         on_note(f"model {section.name}: fetched or made once, then kept; a minute or so")
     model_dir = resolve_model(section)
     config = AutoConfig.from_pretrained(model_dir)
-    if lora is not None:
-        check_architecture(config, lora, model_dir)
+    check_architecture(config, model_dir)
     return model_dir, load_tokenizer(model_dir), context_length(config)
 
 
 def make_learner(
-    policy: Policy, optim: OptimSection, *, num_steps: int, temperature: float = 1.0
+    policy: Policy,
+    optim: OptimSection,
+    *,
+    num_steps: int,
+    temperature: float = 1.0,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Learner:
-    """The learner of [optim]; num_steps: optimizer steps of the whole run, for the schedule.
+    """The learner of [optim].
 
-    Raises:
-        UserError: full fine-tuning in bfloat16.
+    Args:
+        policy: what learns.
+        optim: its settings.
+        num_steps: optimizer steps of the whole run, for the schedule.
+        temperature: of sampling.
+        on_note: called with one line on what was chosen for the machine.
     """
     from rl_lora.learner import Learner, Schedule
+    from rl_lora.planning.microbatch import default_microbatch_tokens
 
+    microbatch_tokens = optim.microbatch_tokens
+    if microbatch_tokens is None:
+        microbatch_tokens = default_microbatch_tokens(policy, optim)
+        on_note(f"microbatches of up to {microbatch_tokens:,} tokens (optim.microbatch_tokens)")
     return Learner(
         policy,
         optim.lr,
@@ -229,6 +254,7 @@ def make_learner(
         grad_clip=optim.grad_clip,
         lora_plus_ratio=optim.lora_plus_ratio,
         temperature=temperature,
+        microbatch_tokens=microbatch_tokens,
     )
 
 
@@ -264,11 +290,12 @@ def make_sampler(
     end_token_ids: tuple[int, ...],
     max_model_len: int,
     on_progress: Callable[[int, int, int], None] | None = None,
+    learner_bytes: int = 0,
 ) -> Sampler:
     """The sampler of `sampling.backend`.
 
     A user's own class is called with the policy and the keywords of `TorchSampler`; one that has
-    a keyword `engine` also gets vLLM's options.
+    a keyword `engine` also gets vLLM's options. learner_bytes: `EngineOptions.learner_bytes`.
 
     Raises:
         UserError: it cannot be used.
@@ -289,6 +316,7 @@ def make_sampler(
             attention_backend=section.attention_backend,
             merge_adapter=section.merge_adapter,
             memory_fraction=section.memory_fraction,
+            learner_bytes=learner_bytes,
         )
     return make(
         policy,
@@ -358,17 +386,7 @@ def open_folder(
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raises UserError if the run folder cannot be written to."""
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("", encoding="utf-8")
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run folder {folder} cannot be written ({error.strerror}); set run.output_dir to a "
-            "folder that can"
-        ) from error
+    """Raises UserError if its disk is about full; that it can be written to, its lock has shown."""
     free = shutil.disk_usage(folder).free
     if free < 50 * 2**20:
         raise UserError(f"run folder {folder} has {free / 2**20:.0f} MiB of disk left; free some")

@@ -11,7 +11,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -27,29 +26,19 @@ EXAMPLES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One subcommand. Example: Command("train a LoRA policy", "rl_lora.commands.train")."""
-
-    help: str
-    module: str
-
-
-COMMANDS: dict[str, Command] = {
-    name: Command(help_text, f"rl_lora.commands.{module}")
-    for name, module, help_text in (
-        ("train", "train", "train a LoRA policy with reinforcement learning"),
-        ("sft", "sft", "fine-tune on chats or prompt-completion pairs (cross-entropy)"),
-        ("eval", "eval_options", "evaluate a run's adapter, any adapter or the base model"),
-        ("compare", "compare", "compare two evaluations problem by problem"),
-        ("grade", "grade", "grade a file of completions, or regrade an evaluation"),
-        ("status", "status", "show the progress, latest metrics and curves of runs"),
-        ("report", "report", "write an HTML report of one run, or of several overlaid"),
-        ("export", "export", "merge an adapter into its base model, or push it to the hub"),
-        ("models", "models", "list the built-in base models, or fetch one"),
-        ("study", "study", "run a grid of jobs (ranks, learning rates, seeds), or plan it"),
-        ("lr", "lr", "suggest a LoRA learning rate for a model"),
-    )
+# name -> (module of rl_lora.commands, help)
+COMMANDS = {
+    "train": ("train", "train a LoRA policy with reinforcement learning"),
+    "sft": ("sft", "fine-tune on chats or prompt-completion pairs (cross-entropy)"),
+    "eval": ("eval_options", "evaluate a run's adapter, any adapter or the base model"),
+    "compare": ("compare", "compare two evaluations problem by problem"),
+    "grade": ("grade", "grade a file of completions, or regrade an evaluation"),
+    "status": ("status", "show the progress, latest metrics and curves of runs"),
+    "report": ("report", "write an HTML report of one run, or of several overlaid"),
+    "export": ("export", "merge an adapter into its base model, or push it to the hub"),
+    "models": ("models", "list the built-in base models, or fetch one"),
+    "study": ("study", "run a grid of jobs (ranks, learning rates, seeds), or plan it"),
+    "lr": ("lr", "suggest a LoRA learning rate for a model"),
 }
 
 
@@ -103,15 +92,15 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rl-lora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for name, entry in COMMANDS.items():
+    for name, (module_name, help_text) in COMMANDS.items():
         if name != command:
-            commands.add_parser(name, help=entry.help)
+            commands.add_parser(name, help=help_text)
             continue
-        module = import_module(entry.module)
+        module = import_module(f"rl_lora.commands.{module_name}")
         subparser = commands.add_parser(
             name,
-            help=entry.help,
-            description=f"{entry.help[0].upper()}{entry.help[1:]}.",
+            help=help_text,
+            description=f"{help_text[0].upper()}{help_text[1:]}.",
             **_with_examples(module.EXAMPLES),
         )
         module.add_arguments(subparser)

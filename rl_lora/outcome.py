@@ -16,10 +16,7 @@ from rl_lora.runs.start import Start
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run.
-
-    Example: Outcome(folder=Path("runs/quickstart"), before=EvalResult(...), after=EvalResult(...))
-    """
+    """A finished run."""
 
     folder: Path
     before: EvalResult | None  # the policy that RL started from

@@ -1,8 +1,6 @@
 """The policy: a base model with a LoRA adapter, or with all its weights in training.
 
-Token log-probs are computed from the completion's hidden states only, through lm_head in chunks, so
-no [tokens x vocabulary] tensor is kept. In LoRA mode the base's weights are never written to, which
-`base_fingerprint` proves.
+In LoRA mode the base's weights are never written to, which `base_fingerprint` proves.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import contextlib
 import copy
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -21,21 +19,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rl_lora.batches import pack_samples, to_device
 from rl_lora.config import LoraSection, ModelSection, parse_as
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.models.architectures import check_architecture
 from rl_lora.models.device import pick_device, pick_dtype
+from rl_lora.models.forward import can_share_prompts, token_logprobs
 from rl_lora.models.load import load_model
 from rl_lora.models.resolve import load_tokenizer, resolve_model
-from rl_lora.nn import attention
 from rl_lora.nn.checksum import weights_hash
+from rl_lora.nn.compiled import compile_layers
 from rl_lora.nn.context import adapters_off
 from rl_lora.nn.experts import adapted_parts, check_rank, expert_tensors, split_experts
 from rl_lora.nn.lora import BASE_PREFIX, attach_lora, lora_layers
-from rl_lora.nn.token_logprobs import score_hidden, take_positions
+from rl_lora.nn.optimized import FlatParameters, MasterWeights, Optimized
 from rl_lora.nn.variants import is_shifted, served_rank
-from rl_lora.types import Adapter, Microbatch, TrainSample
+from rl_lora.types import Adapter, Microbatch
 
 
 class Policy(ABC):
@@ -68,19 +66,20 @@ class Policy(ABC):
         self.device = pick_device(model.device)
         self.dtype = pick_dtype(model.dtype, self.device)
         config = AutoConfig.from_pretrained(model_dir)
-        check_architecture(config, lora, model_dir)
+        check_architecture(config, model_dir)
         check_rank(config, lora)
         self.model: PreTrainedModel = load_model(model_dir, self.dtype)
         self.model.to(self.device)  # type: ignore[arg-type]  # its stubs know no device
-        self.can_share_prompts = _can_share_prompts(self.model)
+        self.can_share_prompts = can_share_prompts(self.model)
         self.target_names: list[str] = []  # layers with an adapter
         self.expert_names: tuple[str, ...] = ()  # gate, up and down of adapted experts in files
         self._make_trainable(seed, keep_reference)
         self._has_checkpoints = checkpoint_activations
         if checkpoint_activations:
-            self.model.gradient_checkpointing_enable(
-                {"use_reentrant": False, "context_fn": attention.checkpoint_contexts}
-            )
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._is_compiled = self.device.type == "cuda" if model.compile is None else model.compile
+        if self._is_compiled:
+            compile_layers(self.model, keeps_activations=not checkpoint_activations)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @staticmethod
@@ -144,13 +143,18 @@ class Policy(ABC):
 
     @property
     @abstractmethod
-    def published_rank(self) -> int:
-        """Rank of the published adapter; 0 for whole models."""
+    def optimized(self) -> Optimized:
+        """What an optimizer steps on, and how its gradients come to it."""
 
     @property
     @abstractmethod
     def learns_in_parallel(self) -> bool:
         """Whether microbatches may run at once, each with gradients to itself."""
+
+    @property
+    @abstractmethod
+    def published_rank(self) -> int:
+        """Rank of the published adapter; 0 for whole models."""
 
     @abstractmethod
     def published_tensors(self) -> dict[str, Tensor]:
@@ -158,8 +162,13 @@ class Policy(ABC):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What training resumes from, the policy's own tensors: as published, except that PiSSA and
-        OLoRA keep the trained factors and the frozen start apart."""
+        OLoRA keep the trained factors and the frozen start apart, and that bfloat16 weights in
+        training are represented by their float32 masters."""
         return self.published_tensors()
+
+    def on_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of this policy in the CPU's memory; not copied if they are there already."""
+        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -194,7 +203,7 @@ class Policy(ABC):
         Raises:
             ValueError: the batch shares prompts in a row, which this model cannot compute.
         """
-        return _score(self.model, batch, temperature)
+        return token_logprobs(self.model, batch, temperature, self._is_compiled)
 
     @abstractmethod
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
@@ -234,16 +243,22 @@ class LoraPolicy(Policy):
         # Walks over all modules, once: publishing asks for them at each step.
         self._lora_layers = list(lora_layers(self.model))
         self.expert_names = adapted_parts(self.model)
+        self._flat = FlatParameters(self.trainable())
 
     @property
-    def published_rank(self) -> int:
-        """Twice lora.rank with PiSSA and OLoRA."""
-        return served_rank(self.lora)
+    def optimized(self) -> FlatParameters:
+        """The adapter as one tensor, and its gradient as another."""
+        return self._flat
 
     @property
     def learns_in_parallel(self) -> bool:
         """On a CPU."""
         return self.device.type == "cpu"
+
+    @property
+    def published_rank(self) -> int:
+        """Twice lora.rank with PiSSA and OLoRA."""
+        return served_rank(self.lora)
 
     def published_tensors(self) -> dict[str, Tensor]:
         """lora_A [rank, d_in] and lora_B [d_out, rank] under PEFT's names, as they are served: of
@@ -264,10 +279,13 @@ class LoraPolicy(Policy):
             for part, tensor in layer.state().items()
         }
 
+    def on_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._flat.on_host(tensors)
+
     @torch.no_grad()
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
         with self.adapter_off():
-            return _score(self.model, batch, temperature)[0]
+            return token_logprobs(self.model, batch, temperature, self._is_compiled)[0]
 
     def base_fingerprint(self) -> str:
         """`weights_hash` of the frozen weights."""
@@ -293,25 +311,46 @@ class FullPolicy(Policy):
     def _make_trainable(self, seed: int, keep_reference: bool) -> None:
         self.model.requires_grad_(True)
         self._reference = copy.deepcopy(self.model) if keep_reference else None
+        self._masters: MasterWeights | None = None  # none before training: they take memory
 
     @property
-    def published_rank(self) -> int:
-        return 0
+    def optimized(self) -> MasterWeights:
+        """The weights, or their masters if they are bfloat16."""
+        self._masters = self._masters or MasterWeights(self.trainable())
+        return self._masters
 
     @property
     def learns_in_parallel(self) -> bool:
         """Never: each worker would need memory for gradients of all weights."""
         return False
 
+    @property
+    def published_rank(self) -> int:
+        return 0
+
     def published_tensors(self) -> dict[str, Tensor]:
+        return self._under_file_names({})
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return self._under_file_names(self._masters.tensors if self._masters else {})
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        super().load_tensors(tensors)
+        if self._masters is not None:
+            self._masters.write_back()
+
+    def _under_file_names(self, instead: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict's tensors, or those given instead of them, by their names in files."""
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        state = {n: t for n, t in self.model.state_dict().items() if n not in tied}
+        state = {n: instead.get(n, t).detach() for n, t in self.model.state_dict().items()}
+        state = {name: tensor for name, tensor in state.items() if name not in tied}
+        assert instead.keys() <= state.keys(), "a weight in training would not be saved"
         return split_experts(self.model, state)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
         assert self._reference is not None, "built without keep_reference"
-        return _score(self._reference, batch, temperature)[0]
+        return token_logprobs(self._reference, batch, temperature, self._is_compiled)[0]
 
     def base_fingerprint(self) -> str:
         from rl_lora.adapters.files import fingerprint
@@ -354,44 +393,3 @@ def open_policy(
         checkpoint_activations=checkpoint_activations,
         keep_reference=keep_reference,
     )
-
-
-@torch.no_grad()
-def _can_share_prompts(model: PreTrainedModel) -> bool:
-    """Sets the model to `attention`, if completions that share a prompt then score as they do in
-    rows to themselves.
-
-    They do not under a sliding window, with positions counted along the row, or in a model outside
-    transformers' attention interface; such a model keeps SDPA, one completion a row.
-    """
-    window = getattr(model.config, "sliding_window", None)
-    if window is not None and getattr(model.config, "use_sliding_window", True):
-        return False
-    samples = [
-        TrainSample((5, 6, 7), completion, (0.0,) * len(completion), 1.0, 0)
-        for completion in ((8, 9, 10, 11), (12, 13))
-    ]
-    scores = []
-    for share_prompts, attention_name in ((False, "sdpa"), (True, attention.NAME)):
-        ((batch,),) = pack_samples(samples, microbatch_tokens=64, share_prompts=share_prompts)
-        model.set_attn_implementation(attention_name)
-        batch = to_device(batch, model.device)
-        logprobs_C = _score(model, batch, temperature=1.0)[0]
-        scores.append(logprobs_C[batch.target_ids_C.argsort()])
-    single_C, shared_C = scores
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
-    if torch.allclose(single_C, shared_C, atol=tolerance):
-        return True
-    model.set_attn_implementation("sdpa")
-    return False
-
-
-def _score(model: PreTrainedModel, batch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
-    if batch.segments is not None and model.config._attn_implementation != attention.NAME:
-        raise ValueError("this model cannot share prompts in a row: pack with share_prompts=False")
-    with attention.using(batch.segments, batch.token_ids_BT.device):
-        hidden_BTD = model.base_model(
-            input_ids=batch.token_ids_BT, position_ids=batch.position_BT, use_cache=False
-        ).last_hidden_state
-    hidden_CD = take_positions(hidden_BTD, batch.row_C, batch.column_C)
-    return score_hidden(hidden_CD, model.get_output_embeddings(), batch.target_ids_C, temperature)

@@ -33,10 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PromptSets:
-    """The prompts for training and evaluation.
-
-    Example: PromptSets(train=[Prompt(...)], eval=[Prompt(...)], notes=["gsm8k: 7473 of 7473 ..."])
-    """
+    """The prompts for training and evaluation."""
 
     train: list[Prompt]
     eval: list[Prompt]
@@ -177,11 +174,6 @@ class _Renderer:
                 )
             )
         return prompts
-
-
-def render_text(question: str, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The prompt as text: chat markup with an open turn, or few-shot text and question."""
-    return _Renderer(data, tokenizer).text(DataRow(question, None), "the prompt")
 
 
 def _check_lengths(

@@ -36,7 +36,8 @@ def rollout(
     """One group of num_samples scored completions per prompt, in the prompts' order.
 
     Args:
-        sampler: with the adapter to sample from set.
+        sampler: with the adapter to sample from set; its memory is released at the end, for the
+            learner.
         prompts_N: the problems.
         reward: `rl_lora.load_reward("math")`, or a function of (completion, reference) that
             returns a finite number; other forms of function: see `rewards.FunctionReward`.
@@ -51,14 +52,13 @@ def rollout(
     """
     params = SampleParams(num_samples, max_tokens, temperature, stop=stop, seed=seed)
     with scoring_thread() as thread:
-        scoring = Scoring(prompts_N, _as_reward(reward), thread)
-        return sample_and_score(sampler, scoring, params, version=None).groups()
-
-
-def _as_reward(reward: Reward | UserReward) -> Reward:
-    if hasattr(reward, "score_batch"):
-        return cast("Reward", reward)
-    return FunctionReward(getattr(reward, "__name__", "reward"), reward)
+        is_reward = hasattr(reward, "score_batch")
+        name = getattr(reward, "__name__", "reward")
+        graded_by = cast("Reward", reward) if is_reward else FunctionReward(name, reward)
+        scoring = Scoring(prompts_N, graded_by, thread)
+        groups_N = sample_and_score(sampler, scoring, params, version=None).groups()
+    sampler.release_memory()
+    return groups_N
 
 
 def sample_groups(
@@ -134,12 +134,7 @@ def _rows(
 
 
 def check_reward(reward: Reward, prompt: Prompt, token_ids: Sequence[int]) -> None:
-    """Tries a user's own function on a made-up completion, twice, before any is sampled.
-
-    Args:
-        reward: any; those of this project are not tried.
-        prompt: any of the job's.
-        token_ids: of MADE_UP.
+    """Tries a user's own function on MADE_UP, whose ids are given, twice, before any is sampled.
 
     Raises:
         UserError: the function fails, or returns something else than a reward.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rl_lora.adapters.files import remove_old, save_adapter, saved_version
+from rl_lora.adapters.handover import keep_version, memory_folder
 from rl_lora.build import RunContext
 from rl_lora.data.stream import PromptStream
 from rl_lora.learner import Learner
@@ -28,19 +32,36 @@ class State:
     previous: Adapter | None = None  # the version before it, which overlap samples from
 
 
+@contextlib.contextmanager
+def with_handover(job: RunContext) -> Iterator[RunContext]:
+    """On a GPU, a job whose adapters are published in memory; the run's folder gets those of
+    checkpoints (`save`). On a CPU, and for whole models, the job as it is."""
+    if job.policy.device.type == "cpu" or job.config.lora.mode == "full":
+        yield job
+        return
+    tensors = job.policy.published_tensors().values()
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    with memory_folder(job.config.run.folder, num_bytes) as folder:
+        yield replace(job, handover=folder)
+
+
 def publish(job: RunContext, state: State) -> Adapter:
     """Writes the policy as the present step's version, and deletes versions no longer needed."""
-    folder, config = job.config.run.folder, job.config
-    adapters = folder / "adapters"
-    adapter = save_adapter(job.policy, adapters, version=state.step, run_name=config.run.name)
+    adapters, name = job.handover or job.config.run.folder / "adapters", job.config.run.name
+    adapter = save_adapter(job.policy, adapters, version=state.step, run_name=name)
     if state.adapter is not None:
         state.previous = state.adapter
     state.adapter = adapter
-    keep = {state.step, state.step - 1}
-    if config.sampling.overlap:  # a run resumed from a checkpoint samples from the version before
-        keep |= {step - 1 for step in checkpoint_steps(folder)}
-    remove_old(adapters, keep=keep)
+    _remove_old(job, adapters, state.step)
     return adapter
+
+
+def _remove_old(job: RunContext, adapters: Path, step: int) -> None:
+    """Deletes versions other than the last two and those that a resumed run needs."""
+    keep = {step, step - 1}
+    if job.config.sampling.overlap:  # resumed from a checkpoint, it samples the version before
+        keep |= {saved - 1 for saved in checkpoint_steps(job.config.run.folder)}
+    remove_old(adapters, keep=keep)
 
 
 def save(job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]) -> None:
@@ -52,6 +73,11 @@ def save(job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]
         state: the rest that is saved.
         inputs: hashes of base model and data, which `restore` compares.
     """
+    if job.handover is not None:
+        adapters = job.config.run.folder / "adapters"
+        for adapter in filter(None, (state.previous, state.adapter)):
+            keep_version(adapter, adapters)
+        _remove_old(job, adapters, state.step)
     previous = state.previous and state.previous.fingerprint
     more = {"previous": previous, "stream": state.position, "inputs": inputs}
     save_checkpoint(state.step, learner, job.config, **more)

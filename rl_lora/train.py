@@ -15,7 +15,6 @@ from rl_lora.data.stream import PromptStream
 from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult
-from rl_lora.models.device import check_trainable
 from rl_lora.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.overlap import Request, RolloutWorker, step_params
 from rl_lora.prompts import PromptSets
@@ -31,7 +30,7 @@ from rl_lora.runs.start import Start
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.liveness import check_at_start, check_step, check_version, staleness_metrics
 from rl_lora.sft.warm_start import has_solutions, warm_start
-from rl_lora.state import State, publish, restore, save
+from rl_lora.state import State, publish, restore, save, with_handover
 from rl_lora.storage.directories import atomic_directory
 from rl_lora.types import RolloutGroup
 
@@ -42,12 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """The objects that a run's steps work with, the same from start to end.
-
-    Example: Parts(job=RunContext(...), learner=Learner(...), worker=RolloutWorker(...),
-    evaluation=Evaluation(...), display=Display(), log=RunLog(...), timer=PhaseTimer(),
-    inputs={"base": {...}, "data": {...}})
-    """
+    """The objects that a run's steps work with, the same from start to end."""
 
     job: RunContext
     learner: Learner
@@ -96,13 +90,8 @@ def loop(parts: Parts, state: State) -> None:
 def learn(
     job: RunContext, learner: Learner, groups_N: list[RolloutGroup], version: int
 ) -> dict[str, float]:
-    """Advantages, microbatches and the optimizer step; checks that the sampler was right.
-
-    Args:
-        job: the run's policy and settings.
-        learner: of that policy.
-        groups_N: the step's rollouts.
-        version: of the policy that learns from them.
+    """Advantages, microbatches and the optimizer step of policy version `version`; checks that the
+    sampler was right.
 
     Raises:
         StaleAdapterError: the rollouts are not from the version that they should be from.
@@ -114,15 +103,13 @@ def learn(
     rewards_N_G = [group.rewards_G for group in groups_N]
     kl: dict[str, float] = {}
     if algorithm.kl == "reward":
-        rewards_N_G, kl = learner.penalised_rewards(
-            groups_N, algorithm.kl_weight, config.optim.microbatch_tokens
-        )
+        rewards_N_G, kl = learner.penalised_rewards(groups_N, algorithm.kl_weight)
     cap = config.sampling.max_tokens
     updates = pack(
         groups_N,
         job.advantage(rewards_N_G),
         denominator=cap if algorithm.denominator == "max_tokens" else algorithm.denominator,
-        microbatch_tokens=config.optim.microbatch_tokens,
+        microbatch_tokens=learner.microbatch_tokens,
         num_updates=config.optim.num_updates,
         share_prompts=config.optim.share_prompts and policy.can_share_prompts,
         keep_zero_advantage=algorithm.kl == "loss",
@@ -156,7 +143,6 @@ def train(
             a full disk.
         StaleAdapterError: the sampler does not use the learner's weights.
     """
-    check_trainable(config.model, config.lora)
     config = with_absolute_paths(config)
     folder = config.run.folder
     with open_folder(config, resume=resume, quiet=quiet) as (display, start):
@@ -203,13 +189,15 @@ def open_parts(
         ) as log,
         open_run(
             config, on_loaded=on_loaded, on_note=display.note, on_progress=display.sampling
-        ) as job,
+        ) as opened,
+        with_handover(opened) as job,
     ):
         learner = make_learner(
             job.policy,
             config.optim,
             num_steps=config.run.num_steps * config.optim.num_updates,
             temperature=config.sampling.temperature,
+            on_note=display.note,
         )
         stream = PromptStream(job.prompts.train, config.run.seed)
         probes, max_kl = job.prompts.eval[:4], config.sampling.max_kl
@@ -279,6 +267,7 @@ def warm_up(parts: Parts, state: State) -> None:
         return
     if job.policy.has_base:
         evaluate_policy(parts, state, is_base=True)
+    job.sampler.release_memory()  # for the learner
     with (
         RunLog(config.run.folder, resume_step=-1, metrics_file="warm_start.jsonl") as log,
         parts.timer.phase("warm_start"),

@@ -15,7 +15,7 @@ from rewards import Score
 if TYPE_CHECKING:
     import torch
 
-from rl_lora.nn.segments import Segment
+from rl_lora.nn.segments import AttentionLayout
 
 __all__ = [
     "Adapter",
@@ -125,8 +125,8 @@ class Microbatch:
     """Rows of tokens, and the flat list of completion tokens to score in them.
 
     Letters: B rows, T positions, C completion tokens and S sequences of the microbatch. Either one
-    row without padding holds prompts, each followed by its completions, which see the prompt and
-    themselves (`segments`); or each row is a prompt with one completion, right-padded, under plain
+    row without padding holds all prompts, then all completions, which see their prompt and
+    themselves (`layout`); or each row is a prompt with one completion, right-padded, under plain
     causal attention. Token c is predicted by the hidden state at [row_C[c], column_C[c]], the one
     before its own (for a completion's first token: the prompt's last): `batches` makes this shift,
     and nothing else does. `weights_C` holds the mask and the step-wide denominator: a loss is
@@ -138,7 +138,7 @@ class Microbatch:
 
     token_ids_BT: torch.Tensor  # int64; padding is 0, and no real token attends to it
     position_BT: torch.Tensor | None  # int64; None: 0, 1, 2, ... in every row
-    segments: tuple[Segment, ...] | None  # of the one row; None: plain causal attention
+    layout: AttentionLayout | None  # of the one row; None: plain causal attention
     row_C: torch.Tensor  # int64, row of token_ids_BT
     column_C: torch.Tensor  # int64, position whose hidden state predicts the token
     target_ids_C: torch.Tensor  # int64

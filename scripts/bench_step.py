@@ -2,6 +2,7 @@
 
     python scripts/bench_step.py                       # about 15 minutes on two cores
     python scripts/bench_step.py --check               # fails on a loss of over 15 %
+    python scripts/bench_step.py --device cuda         # larger steps, TRL with vLLM on one GPU
     python scripts/bench_step.py --sweep ranks         # learning phase at ranks 1, 8, 64, 256,
                                                        # with fits, in a table and a figure
 
@@ -25,9 +26,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.figure import draw, draw_sweep  # noqa: E402
 from benchmarks.growth import against_formula, fits, records, sweep_tables  # noqa: E402
 from benchmarks.run import compare, has_trl, measure, sweep  # noqa: E402
-from benchmarks.workload import Size  # noqa: E402
+from benchmarks.workload import SIZES, Size  # noqa: E402
 
 BASELINE = ROOT / "scripts" / "benchmarks" / "baseline.json"
+NAMES = {"learner": "learner only", "ours": "in the step", "trl": "TRL"}
 SWEEPS = {
     "samples": [Size(num_samples=n) for n in (2, 4, 8)],
     "tokens": [Size(max_tokens=n) for n in (24, 48, 96, 192)],
@@ -40,7 +42,10 @@ def main() -> int:
     """Measures, writes JSON and a figure, prints the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="measured steps per arm (default 3)")
-    parser.add_argument("--prompts", type=int, default=16, help="prompts per step (default 16)")
+    parser.add_argument(
+        "--device", choices=SIZES, default="cpu", help="where everything runs (default cpu)"
+    )
+    parser.add_argument("--prompts", type=int, help="prompts per step (default 16; on a GPU 32)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="folder of the results"
     )
@@ -57,19 +62,22 @@ def main() -> int:
         "--steps", action="store_true", help="with --sweep: also whole steps, by phase"
     )
     options = parser.parse_args()
-    if options.rounds < 1 or options.prompts < 1:
+    size = SIZES[options.device]
+    if options.prompts is not None:
+        size = replace(size, num_prompts=options.prompts)
+    if options.rounds < 1 or size.num_prompts < 1:
         parser.error("--rounds and --prompts are at least 1")
-    size = Size(num_prompts=options.prompts)
+    if reason := missing_device(options.device):
+        parser.error(f"--device {options.device}: {reason}")
     baseline = json.loads(BASELINE.read_text("utf-8"))
     if options.check and baseline["size"] != asdict(size):
-        parser.error(
-            f"--check compares with a baseline of {baseline['size']['num_prompts']} prompts"
-        )
+        parser.error(f"--check compares with a baseline of another size: {baseline['size']}")
     if options.steps and not options.sweep:
         parser.error("--steps needs --sweep")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.sweep:
-        sizes = [replace(s, num_prompts=options.prompts) for s in SWEEPS[options.sweep]]
+        own = {"num_prompts": size.num_prompts, "device": size.device}
+        sizes = [replace(s, **own) for s in SWEEPS[options.sweep]]
         rows = sweep(sizes, options.rounds, options.out, has_steps=options.steps)
         write_sweep(options.sweep, rows, options.out)
         return 0
@@ -79,9 +87,7 @@ def main() -> int:
     result["command"] = "python scripts/bench_step.py " + " ".join(sys.argv[1:])
     (options.out / "bench_step.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     draw(result, options.out / "bench_step.png")
-    for name, value in result["ratios"].items():
-        low, high = result["spread"][name]
-        print(f"{name:24} {value:8.3f}   ({low:g} to {high:g})")
+    print("\n".join(result_lines(result)))
     if options.save_baseline:
         kept = {key: result[key] for key in ("command", "size", "ratios", "spread")}
         BASELINE.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
@@ -90,6 +96,29 @@ def main() -> int:
         print("\n".join(lost) if lost else "no ratio is over 15 % worse than the baseline")
         return 1 if lost else 0
     return 0
+
+
+def result_lines(result: dict[str, Any]) -> list[str]:
+    """Each ratio with its spread; then each arm's learning speed."""
+    lines = []
+    for name, value in result["ratios"].items():
+        low, high = result["spread"][name]
+        lines.append(f"{name:24} {value:8.3f}   ({low:g} to {high:g})")
+    for name, speed in result["speeds"].items():
+        lines.append(
+            f"learning, {NAMES[name]:14} {speed['tokens_per_s']:8,} completion tokens/s, "
+            f"MFU {speed['mfu']:.1%}, {speed['roofline']:.1%} of the roofline"
+        )
+    return lines
+
+
+def missing_device(device: str) -> str:
+    """What is missing for the device; empty: nothing."""
+    import torch
+
+    if device == "cpu" or torch.cuda.is_available():
+        return ""
+    return "PyTorch finds no GPU here"
 
 
 def write_sweep(kind: str, rows: list[dict[str, Any]], out: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from rl_lora.batches import pack_samples
-from rl_lora.nn.segments import AttentionLayout, make_layout
+from rl_lora.nn.segments import AttentionLayout, make_buckets
 from rl_lora.types import Microbatch, TrainSample
 
 
@@ -95,29 +95,30 @@ def test_completions_of_one_prompt_share_it_in_one_row_without_padding() -> None
         completion_of((10, 11), (23,), -1.0),
     ]
     (batch,) = pack_one(samples, share_prompts=True)
-    assert batch.token_ids_BT.tolist() == [[10, 11, 20, 21, 23, 12, 22]]
+    assert batch.token_ids_BT.tolist() == [[10, 11, 12, 20, 21, 23, 22]]
     assert batch.position_BT is not None
-    assert batch.position_BT.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    assert batch.position_BT.tolist() == [[0, 1, 0, 2, 3, 2, 1]]
     assert batch.row_C.tolist() == [0, 0, 0, 0]
-    assert batch.column_C.tolist() == [1, 2, 1, 5]  # 23 follows the prompt's last token, not 21
+    assert batch.column_C.tolist() == [1, 3, 1, 2]  # 23 follows the prompt's last token, not 21
     assert batch.sequence_C.tolist() == [0, 0, 1, 2]
     assert batch.target_ids_C.tolist() == [20, 21, 23, 22]
     assert batch.advantages_C.tolist() == [1.0, 1.0, -1.0, 2.0]
     assert (batch.num_sequences, batch.num_tokens) == (3, 7)
-    assert batch.segments is not None
-    assert seen_by_token(make_layout(batch.segments), 7) == [
-        {0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 1, 4}, {5}, {5, 6},
+    assert batch.layout is not None
+    assert seen_by_token(batch.layout, 7) == [
+        {0}, {0, 1}, {2}, {0, 1, 3}, {0, 1, 3, 4}, {0, 1, 5}, {2, 6},
     ]  # fmt: skip
 
 
 def seen_by_token(layout: AttentionLayout, num_tokens: int) -> list[set[int]]:
     """Which tokens each token of the row sees, read back from the buckets."""
     by_output = []
-    for bucket in layout.buckets:
+    buckets = make_buckets(layout.starts_S, layout.families_N)
+    for bucket in buckets.buckets:
         masks_SQK = bucket.mask_S1QK[:, 0]
         for keys_K, mask_QK in zip(bucket.key_SK, masks_SQK, strict=True):
             by_output += [set(keys_K[mask_K].tolist()) for mask_K in mask_QK]
-    return [by_output[int(layout.output_T[token])] for token in range(num_tokens)]
+    return [by_output[int(buckets.output_T[token])] for token in range(num_tokens)]
 
 
 def test_a_family_too_large_for_one_microbatch_is_cut_with_its_prompt_in_each() -> None:
@@ -143,7 +144,7 @@ def test_buckets_waste_little() -> None:
     lengths = [5, 90, 7, 40, 44, 6, 95, 8, 60, 33]
     samples = [completion_of(tuple(range(1, 31)), tuple(range(n)), 1.0) for n in lengths]
     (batch,) = pack_one(samples, share_prompts=True, microbatch_tokens=4096)
-    assert batch.segments is not None
-    computed = sum(b.mask_S1QK.numel() for b in make_layout(batch.segments).buckets)
+    assert batch.layout is not None
+    computed = sum(b.mask_S1QK.numel() for b in make_buckets(*batch.layout[:2]).buckets)
     needed = 30 * 30 + sum(n * (30 + n) for n in lengths)
     assert needed <= computed <= 1.3 * needed

@@ -9,16 +9,15 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from rl_lora import cli
 from rl_lora.adapters.files import save_adapter
 from rl_lora.config import ModelSection, load_config
 from rl_lora.config.sft import load_sft_config
-from rl_lora.models import device as devices
 from rl_lora.models.resolve import resolve_model
 from rl_lora.storage.jsonl import read_lines
 from rl_lora.studies.config import load_study
@@ -37,6 +36,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert len(lines) == 1, lines
     assert lines[0].startswith("rl-lora: error: ")
     return lines[0]
+
+
+def module_of(command: str) -> ModuleType:
+    return import_module(f"rl_lora.commands.{cli.COMMANDS[command][0]}")
 
 
 def smoke(tmp_path: Path, *overrides: str) -> list[str]:
@@ -158,59 +161,6 @@ def test_without_vllm_the_error_names_the_extra(tmp_path: Path) -> None:
     assert "sampling.backend=torch" in line
 
 
-STUDY = """
-[study]
-name = "s"
-arm = "rl"
-seeds = [0]
-output_dir = "."
-[job.model]
-name = "nowhere"
-device = "cpu"
-[job.data]
-train = "nowhere"
-[[grid]]
-lora.mode = "full"
-"""
-
-
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-@pytest.mark.parametrize("command", ["train", "train --dry-run", "sft", "sft --dry-run", "study"])
-def test_full_fine_tuning_in_bfloat16_is_refused_before_anything_is_looked_for(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    command: str,
-    dtype: str,
-) -> None:
-    """Also where dtype auto comes to it, as on a CUDA device; the model that is named is nowhere.
-
-    The advice works.
-    """
-    monkeypatch.setattr(devices, "_matmul_seconds", lambda dtype, device: dtype.itemsize)
-    assert devices.pick_dtype("auto", torch.device("cpu")) is torch.bfloat16
-    name, *options = command.split()
-    if name == "study":
-        (tmp_path / "study.toml").write_text(STUDY)
-        arguments = [str(tmp_path / "study.toml"), f"job.model.dtype={dtype}"]
-    else:
-        config = {"train": "smoke", "sft": "sft_tiny"}[name]
-        model = "tiny-fast" if options else "nowhere"  # a plan needs the model's shape
-        arguments = [
-            str(ROOT / "configs" / f"{config}.toml"),
-            f"run.output_dir={tmp_path}",
-            f"model.name={model}",
-            "lora.mode=full",
-            f"model.dtype={dtype}",
-        ]
-    line = refused(capsys, name, *arguments, *options)
-    assert "lora.mode='full'" in line
-    assert "set model.dtype='float32'" in line
-    assert [path.name for path in tmp_path.iterdir()] == (["study.toml"] if name == "study" else [])
-    if options:
-        assert cli.main([name, *arguments, *options, "model.dtype='float32'"]) == 0
-
-
 def test_train_then_eval_the_run_any_adapter_and_the_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,7 +211,7 @@ def test_the_console_command_is_installed_and_quick_to_help() -> None:
 EXAMPLES = sorted(
     {
         *cli.EXAMPLES,
-        *(line for one in cli.COMMANDS.values() for line in import_module(one.module).EXAMPLES),
+        *(line for name in cli.COMMANDS for line in module_of(name).EXAMPLES),
     }
 )
 
@@ -296,7 +246,7 @@ def test_advice_after_an_interrupt_is_one_that_the_command_takes(
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(import_module(cli.COMMANDS[command].module), "run", interrupted)
+    monkeypatch.setattr(module_of(command), "run", interrupted)
     assert cli.main([command, SMOKE]) == 130
     assert capsys.readouterr().err == f"rl-lora: interrupted{advice}\n"
     if "--resume" in advice:

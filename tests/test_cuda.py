@@ -20,7 +20,9 @@ from rl_lora.config import LoraSection, ModelSection, load_config
 from rl_lora.learner import Learner
 from rl_lora.losses import importance_sampling
 from rl_lora.models.device import pick_device
+from rl_lora.nn import attention, flash
 from rl_lora.nn import token_logprobs as logprobs
+from rl_lora.nn.segments import make_layout
 from rl_lora.planning.memory import machine_bytes
 from rl_lora.policy import Policy, open_policy
 from rl_lora.train import train
@@ -88,7 +90,7 @@ def learn(policy: Policy, *, share_prompts: bool) -> tuple[dict[str, float], dic
             batches(share_prompts=share_prompts),
             lambda batch: learner._policy_objective(batch, importance_sampling, 0.0),
         ):
-            loss += seen.loss
+            loss += float(seen.loss)
     gradients = {name: p.grad.float().cpu() for name, p in policy.trainable().items()}
     return {"loss": loss}, gradients
 
@@ -126,6 +128,31 @@ def test_activation_checkpoints_change_no_gradient(tmp_path: Path, mode: str) ->
     policy = make(path, DEVICE, mode=mode, checkpoint_activations=True)
     _, found = learn(policy, share_prompts=True)
     assert distance(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [8, 64, 128, 256])  # of a head
+@pytest.mark.parametrize("lengths", [([700, 3, 130], [[65, 1, 300], [1], [2, 128]]), ([5], [[1]])])
+def test_flash_attention_over_shared_prompts(
+    dtype: torch.dtype, width: int, lengths: tuple[list[int], list[list[int]]]
+) -> None:
+    """Values and gradients, against SDPA in float32 over the same numbers."""
+    layout = make_layout(*lengths).to(torch.device(DEVICE))
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(int(layout.starts_S[-1]), heads, width) for heads in (6, 2, 2, 6)]
+    *narrow, weights_THD = (
+        torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes
+    )
+    assert flash.can_run(narrow[0]) or DEVICE == "cpu"
+    results = []
+    for inputs in (narrow, [x.float() for x in narrow]):
+        for x in inputs:
+            x.requires_grad_()
+        out_THD, _ = attention.attend(*inputs, *layout, width**-0.5)
+        gradients = torch.autograd.grad((out_THD * weights_THD).sum(), inputs)
+        results.append([t.detach().float() for t in (out_THD, *gradients)])
+    for found, expected in zip(*results, strict=True):
+        assert float((found - expected).norm() / expected.norm()) < 0.01
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])

@@ -2,10 +2,12 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from rl_lora.adapters.files import open_adapter
 from rl_lora.batches import pack_samples
@@ -17,7 +19,10 @@ from rl_lora.nn.lora import lora_layers
 from rl_lora.nn.token_logprobs import take_positions
 from rl_lora.policy import Policy, open_policy
 from rl_lora.types import Microbatch, TrainSample
-from tests.helpers.tiny_models import make_policy, random_llama, random_qwen3, shake
+from tests.helpers.tiny_models import VOCAB, make_policy, random_llama, random_qwen3, shake
+
+WINDOWED = ["sliding_attention", "full_attention"]  # kinds of two layers
+USED = {"use_sliding_window": True}
 
 
 def batch_of(*sequences: tuple[tuple[int, ...], tuple[int, ...]]) -> Microbatch:
@@ -252,17 +257,59 @@ def test_rank_scales_by_alpha_over_rank(tmp_path: Path) -> None:
     assert LoraSection(rank=1).alpha == 32.0
 
 
+@pytest.mark.parametrize("is_dropped", [False, True])
 def test_a_model_that_ignores_the_layout_keeps_one_completion_a_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_dropped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It does not hand it on to its layers, or attends in another way."""
     path = random_llama(tmp_path / "model")
     assert make_policy(path).can_share_prompts
 
     def ignore(query: torch.Tensor, *others: object) -> torch.Tensor:
         return torch.zeros_like(query)
 
-    monkeypatch.setattr(attention, "attend", ignore)
-    monkeypatch.setattr(block_attention, "attend", ignore)
+    def drop(*args: Any, layout: object = None, **kwargs: Any) -> Any:
+        return attention._forward(*args, **kwargs)
+
+    if is_dropped:
+        monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, drop)
+    else:
+        monkeypatch.setattr(block_attention, "attend", ignore)
     policy = make_policy(path)
     assert not policy.can_share_prompts
     assert policy.model.config._attn_implementation == "sdpa"
+    ((batch,),) = pack_samples([TrainSample((5,), (6,), (0.0,), 1.0, 0)], share_prompts=True)
+    with pytest.raises(ValueError, match="pack with share_prompts=False"):
+        policy.token_logprobs(batch, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "shares"),
+    [
+        ("Mistral", {"sliding_window": 4}, False),
+        ("Mistral", {"sliding_window": None}, True),
+        ("Gemma3", {"sliding_window": 4, "layer_types": WINDOWED, "head_dim": 32}, False),
+        ("Olmo3", {"sliding_window": 4, "layer_types": WINDOWED}, False),
+        ("Qwen2", {"sliding_window": 4, "layer_types": WINDOWED, **USED}, False),
+        ("Qwen2", {"sliding_window": 4, "use_sliding_window": False}, True),
+    ],
+)
+@torch.no_grad()
+def test_a_sliding_window_keeps_one_completion_a_row_and_is_computed(
+    name: str, settings: dict[str, Any], shares: bool, tmp_path: Path
+) -> None:
+    """The policy's log-probs are those of transformers for sequences beyond the window."""
+    path = tmp_path / "model"
+    config_class = getattr(transformers, f"{name}TextConfig", None)
+    config_class = config_class or getattr(transformers, f"{name}Config")
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
+    ids = {"vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": 2}
+    torch.manual_seed(0)
+    config = config_class(**(size | heads | ids | settings))
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(path)
+    policy = make_policy(path)
+    assert policy.can_share_prompts is shares
+    logprobs_C, _ = policy.token_logprobs(batch_of(*SEQUENCES), temperature=1.0)
+    expected = plain_logprobs(AutoModelForCausalLM.from_pretrained(path), 1.0)
+    assert logprobs_C.tolist() == pytest.approx(expected, abs=1e-5)

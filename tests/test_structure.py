@@ -23,8 +23,8 @@ MODULES = {
 # Who may import whom: a package or module imports none that stands after it.
 RANKS = """
     errors seeds advantages losses config nn types storage data
-    sampler prompts scoring rollouts overlap batches evaluation models adapters policy step_stats
-    learner samplers runs report export planning build sft outcome state train
+    sampler prompts scoring rollouts overlap batches evaluation models adapters policy
+    step_stats learner samplers runs report export planning build sft outcome state train
     studies commands cli
 """.split()
 REWARD_RANKS = "types rules parsing extraction equality workers grading user_function load".split()

@@ -57,7 +57,8 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 
 def save_adapter(policy: Policy, folder: Path, *, version: int, run_name: str) -> Adapter:
     """Writes the policy's current weights to folder/vNNNNNN and returns the handle."""
-    tensors = {n: t.detach().cpu().contiguous() for n, t in policy.published_tensors().items()}
+    on_host = policy.on_host(policy.published_tensors())
+    tensors = {name: tensor.contiguous() for name, tensor in on_host.items()}
     adapter = Adapter(
         version=version,
         name=f"{run_name}-v{version:06d}",
@@ -260,6 +261,7 @@ def _peft_config(policy: Policy) -> LoraConfig:
         lora_alpha=served_alpha(policy.lora),  # type: ignore[arg-type]  # a float works too
         target_modules=sorted({*suffixes, *experts}),
         rank_pattern=dict.fromkeys(whole, policy.lora.rank) if experts else {},
+        fan_in_fan_out=policy.model.config.model_type == "gpt2",  # Conv1D: weights are [I, O]
         use_rslora=policy.lora.variant == "rslora",
         use_dora=policy.lora.variant == "dora",
         lora_dropout=0.0,

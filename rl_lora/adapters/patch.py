@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -20,8 +20,8 @@ from rl_lora.adapters.peft_files import (
     layer_scalings,
     lora_settings,
     low_rank_terms,
+    named_base,
     peft_settings,
-    read_manifest,
 )
 from rl_lora.errors import UserError
 from rl_lora.models.shapes import build_on_meta, has_own_head
@@ -31,12 +31,7 @@ from rl_lora.nn.variants import merged_dora
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """Changes to the base's tensors, by their names in the base's files.
-
-    Example: Patch(lora={"model.layers.0.self_attn.q_proj.weight": LowRank(...)}, magnitudes={},
-    replaced={}, added={}, embedding="model.embed_tokens.weight", head="lm_head.weight",
-    is_tied=True, unties=False)
-    """
+    """Changes to the base's tensors, by their names in the base's files."""
 
     lora: dict[str, LowRank]
     magnitudes: dict[str, Tensor]  # DoRA's row norms, [d_out]
@@ -46,6 +41,7 @@ class Patch:
     head: str  # lm_head's weight
     is_tied: bool  # in the base, lm_head is the input embedding
     unties: bool  # in the merged model, it no longer is
+    transposed: frozenset[str] = frozenset()  # weights that are [d_in, d_out] (GPT-2's Conv1D)
 
     @property
     def names(self) -> set[str]:
@@ -60,10 +56,14 @@ class Patch:
         if name not in self.lora:
             return weight
         term = self.lora[name]
-        factors = term.a_RI.float(), term.b_OR.float()
+        a_RI, b_OR = term.a_RI.float(), term.b_OR.float()
+        weight_OI = weight.T if name in self.transposed else weight
         if name in self.magnitudes:
-            return merged_dora(weight, self.magnitudes[name], *factors, term.scaling)
-        return torch.addmm(weight.float(), factors[1], factors[0], alpha=term.scaling)
+            magnitude_O = self.magnitudes[name]
+            merged_OI = merged_dora(weight_OI, magnitude_O, a_RI, b_OR, term.scaling)
+        else:
+            merged_OI = torch.addmm(weight_OI.float(), b_OR, a_RI, alpha=term.scaling)
+        return merged_OI.T if name in self.transposed else merged_OI
 
 
 def load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> Patch:
@@ -90,8 +90,12 @@ def load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> Pat
     replaced = tensors
     if is_lora_dir(adapter_dir):
         low_rank = {name: tensor for name, tensor in tensors.items() if not is_extra(name)}
-        lora = _by_weight(low_rank_terms(low_rank, adapter_dir), model)
-        magnitudes = _magnitudes(low_rank)
+        lora = {f"{n}.weight": term for n, term in low_rank_terms(low_rank, adapter_dir).items()}
+        magnitudes = {
+            f"{layer_name(stem)}.weight": tensor
+            for name, tensor in low_rank.items()
+            if (stem := name.removesuffix(MAGNITUDE_SUFFIX)) != name
+        }
         replaced, added, on_tables = _extras(tensors, adapter_dir)
         lora |= on_tables
         is_dora = lora_settings(adapter_dir)["variant"] == "dora"
@@ -99,48 +103,29 @@ def load_patch(model_dir: Path, adapter_dir: Path, base_name: str | None) -> Pat
             raise UserError(
                 f"adapter {adapter_dir} is damaged: DoRA needs a magnitude for each layer"
             )
-        keeps_tie = bool(peft_settings(adapter_dir).get("ensure_weight_tying"))
         changed = lora.keys() | replaced.keys()
         unties = is_tied and (head in changed or embedding in changed)
-        if unties and keeps_tie:
+        if unties and peft_settings(adapter_dir).get("ensure_weight_tying"):
             raise UserError(
                 f"adapter {adapter_dir} has ensure_weight_tying on lm_head or the embedding, which "
                 "is not merged here; use PEFT's merge_and_unload"
             )
     layout = split_experts(model, model.state_dict())
-    shapes = {name: tuple(tensor.shape) for name, tensor in layout.items()}
-    patch = Patch(lora, magnitudes, replaced, added, embedding, head, is_tied, unties)
+    transposed = frozenset(
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
+    )
     found: dict[str, tuple[int, ...]] = {
-        name: (term.b_OR.shape[0], term.a_RI.shape[1]) for name, term in lora.items()
+        name: (term.b_OR.shape[0], term.a_RI.shape[1])[:: -1 if name in transposed else 1]
+        for name, term in lora.items()
     }
     found |= {name: tuple(tensor.shape) for name, tensor in (replaced | added).items()}
     for name, shape in found.items():
-        if name not in shapes:
+        if name not in layout:
             raise UserError(mismatch(f"the base has no {name}", adapter_dir, model_dir))
-        if shapes[name] != shape:
-            what = f"{name} is {list(shapes[name])} in the base, {list(shape)} in the adapter"
+        if layout[name].shape != shape:
+            what = f"{name} is {list(layout[name].shape)} in the base, {list(shape)} in the adapter"
             raise UserError(mismatch(what, adapter_dir, model_dir))
-    return patch
-
-
-def _magnitudes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DoRA's magnitudes by the names of their weights."""
-    return {
-        f"{layer_name(name.removesuffix(MAGNITUDE_SUFFIX))}.weight": tensor
-        for name, tensor in tensors.items()
-        if name.endswith(MAGNITUDE_SUFFIX)
-    }
-
-
-def _by_weight(terms: dict[str, LowRank], model: nn.Module) -> dict[str, LowRank]:
-    """Terms by the names of their weights; Conv1D's weights (GPT-2) are [I, O]."""
-    conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    return {
-        f"{layer}.weight": LowRank(term.b_OR.T, term.a_RI.T, term.scaling)
-        if layer in conv1d
-        else term
-        for layer, term in terms.items()
-    }
+    return Patch(lora, magnitudes, replaced, added, embedding, head, is_tied, unties, transposed)
 
 
 def _extras(
@@ -168,14 +153,6 @@ def _extras(
                 "merge_and_unload"
             )
     return whole, added, terms
-
-
-def named_base(adapter_dir: Path) -> str | None:
-    """The base model's name in the manifest, else in adapter_config.json; None if in neither."""
-    name = read_manifest(adapter_dir).get("base_model")
-    if not name and (adapter_dir / "adapter_config.json").is_file():
-        name = peft_settings(adapter_dir).get("base_model_name_or_path")
-    return str(name) if name else None
 
 
 def mismatch(what: str, adapter_dir: Path, model_dir: Path) -> str:

@@ -51,10 +51,7 @@ _EXTRAS = (
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """One layer's update, y += scaling * B (A x); a_RI is [R, I], b_OR is [O, R].
-
-    Example: LowRank(a_RI=..., b_OR=..., scaling=32.0).
-    """
+    """One layer's update, y += scaling * B (A x)."""
 
     a_RI: Tensor
     b_OR: Tensor
@@ -150,6 +147,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """rl_lora.json in an adapter directory; empty for adapters of other tools."""
     file = path / MANIFEST_FILE
     return read_json(file) if file.is_file() else {}
+
+
+def named_base(adapter_dir: Path) -> str | None:
+    """The base model's name in the manifest, else in adapter_config.json; None if in neither."""
+    name = read_manifest(adapter_dir).get("base_model")
+    if not name and (adapter_dir / "adapter_config.json").is_file():
+        name = peft_settings(adapter_dir).get("base_model_name_or_path")
+    return str(name) if name else None
 
 
 def layer_scalings(path: Path) -> Callable[[str, int], float]:

@@ -6,8 +6,8 @@ With `--against` two policies are evaluated in one engine, on the same problems 
 from __future__ import annotations
 
 import shutil
+from argparse import Namespace
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,47 +34,11 @@ from rl_lora.storage.directories import disk_errors
 if TYPE_CHECKING:
     from rl_lora.policy import Policy
 
-PAIRED_FOLDER = "paired"
-_BASE_NAMES = ("base", "none")
-_SUFFIXES = (SUFFIX, ".json")
 
+def evaluation(arguments: Namespace) -> None:
+    """Evaluates as `eval_options` says, into RUN/eval/NAME.jsonl.gz (a line per problem) and .json.
 
-@dataclass(frozen=True)
-class EvalTarget:
-    """Which policy to evaluate.
-
-    Example: EvalTarget(label="best", adapter=Path("runs/q/best"))
-    """
-
-    label: str
-    adapter: Path | None  # None: the base model
-
-
-@dataclass(frozen=True)
-class EvalRequest:
-    """What `rl-lora eval` is asked to do.
-
-    Example: EvalRequest(target=Path("runs/q"), overrides=["data.eval=aime24"], adapter="best")
-    """
-
-    target: Path  # a run folder (its settings and its last adapter) or a config file
-    overrides: list[str] = field(default_factory=list)  # section.key=value
-    # An adapter directory, "best" or "last" of the run, or "base"; None: the run's last adapter, or
-    # the base model if the target is a config.
-    adapter: str | None = None
-    name: str = "evaluation"  # of the files
-    against: str | None = None  # a second policy to compare with, given as `adapter`
-    overwrite: bool = False  # replace an evaluation of that name
-    # Evaluate although the run's base model or problems have changed since it began. Settings that
-    # the overrides change are not compared.
-    accept_changed_data: bool = False
-    quiet: bool = False  # print only the tables
-
-
-def evaluation(request: EvalRequest) -> EvalResult:
-    """Evaluates and writes RUN/eval/NAME.jsonl.gz (one line per problem) and NAME.json.
-
-    An evaluation that was killed resumes. With `against` the other policy's evaluation is
+    An evaluation that was killed resumes. With --against the other policy's evaluation is
     NAME-against, and the comparison RUN/paired/NAME.json.
 
     Raises:
@@ -82,26 +46,26 @@ def evaluation(request: EvalRequest) -> EvalResult:
             of that name that has other settings or is being made by another process, or a full
             disk.
     """
-    target, name = request.target, request.name
-    targets = {name: _choose(target, request.adapter)}
-    if request.against is not None:
-        targets = {f"{name}-against": _choose(target, request.against), **targets}
-    config = with_absolute_paths(_settings(target, request.overrides))
-    config = _evaluation_config(config, [t.adapter for t in targets.values() if t.adapter])
+    target, name = arguments.target, arguments.name
+    policies = {name: _choose(target, arguments.adapter)}
+    if arguments.against is not None:
+        policies = {f"{name}-against": _choose(target, arguments.against), **policies}
+    config = with_absolute_paths(_settings(target, arguments.overrides))
+    config = _evaluation_config(config, [path for _, path in policies.values() if path])
     folder = target if target.is_dir() else config.run.folder
 
     def on_loaded(policy: Policy, prompts: PromptSets) -> None:
-        if target.is_dir() and not request.accept_changed_data:
+        if target.is_dir() and not arguments.accept_changed_data:
             _check_inputs(target, config, policy, prompts)
 
     with ExitStack() as stack:
         stack.enter_context(disk_errors(folder))
-        notes = [stack.enter_context(_lock(folder, file)) for file in targets]
+        notes = [stack.enter_context(_lock(folder, file)) for file in policies]
         check_run_folder(folder)
-        if request.overwrite:
-            for path in [folder / "eval" / f"{n}{end}" for n in targets for end in _SUFFIXES]:
-                path.unlink(missing_ok=True)
-        display = stack.enter_context(Display(quiet=request.quiet))
+        if arguments.overwrite:
+            for file in [f"{name}{suffix}" for name in policies for suffix in (SUFFIX, ".json")]:
+                (folder / "eval" / file).unlink(missing_ok=True)
+        display = stack.enter_context(Display())
         for note in filter(None, notes):
             display.note(note)
         job = stack.enter_context(
@@ -113,58 +77,43 @@ def evaluation(request: EvalRequest) -> EvalResult:
                 on_progress=display.sampling,
             )
         )
-        results = {
-            file: _evaluate(job, chosen, folder, file, display) for file, chosen in targets.items()
-        }
-        _report(display, folder, targets, results)
-    return results[name]
+        results = [
+            _evaluate(job, path, folder / "eval" / file, display, label)
+            for file, (label, path) in policies.items()
+        ]
+        labels = [label for label, _ in policies.values()]
+        display.evaluations(dict(zip(labels, results, strict=True)))
+        if len(policies) == 2:
+            first, second = (folder / "eval" / f"{file}{SUFFIX}" for file in policies)
+            paired = compare_evaluations(first, second, (labels[0], labels[1]))
+            (folder / "paired").mkdir(exist_ok=True)
+            paired.save(folder / "paired" / f"{name}.json")
+            display.comparison(paired)
+        for note in results[0].notes:
+            display.note(note)
+        for file in policies:
+            display.note(f"every completion and verdict: {folder / 'eval' / file}{SUFFIX}")
 
 
 def _evaluate(
-    job: RunContext, target: EvalTarget, folder: Path, name: str, display: Display
+    job: RunContext, adapter: Path | None, path: Path, display: Display, label: str
 ) -> EvalResult:
-    scratch = folder / "eval" / f".{name}_adapter"
+    scratch = path.with_name(f".{path.name}_adapter")
     handle = None
-    if target.adapter is not None:
-        path = fitted(target.adapter, job.policy, scratch)
+    if adapter is not None:
+        directory = fitted(adapter, job.policy, scratch)
         # vLLM identifies adapters by name, and two runs of one name share their adapters' names.
-        unique = f"evaluation-{adapters.fingerprint(adapters.load_tensors(path))[:16]}"
-        handle = adapters.open_adapter(path, job.policy, name=unique)
+        unique = f"evaluation-{adapters.fingerprint(adapters.load_tensors(directory))[:16]}"
+        handle = adapters.open_adapter(directory, job.policy, name=unique)
     try:
         job.sampler.set_adapter(handle)
-        result = evaluate(
-            job.sampler,
-            make_evaluation(job, display.evaluation),
-            folder / "eval" / name,
-            policy="base" if handle is None else handle.fingerprint,
-        )
+        on_problems = make_evaluation(job, display.evaluation)
+        policy = "base" if handle is None else handle.fingerprint
+        result = evaluate(job.sampler, on_problems, path, policy=policy)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    display.evaluation_result(f"{name} ({target.label})", result)
+    display.evaluation_result(f"{path.name} ({label})", result)
     return result
-
-
-def _report(
-    display: Display,
-    folder: Path,
-    targets: dict[str, EvalTarget],
-    results: dict[str, EvalResult],
-) -> None:
-    display.evaluations({targets[name].label: result for name, result in results.items()})
-    if len(targets) == 2:
-        first, second = targets
-        paired = compare_evaluations(
-            folder / "eval" / f"{first}{SUFFIX}",
-            folder / "eval" / f"{second}{SUFFIX}",
-            (targets[first].label, targets[second].label),
-        )
-        (folder / PAIRED_FOLDER).mkdir(exist_ok=True)
-        paired.save(folder / PAIRED_FOLDER / f"{second}.json")
-        display.comparison(paired)
-    for note in next(iter(results.values())).notes:
-        display.note(note)
-    for name in results:
-        display.note(f"every completion and verdict: {folder / 'eval' / name}{SUFFIX}")
 
 
 def _settings(target: Path, overrides: list[str]) -> RunConfig:
@@ -207,13 +156,12 @@ def _check_inputs(run: Path, config: RunConfig, policy: Policy, prompts: PromptS
         check_data(record["data"], {"eval": prompt_inputs(prompts.eval)}, run)
 
 
-def _choose(target: Path, name: str | None) -> EvalTarget:
-    """The policy of a name; a run folder has "last" and "best"."""
-    if name in _BASE_NAMES or (name is None and not target.is_dir()):
-        return EvalTarget("base", None)
+def _choose(target: Path, name: str | None) -> tuple[str, Path | None]:
+    """(label, directory) of a policy, None for the base; a run folder has "last" and "best"."""
+    if name in ("base", "none") or (name is None and not target.is_dir()):
+        return "base", None
     if name not in (None, "last", "best"):
-        assert name is not None
-        return EvalTarget(name, adapter_path(name))
+        return str(name), adapter_path(str(name))
     if not target.is_dir():
         raise UserError(
             f"{target} is not a run folder and has no {name} adapter; give the adapter's directory"
@@ -223,13 +171,12 @@ def _choose(target: Path, name: str | None) -> EvalTarget:
             raise UserError(
                 f"{target} has no best adapter yet: nothing was evaluated (run.eval_every)"
             )
-        return EvalTarget("best", target / "best")
-    versions = sorted((target / "adapters").glob("v[0-9]*"))
-    final = target / "adapter"
-    own = final if final.is_dir() else versions[-1] if versions else None
+        return "best", target / "best"
+    found = [target / "adapter", *sorted((target / "adapters").glob("v[0-9]*"), reverse=True)]
+    own = next((path for path in found if path.is_dir()), None)
     if own is None:
         raise UserError(f"{target} has no adapter yet; --adapter base evaluates the base model")
-    return EvalTarget("last", own)
+    return "last", own
 
 
 def _evaluation_config(config: RunConfig, adapter_dirs: list[Path]) -> RunConfig:

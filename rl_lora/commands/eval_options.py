@@ -53,17 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluates. Raises UserError as `commands.eval.evaluation` does."""
-    from rl_lora.commands.eval import EvalRequest, evaluation
+    from rl_lora.commands.eval import evaluation
 
-    evaluation(
-        EvalRequest(
-            arguments.target,
-            arguments.overrides,
-            arguments.adapter,
-            arguments.name,
-            arguments.against,
-            overwrite=arguments.overwrite,
-            accept_changed_data=arguments.accept_changed_data,
-        )
-    )
+    evaluation(arguments)
     return 0

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from rl_lora.adapters.files import find_adapter
     from rl_lora.adapters.model_card import write_card
-    from rl_lora.adapters.patch import named_base
+    from rl_lora.adapters.peft_files import named_base
     from rl_lora.config import ModelSection
     from rl_lora.export.merge import export_merged
     from rl_lora.export.push import push_adapter

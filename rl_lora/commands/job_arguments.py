@@ -10,13 +10,7 @@ RERUN_HINT = "; run the same command again to continue where it stopped"
 
 
 def add_job_arguments(parser: argparse.ArgumentParser, *, example: str, plan: str) -> None:
-    """The arguments of a training job.
-
-    Args:
-        parser: the command's.
-        example: a shipped config to name in the help.
-        plan: what --dry-run prints.
-    """
+    """The arguments of a training job; its help names a config and what --dry-run prints."""
     parser.add_argument(
         "config",
         type=Path,
@@ -34,13 +28,20 @@ def add_job_arguments(parser: argparse.ArgumentParser, *, example: str, plan: st
     parser.add_argument("--quiet", action="store_true", help="print only warnings and the summary")
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
+def job_options(arguments: argparse.Namespace) -> dict[str, bool]:
+    """The options of `train` and `fine_tune`, as typed."""
+    return {key: getattr(arguments, key) for key in ("resume", "quiet", "accept_changed_data")}
+
+
+def add_overrides(
+    parser: argparse.ArgumentParser, example: str = "lora.rank=8 data=my.jsonl"
+) -> None:
     """`section.key=value ...`, which take precedence over the config file."""
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="settings that take precedence over the file's, e.g. lora.rank=8 data=my.jsonl",
+        help=f"settings that take precedence over the file's, e.g. {example}",
     )
 
 

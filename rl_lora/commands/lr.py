@@ -10,7 +10,6 @@ use 1e-5 to 1e-4.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rl_lora.errors import UserError
@@ -27,44 +26,19 @@ EXPONENTS = {"llama": 0.781, "qwen": 0.0775}  # family -> P
 FITTED_HIDDEN = (2048, 8192)  # widths of the Llama and Qwen models that the rule was fitted on
 
 
-@dataclass(frozen=True, slots=True)
-class RateRule:
-    """The rule's rates for one model.
-
-    Example, Llama-3.1-8B: RateRule(family="llama", hidden=4096, full=2.857e-05, lora=2.857e-04,
-    lora_short=4.286e-04)
-    """
-
-    family: str
-    hidden: int
-    full: float  # full fine-tuning; the factor of short runs is LoRA's relative to this
-    lora: float  # any rank, runs of at least 100 steps
-    lora_short: float  # any rank, shorter runs
-
-    @property
-    def is_extrapolated(self) -> bool:
-        """Whether the model's width is outside the range that the rule was fitted on."""
-        low, high = FITTED_HIDDEN
-        return not low <= self.hidden <= high
-
-
-def rate_rule(family: str, hidden: int) -> RateRule:
-    """5e-5 (2000 / hidden)^P, times 10 for LoRA and 15 for short LoRA runs ('LoRA Without Regret').
+def full_rate(family: str, hidden: int) -> float:
+    """The best rate of full fine-tuning, 5e-5 (2000 / hidden)^P ('LoRA Without Regret').
 
     Raises:
         UserError: the family has no fitted exponent.
-        ValueError: hidden is not positive.
     """
-    if hidden < 1:
-        raise ValueError(f"hidden = {hidden}: a model's width is positive")
     if family not in EXPONENTS:
         known = " and ".join(EXPONENTS)
         raise UserError(
             f"the learning-rate rule has exponents only for {known}, not for {family!r}: sweep "
             "optim.lr, or borrow one of theirs with --family"
         )
-    full = BASE_RATE * (REFERENCE_HIDDEN / hidden) ** EXPONENTS[family]
-    return RateRule(family, hidden, full, full * LORA_FACTOR, full * SHORT_FACTOR)
+    return BASE_RATE * (REFERENCE_HIDDEN / hidden) ** EXPONENTS[family]
 
 
 def family_of(config: PretrainedConfig) -> str:
@@ -73,15 +47,16 @@ def family_of(config: PretrainedConfig) -> str:
     return next((name for name in EXPONENTS if model_type.startswith(name)), model_type)
 
 
-def rule_text(rule: RateRule, origin: str) -> str:
-    """The rule's rates for a model, their source and limits, as the command prints them."""
-    exponent = EXPONENTS[rule.family]
+def rule_text(family: str, hidden: int, origin: str) -> str:
+    """The rule's rates for a model, their source and limits. Raises UserError as `full_rate`."""
+    full = full_rate(family, hidden)
+    low, high = FITTED_HIDDEN
     lines = [
-        f"width {rule.hidden}, family {rule.family} (exponent {exponent}), from {origin}",
+        f"width {hidden}, family {family} (exponent {EXPONENTS[family]}), from {origin}",
         "",
-        f"  LoRA, any rank, {SHORT_STEPS} or more steps   {rule.lora:.2e}",
-        f"  LoRA, any rank, shorter runs        {rule.lora_short:.2e}",
-        f"  full fine-tuning                    {rule.full:.2e}",
+        f"  LoRA, any rank, {SHORT_STEPS} or more steps   {full * LORA_FACTOR:.2e}",
+        f"  LoRA, any rank, shorter runs        {full * SHORT_FACTOR:.2e}",
+        f"  full fine-tuning                    {full:.2e}",
         "",
         f"rule: {BASE_RATE:g} x (2000 / width)^P for full fine-tuning, {LORA_FACTOR:g} times that "
         f"for LoRA, {SHORT_FACTOR:g} times in short runs",
@@ -90,10 +65,9 @@ def rule_text(rule: RateRule, origin: str) -> str:
         "limits: a first guess; sweep a factor of 3 to either side. For RL it is an upper bound:",
         "  public recipes for mathematics use 1e-5 to 1e-4.",
     ]
-    if rule.is_extrapolated:
-        low, high = FITTED_HIDDEN
+    if not low <= hidden <= high:
         lines.append(
-            f"warning: width {rule.hidden} is outside {low} to {high}, the range of the fit; do "
+            f"warning: width {hidden} is outside {low} to {high}, the range of the fit; do "
             "not trust the rule here without a sweep"
         )
     return "\n".join(lines)
@@ -125,18 +99,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.hidden is not None and arguments.hidden < 1:
         raise UserError(f"--hidden {arguments.hidden}: a model's width is positive")
     if arguments.hidden is not None and arguments.family is not None:
-        print(rule_text(rate_rule(arguments.family, arguments.hidden), "the command line"))
+        print(rule_text(arguments.family, arguments.hidden, "the command line"))
         return 0
     if arguments.model is None:
         raise UserError("name a model, or give both --hidden and --family")
-    config, origin = _model_config(arguments.model)
-    hidden = arguments.hidden or int(config.get_text_config().hidden_size)
-    print(rule_text(rate_rule(arguments.family or family_of(config), hidden), origin))
-    return 0
-
-
-def _model_config(name: str) -> tuple[PretrainedConfig, str]:
     from rl_lora.config import ModelSection
     from rl_lora.models.shapes import find_model_dir, load_model_config
 
-    return load_model_config(ModelSection(name=name), find_model_dir(name))
+    name = arguments.model
+    config, origin = load_model_config(ModelSection(name=name), find_model_dir(name))
+    hidden = arguments.hidden or int(config.get_text_config().hidden_size)
+    print(rule_text(arguments.family or family_of(config), hidden, origin))
+    return 0

@@ -6,10 +6,11 @@ The model is built on PyTorch's meta device, so no weight is read and 8 B parame
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +21,7 @@ from rl_lora.config.sft import SftConfig
 from rl_lora.models.shapes import build_on_meta, find_model_dir, load_model_config
 from rl_lora.nn.experts import num_active_experts
 from rl_lora.planning.capacity import Capacity, capacity_line, capacity_warning
+from rl_lora.planning.cards import CARDS, Card, card_of_device
 from rl_lora.planning.counts import (
     MatmulCounts,
     ParameterCounts,
@@ -27,14 +29,20 @@ from rl_lora.planning.counts import (
     parameter_counts,
 )
 from rl_lora.planning.memory import (
+    PHASES,
     MemoryItem,
+    Phase,
     bytes_text,
     gpu_memory,
+    largest_microbatch,
     learner_memory,
     machine_bytes,
     memory_plan,
+    microbatch_tokens,
+    peak,
     plan_device,
 )
+from rl_lora.planning.speed import StepTime, step_time
 
 
 def print_plan(
@@ -42,14 +50,16 @@ def print_plan(
     model_dir: Path | None = None,
     console: Console | None = None,
     gpu_bytes: int | None = None,
+    card: Card | None = None,
 ) -> None:
-    """Prints `train --dry-run`: settings, parameters, compute, capacity and memory.
+    """Prints `train --dry-run`: settings, parameters, compute, capacity, memory, and a GPU's time.
 
     Args:
         config: the job.
         model_dir: its model's directory; None: located without creating or downloading weights.
         console: where to print.
-        gpu_bytes: memory of the GPU to plan for; None: this machine's, or an 80 GB card's.
+        gpu_bytes: memory of the GPU to plan for; None: the card's.
+        card: the GPU to plan for; None: this machine's, or an H100 if it has none.
 
     Raises:
         UserError: the model's config.json is not available, or the model has no layers to adapt.
@@ -71,8 +81,24 @@ def print_plan(
     table.add_row("compute, at most", work_text(num_episodes * longest, counts, matmuls, config))
     console.print(table)
     warn_of_capacity(console, capacity, config.lora, num_active_experts(model_config))
+    if card is not None and gpu_bytes is None:
+        gpu_bytes = card.num_bytes
     parts = memory_plan(config, model_config, counts.base, counts.trainable, gpu_bytes)
     console.print(memory_table(parts, config.model, gpu_bytes))
+    card, available = card or _card_here(), gpu_bytes or gpu_memory("cuda")
+    fits = max(peak(parts, phase) for phase in PHASES) <= available
+    if plan_device(config.model.device) == "cuda" and card is not None and fits:
+        cache = sum(part.num_bytes for part in parts if part.part == "KV cache")
+        found = step_time(config, model_config, counts, cache, card)
+        largest = largest_microbatch(parts, microbatch_tokens(config), available)
+        console.print(time_table(config, found, card, largest))
+
+
+def _card_here() -> Card | None:
+    """This machine's GPU, an H100 if it has none; None for a GPU that is not in the table."""
+    if not torch.cuda.is_available():
+        return CARDS["h100"]
+    return card_of_device(torch.cuda.get_device_name())
 
 
 def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
@@ -98,9 +124,9 @@ def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
     table.add_row("compute, at most", flops_text(flops * seen * config.data.max_tokens))
     console.print(table)
     warn_of_capacity(console, capacity, config.lora, num_active_experts(model_config))
-    microbatch_tokens = max(config.optim.microbatch_tokens, config.data.max_tokens)
-    parts = learner_memory(config, model_config, counts.base, counts.trainable, microbatch_tokens)
-    console.print(memory_table(parts, config.model))
+    num_tokens = microbatch_tokens(config)
+    parts = learner_memory(config, model_config, counts.base, counts.trainable, num_tokens)
+    console.print(memory_table(parts, config.model, phases=("learning",)))
 
 
 def _sft_tokens(
@@ -202,30 +228,65 @@ def parameter_table(
 
 
 def memory_table(
-    parts: list[MemoryItem], model: ModelSection, gpu_bytes: int | None = None
+    parts: list[MemoryItem],
+    model: ModelSection,
+    gpu_bytes: int | None = None,
+    phases: Sequence[Phase] = PHASES,
 ) -> Table:
-    """The parts, their sum, and whether it fits this machine's device (or the given GPU)."""
-    table = Table("part", "size", "what", title="Memory plan", title_justify="left")
+    """The parts, and whether each phase's peak fits this machine's device (or the given GPU)."""
+    table = Table("part", "size", "held while", "what", title="Memory plan", title_justify="left")
     table.columns[1].justify = "right"
     for part in parts:
-        table.add_row(part.part, bytes_text(part.num_bytes), part.note)
-    total = sum(part.num_bytes for part in parts)
+        when = "both" if part.phases == PHASES else part.phases[0]
+        table.add_row(part.part, bytes_text(part.num_bytes), when, part.note)
     device = plan_device(model.device)
     here = machine_bytes(device)
     available, what = here, "this machine's"
     if device == "cuda" and (gpu_bytes is not None or here is None):
         available, what = gpu_bytes or gpu_memory(device), "a GPU's"
     assert available is not None
-    if total > available:
-        verdict = (
-            f"MORE than {what} {bytes_text(available)}: lower optim.microbatch_tokens, "
-            "sampling.memory_fraction, sampling.max_num_seqs or sampling.max_tokens, or set "
-            "optim.checkpoint_activations"
-        )
-    else:
-        verdict = f"of {what} {bytes_text(available)}"
-    if device == "cuda" and here is None:
-        verdict += " (this machine has none)"
     table.add_section()
-    table.add_row("total", bytes_text(total), verdict, style="bold")
+    for phase in phases:
+        total = peak(parts, phase)
+        verdict = f"of {what} {bytes_text(available)}"
+        if total > available:
+            no_cache = any(part.part == "KV cache" and not part.num_bytes for part in parts)
+            cure = _NO_CACHE if phase == "sampling" and no_cache else _CURES[phase]
+            verdict = f"MORE than {what} {bytes_text(available)}: {cure}"
+        if device == "cuda" and here is None:
+            verdict += " (this machine has none)"
+        table.add_row("peak", bytes_text(total), phase, verdict, style="bold")
+    return table
+
+
+_CURES: dict[Phase, str] = {
+    "sampling": "lower sampling.memory_fraction, sampling.max_num_seqs or sampling.max_tokens",
+    "learning": "lower optim.microbatch_tokens or sampling.max_tokens, or set "
+    "optim.checkpoint_activations",
+}
+_NO_CACHE = "vLLM's copy of the base does not fit beside the learner's: take a smaller model"
+
+
+def time_table(config: RunConfig, found: StepTime, card: Card, largest: int) -> Table:
+    """A step's estimated time by phase, the run's, and the largest microbatch that fits."""
+    title = f"Time on one {card.name}, estimated (assumptions: rl_lora/planning/speed.py)"
+    table = Table(title=title, title_justify="left", show_header=False)
+    longest, num_steps = config.sampling.max_tokens, config.run.num_steps
+    num = config.sampling.num_prompts * config.sampling.num_samples
+    rate = num * found.mean_tokens / found.sample_s
+    seconds = max(found.sample_s, found.learn_s) if config.sampling.overlap else found.total_s
+    rows = {
+        "completions": f"{found.mean_tokens:,.0f} tokens on average, assumed of {longest:,}",
+        "sampling": f"{found.sample_s:,.1f} s a step; {rate:,.0f} tokens/s, "
+        f"{found.num_at_once} sequences at once",
+        "learning": f"{found.learn_s:,.1f} s a step; {found.learner_tokens_s:,.0f} tokens/s",
+        "sleep and wake": f"{found.switch_s:,.1f} s a step",
+        "step": f"{seconds:,.1f} s",
+        "run": f"{seconds * num_steps / 3600:,.1f} hours, {num_steps} steps without evaluations",
+        "largest microbatch": f"{largest:,} tokens (optim.microbatch_tokens)",
+    }
+    if config.sampling.overlap:
+        del rows["sleep and wake"]
+    for name, text in rows.items():
+        table.add_row(name, f"{text}; estimated")
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rl_lora.commands.job_arguments import RESUME_HINT, add_job_arguments
+from rl_lora.commands.job_arguments import RESUME_HINT, add_job_arguments, job_options
 
 EXAMPLES = (
     "rl-lora sft sft_tiny",
@@ -36,10 +36,5 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     from rl_lora.sft.train import fine_tune
 
-    fine_tune(
-        config,
-        resume=arguments.resume,
-        quiet=arguments.quiet,
-        accept_changed_data=arguments.accept_changed_data,
-    )
+    fine_tune(config, **job_options(arguments))
     return 0

@@ -7,6 +7,7 @@ checked only on its own host; elsewhere the age of the files has to do.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import sys
@@ -16,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rl_lora.evaluation.best import BestCheckpoint, best_evaluation
 from rl_lora.evaluation.files import SUFFIX, read_evaluation
 from rl_lora.report.records import (
-    RECORD_FILE,
     WARM_START_FILE,
     Record,
     RunRecord,
@@ -31,7 +32,7 @@ from rl_lora.report.records import (
 )
 from rl_lora.report.tables import accuracy_name, accuracy_text, printable, seconds_text, share_text
 from rl_lora.runs.lock import is_alive
-from rl_lora.runs.log import METRICS_FILE
+from rl_lora.runs.log import METRICS_FILE, RECORD_FILE
 
 WIDTH = 80  # columns that every line fits into
 _SPARK_WIDTH = 40
@@ -65,15 +66,11 @@ _CURVES: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class Status:
-    """The state of one run.
-
-    Example: Status(run=RunRecord(...), state="running", reason="process 4711", num_steps=20,
-    eta_s=210.0, silent_s=8.0, pending="", best=BestCheckpoint(...))
-    """
+    """The state of one run."""
 
     run: RunRecord
     state: str  # running, stalled, killed, finished; unknown: on another host, and silent
-    reason: str
+    reason: str  # how the state is known, e.g. "process 4711"
     num_steps: int | None  # None: there is no run.json yet
     eta_s: float | None
     silent_s: float  # since the last write to a file
@@ -99,19 +96,18 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: a folder is not a run's, or a record is damaged.
     """
-    statuses = [read_status(folder) for folder in arguments.runs]
-    blocks = ["\n".join(status_lines(status, _sparks())) for status in statuses]
+    text = "\n\n".join("\n".join(status_lines(read_status(one))) for one in arguments.runs)
     encoding = sys.stdout.encoding or "utf-8"
-    print("\n\n".join(blocks).encode(encoding, "backslashreplace").decode(encoding))
+    try:
+        _SPARKS.encode(encoding)
+    except UnicodeEncodeError:  # an ASCII terminal
+        text = text.translate(str.maketrans(_SPARKS, _ASCII_SPARKS))
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
     return 0
 
 
 def read_status(folder: Path, now: float | None = None) -> Status:
-    """Reads a run folder, of RL or of supervised training.
-
-    Args:
-        folder: the run's.
-        now: seconds since 1970; None: the clock's.
+    """Reads a run folder, of RL or of supervised training, at `now` (seconds since 1970).
 
     Raises:
         UserError: as `read_run`.
@@ -121,7 +117,7 @@ def read_status(folder: Path, now: float | None = None) -> Status:
     num_steps, step = run.setting("run", "num_steps"), run.last_step
     silent_s = max(0.0, now - _last_write(folder))
     is_complete = num_steps is not None and step >= num_steps and (folder / "adapter").is_dir()
-    if "sampling" in run.config and num_steps not in [one.step for one in run.evaluations_of("")]:
+    if "sampling" in run.config and num_steps not in [one.step for one in run.held_out]:
         is_complete = False  # the last evaluation is still to come
     step_s = series(run.steps, "time/step_s")[1]
     patience_s = max(_STALLED_S, 3 * max(step_s, default=0.0))
@@ -129,7 +125,7 @@ def read_status(folder: Path, now: float | None = None) -> Status:
     recent = series(run.steps[-_RECENT_STEPS:], "time/step_s")[1]
     eta_s = None
     if state == "running" and recent and num_steps is not None and step < num_steps:
-        eta_s = (num_steps - step) * sum(recent) / len(recent)
+        eta_s = (num_steps - step) * fmean(recent)
     return Status(
         run=run,
         state=state,
@@ -142,7 +138,7 @@ def read_status(folder: Path, now: float | None = None) -> Status:
     )
 
 
-def status_lines(status: Status, sparks: str = _SPARKS) -> list[str]:
+def status_lines(status: Status) -> list[str]:
     """The lines of one run, none longer than 80 characters."""
     run = status.run
     of = "" if status.num_steps is None else f" of {status.num_steps}"
@@ -162,7 +158,7 @@ def status_lines(status: Status, sparks: str = _SPARKS) -> list[str]:
         if parts:
             body.append("  ".join(parts))
     body += _evaluation_lines(status)
-    body += _curve_lines(run, sparks)
+    body += _curve_lines(run)
     body += [printable(note) for note in run.notes]
     name = printable(str(run.folder))
     room = WIDTH - len(head)
@@ -170,21 +166,26 @@ def status_lines(status: Status, sparks: str = _SPARKS) -> list[str]:
     return [name + head, *(part for line in body for part in _wrapped(line))]
 
 
-def sparkline(values: Sequence[float | None], width: int, sparks: str = _SPARKS) -> str:
+def sparkline(values: Sequence[float | None], width: int) -> str:
     """The curve in one line of up to `width` characters, from its lowest to its highest value.
 
     If there are more values than characters, equal parts are averaged; a part without a number is
     blank.
     """
-    parts = _parts(values, width)
-    numbers = [part for part in parts if part is not None]
+    num = min(width, len(values))
+    edges = [len(values) * index // max(1, num) for index in range(num + 1)]
+    parts = [[v for v in values[first:end] if v is not None] for first, end in pairwise(edges)]
+    means = [fmean(part) if part else None for part in parts]
+    numbers = [mean for mean in means if mean is not None]
     if not numbers:
         return ""
-    low, span = min(numbers), max(numbers) - min(numbers)
-    top = len(sparks) - 1
+    low, high = min(numbers), max(numbers)
+    top = len(_SPARKS) - 1
     return "".join(
-        " " if part is None else sparks[round(top * (part - low) / span) if span else top // 2]
-        for part in parts
+        " "
+        if mean is None
+        else _SPARKS[round(top * (mean - low) / (high - low)) if high > low else top // 2]
+        for mean in means
     )
 
 
@@ -218,13 +219,11 @@ def _last_write(folder: Path) -> float:
     """When the newest record was written, in seconds since 1970."""
     files = [folder / name for name in (RECORD_FILE, METRICS_FILE, WARM_START_FILE)]
     files += [*(folder / "eval").glob("*"), *(folder / "checkpoints").glob("*")]
-    times = []
+    times = [0.0]
     for path in files:
-        try:
+        with contextlib.suppress(FileNotFoundError):  # absent, or being replaced
             times.append(path.stat().st_mtime)
-        except FileNotFoundError:  # absent, or being replaced
-            continue
-    return max(times, default=0.0)
+    return max(times)
 
 
 # --- lines ----------------------------------------------------------------------------------------
@@ -232,7 +231,7 @@ def _last_write(folder: Path) -> float:
 
 def _evaluation_lines(status: Status) -> list[str]:
     lines = []
-    if evaluations := status.run.evaluations_of(""):
+    if evaluations := status.run.held_out:
         last, total = evaluations[-1], evaluations[-1].result.total
         lines.append(
             f"evaluation, step {last.step}: {accuracy_name(total.num_samples)} "
@@ -260,31 +259,19 @@ def _pending_evaluation(folder: Path) -> str:
     return f"evaluation {name}: {len(problems)}{of} problems so far"
 
 
-def _curve_lines(run: RunRecord, sparks: str) -> list[str]:
+def _curve_lines(run: RunRecord) -> list[str]:
     """Sparklines, each with its lowest and highest value."""
     records = run.steps or run.warm_start
     curves = [(label, [number(r.get(key)) for r in records], form) for key, label, form in _CURVES]
-    accuracies: list[float | None] = [one.result.accuracy for one in run.evaluations_of("")]
+    accuracies: list[float | None] = [one.result.accuracy for one in run.held_out]
     curves.append(("accuracy", accuracies, "{:.1%}"))
     lines = []
     for label, values, form in curves:
         numbers = [value for value in values if value is not None]
         if len(numbers) > 1:
             low, high = form.format(min(numbers)), form.format(max(numbers))
-            curve = sparkline(values, _SPARK_WIDTH, sparks)
-            lines.append(f"{label:8s} {curve}  {low} to {high}")
+            lines.append(f"{label:8s} {sparkline(values, _SPARK_WIDTH)}  {low} to {high}")
     return lines
-
-
-def _parts(values: Sequence[float | None], width: int) -> list[float | None]:
-    if len(values) <= width:
-        return list(values)
-    edges = [len(values) * index // width for index in range(width + 1)]
-    parts: list[float | None] = []
-    for first, end in pairwise(edges):
-        numbers = [value for value in values[first:end] if value is not None]
-        parts.append(sum(numbers) / len(numbers) if numbers else None)
-    return parts
 
 
 def _last(records: Sequence[Record], key: str) -> float | None:
@@ -300,12 +287,3 @@ def _ago(seconds: float) -> str:
 def _wrapped(line: str) -> list[str]:
     lines = textwrap.wrap(line, WIDTH - 4, drop_whitespace=False, replace_whitespace=False)
     return [f"  {lines[0]}", *(f"    {more.strip()}" for more in lines[1:])]
-
-
-def _sparks() -> str:
-    """The characters that the terminal's encoding has."""
-    try:
-        _SPARKS.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return _ASCII_SPARKS
-    return _SPARKS

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
+
+from rl_lora.commands.job_arguments import RERUN_HINT, add_overrides
+
+if TYPE_CHECKING:
+    from rl_lora.report.terminal import Display
 
 # Of a plateau, in the result's unit: nats per token, or reward.
 PLATEAU_TOLERANCE = {"sft": 0.02, "rl": 0.05}
-_FILE_WIDTH = 120  # characters, if the output is not a terminal
-
-
 EXAMPLES = (
     "rl-lora study study_rl_rank --dry-run",
     "rl-lora study study_rl_rank study.seeds=[0,1]",
@@ -25,7 +23,7 @@ EXAMPLES = (
     "rl-lora study study_rl_rank --retry",
     "rl-lora report runs/studies/rl_rank --study",
 )
-AFTER_INTERRUPT = "; run the same command again to continue where it stopped"
+AFTER_INTERRUPT = RERUN_HINT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG",
         help="a TOML file, or a shipped study's name, e.g. study_rl_rank",
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="settings that take precedence over the file's, e.g. study.seeds=[0,1]",
-    )
+    add_overrides(parser, example="study.seeds=[0,1]")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -53,20 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs or plans a study, or prints its results."""
+    from rl_lora.report.terminal import Display
     from rl_lora.studies.config import load_study
     from rl_lora.studies.results import read_table
 
-    study = load_study(arguments.config, arguments.overrides)
-    width = None if sys.stdout.isatty() else _FILE_WIDTH
-    console = Console(highlight=False, soft_wrap=True, width=width)
+    study, display = load_study(arguments.config, arguments.overrides), Display()
     if arguments.table:
-        _print_results(console, study, read_table(study.folder))
+        _print_results(display, study, read_table(study.folder))
         return 0
-    from rl_lora.models.device import check_trainable
+    from rl_lora.report.tables import seconds_text
+    from rl_lora.runs.checkpoint import checkpoint_steps
+    from rl_lora.runs.record import read_record
     from rl_lora.studies.plan import calibrate, estimate
     from rl_lora.studies.run import (
         all_cells,
-        check_resumable,
         finished_rows,
         pending_cells,
         run_study,
@@ -76,79 +69,71 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         with study_lock(study) as taken_over:  # checked before the calibration, which takes a while
             if taken_over is not None:
-                console.print(Text(taken_over))
+                display.note(taken_over)
     rows = finished_rows(study)
     if arguments.retry:
         rows = [row for row in rows if row["status"] != "crashed"]
     cells = all_cells(study, rows)
     left = pending_cells(cells, {row["cell"] for row in rows})
     for cell in left:
-        check_trainable(cell.config.model, cell.config.lora)
-        check_resumable(study, cell)
-    timed = {row["cost_class"] for row in rows if row["status"] in ("done", "diverged")}
-    console.print(f"{study.study.name}: {len(cells)} cells, {len(left)} to run; in {study.folder}")
-    _make_models(console, left)
-    timings = calibrate(study, [cell for cell in left if cell.cost_class not in timed])
+        run_folder = study.folder / "cells" / cell.key
+        if checkpoint_steps(run_folder):  # an earlier version's run cannot be resumed
+            read_record(run_folder, fix="delete it, and the cell starts again")
+    display.note(f"{study.study.name}: {len(cells)} cells, {len(left)} to run; in {study.folder}")
+    _make_models(display, left)
+    timings = calibrate(study, left, rows)
     plan = estimate(study, left, rows, timings)
-    console.print(plan_table(study, cells, left, rows, timings))
-    console.print(plan_line(plan, study.study.refine_rounds))
+    display.table(plan_table(cells, left, rows, timings))
+    where = "processes at once" + (" on the GPUs" if plan.has_gpus else "")
+    rounds = study.study.refine_rounds
+    display.note(
+        f"about {seconds_text(plan.seconds)} for {len(left)} cells on {plan.slots} {where}, "
+        f"{plan.peak_mb / 1e3:.1f} GB of memory each"
+        + (f"; plus {rounds} round(s) of refined rates" if rounds else "")
+    )
     if arguments.dry_run:
         return 0
     rows = run_study(
         study,
         retry=arguments.retry,
-        on_row=lambda row, done, total: console.print(Text(row_line(row, done, total))),
+        on_row=lambda row, done, total: display.note(row_line(row, done, total)),
         peak_mb=plan.peak_mb or None,
     )
-    _print_results(console, study, rows)
+    _print_results(display, study, rows)
     return 0
 
 
-def _make_models(console: Console, cells: Sequence[Any]) -> None:
+def _make_models(display: Display, cells: Sequence[Any]) -> None:
     """Fetches or makes the models first, so that no two cells do, and none is timed with it."""
     from rl_lora.models.resolve import is_at_hand, resolve_model
 
     for name, model in {cell.config.model.name: cell.config.model for cell in cells}.items():
         if not is_at_hand(name):
-            console.print(f"model {name}: fetched or made once, then kept; a minute or so")
+            display.note(f"model {name}: fetched or made once, then kept; a minute or so")
             resolve_model(model)
 
 
-def _print_results(console: Console, study: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def _print_results(display: Display, study: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     from rl_lora.studies.results import TABLE_FILE
 
-    console.print(best_table(study.study.arm, rows))
+    display.table(best_table(study.study.arm, rows))
     failed = [row for row in rows if row["error"]]
     for row in failed[:10]:
-        console.print(Text(f"{row['status']}: {row_text(row)}: {row['error']}"))
-    console.print(f"the table is {study.folder / TABLE_FILE}")
-
-
-def plan_line(plan: Any, refine_rounds: int) -> str:
-    """Example: "about 12 min for 24 cells on 2 processes at once, 0.6 GB of memory each"."""
-    where = "processes at once" + (" on the GPUs" if plan.has_gpus else "")
-    text = (
-        f"about {duration(plan.seconds)} for {plan.num_left} cells on {plan.slots} {where}, "
-        f"{plan.peak_mb / 1e3:.1f} GB of memory each"
-    )
-    if refine_rounds:
-        text += f"; plus {refine_rounds} round(s) of refined rates"
-    return text
+        display.note(f"{row['status']}: {row_text(row)}: {row['error']}")
+    display.note(f"the table is {study.folder / TABLE_FILE}")
 
 
 def plan_table(
-    study: Any,
     cells: Sequence[Any],
     left: Sequence[Any],
     rows: Sequence[Mapping[str, Any]],
     timings: Mapping[str, Any],
 ) -> Table:
     """A row per condition: rates, cells, how many are left, seconds per cell."""
-    from rl_lora.studies.plan import cell_seconds, finished_seconds
+    from rl_lora.studies.plan import cell_seconds
     from rl_lora.studies.results import condition_text
 
-    done = finished_seconds(rows)
-    table = Table("condition", "rates", "cells", "left", "s per cell", box=box.ASCII2)
+    table = Table("condition", "rates", "cells", "left", "s per cell")
     left_keys = {cell.key for cell in left}
     for condition in dict.fromkeys(cell.condition for cell in cells):
         some = [cell for cell in cells if cell.condition == condition]
@@ -156,7 +141,7 @@ def plan_table(
         span = (
             f"{rates[0]:g} to {rates[-1]:g} ({len(rates)})" if len(rates) > 1 else f"{rates[0]:g}"
         )
-        seconds = cell_seconds(some[0], done, timings)
+        seconds = cell_seconds(some[0], rows, timings)
         table.add_row(
             condition_text(condition, with_batch=True),
             span,
@@ -173,26 +158,22 @@ def best_table(arm: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     from rl_lora.studies.results import GOALS, condition_of, condition_text, results_by_rate
 
     what = "reward at the end" if arm == "rl" else "test loss, nats per token"
-    table = Table(title=f"Best rates ({what}; 95% intervals)", box=box.ASCII2)
-    for name in ("condition", "best rate", "result", "plateau, decades", "cells", "failed"):
-        table.add_column(name)
+    columns = ("condition", "best rate", "result", "plateau, decades", "cells", "failed")
+    table = Table(*columns, title=f"Best rates ({what}; 95% intervals)")
     for condition, by_rate in results_by_rate(rows).items():
         own = [row for row in rows if condition_of(row) == condition]
         failed = sum(row["status"] != "done" for row in own)
         result = sweep(by_rate, GOALS[arm], tolerance=PLATEAU_TOLERANCE[arm])
+        found = ["-", "-", "-"]
+        if result is not None:
+            edge = " (grid's end)" if result.is_at_edge else ""
+            found = [
+                f"{result.best_rate:.3g} ({result.rate_low:.3g} to {result.rate_high:.3g}){edge}",
+                f"{result.best_value:.4f} ({result.value_low:.4f} to {result.value_high:.4f})",
+                f"{result.plateau_decades:.2f}",
+            ]
         name = condition_text(condition, with_batch=True)
-        if result is None:
-            table.add_row(name, "-", "-", "-", str(len(own)), str(failed))
-            continue
-        edge = " (grid's end)" if result.is_at_edge else ""
-        table.add_row(
-            name,
-            f"{result.best_rate:.3g} ({result.rate_low:.3g} to {result.rate_high:.3g}){edge}",
-            f"{result.best_value:.4f} ({result.value_low:.4f} to {result.value_high:.4f})",
-            f"{result.plateau_decades:.2f}",
-            str(len(own)),
-            str(failed),
-        )
+        table.add_row(name, *found, str(len(own)), str(failed))
     return table
 
 
@@ -208,10 +189,3 @@ def row_text(row: Mapping[str, Any]) -> str:
 
     name = condition_text(condition_of(row), with_batch=True)
     return f"{name}  rate {row['lr']:g}  seed {row['seed']}"
-
-
-def duration(seconds: float) -> str:
-    """42 s, 3.1 min, 2.1 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rl_lora.errors import UserError, nearest
+from rl_lora.errors import nearest
 
 if TYPE_CHECKING:
     from rl_lora.config import EvalSection, LoraSection, OptimSection, SamplingSection
@@ -41,19 +41,6 @@ def check_variant(lora: LoraSection, optim: OptimSection) -> None:
         raise ValueError(
             f"optim.lora_plus_ratio={optim.lora_plus_ratio:g} sets the learning rate of the "
             "adapter's B, and lora.mode='full' has no adapter; remove one of them"
-        )
-
-
-def check_full_dtype(lora: LoraSection, dtype: str) -> None:
-    """Raises UserError for full fine-tuning in bfloat16.
-
-    There, 20 steps at a learning rate of 1e-5 change only 2 % of the weights; rounding discards the
-    other updates. An adapter is float32 whatever the base's dtype.
-    """
-    if lora.mode == "full" and dtype == "bfloat16":
-        raise UserError(
-            "lora.mode='full' trains the weights in the model's dtype, here bfloat16, whose "
-            "rounding discards most updates; set model.dtype='float32'"
         )
 
 

@@ -81,12 +81,13 @@ def _table(value: Any, field: Any) -> Any:
 
 def _field(field: Any, key: str) -> Any:
     """The annotation of a section's key; Any for an unknown key."""
-    section = next((one for one in (field, _item(field)) if _is_section(one)), None)
+    section = next((one for one in (field, _item(field)) if is_section(one)), None)
     known = section.model_fields.get(key) if section is not None else None
     return Any if known is None else known.annotation
 
 
-def _is_section(field: Any) -> bool:
+def is_section(field: Any) -> bool:
+    """Whether an annotation is a section's class."""
     return isinstance(field, type) and issubclass(field, BaseModel)
 
 
@@ -96,17 +97,14 @@ def _item(field: Any) -> Any:
     return get_args(field)[0] if is_list else None
 
 
-def _takes(field: Any) -> tuple[bool, bool]:
-    """(whether a field takes text, whether it takes None)."""
+def _choices(field: Any) -> tuple[Any, ...]:
     is_union = get_origin(field) in (Union, types.UnionType)
-    choices = get_args(field) if is_union else (field,)
-    is_text = any(
-        one is str
-        or _is_section(one)  # the short form of a section
-        or (get_origin(one) is Literal and all(isinstance(word, str) for word in get_args(one)))
-        for one in choices
-    )
-    return is_text, type(None) in choices
+    return get_args(field) if is_union else (field,)
+
+
+def _is_text(field: Any) -> bool:
+    """Whether a field takes text; a section does, in its short form."""
+    return any(c is str or is_section(c) or get_origin(c) is Literal for c in _choices(field))
 
 
 def parse_value(text: str, field: Any) -> Any:
@@ -116,21 +114,21 @@ def parse_value(text: str, field: Any) -> Any:
     """
     plain = _toml(text)
     item = _item(field)
-    if item is not None and any(_takes(item)):
+    if item is not None and _is_text(item):
         return _texts(text, plain, item)
     if isinstance(plain, str):
         return plain
-    takes_text, takes_none = _takes(field)
-    if text in ("none", "None") and (takes_none or not takes_text):
+    takes_text = _is_text(field)
+    if text in ("none", "None") and (type(None) in _choices(field) or not takes_text):
         return None
-    if plain is None or (takes_text and not (isinstance(plain, dict) and _is_section(field))):
+    if plain is None or (takes_text and not (isinstance(plain, dict) and is_section(field))):
         return text
     return plain
 
 
 def _texts(text: str, plain: Any, item: Any) -> Any:
     is_of_texts = isinstance(plain, list) and all(isinstance(one, str) for one in plain)
-    if is_of_texts or (_is_section(item) and "{" in text):
+    if is_of_texts or (is_section(item) and "{" in text):
         return plain if plain is not None else text
     if not (text.startswith("[") and text.endswith("]")):
         return [plain if isinstance(plain, str) else text] if text else []

@@ -12,19 +12,18 @@ from __future__ import annotations
 import tomllib
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rl_lora.config.algorithm import check_algorithm
 from rl_lora.config.checks import (
     check_backend,
-    check_full_dtype,
     check_served,
     check_temperatures,
     check_variant,
 )
-from rl_lora.config.overrides import apply_overrides
+from rl_lora.config.overrides import apply_overrides, is_section
 from rl_lora.config.shipped import find_config
 from rl_lora.errors import UserError, nearest
 
@@ -73,6 +72,7 @@ class ModelSection(Section):
     device: str = "auto"  # a torch device; auto: cuda if available
     # auto: bfloat16 if its matmul is faster than float32's on the device.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool | None = None  # the learner's layers and head are compiled; none: on a GPU
 
 
 # As their papers spell them; plain LoRA is not a variant.
@@ -164,7 +164,8 @@ class SamplingSection(Section):
     attention_backend: str | None = None  # vLLM's on a GPU, e.g. TRITON_ATTN; none: its choice
     # Merge the adapter into vLLM's own copy of the weights; none: on a CPU in float32.
     merge_adapter: bool | None = None
-    memory_fraction: float = Field(0.45, gt=0, le=0.95)  # share of the GPU's memory for vLLM
+    # Share of the GPU's memory for vLLM; none: what the learner leaves free while sampling.
+    memory_fraction: float | None = Field(None, gt=0, le=0.95)
     # Sampler-learner mismatch (KL, nats) at which the run stops; none: 1e-4 in float32, 2e-2 in
     # bfloat16.
     max_kl: float | None = Field(None, gt=0)
@@ -236,7 +237,9 @@ class OptimSection(Section):
     # Optimizer steps per batch. Above 1 the bounds of ppo, gspo and cispo take effect; these then
     # score the later updates' tokens once more before the first step.
     num_updates: int = Field(1, ge=1)
-    microbatch_tokens: int = Field(4096, ge=1)  # padded tokens in one forward and backward pass
+    # Padded tokens in one forward and backward pass; none: 4,096 on a CPU, and on a GPU 16,384 or
+    # what fits its free memory.
+    microbatch_tokens: int | None = Field(None, ge=1)
     share_prompts: bool = True  # a prompt is computed once for its completions, to the same result
     checkpoint_activations: bool = False  # recompute activations: less memory, more time
     lora_plus_ratio: float = Field(1.0, gt=0)  # LoRA+: rate of B over that of A, which is lr
@@ -294,7 +297,6 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         check_variant(self.lora, self.optim)
-        check_full_dtype(self.lora, self.model.dtype)
         check_served(self.lora, self.sampling)
         check_temperatures(self.sampling, self.eval)
         check_algorithm(self.algorithm)
@@ -348,33 +350,24 @@ def parse_config(raw: dict[str, Any]) -> RunConfig:
     return parse_as(RunConfig, raw)
 
 
-def parse_as(root: type[SomeSection], raw: dict[str, Any]) -> SomeSection:
-    """Validates a nested dict as `root`. Raises UserError naming the first bad key."""
+def parse_as(root: type[SomeSection], raw: dict[str, Any], what: str = "config") -> SomeSection:
+    """Validates a nested dict as `root`. Raises UserError naming `what` and its first bad key."""
     try:
         return root.model_validate(raw)
     except ValidationError as error:
-        raise UserError(_explain(error, root)) from error
-
-
-def _explain(error: ValidationError, root: type[BaseModel]) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        section = _section_at(first["loc"][:-1], root)
-        hint = nearest(str(first["loc"][-1]), section.model_fields)
-        return f"config: unknown key {key!r}; {hint}"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"config: {key} = {first['input']!r}: {message}" if key else f"config: {message}"
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            hint = nearest(str(first["loc"][-1]), _section_at(first["loc"][:-1], root).model_fields)
+            raise UserError(f"{what}: unknown key {key!r}; {hint}") from error
+        where = f"{key} = {first['input']!r}: " if key else ""
+        raise UserError(f"{what}: {where}{first['msg'].removeprefix('Value error, ')}") from error
 
 
 def _section_at(location: tuple[int | str, ...], root: type[BaseModel]) -> type[BaseModel]:
-    """The section class at a validation error's location."""
+    """The section class at a validation error's location; lists are of sources."""
     section = root
     for part in location:
-        if isinstance(part, int):
-            section = SourceSection
-        else:
-            annotation = section.model_fields[part].annotation
-            is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-            section = cast("type[BaseModel]", annotation) if is_section else SourceSection
+        annotation: Any = getattr(section.model_fields.get(str(part)), "annotation", None)
+        section = annotation if is_section(annotation) else SourceSection
     return section

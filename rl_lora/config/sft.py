@@ -17,7 +17,7 @@ from rl_lora.config import (
     parse_as,
     read_settings,
 )
-from rl_lora.config.checks import check_full_dtype, check_variant
+from rl_lora.config.checks import check_variant
 
 
 class SftDataSection(SourcesSection):
@@ -56,14 +56,9 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> SftConfig:
         check_variant(self.lora, self.optim)
-        check_full_dtype(self.lora, self.model.dtype)
         return self
 
 
 def load_sft_config(path: Path | None, overrides: list[str] | None = None) -> SftConfig:
-    """Reads a TOML file (or a shipped config by name), applies overrides and checks all settings.
-
-    Raises:
-        UserError: no such file, or the first bad key with the fix.
-    """
+    """As `load_config`, of a supervised job."""
     return parse_as(SftConfig, read_settings(path, overrides, SftConfig))

@@ -8,11 +8,14 @@ turns end with <|im_end|>, while the end token is <|endoftext|>).
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from rl_lora.data.messages import Message
@@ -32,10 +35,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class TurnEnd:
-    """What a template writes after an assistant's message.
-
-    Example: TurnEnd(token_id=151645, text="<|im_end|>", rest="\\n")
-    """
+    """What a template writes after an assistant's message."""
 
     token_id: int
     text: str
@@ -259,31 +259,19 @@ def _without(message: Message, name: str) -> Message:
 
 
 def _common_start(*texts: str) -> str:
-    first, last = min(texts), max(texts)
-    pairs = enumerate(zip(first, last, strict=False))
-    return first[: next((i for i, (a, b) in pairs if a != b), len(first))]
+    return commonprefix(texts)  # noqa: RUF071  # these are no paths: characters count
 
 
 def _with_parsed_arguments(turn: dict[str, Any]) -> dict[str, Any]:
+    turn = copy.deepcopy(turn)
     calls = turn.get("tool_calls")
-    if not isinstance(calls, list):
-        return turn
-    return {**turn, "tool_calls": [_with_parsed_call(call) for call in calls]}
-
-
-def _with_parsed_call(call: Any) -> Any:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if function is None or not isinstance(arguments, str):
-        return call
-    try:
-        value = json.loads(arguments)
-    except ValueError:
-        return call
-    if not isinstance(value, dict):
-        return call
-    parsed = {**function, "arguments": value}
-    return {**call, "function": parsed} if "function" in call else parsed
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            with contextlib.suppress(ValueError):
+                value = json.loads(function["arguments"])
+                function["arguments"] = value if isinstance(value, dict) else function["arguments"]
+    return turn
 
 
 # --- token ids ------------------------------------------------------------------------------------

@@ -15,21 +15,15 @@ from typing import Any
 from rl_lora.data.columns import COLUMN_KEYS, check_named, check_text, reach, unpack
 from rl_lora.data.messages import Message, as_turns, read_messages, read_tools, with_question
 from rl_lora.data.references import alternatives, without_tolerance
-from rl_lora.data.row_formats import ROW_FORMATS as PROBLEM_FORMATS
-from rl_lora.data.row_formats import DataRow, last_boxed, number_text, parse_rows
+from rl_lora.data.row_formats import DataRow, find_format, last_boxed, number_text, parse_rows
 from rl_lora.errors import UserError
-
-__all__ = ["Chat", "Message", "parse_chats", "problem_chat"]
 
 Raw = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A row of supervised data.
-
-    Example: Chat(messages=(Message("user", "What is 4 + 3?"), Message("assistant", "7")), row=17)
-    """
+    """A row of supervised data."""
 
     messages: tuple[Message, ...]
     row: int  # position in the source, from 0
@@ -88,7 +82,7 @@ def parse_chats(
     raws = [unpack(raw, f"{where}, row {index}") for index, raw in enumerate(raws)]
     columns = {str(column) for raw in raws for column in raw}
     found = ", ".join(sorted(columns)) or "none"
-    check_named(columns, where, prompt, completion)
+    check_named(raws, where, prompt, completion)
     if (prompt is None) != (completion is None):
         raise UserError(
             f"{where}: set both keys, question and answer, of the data source (the columns of "
@@ -100,7 +94,7 @@ def parse_chats(
         read = next((reader for names, reader in ROW_FORMATS if names <= columns), None)
     if read is not None:
         return [_read_row(read, raw, row, where) for row, raw in enumerate(raws)]
-    if not any(row_format.columns <= columns for row_format in PROBLEM_FORMATS):
+    if find_format(columns) is None:
         raise UserError(
             f"{where}: its columns ({found}) are not those of chats, prompts and completions, or "
             f"problems with solutions; name prompt and completion: {COLUMN_KEYS}"

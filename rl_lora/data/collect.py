@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from rl_lora.config import DataSection, SourceSection
@@ -67,17 +68,13 @@ class Collected:
         self._prefixes: Counter[str] = Counter()
         self._seen: set[str] = set()  # questions of the training sources
 
-    def add(
-        self, source: SourceSection, role: Role, exclude: set[str] | frozenset[str] = frozenset()
-    ) -> list[Item]:
+    def add(self, source: SourceSection, role: Role, exclude: Collection[str] = ()) -> list[Item]:
         """Adds a source's rows to the training or evaluation rows and returns them."""
         items = self.read(source, role, exclude)
         (self.train if role == "train" else self.eval).extend(items)
         return items
 
-    def read(
-        self, source: SourceSection, role: Role, exclude: set[str] | frozenset[str] = frozenset()
-    ) -> list[Item]:
+    def read(self, source: SourceSection, role: Role, exclude: Collection[str] = ()) -> list[Item]:
         """Items with unique ids, without training questions of an earlier set."""
         loaded = load_source(source, role, exclude)
         label = loaded.label
@@ -87,13 +84,12 @@ class Collected:
         items = []
         for row in loaded.rows:
             key, full_key = (question_key(row.asked(with_system=one)) for one in (False, True))
-            item = Item(f"{prefix}/{row.row}", label, row, key, full_key)
-            if role == "train" and item.full_key in self._seen:
-                loaded.dropped["in an earlier set"] = loaded.dropped.get("in an earlier set", 0) + 1
+            if role == "train" and full_key in self._seen:
+                loaded.dropped["in an earlier set"] += 1
             else:
-                items.append(item)
-                if role == "train":
-                    self._seen.add(item.full_key)
+                items.append(Item(f"{prefix}/{row.row}", label, row, key, full_key))
+        if role == "train":
+            self._seen |= {item.full_key for item in items}
         self._accounts.append((role, loaded, items))
         return items
 
@@ -101,33 +97,32 @@ class Collected:
         """Removes training rows whose question is in the evaluation."""
         eval_keys = {item.key for item in self.eval}
         eval_ids = {item.prompt_id for item in self.eval}
-        num_before = len(self.train)
         kept = [item for item in self.train if item.key not in eval_keys]
-        if num_before and not kept:
+        if self.train and not kept:
             raise UserError(
                 "no training row is left, as the evaluation has all of their questions; set "
                 "another data.eval, or lower data.held_out or the evaluation's num_rows"
             )
         self.train = kept
         for role, loaded, items in self._accounts:
-            shared = [item for item in items if item.key in eval_keys]
-            held_out = sum(item.prompt_id in eval_ids for item in shared)
-            if role == "train" and held_out:
-                loaded.dropped["held out for the evaluation"] = held_out
-            if role == "train" and len(shared) > held_out:
-                loaded.dropped["also in the evaluation"] = len(shared) - held_out
+            for item in items if role == "train" else ():
+                if item.key in eval_keys:
+                    is_held_out = item.prompt_id in eval_ids
+                    why = "held out for" if is_held_out else "also in"
+                    loaded.dropped[f"{why} the evaluation"] += 1
 
     def notes(self) -> list[str]:
-        train_ids = {item.prompt_id for item in self.train}
-        eval_ids = {item.prompt_id for item in self.eval}
+        ids = {
+            "train": {item.prompt_id for item in self.train},
+            "eval": {item.prompt_id for item in self.eval},
+        }
         lines = []
         for role, loaded, items in self._accounts:
-            ids = train_ids if role == "train" else eval_ids
-            num_kept = sum(item.prompt_id in ids for item in items)
-            reasons = dict(loaded.dropped)
+            num_kept = sum(item.prompt_id in ids[role] for item in items)
+            reasons = [f"{count} {reason}" for reason, count in loaded.dropped.items()]
             if role == "eval" and num_kept < len(items):
-                reasons["not drawn (data.held_out)"] = len(items) - num_kept
-            why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+                reasons.append(f"{len(items) - num_kept} not drawn (data.held_out)")
+            why = ", ".join(reasons)
             num_lists = sum(len(alternatives(item.row.reference or "")) > 1 for item in items)
             lines.append(
                 f"{loaded.label} ({role}): {num_kept} of {loaded.num_read} rows"

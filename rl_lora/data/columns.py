@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -117,27 +117,26 @@ def _text_field(value: Mapping[str, Any], key: str) -> str | None:
     return None
 
 
-def check_named(
-    columns: Collection[str], where: str, question: str | None, answer: str | None
-) -> None:
-    """Raises UserError if a column that the user has named is not among the columns."""
+def check_named(raws: Sequence[Raw], where: str, question: str | None, answer: str | None) -> None:
+    """Checks the columns that the user has named; a column may be null in all rows.
+
+    Raises:
+        UserError: no row has the column, or the field of an object that it names.
+    """
+    columns = {str(column) for raw in raws for column in raw}
     for key, column in (("question", question), ("answer", answer)):
-        if column is not None and not {column, column.split(".")[0]} & set(columns):
+        if column is None or any(reach(raw, column) is not None for raw in raws):
+            continue
+        root = column.split(".")[0]
+        if not {column, root} & columns:
             raise UserError(
                 f"{where} has no column {column!r} (the data source's key {key!r}); "
                 f"its columns: {', '.join(sorted(columns)) or 'none'}"
             )
-
-
-def explain_missing(raws: Iterable[Raw], column: str, key: str, where: str) -> None:
-    """Raises UserError for a dotted column that no row has; a plain column may be all null."""
-    root = column.split(".")[0]
-    objects = [
-        raw[root] for raw in raws if column not in raw and isinstance(raw.get(root), Mapping)
-    ]
-    if root != column and objects:
-        fields = ", ".join(sorted({str(name) for one in objects for name in one}))
-        raise UserError(
-            f"{where}: no row has {column!r} (the data source's key {key!r}); the fields of "
-            f"{root!r}: {fields}"
-        )
+        values = [raw[root] for raw in raws if column not in raw and root in raw]
+        fields = {str(name) for one in values if isinstance(one, Mapping) for name in one}
+        if root != column and fields:
+            raise UserError(
+                f"{where}: no row has {column!r} (the data source's key {key!r}); the fields of "
+                f"{root!r}: {', '.join(sorted(fields))}"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import re
@@ -74,15 +75,12 @@ def split_files(folder: Path, split: str) -> list[Path]:
     ]
 
 
-def file_label(path: Path) -> str:
-    """A data set's name in metrics: the file's, or the folder's for a file such as train.jsonl."""
-    stem = path.stem.lower()
-    return path.resolve().parent.name if stem in _ROLE_STEMS else path.stem
-
-
-def folder_label(path: Path) -> str:
-    """The name in metrics of a folder's data set."""
-    return path.resolve().name or "data"
+def label_of(path: Path) -> str:
+    """A data set's name in metrics: the folder's, also of a file such as train.jsonl, or the file's
+    without its suffix."""
+    if path.is_dir():
+        return path.resolve().name or "data"
+    return path.resolve().parent.name if path.stem.lower() in _ROLE_STEMS else path.stem
 
 
 def read_file(path: Path) -> list[dict[str, Any]]:
@@ -126,7 +124,8 @@ def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
     try:
         value = parse_json(text)
     except ValueError as error:
-        if _is_json(text.lstrip().partition("\n")[0]):
+        with contextlib.suppress(ValueError):
+            parse_json(text.lstrip().partition("\n")[0])
             return read_values(path)
         raise UserError(f"{path} is not JSON: {error}") from None
     if isinstance(value, dict):
@@ -141,14 +140,6 @@ def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
 
 def _is_table(value: Any) -> bool:
     return isinstance(value, list) and (not value or isinstance(value[0], dict))
-
-
-def _is_json(text: str) -> bool:
-    try:
-        parse_json(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _read_parquet(path: Path) -> Iterable[tuple[int, Any]]:

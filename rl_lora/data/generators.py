@@ -8,23 +8,37 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from itertools import count
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from rl_lora.config import Section
+from rl_lora.config import Section, parse_as
 from rl_lora.data.row_formats import DataRow
 from rl_lora.data.word_problems import make_story
 from rl_lora.errors import UserError, nearest
 from rl_lora.seeds import mix_seed
 
 MAX_SEED = 2**31 - 1
-SomeOptions = TypeVar("SomeOptions", bound=Section)
-OPERATIONS = ("add", "subtract", "multiply", "divide")
+Operation = Literal["add", "subtract", "multiply", "divide"]
 
 
-class ChainSumOptions(Section):
+class _Options(Section):
+    """Options of a generator; min_x is at most max_x."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _Options:
+        for low in (name for name in type(self).model_fields if name.startswith("min_")):
+            high = low.replace("min_", "max_")
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(
+                    f"{low}={getattr(self, low)} is above {high}={getattr(self, high)}"
+                )
+        return self
+
+
+class ChainSumOptions(_Options):
     """`generated:chain_sum`: 37 + 45 - 12. Difficulty: number of terms, digits of each."""
 
     min_terms: int = Field(2, ge=2, le=20)
@@ -33,12 +47,8 @@ class ChainSumOptions(Section):
     max_digits: int = Field(2, ge=1, le=12)
     allow_negation: bool = False  # negative terms, too
 
-    @model_validator(mode="after")
-    def _ordered(self) -> ChainSumOptions:
-        return _check_order(self, "terms", "digits")
 
-
-class ProductOptions(Section):
+class ProductOptions(_Options):
     """`generated:products`: 7 * 12. Difficulty: number of factors, digits of each."""
 
     min_terms: int = Field(2, ge=2, le=6)
@@ -46,52 +56,40 @@ class ProductOptions(Section):
     min_digits: int = Field(1, ge=1, le=6)
     max_digits: int = Field(2, ge=1, le=6)
 
-    @model_validator(mode="after")
-    def _ordered(self) -> ProductOptions:
-        return _check_order(self, "terms", "digits")
 
-
-class StoryOptions(Section):
+class StoryOptions(_Options):
     """`generated:word_problems`: a short story. Difficulty: number of sums, size of numbers."""
 
     min_steps: int = Field(1, ge=1, le=8)  # sums to compute
     max_steps: int = Field(3, ge=1, le=8)
     max_number: int = Field(20, ge=3, le=10_000)  # largest number added or subtracted
     max_factor: int = Field(5, ge=2, le=100)  # largest number multiplied or divided by
-    operations: tuple[str, ...] = ("add", "subtract", "multiply")  # and "divide"
+    operations: tuple[Operation, ...] = ("add", "subtract", "multiply")
 
     @model_validator(mode="after")
-    def _consistent(self) -> StoryOptions:
-        for operation in self.operations:
-            if operation not in OPERATIONS:
-                raise ValueError(f"operation {operation!r}; {nearest(operation, OPERATIONS)}")
+    def _reachable(self) -> StoryOptions:
         if not {"add", "subtract"} & set(self.operations):
             raise ValueError("operations need 'add' or 'subtract'")
-        return _check_order(self, "steps")
+        return self
 
 
-def _check_order(options: SomeOptions, *names: str) -> SomeOptions:
-    for name in names:
-        low, high = getattr(options, f"min_{name}"), getattr(options, f"max_{name}")
-        if low > high:
-            raise ValueError(f"min_{name}={low} is above max_{name}={high}")
-    return options
+class CodeOptions(_Options):
+    """`generated:codes`: items with random codes, to be memorized.
+
+    The information content is num_items x num_digits x log2(10) bits, whatever the number of rows:
+    a supervised data set for measuring capacity. The codes depend on `world`, not on the seed.
+    """
+
+    num_items: int = Field(500, ge=1, le=100_000)
+    num_digits: int = Field(4, ge=1, le=12)
+    world: int = 0  # seed of the codes
 
 
-def _chain_sums(options: Section, seed: int) -> Iterator[DataRow]:
-    for entry in reasoning_gym_entries("chain_sum", options.model_dump(), seed):
-        yield _expression_row(entry)
-
-
-def _products(options: Section, seed: int) -> Iterator[DataRow]:
-    for entry in reasoning_gym_entries("products", options.model_dump(), seed):
-        yield _expression_row(entry)
-
-
-def _expression_row(entry: dict[str, Any]) -> DataRow:
-    expression = entry["metadata"]["expression"]
-    sums = chain_steps(expression)
-    return DataRow(f"What is {expression}?", entry["answer"], "\n".join(sums))
+def _expressions(name: str, options: _Options, seed: int) -> Iterator[DataRow]:
+    for entry in reasoning_gym_entries(name, options.model_dump(), seed):
+        expression = entry["metadata"]["expression"]
+        steps = "\n".join(chain_steps(expression))
+        yield DataRow(f"What is {expression}?", entry["answer"], steps)
 
 
 def chain_steps(expression: str) -> list[str]:
@@ -109,29 +107,14 @@ def chain_steps(expression: str) -> list[str]:
     return steps
 
 
-def _stories(options: Section, seed: int) -> Iterator[DataRow]:
-    assert isinstance(options, StoryOptions)
-    row = 0
-    while True:
+def _stories(options: StoryOptions, seed: int) -> Iterator[DataRow]:
+    for row in count():
         rng = random.Random(mix_seed("story", seed, row))
         num_steps = rng.randint(options.min_steps, options.max_steps)
         question, answer, sums = make_story(
             rng, num_steps, options.operations, options.max_number, options.max_factor
         )
         yield DataRow(question, str(answer), "\n".join(sums))
-        row += 1
-
-
-class CodeOptions(Section):
-    """`generated:codes`: items with random codes, to be memorized.
-
-    The information content is num_items x num_digits x log2(10) bits, whatever the number of rows:
-    a supervised data set for measuring capacity. The codes depend on `world`, not on the seed.
-    """
-
-    num_items: int = Field(500, ge=1, le=100_000)
-    num_digits: int = Field(4, ge=1, le=12)
-    world: int = 0  # seed of the codes
 
 
 _CODE_QUESTIONS = (
@@ -142,32 +125,21 @@ _CODE_QUESTIONS = (
 )
 
 
-def _codes(options: Section, seed: int) -> Iterator[DataRow]:
-    assert isinstance(options, CodeOptions)
-    row = 0
-    while True:
+def _codes(options: CodeOptions, seed: int) -> Iterator[DataRow]:
+    for row in count():
         rng = random.Random(mix_seed("codes", seed, row))
         item = rng.randrange(options.num_items)
         secret = random.Random(mix_seed("code", options.world, item))
         code = "".join(secret.choice("0123456789") for _ in range(options.num_digits))
-        question = rng.choice(_CODE_QUESTIONS).format(item)
-        yield DataRow(question, code, f"\\boxed{{{code}}}")
-        row += 1
+        yield DataRow(rng.choice(_CODE_QUESTIONS).format(item), code, f"\\boxed{{{code}}}")
 
 
-@dataclass(frozen=True, slots=True)
-class Generator:
-    """A generated set: its options, and a function (options, seed) -> endless rows."""
-
-    options: type[Section]
-    rows: Callable[[Section, int], Iterator[DataRow]]
-
-
-GENERATORS: dict[str, Generator] = {
-    "chain_sum": Generator(ChainSumOptions, _chain_sums),
-    "products": Generator(ProductOptions, _products),
-    "word_problems": Generator(StoryOptions, _stories),
-    "codes": Generator(CodeOptions, _codes),
+# name -> (its options, a function (options, seed) -> endless rows)
+GENERATORS: dict[str, tuple[type[_Options], Callable[[Any, int], Iterator[DataRow]]]] = {
+    "chain_sum": (ChainSumOptions, partial(_expressions, "chain_sum")),
+    "products": (ProductOptions, partial(_expressions, "products")),
+    "word_problems": (StoryOptions, _stories),
+    "codes": (CodeOptions, _codes),
 }
 
 
@@ -179,22 +151,8 @@ def generated_rows(name: str, options: dict[str, Any], seed: int) -> Iterator[Da
     """
     if name not in GENERATORS:
         raise UserError(f"data set 'generated:{name}' is unknown; {nearest(name, GENERATORS)}")
-    generator = GENERATORS[name]
-    try:
-        parsed = generator.options.model_validate(options)
-    except ValidationError as error:
-        raise UserError(_explain(name, generator.options, error)) from error
-    return generator.rows(parsed, seed)
-
-
-def _explain(name: str, section: type[Section], error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"generated:{name} has no option {key!r}; {nearest(key, section.model_fields)}"
-    message = first["msg"].removeprefix("Value error, ")
-    where = f"option {key} = {first['input']!r}: " if key else ""
-    return f"generated:{name}: {where}{message}"
+    section, rows = GENERATORS[name]
+    return rows(parse_as(section, options, f"generated:{name}"), seed)
 
 
 def reasoning_gym_rows(name: str, options: dict[str, Any], seed: int) -> Iterator[DataRow]:
@@ -229,11 +187,4 @@ def reasoning_gym_entries(
         dataset = reasoning_gym.create_dataset(name, **options, seed=mixed, size=MAX_SEED)
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(f"reasoning_gym:{name} refuses its options: {error}") from error
-    return _entries(dataset)
-
-
-def _entries(dataset: Any) -> Iterator[dict[str, Any]]:
-    row = 0
-    while True:
-        yield dataset[row]
-        row += 1
+    return (dataset[row] for row in count())

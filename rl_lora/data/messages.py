@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rl_lora.data.columns import parsed
 from rl_lora.errors import UserError
 
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant"}
@@ -20,10 +21,7 @@ _OWN_KEYS = ("role", "from", "content", "value", "weight")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn.
-
-    Example: Message(role="user", content="What is 4 + 3?")
-    """
+    """One turn."""
 
     role: str  # system, user, assistant; others (tool, ...) as the data set has them
     content: str | None  # None: only tool calls
@@ -44,10 +42,7 @@ class Message:
 def as_turns(value: Any) -> list[Mapping[str, Any]] | None:
     """The turns of a column that is a conversation, as a list or JSON text; None if it is not."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return None
+        value = parsed(value)
     if not isinstance(value, list | tuple) or not value:
         return None
     turns = [turn for turn in value if isinstance(turn, Mapping)]
@@ -68,10 +63,7 @@ def read_messages(turns: list[Mapping[str, Any]], *, is_trained: bool = True) ->
 def read_tools(value: Any) -> list[dict[str, Any]]:
     """The tool descriptions in a column, as a list or JSON text; empty if it is neither."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return []
+        value = parsed(value)
     if not isinstance(value, list | tuple) or not all(isinstance(one, dict) for one in value):
         return []
     return list(value)

@@ -8,14 +8,7 @@ prompts, records and files, and is split for grading. An alternative may end wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 SEPARATOR = " ||| "
-
-
-def join_alternatives(golds: Sequence[str]) -> str:
-    """Joins alternatives. Example: ["1/2", "0.5"] -> "1/2 ||| 0.5"."""
-    return SEPARATOR.join(golds)
 
 
 def alternatives(reference: str) -> list[str]:
@@ -25,9 +18,7 @@ def alternatives(reference: str) -> list[str]:
 
 def with_tolerance(reference: str, tolerance: str) -> str:
     """Adds the tolerance to each alternative. Example: "2.5", "0.1" -> "2.5 [tolerance 0.1]"."""
-    return join_alternatives(
-        [f"{gold} [tolerance {tolerance}]" for gold in alternatives(reference)]
-    )
+    return SEPARATOR.join(f"{gold} [tolerance {tolerance}]" for gold in alternatives(reference))
 
 
 def without_tolerance(gold: str) -> str:

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from functools import partial
 from typing import Any, Literal
 
 from rl_lora.data.columns import (
@@ -26,22 +27,18 @@ from rl_lora.data.columns import (
     Raw,
     check_named,
     check_text,
-    explain_missing,
     parsed,
     reach,
     unpack,
 )
 from rl_lora.data.messages import Message, as_turns, read_messages
-from rl_lora.data.references import alternatives, join_alternatives, with_tolerance
+from rl_lora.data.references import SEPARATOR, alternatives, with_tolerance
 from rl_lora.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class DataRow:
-    """One problem of a data set, before rendering.
-
-    Example: DataRow(question="What is 4 + 3?", reference="7", solution="4 + 3 = 7", row=17)
-    """
+    """One problem of a data set, before rendering."""
 
     question: str  # "": the row has none
     reference: str | None  # final answer (`references`); None: the row has none
@@ -100,7 +97,7 @@ def gold_text(value: Any) -> str | None:
     """
     if (items := _list_items(value)) is not None:
         parts = [gold_text(item) for item in items]
-        return join_alternatives([as_one(part) for part in parts if part]) or None
+        return SEPARATOR.join(as_one(part) for part in parts if part) or None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     text = number_text(value).strip()
@@ -232,18 +229,13 @@ def _equation(equation: Any, gold: str | None) -> str:
     return f"{text} = {gold}" if text and gold is not None else ""
 
 
-def _solved(question: str, answer: str, solution: str | None) -> Reader:
+def _solved(question: str, answer: str, solution: str | None, raw: Raw) -> DataRow:
     """Reads question and answer columns; a null answer is taken from the solution's box."""
-
-    def read(raw: Raw) -> DataRow:
-        text = _text(raw.get(solution)) if solution else ""
-        gold = final_answer(raw.get(answer))
-        if gold is None and text:
-            gold = gold_text(last_boxed(text))
-        solved = text or _worked(raw.get(answer))
-        return problem(raw.get(question), gold, solved)
-
-    return read
+    text = _text(raw.get(solution)) if solution else ""
+    gold = final_answer(raw.get(answer))
+    if gold is None and text:
+        gold = gold_text(last_boxed(text))
+    return problem(raw.get(question), gold, text or _worked(raw.get(answer)))
 
 
 def _worked(value: Any) -> str:
@@ -262,44 +254,36 @@ def _boxed_solution(raw: Raw) -> DataRow:
     return problem(raw["problem"], gold_text(last_boxed(solution)), solution)
 
 
-@dataclass(frozen=True, slots=True)
-class RowFormat:
-    """How rows with these columns are read. Example: see ROW_FORMATS."""
-
-    name: str
-    question: str  # column
-    answer: str  # column; `a.b` is field b of the object in column a
-    read: Reader
-    others: frozenset[str]  # other required columns
-
-    @property
-    def columns(self) -> frozenset[str]:
-        """All columns that identify the row format."""
-        return self.others | {self.question.split(".")[0], self.answer.split(".")[0]}
+def _mawps(raw: Raw) -> DataRow:
+    return problem(raw["input"], _numeric(raw["target"]))
 
 
-def _row_format(name: str, columns: str, read: Reader) -> RowFormat:
-    """`columns`: the question's, the gold answer's, others."""
-    question, answer, *others = columns.split()
-    return RowFormat(name, question, answer, read, frozenset(others))
+# Columns of the question, of the gold answer (`a.b`: field b of the object in column a) and others
+# that identify the format, and how such rows are read; None: `_solved`. The first one whose columns
+# are all present is used, so the more specific ones come first.
+ROW_FORMATS: tuple[tuple[str, Reader | None], ...] = (
+    ("prompt reward_model.ground_truth", _chat_prompt),
+    ("Question Answer Numbers Equation", _masked),
+    ("Question Answer Body", _svamp),
+    ("Question Answer", None),  # AIME
+    ("question final_answer", None),  # DeepMath
+    ("problem answer solution", None),  # MATH
+    ("problem solution", _boxed_solution),
+    ("problem answer", None),
+    ("question answer", None),  # GSM8K
+    ("prompt answer", None),
+    ("input target", _mawps),
+)
 
 
-# The first one whose columns are all present is used, so the more specific ones come first.
-ROW_FORMATS: tuple[RowFormat, ...] = (
-    _row_format("chat prompt", "prompt reward_model.ground_truth", _chat_prompt),
-    _row_format("masked svamp", "Question Answer Numbers Equation", _masked),
-    _row_format("svamp", "Question Answer Body", _svamp),
-    _row_format("aime", "Question Answer", _solved("Question", "Answer", None)),
-    _row_format("deepmath", "question final_answer", _solved("question", "final_answer", None)),
-    _row_format("math", "problem answer solution", _solved("problem", "answer", "solution")),
-    _row_format("math", "problem solution", _boxed_solution),
-    _row_format("problem", "problem answer", _solved("problem", "answer", None)),
-    _row_format("gsm8k", "question answer", _solved("question", "answer", None)),
-    _row_format("prompt", "prompt answer", _solved("prompt", "answer", None)),
-    _row_format("mawps", "input target", lambda raw: problem(
-        raw["input"], _numeric(raw["target"])
-    )),
-)  # fmt: skip
+def find_format(columns: Collection[str]) -> tuple[str, str, Reader] | None:
+    """(question's column, gold answer's, reader) of the row format with these columns."""
+    for names, read in ROW_FORMATS:
+        question, answer, *others = names.split()
+        if {name.partition(".")[0] for name in names.split()} <= set(columns):
+            solution = "solution" if "solution" in others else None
+            return question, answer, read or partial(_solved, question, answer, solution)
+    return None
 
 
 def parse_rows(
@@ -325,20 +309,18 @@ def parse_rows(
     """
     raws = [unpack(raw, f"{where}, row {index}") for index, raw in enumerate(raws)]
     columns = {str(column) for raw in raws for column in raw}
-    read, row_format = _reader(columns, where, question, answer)
-    for key, column in (("question", question), ("answer", answer)):
-        if column is not None and all(reach(raw, column) is None for raw in raws):
-            explain_missing(raws, column, key, where)
-    if row_format is not None:
-        question, answer = question or row_format.question, answer or row_format.answer
+    check_named(raws, where, question, answer)
+    found = find_format(columns)
+    if found is None and (question is None or answer is None):
+        raise UserError(
+            f"{where}: no question and gold answer among its columns "
+            f"({', '.join(sorted(columns)) or 'none'}); name both: {COLUMN_KEYS}"
+        )
     rows = []
     for index, raw in enumerate(raws):
         full = {**dict.fromkeys(sorted(columns)), **raw}
         try:
-            for key, column in (("question", question), ("answer", answer)):
-                if column:
-                    check_text(reach(raw, column), key, column)
-            row = read(full)
+            row = _read(full, found, question, answer)
         except UserError as error:
             raise UserError(f"{where}, row {index}: {error}") from error
         is_multiple = str(raw.get("is_multiple_answer")).lower() == "true"
@@ -349,6 +331,23 @@ def parse_rows(
             row = replace(row, reference=with_tolerance(row.reference, tolerance))
         rows.append(replace(row, row=index, columns=full))
     return rows
+
+
+def _read(
+    raw: Raw, found: tuple[str, str, Reader] | None, question: str | None, answer: str | None
+) -> DataRow:
+    """One row: what the user has named, the rest by the row format."""
+    own_question, own_answer, read = found or (None, None, lambda _: DataRow("", None))
+    for key, column in (("question", question or own_question), ("answer", answer or own_answer)):
+        if column:
+            check_text(reach(raw, column), key, column)
+    row = read(raw)
+    if question is not None:
+        row = problem(reach(raw, question), row.reference, row.solution)
+    if answer is not None:
+        value = reach(raw, answer)
+        row = replace(row, reference=final_answer(value), solution=_worked(value))
+    return row
 
 
 _SIZE = re.compile(r"(?:\d{1,30}(?:\.\d{1,30})?(?:[eE][-+]?\d{1,2})?)?")
@@ -369,32 +368,3 @@ def _tolerance(raw: Raw, where: str) -> str | None:
         return None
     smallest = min(map(Decimal, parts))
     return str(smallest) if smallest > 0 else None
-
-
-def _reader(
-    columns: set[str], where: str, question: str | None, answer: str | None
-) -> tuple[Reader, RowFormat | None]:
-    check_named(columns, where, question, answer)
-    row_format = next((one for one in ROW_FORMATS if one.columns <= columns), None)
-    if row_format is None and (question is None or answer is None):
-        found = ", ".join(sorted(columns)) or "none"
-        raise UserError(
-            f"{where}: no question and gold answer among its columns ({found}); name both: "
-            f"{COLUMN_KEYS}"
-        )
-    if row_format is not None and question is None and answer is None:
-        return row_format.read, row_format
-    return _mapped(question, answer, row_format), row_format
-
-
-def _mapped(question: str | None, answer: str | None, row_format: RowFormat | None) -> Reader:
-    def read(raw: Raw) -> DataRow:
-        row = row_format.read(raw) if row_format else DataRow("", None)
-        if question is not None:
-            row = problem(reach(raw, question), row.reference, row.solution)
-        if answer is not None:
-            value = reach(raw, answer)
-            row = replace(row, reference=final_answer(value), solution=_worked(value))
-        return row
-
-    return read

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rl_lora.config import SourceSection
-from rl_lora.data.columns import COLUMN_KEYS
+from rl_lora.data.columns import COLUMN_KEYS, Raw
 from rl_lora.data.files import (
     SUFFIXES,
     Role,
-    file_label,
     folder_files,
-    folder_label,
+    label_of,
     read_file,
     split_files,
 )
@@ -37,10 +37,7 @@ from rl_lora.errors import UserError, nearest
 
 @dataclass(frozen=True, slots=True)
 class HubSet:
-    """Where a data set is on the hub.
-
-    Example: HubSet("openai/gsm8k", configs=("main",), train="train", eval="test")
-    """
+    """Where a data set is on the hub."""
 
     hub_id: str
     train: str | None  # training split; None: the set is for evaluation only
@@ -85,15 +82,12 @@ DEFAULT_ROWS = 1000  # for a generator without num_rows
 
 @dataclass(slots=True)
 class LoadedSet:
-    """The usable rows of one source, and counts of the dropped ones.
-
-    Example: LoadedSet(label="gsm8k", rows=[DataRow(...)], num_read=7473, dropped={})
-    """
+    """The usable rows of one source, and counts of the dropped ones."""
 
     label: str  # the data set's name in metrics
     rows: list[DataRow]
     num_read: int
-    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    dropped: Counter[str]  # reason -> rows
 
 
 def load_source(
@@ -112,20 +106,25 @@ def load_source(
     kind, separator, generator = source.name.partition(":")
     if separator and kind in ("generated", "reasoning_gym"):
         return _load_generated(source, kind, generator, exclude)
+    if source.options:
+        raise UserError(f"data set {source.name} is not generated; remove options, a generator's")
     path = Path(source.name).expanduser()
     if path.is_dir():
-        return _load_files(source, folder_files(path, role, source.split), folder_label(path))
+        files = folder_files(path, role, source.split)
+        return _clean(source, label_of(path), ((str(file), read_file(file)) for file in files))
     if path.is_file():
-        return _load_files(source, [path], file_label(path))
-    if source.name in LOADERS:
-        return _load_hub(source, LOADERS[source.name], source.name, role)
-    if is_hub_id(source.name):
-        hub_set = next(
-            (known for known in LOADERS.values() if known.hub_id == source.name),
-            HubSet(source.name, "train", "test"),
-        )
-        return _load_hub(source, hub_set, source.name.split("/")[1], role)
-    raise UserError(unknown_set(source.name))
+        return _clean(source, label_of(path), [(str(path), read_file(path))])
+    hub_set = _known_set(source.name)
+    if hub_set is None and not is_hub_id(source.name):
+        raise UserError(unknown_set(source.name))
+    hub_set = hub_set or HubSet(source.name, "train", "test")
+    return _clean(source, source.name.rpartition("/")[2], _hub_tables(source, hub_set, role))
+
+
+def _known_set(name: str) -> HubSet | None:
+    """The row of LOADERS with this name or hub id."""
+    by_id = {one.hub_id: one for one in LOADERS.values()}
+    return LOADERS.get(name) or by_id.get(name)
 
 
 def has_eval_part(source: SourceSection) -> bool:
@@ -137,8 +136,7 @@ def has_eval_part(source: SourceSection) -> bool:
         return bool(split_files(path, "train")) and bool(split_files(path, "test"))
     if path.exists():
         return False
-    known = LOADERS.get(source.name)
-    known = known or next((one for one in LOADERS.values() if one.hub_id == source.name), None)
+    known = _known_set(source.name)
     return known is not None and known.train is not None and known.eval is not None
 
 
@@ -166,21 +164,31 @@ _PARTING_BLANK = re.compile(
 # --- cleaning -------------------------------------------------------------------------------------
 
 
-def _clean(source: SourceSection, label: str, rows: list[DataRow]) -> LoadedSet:
-    """Drops and counts rows without a question or answer, and repeated questions."""
+def _clean(
+    source: SourceSection, label: str, tables: Iterable[tuple[str, Sequence[Raw]]]
+) -> LoadedSet:
+    """The rows of the tables, each with its name, without rows that have no question or answer and
+    without repeated questions."""
+    rows = [
+        row
+        for where, raws in tables
+        if raws
+        for row in parse_rows(raws, where, source.question, source.answer, source.list_answers)
+    ]
     if not rows:
         raise UserError(f"data set {source.name} is empty")
-    if source.num_rows is not None:
-        rows = rows[: source.num_rows]
-    dropped: dict[str, int] = {}
+    rows = [replace(row, row=place) for place, row in enumerate(rows[: source.num_rows])]
+    dropped: Counter[str] = Counter()
     kept: dict[str, DataRow] = {}
     for row in rows:
         key = question_key(row.asked(with_system=True))
-        reason = _reason_to_drop(row, kept.get(key))
-        if reason is None:
-            kept[key] = row
-        else:
-            dropped[reason] = dropped.get(reason, 0) + 1
+        if not row.question:
+            dropped["without question"] += 1
+        elif row.reference is None:
+            dropped["without gold answer"] += 1
+        elif (earlier := kept.setdefault(key, row)) is not row:
+            is_same = row.reference == earlier.reference
+            dropped["repeated" if is_same else "repeated with another answer"] += 1
     if not kept:
         reasons = " and ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise UserError(
@@ -188,16 +196,6 @@ def _clean(source: SourceSection, label: str, rows: list[DataRow]) -> LoadedSet:
             f"has other columns, name them: {COLUMN_KEYS}"
         )
     return LoadedSet(label, list(kept.values()), len(rows), dropped)
-
-
-def _reason_to_drop(row: DataRow, earlier: DataRow | None) -> str | None:
-    if not row.question:
-        return "without question"
-    if row.reference is None:
-        return "without gold answer"
-    if earlier is None:
-        return None
-    return "repeated" if row.reference == earlier.reference else "repeated with another answer"
 
 
 # --- generators -----------------------------------------------------------------------------------
@@ -214,14 +212,14 @@ def _load_generated(
     make = generated_rows if kind == "generated" else reasoning_gym_rows
     wanted = source.num_rows or DEFAULT_ROWS
     kept: dict[str, DataRow] = {}
-    dropped: dict[str, int] = {}
+    dropped: Counter[str] = Counter()
     # Some options allow few distinct problems, so the number of tries is bounded.
     for index, row in enumerate(islice(make(name, source.options, source.seed), 20 * wanted + 200)):
         key = question_key(row.question)
         if row.reference is None:
-            dropped["without gold answer"] = dropped.get("without gold answer", 0) + 1
+            dropped["without gold answer"] += 1
         elif key not in kept and key not in exclude:
-            kept[key] = DataRow(row.question, row.reference, row.solution, index)
+            kept[key] = replace(row, row=index)
         if len(kept) == wanted:
             break
     if not kept:
@@ -230,24 +228,8 @@ def _load_generated(
             "or is in the evaluation; widen the options"
         )
     if len(kept) < wanted:
-        reason = "missing (the options allow no more distinct problems)"
-        dropped[reason] = wanted - len(kept)
+        dropped["missing (the options allow no more distinct problems)"] = wanted - len(kept)
     return LoadedSet(name, list(kept.values()), wanted, dropped)
-
-
-# --- files and folders ----------------------------------------------------------------------------
-
-
-def _load_files(source: SourceSection, paths: list[Path], label: str) -> LoadedSet:
-    if source.options:
-        raise UserError(f"data set {source.name} is read from disk; remove options, a generator's")
-    rows: list[DataRow] = []
-    for path in paths:
-        raws = read_file(path)
-        if raws:
-            rows += parse_rows(raws, str(path), source.question, source.answer, source.list_answers)
-    numbered = [replace(row, row=i) for i, row in enumerate(rows)]
-    return _clean(source, label, numbered)
 
 
 # --- the hub --------------------------------------------------------------------------------------
@@ -272,33 +254,20 @@ def unknown_set(name: str) -> str:
     return f"data set {name!r} is not a file, folder or known name; {nearest(name, known)}"
 
 
-def _load_hub(source: SourceSection, hub_set: HubSet, label: str, role: Role) -> LoadedSet:
-    if source.options:
-        raise UserError(f"data set {source.name} is from the hub; remove options, a generator's")
+def _hub_tables(
+    source: SourceSection, hub_set: HubSet, role: Role
+) -> Iterator[tuple[str, list[Raw]]]:
     split = source.split or (hub_set.train if role == "train" else hub_set.eval or hub_set.train)
     if split is None:
         raise UserError(
             f"data set {source.name} is for evaluation; list it under data.eval, or set "
             f"split={hub_set.eval!r} to train on it anyway"
         )
-    rows: list[DataRow] = []
+    last = hub_set.last_year
     for config in hub_set.configs:
-        raws = list(_hub_rows(source.name, hub_set, config, split))
-        rows += parse_rows(
-            raws, f"data set {source.name}", source.question, source.answer, source.list_answers
-        )
-    numbered = [replace(row, row=i) for i, row in enumerate(rows)]
-    return _clean(source, label, numbered)
-
-
-def _hub_rows(
-    name: str, hub_set: HubSet, config: str | None, split: str
-) -> Iterator[dict[str, Any]]:
-    loaded = load_hub(name, hub_set, config, split)
-    for raw in loaded:
-        year = raw.get("Year")
-        if hub_set.last_year is None or year is None or int(year) <= hub_set.last_year:
-            yield raw
+        raws = load_hub(source.name, hub_set, config, split)
+        kept = [raw for raw in raws if last is None or int(raw.get("Year") or 0) <= last]
+        yield f"data set {source.name}", kept
 
 
 def load_hub(name: str, hub_set: HubSet, config: str | None, split: str) -> Any:

@@ -7,7 +7,7 @@ two-person stories (comparisons, 'how many at first'). Solutions have one sum pe
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 # fmt: off
@@ -179,11 +179,14 @@ def make_story(
         max_number: largest number added, subtracted or started with.
         max_factor: largest number multiplied or divided by.
     """
+    missing = [sign for sign, one in (("+", "add"), ("-", "subtract")) if one not in operations]
     specials = [
-        make for steps, needs, make in SPECIALS if steps == num_steps and needs <= set(operations)
+        (story, sums)
+        for story, sums in SPECIALS.items()
+        if len(sums) == num_steps and not any(sign in " ".join(sums) for sign in missing)
     ]
     if specials and rng.random() < 0.25:
-        return rng.choice(specials)(rng, max_number)
+        return _special(rng, max_number, *rng.choice(specials))
     return _Story(rng, operations, max_number, max_factor).tell(num_steps)
 
 
@@ -214,9 +217,9 @@ class _Story:
 
     def _start(self, num_steps: int) -> None:
         if not self.has_product and self.rng.random() < 0.35:
-            a, b = self._product()
+            a, b = self._factors()
+            self.total = self._product(a, b)
             self._say(self.theme.groups, a=a, b=b)
-            self.total = a * b
         else:
             self.total = self.rng.randint(2, self.max_number)
             self._say(self.theme.start, n=self.total)
@@ -259,18 +262,16 @@ class _Story:
             kind = "add"
         if kind not in self.operations:  # only subtraction, and the product is too large
             a, b = 1, self.total
-        self.has_product = True
-        self.sums.append(f"{a} * {b} = {a * b}")
-        self._change(f"{kind}_groups", "+" if kind == "add" else "-", a * b, a=a, b=b)
+        sign = "+" if kind == "add" else "-"
+        self._change(f"{kind}_groups", sign, self._product(a, b), a=a, b=b)
 
     def _factors(self) -> tuple[int, int]:
         return self.rng.randint(2, self.max_factor), self.rng.randint(2, self.max_factor)
 
-    def _product(self) -> tuple[int, int]:
-        a, b = self._factors()
+    def _product(self, a: int, b: int) -> int:
         self.has_product = True
         self.sums.append(f"{a} * {b} = {a * b}")
-        return a, b
+        return a * b
 
     def _change(self, template: str, sign: str, number: int, **numbers: int) -> None:
         before = self.total
@@ -286,60 +287,30 @@ class _Story:
 
 # --- two-person stories ---------------------------------------------------------------------------
 
-Special = Callable[[random.Random, int], tuple[str, int, list[str]]]
+# Story about two numbers -> its sums; c is the result so far. Where there is a difference, b >= a.
+SPECIALS = {
+    "{name} has {b} {thing} and {other} has {a}. "
+    "How many more {thing} does {name} have than {other}?": ("b - a",),
+    "{name} gave {a} {thing} to {other} and has {b} left. "
+    "How many {thing} did {name} have at first?": ("b + a",),
+    "{name} has {a} {thing}. {other} has {b} more than {name}. "
+    "How many {thing} do they have together?": ("a + b", "a + c"),
+    "{name} has {b} {thing}. {other} has {a} fewer than {name}. "
+    "How many {thing} do they have together?": ("b - a", "b + c"),
+}
 
 
-def _people(rng: random.Random) -> tuple[str, str, str]:
+def _special(
+    rng: random.Random, max_number: int, story: str, sums: Sequence[str]
+) -> tuple[str, int, list[str]]:
     name, other = rng.sample(NAMES, 2)
-    return name, other, rng.choice(THINGS)
-
-
-def _difference(rng: random.Random, max_number: int) -> tuple[str, int, list[str]]:
-    name, other, thing = _people(rng)
-    small, large = sorted((rng.randint(2, max_number), rng.randint(2, max_number)))
-    question = (
-        f"{name} has {large} {thing} and {other} has {small}. "
-        f"How many more {thing} does {name} have than {other}?"
-    )
-    return question, large - small, [f"{large} - {small} = {large - small}"]
-
-
-def _at_first(rng: random.Random, max_number: int) -> tuple[str, int, list[str]]:
-    name, other, thing = _people(rng)
-    given, left = rng.randint(2, max_number), rng.randint(2, max_number)
-    question = (
-        f"{name} gave {given} {thing} to {other} and has {left} left. "
-        f"How many {thing} did {name} have at first?"
-    )
-    return question, left + given, [f"{left} + {given} = {left + given}"]
-
-
-def _together(rng: random.Random, max_number: int) -> tuple[str, int, list[str]]:
-    name, other, thing = _people(rng)
-    own, more = rng.randint(2, max_number), rng.randint(2, max_number)
-    question = (
-        f"{name} has {own} {thing}. {other} has {more} more than {name}. "
-        f"How many {thing} do they have together?"
-    )
-    total = own + more
-    return question, own + total, [f"{own} + {more} = {total}", f"{own} + {total} = {own + total}"]
-
-
-def _fewer(rng: random.Random, max_number: int) -> tuple[str, int, list[str]]:
-    name, other, thing = _people(rng)
-    fewer, own = sorted((rng.randint(2, max_number), rng.randint(2, max_number)))
-    question = (
-        f"{name} has {own} {thing}. {other} has {fewer} fewer than {name}. "
-        f"How many {thing} do they have together?"
-    )
-    rest = own - fewer
-    return question, own + rest, [f"{own} - {fewer} = {rest}", f"{own} + {rest} = {own + rest}"]
-
-
-# (number of sums, required operations, story)
-SPECIALS: tuple[tuple[int, set[str], Special], ...] = (
-    (1, {"subtract"}, _difference),
-    (1, {"add"}, _at_first),
-    (2, {"add"}, _together),
-    (2, {"add", "subtract"}, _fewer),
-)
+    thing = rng.choice(THINGS)
+    drawn = [rng.randint(2, max_number), rng.randint(2, max_number)]
+    a, b = sorted(drawn) if "-" in sums[0] else drawn
+    numbers, lines = {"a": a, "b": b}, []
+    for first, sign, second in map(str.split, sums):
+        x, y = numbers[first], numbers[second]
+        numbers["c"] = x + y if sign == "+" else x - y
+        lines.append(f"{x} {sign} {y} = {numbers['c']}")
+    question = story.format(name=name, other=other, thing=thing, a=a, b=b)
+    return question, numbers["c"], lines

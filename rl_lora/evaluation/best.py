@@ -26,11 +26,7 @@ _RENAMED_FILE = "choice.json"  # of an earlier version, with "exam" for "evaluat
 
 @dataclass(frozen=True, slots=True)
 class BestCheckpoint:
-    """The best policy so far and the evaluation that chose it.
-
-    Example: BestCheckpoint(step=10, evaluation="step_000010", accuracy=0.27, low=0.21, high=0.335,
-    num_problems=200, num_samples=1)
-    """
+    """The best policy so far and the evaluation that chose it."""
 
     step: int  # also the adapter's version
     evaluation: str  # its name in RUN/eval
@@ -46,23 +42,15 @@ def best_evaluation(run_folder: Path, last_step: int) -> BestCheckpoint | None:
 
     None if there is no evaluation.
     """
-    best: BestCheckpoint | None = None
+    found = []
     for path in sorted((run_folder / "eval").glob("step_[0-9]*.json")):
         result = load_result(path)
-        if result.step is None or result.step > last_step:
-            continue
-        if best is None or result.accuracy > best.accuracy:
-            total = result.total
-            best = BestCheckpoint(
-                step=result.step,
-                evaluation=path.stem,
-                accuracy=total.accuracy,
-                low=total.accuracy_low,
-                high=total.accuracy_high,
-                num_problems=total.num_problems,
-                num_samples=total.num_samples,
-            )
-    return best
+        total = result.total
+        if result.step is not None and result.step <= last_step:
+            interval = (total.accuracy, total.accuracy_low, total.accuracy_high)
+            sizes = (total.num_problems, total.num_samples)
+            found.append(BestCheckpoint(result.step, path.stem, *interval, *sizes))
+    return max(found, key=lambda one: one.accuracy, default=None)  # the first of equals
 
 
 def read_best(run_folder: Path) -> BestCheckpoint | None:
@@ -90,16 +78,8 @@ def read_best(run_folder: Path) -> BestCheckpoint | None:
 
 
 def keep_best(run_folder: Path, adapter_dir: Path, step: int) -> BestCheckpoint | None:
-    """Copies the policy of `step` to RUN/best if its evaluation is the run's best.
-
-    Args:
-        run_folder: the run's folder, with its evaluations up to this step.
-        adapter_dir: the published version of the step.
-        step: steps done.
-
-    Returns:
-        the new record of RUN/best; None if nothing changed.
-    """
+    """Copies the policy of `step`, published in adapter_dir, to RUN/best if its evaluation is the
+    run's best; returns the new record of RUN/best, None if nothing changed."""
     best, kept = best_evaluation(run_folder, step), read_best(run_folder)
     if best is None or best.step != step or best == kept:
         return None

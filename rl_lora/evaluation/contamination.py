@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import date
+from typing import NamedTuple
 
 from rl_lora.config import ModelSection
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A family of base models.
-
-    Example: Family("Qwen3", r"qwen-?3(?![.\\d])", date(2025, 4, 29), "arXiv 2505.09388")
-    """
+class Family(NamedTuple):
+    """A family of base models."""
 
     name: str
     pattern: str  # searched in the lower-cased last part of the model's name
@@ -49,10 +45,10 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 # Data sets other than AIME: first publication.
-PUBLISHED: dict[str, tuple[date, str]] = {
-    "gsm8k": (date(2021, 10, 27), "arXiv 2110.14168"),
-    "math": (date(2021, 3, 5), "arXiv 2103.03874"),
-    "svamp": (date(2021, 3, 12), "arXiv 2103.07191"),
+PUBLISHED = {
+    "gsm8k": date(2021, 10, 27),  # arXiv 2110.14168
+    "math": date(2021, 3, 5),  # arXiv 2103.03874
+    "svamp": date(2021, 3, 12),  # arXiv 2103.07191
 }
 
 
@@ -63,11 +59,20 @@ def contamination_notes(model: ModelSection, sources: Iterable[str]) -> tuple[st
         model: its name and, if set, `released`.
         sources: names of data sets, as in `Prompt.source`.
     """
-    notes = []
-    for source in sorted(set(sources)):
-        if (benchmark := publication_date(source)) is not None:
-            title, public = benchmark
-            notes.append(_note(title, public, model))
+    release, notes = release_date(model), []
+    for title, public in filter(None, map(publication_date, sorted(set(sources)))):
+        if release is None:
+            notes.append(
+                f"{title}: unknown whether it precedes the base model's release; set "
+                "model.released = YYYY-MM-DD"
+            )
+            continue
+        is_before = public < release[0]
+        notes.append(
+            f"{title} {'precedes' if is_before else 'comes after'} the base model's release "
+            f"({release[0]}; {release[1]}): its problems {'may be' if is_before else 'are not'} in "
+            "the training data"
+        )
     return tuple(notes)
 
 
@@ -82,7 +87,7 @@ def publication_date(source: str) -> tuple[str, date] | None:
         return f"AIME {year}", date(year, 2, 28)
     if re.search(r"(?<![a-z])aime(?![a-z])", name):
         return "AIME 1983-2023", date(2023, 2, 28)
-    for part, (published, _) in PUBLISHED.items():
+    for part, published in PUBLISHED.items():
         if re.search(rf"(?<![a-z]){part}(?![a-z])", name):
             return source, published
     return None
@@ -97,22 +102,3 @@ def release_date(model: ModelSection) -> tuple[date, str] | None:
         if re.search(family.pattern, name):
             return family.released, f"{family.name}, {family.source}"
     return None
-
-
-def _note(title: str, public: date, model: ModelSection) -> str:
-    release = release_date(model)
-    if release is None:
-        return (
-            f"{title}: unknown whether it precedes the base model's release; set "
-            "model.released = YYYY-MM-DD"
-        )
-    released, origin = release
-    if public < released:
-        return (
-            f"{title} precedes the base model's release ({released}; {origin}): its problems may "
-            "be in the training data"
-        )
-    return (
-        f"{title} comes after the base model's release ({released}; {origin}): its problems are "
-        "not in the training data"
-    )

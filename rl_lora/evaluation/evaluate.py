@@ -10,36 +10,24 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rewards import Reward
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.evaluation.files import EvaluationFile, problems_key
+from rl_lora.evaluation.intervals import CONFIDENCE
 from rl_lora.evaluation.scores import (
     EvalResult,
-    EvaluationScores,
     ProblemRecord,
-    SampleRecord,
     evaluation_scores,
-    load_result,
     scores_by_source,
 )
 from rl_lora.rollouts import Scoring, sample_and_score, scoring_thread
 from rl_lora.sampler import Sampler
 from rl_lora.storage import jsonl
 from rl_lora.types import Prompt, RolloutGroup, SampleParams
-
-__all__ = [
-    "EvalResult",
-    "Evaluation",
-    "EvaluationScores",
-    "evaluate",
-    "load_result",
-    "problem_record",
-    "remove_results_after",
-]
 
 Progress = Callable[[int, int, int], None]  # (problems done, in all, being sampled now)
 
@@ -56,7 +44,6 @@ class Evaluation:
     reward: Reward
     params: SampleParams  # the same seed gives the same samples, whatever the chunks
     chunk_samples: int = 256  # completions sampled, graded and saved at a time
-    confidence: float = 0.95  # of the intervals
     # What else samples and verdicts depend on: the base model, the reward, ...
     identity: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # for the result
@@ -64,16 +51,10 @@ class Evaluation:
 
     def settings(self, policy: str) -> dict[str, Any]:
         """All that the samples and verdicts of a policy depend on; the file's first line."""
-        params = self.params
         return {
             "problems": problems_key(self.prompts_N),
             "num_problems": len(self.prompts_N),
-            "num_samples": params.num_samples,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "max_tokens": params.max_tokens,
-            "stop": list(params.stop),
-            "seed": params.seed,
+            **asdict(self.params),
             "policy": policy,
             **self.identity,
         }
@@ -107,16 +88,17 @@ def evaluate(
     params, prompts_N = evaluation.params, evaluation.prompts_N
     if not prompts_N:
         raise UserError("evaluation: there are no problems; check data.eval")
+    settings = evaluation.settings(policy)
     file = None
     if path is not None:
-        file = EvaluationFile(path.parent, path.name, evaluation.settings(policy), restart=restart)
+        file = EvaluationFile(path.parent, path.name, settings, restart=restart)
     problems_N, version = _evaluate_missing(sampler, evaluation, file)
     result = EvalResult(
-        total=evaluation_scores(problems_N, evaluation.confidence),
-        by_source=scores_by_source(problems_N, evaluation.confidence),
+        total=evaluation_scores(problems_N),
+        by_source=scores_by_source(problems_N),
         step=step,
         adapter_version=version,
-        confidence=evaluation.confidence,
+        confidence=CONFIDENCE,
         interval="exact" if params.num_samples == 1 else "clustered_exact",
         temperature=params.temperature,
         top_p=params.top_p,
@@ -166,27 +148,23 @@ def _evaluate_missing(
 
 def problem_record(group: RolloutGroup, seconds: float = 0.0) -> ProblemRecord:
     """The record of one graded problem, exactly as it will read back from the file."""
-    record = ProblemRecord(
-        prompt_id=group.prompt.prompt_id,
-        source=group.prompt.source,
-        question=group.prompt.question,
-        reference=group.prompt.reference,
-        samples_G=tuple(
-            SampleRecord(
-                completion=rollout.completion.text,
-                answer=rollout.score.answer,
-                correct=rollout.score.correct,
-                reward=rollout.score.reward,
-                status=str(rollout.score.status),
-                has_format=rollout.score.has_format,
-                num_tokens=len(rollout.completion.token_ids),
-                is_truncated=rollout.completion.is_truncated,
-            )
+    row = {
+        "prompt_id": group.prompt.prompt_id,
+        "source": group.prompt.source,
+        "question": group.prompt.question,
+        "reference": group.prompt.reference,
+        "samples": [
+            {
+                "completion": rollout.completion.text,
+                "tokens": len(rollout.completion.token_ids),
+                "truncated": rollout.completion.is_truncated,
+                **asdict(rollout.score),
+            }
             for rollout in group.rollouts_G
-        ),
-        seconds=seconds,
-    )
-    return ProblemRecord.from_row(jsonl.storable(record.to_row()))
+        ],
+        "seconds": seconds,
+    }
+    return ProblemRecord.from_row(jsonl.storable(row))
 
 
 def remove_results_after(folder: Path, step: int) -> list[Path]:

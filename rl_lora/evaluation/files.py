@@ -64,29 +64,28 @@ class EvaluationFile:
         rows = [problem.to_row() for problem in problems]
         if self.adapter_version is None:
             self.adapter_version = adapter_version
-            rows[0] = {
-                "evaluation": {**self._settings, "adapter_version": adapter_version},
-                **rows[0],
-            }
+            settings = {**self._settings, "adapter_version": adapter_version}
+            rows[0] = {"evaluation": settings, **rows[0]}
         jsonl.append_compressed(self.path, rows)
         self.done |= {problem.prompt_id: problem for problem in problems}
 
     def _resume(self, restart: bool) -> None:
-        if restart and not _is_of(self.path, self._settings):
-            self.path.unlink()
-            self.path.touch()
-            return
-        jsonl.cut_torn(self.path)
-        settings, problems = read_evaluation(self.path)
-        if not problems:
-            return
-        self.adapter_version = settings.pop("adapter_version", None)
-        if difference := settings_difference(settings, self._settings):
-            raise UserError(
-                f"{self.path} holds an evaluation with {difference}; choose another --name, or "
-                "replace it with --overwrite"
-            )
-        self.done = {problem.prompt_id: problem for problem in problems}
+        try:
+            jsonl.cut_torn(self.path)
+            settings, problems = read_evaluation(self.path)
+            version = settings.pop("adapter_version", None)
+            if problems and (difference := settings_difference(settings, self._settings)):
+                raise UserError(
+                    f"{self.path} holds an evaluation with {difference}; choose another --name, or "
+                    "replace it with --overwrite"
+                )
+        except UserError:
+            if not restart:
+                raise
+            self.path.write_bytes(b"")
+        else:
+            self.adapter_version = version
+            self.done = {problem.prompt_id: problem for problem in problems}
 
 
 def find_evaluation(path: Path) -> Path:
@@ -121,8 +120,9 @@ def read_evaluation(path: Path) -> tuple[dict[str, Any], list[ProblemRecord]]:
     settings = dict(rows[0].get("evaluation", {})) if rows else {}
     try:
         return settings, [ProblemRecord.from_row(row) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not an evaluation's file: a line lacks {error}") from error
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not an evaluation's file: {reason}") from error
 
 
 def is_evaluation(path: Path) -> bool:
@@ -144,7 +144,7 @@ def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str |
     """The first setting in which two evaluations differ, in words; None: none does."""
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            return f"{key} = {_short(old.get(key))}, not {_short(new.get(key))}"
+            return f"{key} = {repr(old.get(key))[:60]}, not {repr(new.get(key))[:60]}"
     return None
 
 
@@ -154,17 +154,3 @@ def problems_key(prompts_N: Sequence[Prompt]) -> str:
     for prompt in prompts_N:
         digest.update(repr((prompt.prompt_id, prompt.reference, prompt.token_ids)).encode())
     return digest.hexdigest()[:16]
-
-
-def _is_of(path: Path, settings: Mapping[str, Any]) -> bool:
-    try:
-        found, _ = read_evaluation(path)
-    except UserError:
-        return False
-    found.pop("adapter_version", None)
-    return settings_difference(found, settings) is None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:59] + "…"

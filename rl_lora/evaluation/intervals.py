@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import betaincinv
 
+CONFIDENCE = 0.95  # of all intervals of evaluations
 NUM_RESAMPLES = 10_000  # of the bootstrap
 _BLOCK = 1 << 22  # numbers drawn at once, which bounds the memory
 
 
 def exact_interval(
-    num_correct: float, num_total: float, confidence: float = 0.95
+    num_correct: float, num_total: float, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
     """(low, high) of a binomial proportion (Clopper and Pearson 1934), by quantiles of the beta.
 
@@ -36,76 +37,54 @@ def exact_interval(
     return low, high
 
 
-def clustered_interval(
-    shares_N: Sequence[float], num_samples: int, confidence: float = 0.95
-) -> tuple[float, float]:
+def clustered_interval(shares_N: Sequence[float], num_samples: int) -> tuple[float, float]:
     """(low, high) of the mean of N problems' shares, each estimated from k samples.
 
     The exact interval at the effective number of samples (Korn and Graubard 1998, 'Confidence
-    intervals for proportions with small expected number of positive counts'). For k = 1, or if
-    the samples of each problem always agree, that is Clopper and Pearson's for N. Shares without
-    variance (all 0 on problems that are too hard) get an interval too; a bootstrap has none.
-
-    Raises:
-        ValueError: there is no problem, or a share is not in 0..1.
-    """
-    effective = effective_samples(shares_N, num_samples)
-    mean = math.fsum(shares_N) / len(shares_N)
-    return exact_interval(min(mean * effective, effective), effective, confidence)
-
-
-def effective_samples(shares_N: Sequence[float], num_samples: int) -> float:
-    """The number of independent samples with the same variance as the mean over problems.
-
+    intervals for proportions with small expected number of positive counts'), the number of
+    independent samples with the same variance as the mean over problems:
     n = N p (1 - p) / mean((p_i - p)^2), clipped to N..N k: N if the samples of each problem agree,
-    N k if all samples are independent.
+    N k if all samples are independent. For k = 1 that is Clopper and Pearson's for N. Shares
+    without variance (all 0 on problems that are too hard) get an interval too, unlike by bootstrap.
 
     Raises:
         ValueError: there is no problem, or a share is not in 0..1.
     """
-    num_problems = len(shares_N)
-    if not num_problems or any(not 0 <= share <= 1 for share in shares_N):
-        raise ValueError(f"no interval: {num_problems} problems of {num_samples} samples each")
-    mean = math.fsum(shares_N) / num_problems
-    if mean in (0.0, 1.0):  # no variance to estimate from: assume that samples agree
-        return float(num_problems)
-    variance = math.fsum((share - mean) ** 2 for share in shares_N) / num_problems
-    ratio = mean * (1 - mean) / max(variance, 1e-12)
-    return num_problems * min(float(num_samples), max(1.0, ratio))
+    num = len(shares_N)
+    if not num or any(not 0 <= share <= 1 for share in shares_N):
+        raise ValueError(f"no interval: {num} problems of {num_samples} samples each")
+    mean = math.fsum(shares_N) / num
+    variance = math.fsum((share - mean) ** 2 for share in shares_N) / num
+    ratio = mean * (1 - mean) / max(variance, 1e-12)  # 0 if all shares are 0, or all 1
+    effective = num * min(float(num_samples), max(1.0, ratio))
+    return exact_interval(min(mean * effective, effective), effective)
 
 
-def bootstrap_interval(
-    values_N: Sequence[float],
-    confidence: float = 0.95,
-    *,
-    seed: int = 0,
-    num_resamples: int = NUM_RESAMPLES,
-) -> tuple[float, float]:
+def bootstrap_interval(values_N: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
     """(low, high) of the mean over problems: percentiles of the means of resampled problems.
 
     (Efron and Tibshirani 1993, 'An Introduction to the Bootstrap', chapter 13.) A problem is drawn
     with all of its samples. Identical values give an interval of zero width.
 
     Raises:
-        ValueError: there is no value, or the confidence is not between 0 and 1.
+        ValueError: there is no value.
     """
-    if not len(values_N) or not 0 < confidence < 1:
-        raise ValueError(f"no interval for {len(values_N)} values at confidence {confidence}")
+    if not values_N:
+        raise ValueError("no interval without values")
     if len(values_N) == 1:
         return float(values_N[0]), float(values_N[0])
     from scipy import stats  # slow to import, and most readers of results need no bootstrap
 
-    means = stats.bootstrap(
+    interval = stats.bootstrap(
         (np.asarray(values_N, dtype=np.float64),),
         np.mean,
-        n_resamples=num_resamples,
+        n_resamples=NUM_RESAMPLES,
         batch=max(1, _BLOCK // len(values_N)),
+        confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),
-    ).bootstrap_distribution
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def pass_at(num_correct: int, num_samples: int, k: int) -> float:

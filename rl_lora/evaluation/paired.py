@@ -10,7 +10,6 @@ takes the majority's; it is reported next to the sign-flip test, which uses ever
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,17 +24,14 @@ from rl_lora.evaluation.files import (
     read_evaluation,
     settings_difference,
 )
-from rl_lora.evaluation.intervals import bootstrap_interval, exact_interval
+from rl_lora.evaluation.intervals import CONFIDENCE, bootstrap_interval, exact_interval
 from rl_lora.evaluation.scores import ProblemRecord
 from rl_lora.storage import jsonl
 
 
 @dataclass(frozen=True, slots=True)
 class McNemar:
-    """McNemar's exact test.
-
-    Example: McNemar(verdict="only sample", only_first=3, only_second=21, p_value=0.00028)
-    """
+    """McNemar's exact test."""
 
     verdict: str  # whose verdict counts for a problem: the only sample's, or the majority's
     only_first: int  # problems that only the first policy solves
@@ -45,12 +41,7 @@ class McNemar:
 
 @dataclass(frozen=True, slots=True)
 class PairedScores:
-    """Two policies on the same problems.
-
-    Example: PairedScores(num_problems=200, num_samples=1, first=0.065, second=0.27,
-    difference=0.205, low=0.145, high=0.265, interval="bootstrap", num_won=43, num_lost=2,
-    num_tied=155, p_value=5.9e-11, mcnemar=McNemar(...))
-    """
+    """Two policies on the same problems."""
 
     num_problems: int
     num_samples: int  # k, of each policy
@@ -69,11 +60,7 @@ class PairedScores:
 
 @dataclass(frozen=True, slots=True)
 class PairedResult:
-    """A comparison of two evaluations.
-
-    Example: PairedResult(first="base", second="adapter", total=PairedScores(...),
-    by_source={"gsm8k": PairedScores(...)}, confidence=0.95, has_common_seeds=True)
-    """
+    """A comparison of two evaluations."""
 
     first: str
     second: str
@@ -89,12 +76,7 @@ class PairedResult:
 
 
 def compare_evaluations(
-    first: Path,
-    second: Path,
-    names: tuple[str, str] | None = None,
-    *,
-    confidence: float = 0.95,
-    seed: int = 0,
+    first: Path, second: Path, names: tuple[str, str] | None = None
 ) -> PairedResult:
     """Compares two evaluations on disk; nothing is sampled.
 
@@ -102,8 +84,6 @@ def compare_evaluations(
         first: NAME.jsonl.gz or NAME.json of the baseline.
         second: NAME.jsonl.gz or NAME.json of the policy compared with it.
         names: names of the two policies; None: the files' names.
-        confidence: of the intervals.
-        seed: of the bootstrap.
 
     Raises:
         UserError: no such evaluation, or the two differ in problems or number of samples.
@@ -114,28 +94,22 @@ def compare_evaluations(
     _check_same(first, problems_1, second, problems_2)
     by_id = {problem.prompt_id: problem for problem in problems_2}
     pairs = [(problem, by_id[problem.prompt_id]) for problem in problems_1]
-    by_source: defaultdict[str, list[tuple[ProblemRecord, ProblemRecord]]] = defaultdict(list)
-    for pair in pairs:
-        by_source[pair[0].source].append(pair)
+    names = names or (first.name.partition(".")[0], second.name.partition(".")[0])
     difference = _sampling_difference(settings_1, settings_2)
     return PairedResult(
-        first=names[0] if names else first.name.partition(".")[0],
-        second=names[1] if names else second.name.partition(".")[0],
-        total=paired_scores(pairs, confidence, seed),
+        *names,
+        total=paired_scores(pairs),
         by_source={
-            name: paired_scores(by_source[name], confidence, seed) for name in sorted(by_source)
+            name: paired_scores([pair for pair in pairs if pair[0].source == name])
+            for name in sorted({problem.source for problem in problems_1})
         },
-        confidence=confidence,
+        confidence=CONFIDENCE,
         has_common_seeds=difference is None,
-        notes=()
-        if difference is None
-        else (f"the evaluations were sampled differently: {difference}",),
+        notes=(f"the evaluations were sampled differently: {difference}",) if difference else (),
     )
 
 
-def paired_scores(
-    pairs_N: Sequence[tuple[ProblemRecord, ProblemRecord]], confidence: float = 0.95, seed: int = 0
-) -> PairedScores:
+def paired_scores(pairs_N: Sequence[tuple[ProblemRecord, ProblemRecord]]) -> PairedScores:
     """Scores of N problems, each evaluated under both policies with k samples.
 
     Raises:
@@ -146,7 +120,7 @@ def paired_scores(
         raise ValueError("paired_scores needs problems with the same number of samples, at least 1")
     gains_N = [second.num_correct - first.num_correct for first, second in pairs_N]
     num = len(pairs_N)
-    low, high, interval = difference_interval(gains_N, num_samples, confidence, seed)
+    low, high, interval = difference_interval(gains_N, num_samples)
     majority = [(one.is_majority_correct, two.is_majority_correct) for one, two in pairs_N]
     only_first = sum(one and not two for one, two in majority)
     only_second = sum(two and not one for one, two in majority)
@@ -175,9 +149,7 @@ def paired_scores(
 # --- statistics -----------------------------------------------------------------------------------
 
 
-def difference_interval(
-    gains_N: Sequence[int], num_samples: int, confidence: float = 0.95, seed: int = 0
-) -> tuple[float, float, str]:
+def difference_interval(gains_N: Sequence[int], num_samples: int) -> tuple[float, float, str]:
     """(low, high, method) of the mean of gains / k over problems.
 
     A bootstrap over problems. If all gains are equal (e.g. neither policy solves anything) it would
@@ -186,8 +158,8 @@ def difference_interval(
     """
     shares_N = [gain / num_samples for gain in gains_N]
     if len(set(gains_N)) > 1:
-        return *bootstrap_interval(shares_N, confidence, seed=seed), "bootstrap"
-    _, u = exact_interval(0, len(gains_N), confidence)
+        return *bootstrap_interval(shares_N), "bootstrap"
+    _, u = exact_interval(0, len(gains_N))
     return (1 - u) * shares_N[0] - u, (1 - u) * shares_N[0] + u, "exact"
 
 
@@ -226,20 +198,17 @@ def _check_same(
     second: Path,
     problems_2: Sequence[ProblemRecord],
 ) -> None:
-    for path, problems in ((first, problems_1), (second, problems_2)):
+    sides = ((first, problems_1), (second, problems_2))
+    for path, problems in sides:
         if not problems:
             raise UserError(f"{path} has no problems yet; wait for rl-lora eval to finish")
-    questions_1, questions_2 = (
-        {problem.prompt_id: (problem.question, problem.reference) for problem in problems}
-        for problems in (problems_1, problems_2)
-    )
-    for prompt_id in (*questions_1, *questions_2):
-        if questions_1.get(prompt_id) != questions_2.get(prompt_id):
-            raise UserError(
-                f"{first} ({len(problems_1)} problems) and {second} ({len(problems_2)}) are not of "
-                f"the same problems: {prompt_id} differs or is in only one of them; evaluate both "
-                "policies with the same data.eval"
-            )
+    asked = [{(p.prompt_id, p.question, p.reference) for p in problems} for _, problems in sides]
+    if differing := sorted(asked[0] ^ asked[1]):
+        raise UserError(
+            f"{first} ({len(problems_1)} problems) and {second} ({len(problems_2)}) are not of "
+            f"the same problems: {differing[0][0]} differs or is in only one of them; evaluate "
+            "both policies with the same data.eval"
+        )
     num_samples = {len(problem.samples_G) for problem in (*problems_1, *problems_2)}
     if len(num_samples) > 1:
         raise UserError(

@@ -7,16 +7,16 @@ results without it.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter
 
 from rl_lora.errors import UserError
 from rl_lora.evaluation.intervals import bootstrap_interval, clustered_interval, pass_at
@@ -25,11 +25,7 @@ from rl_lora.storage import jsonl
 
 @dataclass(frozen=True, slots=True)
 class SampleRecord:
-    """One graded completion.
-
-    Example: SampleRecord(completion="so \\boxed{7}", answer="7", correct=True, reward=1.0,
-    status="ok", has_format=True, num_tokens=9, is_truncated=False)
-    """
+    """One graded completion."""
 
     completion: str
     answer: str | None
@@ -37,23 +33,19 @@ class SampleRecord:
     reward: float
     status: str  # the verifier's
     has_format: bool
-    num_tokens: int
-    is_truncated: bool  # stopped by the token cap
+    num_tokens: Annotated[int, Field(alias="tokens")]  # the alias is the key in the file
+    is_truncated: Annotated[bool, Field(alias="truncated")]  # stopped by the token limit
 
 
 @dataclass(frozen=True, slots=True)
 class ProblemRecord:
-    """One problem of an evaluation and its k graded completions.
-
-    Example: ProblemRecord(prompt_id="gsm8k/3", source="gsm8k", question="...", reference="7",
-    samples_G=(SampleRecord(...),), seconds=0.4)
-    """
+    """One problem of an evaluation and its k graded completions."""
 
     prompt_id: str
     source: str
     question: str
     reference: str
-    samples_G: tuple[SampleRecord, ...]
+    samples_G: Annotated[tuple[SampleRecord, ...], Field(alias="samples")]
     seconds: float = 0.0  # sampling and grading: the chunk's time divided evenly
 
     @property
@@ -81,59 +73,20 @@ class ProblemRecord:
 
     def to_row(self) -> dict[str, Any]:
         """The problem's line in the evaluation's file."""
-        return {
-            "prompt_id": self.prompt_id,
-            "source": self.source,
-            "question": self.question,
-            "reference": self.reference,
-            "num_correct": self.num_correct,
-            "seconds": self.seconds,
-            "samples": [
-                {
-                    "completion": sample.completion,
-                    "answer": sample.answer,
-                    "correct": sample.correct,
-                    "reward": sample.reward,
-                    "status": sample.status,
-                    "has_format": sample.has_format,
-                    "tokens": sample.num_tokens,
-                    "truncated": sample.is_truncated,
-                }
-                for sample in self.samples_G
-            ],
-        }
+        return {**_ROWS.dump_python(self, by_alias=True), "num_correct": self.num_correct}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> ProblemRecord:
-        """Reads a line of `to_row`. Raises KeyError or TypeError for anything else."""
-        return cls(
-            prompt_id=row["prompt_id"],
-            source=row["source"],
-            question=row["question"],
-            reference=row["reference"],
-            samples_G=tuple(
-                SampleRecord(
-                    completion=sample["completion"],
-                    answer=sample["answer"],
-                    correct=sample["correct"],
-                    reward=sample["reward"],
-                    status=sample["status"],
-                    has_format=sample["has_format"],
-                    num_tokens=sample["tokens"],
-                    is_truncated=sample["truncated"],
-                )
-                for sample in row["samples"]
-            ),
-            seconds=row.get("seconds", 0.0),
-        )
+        """Reads a line of `to_row`. Raises ValueError for anything else."""
+        return _ROWS.validate_python(row)
+
+
+_ROWS = TypeAdapter(ProblemRecord)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number with its interval.
-
-    Example: Estimate(value=0.25, low=0.19, high=0.32)
-    """
+    """A number with its interval."""
 
     value: float
     low: float
@@ -142,11 +95,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class OutcomeStats:
-    """Statistics of the correct, or of the wrong, completions.
-
-    Example: OutcomeStats(num=50, tokens_mean=31.0, tokens_p50=28.0, tokens_p90=55.0,
-    truncated_rate=0.0, no_answer_rate=0.0, timeout_rate=0.0)
-    """
+    """Statistics of the correct, or of the wrong, completions."""
 
     num: int  # completions
     tokens_mean: float
@@ -159,11 +108,7 @@ class OutcomeStats:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationScores:
-    """Scores of a set of problems: the whole evaluation, or one source.
-
-    Example: EvaluationScores(num_problems=200, num_samples=1, num_correct=50, accuracy=0.25,
-    accuracy_low=0.192, accuracy_high=0.316, format_rate=0.9, accuracy_formatted=0.27, ...)
-    """
+    """Scores of a set of problems: the whole evaluation, or one source."""
 
     num_problems: int
     num_samples: int  # k, completions per problem
@@ -192,11 +137,7 @@ class EvaluationScores:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """One evaluation.
-
-    Example: EvalResult(total=EvaluationScores(...), by_source={"gsm8k": EvaluationScores(...)},
-    step=0, adapter_version=-1, confidence=0.95, interval="exact", temperature=0.0, ...)
-    """
+    """One evaluation."""
 
     total: EvaluationScores
     by_source: dict[str, EvaluationScores]
@@ -241,14 +182,11 @@ class EvalResult:
 def load_result(path: Path) -> EvalResult:
     """Reads a file of `EvalResult.save`. Raises UserError if it is missing or damaged."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        total = _scores_from(raw.pop("total"))
-        by_source = {name: _scores_from(scores) for name, scores in raw.pop("by_source").items()}
-        raw["notes"] = tuple(raw.get("notes", ()))
-        return EvalResult(total=total, by_source=by_source, **raw)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return TypeAdapter(EvalResult).validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path} is not an evaluation result ({error}); run rl-lora eval"
+            f"{path} is not an evaluation result ({reason}); run rl-lora eval"
         ) from error
 
 
@@ -260,9 +198,7 @@ def key_part(name: str) -> str:
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def evaluation_scores(
-    problems_N: Sequence[ProblemRecord], confidence: float = 0.95
-) -> EvaluationScores:
+def evaluation_scores(problems_N: Sequence[ProblemRecord]) -> EvaluationScores:
     """Scores of N problems with k samples each.
 
     Intervals of proportions are exact at the effective number of samples
@@ -273,16 +209,14 @@ def evaluation_scores(
     """
     k = len(problems_N[0].samples_G) if problems_N else 0
     if k == 0 or any(len(problem.samples_G) != k for problem in problems_N):
-        raise ValueError(
-            "evaluation_scores needs problems with the same number of samples, at least 1"
-        )
+        raise ValueError("scores need problems with the same number of samples, at least 1")
     samples = [sample for problem in problems_N for sample in problem.samples_G]
     shares_N = [problem.share for problem in problems_N]
     majority_N = [float(problem.is_majority_correct) for problem in problems_N]
     lengths_N = [_mean([s.num_tokens for s in problem.samples_G]) for problem in problems_N]
-    low, high = clustered_interval(shares_N, k, confidence)
-    majority_low, majority_high = clustered_interval(majority_N, 1, confidence)
-    tokens_low, tokens_high = bootstrap_interval(lengths_N, confidence)
+    low, high = clustered_interval(shares_N, k)
+    majority_low, majority_high = clustered_interval(majority_N, 1)
+    tokens_low, tokens_high = bootstrap_interval(lengths_N)
     formatted = [sample.correct for sample in samples if sample.has_format]
     everything = _outcome_stats(samples)
     assert everything is not None
@@ -306,31 +240,27 @@ def evaluation_scores(
         tokens_high=tokens_high,
         no_answer_rate=everything.no_answer_rate,
         timeout_rate=everything.timeout_rate,
-        pass_at=_pass_curve(problems_N, k, confidence),
+        pass_at=_pass_curve(problems_N, k),
         correct=_outcome_stats([sample for sample in samples if sample.correct]),
         wrong=_outcome_stats([sample for sample in samples if not sample.correct]),
     )
 
 
-def scores_by_source(
-    problems_N: Sequence[ProblemRecord], confidence: float = 0.95
-) -> dict[str, EvaluationScores]:
+def scores_by_source(problems_N: Sequence[ProblemRecord]) -> dict[str, EvaluationScores]:
     """Scores of each data set, sorted by name."""
-    by_source: defaultdict[str, list[ProblemRecord]] = defaultdict(list)
-    for problem in problems_N:
-        by_source[problem.source].append(problem)
-    return {name: evaluation_scores(by_source[name], confidence) for name in sorted(by_source)}
+    return {
+        name: evaluation_scores([one for one in problems_N if one.source == name])
+        for name in sorted({problem.source for problem in problems_N})
+    }
 
 
-def _pass_curve(
-    problems_N: Sequence[ProblemRecord], num_samples: int, confidence: float
-) -> dict[str, Estimate]:
+def _pass_curve(problems_N: Sequence[ProblemRecord], num_samples: int) -> dict[str, Estimate]:
     """pass@1, 2, 4, ... and k, each with its interval by the effective number of samples."""
     sizes = [2**power for power in range(num_samples.bit_length()) if 2**power < num_samples]
     curve = {}
     for size in [*sizes, num_samples]:
         estimates_N = [pass_at(problem.num_correct, num_samples, size) for problem in problems_N]
-        low, high = clustered_interval(estimates_N, num_samples // size, confidence)
+        low, high = clustered_interval(estimates_N, num_samples // size)
         curve[str(size)] = Estimate(math.fsum(estimates_N) / len(estimates_N), low, high)
     return curve
 
@@ -353,15 +283,6 @@ def _outcome_stats(samples: Sequence[SampleRecord]) -> OutcomeStats | None:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _scores_from(raw: dict[str, Any]) -> EvaluationScores:
-    for key in ("correct", "wrong"):
-        if raw.get(key) is not None:
-            raw[key] = OutcomeStats(**raw[key])
-    if raw.get("pass_at") is not None:
-        raw["pass_at"] = {k: Estimate(**estimate) for k, estimate in raw["pass_at"].items()}
-    return EvaluationScores(**raw)
 
 
 _FLAT = (

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from rl_lora.adapters.model_card import CARD_FILE, card_text, read_facts, run_config
+from rl_lora.adapters.model_card import CARD_FILE, card_text, run_config
 from rl_lora.adapters.patch import Patch, load_patch, mismatch
 from rl_lora.data.chat_template import end_of_turn
 from rl_lora.errors import UserError
@@ -81,7 +79,7 @@ def export_merged(
             _rewrite_config(scratch / "config.json", dtype, unties=unties)
             _add_turn_end(scratch, adapter_dir)
             if patch.lora:
-                card = card_text(read_facts(adapter_dir), merged=True)
+                card = card_text(adapter_dir, merged=True)
                 (scratch / CARD_FILE).write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {out_dir}: {error.strerror or error}") from error
@@ -97,11 +95,11 @@ def _write_weights(
     """Writes merged files under the base's file names; returns (tensor -> file, total bytes)."""
     weight_map: dict[str, str] = {}
     num_bytes = 0
-    has_embedding = any(patch.embedding in _names_of(file) for file in files)
+    has_embedding = any(patch.embedding in load_file(file) for file in files)
     stored = patch.embedding if has_embedding else patch.head  # name of a tied pair in the files
     for file in files:
         tensors = {}
-        for name, base in _tensors_of(file):
+        for name, base in load_file(file).items():
             names = [name]
             if patch.is_tied and name in (patch.embedding, patch.head):
                 if name != stored:
@@ -117,17 +115,6 @@ def _write_weights(
         weight_map |= dict.fromkeys(tensors, file.name)
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
     return weight_map, num_bytes
-
-
-def _names_of(file: Path) -> set[str]:
-    with safe_open(file, framework="pt") as opened:
-        return set(opened.keys())
-
-
-def _tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(file, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118  # the handle is not a mapping
-            yield name, opened.get_tensor(name)
 
 
 def _rewrite_config(path: Path, dtype: str | None, *, unties: bool) -> None:

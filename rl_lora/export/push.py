@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,8 +11,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 
 from rl_lora.adapters.files import load_tensors
-from rl_lora.adapters.model_card import CARD_FILE, card_text, read_facts
-from rl_lora.adapters.peft_files import ADAPTER_FILE
+from rl_lora.adapters.model_card import CARD_FILE, card_text, hub_id
+from rl_lora.adapters.peft_files import (
+    ADAPTER_FILE,
+    named_base,
+    peft_rank,
+    peft_settings,
+    read_manifest,
+)
 from rl_lora.errors import UserError
 from rl_lora.storage.jsonl import write_json
 
@@ -35,7 +40,7 @@ def push_adapter(
     Raises:
         UserError: not an adapter directory, or the hub refuses or cannot be reached.
     """
-    facts = read_facts(adapter_dir)
+    peft = peft_settings(adapter_dir)
     api = api or HfApi()
     with tempfile.TemporaryDirectory() as folder:
         staging = Path(folder)
@@ -43,17 +48,17 @@ def push_adapter(
             shutil.copyfile(adapter_dir / ADAPTER_FILE, staging / ADAPTER_FILE)
         else:
             save_file(load_tensors(adapter_dir), staging / ADAPTER_FILE, metadata={"format": "pt"})
-        peft = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
         # A path of this machine means nothing elsewhere.
-        peft["base_model_name_or_path"] = facts.base_hub_id
+        peft["base_model_name_or_path"] = hub_id(named_base(adapter_dir) or "")
         write_json(staging / "adapter_config.json", peft)
-        (staging / CARD_FILE).write_text(card_text(facts), encoding="utf-8")
+        (staging / CARD_FILE).write_text(card_text(adapter_dir), encoding="utf-8")
+        rank = peft_rank(peft, read_manifest(adapter_dir))
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=staging,
-                commit_message=f"LoRA adapter of rank {facts.rank}",
+                commit_message=f"LoRA adapter of rank {rank}",
             )
         except _HUB_ERRORS as error:
             reason = " ".join(str(error).split())[:200]

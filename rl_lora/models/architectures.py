@@ -14,8 +14,6 @@ from rl_lora.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from rl_lora.config import LoraSection
-
 _TABLE = "docs/architectures.md lists supported models"
 # Config keys by which models scale or cap their logits, with the values that have no effect. The
 # policy computes log-probs from lm_head(hidden states); `policy` also checks this numerically.
@@ -28,8 +26,6 @@ _LOGIT_KEYS: dict[str, tuple[Any, ...]] = {
     "output_multiplier": (None, 1),
     "attn_logit_softcapping": (None, 0),  # Gemma 2's attention logits; SDPA ignores it
 }
-
-_CONV1D_TYPES = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt")
 
 
 def check_config(model_dir: Path) -> PretrainedConfig:
@@ -85,12 +81,11 @@ def check_config(model_dir: Path) -> PretrainedConfig:
     return config
 
 
-def check_architecture(config: PretrainedConfig, lora: LoraSection, where: Path) -> None:
+def check_architecture(config: PretrainedConfig, where: Path) -> None:
     """Checks that a model with this config can be trained.
 
     Raises:
-        UserError: its logits are scaled or capped, its attention cannot be replaced, or its layers
-            cannot have an adapter.
+        UserError: its logits are scaled or capped, or its attention cannot be replaced.
     """
     from transformers import AutoModelForCausalLM
 
@@ -107,9 +102,4 @@ def check_architecture(config: PretrainedConfig, lora: LoraSection, where: Path)
         raise UserError(
             f"model {where}: {model_class.__name__} of transformers has no SDPA attention, which "
             f"is not supported; {_TABLE}"
-        )
-    if lora.mode == "lora" and text.model_type in _CONV1D_TYPES:
-        raise UserError(
-            f"model {where}: the layers of {model_class.__name__} are Conv1D, which cannot have an "
-            "adapter here; set lora.mode='full'"
         )

@@ -6,8 +6,6 @@ import time
 
 import torch
 
-from rl_lora.config import LoraSection, ModelSection
-from rl_lora.config.checks import check_full_dtype
 from rl_lora.errors import UserError
 
 
@@ -35,16 +33,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     seconds = {dtype: _matmul_seconds(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     return min(seconds, key=lambda dtype: seconds[dtype])
-
-
-def check_trainable(model: ModelSection, lora: LoraSection) -> None:
-    """Raises UserError for full fine-tuning where model.dtype="auto" is bfloat16 on the device.
-
-    For use before anything is loaded; the settings themselves refuse bfloat16 by name.
-    """
-    if lora.mode == "full" and model.dtype == "auto":
-        dtype = pick_dtype(model.dtype, pick_device(model.device))
-        check_full_dtype(lora, str(dtype).removeprefix("torch."))
 
 
 def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:

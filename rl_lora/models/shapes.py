@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     PretrainedConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from rl_lora.config import ModelSection
@@ -45,6 +46,11 @@ KNOWN_SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
         Qwen3Config,
         _shape(4096, 12288, 36, 32, 8, 151936, head_dim=128, tie_word_embeddings=False),
     ),
+    "Qwen/Qwen3-30B-A3B-Base": (
+        Qwen3MoeConfig,
+        _shape(2048, 6144, 48, 32, 4, 151936, head_dim=128, tie_word_embeddings=False)
+        | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    ),
     "smollm2-135m-instruct": (
         LlamaConfig,
         _shape(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
@@ -54,23 +60,16 @@ KNOWN_SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 
 def known_config(name: str) -> PretrainedConfig | None:
     """The shape of a model in KNOWN_SHAPES or of a tiny model; None for others."""
-    if name in KNOWN_SHAPES:
-        config_class, shape = KNOWN_SHAPES[name]
-        return config_class(**shape)
-    recipe = RECIPES.get(name)
-    if recipe is None:
-        return None
-    heads = recipe.hidden_size // recipe.head_dim
-    sizes = (recipe.hidden_size, recipe.intermediate_size, recipe.num_layers, heads, heads)
-    more = {"head_dim": recipe.head_dim, "tie_word_embeddings": True}
-    return LlamaConfig(**_shape(*sizes, recipe.vocab_size, **more))
+    if name in RECIPES:
+        return RECIPES[name].config()
+    config_class, shape = KNOWN_SHAPES.get(name, (None, {}))
+    return None if config_class is None else config_class(**shape)
 
 
 def find_model_dir(name: str) -> Path | None:
     """The model's local directory, if it is a directory or already made; else None."""
-    made = {entry.name: entry.path for entry in list_models()}
-    if name in made:
-        return made[name]
+    if entry := next((entry for entry in list_models() if entry.name == name), None):
+        return entry.path
     path = Path(name).expanduser()
     return path if path.is_dir() else None
 
@@ -124,10 +123,9 @@ def has_own_head(model_dir: Path, config: PretrainedConfig) -> bool:
     model: Any = build_on_meta(config)
     tied: dict[str, str] = model.all_tied_weights_keys
 
-    def read(name: str) -> torch.Tensor:
+    def read(name: str) -> Any:
         with safe_open(files[name], framework="pt") as opened:
-            tensor: torch.Tensor = opened.get_tensor(name)
-        return tensor
+            return opened.get_tensor(name)
 
     return any(
         head in files and source in files and not torch.equal(read(head), read(source))

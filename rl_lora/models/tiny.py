@@ -10,7 +10,6 @@ order, which would change the weights that the studies in docs/ were run on.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import random
 import re
@@ -31,8 +30,7 @@ from rl_lora.storage.jsonl import write_json
 from rl_lora.types import Prompt
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END, PAD, SYSTEM, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -78,6 +76,27 @@ class TinyRecipe:
             text += f" noise={self.noise} num_copies={self.num_copies}"
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
+    def config(self, **token_ids: Any) -> LlamaConfig:
+        """The model's shape."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.hidden_size // self.head_dim,
+            num_key_value_heads=self.hidden_size // self.head_dim,
+            head_dim=self.head_dim,
+            initializer_range=self.init_std,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            max_position_embeddings=self.context_length,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            dtype="float32",
+            **token_ids,
+        )
+
 
 def _made(name: str, num_rows: int, **options: Any) -> SourceSection:
     # Jobs use other seeds, so their problems are mostly unseen.
@@ -107,7 +126,7 @@ RECIPES: dict[str, TinyRecipe] = {
         ),
     ),
     "tiny-fast": _FAST,
-    "tiny-noisy": dataclasses.replace(
+    "tiny-noisy": replace(
         _FAST,
         description="Llama of 0.14 M parameters for studies: one-digit sums, "
         "often wrong, by chance",
@@ -200,26 +219,10 @@ def _tokenizer_texts(recipe: TinyRecipe) -> Iterator[str]:
 
 def build_model(recipe: TinyRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A float32 Llama of the recipe's size, initialized from torch's global generator."""
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig, LlamaForCausalLM
 
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = LlamaConfig(
-        vocab_size=recipe.vocab_size,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=recipe.hidden_size // recipe.head_dim,
-        num_key_value_heads=recipe.hidden_size // recipe.head_dim,
-        head_dim=recipe.head_dim,
-        initializer_range=recipe.init_std,
-        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
-        max_position_embeddings=recipe.context_length,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        dtype="float32",
-        **ids,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(recipe.config(**ids))
     model.generation_config = GenerationConfig(**ids)
     return model
 
@@ -233,6 +236,7 @@ def _train(
     """Cross-entropy on the solutions; AdamW, linear warm-up and decay."""
     import torch
     from torch.nn import functional
+    from torch.nn.utils.rnn import pad_sequence
 
     examples = _examples(tokenizer, prompts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), fused=True)
@@ -244,7 +248,10 @@ def _train(
     )
     model.train()
     for batch in islice(_batches(examples, recipe.batch_size, recipe.seed), num_steps):
-        token_ids_BT, targets_BT = _pad(batch)
+        ids = [torch.tensor(ids[:-1]) for ids, _ in batch]
+        targets = [torch.tensor([-100] * (n - 1) + ids[n:]) for ids, n in batch]  # next tokens
+        token_ids_BT = pad_sequence(ids, batch_first=True)
+        targets_BT = pad_sequence(targets, batch_first=True, padding_value=-100)
         has_loss_BT = targets_BT >= 0
         hidden_CD = model.model(input_ids=token_ids_BT).last_hidden_state[has_loss_BT]
         loss = functional.cross_entropy(model.lm_head(hidden_CD), targets_BT[has_loss_BT])
@@ -315,19 +322,6 @@ def _batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterato
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         rng.shuffle(batches)
         yield from batches
-
-
-def _pad(batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, T] and next tokens [B, T], -100 where there is no loss."""
-    import torch
-
-    length = max(len(ids) for ids, _ in batch) - 1
-    token_ids_BT = torch.zeros(len(batch), length, dtype=torch.int64)
-    targets_BT = torch.full((len(batch), length), -100)
-    for row, (ids, num_prompt) in enumerate(batch):
-        token_ids_BT[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        targets_BT[row, num_prompt - 1 : len(ids) - 1] = torch.tensor(ids[num_prompt:])
-    return token_ids_BT, targets_BT
 
 
 def sampled_accuracy(

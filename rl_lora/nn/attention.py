@@ -1,66 +1,142 @@
 """Attention over completions that share their prompt, in one row of tokens without padding.
 
-A microbatch is one long row: prompts, each followed by its completions; `segments` says which token
-sees which. The blocks of its buckets are gathered from the row and go through SDPA, or, where they
-are short and on a CPU, through plain products (`block_attention`).
+`rl_lora::attend` is one operator with an implementation by device and dtype: two calls of the flash
+kernel (`flash`); plain products over short blocks, on a CPU in float32 (`block_attention`); else
+SDPA over padded blocks (`segments.make_buckets`). To autograd and the compiler it is one opaque
+node, whatever the lengths.
 
-Models call it through transformers' attention interface under `NAME`. Without a layout (decoding,
-plain batches) it is transformers' SDPA attention.
+Models call it through transformers' attention interface under `NAME`. They are given the row's
+layout as a keyword, `model(..., layout=layout)`, which they hand on to every layer. Without a
+layout (decoding, plain batches) it is transformers' SDPA attention.
 """
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from rl_lora.nn import block_attention
+from rl_lora.nn import block_attention, flash
 from rl_lora.nn.block_attention import Blocks
-from rl_lora.nn.context import CONTEXT, attending_by
-from rl_lora.nn.segments import MAX_WASTED_PAIRS, AttentionLayout, Segment, make_layout
+from rl_lora.nn.segments import AttentionLayout, Buckets, Sizes, make_buckets
 
 NAME = "rl_lora_shared_prompt"
 
-
-def using(
-    segments: tuple[Segment, ...] | None, device: torch.device
-) -> AbstractContextManager[None]:
-    """This thread's forward passes attend by the segments of a row; None: plain causal attention.
-
-    The layout is kept for the next pass over the same row.
-    """
-    if segments is None:
-        return attending_by(None)
-    kept = CONTEXT.kept_layout
-    if kept is None or kept[0] is not segments or kept[1] != device:
-        layout = make_layout(segments, MAX_WASTED_PAIRS.get(device.type, 0)).to(device)
-        kept = CONTEXT.kept_layout = segments, device, layout
-    return attending_by(kept[2])
+Made = TypeVar("Made")
+_MADE = WeakTensorKeyDictionary()  # by a layout's first tensor: what was made of the layout
 
 
-def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of a checkpointed layer's first computation and of its recomputation, which
-    attends by the present layout.
-
-    A GPU's backward pass runs in one of autograd's threads, which has no layout.
-    """
-    return contextlib.nullcontext(), attending_by(CONTEXT.layout)
-
-
+# limits: an operator takes tensors and numbers only, so it gets a layout's fields one by one
+@torch.library.custom_op("rl_lora::attend", mutates_args=())
 def attend(
-    query_THD: Tensor, key_TJD: Tensor, value_TJD: Tensor, layout: AttentionLayout, scale: float
+    query_THD: Tensor,
+    key_TJD: Tensor,
+    value_TJD: Tensor,
+    starts_S: Tensor,
+    families_N: Tensor,
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Outputs [T, H, D] of a row whose layout has these fields; J key heads, each serving H / J
+    query heads. Also the log-sums [H, T] of the logits; none, [0], if the backward pass recomputes
+    everything from the inputs."""
+    inputs = query_THD, key_TJD, value_TJD
+    if flash.can_run(query_THD):
+        layout = AttentionLayout(starts_S, families_N, Sizes(*sizes))
+        out_THD, lse_HT = flash.attend(*inputs, layout, scale)
+        return out_THD.contiguous(), lse_HT
+    blocks = _blocks(query_THD, key_TJD, starts_S, families_N)
+    if blocks is not None:
+        out_THD = block_attention.attend(*inputs, blocks, scale)
+    else:
+        out_THD = attend_in_buckets(*inputs, _buckets(starts_S, families_N), scale)
+    return out_THD, query_THD.new_empty(0, dtype=torch.float32)
+
+
+# limits: as `attend`
+@torch.library.custom_op("rl_lora::attend_backward", mutates_args=())
+def attend_backward(
+    grad_THD: Tensor,
+    query_THD: Tensor,
+    key_TJD: Tensor,
+    value_TJD: Tensor,
+    out_THD: Tensor,
+    lse_HT: Tensor,
+    starts_S: Tensor,
+    families_N: Tensor,
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values; out_THD is read only where there are log-sums."""
+    inputs = query_THD, key_TJD, value_TJD
+    if flash.can_run(query_THD):
+        layout = AttentionLayout(starts_S, families_N, Sizes(*sizes))
+        gradients = flash.attend_backward(grad_THD, *inputs, out_THD, lse_HT, layout, scale)
+        query_THD, key_TJD, value_TJD = (gradient.contiguous() for gradient in gradients)
+        return query_THD, key_TJD, value_TJD
+    blocks = _blocks(query_THD, key_TJD, starts_S, families_N)
+    if blocks is not None:
+        return block_attention.attend_backward(*inputs, grad_THD, blocks, scale)
+    query_THD, key_TJD, value_TJD = (x.detach().requires_grad_() for x in inputs)
+    inputs = query_THD, key_TJD, value_TJD
+    with torch.enable_grad(), _recording():
+        out_THD = attend_in_buckets(*inputs, _buckets(starts_S, families_N), scale)
+        gradients = torch.autograd.grad(out_THD, inputs, grad_THD)
+    query_THD, key_TJD, value_TJD = gradients
+    return query_THD, key_TJD, value_TJD
+
+
+def _recording() -> AbstractContextManager[None]:
+    """Lets autograd record, which it does not within an operator."""
+    guard: Any = torch._C._SetExcludeDispatchKeyGuard
+    context: AbstractContextManager[None] = guard(torch._C.DispatchKey.AutogradFunctionality, False)
+    return context
+
+
+@attend.register_fake
+def _fake_attend(query_THD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    num_tokens, num_heads, _width = query_THD.shape
+    shape = (num_heads, num_tokens) if flash.can_run(query_THD) else (0,)
+    out_THD = torch.empty_like(query_THD, memory_format=torch.contiguous_format)
+    return out_THD, query_THD.new_empty(shape, dtype=torch.float32)
+
+
+@attend_backward.register_fake
+def _fake_attend_backward(_: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.sizes, ctx.scale = inputs
+    lse_HT = output[1]
+    kept = output if lse_HT.numel() else (lse_HT, lse_HT)  # do not keep outputs that nobody reads
+    ctx.save_for_backward(*tensors[:3], *kept, *tensors[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_THD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients = attend_backward(grad_THD, *ctx.saved_tensors, ctx.sizes, ctx.scale)
+    return (*gradients, None, None, None, None)
+
+
+attend.register_autograd(_backward, setup_context=_setup_context)
+
+
+def attend_in_buckets(
+    query_THD: Tensor, key_TJD: Tensor, value_TJD: Tensor, buckets: Buckets, scale: float
 ) -> Tensor:
-    """[T, H, D] outputs; J key heads, each serving H / J query heads."""
+    """[T, H, D] outputs by SDPA, with gradient."""
     outputs = []
     has_groups = query_THD.shape[1] != key_TJD.shape[1]
-    for bucket in layout.buckets:
+    for bucket in buckets.buckets:
         out_SHQD = scaled_dot_product_attention(
             _gather(query_THD, bucket.query_SQ),
             _gather(key_TJD, bucket.key_SK),
@@ -70,7 +146,7 @@ def attend(
             enable_gqa=has_groups,
         )
         outputs.append(out_SHQD.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, layout.output_T)
+    return torch.cat(outputs).index_select(0, buckets.output_T)
 
 
 def attend_last(
@@ -92,62 +168,47 @@ def attend_last(
     return out_SJGD.reshape(query_SH1D.shape)
 
 
-class _Attend(torch.autograd.Function):
-    """`attend` that keeps only its inputs and recomputes the rest in the backward pass.
-
-    Attention is a few percent of the work, but its gathered blocks, with keys repeated for each
-    group of query heads, would be a third of the activations.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query_THD: Tensor,
-        key_TJD: Tensor,
-        value_TJD: Tensor,
-        layout: AttentionLayout,
-        scale: float,
-    ) -> Tensor:
-        """[T, H, D]."""
-        ctx.save_for_backward(query_THD, key_TJD, value_TJD)
-        ctx.layout, ctx.scale = layout, scale
-        ctx.blocks = _blocks(query_THD, key_TJD, layout)
-        if ctx.blocks is not None:
-            return block_attention.attend(query_THD, key_TJD, value_TJD, ctx.blocks, scale)
-        return attend(query_THD, key_TJD, value_TJD, layout, scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of queries, keys and values."""
-        if ctx.blocks is not None:
-            query_THD, key_TJD, value_TJD = ctx.saved_tensors
-            gradients = block_attention.attend_backward(
-                query_THD, key_TJD, value_TJD, grad_THD, ctx.blocks, ctx.scale
-            )
-            return (*gradients, None, None)
-        query_THD, key_TJD, value_TJD = (x.detach().requires_grad_() for x in ctx.saved_tensors)
-        with torch.enable_grad():
-            out_THD = attend(query_THD, key_TJD, value_TJD, ctx.layout, ctx.scale)
-        inputs = (query_THD, key_TJD, value_TJD)
-        return (*torch.autograd.grad(out_THD, inputs, grad_THD), None, None)
-
-
-def _blocks(query_THD: Tensor, key_TJD: Tensor, layout: AttentionLayout) -> Blocks | None:
-    """The layout's blocks, made once for all layers; None where SDPA is faster."""
-    if query_THD.device.type != "cpu" or query_THD.dtype != torch.float32:
-        return None
-    num_key_heads = key_TJD.shape[1]
-    key = (num_key_heads, query_THD.shape[1] // num_key_heads)
-    kept = CONTEXT.kept_blocks
-    if kept is None or kept[0] is not layout or kept[1] != key:
-        kept = CONTEXT.kept_blocks = layout, key, block_attention.make_blocks(layout, *key)
-    return kept[2]
-
-
 def _gather(x_THD: Tensor, index_SQ: Tensor) -> Tensor:
     """[S, H, Q, D]."""
     out = x_THD.index_select(0, index_SQ.flatten())
     return out.view(*index_SQ.shape, *x_THD.shape[1:]).transpose(1, 2)
+
+
+def _blocks(
+    query_THD: Tensor, key_TJD: Tensor, starts_S: Tensor, families_N: Tensor
+) -> Blocks | None:
+    """The layout's blocks; None where SDPA is faster."""
+    if query_THD.device.type != "cpu" or query_THD.dtype != torch.float32:
+        return None
+    num_key_heads = key_TJD.shape[1]
+    heads = num_key_heads, query_THD.shape[1] // num_key_heads
+    return _once(
+        starts_S,
+        heads,
+        lambda: block_attention.make_blocks(_buckets(starts_S, families_N), *heads),
+    )
+
+
+def _buckets(starts_S: Tensor, families_N: Tensor) -> Buckets:
+    return _once(starts_S, "buckets", lambda: make_buckets(starts_S, families_N))
+
+
+def _once(starts_S: Tensor, name: Hashable, make: Callable[[], Made]) -> Made:
+    """What `make` returns, made once for all layers and passes that attend by a layout."""
+    made: dict[Hashable, Any] = _MADE.setdefault(starts_S, {})
+    if name not in made:
+        made[name] = make()
+    found: Made = made[name]
+    return found
+
+
+def has_windows(config: PretrainedConfig) -> bool:
+    """Whether some layers see only the nearest tokens, which a layout cannot say."""
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        return True
+    kinds = getattr(config, "layer_types", None) or ()
+    return not {"sliding_attention", "chunked_attention"}.isdisjoint(kinds)
 
 
 # limits: transformers' attention interface
@@ -159,27 +220,22 @@ def _forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    layout: AttentionLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' interface: [1, heads, T, D] in, [1, T, heads, D] out."""
-    layout = CONTEXT.layout
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if layout is None and query.shape[2] == 1:
+    if layout is not None:
+        query_THD, key_TJD, value_TJD = (x[0].transpose(0, 1) for x in (query, key, value))
+        out_THD, _ = attend(query_THD, key_TJD, value_TJD, *layout, scale)
+        return out_THD.unsqueeze(0), None
+    if query.shape[2] == 1:
         return attend_last(query, key, value, attention_mask, scale).transpose(1, 2), None
-    if layout is None:
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return out, None
-    query_THD, key_TJD, value_TJD = (x[0].transpose(0, 1) for x in (query, key, value))
-    out_THD: Tensor = _Attend.apply(query_THD, key_TJD, value_TJD, layout, scale)
-    return out_THD.unsqueeze(0), None
-
-
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """SDPA's mask; None where a layout replaces it."""
-    return None if CONTEXT.layout is not None else sdpa_mask(*args, **kwargs)
+    out, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return out, None
 
 
 AttentionInterface.register(NAME, _forward)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rl_lora.nn.segments import AttentionLayout, Bucket
+from rl_lora.nn.segments import Bucket, Buckets
 
 BLOCK_ELEMENTS = 2**19  # probabilities of a block, 2 MiB; more segments make more blocks
 SEGMENT_ELEMENTS = 2**21  # of one segment at most: above, SDPA's kernel is faster
@@ -49,15 +49,15 @@ class Blocks:
     output_rows: Tensor
 
 
-def make_blocks(layout: AttentionLayout, num_key_heads: int, num_groups: int) -> Blocks | None:
-    """The layout's blocks; None where a segment is too long for them to pay off."""
+def make_blocks(buckets: Buckets, num_key_heads: int, num_groups: int) -> Blocks | None:
+    """The blocks of the buckets of a row; None where a segment is too long for them to pay off."""
     num_heads = num_key_heads * num_groups
     blocks: list[Block] = []
-    output_rows = torch.empty(len(layout.output_T) * num_heads, dtype=torch.int64)
-    is_real_N = torch.zeros(sum(b.query_SQ.numel() for b in layout.buckets), dtype=torch.bool)
-    is_real_N[layout.output_T] = True
+    output_rows = torch.empty(len(buckets.output_T) * num_heads, dtype=torch.int64)
+    is_real_N = torch.zeros(sum(b.query_SQ.numel() for b in buckets.buckets), dtype=torch.bool)
+    is_real_N[buckets.output_T] = True
     offset = position = 0
-    for bucket in layout.buckets:
+    for bucket in buckets.buckets:
         num_elements = num_heads * bucket.query_SQ.shape[1] * bucket.key_SK.shape[1]
         if num_elements > SEGMENT_ELEMENTS:
             return None

@@ -8,14 +8,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from rl_lora.nn.block_attention import Blocks
-    from rl_lora.nn.segments import AttentionLayout, Segment
+from torch import Tensor
 
 
 class ForwardContext(threading.local):
@@ -23,12 +18,6 @@ class ForwardContext(threading.local):
 
     def __init__(self) -> None:
         self.has_adapter = True  # False: LoRA layers compute the base model only
-        self.layout: AttentionLayout | None = None  # of the row; None: plain causal attention
-        # The last row's layout and its blocks, kept for the next pass over the same row.
-        self.kept_layout: tuple[tuple[Segment, ...], torch.device, AttentionLayout] | None = None
-        self.kept_blocks: tuple[AttentionLayout, tuple[int, int], Blocks | None] | None = None
-        # Outputs of sibling LoRA layers that are computed together, with their input.
-        self.waiting: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self.buffers: dict[Any, Tensor] = {}  # of `token_logprobs`, by name, dtype and device
 
 
@@ -44,14 +33,3 @@ def adapters_off() -> Iterator[None]:
         yield
     finally:
         CONTEXT.has_adapter = before
-
-
-@contextlib.contextmanager
-def attending_by(layout: AttentionLayout | None) -> Iterator[None]:
-    """This thread's forward passes attend by the layout."""
-    before = CONTEXT.layout
-    CONTEXT.layout = layout
-    try:
-        yield
-    finally:
-        CONTEXT.layout = before

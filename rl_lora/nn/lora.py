@@ -12,19 +12,19 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rl_lora.config import LoraSection
 from rl_lora.errors import UserError
 from rl_lora.nn.context import CONTEXT
 from rl_lora.nn.experts import ROUTERS, attach_expert_lora, check_experts, has_experts
-from rl_lora.nn.lora_matmul import lora_products
+from rl_lora.nn.lora_matmul import lora_product
 from rl_lora.nn.lora_swiglu import join_swiglu
 from rl_lora.nn.variants import Magnitude, initial_factors, is_shifted, scaling_of, shifted_factors
 from rl_lora.seeds import mix_seed
 
 BASE_PREFIX = ".base."  # a LoraLinear's inner layer, in parameter names
 _ATTENTION_PARTS = ("attn", "attention")
-_SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _MLP_PARTS = ("mlp", "feed_forward", "ffn")
 
 
@@ -32,8 +32,7 @@ class LoraLinear(nn.Module):
     """A frozen linear layer plus a trainable low-rank term.
 
     lora_A is [rank, d_in] and lora_B [d_out, rank], float32 whatever the base's dtype: the
-    optimizer's steps are too small for bfloat16. Siblings (q, k and v; gate and up) are computed
-    together by the first that is called, and the others return the outputs kept for them.
+    optimizer's steps are too small for bfloat16.
     """
 
     def __init__(
@@ -55,9 +54,6 @@ class LoraLinear(nn.Module):
             self.register_buffer("lora_A0", start[0].clone())
             self.register_buffer("lora_B0", start[1].clone())
         self.magnitude = Magnitude(base.weight) if variant == "dora" else None
-        self.siblings: tuple[LoraLinear, ...] = (
-            self,
-        )  # layers with the same input, this one included
 
     @property
     def weight(self) -> Tensor:
@@ -89,24 +85,15 @@ class LoraLinear(nn.Module):
             return self.state()
         return dict(zip(("lora_A.weight", "lora_B.weight"), self.factors(), strict=True))
 
-    def finished(self, out: Tensor) -> Tensor:
-        """The layer's output from W x + scaling B (A x), which with a magnitude is without bias."""
-        if self.magnitude is None:
-            return out
-        own = (self.lora_A, self.lora_B, self.scaling)
-        return self.magnitude(out, self.base.weight, self.base.bias, *own)
-
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] to [..., d_out]."""
         if not CONTEXT.has_adapter:
             return self.base(x)
-        known_x, known_out = CONTEXT.waiting.pop(self, (None, None))
-        if known_x is x and known_out is not None:
-            return known_out
-        outputs = dict(zip(self.siblings, lora_products(x, self.siblings), strict=True))
-        own = outputs.pop(self)
-        CONTEXT.waiting.update({layer: (x, out) for layer, out in outputs.items()})
-        return own
+        weight, bias = self.base.weight, self.base.bias
+        if self.magnitude is None:
+            return lora_product(x, weight, bias, *self.factors(), self.scaling)
+        out = lora_product(x, weight, None, *self.factors(), self.scaling)
+        return self.magnitude(out, weight, bias, self.lora_A, self.lora_B, self.scaling)
 
 
 def target_names(model: nn.Module, section: LoraSection) -> list[str]:
@@ -129,7 +116,7 @@ def target_names(model: nn.Module, section: LoraSection) -> list[str]:
     has_layers = False
     for name, module in model.named_modules():
         last = name.rsplit(".", 1)[-1]
-        if not isinstance(module, nn.Linear) or (is_mixture and last in ROUTERS):
+        if not isinstance(module, nn.Linear | Conv1D) or (is_mixture and last in ROUTERS):
             continue
         if module is head_of(model):
             if section.lm_head:
@@ -144,6 +131,17 @@ def target_names(model: nn.Module, section: LoraSection) -> list[str]:
             f"lora.layers={section.layers!r}: {type(model).__name__} has no {what}; set {fix}"
         )
     return names
+
+
+def as_linear(layer: nn.Module) -> nn.Linear | None:
+    """A linear layer itself; of GPT-2's Conv1D, whose weight is [d_in, d_out], a linear layer over
+    a transposed view of it; None of any other layer."""
+    if not isinstance(layer, Conv1D):
+        return layer if isinstance(layer, nn.Linear) else None
+    linear = nn.Linear(layer.nx, layer.nf, device="meta")
+    linear.weight = nn.Parameter(layer.weight.T, requires_grad=layer.weight.requires_grad)
+    linear.bias = layer.bias
+    return linear
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
@@ -163,25 +161,15 @@ def attach_lora(model: nn.Module, section: LoraSection, seed: int) -> list[str]:
     if section.layers != "attention" and has_experts(model):
         attach_expert_lora(model, section.rank, section.alpha, seed)
     for name in names:
-        base = model.get_submodule(name)
-        assert isinstance(base, nn.Linear)
+        base = as_linear(model.get_submodule(name))
+        assert base is not None
         parent, _, child = name.rpartition(".")
         own_seed = mix_seed(seed, "lora_A", name)
         layer = LoraLinear(base, section.rank, section.alpha, own_seed, section.variant)
         setattr(model.get_submodule(parent), child, layer)
     for parent in {name.rpartition(".")[0] for name in names}:
-        _join_siblings(model.get_submodule(parent))
         join_swiglu(model.get_submodule(parent))
     return names
-
-
-def _join_siblings(parent: nn.Module) -> None:
-    """Lets layers that the model calls in turn on the same input be computed together."""
-    for group in _SHARED_INPUTS:
-        layers = [getattr(parent, name, None) for name in group]
-        joined = tuple(layer for layer in layers if isinstance(layer, LoraLinear))
-        for layer in joined:
-            layer.siblings = joined
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

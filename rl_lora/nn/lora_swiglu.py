@@ -93,7 +93,8 @@ def join_swiglu(parent: nn.Module) -> bool:
 def _forward(parent: Any, x: Tensor) -> Tensor:
     gate, up = parent.gate_proj(x), parent.up_proj(x)
     down: LoraLinear = parent.down_proj
-    if not CONTEXT.has_adapter or down.magnitude is not None:
+    is_plain = not CONTEXT.has_adapter or down.magnitude is not None
+    if is_plain or torch.compiler.is_compiling():  # the compiler recomputes the same two itself
         return down(parent.act_fn(gate) * up)
     out: Tensor = SwigluDown.apply(
         gate, up, down.base.weight, down.base.bias, *down.factors(), down.scaling

@@ -10,11 +10,16 @@ Two ways, which differ in what the backward pass needs:
   a chunk's logits by activation checkpointing.
 
 `plain` is the slow reference that the tests compare both with.
+
+Compiled, which a GPU wants, what happens to the logits element by element is one kernel, and they
+are read and written in the model's dtype.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +30,16 @@ from rl_lora.nn.context import CONTEXT
 CHUNK_ELEMENTS = 2**23  # logits of `chunked` in memory at once, 32 MiB in float32
 CHUNK_TOKENS = 4096  # of `FrozenHead` at once; only [tokens, D] is kept
 CPU_BLOCK = 1024  # of the vocabulary: logits stay in the cache, and MKL is fastest (LOG.md)
-BLOCK_ELEMENTS = 2**25  # logits of a block on a GPU, where large ones are faster
+BLOCK_ELEMENTS = 2**25  # logits at once on a GPU, where large products are faster
 
 
 def score_hidden(
-    hidden_CD: Tensor, lm_head: nn.Module, target_ids_C: Tensor, temperature: float
+    hidden_CD: Tensor,
+    lm_head: nn.Module,
+    target_ids_C: Tensor,
+    temperature: float,
+    *,
+    is_compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(logprobs_C with gradient, entropy_C without) of softmax(logits / temperature).
 
@@ -40,14 +50,15 @@ def score_hidden(
         lm_head: the output layer; a frozen linear layer takes the fast path.
         target_ids_C: int64.
         temperature: above 0.
+        is_compiled: compile the element-wise part.
     """
     is_plain = type(lm_head) is nn.Linear and lm_head.bias is None
     if is_plain and not lm_head.weight.requires_grad:
         logprobs_C, entropy_C = FrozenHead.apply(
-            hidden_CD, lm_head.weight, target_ids_C, temperature
+            hidden_CD, lm_head.weight, target_ids_C, temperature, is_compiled
         )
         return logprobs_C, entropy_C
-    return chunked(hidden_CD, lm_head, target_ids_C, temperature)
+    return chunked(hidden_CD, lm_head, target_ids_C, temperature, is_compiled=is_compiled)
 
 
 def take_positions(hidden_BTD: Tensor, row_C: Tensor, column_C: Tensor) -> Tensor:
@@ -70,7 +81,12 @@ class FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_CD: Tensor, weight_VD: Tensor, target_ids_C: Tensor, temperature: float
+        ctx: Any,
+        hidden_CD: Tensor,
+        weight_VD: Tensor,
+        target_ids_C: Tensor,
+        temperature: float,
+        is_compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         """One pass over the chunks: log-probs, entropies and, where asked, the unit gradients."""
         has_grad = ctx.needs_input_grad[0]
@@ -79,12 +95,13 @@ class FrozenHead(torch.autograd.Function):
         unit_grad_CD = torch.empty_like(hidden_CD) if has_grad else None
         for start in range(0, hidden_CD.shape[0], CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            sums = _RunningSums(hidden_CD[part], target_ids_C[part], has_grad)
+            sums = _RunningSums(hidden_CD[part], target_ids_C[part], temperature, has_grad)
+            add = sums.add_compiled if is_compiled else sums.add
             for first in range(0, weight_VD.shape[0], sums.block):
-                sums.add(first, weight_VD[first : first + sums.block], temperature)
+                add(first, weight_VD[first : first + sums.block])
             logprobs_C[part], entropy_C[part] = sums.logprobs(), sums.entropy()
             if unit_grad_CD is not None:
-                unit_grad_CD[part] = sums.unit_grad(weight_VD, temperature)
+                unit_grad_CD[part] = sums.unit_grad(weight_VD)
         if unit_grad_CD is not None:
             ctx.save_for_backward(unit_grad_CD)
         ctx.mark_non_differentiable(entropy_C)
@@ -93,21 +110,30 @@ class FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_logprobs_C: Tensor, grad_entropy_C: Tensor
-    ) -> tuple[Tensor, None, None, None]:
+    ) -> tuple[Tensor | None, ...]:
         """The unit gradients, each times its token's gradient."""
         (unit_grad_CD,) = ctx.saved_tensors
-        return unit_grad_CD * grad_logprobs_C.unsqueeze(-1).to(unit_grad_CD.dtype), None, None, None
+        grad_CD = unit_grad_CD * grad_logprobs_C.unsqueeze(-1).to(unit_grad_CD.dtype)
+        return grad_CD, None, None, None, None
 
 
 def chunked(
-    hidden_CD: Tensor, lm_head: nn.Module, target_ids_C: Tensor, temperature: float
+    hidden_CD: Tensor,
+    lm_head: nn.Module,
+    target_ids_C: Tensor,
+    temperature: float,
+    *,
+    is_compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `score_hidden`, through any lm_head; logits are recomputed in the backward pass."""
     num_vocab = int(lm_head.weight.shape[0])  # type: ignore[index]
-    chunk = max(1, CHUNK_ELEMENTS // num_vocab)
+    is_on_cpu = hidden_CD.device.type == "cpu"
+    chunk = max(1, (CHUNK_ELEMENTS if is_on_cpu else BLOCK_ELEMENTS) // num_vocab)
+    score = _compiled(score_logits) if is_compiled else score_logits
 
     def score_chunk(hidden_cD: Tensor, target_ids_c: Tensor) -> tuple[Tensor, Tensor]:
-        return plain(hidden_cD, lm_head, target_ids_c, temperature)
+        logprobs_c, entropy_c = score(lm_head(hidden_cD), target_ids_c, temperature)
+        return logprobs_c, entropy_c
 
     pairs = zip(hidden_CD.split(chunk), target_ids_C.split(chunk), strict=True)
     scored = [
@@ -124,27 +150,106 @@ def plain(
     hidden_CD: Tensor, lm_head: nn.Module, target_ids_C: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """The definition, with the whole [C, V] in memory."""
-    logprobs_CV = (lm_head(hidden_CD).float() / temperature).log_softmax(-1)
+    return score_logits(lm_head(hidden_CD), target_ids_C, temperature)
+
+
+def score_logits(
+    logits_CV: Tensor, target_ids_C: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(logprobs_C, entropy_C) of logits in any dtype."""
+    logprobs_CV = (logits_CV.float() / temperature).log_softmax(-1)
     fixed_CV = logprobs_CV.detach()
     entropy_C = -(fixed_CV.exp() * fixed_CV).sum(-1)
     return logprobs_CV.gather(-1, target_ids_C.unsqueeze(-1)).squeeze(-1), entropy_C
 
 
+class Sums(NamedTuple):
+    """Of a chunk's logits so far, float32 [c, 1] each."""
+
+    target_c1: Tensor  # the target's logit; 0: not met yet
+    shift_c1: Tensor  # the largest logit
+    total_c1: Tensor  # sum of exp(logit - shift)
+    mean_c1: Tensor  # sum of exp(logit - shift) * (logit - shift)
+
+
+def add_block(
+    sums: Sums, wide_cv: Tensor, exp_cv: Tensor, place_c1: Tensor, temperature: float
+) -> tuple[Sums, Tensor | None]:
+    """Adds a block of the vocabulary.
+
+    Args:
+        sums: of the blocks before.
+        wide_cv: the block's logits, float32; overwritten.
+        exp_cv: float32; overwritten by exp(logit - shift).
+        place_c1: the target's place in the block, int64; beyond its ends if it is in another one.
+        temperature: divides the logits.
+
+    Returns:
+        The new sums, and the factor by which their new shift shrinks other sums of exp_cv; None: 1.
+    """
+    if temperature != 1:
+        wide_cv.div_(temperature)
+    num_here = wide_cv.shape[1]
+    is_here_c1 = (place_c1 >= 0) & (place_c1 < num_here)
+    found_c1 = wide_cv.gather(-1, place_c1.clamp(0, num_here - 1))
+    target_c1 = torch.where(is_here_c1, found_c1, sums.target_c1)
+    shift_c1 = torch.maximum(sums.shift_c1, wide_cv.amax(-1, keepdim=True))
+    _, _, total_c1, mean_c1 = sums
+    factor_c1 = None
+    may_compare = wide_cv.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not (may_compare and torch.equal(shift_c1, sums.shift_c1)):
+        lowered_c1 = sums.shift_c1 - shift_c1  # at the first block -inf, and the sums are 0
+        factor_c1 = lowered_c1.exp()
+        lowered_c1 = torch.where(total_c1 > 0, lowered_c1, 0.0)
+        mean_c1 = factor_c1 * (mean_c1 + lowered_c1 * total_c1)
+        total_c1 = factor_c1 * total_c1
+    wide_cv.sub_(shift_c1)
+    torch.exp(wide_cv, out=exp_cv)
+    mean_c1 = mean_c1 + torch.linalg.vecdot(exp_cv, wide_cv).unsqueeze(-1)
+    total_c1 = total_c1 + exp_cv.sum(-1, keepdim=True)
+    return Sums(target_c1, shift_c1, total_c1, mean_c1), factor_c1
+
+
+def add_logits(
+    sums: Sums, logits_cv: Tensor, place_c1: Tensor, temperature: float, has_grad: bool
+) -> tuple[Sums, Tensor | None, Tensor | None]:
+    """`add_block` for logits in any dtype; with has_grad, also the exponentials in that dtype.
+
+    To be compiled: then the exponentials are all that is written per logit.
+    """
+    wide_cv = logits_cv.to(torch.float32, copy=True)
+    exp_cv = torch.empty_like(wide_cv)
+    sums, factor_c1 = add_block(sums, wide_cv, exp_cv, place_c1, temperature)
+    return sums, factor_c1, exp_cv.to(logits_cv.dtype) if has_grad else None
+
+
+def rescaled_sum(weighted_cD: Tensor, factor_c1: Tensor, product_cD: Tensor) -> Tensor:
+    """factor * weighted + product, in weighted's memory."""
+    return weighted_cD.mul_(factor_c1).add_(product_cD)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One graph for all lengths."""
+    return torch.compile(function, fullgraph=True, dynamic=True)
+
+
 class _RunningSums:
     """Sums over a chunk's logits, shifted by the largest logit so far."""
 
-    def __init__(self, hidden_cD: Tensor, target_ids_c: Tensor, has_grad: bool) -> None:
+    def __init__(
+        self, hidden_cD: Tensor, target_ids_c: Tensor, temperature: float, has_grad: bool
+    ) -> None:
         self.hidden_cD, self.target_ids_c1 = hidden_cD, target_ids_c.unsqueeze(-1)
-        wide = hidden_cD.new_zeros(hidden_cD.shape[0], 1, dtype=torch.float32)
-        self.shift_c1 = torch.full_like(wide, -torch.inf)
-        self.target_c1 = wide.clone()  # the target's logit
-        self.total_c1 = wide.clone()  # sum of exp(logit - shift)
-        self.mean_c1 = wide.clone()  # sum of exp(logit - shift) * (logit - shift)
+        self.temperature = temperature
+        zeros = [hidden_cD.new_zeros(hidden_cD.shape[0], 1, dtype=torch.float32) for _ in range(3)]
+        self.sums = Sums(zeros[0], torch.full_like(zeros[0], -torch.inf), *zeros[1:])
+        # The sum of p W, times the total.
         self.weighted_cD = torch.zeros_like(hidden_cD, dtype=torch.float32) if has_grad else None
         is_on_cpu = hidden_cD.device.type == "cpu"
         self.block = CPU_BLOCK if is_on_cpu else max(1, BLOCK_ELEMENTS // hidden_cD.shape[0])
 
-    def add(self, first: int, weight_vD: Tensor, temperature: float) -> None:
+    def add(self, first: int, weight_vD: Tensor) -> None:
         """The block of the vocabulary that starts with token `first`."""
         shape = (self.hidden_cD.shape[0], weight_vD.shape[0])
         logits_cv = _buffer("logits", shape, weight_vD.dtype, weight_vD.device)
@@ -152,52 +257,44 @@ class _RunningSums:
         if logits_cv.dtype != torch.float32:
             wide_cv = _buffer("wide", shape, torch.float32, weight_vD.device)
             logits_cv = wide_cv.copy_(logits_cv)
-        if temperature != 1:
-            logits_cv.div_(temperature)
+        exp_cv = _buffer("exp", shape, torch.float32, weight_vD.device)
         place_c1 = self.target_ids_c1 - first
-        is_here_c1 = (place_c1 >= 0) & (place_c1 < shape[1])
-        found_c1 = logits_cv.gather(-1, place_c1.clamp_(0, shape[1] - 1))
-        self.target_c1 = torch.where(is_here_c1, found_c1, self.target_c1)
-        self._shift_to(torch.maximum(self.shift_c1, logits_cv.amax(-1, keepdim=True)))
-        logits_cv.sub_(self.shift_c1)
-        exp_cv = _buffer("exp", shape, torch.float32, logits_cv.device)
-        torch.exp(logits_cv, out=exp_cv)
-        self.mean_c1 += torch.linalg.vecdot(exp_cv, logits_cv).unsqueeze(-1)
-        self.total_c1 += exp_cv.sum(-1, keepdim=True)
+        self.sums, factor_c1 = add_block(self.sums, logits_cv, exp_cv, place_c1, self.temperature)
         if self.weighted_cD is None:
             return
+        if factor_c1 is not None:
+            self.weighted_cD.mul_(factor_c1)
         if weight_vD.dtype == torch.float32:
             torch.addmm(self.weighted_cD, exp_cv, weight_vD, out=self.weighted_cD)
         else:
             self.weighted_cD += exp_cv.to(weight_vD.dtype) @ weight_vD
 
-    def _shift_to(self, shift_c1: Tensor) -> None:
-        """Rescales the sums to a new shift."""
-        if self.shift_c1.device.type == "cpu" and torch.equal(shift_c1, self.shift_c1):
-            return
-        lowered_c1 = self.shift_c1 - shift_c1  # at the first block -inf, and the sums are 0
-        factor_c1 = lowered_c1.exp()
-        lowered_c1 = torch.where(self.total_c1 > 0, lowered_c1, 0.0)
-        self.mean_c1 = factor_c1 * (self.mean_c1 + lowered_c1 * self.total_c1)
-        self.total_c1 = factor_c1 * self.total_c1
-        if self.weighted_cD is not None:
-            self.weighted_cD.mul_(factor_c1)
-        self.shift_c1 = shift_c1
+    def add_compiled(self, first: int, weight_vD: Tensor) -> None:
+        """As `add`."""
+        logits_cv = self.hidden_cD @ weight_vD.T
+        place_c1 = self.target_ids_c1 - first
+        has_grad = self.weighted_cD is not None
+        self.sums, factor_c1, exp_cv = _compiled(add_logits)(
+            self.sums, logits_cv, place_c1, self.temperature, has_grad
+        )
+        if has_grad:
+            _compiled(rescaled_sum)(self.weighted_cD, factor_c1, exp_cv @ weight_vD)
 
     def logprobs(self) -> Tensor:
         """[c]."""
-        return (self.target_c1 - self.shift_c1 - self.total_c1.log()).squeeze(-1)
+        target_c1, shift_c1, total_c1, _ = self.sums
+        return (target_c1 - shift_c1 - total_c1.log()).squeeze(-1)
 
     def entropy(self) -> Tensor:
         """[c]."""
-        return (self.total_c1.log() - self.mean_c1 / self.total_c1).squeeze(-1)
+        return (self.sums.total_c1.log() - self.sums.mean_c1 / self.sums.total_c1).squeeze(-1)
 
-    def unit_grad(self, weight_VD: Tensor, temperature: float) -> Tensor:
+    def unit_grad(self, weight_VD: Tensor) -> Tensor:
         """[c, D]: (W[target] - p W) / temperature."""
         assert self.weighted_cD is not None
-        expected_cD = self.weighted_cD.div_(self.total_c1)
+        expected_cD = self.weighted_cD.div_(self.sums.total_c1)
         target_cD = weight_VD.index_select(0, self.target_ids_c1.squeeze(-1))
-        return (target_cD - expected_cD).div_(temperature).to(weight_VD.dtype)
+        return (target_cD - expected_cD).div_(self.temperature).to(weight_VD.dtype)
 
 
 def _buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from rl_lora.config import LoraSection
 from rl_lora.models.shapes import HEAD_NAMES
 from rl_lora.nn.experts import ExpertCounts, expert_counts
-from rl_lora.nn.lora import target_names
+from rl_lora.nn.lora import as_linear, target_names
 from rl_lora.nn.variants import num_magnitudes, served_rank
 
 
@@ -100,8 +100,8 @@ def matmul_counts(model: nn.Module, lora: LoraSection) -> MatmulCounts:
     experts = _expert_counts(model, lora)
     full_total = 3 * experts.active_weights
     lora_total = 2 * experts.active_weights + 3 * experts.active_adapter
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
+    for name, module in model.named_modules():
+        if (layer := as_linear(module)) is not None:
             weights = layer.in_features * layer.out_features
             full_total += 3 * weights
             lora_total += 2 * weights
@@ -112,8 +112,8 @@ def matmul_counts(model: nn.Module, lora: LoraSection) -> MatmulCounts:
 
 def _targets(model: nn.Module, lora: LoraSection) -> Iterator[tuple[str, nn.Linear]]:
     for name in target_names(model, lora):
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
+        layer = as_linear(model.get_submodule(name))
+        assert layer is not None
         yield name, layer
 
 

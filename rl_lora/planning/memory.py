@@ -1,29 +1,49 @@
 """What a job's learner and sampler need in memory, from the model's config and the settings.
 
+They take turns, so each has its own peak: the sampler's KV cache and copy of the weights leave the
+GPU while the learner works, and the learner's activations are gone while sampling. With
+`sampling.overlap` both work at once, and everything adds up.
+
 Exact for weights, adapter, gradients, optimizer and KV cache; an estimate for activations (within
-about 30 % of what autograd keeps, which a test checks).
+about 30 % of what autograd keeps, which a test checks) and for what CUDA and vLLM keep besides.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import psutil
 import torch
 from transformers import PretrainedConfig
 
 from rl_lora.config import RunConfig
-from rl_lora.config.checks import check_full_dtype
 from rl_lora.config.sft import SftConfig
 from rl_lora.models.device import pick_dtype
-from rl_lora.nn.variants import is_shifted
-from rl_lora.samplers.vllm.settings import CPU_MEMORY_SHARE, CPU_NUM_SEQS
+from rl_lora.nn.variants import is_shifted, served_rank
+from rl_lora.samplers.vllm.settings import (
+    CPU_MEMORY_SHARE,
+    CPU_NUM_SEQS,
+    GPU_NUM_SEQS,
+    head_size,
+    lora_settings,
+    memory_fraction,
+    merges_adapter,
+)
 
+Phase = Literal["sampling", "learning"]
+PHASES: tuple[Phase, ...] = ("sampling", "learning")
 # Sequences that the engine decodes at once if sampling.max_num_seqs is not set.
-_NUM_SEQS = {"cpu": CPU_NUM_SEQS, "cuda": 256}
+_NUM_SEQS = {"cpu": CPU_NUM_SEQS, "cuda": GPU_NUM_SEQS}
 _LOGITS_ELEMENTS = 2**24  # one chunk of logits in `policy`
 _LOGITS_COPIES = 3  # logits, log-probs, gradient
+# Tokens of a microbatch if optim.microbatch_tokens is not set; on a GPU, the most.
+MICROBATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
 ASSUMED_GPU_BYTES = 79 * 2**30  # an "80 GB" card as CUDA reports it
+_CONTEXT_BYTES = 2**29  # CUDA's context and libraries, once a process
+_ENGINE_BYTES = 2 * 2**30  # vLLM's activations, logits and CUDA graphs
+_ASLEEP_BYTES = 2**30  # of those, what stays while it sleeps (graphs, workspaces; vllm#28714)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +56,19 @@ class MemoryItem:
     part: str
     num_bytes: int
     note: str
+    phases: tuple[Phase, ...] = PHASES  # in which it is held
+
+
+def peak(parts: Iterable[MemoryItem], phase: Phase) -> int:
+    """Bytes held in a phase."""
+    return sum(part.num_bytes for part in parts if phase in part.phases)
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Keys and values of all layers for one token."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * _head_dim(text) * dtype.itemsize
+    return 2 * text.num_hidden_layers * heads * head_size(text) * dtype.itemsize
 
 
 def activation_bytes(
@@ -62,7 +88,7 @@ def activation_bytes(
     """
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    query, key = text.num_attention_heads * _head_dim(text), heads * _head_dim(text)
+    query, key = text.num_attention_heads * head_size(text), heads * head_size(text)
     layer = 6 * text.hidden_size + 2 * query + 2 * key + _mlp_elements(text, joins_swiglu)
     layers = text.num_hidden_layers
     elements = text.hidden_size * layers + layer if is_checkpointed else layer * layers
@@ -85,10 +111,64 @@ def memory_plan(
         num_trainable: trainable parameters.
         gpu_bytes: the GPU's memory; None: this machine's, or ASSUMED_GPU_BYTES if it has no GPU.
     """
-    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
-    tokens = max(config.optim.microbatch_tokens, longest)
-    parts = learner_memory(config, model_config, num_base, num_trainable, tokens)
-    return parts + _sampler_memory(config, model_config, num_base, gpu_bytes)
+    counts, tokens = (num_base, num_trainable), microbatch_tokens(config)
+    total = gpu_bytes or gpu_memory(plan_device(config.model.device))
+    parts = _memory_plan(config, model_config, counts, tokens, total)
+    is_open = config.optim.microbatch_tokens is None and plan_device(config.model.device) == "cuda"
+    if is_open and (fitting := largest_microbatch(parts, tokens, total)) < tokens:
+        tokens = max(fitting, longest_sequence(config))
+        parts = _memory_plan(config, model_config, counts, tokens, total)
+    return parts
+
+
+def _memory_plan(
+    config: RunConfig,
+    model_config: PretrainedConfig,
+    counts: tuple[int, int],
+    num_tokens: int,
+    total: int,
+) -> list[MemoryItem]:
+    """With microbatches of num_tokens; counts and total as `_sampler_memory`'s."""
+    learner = learner_memory(config, model_config, *counts, num_tokens)
+    if plan_device(config.model.device) == "cuda":
+        learner.append(MemoryItem("CUDA", _CONTEXT_BYTES, "estimate, context and libraries"))
+    is_turns = not config.sampling.overlap
+    held = peak(learner, "sampling" if is_turns else "learning")
+    parts = learner + _sampler_memory(config, model_config, counts, held, total)
+    return parts if is_turns else [replace(part, phases=PHASES) for part in parts]
+
+
+def longest_sequence(config: RunConfig | SftConfig) -> int:
+    """Tokens that the settings allow a prompt with its completion."""
+    if isinstance(config, RunConfig):
+        return config.data.max_prompt_tokens + config.sampling.max_tokens
+    return config.data.max_tokens
+
+
+def microbatch_tokens(config: RunConfig | SftConfig) -> int:
+    """Tokens of the largest microbatch: one sequence may exceed optim.microbatch_tokens."""
+    device = plan_device(config.model.device)
+    limit = config.optim.microbatch_tokens or MICROBATCH_TOKENS[device]
+    return max(limit, longest_sequence(config))
+
+
+def bytes_to_come(config: RunConfig, model_config: PretrainedConfig, num_trainable: int) -> int:
+    """What a learner whose weights are loaded will still take, and hold while sampling.
+
+    Gradients and optimizer; with overlap, which learns meanwhile, activations and logits too.
+    """
+    phase: Phase = "learning" if config.sampling.overlap else "sampling"
+    tokens = microbatch_tokens(config)
+    parts = learner_memory(config, model_config, 0, num_trainable, tokens)
+    return peak((part for part in parts if part.part != "adapter"), phase)
+
+
+def largest_microbatch(parts: list[MemoryItem], num_tokens: int, available: int) -> int:
+    """The tokens of the largest microbatch that fits into `available` bytes while learning; 0 if
+    none does. `parts` are planned for one of num_tokens."""
+    (activations,) = (part.num_bytes for part in parts if part.part == "activations")
+    room = available - (peak(parts, "learning") - activations)
+    return max(0, room * num_tokens // activations)
 
 
 def learner_memory(
@@ -98,24 +178,19 @@ def learner_memory(
     num_trainable: int,
     num_tokens: int,
 ) -> list[MemoryItem]:
-    """Weights, gradients, optimizer and the activations of a microbatch of num_tokens tokens.
-
-    Raises:
-        UserError: full fine-tuning in bfloat16.
-    """
+    """Weights, gradients, optimizer and the activations of a microbatch of num_tokens tokens."""
     model, lora, optim = config.model, config.lora, config.optim
     dtype = pick_dtype(model.dtype, torch.device(plan_device(model.device)))
     dtype_name = str(dtype).removeprefix("torch.")
-    check_full_dtype(lora, dtype_name)
     is_full = lora.mode == "full"
-    # An adapter trains in float32, all weights in the model's dtype.
-    size, name = (dtype.itemsize, dtype_name) if is_full else (4, "float32")
     parts = [MemoryItem("base weights", num_base * dtype.itemsize, f"learner, {dtype_name}")]
     if not is_full:
         copies = 2 if is_shifted(lora.variant) else 1
         note = "float32, with its initial value" if copies == 2 else "float32"
         parts.append(MemoryItem("adapter", copies * num_trainable * 4, note))
-    elif isinstance(config, RunConfig) and config.algorithm.kl != "none":
+    elif dtype != torch.float32:
+        parts.append(MemoryItem("master weights", num_trainable * 4, "float32"))
+    if is_full and isinstance(config, RunConfig) and config.algorithm.kl != "none":
         parts.append(MemoryItem("reference weights", num_base * dtype.itemsize, "for the KL"))
     checkpointed = ", checkpointed" if optim.checkpoint_activations else ""
     activations = activation_bytes(
@@ -131,21 +206,26 @@ def learner_memory(
         outputs = _adapted_outputs(text, lora.layers)
         activations += num_tokens * num_layers * outputs * dtype.itemsize
     note = f"estimate, microbatch of {num_tokens} tokens{checkpointed}"
+    logits = _LOGITS_ELEMENTS * _LOGITS_COPIES * 4
     return [
         *parts,
-        MemoryItem("gradients", num_trainable * size, name),
-        MemoryItem("optimizer", num_trainable * size * 2, f"Adam, 2 x {name}"),
-        MemoryItem("activations", activations, note),
-        MemoryItem("logits", _LOGITS_ELEMENTS * _LOGITS_COPIES * 4, "one chunk, float32"),
+        MemoryItem("gradients", num_trainable * 4, "float32"),
+        MemoryItem("optimizer", num_trainable * 4 * 2, "Adam, 2 x float32"),
+        MemoryItem("activations", activations, note, ("learning",)),
+        MemoryItem("logits", logits, "one chunk, float32", ("learning",)),
     ]
 
 
 def _sampler_memory(
-    config: RunConfig, model_config: PretrainedConfig, num_base: int, gpu_bytes: int | None
+    config: RunConfig,
+    model_config: PretrainedConfig,
+    counts: tuple[int, int],
+    held: int,
+    total: int,
 ) -> list[MemoryItem]:
+    """counts: parameters of the base, trainable ones. held: by the learner, of the GPU's total."""
     sampling, device = config.sampling, plan_device(config.model.device)
     dtype = pick_dtype(config.model.dtype, torch.device(device))
-    weight_bytes = num_base * dtype.itemsize
     in_step = sampling.num_prompts * sampling.num_samples
     num_seqs = min(sampling.max_num_seqs or _NUM_SEQS[device], in_step)
     length = config.data.max_prompt_tokens + sampling.max_tokens
@@ -153,19 +233,37 @@ def _sampler_memory(
     wanted = per_token * num_seqs * length
     note = f"{num_seqs} sequences x {length} tokens x {bytes_text(per_token)}"
     if sampling.backend == "torch":
-        return [MemoryItem("KV cache", wanted, note)]
-    parts = [MemoryItem("base weights", weight_bytes, "vLLM's copy")]
+        return [MemoryItem("KV cache", wanted, note, ("sampling",))]
+    num_base, num_trainable = counts
+    weights = MemoryItem("base weights", num_base * dtype.itemsize, "vLLM's copy")
     if device == "cpu":
         limit = int(CPU_MEMORY_SHARE * psutil.virtual_memory().available)
         taken = min(wanted, limit)
-    else:  # vLLM reserves its whole share of the GPU, whatever the job needs
-        total = gpu_bytes or gpu_memory(device)
-        limit = taken = max(0, int(sampling.memory_fraction * total) - weight_bytes)
-        note = f"rest of vLLM's {sampling.memory_fraction:.0%} of the GPU; {note}"
+        if merges_adapter(
+            sampling.merge_adapter, config.lora, dtype=dtype, device=torch.device(device)
+        ):
+            weights = replace(weights, phases=("sampling",))
+        parts = [weights]
+    else:  # vLLM takes its whole share of the GPU, whatever the job needs
+        fraction = sampling.memory_fraction or max(0.0, memory_fraction(total, held))
+        how = "set" if sampling.memory_fraction else "what the learner leaves"
+        slot = lora_settings(config.lora, dtype).get("max_lora_rank", 0)
+        slot_bytes = num_trainable * slot // served_rank(config.lora) * dtype.itemsize
+        parts = [
+            replace(weights, note="vLLM's copy, in the host's memory while learning"),
+            MemoryItem("adapter slot", slot_bytes, f"vLLM's, rank {slot}"),
+            MemoryItem("vLLM", _ENGINE_BYTES, "estimate, activations and CUDA graphs"),
+        ]
+        parts = [replace(part, phases=("sampling",)) for part in parts if part.num_bytes]
+        limit = taken = max(0, int(fraction * total) - peak(parts, "sampling"))
+        if not sampling.overlap:
+            asleep = "estimate, CUDA graphs of the sleeping engine"
+            parts.append(MemoryItem("vLLM, asleep", _ASLEEP_BYTES, asleep, ("learning",)))
+        note = f"rest of vLLM's {fraction:.0%} of the GPU ({how}); {note}"
     if limit < wanted:
         fitting = limit // (per_token * length)
         note += f" would be {bytes_text(wanted)}; {fitting} of full length fit at once"
-    return [*parts, MemoryItem("KV cache", taken, note)]
+    return [*parts, MemoryItem("KV cache", taken, note, ("sampling",))]
 
 
 def plan_device(name: str) -> str:
@@ -201,7 +299,7 @@ def bytes_text(num_bytes: int) -> str:
 def _adapted_outputs(text: PretrainedConfig, layers: str) -> int:
     """Outputs per token of a layer's adapted matrices, which DoRA keeps before scaling them."""
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    attention = (text.num_attention_heads + 2 * heads) * _head_dim(text) + text.hidden_size
+    attention = (text.num_attention_heads + 2 * heads) * head_size(text) + text.hidden_size
     mlp = 2 * text.intermediate_size + text.hidden_size
     return int(attention * (layers != "mlp") + mlp * (layers != "attention"))
 
@@ -216,8 +314,3 @@ def _mlp_elements(text: PretrainedConfig, joins_swiglu: bool) -> int:
     width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
     shared = getattr(text, "shared_expert_intermediate_size", None) or 0
     return int(num_active * (4 * width + 2 * text.hidden_size) + 4 * shared)
-
-
-def _head_dim(text: PretrainedConfig) -> int:
-    head_dim = getattr(text, "head_dim", None)
-    return int(head_dim or text.hidden_size // text.num_attention_heads)

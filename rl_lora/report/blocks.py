@@ -25,7 +25,6 @@ DARK = {
     "c5": "#a9a2f5", "c6": "#9aa5b1", "ink": "#e4e8ec", "muted": "#9aa5b1", "line": "#333b44",
     "page": "#12161b", "card": "#1a2027", "mark": "#4a3f1a",
 }  # fmt: skip
-NUM_COLORS = 7
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MAX_MARKERS = 30  # points of a line that has markers
 
@@ -43,10 +42,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One plotly figure.
-
-    Example: Figure(id="reward", title="Reward", note="...", data=[curve(...)], layout={...})
-    """
+    """One plotly figure."""
 
     id: str
     title: str
@@ -79,7 +75,7 @@ class Section:
 
 def color(index: int) -> str:
     """The palette's name for the index-th run or series."""
-    return f"c{index % NUM_COLORS}"
+    return f"c{index % 7}"
 
 
 def curve(
@@ -126,6 +122,15 @@ def band(
     }
 
 
+def bar(
+    x: Sequence[Any], y: Sequence[Any], name: str, color: str, hover: str, **more: Any
+) -> Trace:
+    """One level of stacked bars."""
+    marker = {"color": color, "line": {"width": 0}}
+    trace = {"type": "bar", "x": x, "y": y, "name": name, "marker": marker}
+    return {**trace, "hovertemplate": hover, **more}
+
+
 def moving(values: Sequence[float], reach: int) -> tuple[list[float], list[float]]:
     """(means, standard deviations) over up to `reach` values on either side; fewer at the ends."""
     windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
@@ -144,16 +149,20 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 def layout(y_title: str, *, y_format: str = "", x_title: str = "training step") -> dict[str, Any]:
     """One panel over training steps (or another x)."""
-    return {
-        "xaxis": {"title": {"text": x_title}},
-        "yaxis": {"title": {"text": y_title}, "tickformat": y_format, "rangemode": "tozero"},
-    }
+    x_axis, y_axis = {"title": {"text": x_title}}, _axis(y_title, y_format)
+    return {"xaxis": x_axis, "yaxis": y_axis, "barmode": "stack"}
 
 
-def two_panels(upper: dict[str, Any], lower: dict[str, Any]) -> dict[str, Any]:
+def two_panels(
+    upper: str, lower: str, *, upper_format: str = "", lower_format: str = ""
+) -> dict[str, Any]:
     """Two stacked panels sharing the x axis; curves of the lower panel are on "y2"."""
     return {
         "xaxis": {"title": {"text": "training step"}, "anchor": "y2"},
-        "yaxis": {"domain": [0.42, 1.0], **upper},
-        "yaxis2": {"domain": [0.0, 0.33], "anchor": "x", **lower},
+        "yaxis": {"domain": [0.42, 1.0], **_axis(upper, upper_format)},
+        "yaxis2": {"domain": [0.0, 0.33], "anchor": "x", **_axis(lower, lower_format)},
     }
+
+
+def _axis(title: str, form: str) -> dict[str, Any]:
+    return {"title": {"text": title}, "tickformat": form, "rangemode": "tozero"}

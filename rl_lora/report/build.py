@@ -8,22 +8,18 @@ from typing import Any
 
 from rl_lora.report.blocks import Section
 from rl_lora.report.figures import make_sections
-from rl_lora.report.page import Page, packed_size
+from rl_lora.report.page import Page, packed
 from rl_lora.report.records import RunRecord, read_runs
 from rl_lora.report.summary import evaluation_table, make_tiles, run_table, settings_section
-from rl_lora.report.tables import printable
 from rl_lora.report.text import Formulas, segments
 from rl_lora.report.transcripts import (
     HEAD_CHARS,
     TAIL_CHARS,
-    CutText,
     Sample,
     sample_transcripts,
 )
 
 MAX_DATA_BYTES = 2_600_000  # in the page, which stays under 5 MB with plotly's 2 MB
-
-_SHORT_FIELDS = ("source", "problem", "reference", "answer", "status")
 
 
 def build_page(folders: Sequence[Path]) -> tuple[Page, bytes]:
@@ -39,7 +35,7 @@ def build_page(folders: Sequence[Path]) -> tuple[Page, bytes]:
         page = _page(runs, sample, head_chars, tail_chars)
         data = page.to_json()
         # Text that does not compress well is halved until the page is small enough.
-        if packed_size(data) <= MAX_DATA_BYTES or head_chars < 100:
+        if len(packed(data)) <= MAX_DATA_BYTES or head_chars < 100:
             return page, data
         head_chars, tail_chars = head_chars // 2, tail_chars // 2
 
@@ -53,26 +49,28 @@ def _page(runs: Sequence[RunRecord], sample: Sample, head_chars: int, tail_chars
         sections.append(Section("evaluations", "Evaluations", tables=[table]))
     sections.append(settings_section(runs))
     labels = [run.label for run in runs]
-    notes = [
-        f"{run.label}: {note}" if len(runs) > 1 else note
-        for run in runs
-        for note in [*run.notes, *_evaluation_notes(run)]
-    ]
+    notes = []
+    for run in runs:
+        of = f"{run.label}: " if len(runs) > 1 else ""
+        evaluations = dict.fromkeys(note for one in run.evaluations for note in one.result.notes)
+        notes += [f"{of}{note}" for note in (*run.notes, *evaluations)]
+    if sample.num_damaged:
+        notes.append(f"transcripts: {sample.num_damaged:,} unreadable lines are left out")
+    notes += [f"{run.label} has not finished a step yet" for run in runs if not run.steps]
     return Page(
         title=labels[0] if len(runs) == 1 else f"{len(runs)} runs",
         subtitle=_subtitle(runs),
         tiles=make_tiles(runs[0]) if len(runs) == 1 else [],
         sections=sections,
         transcripts=_transcripts(sample, labels, head_chars, tail_chars),
-        notes=[*notes, *_damage_notes(sample), *_empty_notes(runs)],
+        notes=notes,
     )
 
 
 def _subtitle(runs: Sequence[RunRecord]) -> str:
     if len(runs) > 1:
         return ", ".join(run.label for run in runs)
-    config = runs[0].config.get("data")
-    sources = config.get("train") if isinstance(config, dict) else None
+    sources = runs[0].setting("data", "train")
     names = [str(s["name"]) for s in sources or [] if isinstance(s, dict) and "name" in s]
     return f"Reinforcement learning on {', '.join(names)}" if names else ""
 
@@ -84,15 +82,14 @@ def _transcripts(
     if not sample.records:
         return None
     formulas = Formulas()
-    records = []
-    for record in sample.records:
-        shown = dict(record)
-        for key in _SHORT_FIELDS:
-            shown[key] = None if record[key] is None else printable(record[key])
-        question: CutText = record["question"]
-        shown["question"] = segments(question.cut(head_chars, 0), formulas)
-        shown["completion"] = segments(record["completion"].cut(head_chars, tail_chars), formulas)
-        records.append(shown)
+    records = [
+        {
+            **record,
+            "question": segments(record["question"].cut(head_chars, 0), formulas),
+            "completion": segments(record["completion"].cut(head_chars, tail_chars), formulas),
+        }
+        for record in sample.records
+    ]
     return {
         "note": _sample_note(sample, head_chars, tail_chars),
         "runs": list(labels),
@@ -102,7 +99,7 @@ def _transcripts(
 
 
 def _sample_note(sample: Sample, head_chars: int, tail_chars: int) -> str:
-    num, files = len(sample.records), len(sample.files)
+    num, files = len(sample.records), sample.num_files
     source = f"{files} file" + ("s" if files > 1 else "")
     if num == sample.num_read:
         text = f"All {num:,} transcripts of {source}."
@@ -118,17 +115,3 @@ def _sample_note(sample: Sample, head_chars: int, tail_chars: int) -> str:
         text += f" Long completions keep their first {head_chars:,} and last {tail_chars:,}"
         text += " characters."
     return text
-
-
-def _evaluation_notes(run: RunRecord) -> list[str]:
-    return list(dict.fromkeys(note for one in run.evaluations for note in one.result.notes))
-
-
-def _damage_notes(sample: Sample) -> list[str]:
-    if not sample.num_damaged:
-        return []
-    return [f"transcripts: {sample.num_damaged:,} unreadable lines are left out"]
-
-
-def _empty_notes(runs: Sequence[RunRecord]) -> list[str]:
-    return [f"{run.label} has not finished a step yet" for run in runs if not run.steps]

@@ -5,15 +5,19 @@ For one run, colours are series; for several, colours are runs and dashes are se
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from rl_lora.report.blocks import (
     DASHES,
     Figure,
     Trace,
     band,
+    bar,
     color,
     curve,
     moving,
@@ -52,33 +56,31 @@ def metric_figure(
 ) -> Figure | None:
     """Keys of the steps as curves; None if no run has any of them."""
     curves = [c for c in curves if any(series(run.steps, c.key)[0] for run in runs)]
-    runs_with = [run for run in runs if any(series(run.steps, c.key)[0] for c in curves)]
     data: list[Trace] = []
     notes = [note] if note else []
+    reaches = set()
     is_single = len(runs) == 1
     for index, run in enumerate(runs):
         records, group_size = thinned(run.steps)
         if group_size > 1:
             notes.append(f"Each point of {run.label} is the mean of {group_size} steps.")
-        has_entry = False
-        for place, item in enumerate(curves):
-            label = None if is_single else run.label
-            dash = item.dash if is_single else DASHES[place % len(DASHES)]
-            traces = _metric_traces(
-                records, item, item.color if is_single else color(index), dash, label
-            )
-            if not is_single:  # one legend entry per run
-                for trace in traces:
-                    trace["showlegend"] = trace["showlegend"] and not has_entry
-                    has_entry = has_entry or trace["showlegend"]
-            data += traces
+        for item, dash in zip(curves, itertools.cycle(DASHES), strict=False):
+            if not is_single:
+                item = replace(item, name=run.label, color=color(index), dash=dash)
+            if traces := _metric_traces(records, item):
+                data += traces
+                reaches.add(smooth_reach(len(records)))
     if not data:
         return None
+    named: set[str] = set()  # one legend entry per run, or per series of a single run
+    for trace in data:
+        if trace["showlegend"]:
+            trace["showlegend"] = trace["name"] not in named
+            named.add(trace["name"])
     if not is_single and len(curves) > 1:
         words = {"solid": "solid", "dash": "dashed", "dot": "dotted"}
         keys = [f"{words.get(d, d)}: {s.name}" for d, s in zip(DASHES, curves, strict=False)]
         notes.insert(0, "; ".join(keys).capitalize() + ".")
-    reaches = {smooth_reach(len(thinned(run.steps)[0])) for run in runs_with}
     if any(reaches) and any(item.is_noisy for item in curves):
         windows = " and ".join(str(2 * reach + 1) for reach in sorted(reaches) if reach)
         notes.append(f"Thin: each step. Thick: moving mean over {windows} points.")
@@ -87,25 +89,20 @@ def metric_figure(
     return Figure(figure_id, title, data, form, " ".join(notes))
 
 
-def _metric_traces(
-    records: Sequence[Record], item: Series, shade: str, dash: str, label: str | None
-) -> list[Trace]:
+def _metric_traces(records: Sequence[Record], item: Series) -> list[Trace]:
     """The curve; given enough steps, a moving mean over the faint values, with its band."""
     steps, values = series(records, item.key)
     if not steps:
         return []
     values = [value * item.scale for value in values]
-    group = f"{label}/{item.key}" if label is None else label
-    name = item.name if label is None else label
-    place = {"yaxis": item.axis, "legendgroup": group}
-    hover = f"%{{y:{item.form}}}{item.unit}"
-    thick = curve((steps, values), name, shade, dash=dash, hovertemplate=hover, **place)
-    thick["showlegend"] = True
+    place = {"yaxis": item.axis, "legendgroup": item.name, "dash": item.dash}
+    thick = curve((steps, values), item.name, item.color, form=item.form, **place)
+    thick |= {"showlegend": True, "hovertemplate": thick["hovertemplate"] + item.unit}
     reach = smooth_reach(len(steps)) if item.is_noisy else 0
     if reach == 0:
         return [thick]
     means, spreads = moving(values, reach)
-    faint = curve((steps, values), name, f"{shade}@0.35", **place)
+    faint = curve((steps, values), item.name, f"{item.color}@0.35", **place)
     faint |= {"mode": "lines", "showlegend": False, "hoverinfo": "skip", "hovertemplate": None}
     faint["line"]["width"] = 1
     thick |= {
@@ -116,9 +113,9 @@ def _metric_traces(
     }
     traces = [faint, thick]
     if item.has_band:
-        low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
-        high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
-        traces.insert(0, band(steps, low, high, shade, **place))
+        low, high = np.subtract(means, spreads).tolist(), np.add(means, spreads).tolist()
+        look = {"yaxis": item.axis, "legendgroup": item.name}
+        traces.insert(0, band(steps, low, high, item.color, **look))
     return traces
 
 
@@ -130,14 +127,6 @@ def stacked(
     for name, (key, shade) in shares.items():
         steps, values = series(records, key)
         if any(values):
-            data.append(
-                {
-                    "type": "bar",
-                    "x": rounded(steps),
-                    "y": rounded(values),
-                    "name": name,
-                    "marker": {"color": shade, "line": {"width": 0}},
-                    "hovertemplate": f"%{{y:{form}}}{unit}",
-                }
-            )
+            hover = f"%{{y:{form}}}{unit}"
+            data.append(bar(rounded(steps), rounded(values), name, shade, hover))
     return data

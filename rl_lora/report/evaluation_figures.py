@@ -7,95 +7,91 @@ from collections.abc import Sequence
 import numpy as np
 
 from rl_lora.evaluation.scores import EvaluationScores
-from rl_lora.report.blocks import DASHES, Figure, Trace, band, color, curve, layout, rounded
+from rl_lora.report.blocks import (
+    DASHES,
+    MAX_MARKERS,
+    Figure,
+    Trace,
+    band,
+    color,
+    curve,
+    layout,
+    rounded,
+    two_panels,
+)
 from rl_lora.report.records import Evaluation, RunRecord
+
+TITLE = "Held-out accuracy"
+_ID = "evaluation_held_out"
+# Of the scores: the field, its format and its panel.
+_NUMBERS = {"accuracy": ("accuracy", ".1%", "y"), "tokens": ("tokens_mean", ".0f", "y2")}
 
 
 def evaluation_figures(runs: Sequence[RunRecord]) -> list[Figure | None]:
-    """Each series of evaluations over the training steps, and its sources if it has several."""
-    figures: list[Figure | None] = []
-    for name in sorted({name for run in runs for name in run.series_names}):
-        figures.append(evaluation_figure(runs, name))
-        if len(runs) == 1:
-            figures.append(_by_source(runs[0], name))
-        else:
-            figures += _source_figures(runs, name)
-    return figures
+    """Held-out accuracy over the training steps; its sources if there are several.
 
-
-def evaluation_title(name: str) -> str:
-    """A series' heading. Example: "Held-out accuracy", "AIME 2024"."""
-    if not name:
-        return "Held-out accuracy"
-    if name.lower().startswith("aime") and name[4:].isdigit():
-        return f"AIME {2000 + int(name[4:]) % 2000}"
-    return name
-
-
-def evaluation_figure(runs: Sequence[RunRecord], name: str) -> Figure | None:
-    """A series' accuracy by step; of one run also the format, pass@k, maj@k and the base model."""
-    data: list[Trace] = []
-    for index, run in enumerate(runs):
-        evaluations = run.evaluations_of(name)
-        if len(runs) > 1:
-            data += _traces(evaluations, None, run.label, color(index))
-        elif evaluations:
-            data += _traces(evaluations, None, "accuracy", "c0")
-            data += _extras(evaluations)
-            data += _base_line(run, name)
-    if not data:
-        return None
-    results = [one.result for run in runs for one in run.evaluations_of(name)]
-    counts = sorted({result.total.num_problems for result in results})
-    sources = sorted({source for result in results for source in result.by_source})
-    of = f" of {', '.join(sources)}" if 0 < len(sources) <= 6 else ""
-    levels = sorted({result.confidence for result in results})
-    note = (
-        f"{' or '.join(f'{count:,}' for count in counts)} problems{of}; "
-        f"bands: {' and '.join(f'{level:.0%}' for level in levels)} intervals."
-    )
-    return _figure(_id(name), evaluation_title(name), data, note, "share of completions")
-
-
-def _by_source(run: RunRecord, name: str) -> Figure | None:
-    evaluations = run.evaluations_of(name)
-    sources = _sources(evaluations)
-    if not 2 <= len(sources) <= 20:
-        return None
-    data = []
-    for index, source in enumerate(sources):
-        data += _traces(evaluations, source, source, color(index), DASHES[index % len(DASHES)])
-    title = f"{evaluation_title(name)} by source"
-    return _figure(f"{_id(name)}_by_source", title, data, _bands_note(evaluations))
-
-
-def _source_figures(runs: Sequence[RunRecord], name: str) -> list[Figure]:
-    """Each source of an evaluation, several runs overlaid."""
-    evaluations = [one for run in runs for one in run.evaluations_of(name)]
-    sources = _sources(evaluations)
-    if not 2 <= len(sources) <= 6:  # one is the whole evaluation; the table has them all
-        return []
-    figures = []
+    Those of one run are in one figure, those of several runs in a figure each.
+    """
+    figures = [evaluation_figure(runs)]
+    evaluations = [one for run in runs for one in run.held_out]
+    sources = source_names(evaluations)
+    if not 2 <= len(sources) <= (20 if len(runs) == 1 else 6):
+        return figures  # a single source is the whole evaluation; the table has them all
+    note = _bands_note(evaluations)
+    by_source: list[Trace] = []
     for place, source in enumerate(sources):
+        if len(runs) == 1:
+            dash = DASHES[place % len(DASHES)]
+            by_source += _traces(evaluations, source, source, color(place), dash)
+            continue
         data = []
         for index, run in enumerate(runs):
-            data += _traces(run.evaluations_of(name), source, run.label, color(index))
-        title = f"{evaluation_title(name)}: {source}"
-        figure_id = f"{_id(name)}_source_{place}"
-        figures.append(_figure(figure_id, title, data, _bands_note(evaluations)))
+            data += _traces(run.held_out, source, run.label, color(index))
+        figures.append(_figure(f"{_ID}_source_{place}", f"{TITLE}: {source}", data, note))
+    if by_source:
+        figures.append(_figure(f"{_ID}_by_source", f"{TITLE} by source", by_source, note))
     return figures
 
 
-def _id(name: str) -> str:
-    return f"evaluation_{name or 'held_out'}"
+def evaluation_figure(runs: Sequence[RunRecord]) -> Figure | None:
+    """Held-out accuracy by step; of one run also the format, pass@k, maj@k and the base model."""
+    data: list[Trace] = []
+    for index, run in enumerate(runs):
+        if len(runs) > 1:
+            data += _traces(run.held_out, None, run.label, color(index))
+        elif run.held_out:
+            data += _traces(run.held_out, None, "accuracy", "c0")
+            data += _extras(run.held_out) + _base_line(run, None)
+    if not data:
+        return None
+    evaluations = [one for run in runs for one in run.held_out]
+    counts = sorted({one.result.total.num_problems for one in evaluations})
+    sources = source_names(evaluations)
+    of = f" of {', '.join(sources)}" if 0 < len(sources) <= 6 else ""
+    problems = f"{' or '.join(f'{count:,}' for count in counts)} problems{of}."
+    note = f"{problems} {_bands_note(evaluations)}"
+    return _figure(_ID, TITLE, data, note, "share of completions")
 
 
-def _sources(evaluations: Sequence[Evaluation]) -> list[str]:
+def panels_figure(run: RunRecord, source: str | None) -> Figure:
+    """Held-out accuracy over mean completion length; source None: of all problems.
+
+    Figure 7b of 'LoRA Without Regret'.
+    """
+    data = _traces(run.held_out, source, "accuracy", "c0") + _base_line(run, source)
+    data += _traces(run.held_out, source, "mean length (below)", "c1", number="tokens")
+    form = two_panels("accuracy", "length (tokens)", upper_format=".0%")
+    return Figure("panels", source or "all problems", data, form, _bands_note(run.held_out))
+
+
+def source_names(evaluations: Sequence[Evaluation]) -> list[str]:
+    """The sources of the evaluations' problems, sorted."""
     return sorted({source for one in evaluations for source in one.result.by_source})
 
 
 def _bands_note(evaluations: Sequence[Evaluation]) -> str:
-    return f"Bands: {evaluations[-1].result.confidence:.0%} intervals."
+    levels = sorted({one.result.confidence for one in evaluations})
+    return f"Bands: {' and '.join(f'{level:.0%}' for level in levels)} intervals."
 
 
 def _figure(
@@ -113,19 +109,29 @@ def _traces(
     name: str,
     shade: str,
     dash: str = "solid",
+    number: str = "accuracy",
 ) -> list[Trace]:
-    """Accuracy with its interval as band and bars, over training steps; source None: all."""
-    points = scores_by_step(evaluations, source)
+    """One number with its interval as band and bars, over training steps; source None: of all.
+
+    It is the accuracy, or "tokens": the mean completion length, in the lower panel.
+    """
+    points = _scores_by_step(evaluations, source)
     if not points:
         return []
+    middle, form, axis = _NUMBERS[number]
     steps = [step for step, _ in points]
-    mid = [scores.accuracy for _, scores in points]
-    low = [scores.accuracy_low for _, scores in points]
-    high = [scores.accuracy_high for _, scores in points]
-    line = curve((steps, mid), name, shade, dash=dash, legendgroup=name)
-    line["customdata"] = [[f"{lo:.1%}", f"{hi:.1%}"] for lo, hi in zip(low, high, strict=True)]
-    line["hovertemplate"] = "%{y:.1%} (%{customdata[0]} to %{customdata[1]})"
-    if len(steps) <= 30:
+    mid, low, high = (
+        [getattr(scores, key) for _, scores in points]
+        for key in (middle, f"{number}_low", f"{number}_high")
+    )
+    line = curve((steps, mid), name, shade, dash=dash, form=form, legendgroup=name, yaxis=axis)
+    if None in (*low, *high):  # of an earlier version
+        return [line]
+    line["customdata"] = [
+        [f"{lo:{form}}", f"{hi:{form}}"] for lo, hi in zip(low, high, strict=True)
+    ]
+    line["hovertemplate"] += " (%{customdata[0]} to %{customdata[1]})"
+    if len(steps) <= MAX_MARKERS:
         line["error_y"] = {
             "type": "data",
             "symmetric": False,
@@ -136,24 +142,24 @@ def _traces(
             "thickness": 1,
             "width": 4,
         }
-    return [band(steps, low, high, shade, legendgroup=name), line]
+    return [band(steps, low, high, shade, legendgroup=name, yaxis=axis), line]
 
 
-def scores_by_step(
+def _scores_by_step(
     evaluations: Sequence[Evaluation], source: str | None
 ) -> list[tuple[float, EvaluationScores]]:
     """(step, scores) of the evaluations that have the source; None: all problems."""
-    points = []
-    for one in evaluations:
-        scores = one.result.total if source is None else one.result.by_source.get(source)
-        if one.step is not None and scores is not None:
-            points.append((float(one.step), scores))
-    return points
+    return [
+        (float(one.step), scores)
+        for one in evaluations
+        if one.step is not None
+        and (scores := one.result.by_source.get(source) if source else one.result.total)
+    ]
 
 
 def _extras(evaluations: Sequence[Evaluation]) -> list[Trace]:
     """The format, and with several samples per problem pass@k and maj@k."""
-    points = scores_by_step(evaluations, None)
+    points = _scores_by_step(evaluations, None)
     k = points[-1][1].num_samples
     shown = [
         ("in the requested format", "format_rate", "c2", "dot"),
@@ -168,17 +174,16 @@ def _extras(evaluations: Sequence[Evaluation]) -> list[Trace]:
     for name, key, shade, dash in shown:
         pairs = [(step, value) for step, s in points if (value := getattr(s, key)) is not None]
         if pairs:
-            steps, values = [step for step, _ in pairs], [value for _, value in pairs]
+            steps, values = zip(*pairs, strict=True)
             data.append(curve((steps, values), name, shade, dash=dash, form=".1%"))
     return data
 
 
-def _base_line(run: RunRecord, name: str) -> list[Trace]:
-    base = run.evaluation_named("base" if not name else f"base_{name}")
+def _base_line(run: RunRecord, source: str | None) -> list[Trace]:
+    base = next((one.result for one in run.evaluations if one.name == "base"), None)
     if base is None:
         return []
+    scores = base.total if source is None else base.by_source[source]
     last = max([1, run.last_step, *(one.step or 0 for one in run.evaluations)])
-    ends = ([0, last], [base.result.accuracy] * 2)
-    line = curve(ends, "base model", "muted", dash="longdash", form=".1%")
-    line["mode"] = "lines"
-    return [line]
+    ends = ([0, last], [scores.accuracy] * 2)
+    return [curve(ends, "base model", "muted", dash="longdash", form=".1%", mode="lines")]

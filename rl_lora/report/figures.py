@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from rl_lora.report.blocks import (
     DASHES,
@@ -11,6 +12,7 @@ from rl_lora.report.blocks import (
     Section,
     Trace,
     band,
+    bar,
     color,
     curve,
     layout,
@@ -19,7 +21,7 @@ from rl_lora.report.blocks import (
 )
 from rl_lora.report.curves import Series, metric_figure, stacked
 from rl_lora.report.evaluation_figures import evaluation_figures
-from rl_lora.report.records import Record, RunRecord, series, thinned
+from rl_lora.report.records import Record, RunRecord, number, series, thinned
 
 _PHASES = ("sample", "learn", "eval", "publish", "score", "warm_start")
 _PHASE_COLORS = dict(zip(_PHASES, ("c0", "c1", "c2", "c3", "c4", "c5"), strict=True))
@@ -27,20 +29,20 @@ _PHASE_COLORS = dict(zip(_PHASES, ("c0", "c1", "c2", "c3", "c4", "c5"), strict=T
 
 def make_sections(runs: Sequence[RunRecord]) -> list[Section]:
     """All figures that the records have numbers for, in four sections."""
-    parts: list[tuple[str, str, list[Callable[[Sequence[RunRecord]], Figure | None]]]] = [
-        ("learning", "Does it learn?", [reward_figure]),
-        ("answers", "How does it answer?", [length_figure, _groups, _statuses]),
-        ("health", "Is the training healthy?", [_kl, _ratio, _optimizer]),
-        ("cost", "What does it cost?", [_phases, _speed, _memory]),
+    learning = [
+        reward_figure(runs), *evaluation_figures(runs), _reward_by_source(runs), _warm_start(runs)
+    ]  # fmt: skip
+    parts = [
+        ("learning", "Does it learn?", learning),
+        ("answers", "How does it answer?", [length_figure(runs), _groups(runs), _statuses(runs)]),
+        ("health", "Is the training healthy?", [_kl(runs), _ratio(runs), _optimizer(runs)]),
+        ("cost", "What does it cost?", [_phases(runs), _speed(runs), _memory(runs)]),
     ]
-    sections = []
-    for section_id, title, makers in parts:
-        made = [make(runs) for make in makers]
-        if section_id == "learning":
-            made += [*evaluation_figures(runs), _reward_by_source(runs), _warm_start(runs)]
-        if figures := [figure for figure in made if figure is not None]:
-            sections.append(Section(section_id, title, figures))
-    return sections
+    return [
+        Section(section_id, title, there)
+        for section_id, title, figures in parts
+        if (there := [figure for figure in figures if figure is not None])
+    ]
 
 
 def reward_figure(runs: Sequence[RunRecord]) -> Figure | None:
@@ -82,36 +84,30 @@ def length_figure(runs: Sequence[RunRecord]) -> Figure | None:
         Series("cot/tokens_wrong_mean", "wrong", "c1", "dot", form=".0f", unit=" tokens"),
         Series("cot/truncated_rate", "truncated (below)", "c3", axis="y2", form=".1%"),
     ]
-    upper = {"title": {"text": "mean length (tokens)"}, "rangemode": "tozero"}
-    lower = {"title": {"text": "truncated"}, "tickformat": ".0%", "rangemode": "tozero"}
-    figure = metric_figure(
-        "length", "Length of the chain of thought", runs, curves, two_panels(upper, lower)
-    )
+    form = two_panels("mean length (tokens)", "truncated", lower_format=".0%")
     caps = {cap for run in runs if (cap := run.setting("sampling", "max_tokens"))}
-    if figure is not None and len(caps) == 1:
-        cap = caps.pop()
-        note = f"Completions are truncated at {cap:,} tokens. {figure.note}"
-        figure = replace(figure, note=note)
-    return figure
+    note = f"Completions are truncated at {caps.pop():,} tokens." if len(caps) == 1 else ""
+    return metric_figure("length", "Length of the chain of thought", runs, curves, form, note)
 
 
 def _groups(runs: Sequence[RunRecord]) -> Figure | None:
-    names = {"solved_all": "all solved", "mixed": "mixed", "solved_none": "none solved"}
+    shares = {
+        "all solved": ("groups/solved_all_rate", "c0"),
+        "mixed": ("groups/mixed_rate", "c2"),
+        "none solved": ("groups/solved_none_rate", "c1"),
+    }
     title, y_title = "Groups by outcome", "share of the step's groups"
     note = "A group is the samples of one problem; a tied one (all rewards equal) has no gradient."
     if len(runs) > 1:
-        dashes = zip(("mixed", "solved_all", "solved_none"), DASHES, strict=False)
-        curves = [Series(f"groups/{k}_rate", names[k], "c0", d, form=".0%") for k, d in dashes]
+        curves = [Series(key, name, shade, form=".0%") for name, (key, shade) in shares.items()]
         return metric_figure("groups", title, runs, curves, layout(y_title, y_format=".0%"))
     records, _ = thinned(runs[0].steps)
-    shades = {"solved_all": "c0", "mixed": "c2", "solved_none": "c1"}
-    shares = {names[key]: (f"groups/{key}_rate", shades[key]) for key in names}
     data = stacked(records, shares, ".0%")
     steps, tied = series(records, "groups/tied_rate")
     if not data or not steps:
         return None
     data.append(curve((steps, tied), "tied: no gradient", "ink", dash="dot", form=".0%"))
-    form = layout(y_title, y_format=".0%") | {"barmode": "stack"}
+    form = layout(y_title, y_format=".0%")
     form["yaxis"]["range"] = [0, 1.02]
     return Figure("groups", title, data, form, note)
 
@@ -120,21 +116,16 @@ def _statuses(runs: Sequence[RunRecord]) -> Figure | None:
     """The verifier's statuses other than ok; for one run."""
     if len(runs) > 1:
         return None
-    records, _ = thinned(runs[0].steps)
-    keys = sorted({key for r in records for key in r if key.startswith("score/")})
-    keys = [key for key in keys if key != "score/ok"]
+    records = [record for record in thinned(runs[0].steps)[0] if record.get("rollouts/num")]
+    keys = sorted({k for r in records for k in r if k.startswith("score/")} - {"score/ok"})
     shares = {
         key.removeprefix("score/").replace("_", " "): (key, color(i)) for i, key in enumerate(keys)
     }
-    scaled = [
-        {**r, **{key: r[key] / r["rollouts/num"] for key in keys if key in r}}
-        for r in records
-        if r.get("rollouts/num")
-    ]
+    scaled = [{**r, **{k: r[k] / r["rollouts/num"] for k in keys if k in r}} for r in records]
     data = stacked(scaled, shares, ".1%")
     if not data:
         return None
-    form = layout("share of the step's completions", y_format=".1~%") | {"barmode": "stack"}
+    form = layout("share of the step's completions", y_format=".1~%")
     note = "Completions that the verifier could not grade normally; all others are 'ok'."
     return Figure("statuses", "Verifier statuses other than ok", data, form, note)
 
@@ -184,9 +175,7 @@ def _optimizer(runs: Sequence[RunRecord]) -> Figure | None:
         Series("entropy/mean", "entropy", "c0", unit=" nats"),
         Series("grad/norm", "gradient norm (below)", "c1", axis="y2"),
     ]
-    upper = {"title": {"text": "entropy (nats)"}, "rangemode": "tozero"}
-    lower = {"title": {"text": "gradient norm"}, "rangemode": "tozero"}
-    form = two_panels(upper, lower)
+    form = two_panels("entropy (nats)", "gradient norm")
     return metric_figure("entropy", "Entropy and gradient norm", runs, curves, form)
 
 
@@ -198,22 +187,18 @@ def _speed(runs: Sequence[RunRecord]) -> Figure | None:
     return metric_figure("speed", "Throughput", runs, curves, layout("tokens per second"))
 
 
-def _phases(runs: Sequence[RunRecord]) -> Figure | None:
-    return _phases_by_run(runs) if len(runs) > 1 else _phases_by_step(runs[0])
-
-
 def _phase_records(run: RunRecord) -> list[dict[str, float]]:
     """Each step's seconds by phase; `other` is the time between phases."""
     found = []
     for record in run.steps:
-        seconds = {
-            key[len("time/") : -len("_s")]: record[key]
+        times = {
+            key.removeprefix("time/").removesuffix("_s"): value
             for key in record
-            if key.startswith("time/") and key != "time/step_s" and series([record], key)[0]
+            if key.startswith("time/") and (value := number(record[key])) is not None
         }
-        if series([record], "time/step_s")[0]:
-            seconds["other"] = max(0.0, record["time/step_s"] - sum(seconds.values()))
-        found.append({"step": record["step"], **seconds})
+        if (whole := times.pop("step", None)) is not None:
+            times["other"] = max(0.0, whole - sum(times.values()))
+        found.append({"step": record["step"], **times})
     return found
 
 
@@ -222,15 +207,16 @@ def _phase_names(records: Sequence[Record]) -> list[str]:
     return sorted(names, key=lambda name: (name == "other", (*_PHASES, name).index(name), name))
 
 
-def _phases_by_step(run: RunRecord) -> Figure | None:
-    records = _phase_records(run)
+def _phases(runs: Sequence[RunRecord]) -> Figure | None:
+    if len(runs) > 1:
+        return _phases_by_run(runs)
+    records = _phase_records(runs[0])
     shares = {
         name.replace("_", " "): (name, _PHASE_COLORS.get(name, "c6"))
         for name in _phase_names(records)
     }
     data = stacked(thinned(records)[0], shares, ".1f", " s")
-    form = layout("seconds") | {"barmode": "stack"}
-    return Figure("time", "Seconds by phase", data, form) if data else None
+    return Figure("time", "Seconds by phase", data, layout("seconds")) if data else None
 
 
 def _phases_by_run(runs: Sequence[RunRecord]) -> Figure | None:
@@ -240,24 +226,14 @@ def _phases_by_run(runs: Sequence[RunRecord]) -> Figure | None:
     if not records_of:
         return None
     names = _phase_names([record for records in records_of.values() for record in records])
-    data = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "y": list(records_of),
-            "x": rounded(
-                [sum(r.get(name, 0.0) for r in rs) / len(rs) for rs in records_of.values()]
-            ),
-            "name": name.replace("_", " "),
-            "marker": {"color": _PHASE_COLORS.get(name, "c6")},
-            "hovertemplate": "%{x:.1f} s",
-        }
-        for name in names
-    ]
-    form = layout("", x_title="mean seconds per step") | {
-        "barmode": "stack",
-        "hovermode": "closest",
-    }
+    data = []
+    for name in names:
+        means = [fmean(r.get(name, 0.0) for r in records) for records in records_of.values()]
+        shade = _PHASE_COLORS.get(name, "c6")
+        label, seconds = name.replace("_", " "), rounded(means)
+        hover = "%{x:.1f} s"
+        data.append(bar(seconds, list(records_of), label, shade, hover, orientation="h"))
+    form = layout("", x_title="mean seconds per step") | {"hovermode": "closest"}
     form["yaxis"] = {"automargin": True, "autorange": "reversed"}
     return Figure("time", "Seconds by phase", data, form)
 

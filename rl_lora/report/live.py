@@ -6,10 +6,10 @@ keeps filters, zoom and scroll position.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,13 +25,6 @@ _POLL_S = 1.0  # between looks at the files
 _BUSY_FACTOR = 5  # pause after a build, in units of its duration: a sixth of a core at most
 
 
-@dataclass(frozen=True, slots=True)
-class _Built:
-    page: Page
-    data: bytes
-    version: str
-
-
 class LiveReport:
     """The newest page of the runs, read by the server's threads.
 
@@ -41,57 +34,38 @@ class LiveReport:
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = folders
-        self._state: tuple[tuple[str, int, int], ...] = ()
-        self._num_builds = 0
-        self._next_build = 0.0
-        self._start = time.time_ns()  # so that versions differ between servers
-        self._built: _Built | None = None
+        self._state: object = None  # of the files, at the last build
+        self.built: tuple[Page, bytes, str]  # the page being served, its JSON and its version
         self.problem = ""
         self.refresh()
-        if self._built is None:
+        if self.problem:
             raise UserError(self.problem)
-
-    @property
-    def built(self) -> _Built:
-        """The page being served."""
-        assert self._built is not None
-        return self._built
 
     def refresh(self) -> bool:
         """Rebuilds the page if files have changed; returns whether it did.
 
         If a record is damaged right now the page stays as it is, and `problem` says why.
         """
-        now = time.monotonic()
         state = self._look()
-        if state == self._state or now < self._next_build:
+        if state == self._state:
             return False
-        self._state = state
+        self._state, self.problem = state, ""
         try:
-            page, data = build_page(self._folders)
+            self.built = *build_page(self._folders), str(time.time_ns())
         except UserError as error:
             self.problem = str(error)
-            return False
-        finally:
-            end = time.monotonic()
-            self._next_build = end + _BUSY_FACTOR * (end - now)
-        self.problem = ""
-        self._num_builds += 1
-        self._built = _Built(page, data, f"{self._start}-{self._num_builds}")
-        return True
+        return not self.problem
 
-    def _look(self) -> tuple[tuple[str, int, int], ...]:
+    def _look(self) -> list[tuple[str, int, int]]:
         """(path, size, modification time) of the files that a report is built from."""
         found = []
         for folder in self._folders:
             for pattern in ("*.json", "*.jsonl*", "eval/*.json*"):
                 for path in sorted(folder.glob(pattern)):
-                    try:
+                    with contextlib.suppress(FileNotFoundError):  # replaced or deleted meanwhile
                         status = path.stat()
-                    except FileNotFoundError:  # replaced or deleted meanwhile
-                        continue
-                    found.append((str(path), status.st_size, status.st_mtime_ns))
-        return tuple(found)
+                        found.append((str(path), status.st_size, status.st_mtime_ns))
+        return found
 
 
 def make_server(report: LiveReport, port: int | None) -> ThreadingHTTPServer:
@@ -108,15 +82,15 @@ def make_server(report: LiveReport, port: int | None) -> ThreadingHTTPServer:
                 # DNS rebinding: a site whose name resolves to this address must not read the page.
                 self.send_error(HTTPStatus.FORBIDDEN)
                 return
-            built = report.built
+            page, data, version = report.built
             match urlsplit(self.path).path:
                 case "/":
-                    html = to_html(built.page, built.data, live_version=built.version)
+                    html = to_html(page, data, live_version=version)
                     self._answer("text/html; charset=utf-8", html.encode())
                 case "/version":
-                    self._answer("text/plain", built.version.encode())
+                    self._answer("text/plain", version.encode())
                 case "/data":
-                    self._answer("application/json", built.data)
+                    self._answer("application/json", data)
                 case _:
                     self.send_error(HTTPStatus.NOT_FOUND)
 
@@ -148,18 +122,18 @@ def serve(folders: Sequence[Path], port: int | None = None) -> None:
     Raises:
         UserError: a folder is not a run's, or the port is in use.
     """
-    report = LiveReport(folders)
+    report, shown = LiveReport(folders), ""
     server = make_server(report, port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"http://{HOST}:{server.server_port}/  (Ctrl-C stops)", flush=True)
-    shown = ""
     try:
         while True:
-            time.sleep(_POLL_S)
+            start = time.monotonic()
             report.refresh()
             if report.problem and report.problem != shown:
                 print(f"page not updated: {report.problem}", flush=True)
             shown = report.problem
+            time.sleep(max(_POLL_S, _BUSY_FACTOR * (time.monotonic() - start)))
     except KeyboardInterrupt:
         print("stopped")
     finally:

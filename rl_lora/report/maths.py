@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 from xml.etree.ElementTree import Element
 
@@ -69,12 +70,8 @@ def find_formulas(text: str) -> Iterator[tuple[int, int, str, bool]]:
             end = close + 1
             yield match.start(), end, text[match.start() : end], False
         else:
-            latex = next(
-                match[name]
-                for name in ("dollars", "brackets", "parens", "environment", "dollar")
-                if match[name] is not None
-            )
-            yield match.start(), end, latex, bool(match["dollars"] or match["brackets"])
+            kind = match.lastgroup or ""  # the outermost
+            yield match.start(), end, match[kind], kind in ("dollars", "brackets")
         position = end
 
 
@@ -104,10 +101,8 @@ def _tree(element: Element, depth: int) -> Tree | None:
         return None
     attributes |= {name: v for name, v in element.attrib.items() if _is_allowed(name, v)}
     tree: Tree = [tag, attributes]
-    if element.text:
-        tree.append(
-            html.unescape(element.text)
-        )  # the converter writes symbols as character references
+    if element.text:  # the converter writes symbols as character references
+        tree.append(html.unescape(element.text))
     for child in element:
         branch = _tree(child, depth - 1)
         if branch is None:
@@ -123,11 +118,7 @@ def _is_allowed(name: str, value: str) -> bool:
 
 
 def _depth(latex: str) -> int:
-    depth = deepest = 0
-    for character in latex:
-        depth += (character == "{") - (character == "}")
-        deepest = max(deepest, depth)
-    return deepest
+    return max(accumulate((c == "{") - (c == "}") for c in latex), default=0)
 
 
 def _closing_brace(text: str, start: int) -> int | None:

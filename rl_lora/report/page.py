@@ -13,9 +13,10 @@ import gzip
 import hashlib
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib import resources
 from typing import Any
 
@@ -36,29 +37,15 @@ class Page:
     tiles: Sequence[Tile]
     sections: Sequence[Section]
     transcripts: Mapping[str, Any] | None = None
-    notes: Sequence[str] = field(default_factory=tuple)
+    notes: Sequence[str] = ()
 
     def to_json(self) -> bytes:
         """The page's data for its script: strict JSON in ASCII."""
-        record = {
-            "title": self.title,
-            "subtitle": self.subtitle,
-            "tiles": [asdict(tile) for tile in self.tiles],
-            "sections": [asdict(section) for section in self.sections],
-            "transcripts": self.transcripts,
-            "notes": list(self.notes),
-        }
-        return json.dumps(storable(record), allow_nan=False, separators=(",", ":")).encode()
+        return json.dumps(storable(asdict(self)), allow_nan=False, separators=(",", ":")).encode()
 
 
-def to_html(page: Page, data: bytes | None = None, *, live_version: str = "") -> str:
-    """The whole file.
-
-    Args:
-        page: what to show.
-        data: the page's JSON if it has been made already.
-        live_version: not empty: the page also polls its server for newer data.
-    """
+def to_html(page: Page, data: bytes, *, live_version: str = "") -> str:
+    """The whole file; with a live_version the page also polls its server for newer `data`."""
     script = _asset("page.js") + _asset("transcripts.js") + _asset("start.js")
     plotly = get_plotlyjs()
     nothing, own = "'none'", "'self'"
@@ -79,32 +66,18 @@ def to_html(page: Page, data: bytes | None = None, *, live_version: str = "") ->
         "STYLE": _theme() + _asset("page.css"),
         "MODE": "live" if live_version else "file",
         "VERSION": html.escape(live_version),
-        "PLOTLY": _packed_plotly(),
-        "DATA": _pack(page.to_json() if data is None else data),
+        "PLOTLY": packed(plotly.encode()),
+        "DATA": packed(data),
         "SCRIPT": script,
     }
     # One pass over the template, so that no part is searched for the marks of another.
-    first, *pieces = _asset("page.html").split("{{")
-    filled = [first]
-    for piece in pieces:
-        name, rest = piece.split("}}", 1)
-        filled += [parts[name], rest]
-    return "".join(filled)
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], _asset("page.html"))
 
 
-def packed_size(data: bytes) -> int:
-    """Bytes of the data within the page."""
-    return len(_pack(data))
-
-
-def _pack(data: bytes) -> str:
-    # mtime 0, so that equal data give an equal page.
-    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode("ascii")
-
-
-@cache
-def _packed_plotly() -> str:
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode("ascii")
+@lru_cache(maxsize=2)  # plotly's script, and the data, whose size is looked at first
+def packed(content: bytes) -> str:
+    """As it stands in the page. Equal contents give an equal page: mtime is 0."""
+    return base64.b64encode(gzip.compress(content, mtime=0)).decode("ascii")
 
 
 def _hash(script: str) -> str:

@@ -5,24 +5,21 @@ A run at step 0, one killed in the middle of a line, and one still being written
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rl_lora.errors import UserError
 from rl_lora.evaluation.scores import EvalResult, load_result
-from rl_lora.runs.log import METRICS_FILE
+from rl_lora.runs.log import METRICS_FILE, RECORD_FILE
 from rl_lora.storage import jsonl
 
-RECORD_FILE = "run.json"
 WARM_START_FILE = "warm_start.jsonl"
 MAX_POINTS = 1000  # of a curve: more steps than that are averaged in groups of neighbours
 
-_EVALUATION_NAME = re.compile(r"(?:(?P<before>.+?)[._-])?step_(?P<step>\d+)(?:[._-](?P<after>.+))?")
 _RENAMED_METRIC = "rollouts/age_max"  # of runs before "age" became "staleness"
 _RENAMED_FIGURE = "figures/exams.png"
 
@@ -31,33 +28,28 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One evaluation of a run.
+    """One evaluation of a run."""
 
-    Example: Evaluation(name="step_000010", series="", step=10, result=EvalResult(...))
-    """
-
-    name: str  # of its files
-    series: str  # the name without its step: "" for the held-out evaluation, or e.g. "aime24"
-    step: int | None  # training steps done; None: not a step of the run (base, `rl-lora eval`)
+    name: str  # of its files, e.g. step_000010
     result: EvalResult
+
+    @property
+    def step(self) -> int | None:
+        """Training steps done; None: not a step of the run (base, `rl-lora eval`)."""
+        return self.result.step
 
 
 @dataclass(slots=True)
 class RunRecord:
-    """A run as its folder records it.
-
-    Example: RunRecord(label="quickstart", folder=Path("runs/quickstart"), config={"run": {...}},
-    facts={"dtype": "torch.float32", ...}, steps=[{"step": 1, "reward/mean": 0.2}], warm_start=[],
-    evaluations=[...])
-    """
+    """A run as its folder records it."""
 
     label: str  # unique among the runs of a report
     folder: Path
     config: dict[str, Any]  # sections of settings; empty without run.json
     facts: dict[str, Any]  # the rest of run.json: versions, fingerprints, parameters, process
-    steps: list[Record]  # lines of metrics.jsonl, by step
+    steps: list[Record]  # lines of metrics.jsonl, by step: {"step": 1, "reward/mean": 0.2, ...}
     warm_start: list[Record]
-    evaluations: list[Evaluation]  # the base's, those of training by series and step, others
+    evaluations: list[Evaluation]  # the base's, those of training by step, others
     notes: list[str] = field(default_factory=list)  # what could not be read, what was renamed
 
     def setting(self, section: str, key: str) -> Any:
@@ -70,18 +62,10 @@ class RunRecord:
         """Steps done."""
         return self.steps[-1]["step"] if self.steps else 0
 
-    def evaluations_of(self, series: str) -> list[Evaluation]:
-        """The evaluations of a series made during training, by step."""
-        return [one for one in self.evaluations if one.series == series and one.step is not None]
-
     @property
-    def series_names(self) -> list[str]:
-        """The series evaluated during training, the held-out evaluation's "" first."""
-        return sorted({one.series for one in self.evaluations if one.step is not None})
-
-    def evaluation_named(self, name: str) -> Evaluation | None:
-        """The evaluation whose files have the name."""
-        return next((one for one in self.evaluations if one.name == name), None)
+    def held_out(self) -> list[Evaluation]:
+        """The evaluations made during training, by step."""
+        return [one for one in self.evaluations if one.step is not None]
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -102,12 +86,9 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_run(folder: Path, label: str | None = None, *, is_strict: bool = True) -> RunRecord:
-    """One run.
+    """One run; label None: the folder's name.
 
-    Args:
-        folder: the run's.
-        label: its name; None: the folder's.
-        is_strict: raise for a damaged run.json or evaluation; otherwise leave it out with a note.
+    If not is_strict, a damaged run.json or evaluation is left out with a note.
 
     Raises:
         UserError: the folder is not a run's, or has a damaged record. A half-written last line is
@@ -121,7 +102,11 @@ def read_run(folder: Path, label: str | None = None, *, is_strict: bool = True) 
             f"{folder} is not a run folder: it has neither {RECORD_FILE} nor {METRICS_FILE}"
         )
     problems: list[UserError] = []
-    facts = _read_facts(record_path, problems)
+    facts: dict[str, Any] = {}
+    try:
+        facts = jsonl.read_json(record_path) if record_path.is_file() else {}
+    except UserError as error:
+        problems.append(error)
     evaluations = _read_evaluations(folder / "eval", problems)
     if is_strict and problems:
         raise problems[0]
@@ -165,26 +150,7 @@ def thinned(records: Sequence[Record], max_points: int = MAX_POINTS) -> tuple[li
 
 def _mean(records: Sequence[Record]) -> Record:
     keys = dict.fromkeys(key for record in records for key in record)
-    means = {}
-    for key in keys:
-        values = [value for r in records if (value := number(r.get(key))) is not None]
-        if values:
-            means[key] = sum(values) / len(values)
-    return means
-
-
-def _read_facts(path: Path, problems: list[UserError]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        problems.append(UserError(f"{path} is damaged ({error})"))
-        return {}
-    if not isinstance(facts, dict):
-        problems.append(UserError(f"{path} is damaged: it is not a JSON object"))
-        return {}
-    return facts
+    return {key: fmean(values) for key in keys if (values := series(records, key)[1])}
 
 
 def _read_steps(path: Path) -> list[Record]:
@@ -199,22 +165,13 @@ def _read_evaluations(folder: Path, problems: list[UserError]) -> list[Evaluatio
     evaluations = []
     for path in sorted(folder.glob("*.json")):
         try:
-            result = load_result(path)
+            evaluations.append(Evaluation(path.stem, load_result(path)))
         except UserError as error:
             problems.append(error)
-            continue
-        match = _EVALUATION_NAME.fullmatch(path.stem)
-        parts = [part for part in (match["before"], match["after"]) if part] if match else []
-        step = int(match["step"]) if match else result.step
-        evaluations.append(
-            Evaluation(path.stem, " ".join(parts) if match else path.stem, step, result)
-        )
     return sorted(
         evaluations,
-        key=lambda one: (
-            not one.name.startswith("base"), one.step is None, one.series, one.step or 0
-        ),
-    )  # fmt: skip
+        key=lambda one: (not one.name.startswith("base"), one.step is None, one.step or 0),
+    )
 
 
 def _renamed(folder: Path, steps: Sequence[Record]) -> list[str]:

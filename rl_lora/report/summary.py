@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from rl_lora.config import VARIANT_NAMES, RunConfig
-from rl_lora.evaluation.scores import EvalResult
 from rl_lora.report.blocks import Section, Table, Tile
-from rl_lora.report.evaluation_figures import evaluation_title
+from rl_lora.report.evaluation_figures import TITLE
 from rl_lora.report.records import RunRecord, series
 from rl_lora.report.tables import accuracy_text, seconds_text
 
@@ -18,19 +18,48 @@ _WINDOW = 5  # steps averaged for the reward at the start and at the end
 
 def make_tiles(run: RunRecord) -> list[Tile]:
     """The main numbers that a run has recorded."""
-    tiles = [_model_tile(run), _policy_tile(run), _steps_tile(run)]
-    tiles += [_accuracy_tile(run, name) for name in run.series_names]
-    rewards = series(run.steps, "reward/mean")[1]
-    if rewards:
+    tiles = []
+
+    def add(label: str, value: str, *details: str) -> None:
+        tiles.append(Tile(label, value, "; ".join(detail for detail in details if detail)))
+
+    if (model := run.setting("model", "name")) is not None:
+        add("Base model", str(model), str(run.facts.get("dtype", "")).removeprefix("torch."))
+    if (mode := run.setting("lora", "mode")) is not None:
+        alpha, layers = run.setting("lora", "alpha"), run.setting("lora", "layers")
+        count = run.facts.get("trainable_parameters")
+        add(
+            "Policy",
+            policy_name(run),
+            f"alpha {alpha:g}, {layers} layers" if mode != "full" and alpha is not None else "",
+            f"{count:,} trainable parameters" if isinstance(count, int) else "",
+        )
+    planned = run.setting("run", "num_steps")
+    of = f" of {planned:,}" if isinstance(planned, int) else ""
+    prompts, samples = (run.setting("sampling", key) for key in ("num_prompts", "num_samples"))
+    per_step = f"{prompts} problems × {samples} samples per step" if prompts and samples else ""
+    add("Steps", f"{run.last_step:,}{of}", per_step)
+    if run.held_out:
+        first, last = run.held_out[0].result, run.held_out[-1].result
+        bounds = (
+            f"{100 * one.total.accuracy_low:.1f} to {100 * one.total.accuracy_high:.1f}"
+            for one in (first, last)
+        )
+        interval = f"{last.confidence:.0%} interval"
+        if len(run.held_out) == 1:
+            add(TITLE, f"{last.accuracy:.1%}", f"{next(bounds)}, {interval}")
+        else:
+            change = f"{100 * (last.accuracy - first.accuracy):+.1f} points"
+            ends = f"{first.accuracy:.1%} → {last.accuracy:.1%}"
+            add(TITLE, ends, change, f"{interval}s {' and '.join(bounds)}")
+    if rewards := series(run.steps, "reward/mean")[1]:
         window = min(_WINDOW, max(1, len(rewards) // 2))
-        first, last = _mean(rewards[:window]), _mean(rewards[-window:])
-        detail = f"means of the first and the last {_count(window, 'step')}"
-        tiles.append(Tile("Reward", f"{first:.2f} → {last:.2f}", detail))
-    seconds = series(run.steps, "time/step_s")[1]
-    if seconds:
-        detail = f"in steps; {_mean(seconds):.1f} s per step"
-        tiles.append(Tile("Time", seconds_text(sum(seconds)), detail))
-    return [tile for tile in tiles if tile is not None]
+        steps = "step" if window == 1 else f"{window} steps"
+        ends = f"{fmean(rewards[:window]):.2f} → {fmean(rewards[-window:]):.2f}"
+        add("Reward", ends, f"means of the first and the last {steps}")
+    if seconds := series(run.steps, "time/step_s")[1]:
+        add("Time", seconds_text(sum(seconds)), f"in steps; {fmean(seconds):.1f} s per step")
+    return tiles
 
 
 def run_table(runs: Sequence[RunRecord]) -> Table:
@@ -39,20 +68,20 @@ def run_table(runs: Sequence[RunRecord]) -> Table:
     columns += ["before", "after", "reward at the end", "time"]
     rows = []
     for run in runs:
-        evaluations = run.evaluations_of("")
+        evaluations = run.held_out
         rewards = series(run.steps, "reward/mean")[1]
         seconds = series(run.steps, "time/step_s")[1]
-        rate = run.setting("optim", "lr")
+        model, rate = run.setting("model", "name"), run.setting("optim", "lr")
         rows.append(
             [
                 run.label,
-                _text(run.setting("model", "name")),
+                "–" if model is None else str(model),
                 policy_name(run),
                 "–" if rate is None else f"{rate:g}",
                 f"{run.last_step:,}",
                 accuracy_text(evaluations[0].result.total) if evaluations else "–",
                 accuracy_text(evaluations[-1].result.total) if len(evaluations) > 1 else "–",
-                f"{_mean(rewards[-_WINDOW:]):.3f}" if rewards else "–",
+                f"{fmean(rewards[-_WINDOW:]):.3f}" if rewards else "–",
                 seconds_text(sum(seconds)) if seconds else "–",
             ]
         )
@@ -95,35 +124,21 @@ def settings_section(runs: Sequence[RunRecord]) -> Section:
     defaults = flat(RunConfig().model_dump(mode="json"))
     settings = [flat(run.config) for run in runs]
     keys = list(dict.fromkeys([*defaults, *(key for values in settings for key in values)]))
-    changed = [
-        key
-        for key in keys
-        if any(key in values and values[key] != defaults.get(key) for values in settings)
+    rows = [
+        [key, *(_value(values, key) for values in settings), _value(defaults, key)] for key in keys
     ]
+    changed = [row for row in rows if any(cell not in ("–", row[-1]) for cell in row[1:-1])]
     columns = ["setting", *(run.label for run in runs), "default"]
     left = [False] * len(columns)
-
-    def rows(wanted: Sequence[str]) -> list[list[str]]:
-        return [
-            [key, *(_value(values, key) for values in settings), _value(defaults, key)]
-            for key in wanted
-        ]
-
     facts = [flat(run.facts) for run in runs]
     names = list(dict.fromkeys(key for values in facts for key in values))
+    versions = [[name, *(_value(values, name) for values in facts)] for name in names]
+    title = "Versions and fingerprints"
     tables = [
-        Table("Differences from the defaults", columns, rows(changed), left),
-        Table(
-            "All settings", columns, rows(keys), left, is_folded=True
-        ),
-        Table(
-            "Versions and fingerprints",
-            ["", *(run.label for run in runs)],
-            [[name, *(_value(values, name) for values in facts)] for name in names],
-            left[:-1],
-            is_folded=True,
-        ),
-    ]  # fmt: skip
+        Table("Differences from the defaults", columns, changed, left),
+        Table("All settings", columns, rows, left, is_folded=True),
+        Table(title, ["", *columns[1:-1]], versions, left[:-1], is_folded=True),
+    ]
     return Section("settings", "Settings", tables=[table for table in tables if table.rows])
 
 
@@ -147,80 +162,13 @@ def policy_name(run: RunRecord) -> str:
     return "all weights" if mode == "full" else f"{kind} rank {rank}"
 
 
-def _model_tile(run: RunRecord) -> Tile | None:
-    name = run.setting("model", "name")
-    if name is None:
-        return None
-    dtype = str(run.facts.get("dtype", "")).removeprefix("torch.")
-    return Tile("Base model", str(name), dtype)
-
-
-def _policy_tile(run: RunRecord) -> Tile | None:
-    if run.setting("lora", "mode") is None:
-        return None
-    parts = []
-    if run.setting("lora", "mode") != "full":
-        alpha, layers = run.setting("lora", "alpha"), run.setting("lora", "layers")
-        parts.append(f"alpha {alpha:g}, {layers} layers" if alpha is not None else "")
-    count = run.facts.get("trainable_parameters")
-    if isinstance(count, int):
-        parts.append(f"{count:,} trainable parameters")
-    return Tile("Policy", policy_name(run), "; ".join(part for part in parts if part))
-
-
-def _steps_tile(run: RunRecord) -> Tile:
-    planned = run.setting("run", "num_steps")
-    value = f"{run.last_step:,}" + (f" of {planned:,}" if isinstance(planned, int) else "")
-    prompts, samples = (run.setting("sampling", key) for key in ("num_prompts", "num_samples"))
-    detail = f"{prompts} problems × {samples} samples per step" if prompts and samples else ""
-    return Tile("Steps", value, detail)
-
-
-def _accuracy_tile(run: RunRecord, name: str) -> Tile | None:
-    results = [evaluation.result for evaluation in run.evaluations_of(name)]
-    first, last = results[0], results[-1]
-    confidence = f"{last.confidence:.0%} interval"
-    if len(results) == 1:
-        return Tile(
-            evaluation_title(name), f"{last.accuracy:.1%}", f"{_bounds(last)}, {confidence}"
-        )
-    detail = (
-        f"{100 * (last.accuracy - first.accuracy):+.1f} points; {confidence}s "
-        f"{_bounds(first)} and {_bounds(last)}"
-    )
-    return Tile(evaluation_title(name), f"{first.accuracy:.1%} → {last.accuracy:.1%}", detail)
-
-
-def _bounds(result: EvalResult) -> str:
-    return f"{100 * result.total.accuracy_low:.1f} to {100 * result.total.accuracy_high:.1f}"
-
-
 def _value(values: Mapping[str, Any], key: str) -> str:
     if key not in values:
         return "–"
-    value = _without_nulls(values[key])
+    value = values[key]
+    if isinstance(value, list):  # keys of its sections that are null would only make it long
+        value = [
+            {k: v for k, v in one.items() if v is not None} if isinstance(one, dict) else one
+            for one in value
+        ]
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-
-
-def _without_nulls(value: Any) -> Any:
-    """A list of sections without the keys that are null, which only make it long."""
-    if not isinstance(value, list):
-        return value
-    return [
-        {key: item for key, item in entry.items() if item is not None}
-        if isinstance(entry, dict)
-        else entry
-        for entry in value
-    ]
-
-
-def _text(value: Any) -> str:
-    return "–" if value is None else str(value)
-
-
-def _count(number: int, noun: str) -> str:
-    return noun if number == 1 else f"{number} {noun}s"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

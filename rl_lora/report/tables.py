@@ -6,22 +6,17 @@ Text from data or models goes through `printable` and is never interpreted as ma
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rl_lora.evaluation.paired import PairedResult, PairedScores
-from rl_lora.evaluation.scores import EvalResult, EvaluationScores, OutcomeStats
+from rl_lora.evaluation.scores import EvalResult, EvaluationScores
 
-if TYPE_CHECKING:
-    from rl_lora.evaluation.regrade import Regrade
-
-_HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-_CELL_CHARS = 40
+# Controls, formats such as direction overrides, surrogates, private use, unassigned, separators.
+HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 _Cell = Callable[[EvaluationScores], str]
 
@@ -35,7 +30,7 @@ def printable(text: str, max_chars: int | None = None) -> str:
         text = text[: max_chars - 1] + "…"
     return "".join(
         character.encode("unicode_escape").decode("ascii")
-        if unicodedata.category(character) in _HIDDEN_CATEGORIES
+        if unicodedata.category(character) in HIDDEN_CATEGORIES
         else character
         for character in text
     )
@@ -68,42 +63,39 @@ def accuracy_name(num_samples: int) -> str:
     return "accuracy" if num_samples == 1 else f"accuracy (avg@{num_samples})"
 
 
-# --- evaluations ----------------------------------------------------------------------------------
-
-
-def evaluation_table(results: Mapping[str, EvalResult], style: box.Box = box.ROUNDED) -> Table:
-    """One column per evaluation and one block of rows per source."""
-    confidence = next(iter(results.values())).confidence
-    table = Table(title=f"Held-out problems ({confidence:.0%} intervals)", box=style)
-    table.add_column("")
-    for name in results:
-        table.add_column(name, justify="right")
-    sources = sorted({source for result in results.values() for source in result.by_source})
-    blocks: list[str | None] = [None, *(sources if len(sources) > 1 else [])]
-    for source in blocks:
-        columns = [
-            result.total if source is None else result.by_source.get(source)
-            for result in results.values()
-        ]
-        _add_block(table, source, columns)
+def _table(title: str, first: str, columns: Iterable[str]) -> Table:
+    """A table with names in its first column and numbers in the others."""
+    table = Table(first, title=Text(title), box=box.ROUNDED, min_width=len(title))
+    for name in columns:
+        table.add_column(Text(name), justify="right")
     return table
 
 
-def _add_block(
-    table: Table, source: str | None, columns: Sequence[EvaluationScores | None]
-) -> None:
-    title = "" if source is None else f"{printable(source, 30)}: "
-    there = [scores for scores in columns if scores is not None]
-    for label, form in _rows(max(scores.num_samples for scores in there)).items():
+# --- evaluations ----------------------------------------------------------------------------------
+
+
+def evaluation_table(results: Mapping[str, EvalResult]) -> Table:
+    """One column per evaluation and one block of rows per source."""
+    confidence = next(iter(results.values())).confidence
+    table = _table(f"Held-out problems ({confidence:.0%} intervals)", "", results)
+    sources = sorted({source for result in results.values() for source in result.by_source})
+    _add_block(table, "", [result.total for result in results.values()])
+    for source in sources if len(sources) > 1 else ():
+        title = f"{printable(source, 30)}: "
+        _add_block(table, title, [result.by_source.get(source) for result in results.values()])
+    return table
+
+
+def _add_block(table: Table, title: str, columns: Sequence[EvaluationScores | None]) -> None:
+    num_samples = max(scores.num_samples for scores in columns if scores is not None)
+    for label, form in _rows(num_samples).items():
         cells = ["-" if scores is None else form(scores) for scores in columns]
-        if label in _ONLY_IF_ANY and all(cell in _ONLY_IF_ANY[label] for cell in cells):
-            continue
-        table.add_row(Text(title + label), *cells)
+        if label not in _ONLY_IF_ANY or not {*cells} <= {"-", "0.0%"}:
+            table.add_row(Text(title + label), *cells)
     table.add_section()
 
 
-# Rows that are left out if every cell is one of these, as in most evaluations.
-_ONLY_IF_ANY = {"no answer": ("-", "0.0%"), "verifier timeouts": ("-", "0.0%")}
+_ONLY_IF_ANY = ("no answer", "verifier timeouts")  # in most evaluations there are none
 
 
 def _rows(num_samples: int) -> dict[str, _Cell]:
@@ -115,27 +107,22 @@ def _rows(num_samples: int) -> dict[str, _Cell]:
             scores.majority_accuracy, scores.majority_low, scores.majority_high
         )
     return rows | {
-        "in the requested format": lambda scores: f"{scores.format_rate:.1%}",
-        "accuracy within the format": lambda scores: _percent(scores.accuracy_formatted),
+        "in the requested format": _number("format_rate", ".1%"),
+        "accuracy within the format": _number("accuracy_formatted", ".1%"),
         "length, tokens": _length,
-        "  correct / wrong": lambda scores: _halves(
-            scores, lambda split: f"{split.tokens_mean:.0f}"
-        ),
-        "truncated": lambda scores: f"{scores.truncated_rate:.1%}",
-        "  of the correct / wrong": lambda scores: _halves(
-            scores, lambda split: f"{split.truncated_rate:.1%}"
-        ),
-        "no answer": lambda scores: _percent(scores.no_answer_rate),
-        "verifier timeouts": lambda scores: _percent(scores.timeout_rate),
-        "problems": lambda scores: str(scores.num_problems),
+        "  correct / wrong": _halves("tokens_mean", ".0f"),
+        "truncated": _number("truncated_rate", ".1%"),
+        "  of the correct / wrong": _halves("truncated_rate", ".1%"),
+        "no answer": _number("no_answer_rate", ".1%"),
+        "verifier timeouts": _number("timeout_rate", ".1%"),
+        "problems": _number("num_problems", "d"),
     }
 
 
 def _pass_at_k(scores: EvaluationScores) -> str:
     estimate = (scores.pass_at or {}).get(str(scores.num_samples))
-    if estimate is None:
-        return f"{scores.pass_at_k:.1%}"
-    return share_text(estimate.value, estimate.low, estimate.high)
+    low, high = (estimate.low, estimate.high) if estimate else (None, None)
+    return share_text(scores.pass_at_k, low, high)
 
 
 def _length(scores: EvaluationScores) -> str:
@@ -144,13 +131,16 @@ def _length(scores: EvaluationScores) -> str:
     return f"{scores.tokens_mean:.0f} ({scores.tokens_low:.0f} to {scores.tokens_high:.0f})"
 
 
-def _halves(scores: EvaluationScores, form: Callable[[OutcomeStats], str]) -> str:
-    halves = [scores.correct, scores.wrong]
-    return " / ".join("-" if split is None else form(split) for split in halves)
+def _number(key: str, form: str) -> Callable[[object], str]:
+    """What shows a field of scores; "-" if it, or the scores, are None."""
+    return lambda scores: (
+        "-" if (value := getattr(scores, key, None)) is None else f"{value:{form}}"
+    )
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def _halves(key: str, form: str) -> _Cell:
+    cell = _number(key, form)
+    return lambda scores: f"{cell(scores.correct)} / {cell(scores.wrong)}"
 
 
 # --- comparisons ----------------------------------------------------------------------------------
@@ -170,17 +160,14 @@ def paired_line(scores: PairedScores) -> str:
     )
 
 
-def paired_table(result: PairedResult, style: box.Box = box.ROUNDED) -> Table:
+def paired_table(result: PairedResult) -> Table:
     """The difference with its interval, problems won and lost, tests; one column per source."""
     columns: dict[str, PairedScores] = {"all": result.total}
     if len(result.by_source) > 1:
         columns |= {printable(source, 30): scores for source, scores in result.by_source.items()}
     first, second = printable(result.first, 30), printable(result.second, 30)
     title = f"{second} compared with {first} ({result.confidence:.0%} intervals, paired)"
-    table = Table(title=Text(title), box=style, min_width=len(title))
-    table.add_column("")
-    for name in columns:
-        table.add_column(Text(name), justify="right")
+    table = _table(title, "", columns)
     k = result.total.num_samples
     of_majority = f" on the {result.total.mcnemar.verdict}" if k > 1 else ""
     rows: dict[str, Callable[[PairedScores], str]] = {
@@ -207,57 +194,13 @@ def paired_table(result: PairedResult, style: box.Box = box.ROUNDED) -> Table:
 # --- times ----------------------------------------------------------------------------------------
 
 
-def phase_table(seconds_by_phase: Mapping[str, float], style: box.Box = box.ROUNDED) -> Table:
+def phase_table(seconds_by_phase: Mapping[str, float]) -> Table:
     """Seconds by phase and their share, the longest first."""
     total = sum(seconds_by_phase.values())
-    table = Table(title="Seconds by phase", box=style)
-    table.add_column("phase")
-    table.add_column("seconds", justify="right")
-    table.add_column("share", justify="right")
+    table = _table("Seconds by phase", "phase", ("seconds", "share"))
     for name, seconds in sorted(seconds_by_phase.items(), key=lambda item: -item[1]):
         share = f"{seconds / total:.0%}" if total > 0 else "-"
         table.add_row(Text(printable(name)), f"{seconds:.1f}", share)
     table.add_section()
     table.add_row("sum", f"{total:.1f}", "")
     return table
-
-
-def print_regrade(report: Regrade, num_shown: int, console: Console | None = None) -> None:
-    """The old and new accuracy with intervals, then the first changed verdicts."""
-    console = console or Console(highlight=False)
-    old, new = report.old, report.new
-    statuses = ", ".join(f"{status} {count}" for status, count in new.statuses.items())
-    lines = [
-        f"{new.num_problems} problems x {new.num_samples} samples, graded by {report.reward} "
-        f"(policy {report.policy}): {statuses}",
-        f"{accuracy_name(new.num_samples)} {accuracy_text(old)} -> {accuracy_text(new)} "
-        f"({report.confidence:.0%} intervals)",
-    ]
-    num = len(report.changes)
-    lines.append(f"{num} of {new.num_problems * new.num_samples} verdicts changed")
-    for line in lines:
-        console.print(Text(printable(line)), soft_wrap=True)
-    if not num:
-        return
-    table = Table()
-    for heading in ("problem", "sample", "reference", "answer", "was", "now", "status"):
-        table.add_column(heading)
-    for change in report.changes[:num_shown]:
-        table.add_row(
-            Text(printable(change.prompt_id, _CELL_CHARS)),
-            str(change.sample),
-            Text(printable(change.reference, _CELL_CHARS)),
-            Text(printable(change.answer or "-", _CELL_CHARS)),
-            _verdict(change.was),
-            _verdict(change.now),
-            change.status,
-        )
-    console.print(table)
-    if num > num_shown:
-        console.print(
-            f"and {num - num_shown} more; print all with --show {num}, or write them with --json"
-        )
-
-
-def _verdict(is_right: bool) -> str:
-    return "right" if is_right else "wrong"

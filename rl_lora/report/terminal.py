@@ -14,6 +14,7 @@ from typing import Self
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
 from rich.text import Text
 
 from rl_lora.evaluation.paired import PairedResult, PairedScores
@@ -109,8 +110,7 @@ class Display:
             disable=not self._is_live,
         )
         self._task: TaskID | None = None
-        self._evaluation: _Phase | None = None
-        self._sampling: _Phase | None = None
+        self._phases: dict[str, _Phase] = {}  # "evaluation", "sampling": those under way
         self._stage = "step"
         self._num_steps = 0
         self._step_s: float | None = None
@@ -157,17 +157,11 @@ class Display:
 
     def evaluation(self, done: int, total: int, now: int) -> None:
         """Progress of an evaluation, for `evaluate(on_progress=...)`."""
-        if self._evaluation is None:
-            self._evaluation = self._new_phase("evaluation", total)
-            self._evaluation.first = done
-        evaluation = self._evaluation
-        evaluation.num_tokens += evaluation.call_tokens
-        evaluation.done = evaluation.whole = done
-        evaluation.now, evaluation.call_tokens = now, 0
-        self._show(evaluation)
-        if done >= total:
-            self._progress.remove_task(evaluation.task)
-            self._evaluation = None
+        phase = self._phase("evaluation", total, done)
+        phase.num_tokens += phase.call_tokens
+        phase.done = phase.whole = done
+        phase.now, phase.call_tokens = now, 0
+        self._show(phase, is_over=done >= total)
 
     def sampling(self, done: int, total: int, num_tokens: int) -> None:
         """Progress of one call of the sampler, in completions, for its `on_progress`.
@@ -175,19 +169,11 @@ class Display:
         Within an evaluation this moves the evaluation's bar. Call it with 0 done when a step starts
         sampling, so that the speed counts from there.
         """
-        if self._evaluation is not None:
-            evaluation = self._evaluation
-            evaluation.call_tokens = num_tokens
-            evaluation.done = evaluation.whole + evaluation.now * done / total
-            self._show(evaluation)
-            return
-        if self._sampling is None:
-            self._sampling = self._new_phase("sampling", total)
-        self._sampling.done, self._sampling.call_tokens = done, num_tokens
-        self._show(self._sampling)
-        if done >= total:
-            self._progress.remove_task(self._sampling.task)
-            self._sampling = None
+        evaluation = self._phases.get("evaluation")
+        phase = evaluation or self._phase("sampling", total)
+        phase.call_tokens = num_tokens
+        phase.done = phase.whole + phase.now * done / total if evaluation else done
+        self._show(phase, is_over=evaluation is None and done >= total)
 
     def evaluation_result(self, name: str, result: EvalResult) -> None:
         """Prints `name: accuracy 25.0% (19.2 to 31.6), format 90.0%, ...`."""
@@ -199,14 +185,19 @@ class Display:
             f"{seconds_text(result.seconds)}{speed}"
         )
 
+    def table(self, table: Table) -> None:
+        """Prints a table, quiet or not."""
+        table.box = box.ROUNDED if self._console.is_terminal else box.ASCII2
+        self._console.print(table)
+
     def evaluations(self, results: Mapping[str, EvalResult]) -> None:
         """Prints a table of the evaluations, if there are any, quiet or not."""
         if results:
-            self._console.print(evaluation_table(results, self._box))
+            self.table(evaluation_table(results))
 
     def comparison(self, result: PairedResult) -> None:
         """Prints the table of a paired comparison, quiet or not."""
-        self._console.print(paired_table(result, self._box))
+        self.table(paired_table(result))
         for note in result.notes:
             self._print(note)
 
@@ -216,29 +207,22 @@ class Display:
         comparisons: Mapping[str, PairedScores],
         seconds_by_phase: Mapping[str, float],
     ) -> None:
-        """Prints the closing tables, quiet or not.
-
-        Args:
-            evaluations: by policy: the base model, before and after RL.
-            comparisons: paired differences by name, e.g. `before to after`.
-            seconds_by_phase: phase -> seconds over the whole run.
-        """
+        """Prints the closing tables, quiet or not: evaluations by policy, paired differences by
+        name (`before to after`), and the seconds of the whole run."""
         self.evaluations(evaluations)
         for name, scores in comparisons.items():
             self._print(f"{name}: {paired_line(scores)}")
         if seconds_by_phase:
-            self._console.print(phase_table(seconds_by_phase, self._box))
+            self.table(phase_table(seconds_by_phase))
 
-    @property
-    def _box(self) -> box.Box:
-        return box.ROUNDED if self._console.is_terminal else box.ASCII2
+    def _phase(self, name: str, total: int, first: int = 0) -> _Phase:
+        """The phase under way, started if need be."""
+        if name not in self._phases:
+            now, task = time.perf_counter(), self._progress.add_task(name, total=total, eta="")
+            self._phases[name] = _Phase(name, task, total, now, now, first=first)
+        return self._phases[name]
 
-    def _new_phase(self, name: str, total: int) -> _Phase:
-        now = time.perf_counter()
-        task = self._progress.add_task(name, total=total, eta="")
-        return _Phase(name, task, total, start=now, last_line=now)
-
-    def _show(self, phase: _Phase) -> None:
+    def _show(self, phase: _Phase, *, is_over: bool) -> None:
         """Moves the bar; without one, prints a line now and then."""
         now = time.perf_counter()
         eta = phase.rate_and_eta(now)
@@ -247,6 +231,8 @@ class Display:
         if is_due and not self._is_live:
             self.note(f"{phase.name} {int(phase.done)}/{phase.total}  {eta}".rstrip())
             phase.last_line = now
+        if is_over:
+            self._progress.remove_task(self._phases.pop(phase.name).task)
 
     def _print(self, text: str) -> None:
         encoding = self._console.encoding

@@ -8,33 +8,30 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from itertools import groupby
 from typing import Any
 
 from rl_lora.report.maths import find_formulas, to_tree
+from rl_lora.report.tables import HIDDEN_CATEGORIES
 from rl_lora.report.transcripts import CutText
 
 Segment = str | dict[str, Any]
 
 MAX_FORMULAS = 6000  # distinct ones converted per report; the others are shown as text
 
-# Controls, direction overrides and other formats, surrogates, private use, line separators.
-_HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-_SUSPECT = re.compile(r"[^ -~\n\t]+")
+_RUNS = re.compile(r"[ -~\n\t]+|(.)\1*", re.DOTALL)  # of plain ASCII, or of one other character
 
 
 class Formulas:
     """The distinct formulas of a report, each converted once."""
 
-    def __init__(self, max_formulas: int = MAX_FORMULAS) -> None:
+    def __init__(self) -> None:
         self.table: list[dict[str, Any]] = []  # {"src": ..., "tree": ..., "display": bool}
         self._index: dict[str, int | None] = {}
-        self._max = max_formulas
 
     def index(self, source: str, latex: str, is_displayed: bool) -> int | None:
         """The formula's index in the table; None: it is shown as text."""
         if source not in self._index:
-            tree = to_tree(latex) if len(self._index) < self._max else None
+            tree = to_tree(latex) if len(self._index) < MAX_FORMULAS else None
             self._index[source] = None if tree is None else len(self.table)
             if tree is not None:
                 self.table.append({"src": source, "tree": tree, "display": is_displayed})
@@ -68,24 +65,11 @@ def visible(text: str) -> list[Segment]:
     """Plain strings, and hidden characters as marked escapes; line feeds and tabs stay."""
     result: list[Segment] = []
     plain = ""
-    position = 0
-    for match in _SUSPECT.finditer(text):
-        plain += text[position : match.start()]
-        position = match.end()
-        for escape, group in groupby(match[0], _escape):
-            characters = "".join(group)
-            if not escape:
-                plain += characters
-                continue
+    for run in _RUNS.finditer(text):
+        if run[1] and unicodedata.category(run[1]) in HIDDEN_CATEGORIES:
             result += [plain] if plain else []
-            result.append({"h": escape, "n": len(characters)})
+            result.append({"h": f"U+{ord(run[1]):04X}", "n": len(run[0])})
             plain = ""
-    plain += text[position:]
+        else:
+            plain += run[0]
     return [*result, plain] if plain else result
-
-
-def _escape(character: str) -> str:
-    """The escape of a hidden character; empty for a visible one."""
-    if unicodedata.category(character) not in _HIDDEN_CATEGORIES:
-        return ""
-    return f"U+{ord(character):04X}"

@@ -9,24 +9,25 @@ long texts keep their head and tail.
 from __future__ import annotations
 
 import gzip
-import json
+import heapq
 import random
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from rl_lora.report.records import RunRecord, number
+from rl_lora.report.records import Evaluation, RunRecord, number
+from rl_lora.report.tables import printable
 from rl_lora.runs.log import TRANSCRIPTS_FILE
+from rl_lora.storage.jsonl import parse_object
 
 MAX_TRANSCRIPTS = 1200  # in one report
 MAX_STRATUM = 60  # from one step or evaluation
 HEAD_CHARS, TAIL_CHARS = 2400, 1600  # kept of a completion
 QUESTION_CHARS = 2000
 FIELD_CHARS = 200  # of an answer, a reference, a name
-MAX_LINE_BYTES = 64 * 10**6  # a longer line is left out
 
 Record = dict[str, Any]
 
@@ -60,7 +61,7 @@ class Sample:
     records: list[Record]  # by run, origin, step
     num_read: int = 0
     num_damaged: int = 0  # lines that are not transcripts
-    files: list[str] = field(default_factory=list)
+    num_files: int = 0
     num_strata_skipped: int = 0  # steps and evaluations left out because there are too many
 
 
@@ -70,8 +71,7 @@ class _Source:
 
     run: int  # index
     path: Path
-    evaluation: str = ""  # its name; "": rollouts of training
-    step: int | None = None  # the evaluation's
+    evaluation: Evaluation | None  # None: rollouts of training
 
 
 def sample_transcripts(
@@ -84,78 +84,54 @@ def sample_transcripts(
     )
     stride = max(1, -(-2 * num_strata // max_transcripts))  # at least two of each stratum taken
     quota = min(MAX_STRATUM, max(2, max_transcripts * stride // max(1, num_strata)))
-    sample = Sample([])
+    sample = Sample([], num_files=len(sources))
     for place, source in enumerate(sources):
-        run = runs[source.run]
-        sample.files.append(f"{run.label}/{source.path.relative_to(run.folder)}")
         if source.evaluation and place % stride and place != len(sources) - 1:
             sample.num_strata_skipped += 1
         else:
-            rng = random.Random(f"{seed}/{source.run}/{source.evaluation}")
+            name = source.evaluation.name if source.evaluation else ""
+            rng = random.Random(f"{seed}/{source.run}/{name}")
             sample.records += _draw(source, quota, stride, rng, sample)
     return sample
 
 
 def _sources(index: int, run: RunRecord) -> Iterator[_Source]:
     """The run's files, plain or gzip."""
-    files: list[tuple[Path, str, int | None]] = [(run.folder / TRANSCRIPTS_FILE, "", None)]
-    files += [
-        (run.folder / "eval" / f"{one.name}.jsonl", one.name, one.step) for one in run.evaluations
-    ]
-    for plain, evaluation, step in files:
+    files: list[tuple[Path, Evaluation | None]] = [(run.folder / TRANSCRIPTS_FILE, None)]
+    files += [(run.folder / "eval" / f"{one.name}.jsonl", one) for one in run.evaluations]
+    for plain, evaluation in files:
         for path in (plain, plain.with_name(f"{plain.name}.gz")):
             if path.is_file():
-                yield _Source(index, path, evaluation, step)
+                yield _Source(index, path, evaluation)
                 break
-
-
-class _Reservoir:
-    """Algorithm R (Vitter 1985, 'Random sampling with a reservoir')."""
-
-    def __init__(self, size: int, rng: random.Random) -> None:
-        self._size, self._rng = size, rng
-        self._num_offered = 0
-        self.items: list[tuple[int, Record]] = []  # (place in the file, record)
-
-    def slot(self) -> int | None:
-        """The slot of the next item; None: it is not taken."""
-        self._num_offered += 1
-        if len(self.items) < self._size:
-            return len(self.items)
-        slot = self._rng.randrange(self._num_offered)
-        return slot if slot < self._size else None
-
-    def put(self, slot: int, place: int, record: Record) -> None:
-        """Stores an item in the slot that `slot` returned."""
-        self.items[slot : slot + 1] = [(place, record)]
 
 
 def _draw(
     source: _Source, quota: int, stride: int, rng: random.Random, sample: Sample
 ) -> list[Record]:
     """The file's part of the sample, in the file's order; every stride-th step of rollouts."""
-    reservoirs: dict[float, tuple[_Reservoir, _Reservoir]] = {}
+    # (step, is correct) -> the `quota` records with the largest random keys: a uniform sample.
+    strata: defaultdict[tuple[float, bool], list[tuple[float, int, Record]]] = defaultdict(list)
     skipped_steps: set[float] = set()
     for place, raw in enumerate(_transcripts(source.path, sample)):
         sample.num_read += 1
-        step = source.step if source.evaluation else number(raw.get("step"))
+        step = source.evaluation.step if source.evaluation else number(raw.get("step"))
         key = -1.0 if step is None else float(step)
         if not source.evaluation and int(key) % stride:
             skipped_steps.add(key)
             continue
-        if key not in reservoirs:
-            reservoirs[key] = (_Reservoir(quota, rng), _Reservoir(quota, rng))
-        reservoir = reservoirs[key][raw.get("correct") is not True]
-        slot = reservoir.slot()
-        if slot is not None:
-            reservoir.put(slot, place, _record(raw, source, step))
+        record = _record(raw, source, step)
+        heap = strata[key, record["correct"]]
+        heapq.heappush(heap, (rng.random(), place, record))
+        if len(heap) > quota:
+            heapq.heappop(heap)
     sample.num_strata_skipped += len(skipped_steps)
     kept: list[Record] = []
-    for key in sorted(reservoirs):
-        correct, wrong = (reservoir.items for reservoir in reservoirs[key])
+    for key in sorted({key for key, _ in strata}):
+        correct, wrong = strata[key, True], strata[key, False]
         num_correct = min(len(correct), max(quota // 2, quota - len(wrong)))
-        chosen = correct[:num_correct] + wrong[: quota - num_correct]
-        kept += [record for _, record in sorted(chosen, key=lambda item: item[0])]
+        chosen = heapq.nlargest(num_correct, correct) + heapq.nlargest(quota - num_correct, wrong)
+        kept += [record for _, _, record in sorted(chosen, key=lambda item: item[1])]
     return kept
 
 
@@ -182,28 +158,13 @@ def stream_objects(path: Path) -> Iterator[dict[str, Any] | None]:
     A last line without its line feed (cut short by a kill, or being written) is left out, and so
     is the torn end of a gzip file.
     """
-    with ExitStack() as stack:
-        file: IO[bytes] = stack.enter_context(path.open("rb"))
-        if path.suffix == ".gz":
-            file = cast("IO[bytes]", stack.enter_context(gzip.GzipFile(fileobj=file)))
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         try:
-            while line := file.readline(MAX_LINE_BYTES):
+            for line in file:
                 if line.endswith(b"\n"):
-                    yield _object(line)
-                elif len(line) == MAX_LINE_BYTES:
-                    while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                        pass
-                    yield None
+                    yield parse_object(line.decode("utf-8", "replace"))
         except (EOFError, gzip.BadGzipFile, zlib.error):
             return
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _record(raw: Record, source: _Source, step: float | None) -> Record:
@@ -211,7 +172,7 @@ def _record(raw: Record, source: _Source, step: float | None) -> Record:
     tokens = number(raw.get("tokens"))
     return {
         "run": source.run,
-        "origin": source.evaluation or "training",
+        "origin": source.evaluation.name if source.evaluation else "training",
         "step": step,
         "source": _field(raw.get("source")) or "",
         "problem": _field(raw.get("prompt_id")) or "",
@@ -229,7 +190,4 @@ def _record(raw: Record, source: _Source, step: float | None) -> Record:
 
 
 def _field(value: Any) -> str | None:
-    if value is None:
-        return None
-    text = str(value)
-    return text if len(text) <= FIELD_CHARS else text[: FIELD_CHARS - 1] + "…"
+    return None if value is None else printable(str(value), FIELD_CHARS)

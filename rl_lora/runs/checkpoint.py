@@ -15,6 +15,7 @@ import json
 import logging
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,18 +47,14 @@ _NAME = re.compile(r"step_(\d{6,})")
 def save_checkpoint(
     step: int, learner: Learner, config: RunConfig | SftConfig, **more: Any
 ) -> Path:
-    """Writes policy, optimizer and `more`, then deletes all but the newest run.keep_last.
-
-    Args:
-        step: steps done.
-        learner: its policy and optimizer are saved.
-        config: the job, which is saved too; its run section says where to.
-        more: further state, as JSON takes it.
+    """Writes policy, optimizer, config and `more` (JSON), then deletes all but the newest
+    run.keep_last.
 
     Raises:
         UserError: the disk is full or cannot be written.
     """
-    policy = {f"policy/{n}": t for n, t in learner.policy.state_tensors().items()}
+    own = learner.policy.on_host(learner.policy.state_tensors())
+    policy = {f"policy/{name}": tensor for name, tensor in own.items()}
     optimizer, meta = flatten_optimizer(learner.optimizer)
     state = {
         "num_updates": learner.num_updates_done,
@@ -89,22 +86,18 @@ def flatten_optimizer(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, meta) of the optimizer's state: optimizer/PARAMETER/KEY tensors, and JSON.
 
-    Parameters are numbered across groups in order, as in `Optimizer.state_dict`.
+    All of its state must be tensors, as in the Adam family. Parameters are numbered across groups
+    in order, as in `Optimizer.state_dict`.
     """
     whole = optimizer.state_dict()
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, parameter_state in whole["state"].items():
-        scalars[str(index)] = {}
-        for key, value in parameter_state.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer/{index}/{key}"] = value
-            else:
-                scalars[str(index)][key] = value
+    tensors = {
+        f"optimizer/{index}/{key}": tensor
+        for index, parameter_state in whole["state"].items()
+        for key, tensor in parameter_state.items()
+    }
     meta = {
         "class": type(optimizer).__name__,
         "groups": whole["param_groups"],
-        "scalars": scalars,
         "shapes": _shapes(optimizer),
     }
     return tensors, meta
@@ -123,13 +116,11 @@ def restore_optimizer(
     shapes = _shapes(optimizer)
     if meta["class"] != type(optimizer).__name__ or meta["shapes"] != shapes:
         raise UserError(
-            f"the checkpoint's optimizer ({meta['class']}, {len(meta['shapes'])} parameters) does "
-            f"not match this run's ({type(optimizer).__name__}, {len(shapes)} parameters): resume "
-            "with the config that the run was started with"
+            f"the checkpoint's optimizer ({meta['class']}, {len(meta['shapes'])} tensors) does not "
+            f"match this run's ({type(optimizer).__name__}, {len(shapes)} tensors): resume with "
+            "the config, and the version of rl-lora, that the run was started with"
         )
-    parameter_states: dict[int, dict[str, Any]] = {
-        int(index): dict(values) for index, values in meta["scalars"].items()
-    }
+    parameter_states: defaultdict[int, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             _, index, key = name.split("/", 2)
@@ -139,7 +130,7 @@ def restore_optimizer(
         {key: tuple(value) if key == "betas" else value for key, value in group.items()}
         for group in meta["groups"]
     ]
-    optimizer.load_state_dict({"state": parameter_states, "param_groups": groups})
+    optimizer.load_state_dict({"state": dict(parameter_states), "param_groups": groups})
 
 
 def _shapes(optimizer: torch.optim.Optimizer) -> list[list[int]]:
@@ -173,7 +164,8 @@ def write_checkpoint(
     json.dumps(document, allow_nan=False)  # before anything is written
     final = checkpoint_path(run_folder, step)
     try:
-        _remove_leftovers(final.parent)
+        for path in final.parent.glob(".step_*"):  # what a kill left of a save or a deletion
+            shutil.rmtree(path)
         with atomic_directory(final, is_durable=True) as scratch:
             file = scratch / TENSORS_FILE
             save_file(_storable(tensors), file)
@@ -246,9 +238,7 @@ def checkpoint_steps(run_folder: Path) -> set[int]:
 
 
 def prune(run_folder: Path, keep_last: int) -> list[Path]:
-    """Deletes all but the newest `keep_last` checkpoints; returns what was deleted."""
-    if keep_last < 1:
-        raise ValueError(f"keep_last = {keep_last}: at least one checkpoint is kept")
+    """Deletes all but the newest `keep_last` (1 or more) checkpoints; returns what was deleted."""
     return _remove(_checkpoints(run_folder / FOLDER)[:-keep_last])
 
 
@@ -330,12 +320,6 @@ def _remove(paths: list[Path]) -> list[Path]:
         path.rename(hidden)
         shutil.rmtree(hidden)
     return paths
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """What a kill left of a save or a deletion."""
-    for path in folder.glob(".step_*"):
-        shutil.rmtree(path)
 
 
 def _sha256(path: Path) -> str:

@@ -78,22 +78,16 @@ def check_base(old: Mapping[str, Any], new: Mapping[str, Any], run: Path) -> Non
     The fingerprint of the same weights depends on the dtype: if the dtypes differ, only the
     configurations are compared.
 
-    Args:
-        old: from the run's record.
-        new: as it is now.
-        run: the run's folder, for the message.
-
     Raises:
-        ChangedInputsError: weights or configuration differ.
+        ChangedInputsError: weights or configuration differ; it names the run's folder.
     """
-    for key, what in (("config", "configuration"), ("fingerprint", "weights")):
-        is_comparable = key == "config" or old["dtype"] == new["dtype"]
-        if is_comparable and old[key] != new[key]:
-            verb = "differs" if key == "config" else "differ"
-            raise ChangedInputsError(
-                f"base model {new['name']} has changed since {run} began: the {what} in "
-                f"{new['directory']} {verb}"
-            )
+    what = ""
+    if old["config"] != new["config"]:
+        what = f"the configuration in {new['directory']} differs"
+    elif old["dtype"] == new["dtype"] and old["fingerprint"] != new["fingerprint"]:
+        what = f"the weights in {new['directory']} differ"
+    if what:
+        raise ChangedInputsError(f"base model {new['name']} has changed since {run} began: {what}")
 
 
 def check_data(old: Mapping[str, Any], new: Mapping[str, Any], run: Path) -> None:

@@ -23,13 +23,13 @@ import platform
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from rl_lora.errors import UserError
+from rl_lora.storage.directories import writing_to
 
 LOCK_FILE = ".lock"
 _IS_TAKEN = (errno.EACCES, errno.EAGAIN)
@@ -76,12 +76,7 @@ def is_alive(pid: int, started: float) -> bool:
 
 @contextlib.contextmanager
 def run_lock(folder: Path, file: str = LOCK_FILE, what: str = "") -> Iterator[str | None]:
-    """Holds a folder's lock; makes the folder if needed.
-
-    Args:
-        folder: a run's or a study's.
-        file: name of the lock file in it.
-        what: what is locked, for the message; "" for the folder.
+    """Holds the lock of a folder, which is made if needed; `what` names it in messages.
 
     Yields:
         a note on the killed process that held the lock before; None if there is none.
@@ -114,25 +109,18 @@ def _acquire(folder: Path, path: Path, what: str) -> tuple[int, Owner | None]:
     """(descriptor of the locked file, the killed process that held it before)."""
     deadline = time.monotonic() + _PATIENCE_S
     while True:
-        try:
+        with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(
-                f"run folder {folder} cannot be written ({error.strerror}); set run.output_dir to "
-                "one that can"
-            ) from error
-        is_held = False
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, descriptor)
             is_free = _try_lock(descriptor)
             before = _read(descriptor)
             if is_free and _is_same_file(descriptor, path):
-                _write(descriptor)
-                is_held = True
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(asdict(_this_process())).encode(), 0)
+                stack.pop_all()
                 return descriptor, before
-        finally:
-            if not is_held:
-                os.close(descriptor)
         # If the owner released the lock after this open, its file is deleted: try again at once.
         if not is_free:
             if time.monotonic() > deadline:
@@ -163,17 +151,9 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 def _read(descriptor: int) -> Owner | None:
     """Who wrote the file last; None if nobody did, or a writer was killed halfway."""
     try:
-        found: dict[str, Any] = json.loads(os.pread(descriptor, 4096, 0))
-        return Owner(int(found["pid"]), str(found["host"]), float(found["started"]))
-    except (ValueError, KeyError, TypeError):
+        return Owner(**json.loads(os.pread(descriptor, 4096, 0)))
+    except (ValueError, TypeError):
         return None
-
-
-def _write(descriptor: int) -> None:
-    owner = _this_process()
-    text = json.dumps({"pid": owner.pid, "host": owner.host, "started": owner.started})
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode(), 0)
 
 
 def _this_process() -> Owner:

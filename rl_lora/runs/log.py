@@ -10,36 +10,31 @@ import contextlib
 import importlib
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rl_lora.errors import UserError
 from rl_lora.storage import jsonl
+from rl_lora.storage.directories import writing_to
 
 if TYPE_CHECKING:  # a reader of the files needs no torch
     from rl_lora.types import Rollout, RolloutGroup
 
+RECORD_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 TRANSCRIPTS_FILE = "transcripts.jsonl"
-
-
-class Tracker(Protocol):
-    """A receiver of metrics: TensorBoard, Weights & Biases, trackio."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records one step's numbers."""
-
-    def close(self) -> None:
-        """Flushes and closes."""
+# What sends a step's numbers to TensorBoard, Weights & Biases or trackio, and what closes it.
+Tracker = tuple[Callable[[int, Mapping[str, float]], None], Callable[[], object]]
 
 
 class RunLog:
     """Writes a run's records; a context manager.
 
     Args:
-        run_folder: the run's folder, made if needed.
+        run_folder: made if needed.
         loggers: "tensorboard", "wandb", "trackio".
         transcripts_per_step: rollouts kept per step; 0: no transcripts.
         resume_step: the checkpoint's step: lines of later steps are cut; -1 cuts all. None: a new
@@ -67,7 +62,7 @@ class RunLog:
         transcripts_path = run_folder / TRANSCRIPTS_FILE
         modules = {logger: _tracker_module(logger) for logger in loggers}
         self._last_step: int | None = None
-        try:
+        with writing_to(run_folder):
             run_folder.mkdir(parents=True, exist_ok=True)
             if resume_step is not None:
                 self._last_step = jsonl.cut_after(metrics_path, resume_step)
@@ -78,19 +73,18 @@ class RunLog:
                     f"{metrics_path} holds an older run: add --resume, choose another run.name, "
                     f"or delete {run_folder}"
                 )
-            self._metrics = metrics_path.open("a", encoding="utf-8")
-            self._transcripts = (
-                transcripts_path.open("a", encoding="utf-8") if transcripts_per_step else None
-            )
-        except OSError as error:
-            raise UserError(
-                f"run folder {run_folder} cannot be written ({error.strerror}); set run.output_dir "
-                "to one that can"
-            ) from error
-        self._trackers: list[Tracker] = [
-            _TRACKERS[logger](module, run_folder, dict(config or {}), resume_step)
-            for logger, module in modules.items()
-        ]
+            self._open = contextlib.ExitStack()  # closes all, even if a full disk stops one
+            self._metrics = self._open.enter_context(metrics_path.open("a", encoding="utf-8"))
+            self._transcripts: TextIO | None = None
+            if transcripts_per_step:
+                file = transcripts_path.open("a", encoding="utf-8")
+                self._transcripts = self._open.enter_context(file)
+        self._trackers = []
+        for logger, module in modules.items():
+            start, *_ = _TRACKERS[logger]
+            log, close = start(module, run_folder, dict(config or {}), resume_step)
+            self._trackers.append(log)
+            self._open.callback(close)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one step's line, {"step": step, ...}; NaN and infinities become null.
@@ -109,16 +103,15 @@ class RunLog:
         }
         self._metrics.write(jsonl.to_line({"step": step, **metrics}))
         self._metrics.flush()
-        for tracker in self._trackers:
-            tracker.log(step, metrics)
+        self.track(step, metrics)
 
     def track(self, step: int, metrics: Mapping[str, float]) -> None:
         """Sends numbers only to the trackers, for steps whose line has none of them.
 
         These are the evaluations before the first step and after the last, recorded in RUN/eval.
         """
-        for tracker in self._trackers:
-            tracker.log(step, metrics)
+        for log in self._trackers:
+            log(step, metrics)
 
     def transcripts(self, step: int, groups_N: Sequence[RolloutGroup]) -> None:
         """Appends up to transcripts_per_step rollouts, correct and wrong ones."""
@@ -133,11 +126,7 @@ class RunLog:
                 "question": group.prompt.question,
                 "reference": group.prompt.reference,
                 "completion": completion.text,
-                "reward": score.reward,
-                "correct": score.correct,
-                "has_format": score.has_format,
-                "status": score.status,
-                "answer": score.answer,
+                **asdict(score),
                 "tokens": len(completion.token_ids),
                 "truncated": completion.is_truncated,
                 "adapter_version": completion.adapter_version,
@@ -147,13 +136,7 @@ class RunLog:
 
     def close(self) -> None:
         """Closes files and trackers; a second call does nothing."""
-        trackers, self._trackers = self._trackers, []
-        with contextlib.ExitStack() as stack:  # closes all, even if a full disk stops one
-            for tracker in reversed(trackers):
-                stack.callback(tracker.close)
-            if self._transcripts is not None:
-                stack.callback(self._transcripts.close)
-            stack.callback(self._metrics.close)
+        self._open.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -170,128 +153,96 @@ def pick_transcripts(
     They are in the order of prompts and samples. The sample is not unbiased.
     """
     # First samples of all groups, then second samples, ...: prompts before repetitions.
-    places = sorted(
-        (sample, index)
-        for index, group in enumerate(groups_N)
-        for sample in range(len(group.rollouts_G))
+    rollouts = sorted(
+        (
+            (sample, index, group, rollout)
+            for index, group in enumerate(groups_N)
+            for sample, rollout in enumerate(group.rollouts_G)
+        ),
+        key=lambda one: one[:2],
     )
-    correct = [(s, i) for s, i in places if groups_N[i].rollouts_G[s].score.correct]
-    wrong = [(s, i) for s, i in places if not groups_N[i].rollouts_G[s].score.correct]
+    correct = [one for one in rollouts if one[3].score.correct]
+    wrong = [one for one in rollouts if not one[3].score.correct]
     num_correct = min(len(correct), max((num + 1) // 2, num - len(wrong)))
     picked = correct[:num_correct] + wrong[: num - num_correct]
-    return [
-        (groups_N[index], groups_N[index].rollouts_G[sample])
-        for index, sample in sorted((index, sample) for sample, index in picked)
-    ]
+    return [one[2:] for one in sorted(picked, key=lambda one: (one[1], one[0]))]
 
 
 # --- trackers -------------------------------------------------------------------------------------
 
 
-class _TensorBoard:
-    def __init__(
-        self,
-        module: ModuleType,
-        run_folder: Path,
-        config: dict[str, Any],
-        resume_step: int | None,
-    ) -> None:
-        del config
-        # Readers drop the events of steps that run again.
-        purge_step = None if resume_step is None else resume_step + 1
-        self._writer = module.SummaryWriter(str(run_folder / "tensorboard"), purge_step=purge_step)
+def _tensorboard(
+    module: ModuleType, run_folder: Path, _: dict[str, Any], resume_step: int | None
+) -> Tracker:
+    # Readers drop the events of steps that run again.
+    purge_step = None if resume_step is None else resume_step + 1
+    writer = module.SummaryWriter(str(run_folder / "tensorboard"), purge_step=purge_step)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(step: int, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
-            self._writer.add_scalar(key, value, step)
-        self._writer.flush()
+            writer.add_scalar(key, value, step)
+        writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
+    return log, writer.close
 
 
-class _Wandb:
+def _wandb(
+    module: ModuleType, run_folder: Path, config: dict[str, Any], resume_step: int | None
+) -> Tracker:
     """Weights & Biases; it reads WANDB_PROJECT, WANDB_MODE=offline and the like itself."""
-
-    def __init__(
-        self,
-        module: ModuleType,
-        run_folder: Path,
-        config: dict[str, Any],
-        resume_step: int | None,
-    ) -> None:
-        id_file = run_folder / "wandb_id"
-        if not _is_resumed(resume_step) or not id_file.exists():
-            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-        try:
-            self._run = module.init(
-                project=os.environ.get("WANDB_PROJECT", "rl-lora"),
-                name=run_folder.name,
-                id=id_file.read_text(encoding="utf-8"),
-                resume="allow",
-                dir=str(run_folder),
-                config=config,
-            )
-        except module.Error as error:
-            raise UserError(
-                f"wandb failed to start ({error}); log in with `wandb login`, set "
-                "WANDB_MODE=offline, or remove 'wandb' from run.loggers"
-            ) from error
-        # wandb's own step cannot go back, but a resumed run's may: ours is a metric and the x axis.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **metrics})
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _Trackio:
-    """trackio; TRACKIO_PROJECT and TRACKIO_DIR say where to, as for its own tools."""
-
-    def __init__(
-        self,
-        module: ModuleType,
-        run_folder: Path,
-        config: dict[str, Any],
-        resume_step: int | None,
-    ) -> None:
-        self._module = module
-        module.init(
-            project=os.environ.get("TRACKIO_PROJECT", "rl-lora"),
+    id_file = run_folder / "wandb_id"
+    if not _is_resumed(resume_step) or not id_file.exists():
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+    try:
+        run = module.init(
+            project=os.environ.get("WANDB_PROJECT", "rl-lora"),
             name=run_folder.name,
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(run_folder),
             config=config,
-            resume="allow" if _is_resumed(resume_step) else "never",
-            embed=False,
         )
+    except module.Error as error:
+        raise UserError(
+            f"wandb failed to start ({error}); log in with `wandb login`, set "
+            "WANDB_MODE=offline, or remove 'wandb' from run.loggers"
+        ) from error
+    # wandb's own step cannot go back, but a resumed run's may: ours is a metric and the x axis.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return lambda step, metrics: run.log({"step": step, **metrics}), run.finish
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._module.log(dict(metrics), step=step)
 
-    def close(self) -> None:
-        self._module.finish()
+def _trackio(
+    module: ModuleType, run_folder: Path, config: dict[str, Any], resume_step: int | None
+) -> Tracker:
+    """trackio; TRACKIO_PROJECT and TRACKIO_DIR say where to, as for its own tools."""
+    module.init(
+        project=os.environ.get("TRACKIO_PROJECT", "rl-lora"),
+        name=run_folder.name,
+        config=config,
+        resume="allow" if _is_resumed(resume_step) else "never",
+        embed=False,
+    )
+    return lambda step, metrics: module.log(dict(metrics), step=step), module.finish
 
 
 def _is_resumed(resume_step: int | None) -> bool:
     return resume_step is not None and resume_step >= 0
 
 
-_TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
-_MODULES = {  # logger -> (module, what to install)
-    "tensorboard": ("torch.utils.tensorboard", "tensorboard"),
-    "wandb": ("wandb", "'rl-lora[wandb]'"),
-    "trackio": ("trackio", "'rl-lora[trackio]'"),
+# logger -> (what starts it, its module, what to install)
+_TRACKERS: dict[str, tuple[Callable[..., Tracker], str, str]] = {
+    "tensorboard": (_tensorboard, "torch.utils.tensorboard", "tensorboard"),
+    "wandb": (_wandb, "wandb", "'rl-lora[wandb]'"),
+    "trackio": (_trackio, "trackio", "'rl-lora[trackio]'"),
 }
 
 
 def _tracker_module(logger: str) -> ModuleType:
-    if logger not in _MODULES:
-        raise UserError(f"run.loggers: unknown logger {logger!r}; known: {', '.join(_MODULES)}")
-    module_name, package = _MODULES[logger]
+    _, name, package = _TRACKERS[logger]
     try:
-        return importlib.import_module(module_name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UserError(
             f"run.loggers has {logger!r}, whose package is not installed: pip install {package}, "

@@ -35,8 +35,7 @@ class MachineMeter:
     def __init__(self) -> None:
         self._process = psutil.Process()
         psutil.cpu_percent(None)  # the first call has nothing to compare with
-        self._time, self._cpu_s = time.perf_counter(), self._cpu_seconds()
-        self._lock = threading.Lock()
+        self._time, (self._cpu_s, _) = time.perf_counter(), self._use()
         self._gpu_percents: dict[int, list[float]] = {}
         self._stop = threading.Event()
         self._gpus = _gpus()
@@ -51,7 +50,7 @@ class MachineMeter:
         and `resident_mb` cover this process and its children; `gpuN_percent` is the share of time
         in which a kernel ran, `gpuN_memory_mb` the memory held there by all processes.
         """
-        now, cpu_s = time.perf_counter(), self._cpu_seconds()
+        now, (cpu_s, resident) = time.perf_counter(), self._use()
         elapsed = max(now - self._time, 1e-9)
         memory = psutil.virtual_memory()
         metrics = {
@@ -60,54 +59,40 @@ class MachineMeter:
             "system/process_cpu_percent": max(0.0, 100 * (cpu_s - self._cpu_s) / elapsed),
             "system/memory_used_mb": (memory.total - memory.available) / _MB,
             "system/memory_percent": memory.percent,
-            "system/resident_mb": self._resident_bytes() / _MB,
+            "system/resident_mb": resident / _MB,
         }
         self._time, self._cpu_s = now, cpu_s
-        with self._lock:
-            percents, self._gpu_percents = self._gpu_percents, {}
+        percents, self._gpu_percents = self._gpu_percents, {}
         for index in self._gpus:
             seen = percents.get(index) or [float(torch.cuda.utilization(index))]
             metrics[f"system/gpu{index}_percent"] = sum(seen) / len(seen)
             metrics[f"system/gpu{index}_memory_mb"] = torch.cuda.device_memory_used(index) / _MB
         return metrics
 
-    def close(self) -> None:
-        """Stops the thread; a second call does nothing."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
     def __enter__(self) -> MachineMeter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _poll(self) -> None:
         while not self._stop.wait(_GPU_POLL_S):
             for index in self._gpus:
                 percent = float(torch.cuda.utilization(index))
-                with self._lock:
-                    self._gpu_percents.setdefault(index, []).append(percent)
+                self._gpu_percents.setdefault(index, []).append(percent)
 
-    def _cpu_seconds(self) -> float:
-        own = self._process.cpu_times()
-        total = own.user + own.system + own.children_user + own.children_system
-        for child in self._children():
-            with contextlib.suppress(psutil.Error):  # it has just ended
-                times = child.cpu_times()
-                total += times.user + times.system
-        return total
-
-    def _resident_bytes(self) -> int:
-        total = self._process.memory_info().rss
-        for child in self._children():
-            with contextlib.suppress(psutil.Error):
-                total += child.memory_info().rss
-        return total
-
-    def _children(self) -> list[psutil.Process]:
-        return self._process.children(recursive=True)
+    def _use(self) -> tuple[float, float]:
+        """(CPU seconds, resident bytes) of this process and its children."""
+        times = self._process.cpu_times()
+        seconds, resident = times.children_user + times.children_system, 0.0
+        for process in (self._process, *self._process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # a child that has just ended
+                times = process.cpu_times()
+                seconds += times.user + times.system
+                resident += process.memory_info().rss
+        return seconds, resident
 
 
 def _gpus() -> list[int]:

@@ -38,10 +38,9 @@ def rollout_metrics(groups_N: Sequence[RolloutGroup]) -> dict[str, float]:
     rewards_by_source: defaultdict[str, list[float]] = defaultdict(list)
     for group in groups_N:
         rewards_by_source[key_part(group.prompt.source)] += group.rewards_G
-    prompt_tokens = sum(len(group.prompt.token_ids) for group in groups_N)
     metrics: dict[str, float] = {
         "rollouts/num": num_rollouts,
-        "rollouts/prompt_tokens": prompt_tokens,
+        "rollouts/prompt_tokens": sum(len(group.prompt.token_ids) for group in groups_N),
         "rollouts/completion_tokens": sum(len(r.completion.token_ids) for r in rollouts),
         "reward/mean": _mean([rollout.score.reward for rollout in rollouts]),
         "reward/correct_mean": _mean([rollout.score.correct for rollout in rollouts]),
@@ -84,11 +83,7 @@ def _length_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "cot/truncated_rate": _mean([rollout.completion.is_truncated for rollout in rollouts]),
     }
     for name, wanted in (("correct", True), ("wrong", False)):
-        lengths_of = [
-            length
-            for length, rollout in zip(lengths, rollouts, strict=True)
-            if rollout.score.correct is wanted
-        ]
+        lengths_of = [len(r.completion.token_ids) for r in rollouts if r.score.correct is wanted]
         if lengths_of:
             metrics[f"cot/tokens_{name}_mean"] = _mean(lengths_of)
     return metrics

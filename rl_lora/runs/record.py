@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rl_lora.config import RunConfig, SomeSection
 from rl_lora.errors import UserError
 from rl_lora.runs.inputs import absolute_model, absolute_source
+from rl_lora.runs.log import RECORD_FILE
 from rl_lora.runs.machine import environment
 from rl_lora.storage import jsonl
 
@@ -19,35 +19,23 @@ if TYPE_CHECKING:
     from rl_lora.config.sft import SftConfig
     from rl_lora.policy import Policy
 
-RECORD_FILE = "run.json"
 FORMAT = 2  # of the files in a run folder
 
 # What may differ when a run is resumed: it changes how long it is and what is written, not the
 # policy at each step.
 _FREE_KEYS = {
-    "run": {
-        "num_steps",
-        "output_dir",
-        "eval_every",
-        "checkpoint_every",
-        "keep_last",
-        "transcripts_per_step",
-        "loggers",
-        "name",
-    },
+    "run": set(
+        "num_steps output_dir eval_every checkpoint_every keep_last transcripts_per_step loggers "
+        "name".split()
+    ),
     "model": {"released"},
     "eval": {"chunk_samples"},
 }
 
 
 def write_record(config: RunConfig | SftConfig, policy: Policy, inputs: dict[str, Any]) -> None:
-    """Writes settings, versions and inputs, and which process writes to the folder.
-
-    Args:
-        config: the job.
-        policy: its policy.
-        inputs: {"base": ..., "data": {"train": ..., "eval": ...}} as in `rl_lora.runs.inputs`.
-    """
+    """Writes settings, versions, which process writes to the folder, and `inputs`: {"base": ...,
+    "data": {"train": ..., "eval": ...}} as in `rl_lora.runs.inputs`."""
     record = {
         "format": FORMAT,
         "config": config.model_dump(mode="json"),
@@ -64,11 +52,7 @@ def write_record(config: RunConfig | SftConfig, policy: Policy, inputs: dict[str
 def read_record(
     folder: Path, fix: str = "start again under another run.name, or delete it"
 ) -> dict[str, Any]:
-    """The run's record.
-
-    Args:
-        folder: the run's.
-        fix: what to do with a run of another version, for the message.
+    """The run's record; `fix` says what to do with one of another version.
 
     Raises:
         UserError: the folder has no record, a damaged one, or one of another format.
@@ -76,11 +60,8 @@ def read_record(
     path = folder / RECORD_FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no {RECORD_FILE}")
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = record.get("format", 1)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
+    record = jsonl.read_json(path)
+    found = record.get("format", 1)
     if found == 1:
         raise UserError(
             f"{folder} was made by an earlier version: its metrics rollouts/age_* are called "
@@ -101,13 +82,7 @@ def check_same_job(
     """Raises UserError naming the first setting in which a checkpoint's job differs.
 
     A key that the checkpoint lacks counts as its default; a file or folder may be named by another
-    path; model.dtype="auto" counts as the dtype it was resolved to.
-
-    Args:
-        old: settings of the checkpoint's job.
-        config: the job to be resumed.
-        path: the checkpoint's, for the message.
-        dtype: what the checkpoint's job computes in, e.g. "float32".
+    path; model.dtype="auto" counts as `dtype`, what the checkpoint's job computes in.
     """
     new, default = config.model_dump(mode="json"), type(config)().model_dump(mode="json")
     for section, values in new.items():

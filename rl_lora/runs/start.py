@@ -11,7 +11,8 @@ from rl_lora.config import SomeSection
 from rl_lora.errors import UserError
 from rl_lora.runs.checkpoint import checkpoint_steps, latest_checkpoint, read_state
 from rl_lora.runs.inputs import check_base, check_data, data_difference
-from rl_lora.runs.record import RECORD_FILE, check_same_job, read_record, with_dtype
+from rl_lora.runs.log import RECORD_FILE
+from rl_lora.runs.record import check_same_job, read_record, with_dtype
 
 if TYPE_CHECKING:
     from rl_lora.config import RunConfig
@@ -45,10 +46,8 @@ class Start:
 
     def has_other_data(self, part: str, inputs: Mapping[str, Any]) -> bool:
         """Whether "train" or "eval" differs from what the checkpoint's run began with."""
-        if not self.state:
-            return False
-        old = self.state["inputs"]["data"][part]
-        return data_difference(old, inputs["data"][part]) is not None
+        old = self.state["inputs"]["data"] if self.state else inputs["data"]
+        return data_difference(old[part], inputs["data"][part]) is not None
 
 
 def recorded_dtype(state: Mapping[str, Any]) -> str:

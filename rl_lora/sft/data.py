@@ -21,7 +21,7 @@ from rl_lora.config import SourceSection
 from rl_lora.config.sft import SftDataSection
 from rl_lora.data.chat_template import ChatTemplate, check_characters, check_plain, encode_prompts
 from rl_lora.data.chats import Chat, parse_chats, problem_chat
-from rl_lora.data.files import Role, file_label, folder_files, folder_label, read_file
+from rl_lora.data.files import Role, folder_files, label_of, read_file
 from rl_lora.data.generators import generated_rows
 from rl_lora.data.messages import Message, conversation_text
 from rl_lora.data.sources import DEFAULT_ROWS, HubSet, is_hub_id, load_hub, unknown_set
@@ -165,13 +165,12 @@ def _read(source: SourceSection, role: Role, data: SftDataSection) -> tuple[str,
     path = Path(source.name).expanduser()
     if path.exists():
         files = folder_files(path, role, source.split) if path.is_dir() else [path]
-        label = folder_label(path) if path.is_dir() else file_label(path)
         chats = [
             chat
             for file in files
             for chat in parse_chats(read_file(file), str(file), data.instruction, *columns)
         ]
-        return label, _draw(chats, source)
+        return label_of(path), _draw(chats, source)
     if source.name not in SFT_SETS and not is_hub_id(source.name):
         raise UserError(unknown_set(source.name))
     known = SFT_SETS.get(source.name, HubSet(source.name, "train", "test"))
@@ -231,14 +230,6 @@ class _Renderer:
             notes.append(f"{what}: {len(sequences)} sequences of up to {max_tokens} tokens; {text}")
         return sequences
 
-    def prompt(self, messages: Sequence[Message], who: str = "the row") -> str:
-        """The text before an answer: chat markup with the turn opened, or `User: ...` lines."""
-        turns = self._with_system(messages)
-        if self._chat is not None:
-            return self._chat.render(turns, who, opens_turn=True)
-        check_plain(turns, who)
-        return conversation_text(turns)
-
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         system = self._data.system
         has_own = system is None or messages[0].role == "system"
@@ -249,18 +240,18 @@ class _Renderer:
         for chat in chats:
             places = chat.answers if self._data.learn_on == "all" else chat.answers[-1:]
             for place in places:
-                pair = self._pair(chat, place)
+                pair = self._pair(self._with_system(chat.messages[: place + 1]), chat)
                 for text in pair:
                     check_characters(text, chat.who)
                 yield pair
 
-    def _pair(self, chat: Chat, place: int) -> tuple[str, str]:
-        turns = chat.messages[: place + 1]
+    def _pair(self, turns: list[Message], chat: Chat) -> tuple[str, str]:
+        """Chat markup with the answer's turn opened, or `User: ...` lines; the last turn."""
         if self._chat is not None:
             tools = json.loads(chat.tools) if chat.tools else None
-            return self._chat.render_answer(self._with_system(turns), chat.who, tools)
+            return self._chat.render_answer(turns, chat.who, tools)
         check_plain(turns, chat.who)
-        return self.prompt(turns[:-1], chat.who), f" {turns[-1].content or ''}"
+        return conversation_text(turns[:-1]), f" {turns[-1].content or ''}"
 
     def _encode(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[int]]]:
         """(prompt ids, answer ids with an end token).
@@ -278,10 +269,3 @@ class _Renderer:
                 answer = self._tokenizer.encode(text, add_special_tokens=False)
             is_ended = not has_start and bool(answer) and answer[-1] in self._end_ids
             yield prompt, answer if is_ended else [*answer, int(self._tokenizer.eos_token_id)]
-
-
-def render_prompt(
-    messages: Sequence[Message], data: SftDataSection, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    """The text before the answer: chat markup with the turn opened, or `User: ...` lines."""
-    return _Renderer(data, tokenizer).prompt(messages)

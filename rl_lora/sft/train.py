@@ -7,6 +7,7 @@ with its 95 % interval.
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from rl_lora.adapters.files import save_adapter, version_in
 from rl_lora.batches import pack_samples
 from rl_lora.build import make_learner, open_folder, open_model
 from rl_lora.config.sft import SftConfig
-from rl_lora.models.device import check_trainable
 from rl_lora.models.resolve import check_rows
 from rl_lora.report.terminal import Display
 from rl_lora.runs.checkpoint import drop_after, load_checkpoint, save_checkpoint
@@ -26,7 +26,7 @@ from rl_lora.runs.metrics import PhaseTimer, memory_metrics, speed_metrics
 from rl_lora.runs.record import with_absolute_paths, write_record
 from rl_lora.runs.start import Start
 from rl_lora.sft.data import SftSets, load_sft, step_indices
-from rl_lora.sft.held_out_loss import HeldOutLoss, held_out_loss
+from rl_lora.sft.held_out_loss import mean_with_interval, sequence_nll
 from rl_lora.storage import jsonl
 from rl_lora.storage.directories import atomic_directory
 
@@ -37,10 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SftOutcome:
-    """The result of a supervised run.
-
-    Example: SftOutcome(folder=Path("runs/sft"), before=2.31, after=1.62)
-    """
+    """The result of a supervised run."""
 
     folder: Path
     before: float  # test loss of the base, nats per token
@@ -76,19 +73,13 @@ def fine_tune(
     quiet: bool = False,
     accept_changed_data: bool = False,
 ) -> SftOutcome:
-    """Runs a supervised job to its end and leaves everything in its run folder.
-
-    Args:
-        config: the job.
-        resume: continue from the newest checkpoint, if any; a complete run is only reported.
-        quiet: print only warnings and the summary.
-        accept_changed_data: continue even if base or data have changed since the run began.
+    """Runs a supervised job to its end and leaves everything in its run folder; the arguments are
+    those of `rl_lora.train.train`.
 
     Raises:
         UserError: bad input, an older run in the folder, another process using it, or a full disk.
         FloatingPointError: the gradient is not finite.
     """
-    check_trainable(config.model, config.lora)
     config = with_absolute_paths(config)
     folder = config.run.folder
     with open_folder(config, resume=resume, quiet=quiet) as (display, start):
@@ -119,7 +110,9 @@ def _run(
         inputs: dict[str, Any] = {"base": base_inputs(policy), "data": data}
         if not accept_changed_data:
             start.check_inputs(inputs, folder)
-        learner = make_learner(policy, config.optim, num_steps=config.run.num_steps)
+        learner = make_learner(
+            policy, config.optim, num_steps=config.run.num_steps, on_note=display.note
+        )
         job = _Job(config, learner, sets, inputs, log, display)
         write_record(config, policy, inputs)
         if start.checkpoint is not None:
@@ -127,7 +120,7 @@ def _run(
             display.note(f"resumed from {start.checkpoint}")
         drop_after(folder, start.state.get("step", -1))
         if start.checkpoint is None:
-            log.write(0, _test(job).metrics())
+            log.write(0, _test(job))
             save_checkpoint(0, learner, config, inputs=inputs)
         _loop(job, start.state.get("step", 0))
         policy.check_base(inputs["base"]["fingerprint"])
@@ -138,7 +131,7 @@ def _run(
 def _prepare(config: SftConfig, display: Display) -> tuple[Policy, SftSets]:
     from rl_lora.policy import open_policy
 
-    model_dir, tokenizer, context = open_model(config.model, display.note, config.lora)
+    model_dir, tokenizer, context = open_model(config.model, display.note)
     sets = load_sft(config.data, tokenizer, context, config.run.seed)
     for note in sets.notes:
         display.note(note)
@@ -166,7 +159,7 @@ def _loop(job: _Job, step: int) -> None:
         step += 1
         if step in tests:
             with timer.phase("eval"):
-                metrics |= _test(job).metrics()
+                metrics |= _test(job)
         metrics |= timer.take() | memory_metrics()
         job.log.write(step, metrics | speed_metrics(metrics))
         job.display.step(step, metrics)
@@ -175,9 +168,8 @@ def _loop(job: _Job, step: int) -> None:
 
 
 def _step(job: _Job, indices: list[int]) -> dict[str, float]:
-    config = job.config
     samples = [job.sets.train[index].sample() for index in indices]
-    (microbatches,) = pack_samples(samples, microbatch_tokens=config.optim.microbatch_tokens)
+    (microbatches,) = pack_samples(samples, microbatch_tokens=job.learner.microbatch_tokens)
     num_tokens = sum(batch.num_tokens for batch in microbatches)
     num_padded = sum(batch.token_ids_BT.numel() for batch in microbatches)
     counts = {
@@ -188,9 +180,10 @@ def _step(job: _Job, indices: list[int]) -> dict[str, float]:
     return job.learner.fit(microbatches) | counts
 
 
-def _test(job: _Job) -> HeldOutLoss:
+def _test(job: _Job) -> dict[str, float]:
     samples = [sequence.sample() for sequence in job.sets.test]
-    return held_out_loss(job.learner.policy, samples, job.config.optim.microbatch_tokens)
+    learner = job.learner
+    return mean_with_interval(*sequence_nll(learner.policy, samples, learner.microbatch_tokens))
 
 
 def _publish(policy: Policy, folder: Path, config: SftConfig) -> None:
@@ -206,6 +199,5 @@ def _publish(policy: Policy, folder: Path, config: SftConfig) -> None:
 
 def _outcome(folder: Path) -> SftOutcome:
     tests = [r["test/nll"] for r in jsonl.read_lines(folder / METRICS_FILE) if "test/nll" in r]
-    nan = float("nan")
-    first, last = (nan if value is None else float(value) for value in (tests[0], tests[-1]))
+    first, last = (math.nan if value is None else value for value in (tests[0], tests[-1]))
     return SftOutcome(folder, first, last)

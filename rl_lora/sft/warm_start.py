@@ -41,18 +41,11 @@ def warm_start(
 ) -> None:
     """Takes `warm_start.num_steps` supervised steps, then resets the learner's optimizer.
 
-    The rate is constant: `optim.schedule` only applies to the RL steps that follow.
-
-    Args:
-        on_step: called with (step, metrics) after each step.
-
-    Raises:
-        ValueError: no prompt has a worked solution (see `has_solutions`).
+    The rate is constant: `optim.schedule` only applies to the RL steps that follow. on_step is
+    called with (step, metrics) after each step. Some prompt must have a worked solution.
     """
     section = config.warm_start
     solved = [prompt for prompt in prompts if prompt.solution]
-    if not solved:
-        raise ValueError("warm_start needs prompts with worked solutions")
     rng = random.Random(f"warm_start/{section.seed}")
     order: list[Prompt] = []
     end_id = end_of_turn(tokenizer, config.data.template, config.data.chat_template_kwargs)
@@ -61,6 +54,6 @@ def warm_start(
             order += rng.sample(solved, len(solved))
         batch, order = order[: section.batch_size], order[section.batch_size :]
         samples = [solution_sample(p, tokenizer, end_id) for p in batch]
-        (microbatches,) = pack_samples(samples, microbatch_tokens=config.optim.microbatch_tokens)
+        (microbatches,) = pack_samples(samples, microbatch_tokens=learner.microbatch_tokens)
         on_step(step, learner.fit(microbatches, lr=section.lr))
     learner.restart()

@@ -12,25 +12,15 @@ from pathlib import Path
 
 from rl_lora.errors import UserError
 
-_DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-    errno.ESTALE,
-)
+_FULL_OR_GONE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 @contextlib.contextmanager
 def atomic_directory(final: Path, *, is_durable: bool = False) -> Iterator[Path]:
     """A scratch directory next to `final` that takes its place at the end.
 
-    If anything fails, `final` stays as it was and the scratch directory is deleted.
-
-    Args:
-        final: the directory to make or to replace.
-        is_durable: force its files to disk first, so that it survives a power failure as well.
+    If anything fails, `final` stays as it was and the scratch directory is deleted. Durable: its
+    files are forced to disk first, so that it survives a power failure as well.
     """
     recover_directory(final)
     scratch = final.with_name(f".{final.name}.{os.getpid()}")
@@ -72,12 +62,24 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         is_copy = isinstance(error, shutil.Error)  # it has the first error's text, and no number
-        if error.errno not in _DISK_ERRORS and not is_copy:
+        if error.errno not in _FULL_OR_GONE and not is_copy:
             raise
         reason = error.args[0][0][2] if is_copy else error.strerror
         raise UserError(
             f"{error.filename or folder} cannot be written ({reason}); free disk space, then "
             "continue from the last checkpoint with --resume"
+        ) from error
+
+
+@contextlib.contextmanager
+def writing_to(run_folder: Path) -> Iterator[None]:
+    """Raises UserError in place of an OSError: the run's folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run folder {run_folder} cannot be written ({error.strerror}); set run.output_dir to "
+            "one that can"
         ) from error
 
 

@@ -52,6 +52,15 @@ def parse_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def parse_object(line: str) -> dict[str, Any] | None:
+    """The JSON object; None if it is not one."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def _integer(text: str) -> int | str:
     return int(text) if len(text) <= (sys.get_int_max_str_digits() or len(text)) else text
 
@@ -182,7 +191,7 @@ def _parse(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     # comes nothing, or a line that a kill cut short.
     *whole, _ = _read_text(path).split("\n")
     for number, line in enumerate(whole, start=1):
-        record = _object(line)
+        record = parse_object(line)
         if record is None:
             raise UserError(
                 f"{path} line {number} is not a JSON object; delete the line to continue without it"
@@ -216,11 +225,3 @@ def _members(path: Path) -> Iterator[tuple[bytes, int]]:
                 size += len(piece) - len(pending)
             end += size
             yield b"".join(parts), end
-
-
-def _object(line: str) -> dict[str, Any] | None:
-    try:
-        record = parse_json(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None

@@ -65,15 +65,11 @@ class StudyConfig(Section):
 
 
 class Condition(NamedTuple):
-    """What identifies a learning-rate sweep.
-
-    Example: Condition(mode="lora", rank=8, layers="all", lm_head=False, batch_size=32,
-    variant="dora", lora_plus_ratio=1.0)
-    """
+    """What identifies a learning-rate sweep."""
 
     mode: str  # lora or full
     rank: int  # 0: full
-    layers: str
+    layers: str  # with an adapter: all, attention or mlp
     lm_head: bool
     batch_size: int  # sequences a step
     variant: str = "lora"
@@ -82,12 +78,9 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study.
+    """One run of a study."""
 
-    Example: Cell(key="3f2a90c1b7", config=RunConfig(...))
-    """
-
-    key: str  # digest of all settings that the run's result depends on
+    key: str  # digest of all settings that the run's result depends on, e.g. 3f2a90c1b7
     config: JobConfig
 
     @property
@@ -106,25 +99,20 @@ class Cell:
     @property
     def condition(self) -> Condition:
         """The sweep that it belongs to."""
-        lora = self.config.lora
+        lora, ratio, size = self.config.lora, self.config.optim.lora_plus_ratio, self.batch_size
         if lora.mode == "full":
-            return Condition("full", 0, "all", False, self.batch_size)
-        return Condition(
-            mode="lora",
-            rank=lora.rank,
-            layers=lora.layers,
-            lm_head=lora.lm_head,
-            batch_size=self.batch_size,
-            variant=lora.variant,
-            lora_plus_ratio=self.config.optim.lora_plus_ratio,
-        )
+            return Condition("full", 0, "all", False, size)
+        return Condition(lora.mode, lora.rank, lora.layers, lora.lm_head, size, lora.variant, ratio)
 
     @property
     def cost_class(self) -> str:
         """Cells of one class differ only in rate and seed, so they take about the same time."""
-        return _digest(self._settings(without=("lr", "seed")))
+        settings = self._settings()
+        settings["optim"].pop("lr")
+        settings["run"].pop("seed")
+        return _digest(settings)
 
-    def _settings(self, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         settings = self.config.model_dump(mode="json")
         settings["run"] = {k: settings["run"][k] for k in ("seed", "num_steps", "eval_every")}
         if self.config.lora.mode == "full":
@@ -132,9 +120,6 @@ class Cell:
         for section, key, usual in _LATER:
             if settings[section].get(key) == usual:
                 settings[section].pop(key)
-        for section, key in (("optim", "lr"), ("run", "seed")):
-            if key in without:
-                settings[section].pop(key, None)
         return settings
 
     def with_rate(self, lr: float) -> Cell:

@@ -12,13 +12,13 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from rl_lora.config import RunConfig
 from rl_lora.runs.log import METRICS_FILE
 from rl_lora.sft.train import curve_steps
 from rl_lora.storage import jsonl
 from rl_lora.studies.config import Cell, StudyConfig, make_cell
+from rl_lora.studies.results import Row
 from rl_lora.studies.run import num_slots, run_queue
 
 CALIBRATION_FILE = "calibration.json"
@@ -27,10 +27,7 @@ _STEPS = {"rl": 4, "sft": 8}  # per calibration run
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Measurements of a calibration run.
-
-    Example: Timing(setup_s=2.1, step_s=0.4, test_s=0.2, peak_mb=610.0)
-    """
+    """Measurements of a calibration run."""
 
     setup_s: float  # outside the steps
     step_s: float  # without tests
@@ -46,12 +43,8 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What remains of a study.
+    """What remains of a study."""
 
-    Example: Estimate(num_left=24, seconds=610.0, peak_mb=620.0, slots=2, has_gpus=False)
-    """
-
-    num_left: int
     seconds: float  # wall clock, with all slots busy
     peak_mb: float  # of one process
     slots: int
@@ -66,15 +59,10 @@ def num_tests(cell: Cell) -> int:
     return len(curve_steps(config.run.num_steps, config.sft.num_tests, config.run.eval_every))
 
 
-def read_timing(steps: Sequence[Mapping[str, Any]], seconds: float) -> Timing:
-    """Timing from the lines of a run's metrics.jsonl and the seconds of its process.
-
-    Raises:
-        ValueError: no step was recorded.
-    """
+def read_timing(steps: Sequence[Row], seconds: float) -> Timing:
+    """Timing from the lines of a run's metrics.jsonl, with a step or more, and the seconds of its
+    process."""
     timed = [row for row in steps if isinstance(row.get("time/step_s"), int | float)]
-    if not timed:
-        raise ValueError("no step was recorded")
     tests = [row["time/eval_s"] for row in timed if "time/eval_s" in row]
     bare = [row["time/step_s"] - row.get("time/eval_s", 0.0) for row in timed]
     peaks = [row["memory/peak_resident_mb"] for row in timed if "memory/peak_resident_mb" in row]
@@ -87,35 +75,30 @@ def read_timing(steps: Sequence[Mapping[str, Any]], seconds: float) -> Timing:
     )
 
 
-def calibrate(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, Timing]:
-    """cost class -> timing for the cells' classes; measured once, then kept in the folder."""
+def calibrate(study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Row]) -> dict[str, Timing]:
+    """cost class -> timing, for the cells of whose class none is finished.
+
+    A class is measured once, then kept in the study's folder.
+    """
     file = study.folder / CALIBRATION_FILE
     known: dict[str, Timing] = {}
     if file.is_file():
         stored = json.loads(file.read_text(encoding="utf-8"))
         known = {name: Timing(**timing) for name, timing in stored.items()}
-    classes = {cell.cost_class: cell for cell in cells}
-    missing = {name: cell for name, cell in classes.items() if name not in known}
-    if not missing:
+    missing = {cell.cost_class: cell for cell in cells if not _finished_seconds(cell, rows)}
+    short = {name: _shortened(cell) for name, cell in missing.items() if name not in known}
+    if not short:
         return known
-    short = {_shortened(cell).key: (name, _shortened(cell)) for name, cell in missing.items()}
+    names = {cell.key: name for name, cell in short.items()}
     folder = study.folder / "calibration"
-    slots, has_gpus = num_slots(study)
 
-    def on_end(cell: Cell, seconds: float, outcome: dict[str, str]) -> None:
+    def on_end(cell: Cell, seconds: float, _: dict[str, str]) -> None:
         metrics = folder / cell.key / METRICS_FILE
         steps = jsonl.read_lines(metrics) if metrics.is_file() else []
-        if not outcome["error"] or any("time/step_s" in row for row in steps):
-            known[short[cell.key][0]] = read_timing(steps, seconds)
+        if any(isinstance(row.get("time/step_s"), int | float) for row in steps):
+            known[names[cell.key]] = read_timing(steps, seconds)
 
-    run_queue(
-        [cell for _, cell in short.values()],
-        folder,
-        slots=slots,
-        has_gpus=has_gpus,
-        num_threads=study.study.num_threads,
-        on_end=on_end,
-    )
+    run_queue(study, [*short.values()], folder, on_end)
     jsonl.write_json(file, {name: asdict(timing) for name, timing in known.items()})
     return known
 
@@ -133,35 +116,26 @@ def _shortened(cell: Cell) -> Cell:
 def estimate(
     study: StudyConfig,
     left: Sequence[Cell],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     timings: Mapping[str, Timing],
 ) -> Estimate:
     """Time and memory of the cells left, from finished cells of their class, else calibration."""
-    done = finished_seconds(rows)
     peaks = [row["peak_mb"] for row in rows if row.get("peak_mb")]
-    peaks += [timing.peak_mb for timing in timings.values()]
-    peak_mb = max(peaks, default=0.0)
+    peak_mb = max([*peaks, *(timing.peak_mb for timing in timings.values())], default=0.0)
     slots, has_gpus = num_slots(study, peak_mb)
-    seconds = {cell.key: cell_seconds(cell, done, timings) for cell in left}
-    longest = max(seconds.values(), default=0.0)
-    wall = max(longest, sum(seconds.values()) / slots)
-    return Estimate(len(left), wall, peak_mb, slots, has_gpus)
+    seconds = [cell_seconds(cell, rows, timings) for cell in left]
+    return Estimate(max(sum(seconds) / slots, *seconds, 0.0), peak_mb, slots, has_gpus)
 
 
-def finished_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """cost class -> seconds of each cell that ran to its end."""
-    seconds: dict[str, list[float]] = {}
-    for row in rows:
-        if row["status"] in ("done", "diverged"):
-            seconds.setdefault(row["cost_class"], []).append(row["seconds"])
-    return seconds
-
-
-def cell_seconds(
-    cell: Cell, done: Mapping[str, Sequence[float]], timings: Mapping[str, Timing]
-) -> float:
+def cell_seconds(cell: Cell, rows: Sequence[Row], timings: Mapping[str, Timing]) -> float:
     """One cell's time; 0 if nothing of its class was measured (its calibration failed)."""
-    if cell.cost_class in done:
-        return statistics.median(done[cell.cost_class])
+    if done := _finished_seconds(cell, rows):
+        return statistics.median(done)
     timing = timings.get(cell.cost_class)
     return timing.cell_seconds(cell) if timing is not None else 0.0
+
+
+def _finished_seconds(cell: Cell, rows: Sequence[Row]) -> list[float]:
+    """Of the cells of its class that ran to their ends."""
+    done = (row for row in rows if row["status"] in ("done", "diverged"))
+    return [row["seconds"] for row in done if row["cost_class"] == cell.cost_class]

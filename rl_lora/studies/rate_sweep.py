@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.stats import sem
 from scipy.stats import t as student
 
 Goal = Literal["min", "max"]
+_NUM_RESAMPLES = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """One condition's sweep.
-
-    Example: Sweep(best_rate=1e-3, best_value=1.62, value_low=1.60, value_high=1.64, rate_low=1e-3,
-    rate_high=3e-3, plateau_low=4e-4, plateau_high=2e-3, is_at_edge=False, num_seeds=5)
-    """
+    """One condition's sweep."""
 
     best_rate: float
     best_value: float  # mean over seeds at the best rate
@@ -42,19 +40,10 @@ class Sweep:
         return math.log10(self.plateau_high / self.plateau_low)
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high) by Student's t; the bounds are infinite for one value.
-
-    Raises:
-        ValueError: there is no value.
-    """
-    if not values:
-        raise ValueError("no values to take the mean of")
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return mean, -math.inf, math.inf
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    half_width = float(student.ppf((1 + confidence) / 2, len(values) - 1)) * error
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % by Student's t; the bounds are infinite for one value."""
+    mean, num = float(np.mean(values)), len(values)
+    half_width = float(student.ppf(0.975, num - 1) * sem(values)) if num > 1 else math.inf
     return mean, mean - half_width, mean + half_width
 
 
@@ -62,21 +51,15 @@ def sweep(
     values: Mapping[float, Mapping[int, float]],
     goal: Goal = "min",
     *,
-    tolerance: float,
-    num_resamples: int = 2000,
-    seed: int = 0,
+    tolerance: float = 0.0,
 ) -> Sweep | None:
     """A condition's best rate with its intervals; None if every rate has a failed seed.
 
     The bootstrap resamples seeds jointly for all rates, so that a seed's effect common to all rates
     cancels. Only seeds that ran at every usable rate are resampled.
 
-    Args:
-        values: rate -> seed -> result (loss or reward); NaN: failed.
-        goal: whether a lower or a higher result is better.
-        tolerance: of the plateau, in the result's unit.
-        num_resamples: number of bootstrap samples.
-        seed: the bootstrap's.
+    `values` are rate -> seed -> result (loss or reward), NaN if it failed; the plateau's tolerance
+    is in the result's unit.
     """
     sign = 1.0 if goal == "min" else -1.0
     usable = {
@@ -90,40 +73,34 @@ def sweep(
     means = [float(np.mean(list(usable[rate].values()))) for rate in rates]
     best = int(np.argmin(means))
     mean, low, high = mean_interval(list(usable[rates[best]].values()))
-    rate_low, rate_high = _bootstrap_rates(usable, num_resamples, seed)
+    rate_low, rate_high = _bootstrap_rates(usable)
     plateau_low, plateau_high = plateau(rates, means, tolerance)
-    bounds = sorted((sign * low, sign * high))
-    swept = sorted(values)
+    value_low, value_high = sorted((sign * low, sign * high))
     return Sweep(
         best_rate=rates[best],
         best_value=sign * mean,
-        value_low=bounds[0],
-        value_high=bounds[1],
+        value_low=value_low,
+        value_high=value_high,
         rate_low=rate_low,
         rate_high=rate_high,
         plateau_low=plateau_low,
         plateau_high=plateau_high,
-        is_at_edge=rates[best] in (swept[0], swept[-1]),
+        is_at_edge=rates[best] in (min(values), max(values)),
         num_seeds=len(usable[rates[best]]),
     )
 
 
-def _bootstrap_rates(
-    usable: Mapping[float, Mapping[int, float]], num_resamples: int, seed: int
-) -> tuple[float, float]:
+def _bootstrap_rates(usable: Mapping[float, Mapping[int, float]]) -> tuple[float, float]:
     """95 % percentile interval of the best rate (lower is better)."""
-    rates = list(usable)
+    rates = np.array(list(usable))
     seeds = sorted(set.intersection(*(set(by_seed) for by_seed in usable.values())))
     if not seeds:
-        return rates[0], rates[-1]
-    table_RS = np.array([[usable[rate][s] for s in seeds] for rate in rates])
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(seeds), size=(num_resamples, len(seeds)))
-    best = np.log([rates[i] for i in table_RS[:, draws].mean(axis=2).argmin(axis=0)])
+        return float(rates[0]), float(rates[-1])
+    table_RS = np.array([[usable[rate][s] for s in seeds] for rate in usable])
+    draws = np.random.default_rng(0).integers(len(seeds), size=(_NUM_RESAMPLES, len(seeds)))
+    best = rates[table_RS[:, draws].mean(axis=2).argmin(axis=0)]
     low, high = np.quantile(best, (0.025, 0.975), method="nearest")
-    return min(rates, key=lambda r: abs(math.log(r) - low)), min(
-        rates, key=lambda r: abs(math.log(r) - high)
-    )
+    return float(low), float(high)
 
 
 def plateau(
@@ -144,9 +121,7 @@ def plateau(
         if not 0 <= beyond < len(rates):
             return rates[place]
         share = (limit - losses[place]) / (losses[beyond] - losses[place])
-        return math.exp(
-            math.log(rates[place]) + share * (math.log(rates[beyond]) - math.log(rates[place]))
-        )
+        return rates[place] * (rates[beyond] / rates[place]) ** share
 
     return edge(-1), edge(+1)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rl_lora.config import VARIANT_NAMES
@@ -37,15 +38,10 @@ _CURVES = {
 def make_row(
     cell: Cell, run_folder: Path, final_steps: int, seconds: float, error: str, failure: str
 ) -> dict[str, Any]:
-    """The row of a cell that has ended.
+    """The row of a cell that has ended, its run folder in whatever state.
 
-    Args:
-        cell: the cell.
-        run_folder: its run folder, in whatever state.
-        final_steps: number of last steps whose mean reward is the result (rl).
-        seconds: duration of its process, since its last start.
-        error: what stopped it; "" if it ran to its end.
-        failure: the status for the error: nan or crashed.
+    The seconds are those of its process since the last start; `error` is what stopped it ("": it
+    ran to its end), and `failure` the status for that, nan or crashed.
     """
     metrics_path = run_folder / METRICS_FILE
     steps = jsonl.read_lines(metrics_path) if metrics_path.is_file() else []
@@ -78,28 +74,25 @@ def curve(steps: Sequence[Row], key: str) -> dict[str, list[float]]:
     span becomes the mean of its steps and values.
     """
     points = [(r["step"], r[key]) for r in steps if isinstance(r.get(key), int | float)]
-    if len(points) <= CURVE_POINTS:
-        return {"step": [s for s, _ in points], "value": [round(v, 6) for _, v in points]}
-    spans: dict[int, list[tuple[float, float]]] = {}
-    scale = CURVE_POINTS / math.log(len(points) + 1)
-    for number, point in enumerate(points, start=1):
-        spans.setdefault(int(scale * math.log(number)), []).append(point)
-    means = [
-        (sum(s for s, _ in span) / len(span), sum(v for _, v in span) / len(span))
-        for span in spans.values()
-    ]
-    return {"step": [round(s, 2) for s, _ in means], "value": [round(v, 6) for _, v in means]}
+    if len(points) > CURVE_POINTS:
+        spans: dict[int, list[tuple[float, float]]] = {}
+        scale = CURVE_POINTS / math.log(len(points) + 1)
+        for number, point in enumerate(points, start=1):
+            spans.setdefault(int(scale * math.log(number)), []).append(point)
+        points = [
+            (fmean(step for step, _ in span), fmean(value for _, value in span))
+            for span in spans.values()
+        ]
+    return {"step": [round(s, 2) for s, _ in points], "value": [round(v, 6) for _, v in points]}
 
 
 def _ends(arm: str, steps: Sequence[Row], final_steps: int) -> tuple[float | None, float | None]:
     """(at the start, at the end): mean reward of a few steps, or the first and last test loss."""
     key = "reward/mean" if arm == "rl" else "test/nll"
     values = [row[key] for row in steps if key in row]
-    if not values or any(value is None for value in (values[0], values[-1])):
-        return None, None
     num = min(final_steps, len(values)) if arm == "rl" else 1
     first, last = values[:num], values[-num:]
-    if any(value is None for value in (*first, *last)):
+    if not values or None in (*first, *last):
         return None, None
     return round(sum(first) / num, 6), round(sum(last) / num, 6)
 

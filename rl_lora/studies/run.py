@@ -9,7 +9,6 @@ finished cells come from the table, unfinished ones continue from their checkpoi
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -20,21 +19,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from rl_lora.config import parse_as
+from rl_lora.config import RunConfig
 from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.runs.checkpoint import checkpoint_steps
 from rl_lora.runs.lock import run_lock
-from rl_lora.runs.record import read_record
-from rl_lora.storage import jsonl
 from rl_lora.storage.directories import disk_errors
-from rl_lora.studies.config import ROOTS, Cell, StudyConfig, cells_of
+from rl_lora.studies.config import Cell, JobConfig, StudyConfig, cells_of
 from rl_lora.studies.rate_sweep import refined_rates, sweep
 from rl_lora.studies.results import (
     GOALS,
@@ -53,22 +49,16 @@ _MEMORY_SHARE = 0.8  # of the free memory, for all processes together
 # --- one cell, in its own process -----------------------------------------------------------------
 
 
-def run_cell(
-    arm: str, settings: dict[str, Any], outcome_file: str, environment: dict[str, str]
-) -> None:
-    """Runs a job to its end and writes {"error": "", "failure": ""} to outcome_file.
+def run_cell(config: JobConfig, log: Path, environment: dict[str, str], sender: Connection) -> None:
+    """Runs a job to its end and sends {"error": "", "failure": ""}; what it prints goes to a log.
 
-    Args:
-        arm: rl or sft.
-        settings: the job's, as nested dicts.
-        outcome_file: written atomically at the end.
-        environment: variables to set before any device is used.
+    The environment's variables are set before any device is used.
     """
     os.environ.update(environment)
     _end_with_parent()
-    log = Path(outcome_file).with_suffix(".log").open("a", buffering=1, encoding="utf-8")
+    file = log.open("a", buffering=1, encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
-        os.dup2(log.fileno(), stream.fileno())
+        os.dup2(file.fileno(), stream.fileno())
     import torch
 
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
@@ -76,15 +66,14 @@ def run_cell(
 
     outcome = {"error": "", "failure": ""}
     try:
-        config = parse_as(ROOTS[arm], settings)
-        if arm == "rl":
+        if isinstance(config, RunConfig):
             from rl_lora.train import train
 
-            train(config, resume=True, quiet=True)  # type: ignore[arg-type]
+            train(config, resume=True, quiet=True)
         else:
             from rl_lora.sft.train import fine_tune
 
-            fine_tune(config, resume=True, quiet=True)  # type: ignore[arg-type]
+            fine_tune(config, resume=True, quiet=True)
     except FloatingPointError as error:
         outcome = {"error": str(error), "failure": "nan"}
     except ChangedInputsError as error:
@@ -92,7 +81,7 @@ def run_cell(
         outcome = {"error": f"{error.what}; {fix}", "failure": "crashed"}
     except (UserError, StaleAdapterError) as error:
         outcome = {"error": str(error), "failure": "crashed"}
-    jsonl.write_json(Path(outcome_file), outcome)
+    sender.send(outcome)
 
 
 def _end_with_parent() -> None:
@@ -113,17 +102,29 @@ def _end_with_parent() -> None:
 @dataclass
 class _Running:
     cell: Cell
-    process: ForkServerProcess
     slot: int
+    process: ForkServerProcess
+    receiver: Connection
+    log: Path
     started: float = field(default_factory=time.monotonic)
+
+    def outcome(self) -> dict[str, str]:
+        """What the ended process sent; one that was killed sent nothing."""
+        self.process.join()
+        try:
+            outcome: dict[str, str] = self.receiver.recv()
+        except EOFError:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            last = f"{lines[-1][:300] if lines else 'no output'} (see {self.log.name})"
+            error = f"exit code {self.process.exitcode}: {last}"
+            outcome = {"error": error, "failure": "crashed"}
+        return outcome
 
 
 def num_slots(study: StudyConfig, peak_mb: float | None = None) -> tuple[int, bool]:
     """(processes at once, whether they run on GPUs).
 
-    Args:
-        study: the study.
-        peak_mb: memory of one process, if known; then free memory limits their number too.
+    If the memory of one process is known, free memory limits their number too.
     """
     import torch
 
@@ -141,19 +142,18 @@ def num_slots(study: StudyConfig, peak_mb: float | None = None) -> tuple[int, bo
 
 
 def run_queue(
+    study: StudyConfig,
     cells: Sequence[Cell],
     folder: Path,
-    *,
-    slots: int,
-    has_gpus: bool,
-    num_threads: int,
     on_end: Callable[[Cell, float, dict[str, str]], None],
+    peak_mb: float | None = None,
 ) -> None:
-    """Runs the cells in processes, `slots` at once.
+    """Runs cells of a study in processes, as many at once as `num_slots` says.
 
     Calls on_end(cell, seconds, outcome) as each ends; an outcome is {"error": ..., "failure": "" |
     "nan" | "crashed"}.
     """
+    slots, has_gpus = num_slots(study, peak_mb)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rl_lora.train", "rl_lora.sft.train"])
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -169,16 +169,15 @@ def run_queue(
             while pending and free:
                 cell, slot = pending.popleft(), free.popleft()
                 variables = {
-                    "OMP_NUM_THREADS": str(num_threads),
+                    "OMP_NUM_THREADS": str(study.study.num_threads),
                     "CUDA_VISIBLE_DEVICES": _gpu(slot) if has_gpus else "",
                 }
-                running.append(_Running(cell, _start(context, cell, folder, variables), slot))
+                running.append(_start(context, cell, slot, folder, variables))
             wait([one.process.sentinel for one in running])
             for ended in [one for one in running if not one.process.is_alive()]:
                 running.remove(ended)
                 free.append(ended.slot)
-                outcome = _outcome(folder, ended)
-                on_end(ended.cell, time.monotonic() - ended.started, outcome)
+                on_end(ended.cell, time.monotonic() - ended.started, ended.outcome())
     finally:
         for one in running:
             one.process.kill()
@@ -194,29 +193,16 @@ def _gpu(slot: int) -> str:
     return names[slot % len(names)]
 
 
-def _start(context: Any, cell: Cell, folder: Path, variables: dict[str, str]) -> ForkServerProcess:
+def _start(
+    context: Any, cell: Cell, slot: int, folder: Path, variables: dict[str, str]
+) -> _Running:
     run = cell.config.run.model_copy(update={"output_dir": str(folder), "name": cell.key})
-    settings = cell.config.model_copy(update={"run": run}).model_dump(mode="json")
-    outcome_file = folder / f"{cell.key}.json"
-    outcome_file.unlink(missing_ok=True)
-    arguments = (cell.arm, settings, str(outcome_file), variables)
-    process: ForkServerProcess = context.Process(target=run_cell, args=arguments, name=cell.key)
+    config, log = cell.config.model_copy(update={"run": run}), folder / f"{cell.key}.log"
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=run_cell, args=(config, log, variables, sender), name=cell.key)
     process.start()
-    return process
-
-
-def _outcome(folder: Path, ended: _Running) -> dict[str, str]:
-    ended.process.join()
-    file = folder / f"{ended.cell.key}.json"
-    if file.is_file():
-        outcome: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-        file.unlink()
-        return outcome
-    code = ended.process.exitcode
-    log = file.with_suffix(".log")
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = lines[-1][:300] if lines else "no output"
-    return {"error": f"exit code {code}: {last} (see {log.name})", "failure": "crashed"}
+    sender.close()
+    return _Running(cell, slot, process, receiver, log)
 
 
 # --- the study ------------------------------------------------------------------------------------
@@ -229,20 +215,13 @@ def pending_cells(cells: Sequence[Cell], done: set[str]) -> list[Cell]:
     return sorted(left, key=lambda cell: cell.config.run.seed)  # stable: else in the grid's order
 
 
-def check_resumable(study: StudyConfig, cell: Cell) -> None:
-    """Raises UserError if a cell's unfinished run was made by an earlier version."""
-    run_folder = study.folder / "cells" / cell.key
-    if checkpoint_steps(run_folder):
-        read_record(run_folder, fix="delete it, and the cell starts again")
-
-
 def refined_cells(study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Any]) -> list[Cell]:
     """Cells at rates around each condition's best, by the rows of `cells`."""
     keys = {cell.key for cell in cells}
     table = results_by_rate([row for row in rows if row["cell"] in keys])
     further: dict[str, Cell] = {}
     for condition, by_rate in table.items():
-        result = sweep(by_rate, GOALS[study.study.arm], tolerance=0.0, num_resamples=1)
+        result = sweep(by_rate, GOALS[study.study.arm])
         if result is None:
             continue
         some = {c.config.run.seed: c for c in cells if c.condition == condition}
@@ -273,11 +252,8 @@ def run_study(
 ) -> list[dict[str, Any]]:
     """Runs the remaining cells of a study; returns the whole table.
 
-    Args:
-        study: the study.
-        retry: run crashed cells again.
-        on_row: called with (row, cells done, cells known so far) as each cell ends.
-        peak_mb: memory of one cell, if known.
+    Crashed cells run again with `retry`. on_row is called with (row, cells done, cells known so
+    far) as each cell ends; peak_mb is the memory of one cell, if known.
 
     Raises:
         UserError: another process is running this study, or the disk is full.
@@ -290,7 +266,6 @@ def run_study(
             # Dropped from the table too, so that a retried cell that is killed can resume.
             rows = [row for row in rows if row["status"] != "crashed"]
             write_table(study.folder, rows)
-        slots, has_gpus = num_slots(study, peak_mb)
         for _ in range(1 + study.study.refine_rounds):
             cells = all_cells(study, rows)
             left = pending_cells(cells, {row["cell"] for row in rows})
@@ -298,18 +273,14 @@ def run_study(
             def on_end(
                 cell: Cell, seconds: float, outcome: dict[str, str], total: int = len(cells)
             ) -> None:
-                row = _finish(study, cell, seconds, outcome)
+                run_folder, num = study.folder / "cells" / cell.key, study.study.final_steps
+                row = make_row(cell, run_folder, num, seconds, **outcome)
+                append_row(study.folder, row)
+                _drop_heavy(run_folder)
                 rows.append(row)
                 on_row(row, len(rows), total)
 
-            run_queue(
-                left,
-                study.folder / "cells",
-                slots=slots,
-                has_gpus=has_gpus,
-                num_threads=study.study.num_threads,
-                on_end=on_end,
-            )
+            run_queue(study, left, study.folder / "cells", on_end, peak_mb)
     return rows
 
 
@@ -318,20 +289,8 @@ def finished_rows(study: StudyConfig) -> list[dict[str, Any]]:
     return read_table(study.folder) if (study.folder / TABLE_FILE).is_file() else []
 
 
-def _finish(
-    study: StudyConfig, cell: Cell, seconds: float, outcome: dict[str, str]
-) -> dict[str, Any]:
-    """Adds the cell's row to the table, then deletes the large parts of its run folder."""
-    run_folder = study.folder / "cells" / cell.key
-    row = make_row(
-        cell, run_folder, study.study.final_steps, seconds, outcome["error"], outcome["failure"]
-    )
-    append_row(study.folder, row)
-    _drop_heavy(run_folder)
-    return row
-
-
 def _drop_heavy(run_folder: Path) -> None:
+    """Deletes the large parts of a finished cell's run folder."""
     for name in _HEAVY:
         shutil.rmtree(run_folder / name, ignore_errors=True)
 

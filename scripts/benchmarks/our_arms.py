@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_stages.measures import bound_s, measured_device
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.probe import Commands, matmul_peak, peak_mb, peak_reset
@@ -24,7 +25,7 @@ from rl_lora.overlap import step_params
 from rl_lora.planning.counts import matmul_counts
 from rl_lora.policy import Policy, open_policy
 from rl_lora.prompts import load_prompt_sets
-from rl_lora.types import Adapter, Completion, Prompt, Rollout, RolloutGroup, Score
+from rl_lora.types import Adapter, Completion, Microbatch, Prompt, Rollout, RolloutGroup, Score
 
 Built = Iterator[tuple[Commands, dict[str, Any]]]
 
@@ -59,7 +60,7 @@ def whole_step(size: Size) -> Built:
         def step() -> dict[str, Any]:
             out: dict[str, Any] = {}
             start = time.perf_counter()
-            with timed(out, "sample"):
+            with timed(out, "sample", size.device):
                 completions_N_G = sample_groups(
                     job.sampler,
                     prompts_N,
@@ -67,13 +68,13 @@ def whole_step(size: Size) -> Built:
                     version=state.step,
                 )
                 job.sampler.release_memory()
-            with timed(out, "score"):
+            with timed(out, "score", size.device):
                 groups_N = score_groups(prompts_N, completions_N_G, job.reward)
             groups_N = with_rewards(groups_N, size.rewards())
-            with timed(out, "learn"):
+            with timed(out, "learn", size.device):
                 metrics = learn(job, learner, groups_N, state.step)
             state.step += 1
-            with timed(out, "publish"):
+            with timed(out, "publish", size.device):
                 publish_and_set()
             out["step"] = time.perf_counter() - start
             return out | {"tokens": count_tokens(groups_N), "kl": metrics["mismatch/kl"]}
@@ -82,7 +83,7 @@ def whole_step(size: Size) -> Built:
             publish_and_set()
             return adapter_and_base(job, state.adapter, prompts_N)
 
-        yield {"step": step, "sample_both": sample_both}, {"memory_built": peak_mb()}
+        yield {"step": step, "sample_both": sample_both}, {"memory_built": peak_mb(size.device)}
 
 
 def adapter_and_base(job: RunContext, adapter: Adapter | None, prompts_N: Any) -> dict[str, Any]:
@@ -111,29 +112,25 @@ def learner(size: Size, mode: str = "lora") -> Built:
     policy = open_policy(model_dir, settings.model, settings.lora, seed=0)
     learns = make_learner(policy, settings.optim, num_steps=1000)
     groups_N = made_up_groups(prompts_N, size)
+    device = measured_device(policy.device)
 
-    def updates() -> Any:
-        advantages_N_G = [[r - 0.5 for r in group.rewards_G] for group in groups_N]
-        return pack(
-            groups_N,
-            advantages_N_G,
-            microbatch_tokens=settings.optim.microbatch_tokens,
-            share_prompts=True,
-        )
+    def peak_gflops() -> float:
+        return matmul_peak() if size.device == "cpu" else device.matmul_flops / 1e9
 
     def learn() -> dict[str, Any]:
-        peak_before = matmul_peak()
-        peak_reset()
-        batches = updates()
+        peak_before = peak_gflops()
+        peak_reset(size.device)
+        batches = packed(groups_N, learns.microbatch_tokens)
         start = time.perf_counter()
         metrics = learns.update(batches)
         seconds = time.perf_counter() - start
         return {
             "learn": seconds,
-            "peak_gflops": max(peak_before, matmul_peak()),
+            "peak_gflops": max(peak_before, peak_gflops()),
+            "bound_s": sum(bound_s(policy, batch, device) for batch in batches[0]),
             "needed_gflop": needed_gflop(policy, groups_N),
             "computed_tokens": metrics["learn/tokens"],
-            "memory": peak_mb(),
+            "memory": peak_mb(size.device),
         }
 
     def count() -> dict[str, Any]:
@@ -141,8 +138,10 @@ def learner(size: Size, mode: str = "lora") -> Built:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         counter = FlopCounterMode(display=False)
-        batches = [updates()[0][:1]]  # one microbatch stands for all
-        with counter:
+        batches = [
+            packed(groups_N, learns.microbatch_tokens)[0][:1]
+        ]  # one microbatch stands for all
+        with torch.compiler.set_stance("force_eager"), counter:
             learns.update(batches)
         torch.set_num_threads(threads)
         by_name = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
@@ -170,6 +169,16 @@ def full(size: Size) -> Built:
 
 
 ARMS = {"ours": whole_step, "learner": learner, "full": full}
+
+
+def packed(groups_N: list[RolloutGroup], microbatch_tokens: int) -> list[list[Microbatch]]:
+    """The groups' microbatches, by optimizer step."""
+    return pack(
+        groups_N,
+        [[reward - 0.5 for reward in group.rewards_G] for group in groups_N],
+        microbatch_tokens=microbatch_tokens,
+        share_prompts=True,
+    )
 
 
 def needed_gflop(policy: Policy, groups_N: list[RolloutGroup]) -> float:
@@ -243,13 +252,13 @@ def fix_lengths(sampler: Any, size: Size) -> None:
 
 
 @contextlib.contextmanager
-def timed(out: dict[str, Any], phase: str) -> Iterator[None]:
+def timed(out: dict[str, Any], phase: str, device: str) -> Iterator[None]:
     """Seconds and peak memory of a phase."""
-    peak_reset()
+    peak_reset(device)
     start = time.perf_counter()
     yield
     out[phase] = time.perf_counter() - start
-    out[f"memory_{phase}"] = peak_mb()
+    out[f"memory_{phase}"] = peak_mb(device)
 
 
 def count_tokens(groups_N: list[RolloutGroup]) -> int:

@@ -12,13 +12,23 @@ from typing import Any, TextIO
 Commands = dict[str, Callable[[], dict[str, Any]]]
 
 
-def peak_reset() -> None:
-    """Resets the peak of resident memory (Linux)."""
+def peak_reset(device: str) -> None:
+    """Resets the peak of a GPU's allocated memory, or of resident memory (Linux)."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def peak_mb() -> float:
-    """Peak resident memory since the last reset, MiB."""
+def peak_mb(device: str) -> float:
+    """Peak since the last reset, MiB: of PyTorch's memory on the GPU, or of resident memory."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize(device)  # the step that is timed with it is finished, too
+        return torch.cuda.max_memory_allocated(device) / 2**20
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024

@@ -115,12 +115,36 @@ def measure(size: Size, rounds: int, logs: Path) -> dict[str, Any]:
         (logs / "bench_step.partial.json").write_text(text + "\n", encoding="utf-8")
     return {
         "size": asdict(size),
+        "speeds": speeds(size, answers),
         "ratios": {name: round(median(values), 4) for name, values in ratios.items()},
         "spread": {
             name: [round(min(values), 4), round(max(values), 4)] for name, values in ratios.items()
         },
         "answers": answers,
     }
+
+
+def speeds(size: Size, answers: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Learning by arm, the median of its rounds: completion tokens per second, MFU (the needed
+    FLOP/s as a share of the matmul peak) and the share of the roofline.
+
+    Needed operations and the bound are the workload's for every arm, with a prompt once for its
+    completions: what an arm computes beyond that counts as time.
+    """
+    needed = {
+        key: median(answer[key] for answer in answers["learner"])
+        for key in ("needed_gflop", "peak_gflops", "bound_s")
+    }
+    found = {}
+    for name in ("learner", "ours", "trl"):
+        if name in answers:
+            seconds = median(answer["learn"] for answer in answers[name])
+            found[name] = {
+                "tokens_per_s": round(sum(size.lengths()) / seconds),
+                "mfu": round(needed["needed_gflop"] / seconds / needed["peak_gflops"], 4),
+                "roofline": round(needed["bound_s"] / seconds, 4),
+            }
+    return found
 
 
 def measure_steps(size: Size, rounds: int, logs: Path) -> tuple[Ratios, dict[str, Any]]:

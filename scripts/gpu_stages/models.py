@@ -115,12 +115,15 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     ).save_pretrained(folder)
 
 
-def make_policy(folder: Path, context: Context, dtype: torch.dtype) -> Policy:
-    """A policy of rank 1 on all layers."""
+def make_policy(
+    folder: Path, context: Context, dtype: torch.dtype, *, compiles: bool | None = None
+) -> Policy:
+    """A policy of rank 1 on all layers; compiles: as `model.compile`."""
     section = ModelSection(
         name=str(folder),
         device=str(context.device),
         dtype="float32" if dtype == torch.float32 else "bfloat16",
+        compile=compiles,
     )
     return open_policy(folder, section, LoraSection(rank=1), seed=0)
 

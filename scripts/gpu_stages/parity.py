@@ -24,7 +24,7 @@ from rl_lora.errors import StaleAdapterError
 from rl_lora.policy import Policy
 from rl_lora.samplers.liveness import check_at_start, check_step, tolerances
 from rl_lora.samplers.vllm.sampler import EngineOptions, VllmSampler
-from rl_lora.step_stats import StepStats
+from rl_lora.step_stats import PassStats, StepStats
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams, TrainSample
 
 
@@ -52,6 +52,7 @@ def make_sampler(
             eager=eager,
             merge_adapter=False if lora.mode == "lora" else None,
             attention_backend=os.environ.get("GPU_CHECK_ATTENTION"),
+            memory_fraction=0.45,  # the policy scores samples while the engine is awake
         ),
     )
 
@@ -82,7 +83,8 @@ def mismatch(
     with torch.no_grad(), policy.adapter_off() if adapter_off else contextlib.nullcontext():
         for batch in batches:
             batch = to_device(batch, policy.device)
-            record.add(batch, *policy.token_logprobs(batch, 1.0))
+            logprobs_C, entropy_C = policy.token_logprobs(batch, 1.0)
+            record.add(batch, PassStats(logprobs_C.sum(), logprobs_C, entropy_C), update=0)
     return {k: v for k, v in record.metrics().items() if k.startswith("mismatch/")}
 
 

@@ -35,8 +35,8 @@ def run_stages(
     """One row per stage, in order; each goes to out/results.jsonl as soon as it is known.
 
     A stage gets limit_s(stage) seconds, or what is left of total_s; with nothing left, it is late.
-    A row: stage, status (passed, failed, hung, killed, late), seconds, device, card, versions, and
-    figures or error.
+    A row: stage, status (passed, failed, hung, killed, late), seconds, device, card, versions,
+    figures (also those that a stage kept before it failed) and error.
     """
     context.out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -87,8 +87,12 @@ def run_stage(stage: Stage, context: Context, limit_s: float) -> dict[str, Any]:
         finally:
             _end(process)
     row = {"stage": stage.name, "status": "", "seconds": round(time.monotonic() - started, 1)}
-    row |= {"device": str(context.device)} | _read(result)
+    written = _read(result)
+    is_finished = written.pop("finished", False)
+    row |= {"device": str(context.device)} | written
     row["status"], error = _verdict(code, limit_s, row, _last_line(_log(stage, context)))
+    if row["status"] == "passed" and not is_finished:
+        row["status"], error = "failed", "it ended without a result"
     return row | ({"error": error} if error else {})
 
 
@@ -139,8 +143,6 @@ def _verdict(
         return "killed", f"by {signal.Signals(-code).name}; last line: {last_line}"
     if code > 0:
         return "failed", row.get("error") or last_line or f"exit code {code}"
-    if "figures" not in row:
-        return "failed", "it ended without a result"
     return "passed", ""
 
 

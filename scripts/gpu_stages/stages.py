@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ class Context:
     out: Path  # what is kept: results.jsonl, logs, compile caches
     work: Path  # models, runs and caches; the next call reuses them
     gguf: tuple[Path, ...] = field(default=())  # the embedded model's file, in parts
+    # Records figures so far, which are reported if the stage is ended or fails later.
+    keep: Callable[[dict[str, Any]], None] = field(default=lambda figures: None)
 
     @property
     def is_gpu(self) -> bool:
@@ -57,15 +60,17 @@ STAGES = (
     Stage("parity-float32", 1, "gpu_stages.parity:float32", 90),
     Stage("parity-bfloat16", 1, "gpu_stages.parity:bfloat16", 90),
     Stage("decode-lora", 1, "gpu_stages.decode:with_adapter", 150),
+    Stage("release", 1, "gpu_stages.release:release", 60),
     Stage("decode-base", 1, "gpu_stages.decode:without_lora", 90),
-    Stage("learn-smollm2-135m", 2, "gpu_stages.learn:smollm2", 80),
-    Stage("learn-qwen3-0.6b", 2, "gpu_stages.learn:qwen3_small", 90),
+    Stage("learn-smollm2-135m", 2, "gpu_stages.learn:smollm2", 110),
     Stage("learn-qwen3-8b", 2, "gpu_stages.learn:qwen3_large", 120),
+    Stage("learn-qwen3-0.6b", 2, "gpu_stages.learn:qwen3_small", 100),
     Stage("cuda-tests", 2, "gpu_stages.cuda_tests:cuda_tests", 120),
     Stage("convert", 3, "gpu_stages.loop:convert", 80),
     Stage("grpo", 3, "gpu_stages.loop:grpo", 120),
     Stage("grpo-overlap", 3, "gpu_stages.loop:grpo_overlap", 100),
     Stage("caches", 3, "gpu_stages.caches:caches", 40),
+    Stage("decode-dual-stream", 3, "gpu_stages.decode:dual_stream", 90),
 )
 
 

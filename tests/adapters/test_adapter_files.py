@@ -20,8 +20,9 @@ from rl_lora.adapters.files import (
 )
 from rl_lora.adapters.peft_files import lora_settings
 from rl_lora.errors import UserError
+from rl_lora.export.merge import export_merged
 from rl_lora.policy import Policy
-from tests.helpers.tiny_models import make_policy, random_llama, shake
+from tests.helpers.tiny_models import make_policy, random_gpt2, random_llama, shake
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -41,6 +42,32 @@ def test_peft_loads_ours_unchanged(tmp_path: Path, lm_head: bool) -> None:
     assert adapter.path.name == "v000003"
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), adapter.path)
     assert torch.allclose(loaded(input_ids=IDS).logits, logits_of(policy), atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa"])
+@torch.no_grad()
+def test_adapters_of_conv1d_layers_are_pefts(tmp_path: Path, variant: str) -> None:
+    """GPT-2's weights are [d_in, d_out]: trained in place, read by PEFT and merged."""
+    path = random_gpt2(tmp_path / "model")
+    (path / "tokenizer.json").write_text("{}")  # which a merged model has to have
+    policy = make_policy(path, rank=2, variant=variant)
+    base = AutoModelForCausalLM.from_pretrained(path)
+    assert len(policy.target_names) == 8
+    layer = policy.model.get_submodule("transformer.h.0.attn.c_attn")
+    assert torch.equal(layer.weight.T, base.transformer.h[0].attn.c_attn.weight)
+    assert layer.weight.T.is_contiguous()  # a view, no copy
+    start = logits_of(policy)
+    assert torch.allclose(start, base(input_ids=IDS).logits, atol=1e-5)
+    shake(policy, size=0.1)
+    assert (logits_of(policy) - start).abs().max() > 0.1
+    adapter = save_adapter(policy, tmp_path / "adapters", version=1, run_name="r")
+    peft_settings = json.loads((adapter.path / "adapter_config.json").read_text())
+    assert peft_settings["fan_in_fan_out"]
+    merged = AutoModelForCausalLM.from_pretrained(
+        export_merged(path, adapter.path, tmp_path / "merged")
+    )
+    for model in (PeftModel.from_pretrained(base, adapter.path), merged):
+        assert torch.allclose(model(input_ids=IDS).logits, logits_of(policy), atol=1e-4)
 
 
 @torch.no_grad()

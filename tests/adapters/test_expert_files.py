@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl_lora.adapters.files import load_tensors, open_adapter, save_adapter
-from rl_lora.adapters.model_card import card_text, read_facts
+from rl_lora.adapters.model_card import card_text
 from rl_lora.adapters.peft_files import is_peft_loadable
 from rl_lora.adapters.resize import common_settings, fitted
 from rl_lora.cli import main
@@ -93,7 +93,7 @@ def test_an_evaluation_finds_rank_and_layers_of_an_adapter(layers: str, tmp_path
 def test_the_card_of_a_mixture_has_both_ranks(tmp_path: Path) -> None:
     policy = make_policy(random_qwen3_moe(tmp_path / "base"), rank=4)
     path = save_adapter(policy, tmp_path / "adapters", version=1, run_name="r").path
-    text = card_text(read_facts(path))
+    text = card_text(path)
     assert "| rank, alpha | 4, 32 |" in text
     assert "| rank of one expert | 2 |" in text
     assert "PeftModel.from_pretrained" in text
@@ -109,7 +109,7 @@ def test_what_peft_cannot_load_is_said_on_the_card(make: Any, more: Any, tmp_pat
     shake(policy, size=0.05)
     path = save_adapter(policy, tmp_path / "adapters", version=1, run_name="r").path
     assert not is_peft_loadable(path)
-    text = card_text(read_facts(path))
+    text = card_text(path)
     assert "PEFT cannot load this adapter" in text
     assert "PeftModel" not in text
     peft = PeftModel.from_pretrained(load(base), str(path)).eval()

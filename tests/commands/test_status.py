@@ -212,7 +212,7 @@ def test_the_command_line_takes_several_runs_and_refuses_other_folders(
         "it has neither run.json nor metrics.jsonl\n"
     )
     (tmp_path / "a" / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json is damaged"):
+    with pytest.raises(UserError, match=r"run\.json is not valid JSON"):
         read_status(tmp_path / "a")
 
 

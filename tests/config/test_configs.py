@@ -30,7 +30,7 @@ CONFIGS = [
     if not path.stem.startswith(OTHER_ROOTS)
 ]
 BY_NAME = {path.stem: path for path in CONFIGS}
-GPU_CONFIGS = [path for path in CONFIGS if path.stem.endswith("_8b")]
+GPU_CONFIGS = [path for path in CONFIGS if path.stem.endswith(("_8b", "_a3b"))]
 
 # What makes a job that job is said even where it happens to be the default.
 ALWAYS_SAID = {"sampling.num_prompts", "sampling.num_samples", "sampling.max_tokens", "optim.lr"}

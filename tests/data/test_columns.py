@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_lora.config import SourceSection, load_config
-from rl_lora.data.chats import Message, finish_solution, parse_chats
+from rl_lora.data.chats import finish_solution, parse_chats
+from rl_lora.data.messages import Message
 from rl_lora.data.row_formats import DataRow, gold_text, parse_rows
 from rl_lora.data.sources import load_source
 from rl_lora.errors import UserError

@@ -12,7 +12,7 @@ from rewards import Score, load_reward
 from rl_lora.commands.grade import grade_file
 from rl_lora.config import DataSection
 from rl_lora.data.chats import finish_solution
-from rl_lora.data.references import alternatives, join_alternatives
+from rl_lora.data.references import SEPARATOR, alternatives
 from rl_lora.prompts import load_prompt_sets
 from rl_lora.rollouts import score_groups
 from rl_lora.scoring import score_best
@@ -38,7 +38,7 @@ class TableReward(FakeReward):
 
 
 def test_alternatives_come_back() -> None:
-    assert join_alternatives(["1/2", "0.5"]) == "1/2 ||| 0.5"
+    assert SEPARATOR.join(["1/2", "0.5"]) == "1/2 ||| 0.5"
     assert alternatives("1/2 ||| 0.5") == ["1/2", "0.5"]
     assert alternatives("|x|||y|") == ["|x|||y|"]
     assert alternatives("") == [""]

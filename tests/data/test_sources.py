@@ -447,13 +447,17 @@ def test_generator_options_are_checked() -> None:
     def message(name: str, **options: Any) -> str:
         return error_of(name, options=options)
 
-    assert "no option 'min_term'; did you mean 'min_terms'?" in message(
+    assert "unknown key 'min_term'; did you mean 'min_terms'?" in message(
         "generated:chain_sum", min_term=3
     )
     assert "min_terms=5 is above max_terms=3" in message("generated:chain_sum", min_terms=5)
-    assert "operation 'ad'" in message("generated:word_problems", operations=["ad"])
+    assert "operations.0 = 'ad': Input should be 'add'," in message(
+        "generated:word_problems", operations=["ad"]
+    )
     assert "need 'add' or 'subtract'" in message("generated:word_problems", operations=["divide"])
-    assert "option max_steps = 99" in message("generated:word_problems", max_steps=99)
+    assert "max_steps = 99: Input should be less than" in message(
+        "generated:word_problems", max_steps=99
+    )
     assert "no option 'foo'" in message("reasoning_gym:gcd", foo=1)
     assert "refuses its options" in message("reasoning_gym:gcd", min_numbers=1)
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rl_lora.adapters.files import find_adapter, save_adapter
-from rl_lora.adapters.model_card import card_text, read_facts, write_card
+from rl_lora.adapters.model_card import card_text, write_card
 from rl_lora.cli import main
 from rl_lora.config import parse_config
 from rl_lora.errors import UserError
@@ -112,7 +112,7 @@ def test_dora_without_magnitudes_is_not_merged(tmp_path: Path) -> None:
 )
 def test_the_card_says_which_variant(tmp_path: Path, variant: str, row: str) -> None:
     base = base_model(tmp_path / "base")
-    text = card_text(read_facts(adapter_of(base, tmp_path / "a", rank=2, variant=variant)))
+    text = card_text(adapter_of(base, tmp_path / "a", rank=2, variant=variant))
     assert row in text
     assert f"| rank, alpha | {'4, 64' if variant == 'pissa' else '2, 32'} |" in text
 
@@ -399,7 +399,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 def test_card_tells_base_rank_data_and_scores(tmp_path: Path) -> None:
     run = run_folder(tmp_path)
-    text = card_text(read_facts(find_adapter(run)))
+    text = card_text(find_adapter(run))
     body = text.split("---\n", 2)[2]
     data = ModelCard(text).data.to_dict()
     assert data["base_model"] == "Qwen/Qwen3-8B-Base"
@@ -424,7 +424,7 @@ def test_card_of_a_bare_peft_directory(tmp_path: Path) -> None:
     base = base_model(tmp_path / "base")
     adapter = adapter_of(base, tmp_path / "adapters")
     (adapter / "rl_lora.json").unlink()
-    text = card_text(read_facts(adapter))
+    text = card_text(adapter)
     assert "base_model:" not in text.split("---\n")[1]  # a directory is no hub id
     assert "Held-out accuracy" not in text
 

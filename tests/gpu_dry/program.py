@@ -89,6 +89,8 @@ def unknown_calls(vllm: SimpleNamespace) -> list[str]:
         "add_lora": (engine.add_lora, (me, None), {}),
         "list_loras": (engine.list_loras, (me,), {}),
         "reset_prefix_cache": (engine.reset_prefix_cache, (me,), {}),
+        "sleep": (engine.sleep, (me,), {"level": 1}),
+        "wake_up": (engine.wake_up, (me,), {}),
         "get_tokenizer": (engine.get_tokenizer, (me,), {}),
         "apply_model": (engine.apply_model, (me, len), {}),
         "collective_rpc": (

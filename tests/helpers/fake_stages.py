@@ -17,6 +17,7 @@ def passes(context: Context) -> dict[str, Any]:
 
 
 def fails(context: Context) -> dict[str, Any]:
+    context.keep({"kept": 1})
     raise ValueError("first line\nthe last line of it")
 
 
@@ -36,6 +37,12 @@ def is_killed(context: Context) -> dict[str, Any]:
 
 
 def exits(context: Context) -> dict[str, Any]:
+    print("gone", flush=True)
+    os._exit(0)
+
+
+def exits_after_figures(context: Context) -> dict[str, Any]:
+    context.keep({"kept": 1})
     print("gone", flush=True)
     os._exit(0)
 

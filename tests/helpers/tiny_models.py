@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -64,6 +66,28 @@ def random_qwen3(path: Path) -> Path:
         initializer_range=0.2,
     )
     Qwen3ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def random_gpt2(path: Path) -> Path:
+    """Two layers of GPT-2, with biases that are not zero; its layers are Conv1D."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        n_positions=128,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(path)
     return path
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from rl_lora.config import LoraSection, load_config
+from rl_lora.config import load_config
 from rl_lora.errors import UserError
 from rl_lora.models.architectures import check_architecture
 from rl_lora.models.tiny import RECIPES, train_tokenizer
@@ -21,6 +21,7 @@ from tests.helpers.architectures import (
     Architecture,
     config_of,
     document,
+    end_ids,
     make_architecture,
 )
 
@@ -62,7 +63,7 @@ def test_refused_by_config_before_weights_are_read(
 ) -> None:
     config = config_of(row, tokenizer)
     with pytest.raises(UserError, match=row.refused) as caught:
-        check_architecture(config, LoraSection(), tmp_path)
+        check_architecture(config, tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
@@ -90,9 +91,20 @@ def test_one_step_with_the_parity_check(
         f"run.output_dir={tmp_path}", f"model.name={model}", f"data={data}",
         f"sampling.backend={backend}", f"lora.mode={row.mode}",
     ]  # fmt: skip
-    train(load_config(tmp_path / "job.toml", overrides), quiet=True)
+    config = load_config(tmp_path / "job.toml", overrides)
+    if backend == "vllm" and row.vllm_refused:
+        with pytest.raises(UserError, match=row.vllm_refused):
+            train(config, quiet=True)
+        return
+    train(config, quiet=True)
     (line,) = (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()
     metrics = json.loads(line)
     # Float32 on both sides: the run itself stops at 1e-4.
     assert 0 <= metrics["mismatch/kl"] < 1e-6
     assert metrics["mismatch/abs_max"] < 1e-3
+    if row.num_ends > 1:
+        ends = tuple(tokenizer.decode([token_id]) for token_id in end_ids(row, tokenizer)[1:])
+        lines = (tmp_path / "one" / "transcripts.jsonl").read_text().splitlines()
+        ended = [shown for shown in map(json.loads, lines) if not shown["truncated"]]
+        assert ended
+        assert all(shown["completion"].endswith(ends) for shown in ended)

@@ -19,7 +19,6 @@ from rl_lora.batches import pack_samples, whole_sequence
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
 from rl_lora.learner import Learner
-from rl_lora.nn import attention
 from rl_lora.nn.experts import expert_adapters
 from rl_lora.nn.lora import lora_layers
 from rl_lora.policy import Policy, open_policy
@@ -127,7 +126,7 @@ def test_checkpointed_activations_change_no_gradient_and_no_routing(tmp_path: Pa
         )
         shake(policy)
         (batch,) = batches(share_prompts=True)
-        with policy.training(), attention.using(batch.segments, policy.device):
+        with policy.training():
             policy.token_logprobs(batch, temperature=1.0)[0].sum().backward()
         grads.append({name: p.grad for name, p in policy.trainable().items()})
     for name, expected in grads[0].items():

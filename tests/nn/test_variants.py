@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from rl_lora.adapters.files import open_adapter, save_adapter
 from rl_lora.adapters.peft_files import lora_settings
 from rl_lora.batches import pack_samples
-from rl_lora.commands.eval import EvalRequest, evaluation
+from rl_lora.cli import _parse
+from rl_lora.commands.eval import evaluation
 from rl_lora.config import (
     VARIANT_NAMES,
     LoraSection,
@@ -244,10 +245,9 @@ def start_of(peft_model: nn.Module, side: str, moved_by: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("variant", ["pissa", "olora", "dora"])
 def test_the_fast_path_has_the_gradients_of_the_plain_formula(variant: str) -> None:
-    """Siblings of one input at once, against W + s (B A - B0 A0) written out."""
+    """Against W + s (B A - B0 A0) written out."""
     layers = [LoraLinear(nn.Linear(12, n), 2, 8.0, seed=n, variant=variant) for n in (8, 6)]
     for layer in layers:
-        layer.siblings = tuple(layers)
         layer.base.requires_grad_(False)
         for parameter in layer.parameters():
             if parameter.requires_grad:
@@ -291,12 +291,13 @@ def test_lora_plus_moves_b_by_its_own_rate(tmp_path: Path) -> None:
         ), name
 
 
-def test_ratio_1_is_one_group_in_todays_order(tmp_path: Path) -> None:
-    policy = make_policy(random_llama(tmp_path / "model"))
-    (group,) = parameter_groups(policy.trainable(), 1.0)
-    assert [id(p) for p in group["params"]] == [id(p) for p in policy.trainable().values()]
-    two = parameter_groups(policy.trainable(), 2.0)
-    assert sorted(len(g["params"]) for g in two) == [14, 14]
+def test_only_lora_plus_has_two_groups(tmp_path: Path) -> None:
+    tensors = make_policy(random_llama(tmp_path / "model")).optimized.tensors
+    (group,) = parameter_groups(tensors, 1.0)
+    assert [id(p) for p in group["params"]] == [id(p) for p in tensors.values()]
+    of_a, of_b = parameter_groups(tensors, 2.0)
+    assert of_a["params"] == [tensors["lora_A"]]
+    assert of_b["params"] == [tensors["lora_B"]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -400,7 +401,11 @@ def test_an_evaluation_of_dora_in_vllm_is_refused_before_any_work(tmp_path: Path
     config = tmp_path / "evaluation.toml"
     config.write_text(f'[model]\nname = "{path}"\n')
     with pytest.raises(UserError, match=r'v000001: .*vLLM serves no DoRA.*backend="torch"'):
-        evaluation(EvalRequest(config, [f"run.output_dir={tmp_path}"], str(adapter.path), "x"))
+        evaluation(
+            _parse(
+                ["eval", str(config), f"run.output_dir={tmp_path}", "--adapter", str(adapter.path)]
+            )
+        )
     assert not (tmp_path / "run").exists()
 
 

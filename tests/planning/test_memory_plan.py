@@ -20,13 +20,18 @@ from rl_lora.models.tiny import RECIPES, build_model
 from rl_lora.planning.counts import matmul_counts, parameter_counts
 from rl_lora.planning.memory import (
     ASSUMED_GPU_BYTES,
+    PHASES,
     MemoryItem,
     activation_bytes,
+    bytes_to_come,
     kv_bytes_per_token,
+    largest_microbatch,
     memory_plan,
+    peak,
 )
 from tests.helpers.tiny_models import (
     make_policy,
+    random_gpt2,
     random_llama,
     random_mixtral,
     random_qwen3,
@@ -78,7 +83,7 @@ def test_lm_head_and_full_mode_change_what_trains() -> None:
     assert full.trainable == full.base
 
 
-@pytest.mark.parametrize("make", [random_llama, random_qwen3])
+@pytest.mark.parametrize("make", [random_llama, random_qwen3, random_gpt2])
 @pytest.mark.parametrize("layers", ["all", "attention", "mlp"])
 @pytest.mark.parametrize("lm_head", [False, True])
 def test_counts_equal_those_of_the_real_policy(
@@ -97,12 +102,13 @@ def test_counts_equal_those_of_the_real_policy(
 
 def test_known_shapes_have_the_published_sizes() -> None:
     sizes = {
-        name: parameter_counts(build_on_meta(config_class(**shape)), LoraSection()).base
+        name: parameter_counts(build_on_meta(config_class(**shape)), LoraSection(rank=8)).base
         for name, (config_class, shape) in KNOWN_SHAPES.items()
     }
     assert sizes == {
         "meta-llama/Llama-3.1-8B": 8_030_261_248,
         "Qwen/Qwen3-8B-Base": 8_190_735_360,
+        "Qwen/Qwen3-30B-A3B-Base": 30_532_122_624,
         "smollm2-135m-instruct": 134_515_008,
     }
 
@@ -139,6 +145,7 @@ def test_memory_plan_adds_up_by_hand() -> None:
             "model": {"name": "meta-llama/Llama-3.1-8B", "device": "cuda", "dtype": "bfloat16"},
             "lora": {"rank": 1},
             "data": {"max_prompt_tokens": 256},
+            "optim": {"microbatch_tokens": 4096},
             "sampling": {"max_tokens": 256, "num_prompts": 4, "num_samples": 8},
         }
     )
@@ -150,34 +157,72 @@ def test_memory_plan_adds_up_by_hand() -> None:
         ("gradients", 4 * 2_621_440),
         ("optimizer", 8 * 2_621_440),
         ("logits", 3 * 4 * 2**24),
+        ("CUDA", 2**29),
         ("base weights", 2 * 8_030_261_248),
-        # vLLM takes its share of the GPU, 0.45 of 64 GiB, whatever the job needs
-        ("KV cache", int(0.45 * 64 * 2**30) - 2 * 8_030_261_248),
+        ("adapter slot", 2 * 2_621_440),
+        ("vLLM", 2 * 2**30),
+        ("vLLM, asleep", 2**30),
+        # The rest of the GPU, less 4 GiB in reserve, is vLLM's, whatever the job needs.
+        ("KV cache", pytest.approx(57.5 * 2**30 - 4 * 8_030_261_248 - 18 * 2_621_440, abs=1)),
     ]
     assert "32 sequences x 512 tokens x 128 KiB" in parts[-1].note
+    (activations,) = (part.num_bytes for part in parts if part.part == "activations")
+    assert peak(parts, "sampling") == pytest.approx(60 * 2**30, abs=1)
+    assert peak(parts, "learning") == (
+        2 * 8_030_261_248 + 16 * 2_621_440 + 12 * 2**24 + 3 * 2**29 + activations
+    )
+    # Twice the activations fit into the learner's peak and as many bytes more.
+    room = peak(parts, "learning") + activations
+    assert largest_microbatch(parts, 4096, room) == 8192
+    assert largest_microbatch(parts, 4096, activations) == 0
+    # The engine is asked for what is left when the learner's weights are loaded already: gradients
+    # and optimizer come later, and with overlap activations and logits too.
+    assert bytes_to_come(config, LLAMA_8B, counts.trainable) == 12 * 2_621_440
+    overlap = {"sampling": config.sampling.model_copy(update={"overlap": True})}
+    both = config.model_copy(update=overlap)
+    come = bytes_to_come(both, LLAMA_8B, counts.trainable)
+    assert come == 12 * 2_621_440 + 12 * 2**24 + activations
+    together = memory_plan(both, LLAMA_8B, counts.base, counts.trainable, 64 * 2**30)
+    assert peak(together, "sampling") == peak(together, "learning")
+    assert peak(together, "learning") == pytest.approx(60 * 2**30, abs=1)
+    assert "vLLM, asleep" not in {part.part for part in together}
+
+
+def test_memory_plan_on_a_cpu_frees_what_sampling_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = SimpleNamespace(available=400 * 2**30, total=800 * 2**30)
+    monkeypatch.setattr("rl_lora.planning.memory.psutil.virtual_memory", lambda: free)
+    for dtype, is_merged in (("float32", True), ("bfloat16", False)):
+        config = parse_config({"model": {"name": "x", "device": "cpu", "dtype": dtype}})
+        parts = memory_plan(config, LLAMA_8B, 1000, 10)
+        weights, cache = parts[-2:]
+        assert weights.note == "vLLM's copy"
+        assert weights.phases == (("sampling",) if is_merged else PHASES)
+        assert cache.phases == ("sampling",)
 
 
 def test_kv_cache_of_a_gpu_is_what_vllms_share_leaves() -> None:
     settings = {"max_tokens": 8192, "num_prompts": 64, "num_samples": 16, "memory_fraction": 0.5}
+    engine = 2 * 2**30 + 2 * 2_621_440  # vLLM's own and the adapter's slot
     config = parse_config(
         {"model": {"name": "x", "device": "cuda", "dtype": "bfloat16"}, "sampling": settings}
     )
     counts = parameter_counts(build_on_meta(LLAMA_8B), config.lora)
     cache = memory_plan(config, LLAMA_8B, counts.base, counts.trainable, 80 * 2**30)[-1]
-    assert cache.num_bytes == 40 * 2**30 - 2 * counts.base
+    assert cache.num_bytes == 40 * 2**30 - 2 * counts.base - engine
     # 256 sequences of 1024 + 8192 tokens would like 288 GiB.
     assert "256 sequences x 9216 tokens x 128 KiB would be 288.00 GiB" in cache.note
     assert f"{cache.num_bytes // (131_072 * 9216)} of full length fit" in cache.note
     # Without a GPU here the plan is for an 80 GB card.
     nowhere = memory_plan(config, LLAMA_8B, counts.base, counts.trainable)[-1]
     if not torch.cuda.is_available():
-        assert nowhere.num_bytes == ASSUMED_GPU_BYTES // 2 - 2 * counts.base
+        assert nowhere.num_bytes == ASSUMED_GPU_BYTES // 2 - 2 * counts.base - engine
 
 
-def test_memory_plan_of_full_training_follows_the_models_dtype() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_plan_of_full_training_has_masters_of_bfloat16(dtype: str) -> None:
     config = parse_config(
         {
-            "model": {"name": "x", "device": "cpu", "dtype": "float32"},
+            "model": {"name": "x", "device": "cpu", "dtype": dtype},
             "lora": {"mode": "full"},
             "sampling": {"backend": "torch"},
             "algorithm": {"kl": "loss", "kl_weight": 0.1},
@@ -187,9 +232,11 @@ def test_memory_plan_of_full_training_follows_the_models_dtype() -> None:
     sizes: dict[str, list[int]] = {}
     for part in memory_plan(config, LLAMA_8B, counts.base, counts.trainable):
         sizes.setdefault(part.part, []).append(part.num_bytes)
+    size = 4 if dtype == "float32" else 2
     assert "adapter" not in sizes
-    assert sizes["base weights"] == [4 * counts.base]  # TorchSampler samples from the learner's
-    assert sizes["reference weights"] == [4 * counts.base]
+    assert sizes["base weights"] == [size * counts.base]  # TorchSampler samples from the learner's
+    assert sizes["reference weights"] == [size * counts.base]
+    assert sizes.get("master weights") == (None if dtype == "float32" else [4 * counts.base])
     assert sizes["gradients"] == [4 * counts.base]
     assert sizes["optimizer"] == [8 * counts.base]
 
@@ -267,6 +314,9 @@ def test_plan_of_a_gpu_job_needs_neither_gpu_nor_network() -> None:
     text = _printed(config)
     assert "8,190,735,360" in text
     assert "built-in table" in text
+    if not torch.cuda.is_available():
+        assert "Time on one H100" in text
+        assert "largest microbatch" in text
 
 
 def test_plan_says_when_the_machine_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,19 +392,7 @@ def _printed(config: RunConfig) -> str:
     return console.file.getvalue()
 
 
-QWEN3_30B_A3B = Qwen3MoeConfig(
-    hidden_size=2048,
-    intermediate_size=6144,
-    moe_intermediate_size=768,
-    num_hidden_layers=48,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    num_experts=128,
-    num_experts_per_tok=8,
-    vocab_size=151936,
-    tie_word_embeddings=False,
-    head_dim=128,  # type: ignore[call-arg]
-)
+QWEN3_30B_A3B = Qwen3MoeConfig(**KNOWN_SHAPES["Qwen/Qwen3-30B-A3B-Base"][1])
 
 
 def test_a_mixtures_experts_share_the_rank() -> None:

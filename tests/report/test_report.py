@@ -75,14 +75,6 @@ def test_evaluation_figure_has_the_results_and_their_intervals(tmp_path: Path) -
     assert base["y"] == [0.05, 0.05]
 
 
-def test_an_evaluation_series_has_its_own_figure(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a")
-    write_evaluation(folder, "step_000010_aime24", 10, 7)
-    figure = figures_of(folder)["evaluation_aime24"]
-    assert figure.title == "AIME 2024"
-    assert figure.data[1]["y"] == [0.07]
-
-
 def test_moving_mean_and_spread() -> None:
     means, spreads = moving([0.0, 3.0, 6.0], 1)
     assert means == [1.5, 3.0, 4.5]

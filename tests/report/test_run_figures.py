@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Polygon
 
 from rl_lora.config import EvalSection
 from rl_lora.errors import UserError
 from rl_lora.evaluation.intervals import exact_interval
 from rl_lora.report import blocks
-from rl_lora.report.evaluation_figures import evaluation_figure
+from rl_lora.report.evaluation_figures import evaluation_figure, panels_figure
 from rl_lora.report.figures import length_figure, reward_figure
 from rl_lora.report.records import read_run
-from rl_lora.report.run_figures import draw, draw_figures, evaluations_sheet
+from rl_lora.report.run_figures import draw, draw_figures
 from rl_lora.runs.log import RunLog
 from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
@@ -155,7 +156,7 @@ def test_accuracy_has_interval_bars_and_the_base(tmp_path: Path) -> None:
     write_evaluation(tmp_path, "step_000000", 0, 3)
     write_evaluation(tmp_path, "step_000010", 10, 8)
     write_evaluation(tmp_path, "by-hand", None, 10)  # an evaluation outside the training
-    panels = drawn(evaluation_figure([read_run(tmp_path)], ""))
+    panels = drawn(evaluation_figure([read_run(tmp_path)]))
     assert points(panels[0], "accuracy") == [(0, 0.3), (10, 0.8)]
     (bars,) = [
         collection.get_segments()
@@ -176,22 +177,19 @@ def test_evaluation_score_and_length_by_step_for_each_set(tmp_path: Path) -> Non
     write_evaluation(tmp_path, "base", None, 1)
     write_evaluation(tmp_path, "step_000000", 0, 3)
     write_evaluation(tmp_path, "step_000010", 10, 8)
-    figure = evaluations_sheet(read_run(tmp_path))
-    score_a, score_b, length_a, _ = figure.axes
+    run = read_run(tmp_path)
+    score_a, length_a = drawn(panels_figure(run, "a"))
+    score_b, _ = drawn(panels_figure(run, "b"))
     assert (score_a.get_title(), score_b.get_title()) == ("a", "b")
-
-    def line(axes: Axes) -> list[list[float]]:
-        return np.asarray(axes.get_lines()[0].get_xydata()).tolist()
-
-    assert line(score_a) == [[0, 0.4], [10, 0.8]]
-    assert line(score_b) == [[0, 0.2], [10, 0.8]]
-    assert line(length_a) == [[0, 2], [10, 2]]  # one character and an end
-    low, high = exact_interval(2, 5)
-    (band,) = score_a.collections
-    corners = np.asarray(band.get_paths()[0].vertices).round(6).tolist()
-    assert [0, round(low, 6)] in corners
-    assert [0, round(high, 6)] in corners
-    assert [text.get_text() for text in score_a.texts] == ["base model"]
+    assert points(score_a, "accuracy") == [(0, 0.4), (10, 0.8)]
+    assert points(score_b, "accuracy") == [(0, 0.2), (10, 0.8)]
+    assert points(length_a, "mean length (below)") == [(0, 2), (10, 2)]  # one character and an end
+    (band,) = score_a.patches
+    assert isinstance(band, Polygon)
+    corners = band.get_xy().round(5).tolist()
+    for bound in exact_interval(2, 5):
+        assert [0, round(bound, 5)] in corners
+    assert points(score_a, "base model") == [(0, 0.2), (10, 0.2)]  # the first problem is of a
 
 
 def test_a_damaged_evaluation_is_named(tmp_path: Path) -> None:

@@ -65,7 +65,6 @@ def test_a_gpu_s_use_is_the_mean_of_what_was_seen(monkeypatch: pytest.MonkeyPatc
         thread = meter._thread
         assert thread.is_alive()
     assert not thread.is_alive()
-    meter.close()  # again
 
 
 def test_without_a_gpu_there_are_no_gpu_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ from rl_lora.samplers.vllm.settings import (
     lora_settings,
     merges_adapter,
 )
+from rl_lora.samplers.vllm.sleep import put_to_sleep, wake
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 from tests.helpers.tiny_models import VOCAB, make_policy, random_llama, shake
 
@@ -259,6 +260,32 @@ def test_weights_that_were_dropped_are_not_computed_with(sampler: VllmSampler) -
     with pytest.raises(RuntimeError, match="dropped"):
         model.lm_head.cpu_linear(torch.zeros(1, 4), None, None)
     assert sampler.token_logprobs([PROMPTS[0].token_ids])
+
+
+def test_an_engine_that_slept_samples_the_same(
+    sampler: VllmSampler, model_dir: Path, tmp_path: Path
+) -> None:
+    """vLLM's own calls in this process. A CPU's worker frees nothing in sleep, but the scheduler
+    pauses and forgets its prefix cache as on a GPU."""
+    sampler.set_adapter(publish(model_dir, tmp_path, 60))
+    before = [_ids(group) for group in sampler.sample(PROMPTS, PARAMS)]
+    engine = sampler._engine
+    sums = put_to_sleep(engine)
+    assert engine.is_sleeping()
+    wake(engine, sums)
+    assert not engine.is_sleeping()
+    assert [_ids(group) for group in sampler.sample(PROMPTS, PARAMS)] == before
+    if is_merged(sampler):
+        return
+    (model,) = engine.apply_model(lambda model: model)
+    stacked = (getattr(module, "lora_b_stacked", ()) for module in model.modules())
+    slot = next(slot for slots in stacked for slot in slots if slot.any())
+    sums = put_to_sleep(engine)
+    saved = slot.clone()
+    slot.zero_()
+    with pytest.raises(StaleAdapterError, match="checksums differ"):
+        wake(engine, sums)
+    slot.copy_(saved)
 
 
 def test_an_engine_leaves_the_process_as_it_was(
@@ -598,6 +625,8 @@ def test_engine_settings(model_dir: Path) -> None:
     assert gpu["gpu_memory_utilization"] == 0.3
     assert "kv_cache_memory_bytes" not in gpu
     assert gpu["compilation_config"] == {"cudagraph_specialize_lora": True}
+    assert gpu["enable_sleep_mode"]
+    assert "enable_sleep_mode" not in cpu  # which vLLM refuses there
     assert (gpu["max_loras"], gpu["enable_prefix_caching"]) == (1, True)
     assert "attention_backend" not in gpu
     asked = settings_of(model_dir, "cuda", 1, attention_backend="TRITON_ATTN")

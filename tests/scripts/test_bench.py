@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from benchmarks import our_arms, run
-from benchmarks.workload import Size
+from benchmarks import our_arms, run, trl_arm
+from benchmarks.workload import SIZES, Size
 
 from rl_lora.samplers.vllm.sampler import VllmSampler
 from rl_lora.types import SampleParams
@@ -40,6 +41,54 @@ def test_the_baseline_holds_every_ratio_with_its_command_and_spread() -> None:
     assert "bench_step" in baseline["command"]
     for name, (low, high) in baseline["spread"].items():
         assert low <= baseline["ratios"][name] <= high
+
+
+def test_speeds_by_hand() -> None:
+    """128 completions of 4,890 tokens; 100 GFLOP at 200 GFLOP/s and a bound of 1.2 s, in 2 s and,
+    by TRL, in 10 s."""
+    needed = {"needed_gflop": 100.0, "peak_gflops": 200.0, "bound_s": 1.2}
+    answers = {
+        "learner": [needed | {"learn": seconds} for seconds in (2.0, 1.0, 8.0)],
+        "trl": [{"learn": 10.0}],
+        "flops": {},
+    }
+    assert run.speeds(Size(), answers) == {
+        "learner": {"tokens_per_s": 2445, "mfu": 0.25, "roofline": 0.6},
+        "trl": {"tokens_per_s": 489, "mfu": 0.05, "roofline": 0.12},
+    }
+
+
+def test_trls_settings_by_device() -> None:
+    cpu, cuda = (trl_arm.trainer_options(SIZES[name], 60) for name in ("cpu", "cuda"))
+    assert cpu["use_cpu"]
+    assert not cpu["bf16"]
+    assert "use_vllm" not in cpu
+    assert (cpu["per_device_train_batch_size"], cpu["gradient_accumulation_steps"]) == (8, 16)
+    assert "use_cpu" not in cuda
+    assert cuda["bf16"]
+    assert (cuda["use_vllm"], cuda["vllm_mode"]) == (True, "colocate")
+    assert (cuda["vllm_max_model_length"], cuda["max_completion_length"]) == (1084, 1024)
+    assert (cuda["per_device_train_batch_size"], cuda["gradient_accumulation_steps"]) == (16, 32)
+    assert cpu.keys() < cuda.keys() | {"use_cpu"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_trl_has_these_settings(device: str) -> None:
+    trl = pytest.importorskip("trl")
+    names = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
+    assert trl_arm.trainer_options(SIZES[device], 60).keys() <= names
+
+
+def test_trls_requests_get_the_lengths() -> None:
+    params = SimpleNamespace(max_tokens=50, ignore_eos=False)
+    params.clone = lambda: SimpleNamespace(**vars(params))
+    asked = {}
+    llm = SimpleNamespace(generate=lambda prompts, **keywords: asked.update(keywords))
+    trl_arm.fix_requested(llm, [7, 9])
+    llm.generate(["a", "b"], sampling_params=params, use_tqdm=False)
+    assert not asked["use_tqdm"]
+    found = [(one.max_tokens, one.ignore_eos) for one in asked["sampling_params"]]
+    assert found == [(7, True), (9, True)]
 
 
 @pytest.mark.parametrize(

@@ -14,22 +14,26 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_stages import learn, libraries
+from gpu_stages import learn, libraries, measures, release
 from gpu_stages.caches import caches, split
 from gpu_stages.cuda_tests import counts
 from gpu_stages.models import make_config
 from gpu_stages.run import RESULTS, run_stage, run_stages, table
 from gpu_stages.stages import STAGES, CheckFailedError, Context, Stage, chosen
 from safetensors.torch import save
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rl_lora.batches import pack_samples
+from rl_lora.config import LoraSection, OptimSection, RunConfig
 from rl_lora.errors import UserError
 from rl_lora.models import resolve as models
-from rl_lora.types import TrainSample
+from rl_lora.planning.cards import Card
+from rl_lora.planning.speed import learner_token_s, shape_of
+from rl_lora.types import Microbatch, TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama
 
 ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("compiled", "eager")
 
 
 def context_at(folder: Path, device: str = "cpu") -> Context:
@@ -49,6 +53,7 @@ def test_however_a_stage_ends_it_is_reported_and_the_others_run(tmp_path: Path) 
         stage("hangs", limit_s=1.5),
         stage("is_killed"),
         stage("exits"),
+        stage("exits_after_figures"),
         Stage("absent", 1, "tests.helpers.fake_stages:absent", 120),
         stage("passes"),
     ]
@@ -61,6 +66,7 @@ def test_however_a_stage_ends_it_is_reported_and_the_others_run(tmp_path: Path) 
         "hangs": ("hung", found["hangs"][1]),
         "is_killed": ("killed", found["is_killed"][1]),
         "exits": ("failed", "it ended without a result"),
+        "exits_after_figures": ("failed", "it ended without a result"),
         "absent": (
             "failed",
             "AttributeError: module 'tests.helpers.fake_stages' has no attribute 'absent'",
@@ -70,6 +76,7 @@ def test_however_a_stage_ends_it_is_reported_and_the_others_run(tmp_path: Path) 
     assert str(found["hangs"][1]).startswith("still running after 1.5 s")
     assert str(found["is_killed"][1]).startswith("by SIGKILL")
     assert rows[1]["figures"] == {"kl": 0.5}
+    assert rows[0]["figures"] == rows[5]["figures"] == {"kept": 1}
     assert rows[-1]["figures"] == {"device": "cpu", "speed": {"tokens_per_s": 1234.5}}
     for row in (rows[0], rows[3], rows[-1]):  # also where the stage did not end by itself
         assert row["versions"]["torch"]
@@ -119,17 +126,21 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_choice_of_stages_on_a_cpu(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     places = ["--device", "cpu", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    result = run_script("caches", "libraries", "learn-qwen3-8b", *places)
+    result = run_script("caches", "libraries", "release", "learn-qwen3-8b", *places)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [json.loads(line) for line in (tmp_path / "out" / RESULTS).read_text().splitlines()]
-    assert [row["stage"] for row in rows] == ["libraries", "learn-qwen3-8b", "caches"]
+    assert [row["stage"] for row in rows] == ["libraries", "release", "learn-qwen3-8b", "caches"]
     assert rows[0]["figures"]["rms_norm_error"] < 1e-6
-    learned = rows[1]["figures"]
+    assert rows[1]["figures"]["max_difference"] < 1e-5
+    learned = rows[2]["figures"]
     assert learned["layers"] == 4
-    assert learned["launches_per_layer"] > 10
-    for tokens in ("256", "1024"):
-        assert 0 < learned[tokens]["tokens_per_s_whole"] < learned[tokens]["tokens_per_s"]
-        assert 0 < learned[tokens]["mfu"] < 1
+    assert learned["eager"]["launches_per_layer"] > learned["compiled"]["launches_per_layer"] > 1
+    assert learned["eager"]["graphs"] == 0
+    assert 2 <= learned["compiled"]["graphs"] < 10
+    for found in (learned[kind][tokens] for kind in KINDS for tokens in ("256", "1024")):
+        assert 0 < found["tokens_per_s_whole"] < found["tokens_per_s"]
+        assert 0 < found["mfu"] < 1
+        assert 0 < found["roofline"] < 1
     assert "Self CPU" in (tmp_path / "out" / "learn-qwen3-8b.log").read_text()
     failed = run_script("parity-float32", *places, "--limit", "0.2")
     assert failed.returncode == 1
@@ -151,7 +162,8 @@ def test_a_wrong_command_line(arguments: list[str], told: str, tmp_path: Path) -
 
 def test_choices_of_stages() -> None:
     assert chosen(["all"]) == list(STAGES)
-    assert [s.name for s in chosen(["call3"])] == ["convert", "grpo", "grpo-overlap", "caches"]
+    last = ["convert", "grpo", "grpo-overlap", "caches", "decode-dual-stream"]
+    assert [s.name for s in chosen(["call3"])] == last
     assert [s.name for s in chosen(["grpo", "libraries"])] == ["libraries", "grpo"]
     with pytest.raises(ValueError, match="no stage 'call4'"):
         chosen(["call4"])
@@ -182,7 +194,7 @@ def test_the_needed_operations_of_a_microbatch() -> None:
     3 * (4 * 576 * 4 + 12 * 8 * 10) + 4 * 8 * 10 * 2. A second completion of one token in the same
     row sees 3 keys: 3 * (4 * 576 * 5 + 12 * 8 * 13) + 4 * 8 * 10 * 3.
     """
-    config = SimpleNamespace(
+    config = LlamaConfig(
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=4,
@@ -191,34 +203,46 @@ def test_the_needed_operations_of_a_microbatch() -> None:
         num_hidden_layers=3,
         vocab_size=10,
     )
-    policy: Any = SimpleNamespace(model=SimpleNamespace(config=config))
+    policy: Any = SimpleNamespace(model=SimpleNamespace(config=config), lora=LoraSection())
     samples = [
         TrainSample((1, 5), (7, 2), (0.0, 0.0), 1.0, 0),
         TrainSample((1, 5), (9,), (0.0,), 1.0, 0),
     ]
 
-    def flops(count: int, share_prompts: bool) -> float:
-        ((batch,),) = pack_samples(
-            samples[:count],
-            microbatch_tokens=64,
-            share_prompts=share_prompts,
-        )
-        return learn.needed_flops(policy, batch)
+    def batch(count: int, share_prompts: bool) -> Microbatch:
+        ((one,),) = pack_samples(samples[:count], microbatch_tokens=64, share_prompts=share_prompts)
+        return one
 
-    assert flops(1, False) == flops(1, True) == 31_168
-    assert flops(2, True) == 39_264
+    for share_prompts in (False, True):
+        flops = measures.needed_flops(policy, batch(1, share_prompts))
+        assert flops == pytest.approx(31_168, rel=1e-12)
+    assert measures.needed_flops(policy, batch(2, True)) == pytest.approx(39_264, rel=1e-12)
+    reached = measures.Device(matmul_flops=100e9, bytes_per_s=1e9)
+    seconds = measures.bound_s(policy, batch(2, True), reached)
+    layers_s, head_s = learner_token_s(
+        RunConfig.model_construct(lora=LoraSection(), optim=OptimSection()),
+        shape_of(config),
+        Card("", 0, tflops=0.125, terabytes_s=1 / 900, link_gb_s=0),
+        context=13 / 5,
+    )
+    assert seconds == pytest.approx(5 * layers_s + 3 * head_s)
+    assert seconds > 39_264 / 100e9
 
 
 def test_the_speed_at_another_depth() -> None:
-    assert learn.at_depth(100, 150, 8, 4, 36) == pytest.approx(30)
-    assert learn.at_depth(100, 150, 8, 4, 8) == 100
+    assert measures.at_depth(100, 150, 8, 4, 36) == pytest.approx(30)
+    assert measures.at_depth(100, 150, 8, 4, 8) == 100
+    many = {"tokens_per_s": 100, "bound_tokens_per_s": 200}
+    few = {"tokens_per_s": 150, "bound_tokens_per_s": 300}
+    found = learn.extrapolated(many, few, 8, 4, 36)
+    assert found == pytest.approx({"tokens_per_s_whole": 30, "roofline_whole": 0.5})
 
 
 def test_a_model_of_its_first_layers(tmp_path: Path) -> None:
     policy = make_policy(random_llama(tmp_path / "model"))
     ids = torch.arange(5, 9).unsqueeze(0)
     whole = policy.model(input_ids=ids).logits
-    with learn.only_first(1, policy):
+    with measures.only_first(1, policy):
         assert policy.model(input_ids=ids, output_hidden_states=True).hidden_states[-1] is not None
         first = policy.model(input_ids=ids).logits
     assert not torch.allclose(first, whole)
@@ -234,6 +258,20 @@ def test_microbatches_are_new_and_near_their_size(tmp_path: Path) -> None:
     assert all(140 <= batch.num_tokens <= 200 for batch in (*first, *other))
     assert torch.equal(first[0].token_ids_BT, again[0].token_ids_BT)
     assert [b.num_tokens for b in first] != [b.num_tokens for b in other]
+
+
+def test_what_a_rest_must_leave_and_keep(tmp_path: Path) -> None:
+    """37 of 40 GB released is enough, 35 is not; a log-prob 0.02 away is another model's."""
+    assert release.largest_difference([[-1.0, -2.0], []], [[-1.0, -2.25], []]) == 0.25
+    good = {"used_gb_before": 2.0, "used_gb_awake": 42.0, "used_gb_released": 5.0}
+    gpu, cpu = context_at(tmp_path, "cuda"), context_at(tmp_path)
+    release.check(good | {"max_difference": 0.0}, gpu, 1e-2)
+    with pytest.raises(CheckFailedError, match="keeps its memory"):
+        release.check(good | {"used_gb_released": 7.0, "max_difference": 0.0}, gpu, 1e-2)
+    release.check(good | {"used_gb_released": 7.0, "max_difference": 0.0}, cpu, 1e-2)
+    for difference in (0.02, float("nan")):
+        with pytest.raises(CheckFailedError, match="other log-probs"):
+            release.check(good | {"max_difference": difference}, cpu, 1e-2)
 
 
 def test_attention_over_a_paged_cache_is_that_over_the_rows() -> None:

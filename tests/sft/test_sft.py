@@ -17,10 +17,11 @@ from rl_lora.batches import pack_samples
 from rl_lora.cli import main
 from rl_lora.config import ModelSection, parse_as
 from rl_lora.config.sft import SftConfig, SftDataSection, load_sft_config
-from rl_lora.data.chats import Message, parse_chats
+from rl_lora.data.chats import parse_chats
+from rl_lora.data.messages import Message
 from rl_lora.errors import UserError
 from rl_lora.models.resolve import load_tokenizer, resolve_model
-from rl_lora.sft.data import load_sft, render_prompt, step_indices
+from rl_lora.sft.data import load_sft, step_indices
 from rl_lora.sft.held_out_loss import mean_with_interval, sequence_nll
 from rl_lora.sft.train import curve_steps, fine_tune
 from rl_lora.types import TrainSample
@@ -146,12 +147,16 @@ def test_a_chat_is_one_sequence_an_answer(
     assert len(last.train) == 7
 
 
-def test_base_template_needs_no_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    data = SftDataSection(template="base", system="Be brief.")
-    text = render_prompt([ASKED, ANSWERED, ASKED], data, tokenizer)
-    assert text == (
-        "System: Be brief.\n\nUser: What is 4 + 3?\n\nAssistant: 7\n\nUser: What is 4 + 3?\n\n"
-        "Assistant:"
+def test_base_template_needs_no_chat_template(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    chats = write_chats(tmp_path / "chats.jsonl", 2, turns=2)
+    data = SftDataSection(train=str(chats), held_out=1, template="base", system="Be brief.")  # type: ignore[arg-type]
+    _, last = load_sft(data, tokenizer, 1024, seed=0).train
+    number = tokenizer.decode(list(last.prompt_ids)).partition("What is ")[2][0]
+    assert tokenizer.decode(list(last.prompt_ids), skip_special_tokens=True) == (
+        f"System: Be brief.\n\nUser: What is {number} + 0?\n\nAssistant: {number}\n\n"
+        f"User: What is {number} + 1?\n\nAssistant:"
     )
 
 
@@ -238,14 +243,13 @@ def test_a_step_moves_the_policy_only_by_the_completions_gradient(tmp_path: Path
 def test_interval_of_the_mean_by_hand() -> None:
     # Sums 3 and 5 nats over 1 and 3 tokens: 8 / 4 = 2; residuals 1 and -1; 2 / 1 * 2 = 4: 2 / 4.
     loss = mean_with_interval([3.0, 5.0], [1, 3])
-    assert loss.nll == 2.0
-    assert loss.high - loss.nll == pytest.approx(1.959964 * 0.5)
-    assert loss.low == pytest.approx(2 - 1.959964 * 0.5)
-    assert mean_with_interval([3.0], [2]).high == float("inf")
+    assert loss["test/nll"] == 2.0
+    assert loss["test/nll_high"] == pytest.approx(2 + 1.959964 * 0.5)
+    assert loss["test/nll_low"] == pytest.approx(2 - 1.959964 * 0.5)
+    assert loss["test/tokens"] == 4.0
+    assert mean_with_interval([3.0], [2])["test/nll_high"] == float("inf")
     # Sequences whose nats are proportional to their tokens leave no doubt.
-    assert mean_with_interval([2.0, 4.0], [1, 2]).high == pytest.approx(2.0)
-    with pytest.raises(ValueError, match="no token"):
-        mean_with_interval([], [])
+    assert mean_with_interval([2.0, 4.0], [1, 2])["test/nll_high"] == pytest.approx(2.0)
 
 
 # --- the run --------------------------------------------------------------------------------------

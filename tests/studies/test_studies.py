@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from rl_lora.cli import main
-from rl_lora.commands.study import duration
 from rl_lora.config import parse_as
 from rl_lora.errors import UserError
 from rl_lora.studies.config import StudyConfig, cells_of, make_cell
@@ -156,8 +155,6 @@ def test_timing_and_estimate_by_hand(tmp_path: Path) -> None:
     assert plan.peak_mb == 120.0
     done = {"status": "done", "cost_class": cells[0].cost_class, "seconds": 7.0, "peak_mb": 90.0}
     assert estimate(study, cells[:1], [done], timings).seconds == 7.0
-    with pytest.raises(ValueError, match="no step"):
-        read_timing([{"step": 0}], 1.0)
 
 
 def test_slots_keep_within_cores_and_memory(
@@ -180,10 +177,6 @@ def test_cells_on_gpus_go_round_those_that_are_visible(monkeypatch: pytest.Monke
     assert [_gpu(slot) for slot in range(4)] == ["4", "7", "4", "7"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert [_gpu(slot) for slot in range(4)] == ["0", "1", "0", "1"]
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (42, 186, 7560)] == ["42 s", "3.1 min", "2.1 h"]
 
 
 # --- real studies ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -14,11 +15,8 @@ from rl_lora.errors import UserError
 from rl_lora.studies.config import Condition
 from rl_lora.studies.figures import (
     FIGURES,
-    best_rates,
-    draw_figure_2,
-    draw_figure_3,
-    draw_figure_8,
-    draw_figure_9,
+    best_results,
+    curves_of,
     draw_study,
     envelope,
     mean_curve,
@@ -60,48 +58,49 @@ def rl_rows() -> list[dict[str, Any]]:
     ]
 
 
+def lines_of(name: str, rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """label -> points of a figure's curves."""
+    axes = Figure().add_subplot()
+    FIGURES[name].draw(axes, rows)
+    return {
+        str(line.get_label()): [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())]
+        for line in axes.get_lines()
+    }
+
+
 def test_the_best_rate_is_that_of_the_best_mean_without_failures() -> None:
-    rates = best_rates(sft_rows())
-    assert rates[RANK_1] == 1e-2
-    assert rates[FULL] == 1e-3  # at 1e-1 it failed
-    assert set(best_rates(rl_rows()).values()) == {1e-2}  # a reward is maximised
+    best = best_results(sft_rows())
+    assert best[RANK_1] == (1e-2, [1.5, 1.6])
+    assert best[FULL] == (1e-3, [1.4, 1.4])  # at 1e-1 it failed
+    assert {rate for rate, _ in best_results(rl_rows()).values()} == {1e-2}  # a reward is maximised
 
 
 def test_means_over_seeds_are_taken_where_all_seeds_have_a_point() -> None:
-    steps, mean, low, high = mean_curve({0: ([1, 2, 4], [1.0, 2.0, 3.0]), 1: ([2, 4], [4.0, 3.0])})
-    assert steps == [2, 4]
-    assert mean == [3.0, 3.0]
-    assert (low, high) == ([2.0, 3.0], [4.0, 3.0])
+    points = mean_curve({0: ([1, 2, 4], [1.0, 2.0, 3.0]), 1: ([2, 4], [4.0, 3.0])})
+    assert points == [(2, 3.0, 2.0, 4.0), (4, 3.0, 3.0, 3.0)]
     three = {seed: ([2], [value]) for seed, value in enumerate((1.0, 2.0, 3.0))}
-    _, mean, low, high = mean_curve(three)
+    ((_, mean, _, high),) = mean_curve(three)
     # Standard deviation 1, error 1 / sqrt 3, t for two degrees of freedom 4.3027.
-    assert high[0] - mean[0] == pytest.approx(2.4842, abs=1e-3)
+    assert high - mean == pytest.approx(2.4842, abs=1e-3)
 
 
 def test_figure_1_takes_the_best_rate_at_each_step() -> None:
     rows = [row("sft", 0, 2.0, 1e-3), row("sft", 0, 1.0, 1e-2)]
     rows[0]["curves"]["test_nll"]["value"] = [2.5, 2.2, 2.0]
     rows[1]["curves"]["test_nll"]["value"] = [9.0, 3.0, 1.0]
-    steps, mean, _, _ = envelope(rows, "test_nll", RANK_1)
-    assert steps == [1, 2, 4]
-    assert mean == [2.5, 2.2, 1.0]
+    curves = [mean_curve(curves_of(rows, "test_nll", RANK_1, lr)) for lr in (1e-3, 1e-2)]
+    assert [point[:2] for point in envelope(curves)] == [(1, 2.5), (2, 2.2), (4, 1.0)]
+    assert dict(lines_of("figure_1", rows)["rank 1"]) == {1: 2.5, 2: 2.2, 4: 1.0}
 
 
 def test_figure_2_draws_means_and_leaves_failures_out() -> None:
-    axes = Figure().add_subplot()
-    draw_figure_2(axes, sft_rows())
-    lines = {str(line.get_label()): line for line in axes.get_lines()}
-    assert list(lines["rank 1"].get_xdata()) in ([1e-3, 1e-2], [1e-2])
-    assert list(lines["full"].get_xdata()) == [1e-3]
-    assert list(lines["full"].get_ydata()) == [1.4]
+    lines = lines_of("figure_2", sft_rows())
+    assert [x for x, _ in lines["rank 1"]] in ([1e-3, 1e-2], [1e-2])
+    assert lines["full"] == [(1e-3, 1.4)]
 
 
 def test_figure_3_goes_by_batch_size() -> None:
-    axes = Figure().add_subplot()
-    draw_figure_3(axes, sft_rows())
-    lines = {str(line.get_label()): line for line in axes.get_lines()}
-    assert list(lines["rank 1"].get_xdata()) == [32, 128]
-    assert list(lines["rank 1"].get_ydata()) == pytest.approx([1.55, 1.7])
+    assert lines_of("figure_3", sft_rows())["rank 1"] == [(32, pytest.approx(1.55)), (128, 1.7)]
 
 
 def test_figure_8_is_the_difference_to_the_largest_rank_seed_by_seed() -> None:
@@ -109,11 +108,8 @@ def test_figure_8_is_the_difference_to_the_largest_rank_seed_by_seed() -> None:
     for one in rows:
         base = [3.0 + one["seed"], 2.0, 1.0]
         one["curves"]["loss"]["value"] = [v + (0.5 if one["rank"] == 1 else 0.0) for v in base]
-    axes = Figure().add_subplot()
-    draw_figure_8(axes, rows)
-    line = axes.get_lines()[0]
-    assert line.get_label() == "rank 1 - rank 8"
-    assert list(line.get_ydata()) == pytest.approx([0.5, 0.5, 0.5])
+    line = lines_of("figure_8", rows)["rank 1 - rank 8"]
+    assert [y for _, y in line] == pytest.approx([0.5, 0.5, 0.5])
 
 
 def variant_rows(arm: str) -> list[dict[str, Any]]:
@@ -128,7 +124,7 @@ def variant_rows(arm: str) -> list[dict[str, Any]]:
 
 def test_figure_9_has_each_variant_at_its_best_rate() -> None:
     axes = Figure().add_subplot()
-    draw_figure_9(axes, variant_rows("rl"))
+    FIGURES["figure_9"].draw(axes, variant_rows("rl"))
     labels = [tick.get_text() for tick in axes.get_xticklabels()]
     assert labels == [f"rank 1{name}\nrate 0.01" for name in ("", " DoRA", " LoRA+ 16")]
     means = [float(bar.lines[0].get_ydata()[0]) for bar in axes.containers]  # type: ignore[attr-defined]
@@ -162,9 +158,7 @@ def test_every_figure_that_the_rows_carry_is_drawn(
     assert names <= set(FIGURES)
 
 
-def test_both_formats_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (svg,) = draw_study([row("sft", 0, 1.0)], tmp_path, suffixes=["svg"])
-    assert svg.read_text().startswith("<?xml")
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = "".join(json.dumps(one) + "\n" for one in rl_rows())
     (tmp_path / "results.jsonl").write_text(lines)
     assert main(["report", "--study", str(tmp_path)]) == 0

@@ -17,11 +17,20 @@ from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.vllm.kept_classes import classes_kept
 from rl_lora.samplers.vllm.merged_weights import MergedWeights
 from rl_lora.samplers.vllm.process import keep_float32_exact, process_kept
+from rl_lora.samplers.vllm.settings import text_config
 from rl_lora.types import Adapter
 
+_NO_LORA_TYPES = ("gpt2",)  # model types whose class in vLLM (0.32) has no LoRA layers
 
-def check_device(device: torch.device, lora: LoraSection) -> None:
+
+def check_device(device: torch.device, lora: LoraSection, model_dir: Path) -> None:
     """Raises UserError for a device or an adapter that vLLM does not serve correctly."""
+    model_type = text_config(model_dir).model_type
+    if lora.mode == "lora" and model_type in _NO_LORA_TYPES:
+        raise UserError(
+            f"model {model_dir}: vLLM serves no adapters on {model_type}; set "
+            'sampling.backend="torch"'
+        )
     if device.index:
         raise UserError(
             f"model.device={str(device)!r}: vLLM takes the first visible GPU; set "
@@ -90,9 +99,27 @@ def merged_weights(engine: Any, model_dir: Path, *, is_required: bool) -> Merged
         return None
 
 
-def forget_cache(worker: Any) -> None:
-    """Returns the pages of a worker's KV cache to the system; its blocks are zero afterwards."""
+def release_cpu_memory(engine: Any, merged: MergedWeights | None) -> None:
+    """Frees the merged weights, and returns the KV cache's pages, which are zero afterwards."""
+    if merged is not None:
+        merged.unload()
+    engine.collective_rpc(_forget_cache)
+    cpu_memory.trim()
+
+
+def _forget_cache(worker: Any) -> None:
     cpu_memory.forget(worker.model_runner.kv_caches)
+
+
+def compiler_stance(never_compiles: bool) -> contextlib.AbstractContextManager[object]:
+    """No compilation in an eager engine on a CPU.
+
+    At the first sample vLLM compiles the ranking of log-probs, which is not used here; that takes
+    14 s on two cores.
+    """
+    if never_compiles:
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 def repack_head(model: torch.nn.Module) -> None:

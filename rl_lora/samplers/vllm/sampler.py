@@ -8,14 +8,12 @@ threads, random state) is restored (`process`).
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from transformers import AutoConfig
 
 from rl_lora.config.checks import MIN_TEMPERATURE
@@ -28,10 +26,11 @@ from rl_lora.samplers.vllm.engine import (
     check_adapter,
     check_device,
     check_files,
-    forget_cache,
+    compiler_stance,
     make_engine,
     merged_weights,
     one_line,
+    release_cpu_memory,
     repack_head,
 )
 from rl_lora.samplers.vllm.merged_weights import MergedWeights, read_terms
@@ -49,7 +48,9 @@ from rl_lora.samplers.vllm.settings import (
     engine_settings,
     lora_settings,
     merges_adapter,
+    with_memory_fraction,
 )
+from rl_lora.samplers.vllm.sleep import put_to_sleep, wake, wake_to_close
 from rl_lora.seeds import sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
@@ -63,6 +64,7 @@ class VllmSampler:
     """A `Sampler` on an in-process vLLM engine; only one may be open at a time."""
 
     has_own_weights = True
+    _rests = False  # while the learner works
     _open: ClassVar[weakref.ref[VllmSampler] | None] = None  # vLLM's state is one per process
 
     def __init__(
@@ -94,7 +96,7 @@ class VllmSampler:
             max_model_len = min(_CONTEXT, context_length(AutoConfig.from_pretrained(model_dir)))
         self._on_cpu, self._is_full = device.type == "cpu", lora.mode == "full"
         check_model(model_dir, max_model_len)
-        check_device(device, lora)
+        check_device(device, lora, model_dir)
         check_mixture(model_dir, device)
         self._vllm = import_vllm(device)
         if self._on_cpu:
@@ -106,16 +108,16 @@ class VllmSampler:
         self._model_dir = model_dir
         self._adapter: Adapter | None = None
         self._known: dict[str, tuple[int, str]] = {}  # adapter name -> (vLLM's id, fingerprint)
-        self._rests = False
+        self._checksums: list[int] = []  # of the weights of an engine that sleeps on a GPU
         settings = engine_settings(
             model_dir,
-            engine,
+            engine if self._on_cpu else with_memory_fraction(engine),
             dtype=dtype,
             device=device,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
         )
-        self._runs_eager = bool(settings["enforce_eager"])
+        self._never_compiles = self._on_cpu and settings["enforce_eager"]
         merges = merges_adapter(engine.merge_adapter, lora, dtype=dtype, device=device)
         is_required = bool(engine.merge_adapter)
         self._open_engine(settings, lora_settings(lora, dtype), merges, is_required=is_required)
@@ -154,12 +156,15 @@ class VllmSampler:
                     f"lora.mode={'full' if self._is_full else 'lora'!r}"
                 )
             check_files(adapter)
-        if self._is_full:
-            self._load_full(adapter)
-        elif self._merged is not None:
+        if self._merged is not None:
             if adapter is not None:
                 self._check_name(adapter)
             self._merged.set_target(read_terms(adapter) if adapter else {})
+            self._adapter = adapter
+            return
+        self._wake()
+        if self._is_full:
+            self._load_full(adapter)
         elif adapter is not None:
             request = self._lora_request(adapter)
             try:
@@ -242,15 +247,19 @@ class VllmSampler:
         return logprobs_N
 
     def release_memory(self) -> None:
-        """On a CPU, frees memory that only sampling needs: the KV cache's pages, and the merged
-        weights, which the next call makes again in half a percent of a step."""
-        if not self._on_cpu or self._live_engine().has_unfinished_requests():
+        """Frees the memory that only sampling needs; the next call takes it again.
+
+        On a GPU the engine sleeps (`sleep`). On a CPU these are the KV cache's pages and the merged
+        weights, which the next call makes again in half a percent of a step.
+        """
+        engine = self._live_engine()
+        if self._rests or engine.has_unfinished_requests():
             return
-        if self._merged is not None:
-            self._merged.unload()
         self._reset_cache()
-        self._engine.collective_rpc(forget_cache)
-        cpu_memory.trim()
+        if self._on_cpu:
+            release_cpu_memory(engine, self._merged)
+        else:
+            self._checksums = put_to_sleep(engine)
         self._rests = True
 
     def close(self) -> None:
@@ -262,15 +271,20 @@ class VllmSampler:
 
     def _shut_down(self) -> None:
         self._merged = None
+        if self._rests and not self._on_cpu:
+            wake_to_close(self._engine)
         with process_kept():
             self._engine.engine_core.shutdown()
             self._engine = None
             gc.collect()
 
     def _wake(self) -> None:
-        """Loads the target weights if they were freed or replaced."""
+        """Takes back the memory that was released, and loads the target weights if need be."""
         if self._rests:
-            cpu_memory.trim()  # what the learner freed
+            if self._on_cpu:
+                cpu_memory.trim()  # what the learner freed
+            else:
+                wake(self._engine, self._checksums)
             self._rests = False
         if self._merged is not None and self._merged.load():
             self._reset_cache()
@@ -345,7 +359,7 @@ class VllmSampler:
         outputs: dict[str, Any] = {}
         num_tokens = 0
         try:
-            with self._compiler_stance(), torch_random_state_kept():
+            with compiler_stance(self._never_compiles), torch_random_state_kept():
                 for key, (token_ids, params) in requests.items():
                     tokens = self._vllm.tokens_input(list(token_ids))
                     engine.add_request(key, tokens, params, lora_request=lora)
@@ -364,19 +378,6 @@ class VllmSampler:
             if unfinished := [key for key in requests if key not in outputs]:
                 engine.abort_request(unfinished)
         return outputs
-
-    @contextlib.contextmanager
-    def _compiler_stance(self) -> Iterator[None]:
-        """No compilation in an eager engine on a CPU.
-
-        At the first sample vLLM compiles the ranking of log-probs, which is not used here; that
-        takes 14 s on two cores.
-        """
-        if self._runs_eager and self._on_cpu:
-            with torch.compiler.set_stance("force_eager"):
-                yield
-        else:
-            yield
 
     def _completion(self, output: Any) -> Completion:
         answer = output.outputs[0]

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +22,16 @@ from rl_lora.nn.variants import served_rank
 
 RANK_SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM rounds ranks up to one of these
 CPU_NUM_SEQS = 128  # sequences decoded at once
+GPU_NUM_SEQS = 256
 CPU_BATCHED_TOKENS = 2048  # tokens per step
 GPU_BATCHED_TOKENS = 2048  # vLLM's minimum per step; it refuses more sequences than tokens
 CPU_BLOCK_SIZE = 32  # tokens of a KV cache block, the unit of prefix caching
 CPU_COMPILED_STEPS = 20_000  # decoding steps above which compiling the model pays on a CPU
 CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the KV cache
+# Bytes of a GPU that neither the engine nor the learner's weights take while sampling: the learner
+# scores fixed tokens meanwhile, and both allocators have gaps.
+RESERVE = 4 * 2**30
+MAX_MEMORY_FRACTION = 0.95
 
 
 class ServedPolicy(Protocol):
@@ -60,7 +65,35 @@ class EngineOptions:
     attention_backend: str | None = None  # on a GPU, e.g. TRITON_ATTN; None: vLLM's choice
     # Add the adapter to vLLM's own copy of the weights; None: on a CPU in float32.
     merge_adapter: bool | None = None
-    memory_fraction: float = 0.45  # of the GPU's memory
+    # Of the GPU's memory; None: what is free, less learner_bytes and RESERVE.
+    memory_fraction: float | None = None
+    learner_bytes: int = 0  # GPU memory that the learner will still take and hold while sampling
+
+
+def with_memory_fraction(options: EngineOptions) -> EngineOptions:
+    """The options with a memory_fraction, from what is free on the GPU now if none is set.
+
+    Raises:
+        UserError: nothing would be left for the engine.
+    """
+    if options.memory_fraction is not None:
+        return options
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    fraction = memory_fraction(total, total - free + options.learner_bytes)
+    if fraction <= 0:
+        raise UserError(
+            f"the GPU has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, and the learner "
+            f"takes {options.learner_bytes / 2**30:.1f} GiB more: with {RESERVE / 2**30:.0f} GiB "
+            "in reserve nothing is left for vLLM; end what else runs on the GPU, or take a smaller "
+            "model or rank"
+        )
+    return replace(options, memory_fraction=fraction)
+
+
+def memory_fraction(total: int, taken: int) -> float:
+    """The engine's share of a GPU's `total` bytes beside `taken` bytes of others."""
+    return min(MAX_MEMORY_FRACTION, (total - taken - RESERVE) / total)
 
 
 def engine_settings(
@@ -78,7 +111,7 @@ def engine_settings(
         UserError: not even one sequence of max_model_len tokens fits into memory (CPU).
     """
     on_cpu = device.type == "cpu"
-    num_seqs = max_num_seqs or (CPU_NUM_SEQS if on_cpu else 256)
+    num_seqs = max_num_seqs or (CPU_NUM_SEQS if on_cpu else GPU_NUM_SEQS)
     settings: dict[str, Any] = {
         "model": str(model_dir),
         "dtype": str(dtype).removeprefix("torch."),
@@ -116,10 +149,12 @@ def engine_settings(
 
 def _gpu_settings(options: EngineOptions, num_seqs: int) -> dict[str, Any]:
     settings: dict[str, Any] = {
-        "gpu_memory_utilization": options.memory_fraction,
         # Separate graphs for batches without an adapter, which then skip its kernels.
         "compilation_config": {"cudagraph_specialize_lora": True},
+        "enable_sleep_mode": True,  # for `VllmSampler.release_memory`
     }
+    if options.memory_fraction is not None:
+        settings["gpu_memory_utilization"] = options.memory_fraction
     if num_seqs > GPU_BATCHED_TOKENS:
         settings["max_num_batched_tokens"] = num_seqs
     if options.attention_backend is not None:

@@ -1,0 +1,148 @@
+"""What an optimizer steps on: float32 tensors that stand for a model's trainable parameters.
+
+`FlatParameters`, for adapters: hundreds of small matrices are views of one tensor, and their
+gradients views of another, so that an optimizer step, the gradient's norm, a copy to the host and
+a sum over several processes are each one or two kernels.
+
+`MasterWeights`, for all weights of a model: a bfloat16 weight has a float32 master. Near 0.05 the
+values of bfloat16 are 2e-4 apart, so steps of 1e-5 would change few weights; the optimizer adds
+them to the masters, and the weights are rounded from those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Optimized(Protocol):
+    """The interface of both, used in this order in each step."""
+
+    @property
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """What the optimizer is made of, by name; each tensor's gradient is in its `grad`."""
+
+    def gradients(self, loss: Tensor) -> Sequence[Tensor | None]:
+        """Runs the backward pass; returns gradients that `add_gradients` has yet to add."""
+
+    def add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Adds what `gradients` returned to the `grad` of the tensors."""
+
+    def write_back(self) -> None:
+        """Brings the model's parameters up to date with the tensors."""
+
+
+class FlatParameters:
+    """Makes the parameters views of `values` [n]: every A, then every B and DoRA's magnitudes.
+
+    Each kind is contiguous, so that LoRA+ can give it a learning rate. Afterwards the parameters
+    may only be written to in place.
+
+    Args:
+        parameters: by name, float32, all on one device; those of A have "lora_A" in their name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        of_a = [p for name, p in parameters.items() if "lora_A" in name]
+        of_b = [p for name, p in parameters.items() if "lora_A" not in name]
+        self._parameters = of_a + of_b
+        self._num_a = sum(p.numel() for p in of_a)
+        self.values = torch.cat([p.detach().flatten() for p in self._parameters])
+        for parameter, view in zip(self._parameters, self._views(self.values), strict=True):
+            parameter.data = view
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """[n], of `values`; every parameter's `grad` is a view of it. Made when first used."""
+        gradient = torch.zeros_like(self.values)
+        for parameter, view in zip(self._parameters, self._views(gradient), strict=True):
+            parameter.grad = view
+        return gradient
+
+    @cached_property
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The two parts of `values` and `gradient`, "lora_A" and "lora_B"."""
+        sizes = [self._num_a, self.values.numel() - self._num_a]
+        tensors = {
+            name: nn.Parameter(values)
+            for name, values in zip(("lora_A", "lora_B"), self.values.split(sizes), strict=True)
+        }
+        for tensor, part in zip(tensors.values(), self.gradient.split(sizes), strict=True):
+            tensor.grad = part
+        return tensors
+
+    def gradients(self, loss: Tensor) -> Sequence[Tensor | None]:
+        """One for each parameter, so that passes can run at once; None: an unused expert."""
+        return torch.autograd.grad(loss, self._parameters, allow_unused=True)
+
+    def add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Adds them to `gradient`."""
+        pairs = zip(self._views(self.gradient), gradients, strict=True)
+        views, given = zip(*((v, g) for v, g in pairs if g is not None), strict=True)
+        torch._foreach_add_(views, given)
+
+    def write_back(self) -> None:
+        """Does nothing: the parameters are the tensors."""
+
+    def on_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in the CPU's memory: in one copy those that are views of `values`."""
+        host, own = self.values.cpu(), self.values.untyped_storage().data_ptr()
+        return {
+            name: host.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            if tensor.untyped_storage().data_ptr() == own
+            else tensor.detach().cpu()
+            for name, tensor in tensors.items()
+        }
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split([p.numel() for p in self._parameters])
+        return [part.view(p.shape) for part, p in zip(parts, self._parameters, strict=True)]
+
+
+class MasterWeights:
+    """Float32 masters of weights in another dtype; a float32 weight is its own.
+
+    Gradients, too, are added up in float32: a backward pass hands each to the master as soon as it
+    is complete, and frees it.
+
+    Args:
+        weights: in training, by name.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+        self.tensors: dict[str, nn.Parameter] = {}
+        self._rounded: list[tuple[nn.Parameter, nn.Parameter]] = []  # weights and their masters
+        for name, weight in weights.items():
+            self.tensors[name] = weight
+            if weight.dtype != torch.float32:
+                master = self.tensors[name] = nn.Parameter(weight.detach().float())
+                weight.register_post_accumulate_grad_hook(partial(_hand_over, master))
+                self._rounded.append((weight, master))
+
+    def gradients(self, loss: Tensor) -> Sequence[Tensor | None]:
+        """None are left to add: all of them at once would take the memory of the weights."""
+        loss.backward()
+        return ()
+
+    def add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Does nothing: the backward pass has added them."""
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Rounds the weights from their masters."""
+        for weight, master in self._rounded:
+            weight.copy_(master)
+
+
+def _hand_over(master: nn.Parameter, weight: Tensor) -> None:
+    """Moves a weight's gradient to its master."""
+    assert weight.grad is not None
+    if master.grad is None:
+        master.grad = weight.grad.float()
+    else:
+        master.grad += weight.grad
+    weight.grad = None

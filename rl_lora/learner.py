@@ -165,7 +165,8 @@ class Learner:
             filled[1:] = [self._with_old_logprobs(microbatches) for microbatches in filled[1:]]
         for index, microbatches in enumerate(filled):
             self._next_rate()
-            has_signal = kl_weight != 0 or any(bool(b.advantages_C.any()) for b in microbatches)
+            samples = (sample for batch in microbatches for sample in batch.samples_S)
+            has_signal = kl_weight != 0 or any(sample.advantage != 0 for sample in samples)
             for batch, one in self._passes(
                 microbatches, objective if has_signal else torch.no_grad()(objective)
             ):

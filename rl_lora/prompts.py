@@ -176,11 +176,6 @@ class _Renderer:
         return prompts
 
 
-def render_text(question: str, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The prompt as text: chat markup with an open turn, or few-shot text and question."""
-    return _Renderer(data, tokenizer).text(DataRow(question, None), "the prompt")
-
-
 def _check_lengths(
     items: Sequence[Item], num_tokens_N: Sequence[int], max_prompt_tokens: int, limit: int
 ) -> None:

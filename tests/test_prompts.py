@@ -17,8 +17,9 @@ from rl_lora.data.chats import finish_solution
 from rl_lora.data.sources import question_key
 from rl_lora.data.stream import PromptStream
 from rl_lora.errors import UserError
-from rl_lora.prompts import PromptSets, load_prompt_sets, render_text
+from rl_lora.prompts import PromptSets, load_prompt_sets
 from rl_lora.types import Prompt
+from tests.helpers.fakes import render_text
 
 TEMPLATE = (
     "{% for m in messages %}<s> {{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}"

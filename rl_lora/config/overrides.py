@@ -97,17 +97,14 @@ def _item(field: Any) -> Any:
     return get_args(field)[0] if is_list else None
 
 
-def _takes(field: Any) -> tuple[bool, bool]:
-    """(whether a field takes text, whether it takes None)."""
+def _choices(field: Any) -> tuple[Any, ...]:
     is_union = get_origin(field) in (Union, types.UnionType)
-    choices = get_args(field) if is_union else (field,)
-    is_text = any(
-        one is str
-        or is_section(one)  # the short form of a section
-        or (get_origin(one) is Literal and all(isinstance(word, str) for word in get_args(one)))
-        for one in choices
-    )
-    return is_text, type(None) in choices
+    return get_args(field) if is_union else (field,)
+
+
+def _is_text(field: Any) -> bool:
+    """Whether a field takes text; a section does, in its short form."""
+    return any(c is str or is_section(c) or get_origin(c) is Literal for c in _choices(field))
 
 
 def parse_value(text: str, field: Any) -> Any:
@@ -117,12 +114,12 @@ def parse_value(text: str, field: Any) -> Any:
     """
     plain = _toml(text)
     item = _item(field)
-    if item is not None and any(_takes(item)):
+    if item is not None and _is_text(item):
         return _texts(text, plain, item)
     if isinstance(plain, str):
         return plain
-    takes_text, takes_none = _takes(field)
-    if text in ("none", "None") and (takes_none or not takes_text):
+    takes_text = _is_text(field)
+    if text in ("none", "None") and (type(None) in _choices(field) or not takes_text):
         return None
     if plain is None or (takes_text and not (isinstance(plain, dict) and is_section(field))):
         return text

@@ -60,9 +60,5 @@ class SftConfig(Section):
 
 
 def load_sft_config(path: Path | None, overrides: list[str] | None = None) -> SftConfig:
-    """Reads a TOML file (or a shipped config by name), applies overrides and checks all settings.
-
-    Raises:
-        UserError: no such file, or the first bad key with the fix.
-    """
+    """As `load_config`, of a supervised job."""
     return parse_as(SftConfig, read_settings(path, overrides, SftConfig))

@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rl_lora.evaluation.paired import PairedResult, PairedScores
 from rl_lora.evaluation.scores import EvalResult, EvaluationScores
 
-if TYPE_CHECKING:
-    from rl_lora.evaluation.regrade import Regrade
-
 # Controls, formats such as direction overrides, surrogates, private use, unassigned, separators.
 HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-_CELL_CHARS = 40
 
 _Cell = Callable[[EvaluationScores], str]
 
@@ -210,33 +204,3 @@ def phase_table(seconds_by_phase: Mapping[str, float]) -> Table:
     table.add_section()
     table.add_row("sum", f"{total:.1f}", "")
     return table
-
-
-def print_regrade(report: Regrade, num_shown: int) -> None:
-    """The old and new accuracy with intervals, then the first changed verdicts."""
-    console = Console(highlight=False, soft_wrap=True)
-    old, new, num = report.old, report.new, len(report.changes)
-    statuses = ", ".join(f"{status} {count}" for status, count in new.statuses.items())
-    for line in (
-        f"{new.num_problems} problems x {new.num_samples} samples, graded by {report.reward} "
-        f"(policy {report.policy}): {statuses}",
-        f"{accuracy_name(new.num_samples)} {accuracy_text(old)} -> {accuracy_text(new)} "
-        f"({report.confidence:.0%} intervals)",
-        f"{num} of {new.num_problems * new.num_samples} verdicts changed",
-    ):
-        console.print(Text(printable(line)))
-    if not num:
-        return
-    table = Table("problem", "sample", "reference", "answer", "was", "now", "status")
-    for change in report.changes[:num_shown]:
-        problem, reference, answer = (
-            Text(printable(text, _CELL_CHARS))
-            for text in (change.prompt_id, change.reference, change.answer or "-")
-        )
-        was, now = ("right" if is_right else "wrong" for is_right in (change.was, change.now))
-        table.add_row(problem, str(change.sample), reference, answer, was, now, change.status)
-    console.print(table, soft_wrap=False)
-    if num > num_shown:
-        console.print(
-            f"and {num - num_shown} more; print all with --show {num}, or write them with --json"
-        )

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from rewards import load_reward
-from rl_lora.commands.grade import add_arguments, grade_file, run
+from rl_lora.commands.grade import Disagreement, add_arguments, grade_file, run
 from rl_lora.config import EvalSection
 from rl_lora.errors import UserError
 from rl_lora.evaluation.intervals import exact_interval
-from rl_lora.evaluation.regrade import Change, regrade
 from tests.helpers.evaluations import evaluate
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt
 
@@ -40,9 +39,9 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     assert report.precision == 1 / 2
     assert report.recall == 1 / 2
     assert report.statuses == {"ok": 4, "no_answer": 1}
-    assert [(d.line, d.verdict, d.expected) for d in report.disagreements] == [
-        (3, True, False),
-        (4, False, True),
+    assert [(d.where, d.verdict, d.expected) for d in report.disagreements] == [
+        ("line 3", True, False),
+        ("line 4", False, True),
     ]
 
 
@@ -158,12 +157,15 @@ def write_evaluation(folder: Path, identity: dict[str, object]) -> Path:
 
 def test_an_evaluation_is_graded_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = write_evaluation(tmp_path, {"reward_policy": "math"}), tmp_path / "report.json"
-    report = regrade(path)
+    report = grade_file(path)
+    assert report.old is not None
+    assert report.new is not None
     assert (report.reward, report.policy) == ("math", "math")
     assert (report.old.accuracy, report.new.accuracy) == (1 / 4, 2 / 4)
     # Two problems with half their samples right each: four that count (clustered_interval).
     assert (report.new.accuracy_low, report.new.accuracy_high) == exact_interval(2, 4)
-    assert report.changes == (Change("s/1", 1, "1/2", "0.5", False, True, "ok"),)
+    changed = Disagreement("s/1, sample 1", "1/2", "0.5", True, False, "ok")
+    assert report.disagreements == (changed,)
     before = path.read_bytes()
     assert run(arguments(str(path), "--json", str(out))) == 0
     printed = capsys.readouterr().out
@@ -171,14 +173,16 @@ def test_an_evaluation_is_graded_again(tmp_path: Path, capsys: pytest.CaptureFix
     assert "-> 50.0% (6.8 to 93.2)" in printed
     assert "1 of 4 verdicts changed" in printed
     assert "s/1" in printed
-    assert json.loads(out.read_text())["changes"][0]["now"] is True
+    assert json.loads(out.read_text())["disagreements"][0]["verdict"] is True
     assert path.read_bytes() == before
-    assert regrade(tmp_path / "eval.json", policy="gsm8k").policy == "gsm8k"
+    assert grade_file(tmp_path / "eval.json", policy="gsm8k").policy == "gsm8k"
 
 
 def test_an_evaluation_is_graded_again_with_its_own_thinking_tags(tmp_path: Path) -> None:
     path = write_evaluation(tmp_path, {"thinking_tags": [["\\boxed{7", "</7>"]]})
-    assert regrade(path).new.accuracy == 1 / 4  # 0.5; the right 7 opens a thought that never ends
+    new = grade_file(path).new
+    assert new is not None
+    assert new.accuracy == 1 / 4  # 0.5; the right 7 opens a thought that never ends
 
 
 def test_an_evaluation_with_equal_verdicts_has_no_change(

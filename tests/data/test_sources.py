@@ -451,7 +451,9 @@ def test_generator_options_are_checked() -> None:
         "generated:chain_sum", min_term=3
     )
     assert "min_terms=5 is above max_terms=3" in message("generated:chain_sum", min_terms=5)
-    assert "operation 'ad'" in message("generated:word_problems", operations=["ad"])
+    assert "operations.0 = 'ad': Input should be 'add'," in message(
+        "generated:word_problems", operations=["ad"]
+    )
     assert "need 'add' or 'subtract'" in message("generated:word_problems", operations=["divide"])
     assert "max_steps = 99: Input should be less than" in message(
         "generated:word_problems", max_steps=99

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rewards import Score
+from rl_lora.config import DataSection
+from rl_lora.data.row_formats import DataRow
+from rl_lora.prompts import _Renderer
 from rl_lora.sampler import OnGroup
 from rl_lora.types import Adapter, Completion, Prompt, Rollout, RolloutGroup, SampleParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Script = Callable[[Prompt, int], str] | Mapping[str, Sequence[str]]
 
@@ -153,3 +159,8 @@ class FakeReward:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def render_text(question: str, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompt of a question as text."""
+    return _Renderer(data, tokenizer).text(DataRow(question, None), "the prompt")

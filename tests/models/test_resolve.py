@@ -27,7 +27,7 @@ from rl_lora.models.resolve import (
     resolve_model,
 )
 from rl_lora.models.tiny import RECIPES, train_tokenizer
-from rl_lora.prompts import render_text
+from tests.helpers.fakes import render_text
 from tests.helpers.tiny_models import random_llama
 
 

@@ -24,7 +24,8 @@ from rl_lora.models.tiny import (
     noisy_solution,
     train_tokenizer,
 )
-from rl_lora.prompts import load_prompt_sets, render_text
+from rl_lora.prompts import load_prompt_sets
+from tests.helpers.fakes import render_text
 
 SOURCES = tuple(s.model_copy(update={"num_rows": 60}) for s in RECIPES["tiny-fast"].sources)
 QUICK = dataclasses.replace(RECIPES["tiny-fast"], sources=SOURCES, num_steps=2, num_eval=4)

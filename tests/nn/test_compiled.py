@@ -41,9 +41,9 @@ def _own_graphs() -> Iterator[None]:
 
 @pytest.fixture
 def _without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are captured, and differentiated and partitioned, but run by PyTorch's operators:
-    building kernels takes a minute of a CPU."""
-    monkeypatch.setattr(compiled, "_backend", lambda budget: "aot_eager_decomp_partition")
+    """Graphs are captured and differentiated but run by PyTorch's operators: building kernels takes
+    a minute of a CPU."""
+    monkeypatch.setattr(compiled, "_backend", lambda budget: "aot_eager")
 
 
 def opened(path: Path, *, compiles: bool, checkpoints: bool = False, **lora: Any) -> Policy:
@@ -99,8 +99,7 @@ def num_graphs() -> int:
     ("make", "lora"),
     [
         (random_llama, {"rank": 1}),
-        (random_qwen3, {"rank": 4}),
-        (random_llama, {"rank": 2, "variant": "dora"}),
+        (random_qwen3, {"rank": 4, "variant": "dora"}),
         (random_llama, {"rank": 1, "variant": "pissa"}),
     ],
 )
@@ -124,6 +123,7 @@ def test_ten_batches_take_two_graphs_and_agree_with_eager_layers(
     assert num_graphs() == 3, "decoding is not compiled"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture", [a for a in ARCHITECTURES if not a.refused], ids=lambda a: a.key
 )
@@ -169,7 +169,7 @@ def test_a_compiler_that_fails_is_one_line_with_a_way_out(
 
     monkeypatch.setattr(compiled, "_backend", lambda budget: broken)
     policy = opened(random_llama(tmp_path / "model"), compiles=True)
-    with pytest.raises(UserError, match=r"no C\+\+ compiler.*set model\.compile=false") as caught:
+    with pytest.raises(UserError, match=r"no C\+\+ compiler; model\.compile=false") as caught:
         policy.token_logprobs(batch(0), 1.0)
     assert "\n" not in str(caught.value)
 

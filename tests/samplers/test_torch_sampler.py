@@ -19,7 +19,6 @@ from rl_lora.config import DataSection, ModelSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.models.resolve import load_tokenizer, resolve_model
 from rl_lora.policy import Policy
-from rl_lora.prompts import render_text
 from rl_lora.rollouts import sample_groups
 from rl_lora.sampler import BASE_VERSION
 from rl_lora.samplers.end_tokens import end_token_ids
@@ -27,6 +26,7 @@ from rl_lora.samplers.liveness import check_at_start, check_step, tolerances
 from rl_lora.samplers.torch_sampler import TorchSampler, _draw
 from rl_lora.seeds import mix_seed, sample_seed, sample_seeds
 from rl_lora.types import Completion, Prompt, SampleParams
+from tests.helpers.fakes import render_text
 from tests.helpers.tiny_models import make_policy, random_llama, shake
 
 

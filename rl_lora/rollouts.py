@@ -36,7 +36,8 @@ def rollout(
     """One group of num_samples scored completions per prompt, in the prompts' order.
 
     Args:
-        sampler: with the adapter to sample from set.
+        sampler: with the adapter to sample from set; its memory is released at the end, for the
+            learner.
         prompts_N: the problems.
         reward: `rl_lora.load_reward("math")`, or a function of (completion, reference) that
             returns a finite number; other forms of function: see `rewards.FunctionReward`.
@@ -55,7 +56,9 @@ def rollout(
         name = getattr(reward, "__name__", "reward")
         graded_by = cast("Reward", reward) if is_reward else FunctionReward(name, reward)
         scoring = Scoring(prompts_N, graded_by, thread)
-        return sample_and_score(sampler, scoring, params, version=None).groups()
+        groups_N = sample_and_score(sampler, scoring, params, version=None).groups()
+    sampler.release_memory()
+    return groups_N
 
 
 def sample_groups(

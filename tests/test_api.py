@@ -53,6 +53,7 @@ def test_a_rollout_is_scored_by_a_plain_function() -> None:
         return float(completion == reference)
 
     (group,) = rl.rollout(sampler, [make_prompt()], is_right, num_samples=3, stop=("x",), seed=4)
+    assert sampler.num_releases == 1  # the learner's turn is next
     assert group.rewards_G == [0.0, 1.0, 1.0]
     ((_, params),) = sampler.calls
     assert params == rl.SampleParams(3, 256, 1.0, stop=("x",), seed=4)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from rl_lora import train as loop
 from rl_lora.adapters.files import load_tensors
 from rl_lora.build import open_run
 from rl_lora.config import RunConfig, load_config
@@ -151,8 +152,13 @@ def test_a_resumed_job_must_be_the_same_job(tmp_path: Path) -> None:
         train(smoke(tmp_path), quiet=True)
 
 
-def test_warm_start_is_a_separate_stage(tmp_path: Path) -> None:
+def test_warm_start_is_a_separate_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    learn = loop.warm_start
+    monkeypatch.setattr(TorchSampler, "release_memory", lambda self: calls.append("release"))
+    monkeypatch.setattr(loop, "warm_start", lambda *a: (calls.append("learn"), learn(*a))[1])
     train(smoke(tmp_path, "warm_start.num_steps=3", "warm_start.batch_size=8"), quiet=True)
+    assert calls[:2] == ["release", "learn"]  # an engine on the same GPU sleeps meanwhile
     rows = [json.loads(x) for x in (tmp_path / "smoke/warm_start.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[0]["sft/loss"] > 0

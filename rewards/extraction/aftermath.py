@@ -102,25 +102,29 @@ def hedged_values(answer: str) -> tuple[str, ...]:
     return numbers if len(numbers) > 1 else ()
 
 
-def without_remarks(text: str) -> str:
-    """The text without its closing remarks to the reader and its closing check."""
+def without_remarks(text: str) -> tuple[str, int]:
+    """The text without its closing remarks and check, and where its last sentence starts."""
     body = text.strip()
     explained = _EXPLANATION.match(body) if "\n" in body[:121] else None
     if explained is not None and is_value(stated(explained["value"])):
-        return explained["value"]
+        return explained["value"], last_sentence(explained["value"])
+    start = last_sentence(body)
     for _ in range(MAX_REMARKS):
-        start = last_sentence(body)
         if start == 0 or not _is_remark(body[start : start + MAX_SENTENCE]):
             break
         body = body[:start].rstrip()
+        start = last_sentence(body)
     offset = max(len(body) - TAIL, 0)
-    if not any(body.rfind(hint, offset) >= 0 for hint in ("heck", "erif", "roof")):
-        return body if any(c.isalnum() for c in body) else text
-    concluded = max((match.start() for match in _CONCLUSION.finditer(body, offset)), default=-1)
-    for check in _CHECK.finditer(body, offset):
-        if check.end() > concluded and any(c.isdigit() for c in body[offset : check.start()]):
-            return body[: check.start() + 1]
-    return body if any(c.isalnum() for c in body) else text
+    if any(body.rfind(hint, offset) >= 0 for hint in ("heck", "erif", "roof")):
+        ends = [match.start() for match in _CONCLUSION.finditer(body, offset)]
+        for check in _CHECK.finditer(body, offset):
+            is_last = check.end() > max(ends, default=-1)
+            if is_last and any(c.isdigit() for c in body[offset : check.start()]):
+                body = body[: check.start() + 1]
+                return body, last_sentence(body)
+    if any(c.isalnum() for c in body):
+        return body, start
+    return text, last_sentence(text)
 
 
 def _is_remark(sentence: str) -> bool:

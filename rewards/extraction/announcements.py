@@ -142,8 +142,7 @@ def lower(text: str) -> str:
 
 def places(lowered: str, words: tuple[str, ...], floor: int) -> Iterator[tuple[int, str]]:
     """(position, word) of the last MAX_PLACES words at or after `floor`, last one first."""
-    found = [(word, lowered.rfind(word, floor)) for word in words]
-    last = {word: position for word, position in found if position >= 0}
+    last = {word: start for word in words if (start := lowered.rfind(word, floor)) >= 0}
     num_places = 0
     for _ in range(MAX_LOOKED_AT):
         if not last or num_places == MAX_PLACES:
@@ -306,7 +305,7 @@ def hashes(text: str, floor: int) -> Iterator[Statement]:
 
 def tags(text: str, lowered: str, floor: int) -> Iterator[Statement]:
     """Contents of <answer>5</answer>, last one first; an unclosed tag ends with its line."""
-    names = tuple(tag for tag in _TAGS if tag[0] in text)
+    names = _TAGS if "<" in text else _TAGS[-1:] if "[" in text else ()
     for position, tag in places(lowered, names, floor):
         start = position + len(tag)
         end = lowered.find(tag[0] + "/" + tag[1:], start)

@@ -84,20 +84,20 @@ def opener(text: str) -> re.Match[str] | None:
     return _BOX.search(text)
 
 
-def may_have_box(text: str) -> bool:
-    """Is there any text that could open a box? Fast."""
-    return _last_name(text, 0, len(text)) >= 0
+def last_opening(text: str) -> int:
+    """Position of the last text that could open a box, or -1."""
+    return _last_name(text, 0, len(text))
 
 
-def find_boxes(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of the last balanced boxes, in text order.
+def find_boxes(text: str, last: int) -> list[tuple[int, int, str]]:
+    """(start, end, content) of the last balanced boxes, in text order; `last` is `last_opening`.
 
     Searches only the part that can contain boxes joined to the last one, unless the last one was
     never closed.
     """
-    start = last = _last_name(text, 0, len(text))
     if last < 0:
         return []
+    start = last
     only = _only_box(text, last)
     if only is not None:
         return [only]
@@ -159,9 +159,9 @@ def _balanced_boxes(text: str, start: int) -> list[tuple[int, int, str]]:
     return sorted(set(found))
 
 
-def box_group(text: str) -> BoxGroup | None:
+def box_group(text: str, last: int) -> BoxGroup | None:
     """The last box that states an answer, with those joined to it; None if there is no box."""
-    found = find_boxes(text)
+    found = find_boxes(text, last)
     if not found:
         return None
     start, end, content = found[-1]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from rewards.extraction import announcements
 from rewards.extraction.aftermath import hedged_values, revision
-from rewards.extraction.boxes import BoxGroup, box_group, find_boxes, may_have_box, opener
+from rewards.extraction.boxes import BoxGroup, box_group, find_boxes, last_opening, opener
 from rewards.extraction.languages import with_ascii_digits
 from rewards.extraction.thinking import ExtraTags, after_thinking
 from rewards.extraction.unannounced import unannounced
@@ -61,8 +61,8 @@ def extract(completion: str, extra_tags: ExtraTags = ()) -> Extraction:
     text = after_thinking(completion, extra_tags)
     if text is None:
         return NOTHING
-    has_boxes = may_have_box(text)
-    group = box_group(text) if has_boxes else None
+    last = last_opening(text)
+    group = box_group(text, last)
     statement = _last_statement(text, group)
     has_format = group is not None and group.is_formatted and not _is_overruled(text)
     if statement is not None:
@@ -70,7 +70,7 @@ def extract(completion: str, extra_tags: ExtraTags = ()) -> Extraction:
         return _revised(found, text, statement.end)
     if group is not None:
         return _revised(_boxed(group, has_format), text, group.end)
-    is_truncated = has_boxes and opener(text) is not None  # a truncated box states nothing
+    is_truncated = last >= 0 and opener(text) is not None  # a truncated box states nothing
     plain = None if is_truncated else unannounced(text)
     if plain is None:
         return NOTHING
@@ -170,11 +170,12 @@ def extract_boxes(text: str, *, is_gold: bool) -> str | None:
 
     An unclosed box in a gold extends to the end of the text; in an answer it does not count.
     """
-    boxes = find_boxes(text)
+    last = last_opening(text)
+    boxes = find_boxes(text, last)
     gaps = [text[a[1] : b[0]].strip(" $") for a, b in itertools.pairwise(boxes)]
     if is_gold and gaps and not any(gaps):
         return ", ".join(box[2] for box in boxes)
-    group = box_group(text)
+    group = box_group(text, last)
     if group is not None and group.boxes:
         return ", ".join(group.boxes) if is_gold else group.boxes[-1]
     unclosed = opener(text) if is_gold else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from rewards.extraction.aftermath import MAX_SENTENCE, TAIL, last_sentence, without_remarks
+from rewards.extraction.aftermath import MAX_SENTENCE, TAIL, without_remarks
 from rewards.extraction.boxes import MAX_BOX_CHARS
 from rewards.extraction.languages import with_ascii_digits
 from rewards.extraction.wording import (
@@ -141,8 +141,7 @@ _LABELLED = re.compile(r"\s*([A-Za-z](?:_\{?\w\}?)?)\s*&?\s*=\s*&?\s*([^=]+)$")
 
 def unannounced(text: str) -> tuple[str, bool] | None:
     """(answer, is it bold) of a text without an announcement; None if there is no answer."""
-    text = without_remarks(with_ascii_digits(text))
-    start = last_sentence(text)
+    text, start = without_remarks(with_ascii_digits(text))
     judged = _judgement(text[start : start + MAX_SENTENCE])
     if judged is not None:
         return judged, False

@@ -54,7 +54,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.table:
         _print_results(display, study, read_table(study.folder))
         return 0
-    from rl_lora.models.device import check_trainable
     from rl_lora.report.tables import seconds_text
     from rl_lora.runs.checkpoint import checkpoint_steps
     from rl_lora.runs.record import read_record
@@ -77,7 +76,6 @@ def run(arguments: argparse.Namespace) -> int:
     cells = all_cells(study, rows)
     left = pending_cells(cells, {row["cell"] for row in rows})
     for cell in left:
-        check_trainable(cell.config.model, cell.config.lora)
         run_folder = study.folder / "cells" / cell.key
         if checkpoint_steps(run_folder):  # an earlier version's run cannot be resumed
             read_record(run_folder, fix="delete it, and the cell starts again")

@@ -20,7 +20,6 @@ from rl_lora.errors import UserError
 from rl_lora.nn.experts import has_experts
 
 _MAX_GRAPHS = 64  # of one kind of layer in this process, over all its models and dtypes
-_ADVICE = "set model.compile=false"
 
 
 def decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -73,8 +72,8 @@ class _CompiledForward:
         try:
             return self.compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            first_line = str(error).strip().split("\n")[0]
-            raise UserError(f"the compiler failed: {first_line}; {_ADVICE}") from error
+            what = " ".join(str(error).split("\n")[:2])  # of further lines, most are its own stack
+            raise UserError(f"{what}; model.compile=false runs the layers uncompiled") from error
 
 
 @cache

@@ -202,7 +202,7 @@ def learn_in_vain(batch: Batch) -> None:
     raise FloatingPointError("gradient norm is nan")
 
 
-def test_sampling_goes_on_after_a_learner_that_failed(
+def test_sampling_continues_after_a_learner_that_failed(
     sampler: VllmSampler, versions: list[Adapter]
 ) -> None:
     requests = (Request([make_prompt()], PARAMS) for _ in range(2))
@@ -242,9 +242,9 @@ def test_closing_a_sleeping_engine(sampler: VllmSampler) -> None:
 
 
 def test_checksums_see_every_bit_of_every_tensor() -> None:
-    model = nn.Linear(2, 1).bfloat16()
+    model: Any = nn.Linear(2, 1).bfloat16()
     model.register_buffer("cosines", torch.tensor([1.5, 2.5]))
-    model.lora_b_stacked = (torch.zeros(2), torch.zeros(3))  # type: ignore[assignment]
+    model.lora_b_stacked = (torch.zeros(2), torch.zeros(3))
     model.w13_lora_a_stacked = torch.zeros(0)
     with torch.no_grad():
         model.weight.fill_(1.0)

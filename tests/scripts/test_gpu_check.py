@@ -126,12 +126,13 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_choice_of_stages_on_a_cpu(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     places = ["--device", "cpu", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    result = run_script("caches", "libraries", "learn-qwen3-8b", *places)
+    result = run_script("caches", "libraries", "release", "learn-qwen3-8b", *places)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [json.loads(line) for line in (tmp_path / "out" / RESULTS).read_text().splitlines()]
-    assert [row["stage"] for row in rows] == ["libraries", "learn-qwen3-8b", "caches"]
+    assert [row["stage"] for row in rows] == ["libraries", "release", "learn-qwen3-8b", "caches"]
     assert rows[0]["figures"]["rms_norm_error"] < 1e-6
-    learned = rows[1]["figures"]
+    assert rows[1]["figures"]["max_difference"] < 1e-5
+    learned = rows[2]["figures"]
     assert learned["layers"] == 4
     assert learned["eager"]["launches_per_layer"] > learned["compiled"]["launches_per_layer"] > 1
     assert learned["eager"]["graphs"] == 0

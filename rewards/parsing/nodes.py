@@ -8,7 +8,7 @@ from typing import NamedTuple
 MAX_CHARS = 4096
 MAX_TOKENS = 2048
 MAX_NESTING = 32  # of brackets
-MAX_DEPTH = 70  # of signs, exponents and primaries: a bracket takes two
+MAX_DEPTH = 100  # of signs, exponents and primaries: a bracket takes two
 MAX_DIGITS = 1024  # of one number
 MAX_EXACT_BITS = 16_384  # of an exact result
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,28 +83,36 @@ def _learn(
         "matmul_tflops": device.matmul_flops / 1e12,
         "copy_gb_per_s": device.bytes_per_s / 1e9,
     }
-    failed: list[str] = []
     dtype = torch.bfloat16 if context.is_gpu else torch.float32  # which most CPUs emulate
     for name, compiles in (("compiled", True), ("eager", False)):
         policy = make_policy(folder, context, dtype, compiles=compiles)
         figures["layers"] = policy.model.config.num_hidden_layers
-        figures[name] = _figures(Learner(policy), context, device, whole, failed)
-        context.keep(figures)
+        figures[name] = {}
+        _measure(
+            Learner(policy), context, device, whole, figures[name], lambda: context.keep(figures)
+        )
         del policy
         _free()
+    failed = [text for name in ("compiled", "eager") for text in figures[name]["out_of_memory"]]
     if failed:
         raise CheckFailedError("; ".join(failed), figures)
     return figures
 
 
-def _figures(
-    learner: Learner, context: Context, device: Device, whole: int | None, failed: list[str]
-) -> dict[str, Any]:
-    """By the microbatch's size, what `timed` measures; graphs compiled in all, launches per layer,
-    and bytes that a token's activations take (the peak's growth from one size to the next)."""
+def _measure(
+    learner: Learner,
+    context: Context,
+    device: Device,
+    whole: int | None,
+    figures: dict[str, Any],
+    keep: Callable[[], None],
+) -> None:
+    """Fills in the figures: by the microbatch's size, what `timed` measures; graphs compiled in
+    all, launches per layer, and bytes that a token's activations take (the peak's growth from one
+    size to the next). keep: called as they become known."""
     policy, sizes = learner.policy, ON_GPU if context.is_gpu else ON_CPU
     layers = policy.model.config.num_hidden_layers
-    figures: dict[str, Any] = {}
+    figures["out_of_memory"] = []
     peaks: list[tuple[int, int]] = []
     counters.clear()
     for tokens in sizes.tokens:
@@ -115,8 +124,9 @@ def _figures(
                     few = timed(learner, sizes, tokens, device)
                 found |= extrapolated(found, few, layers, layers // 2, whole)
             figures[f"{tokens}"] = found
+            keep()
         except torch.OutOfMemoryError as error:
-            failed.append(f"{tokens} tokens: {str(error).splitlines()[0]}")
+            figures["out_of_memory"].append(f"{tokens} tokens: {str(error).splitlines()[0]}")
         _free()  # out here, where the error no longer holds its frames
     figures["graphs"] = counters["stats"]["unique_graphs"]
     if len(peaks) > 1:
@@ -124,7 +134,7 @@ def _figures(
         figures["activation_bytes_per_token"] = (high - low) / (many_tokens - few_tokens)
     (batch,) = microbatches(policy, sizes, sizes.tokens[0], seed=1, count=1)
     figures["launches_per_layer"] = launches_per_layer(learner, batch)
-    return figures
+    keep()
 
 
 def timed(learner: Learner, sizes: Sizes, tokens: int, reached: Device) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from rl_lora.nn.experts import has_experts
 _MAX_GRAPHS = 64  # of one kind of layer in this process, over all its models and dtypes
 
 
-def decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def decoder_layers(model: nn.Module) -> Iterator[tuple[str, GradientCheckpointingLayer]]:
     """The model's decoder layers with their names."""
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer):

@@ -32,7 +32,7 @@ NUM_LAYERS_OF_SMOLLM2 = 30
 
 @pytest.fixture(autouse=True)
 def _layers_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Graphs of one test are not another's; lm_head's have tests of their own."""
+    """Graphs of one test are not another's; lm_head's are tested elsewhere."""
     monkeypatch.setattr(token_logprobs, "_compiled", lambda function: function)
     torch._dynamo.reset()
     counters.clear()

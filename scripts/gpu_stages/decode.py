@@ -48,7 +48,7 @@ def with_adapter(context: Context) -> dict[str, Any]:
 
 
 def dual_stream(context: Context) -> dict[str, Any]:
-    """The same with LoRA's products on a stream of their own, which vLLM has on GPUs only."""
+    """The same with LoRA's products on a second stream, which vLLM has on GPUs only."""
     if context.is_gpu:
         os.environ["VLLM_LORA_ENABLE_DUAL_STREAM"] = "1"  # before vLLM is imported
     return with_adapter(context)

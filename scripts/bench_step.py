@@ -76,8 +76,10 @@ def main() -> int:
         parser.error("--steps needs --sweep")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.sweep:
-        own = {"num_prompts": size.num_prompts, "device": size.device}
-        sizes = [replace(s, **own) for s in SWEEPS[options.sweep]]
+        sizes = [
+            replace(s, num_prompts=size.num_prompts, device=size.device)
+            for s in SWEEPS[options.sweep]
+        ]
         rows = sweep(sizes, options.rounds, options.out, has_steps=options.steps)
         write_sweep(options.sweep, rows, options.out)
         return 0

@@ -135,7 +135,7 @@ def speeds(size: Size, answers: dict[str, Any]) -> dict[str, dict[str, float]]:
         key: median(answer[key] for answer in answers["learner"])
         for key in ("needed_gflop", "peak_gflops", "bound_s")
     }
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name in ("learner", "ours", "trl"):
         if name in answers:
             seconds = median(answer["learn"] for answer in answers[name])

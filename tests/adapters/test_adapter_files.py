@@ -54,7 +54,7 @@ def test_adapters_of_conv1d_layers_are_pefts(tmp_path: Path, variant: str) -> No
     base = AutoModelForCausalLM.from_pretrained(path)
     assert len(policy.target_names) == 8
     layer = policy.model.get_submodule("transformer.h.0.attn.c_attn")
-    assert torch.equal(layer.weight.T, base.transformer.h[0].attn.c_attn.weight)
+    assert torch.equal(layer.weight.T, base.get_submodule("transformer.h.0.attn.c_attn").weight)
     assert layer.weight.T.is_contiguous()  # a view, no copy
     start = logits_of(policy)
     assert torch.allclose(start, base(input_ids=IDS).logits, atol=1e-5)

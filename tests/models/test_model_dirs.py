@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
 from rl_lora.adapters.files import save_adapter
 from rl_lora.build import open_model
-from rl_lora.config import LoraSection, ModelSection, load_config
+from rl_lora.config import ModelSection, load_config
 from rl_lora.errors import UserError
 from rl_lora.export.merge import export_merged
 from rl_lora.models.resolve import check_model_dir, check_rows, load_tokenizer, resolve_model
@@ -279,4 +279,4 @@ def test_open_model_refuses_what_cannot_be_trained(model_dir: Path) -> None:
     edit(model_dir / "config.json", final_logit_softcapping=30.0)
     section = ModelSection(name=str(model_dir))
     with pytest.raises(UserError, match=r"caps its logits \(final_logit_softcapping=30\.0\)"):
-        open_model(section, lambda text: None, LoraSection())
+        open_model(section, lambda text: None)

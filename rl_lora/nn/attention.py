@@ -89,8 +89,7 @@ def attend_backward(
     inputs = query_THD, key_TJD, value_TJD
     with torch.enable_grad(), _recording():
         out_THD = attend_in_buckets(*inputs, _buckets(starts_S, families_N), scale)
-        gradients = torch.autograd.grad(out_THD, inputs, grad_THD)
-    query_THD, key_TJD, value_TJD = gradients
+        query_THD, key_TJD, value_TJD = torch.autograd.grad(out_THD, inputs, grad_THD)
     return query_THD, key_TJD, value_TJD
 
 

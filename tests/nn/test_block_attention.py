@@ -28,7 +28,7 @@ def test_segments_are_computed_together_up_to_a_blocks_size(
     blocks = block_attention.make_blocks(buckets, 2, 2)
     assert blocks is not None
     assert len(blocks.blocks) == (5 if block_elements == 1 else len(buckets.buckets))
-    inputs = [random(13, heads, 8, seed=i) for i, heads in enumerate((4, 2, 2))]
+    inputs = random(13, 4, 8), random(13, 2, 8, seed=1), random(13, 2, 8, seed=2)
     found = block_attention.attend(*inputs, blocks, 0.3)
     expected = attention.attend_in_buckets(*inputs, buckets, 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -226,21 +226,18 @@ class Learner:
 
     def _sequence_kls(self, samples: Sequence[TrainSample]) -> tuple[list[float], float]:
         """Each sample's sum of log p_sampler - log p_reference, and the mean k3 of its tokens."""
-        kl_by_id: dict[int, float] = {}
-        k3_total, num_tokens = 0.0, 0
         (batches,) = pack_samples(samples, microbatch_tokens=self.microbatch_tokens)
-        for batch in batches:
-            batch = to_device(batch, self.policy.device)
-            reference_C = self.policy.reference_logprobs(batch, self.temperature)
-            log_ratio_C = batch.sampler_logprobs_C.double() - reference_C.double()
-            k3_total += float(k3(-log_ratio_C).sum())
-            num_tokens += len(log_ratio_C)
-            kl_B = [0.0] * batch.num_sequences
-            pairs = zip(batch.sequence_C.tolist(), log_ratio_C.tolist(), strict=True)
-            for sequence, value in pairs:
-                kl_B[sequence] += value
-            kl_by_id |= {id(s): kl for s, kl in zip(batch.samples_S, kl_B, strict=True)}
-        return [kl_by_id[id(sample)] for sample in samples], k3_total / num_tokens
+        moved = [to_device(batch, self.policy.device) for batch in batches]
+        references = [self.policy.reference_logprobs(b, self.temperature) for b in moved]
+        sampler_C = torch.cat([batch.sampler_logprobs_C for batch in batches])
+        log_ratio_C = sampler_C.double() - torch.cat(references).double().cpu()
+        kl_by_id: dict[int, float] = {}
+        parts = log_ratio_C.split([len(batch.sequence_C) for batch in batches])
+        for batch, part_C in zip(batches, parts, strict=True):
+            kl_S = part_C.new_zeros(batch.num_sequences).index_add(0, batch.sequence_C, part_C)
+            kl_by_id |= {id(s): kl for s, kl in zip(batch.samples_S, kl_S.tolist(), strict=True)}
+        kls = [kl_by_id[id(sample)] for sample in samples]
+        return kls, float(k3(-log_ratio_C).mean())
 
     def parameter_norm(self) -> float:
         """L2 norm of all trainable parameters."""

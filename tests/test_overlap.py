@@ -102,7 +102,8 @@ def samplers(monkeypatch: pytest.MonkeyPatch) -> list[OwnWeights]:
     """The samplers that jobs have made."""
     made: list[OwnWeights] = []
 
-    def make(section: Any, policy: Policy, **options: Any) -> Any:
+    def make(section: Any, policy: Policy, *, learner_bytes: int, **options: Any) -> Any:
+        assert learner_bytes == 0  # on a CPU
         made.append(OwnWeights(policy, **options))
         return made[-1]
 

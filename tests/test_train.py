@@ -156,7 +156,12 @@ def test_warm_start_is_a_separate_stage(tmp_path: Path, monkeypatch: pytest.Monk
     calls: list[str] = []
     learn = loop.warm_start
     monkeypatch.setattr(TorchSampler, "release_memory", lambda self: calls.append("release"))
-    monkeypatch.setattr(loop, "warm_start", lambda *a: (calls.append("learn"), learn(*a))[1])
+
+    def recorded(*arguments: Any) -> None:
+        calls.append("learn")
+        learn(*arguments)
+
+    monkeypatch.setattr(loop, "warm_start", recorded)
     train(smoke(tmp_path, "warm_start.num_steps=3", "warm_start.batch_size=8"), quiet=True)
     assert calls[:2] == ["release", "learn"]  # an engine on the same GPU sleeps meanwhile
     rows = [json.loads(x) for x in (tmp_path / "smoke/warm_start.jsonl").read_text().splitlines()]

@@ -52,7 +52,7 @@ def _arithmetic(context: Any, tiny: float, max_log: float) -> Arithmetic:
     """The arithmetic of a context of mpmath: of its floats, or of a fixed precision."""
     functions: dict[str, Callable[..., Any]] = {"abs": abs}
     for name in _FUNCTIONS.split():  # mpmath's floats have no asinh, acosh, atanh
-        functions[name] = getattr(context, name, getattr(cmath, name, None))
+        functions[name] = getattr(context, name, None) or getattr(cmath, name)
 
     def number(value: Fraction) -> Any:
         top = value.numerator if context is mpmath.fp else context.mpf(value.numerator)

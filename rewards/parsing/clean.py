@@ -115,9 +115,9 @@ def clean(text: str) -> str:
     if "&" in text:
         text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
     text = _SPACED_THOUSANDS.sub(lambda match: re.sub(r"\s", "", match.group()), text)
-    for hint, pattern, replacement in _REWRITTEN:
+    for hint, pattern, rewritten in _REWRITTEN:
         if hint in text:
-            text = pattern.sub(replacement, text)
+            text = pattern.sub(rewritten, text)
     if "[" in text and _OUTWARD.search(text):
         text = _outward_brackets(text)
     text = _LEADING.sub("", text.strip(' \t\r\n"`'))

@@ -161,7 +161,7 @@ def grade_file(
         raise UserError(
             f"{path} was graded by {name[:80]!r}; to import that code, pass it as --reward"
         )
-    options = {
+    options: dict[str, Any] = {
         "rules": policy or str(settings.get("reward_policy", "default")),
         "format_weight": float(settings.get("format_weight", 0.0)),
         "num_workers": num_workers,

@@ -264,7 +264,7 @@ _CURES: dict[Phase, str] = {
     "learning": "lower optim.microbatch_tokens or sampling.max_tokens, or set "
     "optim.checkpoint_activations",
 }
-_NO_CACHE = "vLLM's copy of the base does not fit beside the learner's: take a smaller model"
+_NO_CACHE = "vLLM's copy of the base does not fit next to the learner's: take a smaller model"
 
 
 def time_table(config: RunConfig, found: StepTime, card: Card, largest: int) -> Table:

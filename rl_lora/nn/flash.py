@@ -65,9 +65,9 @@ def attend(
         query_THD[first:], key_TJD[:first], value_TJD[:first], prompts, scale
     )
     own_lse_HA = lse_HT[:, first:]
-    difference_AH1 = (prompt_lse_HA - own_lse_HA).T.unsqueeze(-1)
-    out_AHD = out_THD[first:].mul_(torch.sigmoid(-difference_AH1))
-    out_AHD.addcmul_(prompt_out_AHD, torch.sigmoid(difference_AH1))
+    # The prompt's share of the softmax, in the log-sums' dtype; so are the products with it.
+    share_AH1 = torch.sigmoid(prompt_lse_HA - own_lse_HA).T.unsqueeze(-1)
+    out_THD[first:].mul_(1 - share_AH1).addcmul_(prompt_out_AHD, share_AH1)
     torch.logaddexp(own_lse_HA, prompt_lse_HA, out=own_lse_HA)
     return out_THD, lse_HT
 

@@ -50,6 +50,7 @@ class FlatParameters:
         of_a = [p for name, p in parameters.items() if "lora_A" in name]
         of_b = [p for name, p in parameters.items() if "lora_A" not in name]
         self._parameters = of_a + of_b
+        self._sizes = [p.numel() for p in self._parameters]
         self._num_a = sum(p.numel() for p in of_a)
         self.values = torch.cat([p.detach().flatten() for p in self._parameters])
         for parameter, view in zip(self._parameters, self._views(self.values), strict=True):
@@ -81,9 +82,10 @@ class FlatParameters:
 
     def add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Adds them to `gradient`."""
-        pairs = zip(self._views(self.gradient), gradients, strict=True)
-        views, given = zip(*((v, g) for v, g in pairs if g is not None), strict=True)
-        torch._foreach_add_(views, given)
+        pairs = zip(self.gradient.split(self._sizes), gradients, strict=True)
+        # On one axis: a column's strides differ from its view's, which would take a kernel each.
+        given = [(part, g.reshape(-1)) for part, g in pairs if g is not None]
+        torch._foreach_add_([part for part, _ in given], [g for _, g in given])
 
     def write_back(self) -> None:
         """Does nothing: the parameters are the tensors."""
@@ -99,8 +101,8 @@ class FlatParameters:
         }
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split([p.numel() for p in self._parameters])
-        return [part.view(p.shape) for part, p in zip(parts, self._parameters, strict=True)]
+        pairs = zip(flat.split(self._sizes), self._parameters, strict=True)
+        return [part.view(p.shape) for part, p in pairs]
 
 
 class MasterWeights:

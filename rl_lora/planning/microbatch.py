@@ -28,7 +28,7 @@ def fitting_tokens(policy: Policy, optim: OptimSection, most: int, free_bytes: i
     and activations have free_bytes to share; from _STEP to `most` tokens."""
     dtype = str(policy.dtype).removeprefix("torch.")
     job = SftConfig(
-        model=ModelSection(device=str(policy.device), dtype=dtype),  # type: ignore[arg-type]
+        model=ModelSection(device=str(policy.device), dtype=dtype),
         lora=policy.lora,
         optim=optim,
     )

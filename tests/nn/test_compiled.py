@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rl_lora.batches import pack_samples
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
-from rl_lora.nn import attention, compiled
+from rl_lora.nn import attention, compiled, token_logprobs
 from rl_lora.nn.compiled import compile_layers, decoder_layers
 from rl_lora.nn.lora import attach_lora
 from rl_lora.nn.segments import make_layout
@@ -31,8 +31,9 @@ NUM_LAYERS_OF_SMOLLM2 = 30
 
 
 @pytest.fixture(autouse=True)
-def _own_graphs() -> Iterator[None]:
-    """Graphs of one test are not another's."""
+def _layers_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs of one test are not another's; lm_head's have tests of their own."""
+    monkeypatch.setattr(token_logprobs, "_compiled", lambda function: function)
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -99,8 +100,8 @@ def num_graphs() -> int:
     ("make", "lora"),
     [
         (random_llama, {"rank": 1}),
-        (random_qwen3, {"rank": 4, "variant": "dora"}),
-        (random_llama, {"rank": 1, "variant": "pissa"}),
+        pytest.param(random_qwen3, {"rank": 4, "variant": "dora"}, marks=pytest.mark.slow),
+        pytest.param(random_llama, {"rank": 1, "variant": "pissa"}, marks=pytest.mark.slow),
     ],
 )
 def test_ten_batches_take_two_graphs_and_agree_with_eager_layers(
@@ -236,10 +237,10 @@ def test_a_layer_takes_few_kernels_and_keeps_little(monkeypatch: pytest.MonkeyPa
         kept = Layer().kept_bytes()
         forward, backward = counts
         kept_with_checkpoints = Layer(keeps_activations=False).kept_bytes()
-    # On a GPU attention is 9 kernels forward and 14 backward (`flash`), one of each in the counts.
+    # Attention is one node in each graph; on a GPU (`flash`) 9 kernels and 14.
     assert forward + backward + 8 + 13 <= 110
     assert kept * NUM_LAYERS_OF_SMOLLM2 <= 0.36e6
-    assert kept_with_checkpoints == 576 * 2  # the layer's input
+    assert 576 * 2 <= kept_with_checkpoints < 576 * 2 + 1  # the layer's input, and the layout
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_parameters_keep_names_shapes_and_values_in_one_tensor() -> None:
     assert flat.gradient.tolist() == [2, 2, 1, 1, 2, 2, 2, 2]
     assert parameters["k.lora_A"].grad.tolist() == [[1, 1]]  # type: ignore[union-attr]
     with torch.no_grad():
-        flat.tensors["lora_B"] -= 3
+        flat.tensors["lora_B"].sub_(3)
     assert parameters["q.lora_B"].tolist() == [[0], [1], [2]]
     assert parameters["q.magnitude"].tolist() == [3]
 
@@ -219,10 +219,10 @@ def test_without_masters_bfloat16_fails_the_same_criterion(
             self.tensors, self._rounded = dict(weights), []
 
     path = random_llama(tmp_path / "model")
+    start = weights_of(full_policy(path, "float32"))
     found = {}
     for dtype in ("float32", "bfloat16"):
         policy = full_policy(path, dtype)
-        start = weights_of(policy)
         policy._masters = NoMasters(policy.trainable())
         learner = Learner(policy, RATE, grad_clip=1e9)
         with_known_gradients(learner, monkeypatch)
@@ -238,10 +238,10 @@ def test_a_models_own_gradients_in_bfloat16_lead_near_float32(tmp_path: Path) ->
     """Here the gradients differ by bfloat16's rounding, which Adam's first steps magnify."""
     path = random_llama(tmp_path / "model")
     batches = [batch_of((8, 9, 10, 2)), batch_of((30, 31), (32, 33, 34))]
+    start = weights_of(full_policy(path, "float32"))
     found = {}
     for dtype in ("float32", "bfloat16"):
         policy = full_policy(path, dtype)
-        start = {name: t.float() for name, t in weights_of(policy).items()}
         learner = Learner(policy, RATE)
         losses = [learner.fit(batches)["sft/loss"] for _ in range(NUM_STEPS)]
         found[dtype] = {n: t.detach().clone() for n, t in policy.optimized.tensors.items()}

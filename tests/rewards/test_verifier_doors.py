@@ -172,6 +172,7 @@ def test_decimal_commas_depend_on_the_rules() -> None:
         ("mL", {"m": 3}, "1/1000000"),
         ("meters per second squared", {"m": 1, "s": -2}, "1"),
         ("W/(m^2 K)", {"kg": 1, "s": -3, "K": -1}, "1"),
+        ("W/(m^2)", {"kg": 1, "s": -3}, "1"),
         ("cents", {"dollar": 1}, "1/100"),
     ],
 )

@@ -202,7 +202,7 @@ def learn_in_vain(batch: Batch) -> None:
     raise FloatingPointError("gradient norm is nan")
 
 
-def test_sampling_goes_on_after_a_learner_that_failed(
+def test_sampling_continues_after_a_learner_that_failed(
     sampler: VllmSampler, versions: list[Adapter]
 ) -> None:
     requests = (Request([make_prompt()], PARAMS) for _ in range(2))

@@ -92,7 +92,7 @@ def with_memory_fraction(options: EngineOptions) -> EngineOptions:
 
 
 def memory_fraction(total: int, taken: int) -> float:
-    """The engine's share of a GPU's `total` bytes beside `taken` bytes of others."""
+    """The engine's share of a GPU of `total` bytes, of which others take `taken`."""
     return min(MAX_MEMORY_FRACTION, (total - taken - RESERVE) / total)
 
 

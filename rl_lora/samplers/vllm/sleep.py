@@ -37,7 +37,7 @@ def wake(engine: Any, sums: list[int]) -> None:
     """Brings back what `put_to_sleep` took away, which had returned `sums`.
 
     Raises:
-        UserError: it does not fit beside what the learner holds; the engine is unusable then.
+        UserError: it does not fit next to what the learner holds; the engine is unusable then.
         StaleAdapterError: weights or adapter slots are not what they were.
     """
     torch.cuda.empty_cache()  # vLLM takes its memory from the driver, past PyTorch's cache
@@ -45,7 +45,7 @@ def wake(engine: Any, sums: list[int]) -> None:
         engine.wake_up()
     except RuntimeError as error:
         raise UserError(
-            f"the GPU has no room to wake the sampler beside the learner ({error}); lower "
+            f"the GPU has no room to wake the sampler next to the learner ({error}); lower "
             "sampling.memory_fraction, and end what else runs on the GPU"
         ) from error
     (found,) = engine.apply_model(checksums)

@@ -52,10 +52,9 @@ def rollout(
     """
     params = SampleParams(num_samples, max_tokens, temperature, stop=stop, seed=seed)
     with scoring_thread() as thread:
-        is_reward = hasattr(reward, "score_batch")
-        name = getattr(reward, "__name__", "reward")
-        graded_by = cast("Reward", reward) if is_reward else FunctionReward(name, reward)
-        scoring = Scoring(prompts_N, graded_by, thread)
+        if not hasattr(reward, "score_batch"):
+            reward = FunctionReward(getattr(reward, "__name__", "reward"), reward)
+        scoring = Scoring(prompts_N, cast("Reward", reward), thread)
         groups_N = sample_and_score(sampler, scoring, params, version=None).groups()
     sampler.release_memory()
     return groups_N

@@ -90,9 +90,10 @@ class LoraLinear(nn.Module):
         if not CONTEXT.has_adapter:
             return self.base(x)
         weight, bias = self.base.weight, self.base.bias
+        a_RI, b_OR = self.factors()
         if self.magnitude is None:
-            return lora_product(x, weight, bias, *self.factors(), self.scaling)
-        out = lora_product(x, weight, None, *self.factors(), self.scaling)
+            return lora_product(x, weight, bias, a_RI, b_OR, self.scaling)
+        out = lora_product(x, weight, None, a_RI, b_OR, self.scaling)
         return self.magnitude(out, weight, bias, self.lora_A, self.lora_B, self.scaling)
 
 

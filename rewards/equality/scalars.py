@@ -238,25 +238,33 @@ def _log_magnitude(node: Node, system: Arithmetic) -> Any:
     if node.kind == "func" and node.name in ("factorial", "binom"):
         whole = [_value_or_huge(arg, system) for arg in node.args]
         parts = [whole[0]] if node.name == "factorial" else [*whole, whole[0] - whole[1]]
-        if any(not is_real(part) or part <= -1 for part in parts):
+        if any(part <= -1 for part in parts):
             raise Undecided
         logs = [system.functions["loggamma"](part + 1) for part in parts]
         return logs[0] - sum(logs[1:])
-    value = value_of(node, {}, system)
-    if not is_real(value) or not value > 0:
+    value = _real(value_of(node, {}, system))
+    if not value > 0:
         raise Undecided
     return system.functions["ln"](value)
 
 
+def _real(value: Any) -> Any:
+    """The value without imaginary noise: complex numbers have no order. Raises Undecided."""
+    if not is_real(value):
+        raise Undecided
+    return value.real
+
+
 def _value_or_huge(node: Node, system: Arithmetic) -> Any:
-    """A real value, computed from its logarithm if it is large."""
+    """A real value, computed from its logarithm if it is large. Raises Undecided."""
     try:
-        return value_of(node, {}, system)
+        value = value_of(node, {}, system)
     except Undecided:
         logarithm = _log_magnitude(node, system)
         if abs(logarithm) > MAX_LOG_OF_LOG:
             raise TooLarge from None
         return system.functions["exp"](logarithm)
+    return _real(value)
 
 
 def _same_magnitude(left: Node, right: Node) -> bool:

@@ -59,6 +59,7 @@ def _magnitudes() -> dict[str, str]:
         "digits_100k": "9" * 100_000,
         "decimals_100k": "0." + "3" * 100_000,
         "gamma_complex": "(10^6 + 10^6 i)!",
+        "factorial_of_a_real_complex": "(10^6 + 0^6 i)!",
         "floor_of_tower": "\\lfloor 10^{10^{10}} \\rfloor",
     }
     return {name: _boxed(text) for name, text in towers.items()}

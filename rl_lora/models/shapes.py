@@ -138,3 +138,29 @@ def build_on_meta(config: PretrainedConfig) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config)
     return model
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """Width of an attention head."""
+    own = getattr(config, "head_dim", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
+
+
+def attention_widths(config: PretrainedConfig) -> tuple[int, int]:
+    """Widths of a layer's queries, and of its keys, for one token: all heads together."""
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = head_size(config)
+    return config.num_attention_heads * size, key_heads * size
+
+
+def mlp_width(config: PretrainedConfig) -> int:
+    """Width of a layer's MLP; of one expert, in a mixture."""
+    names = ("moe_intermediate_size", "intermediate_size", "n_inner")  # the last is GPT-2's
+    widths = (getattr(config, name, None) for name in names)
+    return next(filter(None, widths), 4 * config.hidden_size)  # GPT-2's if n_inner is None
+
+
+def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Keys and values of all layers for one token."""
+    text = config.get_text_config()
+    return 2 * text.num_hidden_layers * attention_widths(text)[1] * dtype.itemsize

@@ -21,12 +21,13 @@ from transformers import PretrainedConfig
 from rl_lora.config import RunConfig
 from rl_lora.config.sft import SftConfig
 from rl_lora.models.device import pick_dtype
+from rl_lora.models.shapes import attention_widths, kv_bytes_per_token, mlp_width
 from rl_lora.nn.variants import is_shifted, served_rank
+from rl_lora.planning.cards import CARDS
 from rl_lora.samplers.vllm.settings import (
     CPU_MEMORY_SHARE,
     CPU_NUM_SEQS,
     GPU_NUM_SEQS,
-    head_size,
     lora_settings,
     memory_fraction,
     merges_adapter,
@@ -40,7 +41,7 @@ _LOGITS_ELEMENTS = 2**24  # one chunk of logits in `policy`
 _LOGITS_COPIES = 3  # logits, log-probs, gradient
 # Tokens of a microbatch if optim.microbatch_tokens is not set; on a GPU, the most.
 MICROBATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
-ASSUMED_GPU_BYTES = 79 * 2**30  # an "80 GB" card as CUDA reports it
+ASSUMED_GPU_BYTES = CARDS["h100"].num_bytes
 _CONTEXT_BYTES = 2**29  # CUDA's context and libraries, once a process
 _ENGINE_BYTES = 2 * 2**30  # vLLM's activations, logits and CUDA graphs
 _ASLEEP_BYTES = 2**30  # of those, what stays while it sleeps (graphs, workspaces; vllm#28714)
@@ -64,13 +65,6 @@ def peak(parts: Iterable[MemoryItem], phase: Phase) -> int:
     return sum(part.num_bytes for part in parts if phase in part.phases)
 
 
-def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Keys and values of all layers for one token."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_size(text) * dtype.itemsize
-
-
 def activation_bytes(
     config: PretrainedConfig,
     num_tokens: int,
@@ -87,8 +81,7 @@ def activation_bytes(
     checkpointing: one hidden-sized tensor per layer, and one whole layer at a time.
     """
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    query, key = text.num_attention_heads * head_size(text), heads * head_size(text)
+    query, key = attention_widths(text)
     layer = 6 * text.hidden_size + 2 * query + 2 * key + _mlp_elements(text, joins_swiglu)
     layers = text.num_hidden_layers
     elements = text.hidden_size * layers + layer if is_checkpointed else layer * layers
@@ -298,9 +291,9 @@ def bytes_text(num_bytes: int) -> str:
 
 def _adapted_outputs(text: PretrainedConfig, layers: str) -> int:
     """Outputs per token of a layer's adapted matrices, which DoRA keeps before scaling them."""
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    attention = (text.num_attention_heads + 2 * heads) * head_size(text) + text.hidden_size
-    mlp = 2 * text.intermediate_size + text.hidden_size
+    query, key = attention_widths(text)
+    attention = query + 2 * key + text.hidden_size
+    mlp = 2 * mlp_width(text) + text.hidden_size
     return int(attention * (layers != "mlp") + mlp * (layers != "attention"))
 
 
@@ -310,7 +303,6 @@ def _mlp_elements(text: PretrainedConfig, joins_swiglu: bool) -> int:
     num_active = getattr(text, "num_experts_per_tok", None)
     if not num_active:
         is_swiglu = getattr(text, "hidden_act", "") in ("silu", "swish")
-        return int((2 if joins_swiglu and is_swiglu else 4) * text.intermediate_size)
-    width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+        return (2 if joins_swiglu and is_swiglu else 4) * mlp_width(text)
     shared = getattr(text, "shared_expert_intermediate_size", None) or 0
-    return int(num_active * (4 * width + 2 * text.hidden_size) + 4 * shared)
+    return int(num_active * (4 * mlp_width(text) + 2 * text.hidden_size) + 4 * shared)

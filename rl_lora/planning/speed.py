@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from transformers import PretrainedConfig
 
 from rl_lora.config import RunConfig
+from rl_lora.models.shapes import attention_widths, kv_bytes_per_token, mlp_width
 from rl_lora.planning.cards import Card
 from rl_lora.planning.counts import ParameterCounts
-from rl_lora.samplers.vllm.settings import GPU_NUM_SEQS, head_size
+from rl_lora.samplers.vllm.settings import GPU_NUM_SEQS
 
 _BYTES = 2  # of a bfloat16 number
 # Shares of the data sheet's figures. Measured on an H100: 795 of 989 TFLOP/s for large square
@@ -56,11 +58,6 @@ class Shape:
         """Weights of one layer that a token is multiplied with."""
         return sum(count * i * o for i, o, count in self.linears())
 
-    @property
-    def kv_bytes(self) -> int:
-        """Keys and values of a token in all layers."""
-        return 2 * self.layers * self.key * _BYTES
-
     def linears(self) -> list[tuple[int, int, int]]:
         """(inputs, outputs, how often a token passes one) of a layer's linear layers."""
         d, q, kv, f, k = self.hidden, self.query, self.key, self.mlp, self.num_active
@@ -91,14 +88,14 @@ class StepTime:
 def shape_of(config: PretrainedConfig) -> Shape:
     """The sizes in a model's config.json."""
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    query, key = attention_widths(text)
     num_active = getattr(text, "num_experts_per_tok", None) or 1
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
     return Shape(
         hidden=text.hidden_size,
-        query=text.num_attention_heads * head_size(text),
-        key=heads * head_size(text),
-        mlp=getattr(text, "moe_intermediate_size", None) or text.intermediate_size,
+        query=query,
+        key=key,
+        mlp=mlp_width(text),
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
         num_active=num_active,
@@ -123,17 +120,18 @@ def step_time(
         card: the GPU.
     """
     shape, sampling = shape_of(model_config), config.sampling
+    kv_bytes = kv_bytes_per_token(model_config, torch.bfloat16)
     scale = _MEAN_SHARE * sampling.max_tokens
     mean = scale * (1 - math.exp(-1 / _MEAN_SHARE))
     prompt = min(_PROMPT_TOKENS, config.data.max_prompt_tokens)
     num = sampling.num_prompts * sampling.num_samples
     # A running sequence has about the mean length, and shares its prompt's blocks with its group.
-    fitting = int(cache_bytes / (shape.kv_bytes * (mean + prompt / sampling.num_samples)))
+    fitting = int(cache_bytes / (kv_bytes * (mean + prompt / sampling.num_samples)))
     at_once = max(1, min(num, sampling.max_num_seqs or GPU_NUM_SEQS, fitting))
     launches_s = _ENGINE_STEP_S + (config.lora.mode == "lora") * shape.layers * _LORA_LAYER_S
 
     def decode_s(batch: float, context: float) -> float:
-        moved = _weight_bytes(shape, counts, batch) + batch * context * shape.kv_bytes
+        moved = _weight_bytes(shape, counts, batch) + batch * context * kv_bytes
         return launches_s + max(moved / _bandwidth(card), 2 * batch * counts.active / _rate(card))
 
     prefill_s = 2 * counts.active * sampling.num_prompts * prompt / _rate(card)

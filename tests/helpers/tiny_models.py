@@ -50,6 +50,18 @@ def random_llama(path: Path, *, tied: bool = True, seed: int = 0, hidden: int = 
     return path
 
 
+def small_config() -> LlamaConfig:
+    """A shape to compute by hand; a layer: q, o 8x8; k, v 8x4; gate, up, down 8x16."""
+    return LlamaConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=10,
+    )
+
+
 def random_qwen3(path: Path) -> Path:
     """The same size in Qwen3's shape (norms on q and k)."""
     torch.manual_seed(0)

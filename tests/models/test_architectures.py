@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from rl_lora.config import load_config
+from rl_lora.config import load_config, parse_config
 from rl_lora.errors import UserError
 from rl_lora.models.architectures import check_architecture
 from rl_lora.models.tiny import RECIPES, train_tokenizer
+from rl_lora.planning.memory import memory_plan
+from rl_lora.planning.speed import shape_of
 from rl_lora.train import train
 from tests.helpers.architectures import (
     DOC,
@@ -65,6 +67,19 @@ def test_refused_by_config_before_weights_are_read(
     with pytest.raises(UserError, match=row.refused) as caught:
         check_architecture(config, tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("row", SERVED, ids=lambda row: row.key)
+def test_memory_and_time_are_planned(row: Architecture, tokenizer: PreTrainedTokenizerFast) -> None:
+    config = config_of(row, tokenizer)
+    job = parse_config({"lora": {"mode": row.mode}})
+    parts = {part.part: part.num_bytes for part in memory_plan(job, config, 10, 10)}
+    assert parts["activations"] > 0
+    assert parts["KV cache"] > 0
+    shape = shape_of(config)
+    assert (shape.hidden, shape.layers) == (64, 2)
+    # GPT-2's MLP is 4 times as wide as the model where its config says nothing.
+    assert shape.mlp == (256 if row.name == "GPT2" else 96)
 
 
 @pytest.mark.slow

@@ -15,7 +15,13 @@ from transformers import LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 from rl_lora.commands.plan import memory_table, print_plan
 from rl_lora.config import LoraSection, ModelSection, RunConfig, parse_config
 from rl_lora.errors import UserError
-from rl_lora.models.shapes import KNOWN_SHAPES, build_on_meta, known_config, load_model_config
+from rl_lora.models.shapes import (
+    KNOWN_SHAPES,
+    build_on_meta,
+    known_config,
+    kv_bytes_per_token,
+    load_model_config,
+)
 from rl_lora.models.tiny import RECIPES, build_model
 from rl_lora.planning.counts import matmul_counts, parameter_counts
 from rl_lora.planning.memory import (
@@ -24,7 +30,6 @@ from rl_lora.planning.memory import (
     MemoryItem,
     activation_bytes,
     bytes_to_come,
-    kv_bytes_per_token,
     largest_microbatch,
     memory_plan,
     peak,
@@ -36,6 +41,7 @@ from tests.helpers.tiny_models import (
     random_mixtral,
     random_qwen3,
     random_qwen3_moe,
+    small_config,
 )
 
 LLAMA_8B = LlamaConfig(
@@ -115,14 +121,7 @@ def test_known_shapes_have_the_published_sizes() -> None:
 
 def test_multiply_adds_are_the_articles_formula() -> None:
     # 2 layers of hidden size 8: q, o 8x8; k, v 8x4; gate, up, down 8x16; lm_head 8x10.
-    config = LlamaConfig(
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=10,
-    )
+    config = small_config()
     weights = 2 * (2 * 64 + 2 * 32 + 3 * 128) + 80
     sides = 2 * (2 * 16 + 2 * 12 + 3 * 24)  # sum of d_in + d_out over the adapted layers
     counts = matmul_counts(build_on_meta(config), LoraSection(rank=5))

@@ -6,22 +6,16 @@ import math
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen3MoeConfig
+from transformers import Qwen3MoeConfig
 
 from rl_lora.config import RunConfig, parse_config
 from rl_lora.errors import UserError
 from rl_lora.planning.cards import CARDS, Card, card_of_device, find_card
 from rl_lora.planning.counts import ParameterCounts
 from rl_lora.planning.speed import _weight_bytes, learner_token_s, shape_of, step_time
+from tests.helpers.tiny_models import small_config
 
-SMALL = LlamaConfig(
-    hidden_size=8,
-    intermediate_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    vocab_size=10,
-)
+SMALL = small_config()
 # A rate of 10^12 products and bytes a second, once the shares that are reached are taken off.
 PRODUCTS, BYTES = 1 / 0.66, 1 / 0.9
 AT_ONCE = 1e12  # takes no time

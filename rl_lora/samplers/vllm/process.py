@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from rl_lora.errors import UserError
-from rl_lora.samplers.vllm.settings import head_size, text_config
+from rl_lora.models.shapes import head_size
+from rl_lora.samplers.vllm.settings import text_config
 
 # The releases this project was tested with, and the PyTorch that each is built against;
 # pyproject.toml's extra `gpu` must agree.

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import UserError
-from rl_lora.models.shapes import has_own_head
+from rl_lora.models.shapes import has_own_head, kv_bytes_per_token
 from rl_lora.nn.experts import NUM_EXPERTS_KEYS
 from rl_lora.nn.variants import served_rank
 
@@ -222,8 +222,7 @@ def cpu_cache_bytes(
     Raises:
         UserError: one sequence of max_model_len tokens does not fit.
     """
-    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * num_heads * head_size(config) * dtype.itemsize
+    token_bytes = kv_bytes_per_token(config, dtype)
     num_blocks = -(-max_model_len // CPU_BLOCK_SIZE) + 1  # vLLM keeps one block for itself
     sequence_bytes = num_blocks * CPU_BLOCK_SIZE * token_bytes
     limit = int(CPU_MEMORY_SHARE * free_bytes)
@@ -247,12 +246,6 @@ def text_config(model_dir: Path) -> PretrainedConfig:
     need not have (GPT-2's n_embd is hidden_size)."""
     config: PretrainedConfig = AutoConfig.from_pretrained(model_dir).get_text_config()
     return config
-
-
-def head_size(config: PretrainedConfig) -> int:
-    """Width of an attention head."""
-    own = getattr(config, "head_dim", None)
-    return int(own or config.hidden_size // config.num_attention_heads)
 
 
 def check_mixture(model_dir: Path, device: torch.device) -> None:

@@ -89,6 +89,7 @@ def assert_agree(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(
             one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()) + 1e-5
         )
+        assert (one - other).norm() <= 1e-5 * other.norm()
 
 
 def num_graphs() -> int:

@@ -178,8 +178,13 @@ def timed(learner: Learner, sizes: Sizes, tokens: int, reached: Device) -> dict[
 
 def extrapolated(
     many: dict[str, Any], few: dict[str, Any], num_many: int, num_few: int, depth: int
-) -> dict[str, float]:
-    """The whole model's tokens per second and share of the bound, from those at two depths."""
+) -> dict[str, float | None]:
+    """The whole model's tokens per second and share of the bound, from those at two depths.
+
+    None where the deeper model was not the slower one: timings that noisy say nothing.
+    """
+    if many["tokens_per_s"] >= few["tokens_per_s"]:
+        return {"tokens_per_s_whole": None, "roofline_whole": None}
     speed, bound = (
         at_depth(many[key], few[key], num_many, num_few, depth)
         for key in ("tokens_per_s", "bound_tokens_per_s")

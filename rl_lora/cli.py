@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.distributed import is_main, is_speaker, rank
+from rl_lora.errors import OtherProcessError, StaleAdapterError, UserError
 
 EXAMPLES = (
     "rl-lora train quickstart",
@@ -45,7 +46,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
-    0: success, 2: the user's mistake (one line on stderr), 3: the run had to stop, 130: Ctrl-C.
+    0: success, 2: the user's mistake (one line on stderr), 3: the run had to stop, 130: Ctrl-C,
+    143: ended by the launcher of several processes. Of these only one prints the line.
     """
     # Idle OpenMP threads that spin make a shared machine many times slower (LOG.md). The setting
     # only has an effect before torch is loaded.
@@ -59,14 +61,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except UserError as error:
-        print(f"rl-lora: error: {error}", file=sys.stderr)
+        _print_error(f"error: {error}")
         return 2
     except (StaleAdapterError, FloatingPointError) as error:
-        print(f"rl-lora: the run stopped: {error}", file=sys.stderr)
+        _print_error(f"the run stopped: {error}")
         return 3
+    except OtherProcessError as error:
+        _print_error(
+            f"error: {error}"
+            if error.code == 2
+            else f"the run stopped: {error}{arguments.after_interrupt}"
+        )
+        return error.code
     except KeyboardInterrupt:
         print(f"rl-lora: interrupted{arguments.after_interrupt}", file=sys.stderr)
         return 130
+
+
+def _print_error(text: str) -> None:
+    if is_speaker():
+        who = "" if is_main() else f"rank {rank()}: "
+        print(f"rl-lora: {who}{text}", file=sys.stderr, flush=True)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -18,6 +18,20 @@ class StaleAdapterError(RuntimeError):
     """The sampler is not using the adapter that the learner published."""
 
 
+class OtherProcessError(RuntimeError):
+    """Another process of the job failed, died or hangs, and so this one ends as well.
+
+    Args:
+        text: who, and during what.
+        code: the exit code.
+        is_failure: the other process has reported an error itself.
+    """
+
+    def __init__(self, text: str, *, code: int = 3, is_failure: bool = False) -> None:
+        super().__init__(text)
+        self.code, self.is_failure = code, is_failure
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for a mistyped word: "did you mean 'x'?", or the list of known words."""
     known = sorted(known)

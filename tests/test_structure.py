@@ -22,10 +22,10 @@ MODULES = {
 }
 # Who may import whom: a package or module imports none that stands after it.
 RANKS = """
-    errors seeds advantages losses config nn types storage data
+    errors distributed seeds advantages losses config nn types storage data
     sampler prompts scoring rollouts overlap batches evaluation models adapters policy
     step_stats learner samplers runs report export planning build sft outcome state train
-    studies commands cli
+    studies commands cli __main__
 """.split()
 REWARD_RANKS = "types rules parsing extraction equality workers grading user_function load".split()
 VLLM_ROOM = "rl_lora.samplers.vllm."
@@ -79,7 +79,8 @@ def test_no_import_goes_up(package: str, ranks: list[str]) -> None:
 
 def test_folders_and_files_are_small() -> None:
     for folder in {path.parent for path in WITH_SCRIPTS}:
-        assert len(list(folder.glob("*.py"))) <= MAX_FILES, folder
+        rooms = [path for path in folder.glob("*.py") if not path.name.startswith("__")]
+        assert len(rooms) <= MAX_FILES, folder
     for path in WITH_SCRIPTS:
         assert len(path.read_text().splitlines()) <= MAX_FILE_LINES, path
 

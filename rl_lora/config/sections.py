@@ -53,6 +53,8 @@ class RunSection(Section):
     checkpoint_every: int = Field(1, ge=1)  # steps between checkpoints
     keep_last: int = Field(2, ge=1)  # number of checkpoints kept
     transcripts_per_step: int = Field(8, ge=0)  # completions saved in full per step
+    # Several processes: how long they wait for one that is late, until the job ends.
+    process_timeout_s: float = Field(1800, gt=0)
     # Where metrics go besides metrics.jsonl.
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
 
@@ -73,6 +75,8 @@ class ModelSection(Section):
     # auto: bfloat16 if its matmul is faster than float32's on the device.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | None = None  # the learner's layers and head are compiled; none: on a GPU
+    # Each process holds a share of the weights (FSDP2); none: of several with lora.mode="full".
+    shard: bool | None = None
 
 
 # As their papers spell them; plain LoRA is not a variant.

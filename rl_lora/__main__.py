@@ -1,0 +1,7 @@
+"""`python -m rl_lora`, for launchers that start a module."""
+
+import sys
+
+from rl_lora.cli import main
+
+sys.exit(main())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import FunctionReward, Reward, load_reward
+from rl_lora import distributed
 from rl_lora.advantages import AdvantageFn
 from rl_lora.config import ModelSection, OptimSection, RunConfig, SamplingSection
 from rl_lora.config.algorithm import imported, load_algorithm
@@ -214,7 +215,8 @@ def open_model(
 
     if not is_at_hand(section.name):
         on_note(f"model {section.name}: fetched or made once, then kept; a minute or so")
-    model_dir = resolve_model(section)
+    with distributed.local_main_first():  # the others find what it has fetched
+        model_dir = resolve_model(section)
     config = AutoConfig.from_pretrained(model_dir)
     check_architecture(config, model_dir)
     return model_dir, load_tokenizer(model_dir), context_length(config)
@@ -242,7 +244,8 @@ def make_learner(
 
     microbatch_tokens = optim.microbatch_tokens
     if microbatch_tokens is None:
-        microbatch_tokens = default_microbatch_tokens(policy, optim)
+        own = default_microbatch_tokens(policy, optim)
+        microbatch_tokens = min(distributed.gather(own, "the size of microbatches"))
         on_note(f"microbatches of up to {microbatch_tokens:,} tokens (optim.microbatch_tokens)")
     return Learner(
         policy,
@@ -368,21 +371,37 @@ def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None
 def open_folder(
     config: RunConfig | SftConfig, *, resume: bool, quiet: bool
 ) -> Iterator[tuple[Display, Start]]:
-    """Holds the run's folder for this process; yields the display, and where the run starts.
+    """Holds the run's folder for this job; yields the display, and where the run starts.
+
+    Of several processes rank 0 holds the folder and prints; the others' displays are silent.
 
     Raises:
-        UserError: an older run in the folder, another process using it, or a full disk.
+        UserError: an older run in the folder, another process using it, a full disk, or processes
+            whose configs differ.
     """
+    from rich.console import Console
+
     from rl_lora.report.terminal import Display
     from rl_lora.runs.lock import run_lock
+    from rl_lora.runs.processes import check_processes, check_shared_folder
     from rl_lora.runs.start import find_start
 
     folder = config.run.folder
-    with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
-        check_run_folder(folder)
-        if taken_over is not None:
-            display.note(taken_over)
-        yield display, find_start(config, resume=resume)
+    check_processes(config)
+    resume = resume or distributed.is_restarted()
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main():
+            stack.enter_context(disk_errors(folder))
+            taken_over = stack.enter_context(run_lock(folder))
+            display = stack.enter_context(Display(quiet=quiet))
+            check_run_folder(folder)
+            if taken_over is not None:
+                display.note(taken_over)
+        else:
+            display = stack.enter_context(Display(quiet=True, console=Console(quiet=True)))
+        start = distributed.from_main(lambda: find_start(config, resume=resume), "the start")
+        check_shared_folder(folder)
+        yield display, start
 
 
 def check_run_folder(folder: Path) -> None:

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from rl_lora import distributed
 from rl_lora.errors import UserError
 from rl_lora.storage.directories import atomic_directory
 
@@ -48,7 +49,7 @@ def save_checkpoint(
     step: int, learner: Learner, config: RunConfig | SftConfig, **more: Any
 ) -> Path:
     """Writes policy, optimizer, config and `more` (JSON), then deletes all but the newest
-    run.keep_last.
+    run.keep_last. Of a job's processes all call it, and rank 0 writes.
 
     Raises:
         UserError: the disk is full or cannot be written.
@@ -62,9 +63,13 @@ def save_checkpoint(
         "config": config.model_dump(mode="json"),
         **more,
     }
-    path = write_checkpoint(config.run.folder, step, policy | optimizer, state)
-    prune(config.run.folder, config.run.keep_last)
-    return path
+
+    def write() -> Path:
+        path = write_checkpoint(config.run.folder, step, policy | optimizer, state)
+        prune(config.run.folder, config.run.keep_last)
+        return path
+
+    return distributed.from_main(write, f"the checkpoint of step {step}")
 
 
 def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_processes(config: RunConfig | SftConfig) -> None:
-    """Refuses processes that were started with different settings, or that have no prompt to sample.
+    """Refuses processes that were started with different settings, or more of them than prompts.
 
     Raises:
         UserError: on all ranks.

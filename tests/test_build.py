@@ -13,6 +13,7 @@ from rl_lora import build as job
 from rl_lora.config import parse_config
 from rl_lora.errors import UserError
 from rl_lora.models import device as devices
+from rl_lora.samplers.vllm.checks import check_vllm
 from rl_lora.train import train
 from tests.test_train import metrics_of, smoke
 
@@ -49,7 +50,7 @@ def test_missing_vllm_is_reported_before_data_and_model_are_read(
     monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
     config = parse_config({"data": "no-such-file.jsonl", "model": {"device": "cpu"}})
     with pytest.raises(UserError, match="vLLM is not installed"):
-        job.check_vllm(Path("/nowhere"), config)
+        check_vllm(Path("/nowhere"), config)
 
 
 OWN_SAMPLER = """

@@ -382,7 +382,10 @@ def open_folder(
         check_run_folder(folder)
         if taken_over is not None:
             display.note(taken_over)
-        yield display, find_start(config, resume=resume)
+        start = find_start(config, resume=resume)
+        if changed := start.changed_versions():
+            display.warn(f"the result may differ in its last digits: {'; '.join(changed)}")
+        yield display, start
 
 
 def check_run_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from rl_lora.adapters import files as adapter
 from rl_lora.cli import main
@@ -152,13 +153,35 @@ def test_a_full_disk_at_the_publish(
     assert result(tmp_path / "x")[1] == result(tmp_path / "whole")[1]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG])
-def test_errors_of_the_disk_are_the_users_and_others_are_not(tmp_path: Path, number: int) -> None:
-    told = pytest.raises(UserError, match=r"x/metrics\.jsonl cannot be written \(.*free disk space")
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "free disk space, then continue"),
+        (errno.EDQUOT, "free disk space, then continue"),
+        (errno.EFBIG, "free disk space, then continue"),
+        (errno.EROFS, "make it writable again, then continue"),
+        (errno.EACCES, "make it writable again, then continue"),
+    ],
+)
+def test_errors_of_the_disk_are_the_users(tmp_path: Path, number: int, fix: str) -> None:
+    file = str(tmp_path / "x" / "metrics.jsonl")
+    told = pytest.raises(UserError, match=rf"x/metrics\.jsonl cannot be written \(.*\); {fix}")
     with told, disk_errors(tmp_path):
-        raise OSError(number, os.strerror(number), "x/metrics.jsonl")
-    with pytest.raises(FileNotFoundError), disk_errors(tmp_path):
-        raise FileNotFoundError(errno.ENOENT, "no such file")
+        raise OSError(number, os.strerror(number), file)
+    if number == errno.ENOSPC:
+        with pytest.raises(UserError, match=f"{tmp_path} cannot be written"), disk_errors(tmp_path):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
+    for error in (
+        FileNotFoundError(errno.ENOENT, "no such file"),
+        PermissionError(errno.EACCES, "denied", "/elsewhere"),
+        SafetensorError("invalid header"),
+        shutil.Error([("a", "b", "no such file")]),
+    ):
+        with pytest.raises(type(error)), disk_errors(tmp_path):
+            raise error
 
 
 def test_a_copy_of_a_directory_tells_the_disks_error(

@@ -115,8 +115,9 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)  # frees space on a full disk
+        error.filename = str(path)
         raise
 
 

@@ -117,7 +117,7 @@ def joined(device: str = "auto", timeout_s: float = 1800) -> Iterator[None]:
 
 
 def _join(device: str, timeout_s: float) -> None:
-    global _job  # noqa: PLW0603  # a process joins once
+    global _job  # a process joins once
     if _job is not None:
         _job.timeout_s = timeout_s
         return

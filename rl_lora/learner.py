@@ -1,21 +1,26 @@
-"""One optimizer step from microbatches: forward, loss, backward, clip, step.
+"""One optimizer step from microbatches: forward, loss, backward, sum over ranks, clip, step.
 
 Adam with betas (0.9, 0.95) and a constant learning rate, the same for A and B ('LoRA Without
 Regret', set-up) unless LoRA+ is asked for. The gradient of a step is the sum over its microbatches:
-their weights contain the step-wide denominator already.
+their weights contain the step-wide denominator already. In a job of several processes every rank
+gets all microbatches and runs a share of them; the sum, and so the step, is the same on all.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rl_lora import distributed
 from rl_lora.batches import make_samples, pack_samples, to_device
 from rl_lora.losses import (
     LossFn,
@@ -27,6 +32,7 @@ from rl_lora.losses import (
     needs_of,
 )
 from rl_lora.nn.cpu_workers import map_on_cores
+from rl_lora.nn.optimized import l2_norm
 from rl_lora.policy import Policy
 from rl_lora.step_stats import PassStats, StepStats, read_numbers
 from rl_lora.types import Microbatch, RolloutGroup, TrainSample
@@ -77,6 +83,14 @@ def parameter_groups(
 
 
 Objective = Callable[[Microbatch], tuple[Tensor, PassStats]]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One process's part of an update."""
+
+    own: list[Microbatch]
+    idle: Sequence[Microbatch] = ()  # without weight: passes that only keep other ranks company
 
 
 class Learner:
@@ -157,25 +171,27 @@ class Learner:
         def objective(batch: Microbatch) -> tuple[Tensor, PassStats]:
             return self._policy_objective(batch, loss, kl_weight)
 
-        stats, norms = StepStats(), []
+        stats, norms, reduced = StepStats(), [], Counter[str]()
         num_updates_after = self.num_updates_done + len(updates)
         if not (filled := [microbatches for microbatches in updates if microbatches]):
             raise ValueError("no sample to learn from: every completion is empty")
+        shares = [self._share(microbatches) for microbatches in filled]
         if needs_of(loss).old_logprobs:
-            filled[1:] = [self._with_old_logprobs(microbatches) for microbatches in filled[1:]]
-        for index, microbatches in enumerate(filled):
+            shares[1:] = [self._with_old_logprobs(share) for share in shares[1:]]
+        for index, (microbatches, own) in enumerate(zip(filled, shares, strict=True)):
             self._next_rate()
             samples = (sample for batch in microbatches for sample in batch.samples_S)
             has_signal = kl_weight != 0 or any(sample.advantage != 0 for sample in samples)
             for batch, one in self._passes(
-                microbatches, objective if has_signal else torch.no_grad()(objective)
+                own, objective if has_signal else torch.no_grad()(objective)
             ):
                 stats.add(batch, one, update=index)
             if has_signal:
-                norms.append(self._step())
+                norms.append(self._step(reduced))
         self.num_updates_done = num_updates_after
         return {
-            **stats.metrics(),
+            **stats.metrics(len(filled)),
+            **reduced,
             "grad/norm": sum(norms) / len(norms) if norms else 0.0,
             "learn/updates": float(len(norms)),
             "learn/skipped_updates": float(len(filled) - len(norms)),
@@ -188,12 +204,14 @@ class Learner:
 
         lr: a constant rate; None: the learner's, by its schedule.
         """
-        passes = self._passes(microbatches, self._log_loss_objective)
-        losses = [one.loss for _, one in passes]
+        passes = self._passes(self._share(microbatches), self._log_loss_objective)
+        losses = distributed.gather(read_numbers([one.loss for _, one in passes]), "learning")
         self._next_rate(lr)
-        norm = self._step()
+        reduced = Counter[str]()
+        norm = self._step(reduced)
         rate = self.optimizer.param_groups[0]["lr"]
-        return {"sft/loss": sum(read_numbers(losses)), "grad/norm": norm, "optim/lr": rate}
+        loss = sum(itertools.chain(*losses))
+        return {"sft/loss": loss, "grad/norm": norm, "optim/lr": rate, **reduced}
 
     def penalised_rewards(
         self, groups_N: Sequence[RolloutGroup], weight: float
@@ -226,31 +244,57 @@ class Learner:
 
     def _sequence_kls(self, samples: Sequence[TrainSample]) -> tuple[list[float], float]:
         """Each sample's sum of log p_sampler - log p_reference, and the mean k3 of its tokens."""
-        (batches,) = pack_samples(samples, microbatch_tokens=self.microbatch_tokens)
-        moved = [to_device(batch, self.policy.device) for batch in batches]
-        references = [self.policy.reference_logprobs(b, self.temperature) for b in moved]
-        sampler_C = torch.cat([batch.sampler_logprobs_C for batch in batches])
-        log_ratio_C = sampler_C.double() - torch.cat(references).double().cpu()
-        kl_by_id: dict[int, float] = {}
-        parts = log_ratio_C.split([len(batch.sequence_C) for batch in batches])
-        for batch, part_C in zip(batches, parts, strict=True):
-            kl_S = part_C.new_zeros(batch.num_sequences).index_add(0, batch.sequence_C, part_C)
-            kl_by_id |= {id(s): kl for s, kl in zip(batch.samples_S, kl_S.tolist(), strict=True)}
-        kls = [kl_by_id[id(sample)] for sample in samples]
-        return kls, float(k3(-log_ratio_C).mean())
+        (batches,) = pack_samples(
+            samples,
+            microbatch_tokens=self.microbatch_tokens,
+            min_microbatches=distributed.world_size(),
+        )
+        share = self._share(batches)
+        log_ratios = []
+        for batch in (*share.own, *share.idle):
+            on_device = to_device(batch, self.policy.device)
+            reference_C = self.policy.reference_logprobs(on_device, self.temperature)
+            log_ratios.append(batch.sampler_logprobs_C.double() - reference_C.double().cpu())
+        number_of = {id(sample): number for number, sample in enumerate(samples)}
+        kl_of: dict[int, float] = {}
+        for batch, log_ratio_C in zip(share.own, log_ratios, strict=False):
+            zeros_S = log_ratio_C.new_zeros(batch.num_sequences)
+            kl_S = zeros_S.index_add(0, batch.sequence_C, log_ratio_C).tolist()
+            numbers = (number_of[id(sample)] for sample in batch.samples_S)
+            kl_of |= dict(zip(numbers, kl_S, strict=True))
+        values = [log_ratio_C.numpy() for log_ratio_C in log_ratios[: len(share.own)]]
+        found = distributed.gather((kl_of, values), "the KL of rewards")
+        kl_of = {number: kl for part, _ in found for number, kl in part.items()}
+        log_ratio_C = torch.from_numpy(np.concatenate([v for _, part in found for v in part]))
+        return [kl_of[number] for number in range(len(samples))], float(k3(-log_ratio_C).mean())
 
     def parameter_norm(self) -> float:
         """L2 norm of all trainable parameters."""
         return l2_norm(p.detach() for p in self.policy.optimized.tensors.values())
 
+    def _share(self, microbatches: Sequence[Microbatch]) -> _Share:
+        """What this process runs of an update's microbatches: about as many tokens as the others.
+
+        Passes over sharded weights are collective, so that all ranks need as many of them.
+        """
+        parts = distributed.share([batch.token_ids_BT.numel() for batch in microbatches])
+        own = [microbatches[index] for index in parts[distributed.rank()]]
+        if not self.policy.is_sharded:
+            return _Share(own)
+        num_idle = max(map(len, parts)) - len(own)
+        filler = min(microbatches, key=lambda batch: batch.token_ids_BT.numel())
+        filler = replace(filler, weights_C=torch.zeros_like(filler.weights_C))
+        return _Share(own, [filler] * num_idle)
+
     def _passes(
-        self, microbatches: Sequence[Microbatch], objective: Objective
+        self, share: _Share, objective: Objective
     ) -> Iterator[tuple[Microbatch, PassStats]]:
         """Forward and backward passes; gradients are summed in the microbatches' order.
 
         Where the policy learns in parallel, passes run at once. Otherwise nothing in here waits for
-        the device.
+        the device. Idle passes are run, too, but not returned.
         """
+        microbatches = [*share.own, *share.idle]
 
         def forward_backward(batch: Microbatch) -> PassStats:
             batch = to_device(batch, self.policy.device)
@@ -266,21 +310,23 @@ class Learner:
                 if self.policy.learns_in_parallel
                 else map(forward_backward, microbatches)
             )
-            for batch, one in zip(microbatches, passes, strict=True):
+            for number, (batch, one) in enumerate(zip(microbatches, passes, strict=True)):
                 if one.gradients:
                     self.policy.optimized.add_gradients(one.gradients)
                     one.gradients = ()
-                yield batch, one
+                if number < len(share.own):
+                    yield batch, one
 
-    def _with_old_logprobs(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
-        """The microbatches with the log-probs of the policy as it is now.
+    def _with_old_logprobs(self, share: _Share) -> _Share:
+        """The share with the log-probs of the policy as it is now.
 
         The first update takes them from its own pass, so that a single update costs no extra one.
         """
-        return [
+        own = [
             replace(batch, old_logprobs_C=one.logprobs_C)
-            for batch, one in self._passes(microbatches, self._scores)
+            for batch, one in self._passes(share, self._scores)
         ]
+        return replace(share, own=own)
 
     def _policy_objective(
         self, batch: Microbatch, loss_fn: LossFn, kl_weight: float
@@ -317,8 +363,10 @@ class Learner:
             rate = scheduled if constant is None else constant
             group["lr"] = rate * group.get("lr_ratio", 1.0)
 
-    def _step(self) -> float:
-        """Clips, steps, clears the gradients; returns the norm (L2) before clipping."""
+    def _step(self, reduced: Counter[str]) -> float:
+        """Sums gradients over the ranks, clips, steps, clears; returns the norm (L2) before
+        clipping. The sum's bytes and seconds are added to `reduced`."""
+        reduced.update(self.policy.optimized.sum_gradients("learning"))
         gradients = [p.grad for p in self.policy.optimized.tensors.values() if p.grad is not None]
         norm = l2_norm(gradients)
         if not math.isfinite(norm):
@@ -335,16 +383,6 @@ class Learner:
         self.policy.optimized.write_back()
         self.optimizer.zero_grad(set_to_none=False)  # fresh memory is slow to touch; keep it
         return norm
-
-
-def l2_norm(tensors: Iterable[Tensor]) -> float:
-    """Norm of all elements together.
-
-    Added up in float64: on a CPU float32 loses 4e-5 of it over 2 million elements, and 3e-3 over 40
-    million.
-    """
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
-    return float(torch.stack(norms).norm())
 
 
 def loss_inputs(batch: Microbatch, policy_logprobs_C: Tensor) -> LossInputs:

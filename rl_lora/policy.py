@@ -73,6 +73,7 @@ class Policy(ABC):
         self.can_share_prompts = can_share_prompts(self.model)
         self.target_names: list[str] = []  # layers with an adapter
         self.expert_names: tuple[str, ...] = ()  # gate, up and down of adapted experts in files
+        self.is_sharded = False  # whether every rank holds a share of the weights
         self._make_trainable(seed, keep_reference)
         self._has_checkpoints = checkpoint_activations
         if checkpoint_activations:
@@ -222,6 +223,12 @@ class Policy(ABC):
             yield
         finally:
             self.model.eval()
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Every rank holds all weights inside, so that ranks may run different numbers of forward
+        passes, without gradients. All ranks enter it."""
+        yield
 
     @abstractmethod
     def base_fingerprint(self) -> str:

@@ -9,11 +9,13 @@ overlaps learning, those of fixed tokens.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from rl_lora import distributed
 from rl_lora.adapters.files import save_adapter
 from rl_lora.batches import to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError
@@ -128,13 +130,14 @@ def check_at_start(
         if _distance(_policy_logprobs(policy, token_ids_N), base_policy) > 5 * limit:
             break
     probe = save_adapter(policy, folder, version=PROBE_VERSION, run_name="probe")
-    try:
+    with contextlib.ExitStack() as at_end:
+        if distributed.is_main():
+            at_end.callback(_remove, probe)
+        at_end.callback(policy.load_tensors, saved)
         sampler.set_adapter(probe)
         probe_sampler = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
         probe_policy = _policy_logprobs(policy, token_ids_N)
-    finally:
-        policy.load_tensors(saved)
-        _remove(probe)
+        distributed.gather(None, "the probe of the sampler")  # all have read its files
     found = {"probe": _distance(probe_sampler, probe_policy)}
     if policy.has_base:
         sampler.set_adapter(None)

@@ -87,6 +87,8 @@ class TorchSampler:
     ) -> list[list[Completion]]:
         """[N][G] completions; `on_group` as the protocol says.
 
+        Of a job's processes all call it, also for no prompts at all.
+
         Raises:
             UserError: a prompt leaves no room for max_tokens.
         """

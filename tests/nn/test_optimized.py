@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from rl_lora.batches import pack_samples
 from rl_lora.config import LoraSection, ModelSection, RunConfig, RunSection
 from rl_lora.errors import UserError
-from rl_lora.learner import Learner, l2_norm
-from rl_lora.nn.optimized import FlatParameters, MasterWeights
+from rl_lora.learner import Learner
+from rl_lora.nn.optimized import FlatParameters, MasterWeights, l2_norm
 from rl_lora.policy import FullPolicy, LoraPolicy, Policy, open_policy
 from rl_lora.runs.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from rl_lora.step_stats import PassStats

@@ -137,7 +137,7 @@ def _join(device: str, timeout_s: float) -> None:
         return  # one process, and no GPU that would make a group of it
     control = torch.distributed.new_group(backend="gloo", timeout=timeout)
     _job = _Job(state, control, timeout_s)
-    atexit.register(_leave)
+    atexit.register(leave)
     signal.signal(signal.SIGTERM, _on_sigterm)
     _job.hosts = tuple(gather(platform.node(), "the start"))
 
@@ -171,8 +171,11 @@ def _on_sigterm(number: int, frame: object) -> None:
     )
 
 
-def _leave() -> None:
-    """Waits until rank 0 has printed: the launcher ends all processes once one of them fails."""
+def leave() -> None:
+    """Waits until rank 0 has printed: the launcher ends all processes once one of them fails.
+
+    Called at exit; a child of `multiprocessing`, which runs no exit functions, calls it itself.
+    """
     import torch.distributed as dist
 
     if _job is None or not dist.is_initialized():

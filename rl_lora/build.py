@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,7 +23,6 @@ from rl_lora.storage.directories import disk_errors
 from rl_lora.types import SampleParams
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from rl_lora.config.sft import SftConfig
@@ -84,6 +82,7 @@ def open_run(
         stack.callback(reward.close)
         from rl_lora.policy import open_policy
         from rl_lora.samplers.end_tokens import end_token_ids
+        from rl_lora.samplers.vllm.checks import check_vllm, with_compilation
 
         load_sampler_class(config.sampling.backend)
         model_dir, tokenizer, context = open_model(config.model, on_note)
@@ -105,7 +104,7 @@ def open_run(
         end_ids = end_token_ids(model_dir, tokenizer, data.template, data.chat_template_kwargs)
         num_steps = config.run.num_steps if num_steps is None else num_steps
         sampler = make_sampler(
-            _with_compilation(config.sampling, policy.device, num_steps, on_note),
+            with_compilation(config.sampling, policy.device, num_steps, on_note),
             policy,
             end_token_ids=end_ids,
             max_model_len=min(context, _longest(config, prompts)),
@@ -157,47 +156,6 @@ def _load_prompts(
     check_rows((prompt.token_ids for prompt in problems), tokenizer, model_dir)
     check_reward(reward, problems[0], tokenizer.encode(MADE_UP, add_special_tokens=False))
     return prompts
-
-
-def check_vllm(model_dir: Path, config: RunConfig) -> None:
-    """Refuses what vLLM would refuse, before the data is read and the model is loaded.
-
-    Raises:
-        UserError: vLLM is not installed, or does not support the device, adapter, model or setting.
-    """
-    import torch
-
-    from rl_lora.models.device import pick_device
-    from rl_lora.samplers.vllm.engine import check_device
-    from rl_lora.samplers.vllm.process import import_vllm
-    from rl_lora.samplers.vllm.settings import check_mixture, merges_adapter
-
-    device = pick_device(config.model.device)
-    if importlib.util.find_spec("vllm") is None:
-        import_vllm(device)  # which says how to get it
-    check_device(device, config.lora, model_dir)
-    check_mixture(model_dir, device)
-    # What dtype "auto" is gets measured later; the sampler checks it again then.
-    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-    merges_adapter(config.sampling.merge_adapter, config.lora, dtype=dtype, device=device)
-
-
-def _with_compilation(
-    section: SamplingSection,
-    device: torch.device,
-    num_steps: int,
-    on_note: Callable[[str], None],
-) -> SamplingSection:
-    """With sampling.eager=false if the config leaves it open and the job is long, on a CPU."""
-    from rl_lora.samplers.vllm.settings import is_worth_compiling
-
-    is_open = section.backend == "vllm" and section.eager is None and device.type == "cpu"
-    if not (is_open and is_worth_compiling(section, num_steps)):
-        return section
-    on_note(
-        "a long job: vLLM compiles the model first, a minute or two; sampling.eager=true if not"
-    )
-    return section.model_copy(update={"eager": False})
 
 
 def open_model(
@@ -387,6 +345,7 @@ def open_folder(
     from rl_lora.runs.start import find_start
 
     folder = config.run.folder
+<<<<<<< HEAD
     check_processes(config)
     resume = resume or distributed.is_restarted()
     with contextlib.ExitStack() as stack:
@@ -401,6 +360,15 @@ def open_folder(
             display = stack.enter_context(Display(quiet=True, console=Console(quiet=True)))
         start = distributed.from_main(lambda: find_start(config, resume=resume), "the start")
         check_shared_folder(folder)
+=======
+    with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
+        check_run_folder(folder)
+        if taken_over is not None:
+            display.note(taken_over)
+        start = find_start(config, resume=resume)
+        if changed := start.changed_versions():
+            display.warn(f"the result may differ in its last digits: {'; '.join(changed)}")
+>>>>>>> f18
         yield display, start
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from rl_lora.distributed import is_main, is_speaker, rank, tell
 from rl_lora.errors import OtherProcessError, StaleAdapterError, UserError
+from rl_lora.storage.directories import disk_errors
 
 EXAMPLES = (
     "rl-lora train quickstart",
@@ -54,9 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
-        code: int = arguments.command(arguments)
-        sys.stdout.flush()
-        return code
+        with disk_errors(None, "run the command again"):
+            code: int = arguments.command(arguments)
+            sys.stdout.flush()
+            return code
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

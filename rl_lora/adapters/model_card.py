@@ -21,7 +21,7 @@ from rl_lora.data.sources import LOADERS
 from rl_lora.errors import UserError
 from rl_lora.evaluation.scores import load_result
 from rl_lora.models.resolve import EMBEDDED
-from rl_lora.storage.jsonl import read_json
+from rl_lora.storage.jsonl import read_json, write_text_atomically
 
 CARD_FILE = "README.md"
 _NOT_PEFT = (
@@ -98,7 +98,7 @@ def write_card(adapter_dir: Path) -> Path:
     """Writes README.md into an adapter directory, without network."""
     path = adapter_dir / CARD_FILE
     try:
-        path.write_text(card_text(adapter_dir), encoding="utf-8")
+        write_text_atomically(path, card_text(adapter_dir))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     return path

@@ -81,8 +81,9 @@ def export_merged(
             if patch.lora:
                 card = card_text(adapter_dir, merged=True)
                 (scratch / CARD_FILE).write_text(card, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {out_dir}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {out_dir}: {reason}") from error
     return out_dir
 
 

@@ -33,6 +33,7 @@ def load_model(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
             dtype=dtype,
             attn_implementation="sdpa",
             output_loading_info=True,
+            use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they are named below
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError, safe_open
+
 from rl_lora.config import ModelSection
 from rl_lora.errors import UserError, nearest
 from rl_lora.models.architectures import check_config
@@ -224,7 +226,7 @@ def _made(entry: ModelEntry, build: Callable[[Path], object]) -> Path:
                 with atomic_directory(target) as scratch:
                     build(scratch)
                     check_model_dir(scratch)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write model {entry.name} to {target.parent} ({error}); set RL_LORA_CACHE to a "
             "writable folder with enough space"
@@ -325,17 +327,20 @@ def _check_weights(path: Path) -> None:
             )
     for file in sorted(path.glob("*.safetensors")):
         _check_header(file)
-    patterns = ("*.safetensors", "pytorch_model*.bin")
-    if not any(file for pattern in patterns for file in path.glob(pattern)):
+    if any(path.glob("*.safetensors")):
+        return
+    if any(path.glob("pytorch_model*.bin")):
         raise UserError(
-            f"model directory {path} has no weights (*.safetensors); download it with its weights"
+            f"model directory {path} has only pickled weights, which may contain code and are not "
+            "read; convert them with AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
         )
+    raise UserError(
+        f"model directory {path} has no weights (*.safetensors); download it with its weights"
+    )
 
 
 def _check_header(file: Path) -> None:
     """Raises UserError for a truncated file or a Git LFS pointer."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, framework="np"):
             pass

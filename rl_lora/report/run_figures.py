@@ -5,6 +5,7 @@ They are drawn from whatever the records have: one step, missing numbers and res
 
 from __future__ import annotations
 
+import io
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rl_lora.report.blocks import LIGHT, Trace
 from rl_lora.report.evaluation_figures import evaluation_figure, panels_figure, source_names
 from rl_lora.report.figures import length_figure, reward_figure
 from rl_lora.report.records import read_run
+from rl_lora.storage.jsonl import write_bytes_atomically
 
 FOLDER = "figures"
 
@@ -75,7 +77,9 @@ def draw_figures(run_folder: Path) -> list[Path]:
             parts = sheet.subfigures(1, len(row), squeeze=False)[0]
             for part, figure in zip(parts, row, strict=True):
                 draw(figure, part)
-            sheet.savefig(folder / f"{name}.png", dpi=150, facecolor="white")
+            content = io.BytesIO()
+            sheet.savefig(content, dpi=150, facecolor="white")
+            write_bytes_atomically(folder / f"{name}.png", content.getvalue())
     return [folder / f"{name}.png" for name in sheets]
 
 

@@ -1,15 +1,18 @@
 """Checkpoints: one atomic directory each, with everything that a resumed run needs.
 
     RUN/checkpoints/step_000012/tensors.safetensors  policy and optimizer
-    RUN/checkpoints/step_000012/state.json           step, data position, config, inputs, sha256s
+    RUN/checkpoints/step_000012/state.json           step, data position, config, inputs, versions,
+                                                     sha256s
 
 A save writes a hidden directory, forces it to disk and renames it, so a kill at any moment leaves
-the older checkpoints intact. Nothing is pickled, so loading a checkpoint cannot run code. The
+the older checkpoints intact. A damaged or foreign checkpoint is skipped with a warning, and the
+newest intact one is taken. Nothing is pickled, so loading a checkpoint cannot run code. The
 states of the global random number generators are not stored, as no step draws from them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -26,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from rl_lora import distributed
 from rl_lora.errors import UserError
+from rl_lora.runs.machine import environment
 from rl_lora.storage.directories import atomic_directory
 
 if TYPE_CHECKING:
@@ -48,8 +52,8 @@ _NAME = re.compile(r"step_(\d{6,})")
 def save_checkpoint(
     step: int, learner: Learner, config: RunConfig | SftConfig, **more: Any
 ) -> Path:
-    """Writes policy, optimizer, config and `more` (JSON), then deletes all but the newest
-    run.keep_last. Of a job's processes all call it, and rank 0 writes.
+    """Writes policy, optimizer, config, versions and `more` (JSON), then deletes all but the
+    newest run.keep_last. Of a job's processes all call it, and rank 0 writes.
 
     Raises:
         UserError: the disk is full or cannot be written.
@@ -61,6 +65,7 @@ def save_checkpoint(
         "num_updates": learner.num_updates_done,
         "optimizer": meta,
         "config": config.model_dump(mode="json"),
+        "versions": environment(),
         **more,
     }
 
@@ -195,8 +200,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     """
     try:
         document = _read_document(path)
-        if _sha256(path / TENSORS_FILE) != document["files"][TENSORS_FILE]["sha256"]:
-            raise _BrokenError(f"{TENSORS_FILE} is not the file that was saved (sha256 differs)")
+        _check_tensors(path, document)
         return load_file(path / TENSORS_FILE), document["state"]
     except (_BrokenError, OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {path}: {error}; {_way_out(path)}") from error
@@ -212,9 +216,9 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest checkpoint that is intact by its state file and file sizes; None without any.
+    """The newest checkpoint whose every byte is as it was saved; None without any.
 
-    Broken ones are skipped with a logged warning. Contents are hashed by `read_checkpoint`.
+    Broken ones are skipped with a logged warning.
 
     Raises:
         UserError: there are checkpoints, but none is intact.
@@ -222,7 +226,7 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
     broken: list[str] = []
     for path in reversed(_checkpoints(run_folder / FOLDER)):
         try:
-            _read_document(path)
+            _check_tensors(path, _read_document(path))
         except (_BrokenError, OSError) as error:
             broken.append(f"{path}: {error}")
             continue
@@ -288,7 +292,15 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise _BrokenError(f"{TENSORS_FILE} is missing")
     if file.stat().st_size != document["files"][TENSORS_FILE]["bytes"]:
         raise _BrokenError(f"{TENSORS_FILE} is cut short or longer than when it was saved")
+    step = document["state"]["step"]
+    if _NAME.fullmatch(path.name) and step != _step_of(path):
+        raise _BrokenError(f"{STATE_FILE} is of step {step}: the directory has been renamed")
     return document
+
+
+def _check_tensors(path: Path, document: Mapping[str, Any]) -> None:
+    if _sha256(path / TENSORS_FILE) != document["files"][TENSORS_FILE]["sha256"]:
+        raise _BrokenError(f"{TENSORS_FILE} is not the file that was saved (sha256 differs)")
 
 
 def _way_out(path: Path) -> str:
@@ -297,12 +309,9 @@ def _way_out(path: Path) -> str:
     for other in reversed(_checkpoints(path.parent)):
         if other == path or (match and _step_of(other) > int(match[1])):
             continue
-        try:
-            recorded = _read_document(other)["files"][TENSORS_FILE]["sha256"]
-            if _sha256(other / TENSORS_FILE) == recorded:
-                return f"delete it and resume again, from {other}, which is intact"
-        except (_BrokenError, OSError):
-            continue
+        with contextlib.suppress(_BrokenError, OSError):
+            _check_tensors(other, _read_document(other))
+            return f"delete it and resume again, from {other}, which is intact"
     return "no older one is intact: start again under another run.name"
 
 

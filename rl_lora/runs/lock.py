@@ -117,8 +117,10 @@ def _acquire(folder: Path, path: Path, what: str) -> tuple[int, Owner | None]:
             is_free = _try_lock(descriptor)
             before = _read(descriptor)
             if is_free and _is_same_file(descriptor, path):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(asdict(_this_process())).encode(), 0)
+                stack.callback(path.unlink)  # on a full disk
+                with writing_to(folder):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, json.dumps(asdict(_this_process())).encode(), 0)
                 stack.pop_all()
                 return descriptor, before
         # If the owner released the lock after this open, its file is deleted: try again at once.

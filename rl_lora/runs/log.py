@@ -66,7 +66,7 @@ class RunLog:
         if not distributed.is_main():
             return
         self._transcripts_per_step = transcripts_per_step
-        metrics_path = run_folder / metrics_file
+        self._metrics_path = metrics_path = run_folder / metrics_file
         transcripts_path = run_folder / TRANSCRIPTS_FILE
         modules = {logger: _tracker_module(logger) for logger in loggers}
         with writing_to(run_folder):
@@ -97,6 +97,7 @@ class RunLog:
 
         Raises:
             ValueError: the step does not come after the last one written.
+            UserError: the file has been deleted, and later steps would be lost.
         """
         if self._metrics is None:
             return
@@ -109,6 +110,11 @@ class RunLog:
         }
         self._metrics.write(jsonl.to_line({"step": step, **metrics}))
         self._metrics.flush()
+        if not _is_open_at(self._metrics_path, self._metrics):
+            raise UserError(
+                f"{self._metrics_path} was deleted or replaced while the run wrote to it; start "
+                "again under another run.name"
+            )
         self.track(step, metrics)
 
     def track(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -149,6 +155,14 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _is_open_at(path: Path, file: TextIO) -> bool:
+    """Whether the path leads to the open file; a file that was deleted still takes lines."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def pick_transcripts(

@@ -6,6 +6,7 @@ Keys are `system/*`. Percentages are means over the time since the last call.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import platform
 import sys
@@ -110,6 +111,7 @@ def _gpus() -> list[int]:
     return found
 
 
+@functools.cache
 def environment() -> dict[str, str]:
     """Versions of Python, the platform and the packages that compute a run."""
     found = {"python": sys.version.split()[0], "platform": platform.platform()}

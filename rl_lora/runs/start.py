@@ -12,6 +12,7 @@ from rl_lora.errors import UserError
 from rl_lora.runs.checkpoint import checkpoint_steps, latest_checkpoint, read_state
 from rl_lora.runs.inputs import check_base, check_data, data_difference
 from rl_lora.runs.log import RECORD_FILE
+from rl_lora.runs.machine import environment
 from rl_lora.runs.record import check_same_job, read_record, with_dtype
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ class Start:
         On a CPU "auto" is decided by a timing, which may come out differently now.
         """
         return with_dtype(config, recorded_dtype(self.state)) if self.state else config
+
+    def changed_versions(self) -> list[str]:
+        """What computes now in another version than when the checkpoint was written, e.g. "torch
+        2.12.0 then, 2.13.0 now"."""
+        then, now = self.state.get("versions", {}), environment()
+        names = [name for name in now if then.get(name, now[name]) != now[name]]
+        return [f"{name} {then[name]} then, {now[name]} now" for name in names]
 
     def check_inputs(self, inputs: Mapping[str, Any], run: Path) -> None:
         """Raises UserError if base or data differ from what the checkpoint's run began with."""

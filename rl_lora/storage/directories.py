@@ -10,9 +10,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from rl_lora.errors import UserError
 
-_FULL_OR_GONE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SHUT_OR_GONE = (errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 @contextlib.contextmanager
@@ -52,23 +55,49 @@ def recover_directory(final: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(
+    folder: Path | None, then: str = "continue from the last checkpoint with --resume"
+) -> Iterator[None]:
     """Reports a full, read-only or vanished disk as a user's error; the last good state stays.
 
+    Args:
+        folder: what is written to; None: anything.
+        then: what to do once there is room, for the message.
+
     Raises:
-        UserError: in place of the OSError, naming the file that could not be written.
+        UserError: in place of the error of the system or of safetensors, naming the file that
+            could not be written.
     """
     try:
         yield
-    except OSError as error:
-        is_copy = isinstance(error, shutil.Error)  # it has the first error's text, and no number
-        if error.errno not in _FULL_OR_GONE and not is_copy:
+    except (OSError, SafetensorError) as error:
+        number, reason = _number_and_reason(error)
+        if number in _FULL:
+            fix = "free disk space"
+        elif number in _SHUT_OR_GONE or (number == errno.EACCES and _is_in(folder, error)):
+            fix = "make it writable again"
+        elif folder is not None and not folder.is_dir():
+            raise UserError(f"{folder} was deleted or moved while it was written to") from error
+        else:
             raise
-        reason = error.args[0][0][2] if is_copy else error.strerror
-        raise UserError(
-            f"{error.filename or folder} cannot be written ({reason}); free disk space, then "
-            "continue from the last checkpoint with --resume"
-        ) from error
+        file = getattr(error, "filename", None) or folder or "a file"
+        raise UserError(f"{file} cannot be written ({reason}); {fix}, then {then}") from error
+
+
+def _is_in(folder: Path | None, error: OSError | SafetensorError) -> bool:
+    name = getattr(error, "filename", None)
+    return name is not None and folder in Path(name).parents
+
+
+def _number_and_reason(error: OSError | SafetensorError) -> tuple[int | None, str]:
+    """The system's number of an error, and its text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno, os.strerror(error.errno)
+    # Of `shutil.copytree` and of safetensors there is only the text.
+    for number in (*_FULL, *_SHUT_OR_GONE):
+        if os.strerror(number) in str(error):
+            return number, os.strerror(number)
+    return None, str(error)
 
 
 @contextlib.contextmanager

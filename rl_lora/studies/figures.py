@@ -7,6 +7,7 @@ data is not drawn.
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 
 from rl_lora.errors import UserError
 from rl_lora.report.run_figures import STYLE
+from rl_lora.storage.jsonl import write_bytes_atomically
 from rl_lora.studies.config import Condition
 from rl_lora.studies.rate_sweep import mean_interval, sweep
 from rl_lora.studies.results import GOALS, condition_of, condition_text, results_by_rate
@@ -277,5 +279,7 @@ def draw_study(rows: Sequence[Row], folder: Path) -> list[Path]:
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(ncols=2)
             paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=150, facecolor="white")
+            content = io.BytesIO()
+            figure.savefig(content, dpi=150, facecolor="white")
+            write_bytes_atomically(paths[-1], content.getvalue())
     return paths

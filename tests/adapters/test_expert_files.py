@@ -203,12 +203,13 @@ def test_vllm_on_a_cpu_is_refused_before_any_work(
 ) -> None:
     model = runnable(tmp_path / "model")
     save_file({}, model / "model.safetensors")  # the weights are not read
+    check_mixture(model, torch.device("cuda"))
+    with pytest.raises(UserError, match="is a mixture of experts"):
+        check_mixture(model, torch.device("cpu"))
+    pytest.importorskip("vllm")
     overrides = [*RL, f"model.name={model}", f"run.output_dir={tmp_path}", "sampling.backend=vllm"]
     code = main(["train", str(ROOT / "configs" / "smoke.toml"), *overrides])
     assert code == 2
     error = capsys.readouterr().err
     assert "vLLM on a CPU serves neither adapters (not even on attention only)" in error
     assert 'set sampling.backend="torch"' in error
-    check_mixture(model, torch.device("cuda"))
-    with pytest.raises(UserError, match="is a mixture of experts"):
-        check_mixture(model, torch.device("cpu"))

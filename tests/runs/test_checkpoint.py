@@ -165,52 +165,53 @@ def list_another_file(path: Path) -> None:
     path.write_text(json.dumps(document))
 
 
-# What is done to the directory; what the message says; whether `latest` sees it without hashing.
-BREAKAGES: dict[str, tuple[Callable[[Path], object], str, bool]] = {
-    "no directory": (shutil.rmtree, "there is no such directory", True),
-    "no state": (lambda p: (p / STATE_FILE).unlink(), "state.json is missing", True),
-    "no tensors": (lambda p: (p / TENSORS_FILE).unlink(), "tensors.safetensors is missing", True),
-    "cut state": (lambda p: cut(p / STATE_FILE), "state.json is not valid JSON", True),
-    "cut tensors": (lambda p: cut(p / TENSORS_FILE), "cut short", True),
+def rename_another(path: Path) -> None:
+    """The checkpoint of step 1 under the name of this one: whole, and of another step."""
+    shutil.rmtree(path)
+    shutil.copytree(checkpoint_path(path.parents[1], 1), path)
+
+
+# What is done to the directory of step 2, and what the message says.
+BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no directory": (shutil.rmtree, "there is no such directory"),
+    "no state": (lambda p: (p / STATE_FILE).unlink(), "state.json is missing"),
+    "no tensors": (lambda p: (p / TENSORS_FILE).unlink(), "tensors.safetensors is missing"),
+    "cut state": (lambda p: cut(p / STATE_FILE), "state.json is not valid JSON"),
+    "cut tensors": (lambda p: cut(p / TENSORS_FILE), "cut short"),
     "zeroed state": (
         lambda p: (p / STATE_FILE).write_bytes(bytes(400)),
         "state.json is not valid JSON",
-        True,
     ),
     "other JSON": (
         lambda p: (p / STATE_FILE).write_text("[1]"),
         "not a checkpoint's state",
-        True,
     ),
     "binary state": (
         lambda p: (p / STATE_FILE).write_bytes(b"\xff\xfe"),
         "state.json is not valid JSON",
-        True,
     ),
-    "flipped bit": (lambda p: flip_bit(p / TENSORS_FILE), "tensors.safetensors is not", False),
+    "flipped bit": (lambda p: flip_bit(p / TENSORS_FILE), "tensors.safetensors is not"),
     "edited state": (
         lambda p: edit_state(p / STATE_FILE, state={"step": 7}),
         "state.json is not the file that was saved",
-        True,
     ),
     "another file": (
         lambda p: list_another_file(p / STATE_FILE),
         "state.json lists files other than",
-        True,
     ),
+    "of another step": (rename_another, "state.json is of step 1: the directory has been renamed"),
     "newer format": (
         lambda p: edit_state(p / STATE_FILE, format_version=2),
         "format version 2, this program reads 1",
-        True,
     ),
 }
 
 
 @pytest.mark.parametrize("name", BREAKAGES)
 def test_a_broken_checkpoint_names_itself_and_the_whole_one_before(
-    tmp_path: Path, name: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    damage, message, is_seen_by_latest = BREAKAGES[name]
+    damage, message = BREAKAGES[name]
     whole, broken = save(tmp_path, 1), save(tmp_path, 2)
     damage(broken)
     with pytest.raises(UserError) as caught:
@@ -219,7 +220,15 @@ def test_a_broken_checkpoint_names_itself_and_the_whole_one_before(
     assert str(broken) in str(caught.value)
     assert f"delete it and resume again, from {whole}" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert latest_checkpoint(tmp_path) == (whole if is_seen_by_latest else broken)
+    assert latest_checkpoint(tmp_path) == whole
+    assert caplog.messages == (
+        [] if not broken.exists() else [f"checkpoint skipped: {broken}: {reason(caught.value)}"]
+    )
+
+
+def reason(error: UserError) -> str:
+    """What is wrong, between the checkpoint's name and the fix."""
+    return str(error).partition(": ")[2].rpartition("; ")[0]
 
 
 def test_the_whole_one_that_is_named_is_whole_indeed(tmp_path: Path) -> None:
@@ -234,13 +243,6 @@ def test_the_whole_one_that_is_named_is_whole_indeed(tmp_path: Path) -> None:
     assert str(newer) not in str(caught.value)
 
 
-def test_a_skipped_checkpoint_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save(tmp_path, 1)
-    (save(tmp_path, 2) / STATE_FILE).unlink()
-    latest_checkpoint(tmp_path)
-    assert "step_000002: state.json is missing" in caplog.text
-
-
 def test_without_any_whole_checkpoint_the_fix_is_a_new_start(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     newer = save(tmp_path, 2)
@@ -248,7 +250,6 @@ def test_without_any_whole_checkpoint_the_fix_is_a_new_start(tmp_path: Path) -> 
     cut(newer / TENSORS_FILE)
     with pytest.raises(UserError, match="start again under another run"):
         read_checkpoint(newer)
-    cut(path / TENSORS_FILE)
     with pytest.raises(UserError, match=r"no checkpoint in .* is intact"):
         latest_checkpoint(tmp_path)
 

@@ -1,4 +1,5 @@
-"""A full disk at each writer of a run: one line, the last good state whole, resumed with room."""
+"""A disk that is full, read-only or gone at each writer: one line, the last good state whole, and
+a resumed run ends as an unbroken one."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from rl_lora.adapters import files as adapter
 from rl_lora.cli import main
@@ -21,8 +23,11 @@ from rl_lora.runs.log import RunLog
 from rl_lora.storage import jsonl
 from rl_lora.storage.directories import atomic_directory, disk_errors
 from tests.runs.test_resume import result, run
+from tests.test_train import SMOKE
 
 NO_SPACE = "No space left on device"
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = ["run.name=x", "run.checkpoint_every=1", "run.loggers=['tensorboard']"]
 
 
 @pytest.fixture(autouse=True)
@@ -62,12 +67,14 @@ WRITERS = {
     "publish, nothing left": ("rl_lora.state.save_adapter", 3, 0),
     "publish, half of it fits": ("rl_lora.state.save_adapter", 3, 8192),
     "a checkpoint": ("rl_lora.state.save_checkpoint", 3, 8192),
+    "a step's transcripts": ("rl_lora.runs.log.RunLog.transcripts", 3, 0),
     "a step's line": ("rl_lora.runs.log.RunLog.write", 3, 0),
     "the run's record": ("rl_lora.train.write_record", 1, 0),
     "an evaluation's problems": ("rl_lora.storage.jsonl.append_compressed", 2, 0),
     "an evaluation's result": ("rl_lora.evaluation.scores.EvalResult.save", 2, 0),
     "the best adapter": ("rl_lora.train.keep_best", 1, 4096),
     "the last adapter": ("rl_lora.train.finish", 1, 4096),
+    "a tracker's events": ("rl_lora.runs.log.RunLog.track", 4, 0),
 }
 
 
@@ -90,22 +97,30 @@ def patched(patch: pytest.MonkeyPatch, disk: Path, writer: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an unbroken run."""
     folder = tmp_path_factory.mktemp("unbroken")
-    run("rl", folder, "run.name=x", "run.checkpoint_every=1")
-    return result(folder / "x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rl_lora.train.draw_figures", lambda folder: None)
+        run("rl", folder, *SETTINGS)
+    return folder / "x"
+
+
+@pytest.fixture
+def unbroken(finished: Path) -> Any:
+    return result(finished)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Exception in thread")  # TensorBoard's own writes there
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_is_reported_and_the_run_resumes_once_there_is_room(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any, writer: str
 ) -> None:
-    settings = ["run.name=x", "run.checkpoint_every=1"]
     with monkeypatch.context() as patch:
         patched(patch, small_disk, writer)
         with pytest.raises(UserError) as caught:
-            run("rl", small_disk, *settings)
+            run("rl", small_disk, *SETTINGS)
     line = str(caught.value)
     assert NO_SPACE in line
     assert "\n" not in line
@@ -117,8 +132,114 @@ def test_a_full_disk_is_reported_and_the_run_resumes_once_there_is_room(
     if writer != "the run's record":
         assert newest is not None
     (small_disk / "ballast").unlink()
-    run("rl", small_disk, *settings, resume=True)
+    run("rl", small_disk, *SETTINGS, resume=True)
     assert result(folder) == unbroken
+
+
+# What is run on a full disk, where RUN is a finished run on it.
+COMMANDS = {
+    "report": ["report", "RUN"],
+    "card": ["export", "RUN"],
+    "merge": ["export", "RUN", "--merged", "RUN/../merged"],
+    "grades": ["grade", "RUN/eval/step_000004.jsonl.gz", "--json", "RUN/../grades.json"],
+    "evaluation": ["eval", "RUN", "--name", "own"],
+    "study": ["report", "--study", "RUN/../study.jsonl"],
+}
+
+
+def files_on(disk: Path) -> dict[Path, bytes]:
+    found = (path for path in disk.rglob("*") if path.is_file() and path.name != "ballast")
+    return {path: path.read_bytes() for path in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_on_a_full_disk_says_so_and_changes_nothing(
+    small_disk: Path, finished: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    shutil.copytree(finished, small_disk / "x")
+    shutil.copy(ROOT / "docs" / "study" / "sft_batch.jsonl", small_disk / "study.jsonl")
+    command = [part.replace("RUN", str(small_disk / "x")) for part in COMMANDS[name]]
+    (small_disk / "figures").mkdir()
+    fill(small_disk)
+    before = files_on(small_disk)
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert NO_SPACE in line or "0 MiB of disk left" in line
+    assert str(small_disk) in line
+    assert files_on(small_disk) == before
+    (small_disk / "ballast").unlink()
+    assert main(command) == 0
+    assert files_on(small_disk).keys() > before.keys()
+
+
+# --- read-only and gone ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_folder_that_becomes_read_only(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any
+) -> None:
+    """As after an error of the disk: the file system of RUN/adapters is mounted read-only."""
+    adapters = small_disk / "x" / "adapters"
+
+    def bind(*options: str) -> None:
+        subprocess.run(["mount", "-o", *options], check=True, capture_output=True)
+
+    with monkeypatch.context() as patch:
+        calls = iter(range(1, 1000))
+
+        def after_mounting(*arguments: Any, **keywords: Any) -> Any:
+            if next(calls) == 3:
+                bind("bind", str(adapters), str(adapters))
+                bind("remount,bind,ro", str(adapters))
+            return original(*arguments, **keywords)
+
+        original = adapter.save_adapter
+        patch.setattr("rl_lora.state.save_adapter", after_mounting)
+        try:
+            with pytest.raises(UserError, match=r"adapters/v000002 .*Read-only file system"):
+                run("rl", small_disk, *SETTINGS)
+        finally:
+            subprocess.run(["umount", str(adapters)], check=True)
+    run("rl", small_disk, *SETTINGS, resume=True)
+    assert result(small_disk / "x") == unbroken
+
+
+def test_a_run_does_not_start_on_a_read_only_disk(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert main(["train", str(SMOKE), f"run.output_dir={small_disk}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "cannot be written (Read-only file system); set run.output_dir to one that can" in line
+
+
+@pytest.mark.parametrize("becomes", ["deleted", "replaced"])
+def test_a_folder_that_vanishes_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, becomes: str
+) -> None:
+    """The open files of a deleted folder take lines that nobody will see."""
+    calls = iter(range(1, 1000))
+
+    def after_deleting(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == 3:
+            shutil.rmtree(tmp_path / "x")
+            if becomes == "replaced":
+                (tmp_path / "x").mkdir()
+                (tmp_path / "x" / "metrics.jsonl").write_text("")
+        return original(*arguments, **keywords)
+
+    original = adapter.save_adapter
+    monkeypatch.setattr("rl_lora.state.save_adapter", after_deleting)
+    with pytest.raises(UserError, match=r"x/metrics\.jsonl was deleted or replaced while"):
+        run("rl", tmp_path, *SETTINGS)
+
+
+def test_an_error_in_a_folder_that_has_vanished_is_the_users(tmp_path: Path) -> None:
+    told = pytest.raises(UserError, match="gone was deleted or moved while it was written to")
+    with told, disk_errors(tmp_path / "gone"):
+        (tmp_path / "gone" / "eval").mkdir()
 
 
 def no_room(*_: object, **__: object) -> Any:
@@ -152,13 +273,35 @@ def test_a_full_disk_at_the_publish(
     assert result(tmp_path / "x")[1] == result(tmp_path / "whole")[1]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG])
-def test_errors_of_the_disk_are_the_users_and_others_are_not(tmp_path: Path, number: int) -> None:
-    told = pytest.raises(UserError, match=r"x/metrics\.jsonl cannot be written \(.*free disk space")
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "free disk space, then continue"),
+        (errno.EDQUOT, "free disk space, then continue"),
+        (errno.EFBIG, "free disk space, then continue"),
+        (errno.EROFS, "make it writable again, then continue"),
+        (errno.EACCES, "make it writable again, then continue"),
+    ],
+)
+def test_errors_of_the_disk_are_the_users(tmp_path: Path, number: int, fix: str) -> None:
+    file = str(tmp_path / "x" / "metrics.jsonl")
+    told = pytest.raises(UserError, match=rf"x/metrics\.jsonl cannot be written \(.*\); {fix}")
     with told, disk_errors(tmp_path):
-        raise OSError(number, os.strerror(number), "x/metrics.jsonl")
-    with pytest.raises(FileNotFoundError), disk_errors(tmp_path):
-        raise FileNotFoundError(errno.ENOENT, "no such file")
+        raise OSError(number, os.strerror(number), file)
+    if number == errno.ENOSPC:
+        with pytest.raises(UserError, match=f"{tmp_path} cannot be written"), disk_errors(tmp_path):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
+    for error in (
+        FileNotFoundError(errno.ENOENT, "no such file"),
+        PermissionError(errno.EACCES, "denied", "/elsewhere"),
+        SafetensorError("invalid header"),
+        shutil.Error([("a", "b", "no such file")]),
+    ):
+        with pytest.raises(type(error)), disk_errors(tmp_path):
+            raise error
 
 
 def test_a_copy_of_a_directory_tells_the_disks_error(

@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
-from rl_lora import build as job
 from rl_lora.adapters.files import fingerprint, save_adapter
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION
 from rl_lora.samplers.vllm import settings as vllm_settings
+from rl_lora.samplers.vllm.checks import with_compilation
 from rl_lora.samplers.vllm.engine import check_adapter, make_engine
 from rl_lora.samplers.vllm.process import import_vllm, process_kept
 from rl_lora.samplers.vllm.sampler import VllmSampler
@@ -680,7 +680,7 @@ def test_a_job_asks_for_compilation_once_and_only_where_the_config_leaves_it_ope
     long = SamplingSection(max_tokens=1000)
 
     def eager(section: SamplingSection, device: str, num_steps: int = 1000) -> bool | None:
-        return job._with_compilation(section, torch.device(device), num_steps, notes.append).eager
+        return with_compilation(section, torch.device(device), num_steps, notes.append).eager
 
     assert eager(long, "cpu") is False
     assert len(notes) == 1

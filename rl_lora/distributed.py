@@ -180,9 +180,8 @@ def _code_and_text(error: BaseException) -> tuple[int, str]:
     """The exit code and the line of an error, as other ranks report it."""
     if isinstance(error, UserError):
         return 2, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
-    return 3, f"{type(error).__name__}: {error}".removesuffix(": ")
+    code = 130 if isinstance(error, KeyboardInterrupt) else 3
+    return code, f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def is_speaker() -> bool:
@@ -222,8 +221,7 @@ def _leave() -> None:
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not _job.is_ending:
-        dist.destroy_process_group()
-        return
+        return dist.destroy_process_group()
     with contextlib.suppress(RuntimeError):  # rank 0 is gone, and the store with it
         _store().set(f"left/{rank()}", "")
         if is_main():
@@ -279,10 +277,8 @@ def check_same(value: object, what: str, fix: str) -> None:
 
 
 def add_up(tensor: Tensor, phase: str) -> dict[str, float]:
-    """Replaces a tensor by the sum over all ranks, in place; returns metrics: bytes and seconds.
-
-    accelerate's `reduce` would copy it. Raises as `gather`.
-    """
+    """Replaces a tensor by the sum over all ranks, in place (accelerate's `reduce` would copy it);
+    returns metrics: bytes and seconds. Raises as `gather`."""
     if _job is None or world_size() == 1:
         return {}
     import torch.distributed as dist
@@ -334,7 +330,8 @@ def _exchange(phase: str, value: Any = None) -> list[Any]:
     """Every rank's value, once all have come."""
     import torch.distributed as dist
 
-    assert _job is not None and _job.control is not None
+    assert _job is not None
+    assert _job.control is not None
     found: list[Any] = [None] * world_size()
     with _errors_of_others(f"during {phase}", _job.timeout_s):
         timeout = timedelta(seconds=_job.timeout_s)
@@ -372,9 +369,8 @@ def _failure() -> OtherProcessError | None:
 def _missing(text: str, when: str, waited_s: float, limit_s: float) -> OtherProcessError:
     """The error of an exchange in which ranks are missing that have told nothing."""
     if waited_s < limit_s:
-        if gone := ", ".join(map(_name, _gone())):
-            return OtherProcessError(f"{gone} ended {when}")
-        return OtherProcessError(f"an exchange {when} failed: {text.strip().splitlines()[0]}")
+        gone = ", ".join(map(_name, _gone())) or f"another process ({text.splitlines()[0]})"
+        return OtherProcessError(f"{gone} ended {when}")
     match = re.search(r"Ranks? ([\d, ]+) failed to pass", text)  # on rank 0; others wait for it
     ranks = [int(number) for number in re.findall(r"\d+", match[1])] if match else [0]
     return OtherProcessError(

@@ -1,7 +1,7 @@
 """The processes of one job, as `accelerate launch`, torchrun or a cluster's launcher start them.
 
 Every process ("rank") runs the same program on the same batch, and only the work is divided:
-`share` says who does what, `gather` brings the results to everyone, and rank 0 alone writes files
+`share` says who does what, `gather` brings the results to everyone, and only rank 0 writes files
 (`from_main`). A program in one process calls the same functions: they then do nothing, and neither
 accelerate nor torch.distributed is loaded.
 
@@ -140,7 +140,7 @@ def _join(device: str, timeout_s: float) -> None:
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timeout)
     if state.backend is None:
         return  # one process, and no GPU that would make a group of it
-    # This one is for all ranks but 0. They wait for rank 0 alone, which may itself have waited for
+    # This one is for all ranks but 0. They wait only for rank 0, which may itself have waited for
     # `timeout_s` and knows who is missing.
     patience = 2 * timeout + timedelta(seconds=_HEAR_S)
     control = torch.distributed.new_group(backend="gloo", timeout=patience)
@@ -262,7 +262,7 @@ def gather(value: T, phase: str) -> list[T]:
 
 
 def from_main(make: Callable[[], T], phase: str) -> T:
-    """What `make` returns on rank 0, where alone it is called. Raises as `gather`."""
+    """What `make` returns on rank 0; it is called only there. Raises as `gather`."""
     if _job is None:
         return make()
     value = make() if is_main() else None

@@ -4,7 +4,7 @@ They take turns, so each has its own peak: the sampler's KV cache and copy of th
 GPU while the learner works, and the learner's activations are gone while sampling. With
 `sampling.overlap` both work at once, and everything adds up.
 
-With several processes the plan is for one of them, which has a GPU and an engine of its own, with
+With several processes the plan is for one of them, which has its own GPU and engine, with
 a whole copy of the base (tensor parallel size 1). Its learner holds another copy, or with
 `model.shard` a share (FSDP2, a unit per decoder layer) and the layers in use. Adapters are not
 divided; in full mode masters, gradients and optimizer state are divided like the weights.

@@ -74,9 +74,9 @@ def test_a_sharded_base_is_divided_and_its_adapter_is_not() -> None:
     assert found["gathered weights"] == [(OUTER + TWO_LAYERS) * 2]
     assert found["adapter"] == found["gradients"] == [4 * RANK_1]
     assert found["optimizer"] == [8 * RANK_1]
-    alone = sizes(job(model={"shard": True}), RANK_1, 1)
-    assert alone["base weights"] == [WEIGHTS * 2] * 2
-    assert "gathered weights" not in alone
+    single = sizes(job(model={"shard": True}), RANK_1, 1)
+    assert single["base weights"] == [WEIGHTS * 2] * 2
+    assert "gathered weights" not in single
 
 
 def test_full_fine_tuning_divides_all_that_grows_with_the_weights() -> None:
@@ -90,7 +90,7 @@ def test_full_fine_tuning_divides_all_that_grows_with_the_weights() -> None:
     assert found["gathered weights"] == [2 * (OUTER + TWO_LAYERS) * 2]  # with their gradients
     whole = sizes(job(**full, model={"shard": False}), WEIGHTS, 8)
     assert whole["optimizer"] == [8 * WEIGHTS]
-    # The engine is told what the learner will still take: masters, gradients and optimizer.
+    # The engine leaves room for what the learner will still take: masters, gradients and optimizer.
     assert bytes_to_come(job(**full), shape(), WEIGHTS, 8) == 16 * share
 
 
@@ -241,7 +241,7 @@ def test_a_cache_without_room_for_one_sequence_is_a_misfit() -> None:
     assert not misfits(changed(tight, ("sampling.max_tokens=1000",)))
 
 
-def test_a_supervised_job_is_told_what_fits_as_well() -> None:
+def test_a_supervised_job_gets_the_same_advice() -> None:
     config = SftConfig.model_validate(
         {
             "model": {"name": LLAMA_8B, "device": "cuda", "dtype": "bfloat16"},

@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 import torch
 
 from rl_lora import distributed
+from rl_lora.adapters.files import load_tensors
 from rl_lora.batches import pack_samples
-from rl_lora.config import LoraSection, ModelSection, RunConfig, RunSection
+from rl_lora.config import LoraSection, ModelSection, RunConfig, RunSection, parse_as
 from rl_lora.learner import Learner
+from rl_lora.nn import optimized
 from rl_lora.policy import Policy, open_policy
 from rl_lora.runs.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from rl_lora.samplers.liveness import check_at_start
@@ -37,6 +39,7 @@ class Case:
     dtype: str = "float32"
     options: dict[str, bool] = field(default_factory=dict)
     kl_weight: float = 0.0
+    shard: bool = True
 
 
 FULL, LORA = {"mode": "full"}, {"rank": 1}
@@ -44,6 +47,7 @@ CASES = {
     # Tied embeddings of 97 rows, which two ranks cannot share evenly.
     "full": Case(random_llama, FULL, options={"keep_reference": True}, kl_weight=0.1),
     "masters": Case(random_mixtral, FULL, "bfloat16", {"checkpoint_activations": True}),
+    "replicas": Case(random_mixtral, FULL, shard=False),
     "lora": Case(lambda path: random_llama(path, tied=False), LORA, kl_weight=0.1),
     "dora": Case(random_gpt2, LORA | {"variant": "dora", "lm_head": True}, "bfloat16"),
     "experts": Case(random_mixtral, {"rank": 2}, options={"checkpoint_activations": True}),
@@ -62,12 +66,13 @@ class IdTokenizer:
 def open_case(folder: Path, name: str) -> Policy:
     """The policy of a case, sharded where there is a process group."""
     case, path = CASES[name], folder / name
-    model = ModelSection(name=name, device="cpu", dtype=case.dtype, shard=True, compile=False)  # type: ignore[arg-type]
+    values = {"name": name, "device": "cpu", "dtype": case.dtype, "shard": case.shard}
+    model = parse_as(ModelSection, values)
     return open_policy(path, model, LoraSection(**case.lora), seed=0, **case.options)
 
 
 def microbatches(step: int) -> list[Microbatch]:
-    """Three, of different lengths: one rank runs two of them, the other one and one without weight."""
+    """Three, of different lengths: a rank runs two of them, the other one and an idle one."""
     generator = torch.Generator().manual_seed(step)
 
     def ids(count: int) -> tuple[int, ...]:
@@ -98,11 +103,14 @@ def learn(learner: Learner, name: str, step: int) -> dict[str, float]:
 def play(folder: Path, out: Path, name: str) -> dict[str, Any]:
     """Three updates of a case, a checkpoint before the last, a version, samples of it."""
     policy = open_case(folder, name)
-    assert policy.is_sharded == (distributed.world_size() > 1)
+    assert policy.is_sharded == (CASES[name].shard and distributed.world_size() > 1)
     base = policy.base_fingerprint()
     start = policy.fingerprint()
     sampler = TorchSampler(
-        policy, tokenizer=IdTokenizer(), end_token_ids=(2,), max_model_len=64  # type: ignore[arg-type]
+        policy,
+        tokenizer=IdTokenizer(),
+        end_token_ids=(2,),
+        max_model_len=64,  # type: ignore[arg-type]
     )
     probe = check_at_start(policy, sampler, PROMPTS[1:], out / f"{name}-probe", None)
     assert policy.fingerprint() == start
@@ -121,9 +129,11 @@ def play(folder: Path, out: Path, name: str) -> dict[str, Any]:
     (samples,) = filter(None, distributed.gather(samples, "sampling"))
     return {
         "base": base,
+        "start": start,
         "probe": probe,
         "metrics": metrics,
         "fingerprint": adapter.fingerprint,
+        "file": load_tensors(adapter.path),
         "tokens": [[list(c.token_ids) for c in group] for group in samples],
         "logprobs": [logprob for group in samples for c in group for logprob in logprobs_of(c)],
         "weights": {n: t.clone() for n, t in policy.published_tensors().items()},
@@ -144,7 +154,6 @@ def resume(folder: Path, source: Path, name: str) -> dict[str, Any]:
     return {
         "metrics": metrics,
         "weights": {n: t.clone() for n, t in policy.published_tensors().items()},
-        "state": {n: t.clone() for n, t in policy.state_tensors().items()},
     }
 
 
@@ -160,5 +169,6 @@ def main(folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    optimized._BUCKET_BYTES = 20_000  # several all-reduces
     with distributed.joined("cpu", 60):
         main(Path(sys.argv[1]), sys.argv[2:])

@@ -11,8 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from rl_lora.adapters.files import fingerprint
+from rl_lora.errors import UserError
+from rl_lora.models.load import load_model
+from rl_lora.nn.sharded import _check_dtypes
 from tests.conftest import TESTS
 from tests.helpers.sharded_program import CASES, main, resume
+from tests.helpers.tiny_models import random_llama
 
 
 def started(folder: Path, names: list[str], num_processes: int) -> None:
@@ -56,11 +61,13 @@ def test_two_processes_learn_publish_and_sample_as_one(
 ) -> None:
     one, two = (outcomes[1][f"{name} of {num}"] for num in (1, 2))
     limit = 1e-5 if CASES[name].lora == {"mode": "full"} else 1e-6
-    assert two["base"] == one["base"]
+    assert (two["base"], two["start"]) == (one["base"], one["start"])
     assert two["probe"] == pytest.approx(one["probe"], rel=0.05, abs=1e-5)  # of random weights
     for found, expected in zip(two["metrics"], one["metrics"], strict=True):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert distance(two["weights"], one["weights"]) <= limit
+    assert distance(two["file"], two["weights"]) == 0
+    assert two["fingerprint"] == fingerprint(two["weights"])
     assert two["tokens"] == one["tokens"]
     assert two["logprobs"] == pytest.approx(one["logprobs"], abs=1e-4)
 
@@ -79,3 +86,11 @@ def test_a_checkpoint_does_not_know_how_many_processes_wrote_it(
     ):
         assert resumed["metrics"] == pytest.approx(whole["metrics"][-1], rel=1e-5, abs=1e-6)
         assert distance(resumed["weights"], whole["weights"]) <= limit
+
+
+def test_weights_of_two_dtypes_cannot_be_trained_in_shards(tmp_path: Path) -> None:
+    model = load_model(random_llama(tmp_path / "model"), torch.bfloat16)
+    _check_dtypes(model)
+    model.model.norm.float()
+    with pytest.raises(UserError, match=r"model.norm.weight is torch.float32 .* model.dtype="):
+        _check_dtypes(model)

@@ -345,7 +345,6 @@ def open_folder(
     from rl_lora.runs.start import find_start
 
     folder = config.run.folder
-<<<<<<< HEAD
     check_processes(config)
     resume = resume or distributed.is_restarted()
     with contextlib.ExitStack() as stack:
@@ -360,15 +359,8 @@ def open_folder(
             display = stack.enter_context(Display(quiet=True, console=Console(quiet=True)))
         start = distributed.from_main(lambda: find_start(config, resume=resume), "the start")
         check_shared_folder(folder)
-=======
-    with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
-        check_run_folder(folder)
-        if taken_over is not None:
-            display.note(taken_over)
-        start = find_start(config, resume=resume)
         if changed := start.changed_versions():
             display.warn(f"the result may differ in its last digits: {'; '.join(changed)}")
->>>>>>> f18
         yield display, start
 
 

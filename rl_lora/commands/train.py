@@ -15,6 +15,7 @@ EXAMPLES = (
     "rl-lora train math_llama31_8b --dry-run --gpu h100",
 )
 AFTER_INTERRUPT = RESUME_HINT
+IS_DIVIDED = True  # among a job's processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

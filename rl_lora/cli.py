@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from rl_lora.distributed import is_main, is_speaker, rank
+from rl_lora.distributed import is_main, is_speaker, rank, tell
 from rl_lora.errors import OtherProcessError, StaleAdapterError, UserError
 from rl_lora.storage.directories import disk_errors
 
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except UserError as error:
+        tell(error)
         _print_error(f"error: {error}")
         return 2
     except (StaleAdapterError, FloatingPointError) as error:
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return error.code
     except KeyboardInterrupt:
-        print(f"rl-lora: interrupted{arguments.after_interrupt}", file=sys.stderr)
+        _print_error(f"interrupted{arguments.after_interrupt}")
         return 130
 
 

@@ -1,4 +1,4 @@
-"""One cell of a study, in a process of its own, or in the several of one job.
+"""One cell of a study, in its own process, or in the several of one job.
 
 Several processes (`study.processes_per_cell`) are started by torch's elastic launcher, as by
 `torchrun --standalone`, but forked from a server that has imported the libraries once. The cell's

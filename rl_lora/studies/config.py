@@ -42,7 +42,7 @@ class StudySection(Section):
     output_dir: str = "runs/studies"  # the study's folder is output_dir/name
     arm: Literal["rl", "sft"] = "rl"  # what [job] is: `rl-lora train` or `rl-lora sft`
     seeds: tuple[int, ...] = (0, 1, 2)  # run.seed of the cells; each condition runs with all
-    processes_per_cell: int = Field(1, ge=1)  # each on a GPU of its own, or on the CPU
+    processes_per_cell: int = Field(1, ge=1)  # each on its own GPU, or on the CPU
     num_threads: int = Field(1, ge=1)  # per process on a CPU
     num_per_gpu: int = Field(1, ge=1)  # processes at once per GPU; one small model leaves it idle
     # Rounds of further learning rates for each condition: the geometric means of the best rate and

@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except UserError as error:
-        tell(error)
+        if _is_divided(arguments):
+            tell(error)
         _print_error(f"error: {error}")
         return 2
     except (StaleAdapterError, FloatingPointError) as error:
@@ -84,11 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _is_divided(arguments: argparse.Namespace) -> bool:
+    """Whether all of a job's processes run the command."""
+    return arguments.is_divided and not getattr(arguments, "dry_run", False)
+
+
 def _is_for_rank_0(arguments: argparse.Namespace) -> bool:
     """Whether a launcher has started this process for a command that rank 0 runs alone."""
-    is_divided = arguments.is_divided and not getattr(arguments, "dry_run", False)
     number = next((int(os.environ[name]) for name in _RANKS if name in os.environ), 0)
-    if is_divided or number == 0:
+    if _is_divided(arguments) or number == 0:
         return False
     if not int(os.environ.get("LOCAL_RANK", 0)):  # once on a node; on rank 0's there is a result
         print(

@@ -165,15 +165,16 @@ def tell(error: BaseException) -> None:
 
     _job.is_ending = True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it would change the exit code
-    with contextlib.suppress(RuntimeError):  # rank 0 is gone, and the store with it
+    alive = set(range(world_size())) - set(_gone())
+    try:
         if not isinstance(error, OtherProcessError):
             _store().set(f"failure/{rank()}", json.dumps(_code_and_text(error)))
         dist.destroy_process_group(_job.control)
         _job.control = None  # closes the connections, which wakes the ranks that wait for this one
-        if is_main() or not _has(["left/0"], _HEAR_S):
-            _job.is_speaker = _store().add("speakers", 1) == 1
-        else:
-            _job.is_speaker = False
+        has_main_spoken = not is_main() and _has(["left/0"], _HEAR_S)
+        _job.is_speaker = not has_main_spoken and _store().add("speakers", 1) == 1
+    except RuntimeError:  # rank 0 is gone, and the store with it
+        _job.is_speaker = rank() == min(alive)
 
 
 def _code_and_text(error: BaseException) -> tuple[int, str]:
@@ -372,10 +373,9 @@ def _missing(text: str, when: str, waited_s: float, limit_s: float) -> OtherProc
         gone = ", ".join(map(_name, _gone())) or f"another process ({text.splitlines()[0]})"
         return OtherProcessError(f"{gone} ended {when}")
     match = re.search(r"Ranks? ([\d, ]+) failed to pass", text)  # on rank 0; others wait for it
-    ranks = [int(number) for number in re.findall(r"\d+", match[1])] if match else [0]
+    late = ", ".join(_name(int(number)) for number in (match[1] if match else "0").split(","))
     return OtherProcessError(
-        f"{', '.join(map(_name, ranks))} did not come within {waited_s:.0f} s {when} "
-        "(run.process_timeout_s)"
+        f"{late} did not come within {waited_s:.0f} s {when} (run.process_timeout_s)"
     )
 
 

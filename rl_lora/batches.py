@@ -116,6 +116,33 @@ def pack_samples(
     return updates
 
 
+def halves(batch: Microbatch) -> list[Microbatch]:
+    """Two microbatches with half of the sequences each, of the same weights; one of a single
+    sequence as it is."""
+    if batch.num_sequences < 2:
+        return [batch]
+    tokens_S = [batch.sequence_C == number for number in range(batch.num_sequences)]
+    weight_of = {
+        len(sample.completion_ids): float(batch.weights_C[tokens_C][0])
+        for sample, tokens_C in zip(batch.samples_S, tokens_S, strict=True)
+    }
+    middle = batch.num_sequences // 2
+    parts = []
+    for chosen in (slice(middle), slice(middle, None)):
+        samples = batch.samples_S[chosen]
+        is_flat = batch.layout is not None
+        rows = _families(samples) if is_flat else [_Row(s.prompt_ids, [s]) for s in samples]
+        part = _microbatch(rows, weight_of, is_flat=is_flat)
+        if batch.old_logprobs_C is not None:
+            old_of = {
+                id(sample): batch.old_logprobs_C[tokens_C.to(batch.old_logprobs_C.device)]
+                for sample, tokens_C in zip(samples, tokens_S[chosen], strict=True)
+            }
+            part = replace(part, old_logprobs_C=torch.cat([old_of[id(s)] for s in part.samples_S]))
+        parts.append(part)
+    return parts
+
+
 def whole_sequence(token_ids: Sequence[int]) -> Microbatch:
     """A microbatch that scores tokens 1, 2, ... of one sequence given those before."""
     zeros = (0.0,) * (len(token_ids) - 1)

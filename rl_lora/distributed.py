@@ -1,14 +1,13 @@
 """The processes of one job, as `accelerate launch`, torchrun or a cluster's launcher start them.
 
 Every process ("rank") runs the same program on the same batch, and only the work is divided:
-`share` says who does what, `gather` brings the results to everyone, and rank 0 alone writes files
+`share` says who does what, `gather` brings the results to everyone, and only rank 0 writes files
 (`from_main`). A program in one process calls the same functions: they then do nothing, and neither
 accelerate nor torch.distributed is loaded.
 
 What the ranks exchange starts with a check that all of them have come (`_exchange`): a rank that
 died, hangs, failed or is somewhere else ends the job with its name and what the others waited for.
-A rank that fails puts the reason into torch's store and closes its connections (`tell`), and one of
-those that notice prints it.
+A rank that fails puts the reason into torch's store (`tell`), and one of all ranks prints it.
 Objects are pickled: ranks are processes of one user, and the text that a model wrote is only data.
 """
 
@@ -141,12 +140,12 @@ def _join(device: str, timeout_s: float) -> None:
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timeout)
     if state.backend is None:
         return  # one process, and no GPU that would make a group of it
-    # This one is for all ranks but 0. They wait for rank 0 alone, which may itself have waited for
+    # This one is for all ranks but 0. They wait only for rank 0, which may itself have waited for
     # `timeout_s` and knows who is missing.
     patience = 2 * timeout + timedelta(seconds=_HEAR_S)
     control = torch.distributed.new_group(backend="gloo", timeout=patience)
     _job = _Job(state, control, timeout_s)
-    atexit.register(_leave)
+    atexit.register(leave)
     signal.signal(signal.SIGTERM, _on_sigterm)
     _job.hosts = tuple(gather(platform.node(), "the start"))
 
@@ -214,8 +213,9 @@ def _who_ended() -> OtherProcessError | None:
     return None
 
 
-def _leave() -> None:
-    """Lets the others go: the launcher ends all processes once one that has failed is gone."""
+def leave() -> None:
+    """Lets the others go: the launcher ends all processes once one that has failed is gone. Called
+    at exit; a child of `multiprocessing`, which runs no exit functions, calls it itself."""
     import torch.distributed as dist
 
     if _job is None or not dist.is_initialized():
@@ -263,7 +263,7 @@ def gather(value: T, phase: str) -> list[T]:
 
 
 def from_main(make: Callable[[], T], phase: str) -> T:
-    """What `make` returns on rank 0, where alone it is called. Raises as `gather`."""
+    """What `make` returns on rank 0; it is called only there. Raises as `gather`."""
     if _job is None:
         return make()
     value = make() if is_main() else None

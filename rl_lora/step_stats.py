@@ -34,7 +34,7 @@ class PassStats:
 
 
 @dataclass
-class _Seen:
+class _Passes:
     """What one process's passes saw. Letters: C completion tokens, the first update's first."""
 
     policy_C: np.ndarray  # float32, nats
@@ -67,7 +67,7 @@ class StepStats:
         update, mismatch/kl the k3 estimate of KL(sampler || policy) in nats a token, computed in
         float64; loss/* are means over the updates.
         """
-        seen = distributed.gather(self._seen(), "learning")
+        seen = distributed.gather(self._own(), "learning")
         policy_C, sampler_C, entropy_C = (
             _joined(seen, name) for name in ("policy_C", "sampler_C", "entropy_C")
         )
@@ -100,7 +100,7 @@ class StepStats:
             | losses
         )
 
-    def _seen(self) -> _Seen:
+    def _seen(self) -> _Passes:
         """This process's passes, copied to the host."""
         arrays = {
             "policy_C": [one.logprobs_C for one in self._passes],
@@ -115,7 +115,7 @@ class StepStats:
             sum(batch.num_tokens for batch in self._batches),
             sum(batch.token_ids_BT.numel() for batch in self._batches),
         )
-        return _Seen(
+        return _Passes(
             **{name: _on_host(parts) for name, parts in arrays.items()},
             num_before=self._num_before,
             counts=counts,
@@ -129,7 +129,7 @@ def _on_host(parts: Sequence[Tensor]) -> np.ndarray:
     return joined.numpy()
 
 
-def _joined(seen: Sequence[_Seen], name: str) -> Tensor:
+def _joined(seen: Sequence[_Passes], name: str) -> Tensor:
     """[C] of all ranks: the tokens of their first updates, then all others."""
     first = [getattr(one, name)[: one.num_before] for one in seen]
     rest = [getattr(one, name)[one.num_before :] for one in seen]

@@ -16,11 +16,12 @@ from rl_lora.data.stream import PromptStream
 from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult
-from rl_lora.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.overlap import Request, RolloutWorker, step_params
 from rl_lora.prompts import PromptSets
+from rl_lora.report.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.report.run_figures import draw_figures
 from rl_lora.report.terminal import Display
+from rl_lora.reward_kl import penalised_rewards
 from rl_lora.runs.checkpoint import drop_after
 from rl_lora.runs.inputs import base_inputs, prompt_inputs
 from rl_lora.runs.log import RunLog
@@ -105,7 +106,7 @@ def learn(
     rewards_N_G = [group.rewards_G for group in groups_N]
     kl: dict[str, float] = {}
     if algorithm.kl == "reward":
-        rewards_N_G, kl = learner.penalised_rewards(groups_N, algorithm.kl_weight)
+        rewards_N_G, kl = penalised_rewards(learner, groups_N, algorithm.kl_weight)
     cap = config.sampling.max_tokens
     updates = pack(
         groups_N,
@@ -120,7 +121,9 @@ def learn(
     kl_weight = algorithm.kl_weight if algorithm.kl == "loss" else 0.0
     metrics = learner.update(updates, job.loss, kl_weight=kl_weight)
     cpu_memory.trim()
-    if not staleness["rollouts/staleness_max"]:  # the worker has checked the sampler of older ones
+    # The worker has checked the sampler of older ones. Where the policy itself gives no numbers,
+    # there is nothing to compare.
+    if not staleness["rollouts/staleness_max"] and not metrics["learn/nonfinite_updates"]:
         check_step(metrics, policy.dtype, config.sampling.max_kl)
     return metrics | kl | staleness
 

@@ -35,7 +35,7 @@ def memory_folder(
 
 
 def _make(folder: Path, num_bytes: int) -> bool:
-    """Whether there is room for so much in the folder, which is then made anew."""
+    """Whether there is room for so much in the folder, which is then made again."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
         has_room = shutil.disk_usage(folder.parent).free >= num_bytes

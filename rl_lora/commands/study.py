@@ -84,11 +84,12 @@ def run(arguments: argparse.Namespace) -> int:
     timings = calibrate(study, left, rows)
     plan = estimate(study, left, rows, timings)
     display.table(plan_table(cells, left, rows, timings))
-    where = "processes at once" + (" on the GPUs" if plan.has_gpus else "")
-    rounds = study.study.refine_rounds
+    rounds, per_cell = study.study.refine_rounds, study.study.processes_per_cell
+    at_once = f"{plan.slots}" if per_cell == 1 else f"{plan.slots} x {per_cell}"
+    where = " on the GPUs" if plan.has_gpus else ""
     display.note(
-        f"about {seconds_text(plan.seconds)} for {len(left)} cells on {plan.slots} {where}, "
-        f"{plan.peak_mb / 1e3:.1f} GB of memory each"
+        f"about {seconds_text(plan.seconds)} for {len(left)} cells on {at_once} processes at once"
+        f"{where}, {plan.peak_mb / 1e3:.1f} GB of memory each"
         + (f"; plus {rounds} round(s) of refined rates" if rounds else "")
     )
     if arguments.dry_run:

@@ -10,6 +10,7 @@ import torch
 
 from rl_lora import distributed
 from rl_lora.batches import pack_samples, to_device
+from rl_lora.learner import own_share
 from rl_lora.policy import Policy
 from rl_lora.types import TrainSample
 
@@ -25,19 +26,17 @@ def sequence_nll(
     (batches,) = pack_samples(
         samples, microbatch_tokens=microbatch_tokens, min_microbatches=distributed.world_size()
     )
-    parts = distributed.share([batch.token_ids_BT.numel() for batch in batches])
-    own = parts[distributed.rank()]
-    # Passes over sharded weights are collective: all ranks need as many of them.
-    num_idle = max(map(len, parts)) - len(own) if policy.is_sharded else 0
+    share = own_share(policy, batches)
+    index_of = {id(batch): index for index, batch in enumerate(batches)}
     found: dict[int, tuple[list[float], list[int]]] = {}
-    for index in [0] * num_idle + own:
-        batch = batches[index]
+    for batch in (*share.own, *share.idle):
         moved = to_device(batch, policy.device)
         logprobs_C, _ = policy.token_logprobs(moved, temperature=1.0)
         total_N = torch.zeros(batch.num_sequences, dtype=torch.float64)
         total_N.index_add_(0, batch.sequence_C, -logprobs_C.double().cpu())
         counts_N = torch.bincount(batch.sequence_C, minlength=batch.num_sequences)
-        found[index] = total_N.tolist(), counts_N.tolist()
+        if (index := index_of.get(id(batch))) is not None:  # None: an idle one
+            found[index] = total_N.tolist(), counts_N.tolist()
     for part in distributed.gather(found, "the test loss"):
         found |= part
     nlls = [nll for index in range(len(batches)) for nll in found[index][0]]

@@ -19,7 +19,7 @@ from rl_lora.errors import UserError
 from rl_lora.studies.config import StudyConfig, cells_of, make_cell
 from rl_lora.studies.plan import Timing, estimate, read_timing
 from rl_lora.studies.results import CURVE_POINTS, append_row, curve, make_row, read_table
-from rl_lora.studies.run import _gpu, all_cells, num_slots, pending_cells, refined_cells
+from rl_lora.studies.run import _gpus, all_cells, num_slots, pending_cells, refined_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -174,9 +174,9 @@ def test_cells_on_gpus_go_round_those_that_are_visible(monkeypatch: pytest.Monke
     study = parse_as(StudyConfig, {"study": {"num_per_gpu": 3}})
     assert num_slots(study) == (6, True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert [_gpu(slot) for slot in range(4)] == ["4", "7", "4", "7"]
+    assert [_gpus(slot, 1) for slot in range(4)] == ["4", "7", "4", "7"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert [_gpu(slot) for slot in range(4)] == ["0", "1", "0", "1"]
+    assert [_gpus(slot, 1) for slot in range(4)] == ["0", "1", "0", "1"]
 
 
 # --- real studies ---------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class StepStats:
         update, mismatch/kl the k3 estimate of KL(sampler || policy) in nats a token, computed in
         float64; loss/* are means over the updates.
         """
-        seen = distributed.gather(self._seen(), "learning")
+        seen = distributed.gather(self._own(), "learning")
         policy_C, sampler_C, entropy_C = (
             _joined(seen, name) for name in ("policy_C", "sampler_C", "entropy_C")
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rl_lora import distributed
+from rl_lora import distributed, launchers
 from rl_lora.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,23 +43,14 @@ def test_the_most_expensive_item_goes_first_to_the_least_loaded_rank() -> None:
         ({"PMI_SIZE": "2"}, True),
     ],
 )
-def test_a_launched_process_is_told_by_its_environment(
+def test_a_launched_process_is_known_by_its_environment(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], is_launched: bool
 ) -> None:
-    for name in ("RANK", *distributed._SIZES):
+    for name in ("RANK", *launchers._SIZES):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert distributed.is_launched() == is_launched
-
-
-def test_a_restart_is_told_by_torchruns_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
-    assert not distributed.is_restarted()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not distributed.is_restarted()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert distributed.is_restarted()
+    assert launchers.is_launched() == is_launched
 
 
 def test_one_process_where_accelerate_was_asked_for_several_is_refused(
@@ -75,7 +66,7 @@ def test_one_process_where_accelerate_was_asked_for_several_is_refused(
         pass
 
 
-def test_one_process_works_alone_and_loads_nothing_for_it() -> None:
+def test_one_process_needs_no_others_and_loads_nothing_for_it() -> None:
     program = """
 import sys
 from rl_lora import distributed as d

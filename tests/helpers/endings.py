@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def become_rank(rank: int, num: int, port: int, mode: str) -> int:
-    """A rank in a process of its own, from its environment to its exit code."""
+    """A rank, from its environment to its exit code."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num, "LOCAL_WORLD_SIZE": num}
     os.environ |= {key: str(value) for key, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 120.0  # for a whole job on a busy machine; one that takes so long is a failure
+LIMIT_S = 300.0  # for a whole job on a busy machine; one that takes so long is a failure
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run"],
-    # Without a GPU it starts one process unless it is told otherwise.
+    # --multi_gpu: without GPUs it would start only one process.
     "accelerate": [
         "accelerate.commands.launch",
         *"--multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no".split(),

@@ -267,7 +267,7 @@ def test_cells_of_two_processes(tmp_path: Path) -> None:
     raw = raw_study(tmp_path, "rl")
     raw["job"]["run"]["num_steps"] = 2
     raw["grid"] = [{"optim": {"lr": [1e-3, 1e30]}}]
-    run_study(parse_as(StudyConfig, raw | {"study": raw["study"] | {"name": "alone"}}))
+    run_study(parse_as(StudyConfig, raw | {"study": raw["study"] | {"name": "single"}}))
     raw["study"]["processes_per_cell"] = 2
     raw["grid"].append({"optim": {"lr": [1e-3]}, "reward": {"name": ["deadly:score"]}})
     (tmp_path / "deadly.py").write_text(DEADLY)
@@ -287,13 +287,13 @@ def test_cells_of_two_processes(tmp_path: Path) -> None:
 
     rows = {row["cell"]: row for row in read_table(tmp_path / "s")}
     assert len(rows) == 3
-    for one in read_table(tmp_path / "alone"):
+    for one in read_table(tmp_path / "single"):
         two = rows.pop(one["cell"])
         for key in ("status", "error", "start", "result", "curves"):
             assert two[key] == one[key]
         ours, theirs = (
             read_lines(tmp_path / name / "cells" / one["cell"] / "metrics.jsonl")
-            for name in ("s", "alone")
+            for name in ("s", "single")
         )
         assert len(ours) == len(theirs) > 0
         assert "system/all_reduce_bytes" in ours[0].keys() - theirs[0].keys()

@@ -43,7 +43,7 @@ def _own_gpu(device: torch.device) -> torch.device:
     if device.index is not None:
         raise UserError(
             f"model.device={str(device)!r} is one GPU for all of the job's processes: set "
-            "model.device='cuda', which is one GPU for each (CUDA_VISIBLE_DEVICES says "
+            "model.device='cuda', which gives each its own GPU (CUDA_VISIBLE_DEVICES says "
             "which may be used)"
         )
     num_gpus = torch.cuda.device_count()  # of a launcher that shows each process its own, 1

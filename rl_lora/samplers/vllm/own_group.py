@@ -1,4 +1,4 @@
-"""A `torch.distributed` for vLLM's engine whose only process is this one.
+"""A `torch.distributed` for vLLM's engine, with this process only.
 
 vLLM uses the default process group if there is one. In a job of several processes it would make its
 own groups together with all of them, so that engines start together or not at all, and destroy all

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from rl_lora import distributed
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
+from rl_lora.launchers import is_launched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +43,7 @@ def is_to_be_sharded(model: ModelSection, lora: LoraSection) -> bool:
 
     Without a process group, the only process has all of the weights anyway.
     """
-    if not (distributed.is_launched() and torch.distributed.is_initialized()):
+    if not (is_launched() and torch.distributed.is_initialized()):
         return False
     if model.shard is None:
         return lora.mode == "full" and distributed.world_size() > 1

@@ -122,8 +122,10 @@ def _bytes_to_come(config: RunConfig, policy: Policy) -> int:
 
     if policy.device.type == "cpu":
         return 0
+    num_base = sum(parameter.numel() for parameter in policy.model.parameters())
     num_trainable = sum(parameter.numel() for parameter in policy.trainable().values())
-    return bytes_to_come(config, policy.model.config, num_trainable)
+    num_ranks = distributed.world_size()
+    return bytes_to_come(config, policy.model.config, num_base, num_trainable, num_ranks)
 
 
 def _longest(config: RunConfig, prompts: PromptSets) -> int:

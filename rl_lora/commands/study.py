@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from rl_lora.commands.job_arguments import RERUN_HINT, add_overrides
+from rl_lora.errors import UserError
+from rl_lora.launchers import is_launched
 
 if TYPE_CHECKING:
     from rl_lora.report.terminal import Display
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs or plans a study, or prints its results."""
+    """Runs or plans a study, or prints its results. Raises UserError for bad settings."""
     from rl_lora.report.terminal import Display
     from rl_lora.studies.config import load_study
     from rl_lora.studies.results import read_table
@@ -54,6 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.table:
         _print_results(display, study, read_table(study.folder))
         return 0
+    if is_launched():
+        raise UserError(
+            "a study starts its cells' processes itself, and a launcher has started this one (it "
+            "has set RANK or WORLD_SIZE): start it in one process, without the launcher; "
+            "study.processes_per_cell divides each cell among several"
+        )
     from rl_lora.report.tables import seconds_text
     from rl_lora.runs.checkpoint import checkpoint_steps
     from rl_lora.runs.record import read_record

@@ -22,17 +22,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rl_lora import distributed
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
 from rl_lora.launchers import is_launched
-from rl_lora.nn.compiled import decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -127,6 +128,8 @@ def shard_model(
         fully_shard,
         register_fsdp_forward_method,
     )
+
+    from rl_lora.nn.compiled import decoder_layers
 
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     kept = set(adapter)

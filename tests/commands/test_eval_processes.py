@@ -1,0 +1,69 @@
+"""`rl-lora eval` in two processes: one process's files and tables, written and printed once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rl_lora.adapters.files import save_adapter
+from rl_lora.cli import main
+from rl_lora.config import ModelSection
+from rl_lora.models.resolve import resolve_model
+from rl_lora.storage.jsonl import read_lines
+from tests.helpers.tiny_models import make_policy, shake
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = "-m torch.distributed.run --standalone --nproc_per_node 2 -m rl_lora".split()
+
+
+def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "seconds"}
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(7)]
+    data = tmp_path / "problems.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # Neither fits the other's shape, so that both are converted.
+    names = ("small", "large")
+    for name, rank, layers in zip(names, (1, 3), ("mlp", "attention"), strict=True):
+        policy = make_policy(
+            resolve_model(ModelSection(name="tiny-noisy")), rank=rank, layers=layers
+        )
+        policy.base_name = "tiny-noisy"
+        shake(policy, seed=7, size=0.05)
+        save_adapter(policy, tmp_path / name, version=1, run_name=name)
+    adapters = [str(tmp_path / name / "v000001") for name in names]
+    common = f"data.eval={data} eval.num_samples=2 eval.temperature=1.0 eval.chunk_samples=10"
+    options = [*common.split(), "sampling.max_tokens=16", "--adapter", adapters[0]]
+    command = ["eval", "smoke", *options, "--against", adapters[1]]
+    assert main([*command, f"run.output_dir={tmp_path}/one"]) == 0
+    printed = capsys.readouterr().out
+
+    two = [*LAUNCH, *command, f"run.output_dir={tmp_path}/two"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *two], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("evaluation", "evaluation-against"):
+        ones, twos = (tmp_path / one / "smoke/eval" for one in ("one", "two"))
+        own, divided = (read_lines(folder / f"{name}.jsonl.gz") for folder in (ones, twos))
+        assert len(divided) == 7
+        assert [*map(without_seconds, divided)] == [*map(without_seconds, own)]
+        own, divided = (json.loads((one / f"{name}.json").read_text()) for one in (ones, twos))
+        assert without_seconds(divided) == without_seconds(own)
+    own, divided = (
+        (tmp_path / one / "smoke/paired/evaluation.json").read_text() for one in ("one", "two")
+    )
+    assert divided == own
+    for words in ("McNemar", "every completion and verdict"):
+        assert done.stdout.count(words) == printed.count(words) > 0
+    assert not list((tmp_path / "two/smoke/eval").glob(".*"))  # no fitted copy, no lock

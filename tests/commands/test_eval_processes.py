@@ -15,7 +15,7 @@ from rl_lora.adapters.files import save_adapter
 from rl_lora.cli import main
 from rl_lora.config import ModelSection
 from rl_lora.models.resolve import resolve_model
-from rl_lora.storage.jsonl import read_lines
+from rl_lora.storage.jsonl import read_json, read_lines
 from tests.helpers.tiny_models import make_policy, shake
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,17 +53,15 @@ def test_two_processes_evaluate_as_one(tmp_path: Path, capsys: pytest.CaptureFix
         [sys.executable, *two], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    one, both = tmp_path / "one/smoke", tmp_path / "two/smoke"
     for name in ("evaluation", "evaluation-against"):
-        ones, twos = (tmp_path / one / "smoke/eval" for one in ("one", "two"))
-        own, divided = (read_lines(folder / f"{name}.jsonl.gz") for folder in (ones, twos))
+        file = f"eval/{name}.jsonl.gz"
+        divided = read_lines(both / file)
         assert len(divided) == 7
-        assert [*map(without_seconds, divided)] == [*map(without_seconds, own)]
-        own, divided = (json.loads((one / f"{name}.json").read_text()) for one in (ones, twos))
-        assert without_seconds(divided) == without_seconds(own)
-    own, divided = (
-        (tmp_path / one / "smoke/paired/evaluation.json").read_text() for one in ("one", "two")
-    )
-    assert divided == own
+        assert [*map(without_seconds, divided)] == [*map(without_seconds, read_lines(one / file))]
+        results = (read_json(folder / f"eval/{name}.json") for folder in (one, both))
+        assert without_seconds(next(results)) == without_seconds(next(results))
+    assert read_json(both / "paired/evaluation.json") == read_json(one / "paired/evaluation.json")
     for words in ("McNemar", "every completion and verdict"):
         assert done.stdout.count(words) == printed.count(words) > 0
-    assert not list((tmp_path / "two/smoke/eval").glob(".*"))  # no fitted copy, no lock
+    assert not list((both / "eval").glob(".*"))  # no fitted copy, no lock

@@ -100,7 +100,7 @@ class StepStats:
             | losses
         )
 
-    def _seen(self) -> _Passes:
+    def _own(self) -> _Passes:
         """This process's passes, copied to the host."""
         arrays = {
             "policy_C": [one.logprobs_C for one in self._passes],

@@ -27,6 +27,7 @@ from rl_lora.runs.inputs import base_inputs, prompt_inputs
 from rl_lora.runs.log import RunLog
 from rl_lora.runs.machine import MachineMeter
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
+from rl_lora.runs.nonfinite import NonfiniteSteps
 from rl_lora.runs.processes import check_same_inputs
 from rl_lora.runs.record import with_absolute_paths, write_record
 from rl_lora.runs.start import Start
@@ -53,6 +54,7 @@ class Parts:
     display: Display
     log: RunLog
     timer: PhaseTimer
+    nonfinite: NonfiniteSteps
     inputs: dict[str, Any]  # hashes of base model and data, for the record and checkpoints
 
 
@@ -81,6 +83,7 @@ def loop(parts: Parts, state: State) -> None:
             parts.log.transcripts(state.step, groups_N)
             parts.log.write(state.step, metrics)
             parts.display.step(state.step, metrics)
+            parts.nonfinite.check(state.step, metrics, groups_N)
             is_last = state.step == config.num_steps
             # RUN/best must not come from a step that a resumed run repeats.
             is_best = has_evaluation and is_best_step(parts, state)
@@ -121,9 +124,10 @@ def learn(
     kl_weight = algorithm.kl_weight if algorithm.kl == "loss" else 0.0
     metrics = learner.update(updates, job.loss, kl_weight=kl_weight)
     cpu_memory.trim()
-    # The worker has checked the sampler of older ones. Where the policy itself gives no numbers,
-    # there is nothing to compare.
-    if not staleness["rollouts/staleness_max"] and not metrics["learn/nonfinite_updates"]:
+    # The worker has checked the sampler of older ones. There is nothing to compare where every
+    # completion is empty, or the policy itself gives no numbers.
+    is_newest = not staleness["rollouts/staleness_max"]
+    if is_newest and "mismatch/kl" in metrics and not metrics["learn/nonfinite_updates"]:
         check_step(metrics, policy.dtype, config.sampling.max_kl)
     return metrics | kl | staleness
 
@@ -226,7 +230,11 @@ def open_parts(
             check=lambda: check_version(job.policy, job.sampler, probes, max_kl),
         )
         evaluation = make_evaluation(job, display.evaluation)
-        parts = Parts(job, learner, worker, evaluation, display, log, PhaseTimer(), inputs)
+        limit, lr = config.optim.max_nonfinite_steps, config.optim.lr
+        nonfinite = NonfiniteSteps(config.run.folder, limit, lr)
+        parts = Parts(
+            job, learner, worker, evaluation, display, log, PhaseTimer(), nonfinite, inputs
+        )
         yield parts, prepare(parts, stream, start)
 
 

@@ -238,6 +238,8 @@ class OptimSection(Section):
     eps: float = Field(1e-8, ge=0)  # Adam's epsilon
     weight_decay: float = Field(0.0, ge=0)  # decoupled, as in AdamW
     grad_clip: float = Field(1.0, gt=0)  # largest norm of the gradient
+    # Steps whose gradient is not finite are left out; so many in a row end the run.
+    max_nonfinite_steps: int = Field(3, ge=1)
     # Optimizer steps per batch. Above 1 the bounds of ppo, gspo and cispo take effect; these then
     # score the later updates' tokens once more before the first step.
     num_updates: int = Field(1, ge=1)

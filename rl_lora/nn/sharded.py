@@ -22,16 +22,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rl_lora import distributed
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
-from rl_lora.nn.compiled import decoder_layers
+from rl_lora.launchers import is_launched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -41,7 +43,7 @@ def is_to_be_sharded(model: ModelSection, lora: LoraSection) -> bool:
 
     Without a process group, the only process has all of the weights anyway.
     """
-    if not (distributed.is_launched() and torch.distributed.is_initialized()):
+    if not (is_launched() and torch.distributed.is_initialized()):
         return False
     if model.shard is None:
         return lora.mode == "full" and distributed.world_size() > 1
@@ -126,6 +128,8 @@ def shard_model(
         fully_shard,
         register_fsdp_forward_method,
     )
+
+    from rl_lora.nn.compiled import decoder_layers
 
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     kept = set(adapter)

@@ -51,6 +51,7 @@ ASSUMED_GPU_BYTES = CARDS["h100"].num_bytes
 _CONTEXT_BYTES = 2**29  # CUDA's context and libraries, once a process
 _ENGINE_BYTES = 2 * 2**30  # vLLM's activations, logits and CUDA graphs
 _ASLEEP_BYTES = 2**30  # of those, what stays while it sleeps (graphs, workspaces; vllm#28714)
+LOADED = ("base weights", "adapter", "reference weights")  # the learner's parts from its start
 GPUS_PER_NODE = 8
 _WHOLE_LAYERS = 2  # of a sharded model: the one in use, and the next, which is gathered meanwhile
 
@@ -164,7 +165,11 @@ def microbatch_tokens(config: RunConfig | SftConfig) -> int:
 
 
 def bytes_to_come(
-    config: RunConfig, model_config: PretrainedConfig, num_trainable: int, num_ranks: int = 1
+    config: RunConfig,
+    model_config: PretrainedConfig,
+    num_base: int,
+    num_trainable: int,
+    num_ranks: int = 1,
 ) -> int:
     """What a learner whose weights are loaded will still take, and hold while sampling.
 
@@ -172,8 +177,8 @@ def bytes_to_come(
     """
     phase: Phase = "learning" if config.sampling.overlap else "sampling"
     tokens = microbatch_tokens(config)
-    parts = learner_memory(config, model_config, 0, num_trainable, tokens, num_ranks)
-    return peak((part for part in parts if part.part != "adapter"), phase)
+    parts = learner_memory(config, model_config, num_base, num_trainable, tokens, num_ranks)
+    return peak((part for part in parts if part.part not in LOADED), phase)
 
 
 def largest_microbatch(parts: list[MemoryItem], num_tokens: int, available: int) -> int:
@@ -196,23 +201,24 @@ def learner_memory(
     sharded model one rank's share of them."""
     model, lora, optim = config.model, config.lora, config.optim
     dtype = pick_dtype(model.dtype, torch.device(plan_device(model.device)))
-    dtype_name = str(dtype).removeprefix("torch.")
     is_full, num_shards = lora.mode == "full", shards(config, num_ranks)
     share = f", 1/{num_shards} of the model's" if num_shards > 1 else ""
-    base_bytes = num_base * dtype.itemsize // num_shards
+    base_bytes, trained = num_base * dtype.itemsize // num_shards, "float32"
     if is_full:
         num_trainable, trained = num_trainable // num_shards, f"float32{share}"
+    if is_full and num_shards > 1:  # the shares are their own masters
+        parts = [MemoryItem("base weights", num_base // num_shards * 4, f"learner, {trained}")]
     else:
-        trained = "float32"
-    parts = [MemoryItem("base weights", base_bytes, f"learner, {dtype_name}{share}")]
-    if num_shards > 1 and num_base:
-        parts.append(_whole_layers(config, model_config, num_base, dtype))
+        name = str(dtype).removeprefix("torch.")
+        parts = [MemoryItem("base weights", base_bytes, f"learner, {name}{share}")]
+    if num_shards > 1:
+        parts += _gathered_weights(config, model_config, num_base, dtype)
     if not is_full:
         copies = 2 if is_shifted(lora.variant) else 1
         note = "float32, with its initial value" if copies == 2 else "float32"
         parts.append(MemoryItem("adapter", copies * num_trainable * 4, note))
-    elif dtype != torch.float32:
-        parts.append(MemoryItem("master weights", num_trainable * 4, trained))
+    elif dtype != torch.float32 and num_shards == 1:
+        parts.append(MemoryItem("master weights", num_trainable * 4, "float32"))
     if is_full and isinstance(config, RunConfig) and config.algorithm.kl != "none":
         parts.append(MemoryItem("reference weights", base_bytes, f"for the KL{share}"))
     checkpointed = ", checkpointed" if optim.checkpoint_activations else ""
@@ -298,9 +304,9 @@ def shards(config: RunConfig | SftConfig, num_ranks: int) -> int:
     return num_ranks if shard else 1
 
 
-def _whole_layers(
+def _gathered_weights(
     config: RunConfig | SftConfig, model_config: PretrainedConfig, num_base: int, dtype: torch.dtype
-) -> MemoryItem:
+) -> list[MemoryItem]:
     """What of a sharded model is gathered at a time, all layers being equally large."""
     text = model_config.get_text_config()
     outer = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
@@ -309,8 +315,11 @@ def _whole_layers(
     note = f"estimate, embedding, output layer and {_WHOLE_LAYERS} layers"
     if config.lora.mode == "full":
         num_bytes, note = 2 * num_bytes, f"{note}, with gradients"
-    samples = isinstance(config, RunConfig) and config.sampling.backend == "torch"
-    return MemoryItem("gathered weights", num_bytes, note, PHASES if samples else ("learning",))
+    parts = [MemoryItem("gathered weights", num_bytes, note, ("learning",))]
+    if isinstance(config, RunConfig) and config.sampling.backend == "torch":
+        whole = num_base * dtype.itemsize
+        parts.append(MemoryItem("gathered weights", whole, "all of them", ("sampling",)))
+    return parts
 
 
 def plan_device(name: str) -> str:

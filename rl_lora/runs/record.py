@@ -29,6 +29,7 @@ _FREE_KEYS = {
         "name process_timeout_s".split()
     ),
     "model": {"released", "shard"},
+    "optim": {"max_nonfinite_steps"},
     "eval": {"chunk_samples"},
 }
 

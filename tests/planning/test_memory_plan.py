@@ -177,10 +177,10 @@ def test_memory_plan_adds_up_by_hand() -> None:
     assert largest_microbatch(parts, 4096, activations) == 0
     # The engine is asked for what is left when the learner's weights are loaded already: gradients
     # and optimizer come later, and with overlap activations and logits too.
-    assert bytes_to_come(config, LLAMA_8B, counts.trainable) == 12 * 2_621_440
+    assert bytes_to_come(config, LLAMA_8B, counts.base, counts.trainable) == 12 * 2_621_440
     overlap = {"sampling": config.sampling.model_copy(update={"overlap": True})}
     both = config.model_copy(update=overlap)
-    come = bytes_to_come(both, LLAMA_8B, counts.trainable)
+    come = bytes_to_come(both, LLAMA_8B, counts.base, counts.trainable)
     assert come == 12 * 2_621_440 + 12 * 2**24 + activations
     together = memory_plan(both, LLAMA_8B, counts.base, counts.trainable, 64 * 2**30)
     assert peak(together, "sampling") == peak(together, "learning")

@@ -83,22 +83,26 @@ def test_full_fine_tuning_divides_all_that_grows_with_the_weights() -> None:
     full = {"lora": {"mode": "full"}, "algorithm": {"kl": "loss", "kl_weight": 0.1}}
     found = sizes(job(**full), WEIGHTS, 8)
     share = WEIGHTS // 8
-    assert found["base weights"] == [2 * share, 2 * WEIGHTS]
+    # The shares are float32 and their own masters, which a whole model has besides.
+    assert found["base weights"] == [4 * share, 2 * WEIGHTS]
+    assert "master weights" not in found
     assert found["reference weights"] == [2 * share]
-    assert found["master weights"] == found["gradients"] == [4 * share]
+    assert found["gradients"] == [4 * share]
     assert found["optimizer"] == [8 * share]
     assert found["gathered weights"] == [2 * (OUTER + TWO_LAYERS) * 2]  # with their gradients
     whole = sizes(job(**full, model={"shard": False}), WEIGHTS, 8)
+    assert whole["base weights"] == [2 * WEIGHTS, 2 * WEIGHTS]
+    assert whole["master weights"] == [4 * WEIGHTS]
     assert whole["optimizer"] == [8 * WEIGHTS]
-    # The engine leaves room for what the learner will still take: masters, gradients and optimizer.
-    assert bytes_to_come(job(**full), shape(), WEIGHTS, 8) == 16 * share
+    # The engine leaves room for what the learner will still take: gradients and optimizer.
+    assert bytes_to_come(job(**full), shape(), WEIGHTS, WEIGHTS, 8) == 12 * share
 
 
-def test_the_torch_sampler_gathers_layers_as_well() -> None:
+def test_the_torch_sampler_gathers_all_layers() -> None:
     config = job(model={"shard": True}, sampling={"backend": "torch"})
     parts = memory_plan(config, shape(), WEIGHTS, RANK_1, H100, 2)
-    (gathered,) = (part for part in parts if part.part == "gathered weights")
-    assert gathered.phases == ("sampling", "learning")
+    found = {part.phases: part.num_bytes for part in parts if part.part == "gathered weights"}
+    assert found == {("learning",): (OUTER + TWO_LAYERS) * 2, ("sampling",): 2 * WEIGHTS}
 
 
 def test_exchanges_take_their_bytes_over_the_slowest_link() -> None:

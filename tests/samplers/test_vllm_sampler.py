@@ -121,6 +121,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "llama", tied=False)
 
 
+@pytest.mark.usefixtures("vllm_installed")
 def test_full_weights_are_replaced_and_the_engine_is_freed(model_dir: Path, tmp_path: Path) -> None:
     tied_dir = make_model(tmp_path / "tied", tied=True)
     adapter = publish(tied_dir, tmp_path / "weights", 1, mode="full")
@@ -155,6 +156,7 @@ def test_full_weights_are_replaced_and_the_engine_is_freed(model_dir: Path, tmp_
         sampler.sample(PROMPTS, PARAMS)
 
 
+@pytest.mark.usefixtures("vllm_installed")
 def test_models_that_vllm_does_not_serve(tmp_path: Path) -> None:
     narrow = make_model(tmp_path / "narrow", hidden=32)
     with pytest.raises(UserError, match=r"heads of 32, .*narrow are 16 wide.*backend=torch"):
@@ -169,6 +171,7 @@ def test_models_that_vllm_does_not_serve(tmp_path: Path) -> None:
     assert len(str(got.value)) < 400
 
 
+@pytest.mark.usefixtures("vllm_installed")
 @pytest.mark.parametrize(
     ("error", "told"),
     [
@@ -211,7 +214,7 @@ State = dict[str, Any]  # of the process, before and after an engine was made
     params=["merged", "lora_layers", pytest.param("compiled", marks=pytest.mark.slow)],
 )
 def opened(
-    model_dir: Path, request: pytest.FixtureRequest
+    model_dir: Path, vllm_installed: None, request: pytest.FixtureRequest
 ) -> Iterator[tuple[VllmSampler, State, State]]:
     before = _process_state()
     with pytest.MonkeyPatch.context() as patch:
@@ -537,6 +540,7 @@ def test_vllm_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         import_vllm(torch.device("cuda"))
 
 
+@pytest.mark.usefixtures("vllm_installed")
 def test_vllm_of_another_device() -> None:
     with pytest.raises(UserError, match=r"built for cpu.*model\.device is cuda.*rl_lora\[gpu\]"):
         import_vllm(torch.device("cuda"))
@@ -692,8 +696,8 @@ def test_a_job_asks_for_compilation_once_and_only_where_the_config_leaves_it_ope
     assert len(notes) == 1
 
 
+@pytest.mark.usefixtures("vllm_installed")
 def test_rank_slots_are_vllms() -> None:
-    pytest.importorskip("vllm")
     with process_kept():
         from vllm.config.lora import MaxLoRARanks
     assert get_args(MaxLoRARanks) == RANK_SLOTS

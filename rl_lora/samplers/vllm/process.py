@@ -35,7 +35,7 @@ _ENVIRONMENT = {
     # does not start if it is chosen but not installed.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_USE_DEEP_GEMM": "0",  # kernels for fp8 weights, compiled and warmed up at the start
-    # One process: without these, a machine without network would search for an address.
+    # An engine is one process; without these, vLLM searches for the machine's address in a network.
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
 }
@@ -100,6 +100,16 @@ def keep_float32_exact() -> None:
     products of other dtypes, and the user's own value wins.
     """
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+
+
+def keep_compiled_apart(rank: int) -> None:
+    """Gives each rank but the first its own cache of vLLM's compiled graphs; in `process_kept`.
+
+    They are not all written atomically, and the nodes of a cluster may share their home directory.
+    """
+    if rank > 0:
+        root = Path(importlib.import_module("vllm.envs").VLLM_CACHE_ROOT)
+        os.environ["VLLM_CACHE_ROOT"] = str(root / f"rank_{rank}")
 
 
 def check_cpu_heads(model_dir: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from rl_lora.distributed import is_main, is_speaker, rank, tell
 from rl_lora.errors import OtherProcessError, StaleAdapterError, UserError
+from rl_lora.launchers import launched_rank
 from rl_lora.storage.directories import disk_errors
 
 EXAMPLES = (
@@ -28,8 +29,6 @@ EXAMPLES = (
     "rl-lora export runs/quickstart --merged my-model",
 )
 
-# Where launchers leave a process's number among those of a job.
-_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 # name -> (module of rl_lora.commands, help)
 COMMANDS = {
@@ -92,7 +91,7 @@ def _is_divided(arguments: argparse.Namespace) -> bool:
 
 def _is_for_rank_0(arguments: argparse.Namespace) -> bool:
     """Whether a launcher has started this process for a command that only rank 0 runs."""
-    number = next((int(os.environ[name]) for name in _RANKS if name in os.environ), 0)
+    number = launched_rank()
     if _is_divided(arguments) or number == 0:
         return False
     if not int(os.environ.get("LOCAL_RANK", 0)):  # once on a node; on rank 0's there is a result

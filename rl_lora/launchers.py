@@ -8,6 +8,7 @@ from typing import Any
 
 from rl_lora.errors import UserError
 
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -15,6 +16,11 @@ def is_launched() -> bool:
     """Whether a launcher has started this process as one of several, or as the only one of them."""
     sizes = [int(os.environ.get(name, 0)) for name in _SIZES]
     return "RANK" in os.environ or max(sizes) > 1
+
+
+def launched_rank() -> int:
+    """The number that a launcher has given this process, which may not have joined yet; else 0."""
+    return next((int(os.environ[name]) for name in _RANKS if name in os.environ), 0)
 
 
 def check_launch() -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,9 @@ from rl_lora.adapters.files import save_adapter
 from rl_lora.cli import main
 from rl_lora.config import ModelSection
 from rl_lora.models.resolve import resolve_model
-from rl_lora.storage.jsonl import read_lines
+from rl_lora.storage.jsonl import read_json, read_lines
+from tests.helpers.processes import launch
 from tests.helpers.tiny_models import make_policy, shake
-
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = "-m torch.distributed.run --standalone --nproc_per_node 2 -m rl_lora".split()
 
 
 def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
@@ -47,23 +42,19 @@ def test_two_processes_evaluate_as_one(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*command, f"run.output_dir={tmp_path}/one"]) == 0
     printed = capsys.readouterr().out
 
-    two = [*LAUNCH, *command, f"run.output_dir={tmp_path}/two"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *two], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    program = ["-m", "rl_lora", *command, f"run.output_dir={tmp_path}/two"]
+    job = launch(program, tmp_path / "logs")
+    assert (job.code, job.left) == (0, []), job.launcher
+    one, both = tmp_path / "one/smoke", tmp_path / "two/smoke"
     for name in ("evaluation", "evaluation-against"):
-        ones, twos = (tmp_path / one / "smoke/eval" for one in ("one", "two"))
-        own, divided = (read_lines(folder / f"{name}.jsonl.gz") for folder in (ones, twos))
+        file = f"eval/{name}.jsonl.gz"
+        divided = read_lines(both / file)
         assert len(divided) == 7
-        assert [*map(without_seconds, divided)] == [*map(without_seconds, own)]
-        own, divided = (json.loads((one / f"{name}.json").read_text()) for one in (ones, twos))
-        assert without_seconds(divided) == without_seconds(own)
-    own, divided = (
-        (tmp_path / one / "smoke/paired/evaluation.json").read_text() for one in ("one", "two")
-    )
-    assert divided == own
+        assert [*map(without_seconds, divided)] == [*map(without_seconds, read_lines(one / file))]
+        results = (read_json(folder / f"eval/{name}.json") for folder in (one, both))
+        assert without_seconds(next(results)) == without_seconds(next(results))
+    assert read_json(both / "paired/evaluation.json") == read_json(one / "paired/evaluation.json")
     for words in ("McNemar", "every completion and verdict"):
-        assert done.stdout.count(words) == printed.count(words) > 0
-    assert not list((tmp_path / "two/smoke/eval").glob(".*"))  # no fitted copy, no lock
+        assert job.printed(0, stream="stdout").count(words) == printed.count(words) > 0
+    assert job.printed(1, stream="stdout") == ""
+    assert not list((both / "eval").glob(".*"))  # no fitted copy, no lock

@@ -1,4 +1,4 @@
-"""A job of several processes loses one of them: it says so, leaves nothing behind, and goes on."""
+"""A job of several processes loses one of them: it says so, leaves nothing behind, and continues."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def check_vllm(model_dir: Path, config: RunConfig) -> None:
     # What dtype "auto" is gets measured later; the sampler checks it again then.
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
     merges_adapter(config.sampling.merge_adapter, config.lora, dtype=dtype, device=device)
-    # Last: whoever is told to install vLLM can then use it.
+    # Last: whoever hears to install vLLM can then use it.
     if importlib.util.find_spec("vllm") is None:
         import_vllm(device)  # which says how to get it
 

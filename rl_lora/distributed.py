@@ -104,7 +104,7 @@ def joined(device: str = "auto", timeout_s: float = 1800) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        cause = _who_ended() if isinstance(error, _TerminatedError) else None
+        cause = _who_ended(error)
         tell(cause or error)
         if cause is not None:
             raise cause from error
@@ -186,11 +186,17 @@ def _on_sigterm(number: int, frame: object) -> None:
     raise _TerminatedError("the launcher ended this process (SIGTERM)", code=128 + number)
 
 
-def _who_ended() -> OtherProcessError | None:
-    """The ranks that ended before SIGTERM came; None: it came to all, or some are only slow."""
+def _who_ended(error: BaseException) -> OtherProcessError | None:
+    """The ranks that ended and so caused this rank's error: SIGTERM, or torch's in a pass over
+    sharded weights. None: there are none, or some are only slow."""
+    if _job is None:
+        return None
+    if isinstance(error, RuntimeError) and re.search("gloo|NCCL", str(error)):
+        return _failure() or _missing(str(error), f"after {_job.phase}", 0, 1)
+    if not isinstance(error, _TerminatedError):
+        return None
     import torch.distributed as dist
 
-    assert _job is not None
     started = time.monotonic()
     try:
         with _errors_of_others(f"after {_job.phase}", _HEAR_S):

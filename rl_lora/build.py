@@ -17,6 +17,7 @@ from rl_lora.config import ModelSection, OptimSection, RunConfig, SamplingSectio
 from rl_lora.config.algorithm import imported, load_algorithm
 from rl_lora.config.checks import SAMPLERS
 from rl_lora.errors import UserError
+from rl_lora.launchers import num_restarts
 from rl_lora.losses import LossFn
 from rl_lora.seeds import mix_seed
 from rl_lora.storage.directories import disk_errors
@@ -348,7 +349,8 @@ def open_folder(
 
     folder = config.run.folder
     check_processes(config)
-    resume = resume or distributed.is_restarted()
+    # Nodes count their restarts separately.
+    resume = resume or any(distributed.gather(num_restarts() > 0, "the start"))
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
             stack.enter_context(disk_errors(folder))

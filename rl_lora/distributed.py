@@ -16,17 +16,18 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import os
 import platform
 import re
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rl_lora.errors import OtherProcessError, UserError
+from rl_lora.launchers import check_launch, is_launched, rendezvous_options
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _HEAR_S = 10.0  # for rank 0 to hear of a failure and to print it; it may be busy for long
 _LAST_S = 3.0  # for the others to see that it has: without torchrun, what they see ends with rank 0
 
@@ -48,6 +48,7 @@ class _Job:
     control: ProcessGroup | None  # gloo on any device; None: left
     timeout_s: float
     hosts: tuple[str, ...] = ()  # by rank
+    name: str = "joining"  # no other start of these ranks has it
     phase: str = "the start"  # of the last exchange
     is_ending: bool = False  # by an error
     is_speaker: bool = True
@@ -84,17 +85,6 @@ def local_size() -> int:
     return 1 if _job is None else _job.hosts.count(_job.hosts[rank()])
 
 
-def is_launched() -> bool:
-    """Whether a launcher has started this process as one of several, or as the only one of them."""
-    sizes = [int(os.environ.get(name, 0)) for name in _SIZES]
-    return "RANK" in os.environ or max(sizes) > 1
-
-
-def is_restarted() -> bool:
-    """Whether the launcher has started all processes again after a failure (--max_restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 # --- joining and leaving --------------------------------------------------------------------------
 
 
@@ -126,18 +116,15 @@ def _join(device: str, timeout_s: float) -> None:
     if _job is not None:
         _job.timeout_s = timeout_s
         return
+    check_launch()
     if not is_launched():
-        if "MASTER_PORT" in os.environ and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
-            raise UserError(
-                "accelerate has started one process where several were asked for, as this machine "
-                "has no two GPUs: add --multi_gpu to `accelerate launch` (it works without GPUs)"
-            )
         return
     import torch
     from accelerate import PartialState
 
     timeout = timedelta(seconds=timeout_s)
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timeout)
+    is_cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=is_cpu, timeout=timeout, **rendezvous_options(timeout))
     if state.backend is None:
         return  # one process, and no GPU that would make a group of it
     # This one is for all ranks but 0. They wait only for rank 0, which may itself have waited for
@@ -147,7 +134,8 @@ def _join(device: str, timeout_s: float) -> None:
     _job = _Job(state, control, timeout_s)
     atexit.register(leave)
     signal.signal(signal.SIGTERM, _on_sigterm)
-    _job.hosts = tuple(gather(platform.node(), "the start"))
+    found = gather((platform.node(), uuid.uuid4().hex), "the start")
+    _job.hosts, _job.name = tuple(host for host, _ in found), found[0][1]
 
 
 def tell(error: BaseException) -> None:
@@ -164,15 +152,16 @@ def tell(error: BaseException) -> None:
 
     _job.is_ending = True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it would change the exit code
-    with contextlib.suppress(RuntimeError):  # rank 0 is gone, and the store with it
+    alive = set(range(world_size())) - set(_gone())
+    try:
         if not isinstance(error, OtherProcessError):
             _store().set(f"failure/{rank()}", json.dumps(_code_and_text(error)))
         dist.destroy_process_group(_job.control)
         _job.control = None  # closes the connections, which wakes the ranks that wait for this one
-        if is_main() or not _has(["left/0"], _HEAR_S):
-            _job.is_speaker = _store().add("speakers", 1) == 1
-        else:
-            _job.is_speaker = False
+        has_main_spoken = not is_main() and _has(["left/0"], _HEAR_S)
+        _job.is_speaker = not has_main_spoken and _store().add("speakers", 1) == 1
+    except RuntimeError:  # rank 0 is gone, and the store with it
+        _job.is_speaker = rank() == min(alive)
 
 
 def _code_and_text(error: BaseException) -> tuple[int, str]:
@@ -229,11 +218,12 @@ def leave() -> None:
 
 
 def _store() -> Store:
-    """torch's store of this job's (re)start; without torchrun, rank 0 holds it."""
+    """torch's store, for this start of the job. Without torchrun, rank 0 holds it."""
     from torch.distributed import PrefixStore
     from torch.distributed.distributed_c10d import _get_default_store
 
-    return PrefixStore("rl_lora", _get_default_store())
+    assert _job is not None
+    return PrefixStore(f"rl_lora {_job.name}", _get_default_store())
 
 
 def _has(keys: list[str], limit_s: float) -> bool:
@@ -372,10 +362,9 @@ def _missing(text: str, when: str, waited_s: float, limit_s: float) -> OtherProc
         gone = ", ".join(map(_name, _gone())) or f"another process ({text.splitlines()[0]})"
         return OtherProcessError(f"{gone} ended {when}")
     match = re.search(r"Ranks? ([\d, ]+) failed to pass", text)  # on rank 0; others wait for it
-    ranks = [int(number) for number in re.findall(r"\d+", match[1])] if match else [0]
+    late = ", ".join(_name(int(number)) for number in (match[1] if match else "0").split(","))
     return OtherProcessError(
-        f"{', '.join(map(_name, ranks))} did not come within {waited_s:.0f} s {when} "
-        "(run.process_timeout_s)"
+        f"{late} did not come within {waited_s:.0f} s {when} (run.process_timeout_s)"
     )
 
 

@@ -18,6 +18,7 @@ EXAMPLES = (
     "rl-lora train deepmath_qwen3_8b --dry-run --gpus 8 --gpu h100",
 )
 AFTER_INTERRUPT = RESUME_HINT
+IS_DIVIDED = True  # among a job's processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

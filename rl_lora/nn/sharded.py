@@ -22,16 +22,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rl_lora import distributed
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
-from rl_lora.nn.compiled import decoder_layers
+from rl_lora.launchers import is_launched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -41,7 +43,7 @@ def is_to_be_sharded(model: ModelSection, lora: LoraSection) -> bool:
 
     Without a process group, the only process has all of the weights anyway.
     """
-    if not (distributed.is_launched() and torch.distributed.is_initialized()):
+    if not (is_launched() and torch.distributed.is_initialized()):
         return False
     if model.shard is None:
         return lora.mode == "full" and distributed.world_size() > 1
@@ -127,6 +129,8 @@ def shard_model(
         register_fsdp_forward_method,
     )
 
+    from rl_lora.nn.compiled import decoder_layers
+
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     kept = set(adapter)
     for parameter in kept:
@@ -141,11 +145,11 @@ def shard_model(
             if not is_shard(parameter) and parameter not in kept:
                 wide = parameter.data.float() if parameter in trained else parameter.data
                 parameter.data = wide.contiguous()  # GPT-2's are transposed views
-        fully_shard(
+        shards = fully_shard(
             unit, mesh=mesh, reshard_after_forward=True, mp_policy=mixed, ignored_params=kept
         )
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply
+        shards.set_gradient_divide_factor(1.0)
+        shards.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply
     model.run_inside = lambda function, *args: function(model, *args)  # type: ignore[assignment]
     register_fsdp_forward_method(model, "run_inside")
 
@@ -178,10 +182,10 @@ def whole_weights(model: PreTrainedModel) -> Iterator[None]:
 
     units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
     run_inside(model, lambda _: None)  # FSDP takes what runs first for the root
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
     try:
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
         yield
     finally:
         for unit in units:

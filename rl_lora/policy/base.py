@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rl_lora import distributed
 from rl_lora.config import LoraSection, ModelSection, parse_as
 from rl_lora.models.architectures import check_architecture
 from rl_lora.models.device import pick_device, pick_dtype
@@ -58,7 +59,9 @@ class Policy(ABC):
         self.base_revision = model.revision
         self.lora = lora
         self.device = pick_device(model.device)
-        self.dtype = pick_dtype(model.dtype, self.device)
+        self.dtype = distributed.from_main(  # by a timing, which may differ
+            lambda: pick_dtype(model.dtype, self.device), "the choice of model.dtype"
+        )
         config = AutoConfig.from_pretrained(model_dir)
         check_architecture(config, model_dir)
         check_rank(config, lora)
@@ -129,10 +132,15 @@ class Policy(ABC):
 
         if folder is not None:
             return save_adapter(self, folder, version=step, run_name=run_name)
-        self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="rl-lora-")
-        adapter = save_adapter(self, Path(self._scratch.name), version=step, run_name=run_name)
-        remove_old(adapter.path.parent, keep={step, step - 1})
+        folder = distributed.from_main(self._scratch_folder, f"publishing version {step}")
+        adapter = save_adapter(self, folder, version=step, run_name=run_name)
+        if distributed.is_main():
+            remove_old(folder, keep={step, step - 1})
         return adapter
+
+    def _scratch_folder(self) -> Path:
+        self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="rl-lora-")
+        return Path(self._scratch.name)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in a fixed order."""

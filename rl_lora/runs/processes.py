@@ -21,6 +21,21 @@ def check_processes(config: RunConfig | SftConfig) -> None:
     Raises:
         UserError: on all ranks.
     """
+    check_same_settings(config)
+    num_prompts = getattr(getattr(config, "sampling", None), "num_prompts", None)
+    if num_prompts is not None and distributed.world_size() > num_prompts:
+        raise UserError(
+            f"{distributed.world_size()} processes for sampling.num_prompts={num_prompts}: each "
+            f"needs a prompt; start {num_prompts} or fewer, or raise sampling.num_prompts"
+        )
+
+
+def check_same_settings(config: RunConfig | SftConfig) -> None:
+    """Refuses processes that were started with different settings.
+
+    Raises:
+        UserError: on all ranks.
+    """
     settings = {
         f"{section}.{key}": value
         for section, values in config.model_dump(mode="json").items()
@@ -35,12 +50,6 @@ def check_processes(config: RunConfig | SftConfig) -> None:
                     f"{settings[key]!r} on rank {distributed.rank()} and {other.get(key)!r} on "
                     f"rank {rank}; give all of them the same file and command"
                 )
-    num_prompts = getattr(getattr(config, "sampling", None), "num_prompts", None)
-    if num_prompts is not None and distributed.world_size() > num_prompts:
-        raise UserError(
-            f"{distributed.world_size()} processes for sampling.num_prompts={num_prompts}: each "
-            f"needs a prompt; start {num_prompts} or fewer, or raise sampling.num_prompts"
-        )
 
 
 def check_shared_folder(folder: Path) -> None:

@@ -87,15 +87,14 @@ def _run_job(config: JobConfig) -> Outcome:
     from rl_lora.runs.inputs import ChangedInputsError
 
     try:
-        with distributed.joined(config.model.device):
-            if isinstance(config, RunConfig):
-                from rl_lora.train import train
+        if isinstance(config, RunConfig):
+            from rl_lora.train import train
 
-                train(config, resume=True, quiet=True)
-            else:
-                from rl_lora.sft.train import fine_tune
+            train(config, resume=True, quiet=True)
+        else:
+            from rl_lora.sft.train import fine_tune
 
-                fine_tune(config, resume=True, quiet=True)
+            fine_tune(config, resume=True, quiet=True)
     except FloatingPointError as error:
         return {"error": str(error), "failure": "nan"}
     except ChangedInputsError as error:

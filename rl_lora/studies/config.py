@@ -119,6 +119,7 @@ class Cell:
     def _settings(self) -> dict[str, Any]:
         settings = self.config.model_dump(mode="json")
         settings["run"] = {k: settings["run"][k] for k in ("seed", "num_steps", "eval_every")}
+        settings["model"].pop("shard")  # where the weights are does not change the result
         if self.config.lora.mode == "full":
             settings["lora"] = {"mode": "full"}
         for section, key, usual in _LATER:

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from rl_lora import distributed
+from rl_lora.adapters.files import check_published
 from rl_lora.config import LoraSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.vllm.kept_classes import classes_kept
 from rl_lora.samplers.vllm.merged_weights import MergedWeights
-from rl_lora.samplers.vllm.process import keep_float32_exact, process_kept
+from rl_lora.samplers.vllm.own_group import keep_job_groups, own_group
+from rl_lora.samplers.vllm.process import keep_compiled_apart, keep_float32_exact, process_kept
 from rl_lora.samplers.vllm.settings import text_config
 from rl_lora.types import Adapter
 
@@ -31,7 +34,7 @@ def check_device(device: torch.device, lora: LoraSection, model_dir: Path) -> No
             f"model {model_dir}: vLLM serves no adapters on {model_type}; set "
             'sampling.backend="torch"'
         )
-    if device.index:
+    if device.index and distributed.world_size() == 1:
         raise UserError(
             f"model.device={str(device)!r}: vLLM takes the first visible GPU; set "
             f"CUDA_VISIBLE_DEVICES={device.index} and model.device='cuda'"
@@ -48,6 +51,8 @@ def make_engine(vllm: SimpleNamespace, settings: dict[str, Any], on_cpu: bool) -
     """A vllm.LLMEngine. Raises UserError if vLLM refuses the model or a setting."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_kept())
+        keep_job_groups()
+        stack.enter_context(own_group("gloo" if on_cpu else "nccl"))
         settle_classes = stack.enter_context(classes_kept())
         if on_cpu:
             from rl_lora.samplers.vllm import cpu_lora as vllm_cpu_lora
@@ -56,8 +61,10 @@ def make_engine(vllm: SimpleNamespace, settings: dict[str, Any], on_cpu: bool) -
             stack.enter_context(vllm_cpu_lora.installed())
             if settings["enforce_eager"] and (priorities := vllm_cpu_norm.priorities()):
                 settings = settings | {"ir_op_priority": priorities}
-        elif settings.get("dtype") == "float32":
-            keep_float32_exact()
+        else:
+            keep_compiled_apart(distributed.rank())
+            if settings.get("dtype") == "float32":
+                keep_float32_exact()
         try:
             engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**settings))
             settle_classes(engine)
@@ -133,17 +140,15 @@ def repack_head(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)  # type: ignore[operator,union-attr]
 
 
-def check_files(adapter: Adapter) -> None:
-    """Raises UserError if a published version's directory or weights are missing."""
-    if not adapter.path.is_dir():
+def check_files(adapter: Adapter, *, with_tensors: bool) -> None:
+    """Raises UserError if a published version's directory or weights are missing, and, for an
+    adapter, StaleAdapterError as `check_published`."""
+    if not adapter.is_full:
+        check_published(adapter, with_tensors=with_tensors)
+    elif not adapter.path.is_dir():
         raise UserError(f"adapter directory {adapter.path} does not exist")
-    if adapter.is_full:
-        if not any(adapter.path.glob("*.safetensors")):
-            raise UserError(f"weights directory {adapter.path} holds no *.safetensors file")
-        return
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter.path / name).is_file():
-            raise UserError(f"adapter directory {adapter.path} has no {name}")
+    elif not any(adapter.path.glob("*.safetensors")):
+        raise UserError(f"weights directory {adapter.path} holds no *.safetensors file")
 
 
 def check_adapter(answered: Any, wanted: Any) -> None:

@@ -111,7 +111,7 @@ class VllmSampler:
         self._checksums: list[int] = []  # of the weights of an engine that sleeps on a GPU
         settings = engine_settings(
             model_dir,
-            engine if self._on_cpu else with_memory_fraction(engine),
+            engine if self._on_cpu else with_memory_fraction(engine, device),
             dtype=dtype,
             device=device,
             max_model_len=max_model_len,
@@ -155,7 +155,7 @@ class VllmSampler:
                     f"{adapter.name}: is_full={adapter.is_full} in a sampler made for "
                     f"lora.mode={'full' if self._is_full else 'lora'!r}"
                 )
-            check_files(adapter)
+            check_files(adapter, with_tensors=self._merged is None)  # else `read_terms` does
         if self._merged is not None:
             if adapter is not None:
                 self._check_name(adapter)

@@ -2,8 +2,8 @@
 
 Each command is a module of `rl_lora.commands` with `add_arguments(parser)`, `run(arguments) -> int`
 and EXAMPLES. Only the module of the command that was typed is imported, and it imports heavy
-libraries inside `run`, so that help texts and usage errors are instant. Of a job's processes rank 0
-runs the command alone, unless the module has IS_DIVIDED = True.
+libraries inside `run`, so that help texts and usage errors are instant. Of a job's processes only
+rank 0 runs the command, unless the module has IS_DIVIDED = True.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ def _is_divided(arguments: argparse.Namespace) -> bool:
 
 
 def _is_for_rank_0(arguments: argparse.Namespace) -> bool:
-    """Whether a launcher has started this process for a command that rank 0 runs alone."""
+    """Whether a launcher has started this process for a command that only rank 0 runs."""
     number = launched_rank()
     if _is_divided(arguments) or number == 0:
         return False
     if not int(os.environ.get("LOCAL_RANK", 0)):  # once on a node; on rank 0's there is a result
         print(
-            f"rl-lora: rank 0 alone runs this command, and this process is rank {number}, by the "
+            f"rl-lora: only rank 0 runs this command, and this process is rank {number}, by the "
             "environment that its launcher has set",
             file=sys.stderr,
         )

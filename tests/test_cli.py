@@ -338,7 +338,7 @@ def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path) -> None:
     assert result.stderr == ""
 
 
-def test_of_several_processes_rank_0_alone_runs_what_is_not_divided(
+def test_of_several_processes_only_rank_0_runs_what_is_not_divided(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What launchers put into the environment; no process is started, and none is waited for."""
@@ -349,7 +349,7 @@ def test_of_several_processes_rank_0_alone_runs_what_is_not_divided(
         assert cli.main(command) == 0
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert "rank 0 alone runs this command, and this process is rank 2" in captured.err
+        assert "only rank 0 runs this command, and this process is rank 2" in captured.err
         assert len(captured.err.splitlines()) == 1
     monkeypatch.setenv("LOCAL_RANK", "1")  # another process of its node says it, or has the result
     assert cli.main(["models"]) == 0

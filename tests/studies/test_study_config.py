@@ -90,8 +90,8 @@ def test_the_folder_is_no_part_of_a_cells_key(tmp_path: Path) -> None:
 
 def test_where_a_cell_runs_is_no_part_of_its_key_but_of_its_cost(tmp_path: Path) -> None:
     file = write(tmp_path, STUDY)
-    alone, shared = load_study(file), load_study(file, ["study.processes_per_cell=4"])
-    pairs = list(zip(cells_of(alone), cells_of(shared), strict=True))
+    single, shared = load_study(file), load_study(file, ["study.processes_per_cell=4"])
+    pairs = list(zip(cells_of(single), cells_of(shared), strict=True))
     assert {(one.num_processes, four.num_processes) for one, four in pairs} == {(1, 4)}
     for one, four in pairs:
         assert one.key == four.key

@@ -48,6 +48,7 @@ def pack(
     *,
     denominator: str | int = "tokens",
     microbatch_tokens: int = 4096,
+    min_microbatches: int = 1,
     num_updates: int = 1,
     share_prompts: bool = False,
     keep_zero_advantage: bool = False,
@@ -58,17 +59,20 @@ def pack(
         make_samples(groups_N, advantages_N_G),
         denominator=denominator,
         microbatch_tokens=microbatch_tokens,
+        min_microbatches=min_microbatches,
         num_updates=num_updates,
         share_prompts=share_prompts,
         keep_zero_advantage=keep_zero_advantage,
     )
 
 
+# limits: as `pack`
 def pack_samples(
     samples: Sequence[TrainSample],
     *,
     denominator: str | int = "tokens",
     microbatch_tokens: int = 4096,
+    min_microbatches: int = 1,
     num_updates: int = 1,
     share_prompts: bool = False,
     keep_zero_advantage: bool = False,
@@ -82,6 +86,8 @@ def pack_samples(
             on a completion's tokens).
         microbatch_tokens: limit on a microbatch's size with padding; a longer sequence gets one to
             itself.
+        min_microbatches: makes them so small that an update has about as many at least, for
+            processes that divide them up.
         num_updates: optimizer steps that the samples are dealt out to, in turn.
         share_prompts: completions of one prompt share it, in one row without padding; only for a
             policy with `can_share_prompts`.
@@ -98,13 +104,43 @@ def pack_samples(
             shortest = sorted(chunk, key=lambda s: len(s.prompt_ids) + len(s.completion_ids))
             some = next(_by_budget([_Row(s.prompt_ids, [s]) for s in shortest], microbatch_tokens))
             kept = [sample for row in some for sample in row.samples]
+        rows = _families(kept) if share_prompts else [_Row(s.prompt_ids, [s]) for s in kept]
+        budget = microbatch_tokens
+        if min_microbatches > 1:
+            budget = min(budget, -(-sum(row.width for row in rows) // min_microbatches))
         if share_prompts:
-            parts: Iterable[list[_Row]] = _whole_families(_families(kept), microbatch_tokens)
+            parts: Iterable[list[_Row]] = _whole_families(rows, budget)
         else:
-            rows = sorted((_Row(s.prompt_ids, [s]) for s in kept), key=lambda row: row.width)
-            parts = _by_budget(rows, microbatch_tokens)
+            parts = _by_budget(sorted(rows, key=lambda row: row.width), budget)
         updates.append([_microbatch(part, weight_of, is_flat=share_prompts) for part in parts])
     return updates
+
+
+def halves(batch: Microbatch) -> list[Microbatch]:
+    """Two microbatches with half of the sequences each, of the same weights; one of a single
+    sequence as it is."""
+    if batch.num_sequences < 2:
+        return [batch]
+    tokens_S = [batch.sequence_C == number for number in range(batch.num_sequences)]
+    weight_of = {
+        len(sample.completion_ids): float(batch.weights_C[tokens_C][0])
+        for sample, tokens_C in zip(batch.samples_S, tokens_S, strict=True)
+    }
+    middle = batch.num_sequences // 2
+    parts = []
+    for chosen in (slice(middle), slice(middle, None)):
+        samples = batch.samples_S[chosen]
+        is_flat = batch.layout is not None
+        rows = _families(samples) if is_flat else [_Row(s.prompt_ids, [s]) for s in samples]
+        part = _microbatch(rows, weight_of, is_flat=is_flat)
+        if batch.old_logprobs_C is not None:
+            old_of = {
+                id(sample): batch.old_logprobs_C[tokens_C.to(batch.old_logprobs_C.device)]
+                for sample, tokens_C in zip(samples, tokens_S[chosen], strict=True)
+            }
+            part = replace(part, old_logprobs_C=torch.cat([old_of[id(s)] for s in part.samples_S]))
+        parts.append(part)
+    return parts
 
 
 def whole_sequence(token_ids: Sequence[int]) -> Microbatch:

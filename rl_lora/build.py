@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,18 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import FunctionReward, Reward, load_reward
+from rl_lora import distributed
 from rl_lora.advantages import AdvantageFn
 from rl_lora.config import ModelSection, OptimSection, RunConfig, SamplingSection
 from rl_lora.config.algorithm import imported, load_algorithm
 from rl_lora.config.checks import SAMPLERS
 from rl_lora.errors import UserError
+from rl_lora.launchers import num_restarts
 from rl_lora.losses import LossFn
 from rl_lora.seeds import mix_seed
 from rl_lora.storage.directories import disk_errors
 from rl_lora.types import SampleParams
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from rl_lora.config.sft import SftConfig
@@ -83,6 +83,7 @@ def open_run(
         stack.callback(reward.close)
         from rl_lora.policy import open_policy
         from rl_lora.samplers.end_tokens import end_token_ids
+        from rl_lora.samplers.vllm.checks import check_vllm, with_compilation
 
         load_sampler_class(config.sampling.backend)
         model_dir, tokenizer, context = open_model(config.model, on_note)
@@ -104,7 +105,7 @@ def open_run(
         end_ids = end_token_ids(model_dir, tokenizer, data.template, data.chat_template_kwargs)
         num_steps = config.run.num_steps if num_steps is None else num_steps
         sampler = make_sampler(
-            _with_compilation(config.sampling, policy.device, num_steps, on_note),
+            with_compilation(config.sampling, policy.device, num_steps, on_note),
             policy,
             end_token_ids=end_ids,
             max_model_len=min(context, _longest(config, prompts)),
@@ -121,8 +122,10 @@ def _bytes_to_come(config: RunConfig, policy: Policy) -> int:
 
     if policy.device.type == "cpu":
         return 0
+    num_base = sum(parameter.numel() for parameter in policy.model.parameters())
     num_trainable = sum(parameter.numel() for parameter in policy.trainable().values())
-    return bytes_to_come(config, policy.model.config, num_trainable)
+    num_ranks = distributed.world_size()
+    return bytes_to_come(config, policy.model.config, num_base, num_trainable, num_ranks)
 
 
 def _longest(config: RunConfig, prompts: PromptSets) -> int:
@@ -158,47 +161,6 @@ def _load_prompts(
     return prompts
 
 
-def check_vllm(model_dir: Path, config: RunConfig) -> None:
-    """Refuses what vLLM would refuse, before the data is read and the model is loaded.
-
-    Raises:
-        UserError: vLLM is not installed, or does not support the device, adapter, model or setting.
-    """
-    import torch
-
-    from rl_lora.models.device import pick_device
-    from rl_lora.samplers.vllm.engine import check_device
-    from rl_lora.samplers.vllm.process import import_vllm
-    from rl_lora.samplers.vllm.settings import check_mixture, merges_adapter
-
-    device = pick_device(config.model.device)
-    if importlib.util.find_spec("vllm") is None:
-        import_vllm(device)  # which says how to get it
-    check_device(device, config.lora, model_dir)
-    check_mixture(model_dir, device)
-    # What dtype "auto" is gets measured later; the sampler checks it again then.
-    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-    merges_adapter(config.sampling.merge_adapter, config.lora, dtype=dtype, device=device)
-
-
-def _with_compilation(
-    section: SamplingSection,
-    device: torch.device,
-    num_steps: int,
-    on_note: Callable[[str], None],
-) -> SamplingSection:
-    """With sampling.eager=false if the config leaves it open and the job is long, on a CPU."""
-    from rl_lora.samplers.vllm.settings import is_worth_compiling
-
-    is_open = section.backend == "vllm" and section.eager is None and device.type == "cpu"
-    if not (is_open and is_worth_compiling(section, num_steps)):
-        return section
-    on_note(
-        "a long job: vLLM compiles the model first, a minute or two; sampling.eager=true if not"
-    )
-    return section.model_copy(update={"eager": False})
-
-
 def open_model(
     section: ModelSection, on_note: Callable[[str], None]
 ) -> tuple[Path, PreTrainedTokenizerBase, int]:
@@ -214,7 +176,8 @@ def open_model(
 
     if not is_at_hand(section.name):
         on_note(f"model {section.name}: fetched or made once, then kept; a minute or so")
-    model_dir = resolve_model(section)
+    with distributed.local_main_first():  # the others find what it has fetched
+        model_dir = resolve_model(section)
     config = AutoConfig.from_pretrained(model_dir)
     check_architecture(config, model_dir)
     return model_dir, load_tokenizer(model_dir), context_length(config)
@@ -242,7 +205,8 @@ def make_learner(
 
     microbatch_tokens = optim.microbatch_tokens
     if microbatch_tokens is None:
-        microbatch_tokens = default_microbatch_tokens(policy, optim)
+        own = default_microbatch_tokens(policy, optim)
+        microbatch_tokens = min(distributed.gather(own, "the size of microbatches"))
         on_note(f"microbatches of up to {microbatch_tokens:,} tokens (optim.microbatch_tokens)")
     return Learner(
         policy,
@@ -368,21 +332,37 @@ def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None
 def open_folder(
     config: RunConfig | SftConfig, *, resume: bool, quiet: bool
 ) -> Iterator[tuple[Display, Start]]:
-    """Holds the run's folder for this process; yields the display, and where the run starts.
+    """Holds the run's folder for this job; yields the display, and where the run starts.
+
+    Of several processes rank 0 holds the folder and prints; the others' displays are silent.
 
     Raises:
-        UserError: an older run in the folder, another process using it, or a full disk.
+        UserError: an older run in the folder, another process using it, a full disk, or processes
+            whose configs differ.
     """
+    from rich.console import Console
+
     from rl_lora.report.terminal import Display
     from rl_lora.runs.lock import run_lock
+    from rl_lora.runs.processes import check_processes, check_shared_folder
     from rl_lora.runs.start import find_start
 
     folder = config.run.folder
-    with disk_errors(folder), run_lock(folder) as taken_over, Display(quiet=quiet) as display:
-        check_run_folder(folder)
-        if taken_over is not None:
-            display.note(taken_over)
-        start = find_start(config, resume=resume)
+    check_processes(config)
+    # Nodes count their restarts separately.
+    resume = resume or any(distributed.gather(num_restarts() > 0, "the start"))
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main():
+            stack.enter_context(disk_errors(folder))
+            taken_over = stack.enter_context(run_lock(folder))
+            display = stack.enter_context(Display(quiet=quiet))
+            check_run_folder(folder)
+            if taken_over is not None:
+                display.note(taken_over)
+        else:
+            display = stack.enter_context(Display(quiet=True, console=Console(quiet=True)))
+        start = distributed.from_main(lambda: find_start(config, resume=resume), "the start")
+        check_shared_folder(folder)
         if changed := start.changed_versions():
             display.warn(f"the result may differ in its last digits: {'; '.join(changed)}")
         yield display, start

@@ -2,7 +2,8 @@
 
 Each command is a module of `rl_lora.commands` with `add_arguments(parser)`, `run(arguments) -> int`
 and EXAMPLES. Only the module of the command that was typed is imported, and it imports heavy
-libraries inside `run`, so that help texts and usage errors are instant.
+libraries inside `run`, so that help texts and usage errors are instant. Of a job's processes rank 0
+runs the command by itself, unless the module has IS_DIVIDED = True.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from rl_lora.distributed import is_main, is_speaker, rank
+from rl_lora.distributed import is_main, is_speaker, rank, tell
 from rl_lora.errors import OtherProcessError, StaleAdapterError, UserError
+from rl_lora.launchers import launched_rank
 from rl_lora.storage.directories import disk_errors
 
 EXAMPLES = (
@@ -56,13 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
         with disk_errors(None, "run the command again"):
-            code: int = arguments.command(arguments)
+            code: int = 0 if _is_for_rank_0(arguments) else arguments.command(arguments)
             sys.stdout.flush()
             return code
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except UserError as error:
+        if _is_divided(arguments):
+            tell(error)
         _print_error(f"error: {error}")
         return 2
     except (StaleAdapterError, FloatingPointError) as error:
@@ -76,8 +80,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return error.code
     except KeyboardInterrupt:
-        print(f"rl-lora: interrupted{arguments.after_interrupt}", file=sys.stderr)
+        _print_error(f"interrupted{arguments.after_interrupt}")
         return 130
+
+
+def _is_divided(arguments: argparse.Namespace) -> bool:
+    """Whether all of a job's processes run the command."""
+    return arguments.is_divided and not getattr(arguments, "dry_run", False)
+
+
+def _is_for_rank_0(arguments: argparse.Namespace) -> bool:
+    """Whether a launcher has started this process for a command that only rank 0 runs."""
+    number = launched_rank()
+    if _is_divided(arguments) or number == 0:
+        return False
+    if not int(os.environ.get("LOCAL_RANK", 0)):  # once on a node; on rank 0's there is a result
+        print(
+            f"rl-lora: only rank 0 runs this command, and this process is rank {number}, by the "
+            "environment that its launcher has set",
+            file=sys.stderr,
+        )
+    return True
 
 
 def _print_error(text: str) -> None:
@@ -122,7 +145,9 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         )
         module.add_arguments(subparser)
         subparser.set_defaults(
-            command=module.run, after_interrupt=getattr(module, "AFTER_INTERRUPT", "")
+            command=module.run,
+            is_divided=getattr(module, "IS_DIVIDED", False),
+            after_interrupt=getattr(module, "AFTER_INTERRUPT", ""),
         )
     return parser
 

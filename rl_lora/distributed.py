@@ -1,12 +1,13 @@
 """The processes of one job, as `accelerate launch`, torchrun or a cluster's launcher start them.
 
 Every process ("rank") runs the same program on the same batch, and only the work is divided:
-`share` says who does what, `gather` brings the results to everyone, and rank 0 alone writes files
+`share` says who does what, `gather` brings the results to everyone, and only rank 0 writes files
 (`from_main`). A program in one process calls the same functions: they then do nothing, and neither
 accelerate nor torch.distributed is loaded.
 
 What the ranks exchange starts with a check that all of them have come (`_exchange`): a rank that
 died, hangs, failed or is somewhere else ends the job with its name and what the others waited for.
+A rank that fails puts the reason into torch's store (`tell`), and one of all ranks prints it.
 Objects are pickled: ranks are processes of one user, and the text that a model wrote is only data.
 """
 
@@ -14,28 +15,29 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import os
+import json
 import platform
 import re
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rl_lora.errors import OtherProcessError, UserError
+from rl_lora.launchers import check_launch, is_launched, rendezvous_options
 
 if TYPE_CHECKING:
     from accelerate import PartialState
     from torch import Tensor
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Store
 
 T = TypeVar("T")
 
-_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_TELL_S = 10.0  # for the others to hear of a failure; they may be busy for long
-_LEAVE_S = 20.0  # for rank 0 to print why the job ends, before the launcher ends all processes
+_HEAR_S = 10.0  # for rank 0 to hear of a failure and to print it; it may be busy for long
+_LAST_S = 3.0  # for the others to see that it has: without torchrun, what they see ends with rank 0
 
 
 @dataclass
@@ -43,10 +45,13 @@ class _Job:
     """This process's place among the others."""
 
     state: PartialState
-    control: ProcessGroup  # gloo on any device: for objects, and for noticing who is missing
+    control: ProcessGroup | None  # gloo on any device; None: left
     timeout_s: float
     hosts: tuple[str, ...] = ()  # by rank
-    is_heard: bool = True  # False: a failure here has reached nobody else
+    name: str = "joining"  # no other start of these ranks has it
+    phase: str = "the start"  # of the last exchange
+    is_ending: bool = False  # by an error
+    is_speaker: bool = True
 
 
 _job: _Job | None = None  # None: one process
@@ -80,17 +85,6 @@ def local_size() -> int:
     return 1 if _job is None else _job.hosts.count(_job.hosts[rank()])
 
 
-def is_launched() -> bool:
-    """Whether a launcher has started this process as one of several, or as the only one of them."""
-    sizes = [int(os.environ.get(name, 0)) for name in _SIZES]
-    return "RANK" in os.environ or max(sizes) > 1
-
-
-def is_restarted() -> bool:
-    """Whether the launcher has started all processes again after a failure (--max_restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 # --- joining and leaving --------------------------------------------------------------------------
 
 
@@ -109,10 +103,11 @@ def joined(device: str = "auto", timeout_s: float = 1800) -> Iterator[None]:
     _join(device, timeout_s)
     try:
         yield
-    except OtherProcessError:
-        raise
-    except Exception as error:
-        _tell(error)
+    except (Exception, KeyboardInterrupt) as error:
+        cause = _who_ended() if isinstance(error, _TerminatedError) else None
+        tell(cause or error)
+        if cause is not None:
+            raise cause from error
         raise
 
 
@@ -121,65 +116,123 @@ def _join(device: str, timeout_s: float) -> None:
     if _job is not None:
         _job.timeout_s = timeout_s
         return
+    check_launch()
     if not is_launched():
-        if "MASTER_PORT" in os.environ and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
-            raise UserError(
-                "accelerate has started one process where several were asked for, as this machine "
-                "has no two GPUs: add --multi_gpu to `accelerate launch` (it works without GPUs)"
-            )
         return
     import torch
     from accelerate import PartialState
 
     timeout = timedelta(seconds=timeout_s)
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timeout)
+    is_cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=is_cpu, timeout=timeout, **rendezvous_options(timeout))
     if state.backend is None:
         return  # one process, and no GPU that would make a group of it
-    control = torch.distributed.new_group(backend="gloo", timeout=timeout)
+    # This one is for all ranks but 0. They wait only for rank 0, which may itself have waited for
+    # `timeout_s` and knows who is missing.
+    patience = 2 * timeout + timedelta(seconds=_HEAR_S)
+    control = torch.distributed.new_group(backend="gloo", timeout=patience)
     _job = _Job(state, control, timeout_s)
-    atexit.register(_leave)
+    atexit.register(leave)
     signal.signal(signal.SIGTERM, _on_sigterm)
-    _job.hosts = tuple(gather(platform.node(), "the start"))
+    found = gather((platform.node(), uuid.uuid4().hex), "the start")
+    _job.hosts, _job.name = tuple(host for host, _ in found), found[0][1]
 
 
-def _tell(error: Exception) -> None:
-    """Lets the other ranks know, at their next exchange, that this one has failed."""
-    if _job is None:
+def tell(error: BaseException) -> None:
+    """Lets the other ranks know why this one ends, also where it has not joined them yet.
+
+    Returns once it is clear who prints it: rank 0 or, where that takes too long, another one.
+    """
+    if _job is None and is_launched():
+        with contextlib.suppress(RuntimeError):  # the others are gone
+            _join("cpu", _HEAR_S)
+    if _job is None or _job.is_ending or world_size() == 1:
         return
-    if world_size() > 1:
-        _job.timeout_s = min(_job.timeout_s, _TELL_S)
-    code = 2 if isinstance(error, UserError) else 3
-    text = str(error) if code == 2 else f"{type(error).__name__}: {error}"
+    import torch.distributed as dist
+
+    _job.is_ending = True
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it would change the exit code
+    alive = set(range(world_size())) - set(_gone())
     try:
-        _exchange("the end", failure=(code, text.strip()))
-    except OtherProcessError as lost:
-        # Where every rank has failed, each has heard of the others' failures.
-        _job.is_heard = lost.is_failure
+        if not isinstance(error, OtherProcessError):
+            _store().set(f"failure/{rank()}", json.dumps(_code_and_text(error)))
+        dist.destroy_process_group(_job.control)
+        _job.control = None  # closes the connections, which wakes the ranks that wait for this one
+        has_main_spoken = not is_main() and _has(["left/0"], _HEAR_S)
+        _job.is_speaker = not has_main_spoken and _store().add("speakers", 1) == 1
+    except RuntimeError:  # rank 0 is gone, and the store with it
+        _job.is_speaker = rank() == min(alive)
+
+
+def _code_and_text(error: BaseException) -> tuple[int, str]:
+    """The exit code and the line of an error, as other ranks report it."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    code = 130 if isinstance(error, KeyboardInterrupt) else 3
+    return code, f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def is_speaker() -> bool:
-    """Whether this process prints the error it ends with: rank 0, or one that nobody has heard."""
-    return is_main() or (_job is not None and not _job.is_heard)
+    """Whether this process prints the error it ends with: one of the job does."""
+    return _job is None or _job.is_speaker
+
+
+class _TerminatedError(OtherProcessError):
+    """SIGTERM, which launchers send once a process has ended, or to cancel a job."""
 
 
 def _on_sigterm(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-    raise OtherProcessError(
-        "the launcher ended this process (SIGTERM): another process of the job has ended, which it "
-        "names, or the job was cancelled",
-        code=128 + number,
-    )
+    raise _TerminatedError("the launcher ended this process (SIGTERM)", code=128 + number)
 
 
-def _leave() -> None:
-    """Waits until rank 0 has printed: the launcher ends all processes once one of them fails."""
+def _who_ended() -> OtherProcessError | None:
+    """The ranks that ended before SIGTERM came; None: it came to all, or some are only slow."""
+    import torch.distributed as dist
+
+    assert _job is not None
+    started = time.monotonic()
+    try:
+        with _errors_of_others(f"after {_job.phase}", _HEAR_S):
+            timeout = timedelta(seconds=_HEAR_S)
+            dist.monitored_barrier(_job.control, timeout=timeout, wait_all_ranks=True)
+    except OtherProcessError as error:
+        return error if time.monotonic() - started < _HEAR_S else None
+    return None
+
+
+def leave() -> None:
+    """Lets the others go: the launcher ends all processes once one that has failed is gone. Called
+    at exit; a child of `multiprocessing`, which runs no exit functions, calls it itself."""
     import torch.distributed as dist
 
     if _job is None or not dist.is_initialized():
         return
-    with contextlib.suppress(RuntimeError):  # some are gone already
-        dist.monitored_barrier(_job.control, timeout=timedelta(seconds=_LEAVE_S))
-    dist.destroy_process_group()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not _job.is_ending:
+        return dist.destroy_process_group()
+    with contextlib.suppress(RuntimeError):  # rank 0 is gone, and the store with it
+        _store().set(f"left/{rank()}", "")
+        if is_main():
+            _has([f"left/{number}" for number in range(1, world_size())], _LAST_S)
+
+
+def _store() -> Store:
+    """torch's store, for this start of the job. Without torchrun, rank 0 holds it."""
+    from torch.distributed import PrefixStore
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    assert _job is not None
+    return PrefixStore(f"rl_lora {_job.name}", _get_default_store())
+
+
+def _has(keys: list[str], limit_s: float) -> bool:
+    """Whether the store has all keys, now or soon."""
+    # Store.wait would log two lines where it has not.
+    end = time.monotonic() + limit_s
+    while not (found := _store().check(keys)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return found
 
 
 # --- exchanges ------------------------------------------------------------------------------------
@@ -199,7 +252,7 @@ def gather(value: T, phase: str) -> list[T]:
 
 
 def from_main(make: Callable[[], T], phase: str) -> T:
-    """What `make` returns on rank 0, where alone it is called. Raises as `gather`."""
+    """What `make` returns on rank 0; it is called only there. Raises as `gather`."""
     if _job is None:
         return make()
     value = make() if is_main() else None
@@ -214,21 +267,20 @@ def check_same(value: object, what: str, fix: str) -> None:
 
 
 def add_up(tensor: Tensor, phase: str) -> dict[str, float]:
-    """Replaces a tensor by the sum over all ranks, in place; returns metrics: bytes and seconds.
-
-    accelerate's `reduce` would copy it. Raises as `gather`.
-    """
+    """Replaces a tensor by the sum over all ranks, in place (accelerate's `reduce` would copy it);
+    returns metrics: bytes and seconds. Raises as `gather`."""
     if _job is None or world_size() == 1:
         return {}
     import torch.distributed as dist
 
     gather(None, phase)  # who is late is not counted below
     started = time.perf_counter()
-    dist.all_reduce(tensor)
-    if tensor.is_cuda:
-        import torch
+    with _errors_of_others(f"during {phase}", _job.timeout_s):
+        dist.all_reduce(tensor)
+        if tensor.is_cuda:
+            import torch
 
-        torch.cuda.synchronize(tensor.device)
+            torch.cuda.synchronize(tensor.device)
     return {
         "system/all_reduce_bytes": float(tensor.nbytes),
         "system/all_reduce_s": time.perf_counter() - started,
@@ -238,14 +290,12 @@ def add_up(tensor: Tensor, phase: str) -> dict[str, float]:
 @contextlib.contextmanager
 def local_main_first() -> Iterator[None]:
     """The first rank of each node runs the block before the others of that node do."""
-    if _job is None or world_size() == 1:
-        yield
-        return
-    if local_rank() > 0:
-        gather(None, "preparation by the first process of the node")
+    phase, is_first = "preparation by the first process of the node", local_rank() == 0
+    if not is_first:
+        gather(None, phase)
     yield
-    if local_rank() == 0:
-        gather(None, "preparation by the first process of the node")
+    if is_first:
+        gather(None, phase)
 
 
 def share(costs: Sequence[float], num: int | None = None) -> list[list[int]]:
@@ -266,42 +316,72 @@ def share(costs: Sequence[float], num: int | None = None) -> list[list[int]]:
     return [sorted(part) for part in parts]
 
 
-def _exchange(phase: str, value: Any = None, failure: tuple[int, str] | None = None) -> list[Any]:
+def _exchange(phase: str, value: Any = None) -> list[Any]:
     """Every rank's value, once all have come."""
     import torch.distributed as dist
 
     assert _job is not None
-    started, limit_s = time.monotonic(), _job.timeout_s
+    assert _job.control is not None
     found: list[Any] = [None] * world_size()
-    try:
-        timeout = timedelta(seconds=limit_s)
+    with _errors_of_others(f"during {phase}", _job.timeout_s):
+        timeout = timedelta(seconds=_job.timeout_s)
         dist.monitored_barrier(_job.control, timeout=timeout, wait_all_ranks=True)
-        dist.all_gather_object(found, (phase, value, failure), group=_job.control)
+        dist.all_gather_object(found, (phase, value), group=_job.control)
+    for number, (other, _) in enumerate(found):
+        if other != found[0][0]:
+            raise RuntimeError(f"{_name(number)} is at {other!r}, and rank 0 at {found[0][0]!r}")
+    _job.phase = phase
+    return [one for _, one in found]
+
+
+@contextlib.contextmanager
+def _errors_of_others(when: str, limit_s: float) -> Iterator[None]:
+    """torch's error of an exchange to which not all ranks came, as an OtherProcessError."""
+    started = time.monotonic()
+    try:
+        yield
     except RuntimeError as error:
         waited_s = time.monotonic() - started
-        raise _lost(str(error), phase, waited_s if waited_s >= limit_s else None) from error
-    for number, (_, _, failed) in enumerate(found):
-        if failed is not None and failure is None:
-            code, text = failed
-            line = text if number == 0 else f"{_name(number)}: {text}"
-            raise OtherProcessError(line, code=code, is_failure=True)
-    for number, (other, _, failed) in enumerate(found):
-        if other != found[0][0] and failed is None and found[0][2] is None:
-            raise RuntimeError(f"{_name(number)} is at {other!r}, and rank 0 at {found[0][0]!r}")
-    return [one for _, one, _ in found]
+        raise _failure() or _missing(str(error), when, waited_s, limit_s) from error
 
 
-def _lost(text: str, phase: str, waited_s: float | None) -> OtherProcessError:
-    """The error of an exchange to which not all ranks came."""
-    match = re.search(r"Ranks? ([\d, ]+) failed to pass", text)
-    ranks = [int(number) for number in re.findall(r"\d+", match[1])] if match else []
-    names = ", ".join(map(_name, ranks)) or "another process"
-    if waited_s is None:
-        return OtherProcessError(f"{names} ended during {phase}")
+def _failure() -> OtherProcessError | None:
+    """What the first rank that has failed has told."""
+    with contextlib.suppress(RuntimeError):  # rank 0 is gone, and the store with it
+        for number in range(world_size()):
+            if _store().check([f"failure/{number}"]):
+                code, text = json.loads(_store().get(f"failure/{number}"))
+                line = f"{_name(number)}: {text}" if number else text
+                return OtherProcessError(line, code=code)
+    return None
+
+
+def _missing(text: str, when: str, waited_s: float, limit_s: float) -> OtherProcessError:
+    """The error of an exchange in which ranks are missing that have told nothing."""
+    if waited_s < limit_s:
+        gone = ", ".join(map(_name, _gone())) or f"another process ({text.splitlines()[0]})"
+        return OtherProcessError(f"{gone} ended {when}")
+    match = re.search(r"Ranks? ([\d, ]+) failed to pass", text)  # on rank 0; others wait for it
+    late = ", ".join(_name(int(number)) for number in (match[1] if match else "0").split(","))
     return OtherProcessError(
-        f"{names} did not finish {phase} within {waited_s:.0f} s (run.process_timeout_s) of this "
-        "process"
+        f"{late} did not come within {waited_s:.0f} s {when} (run.process_timeout_s)"
     )
+
+
+def _gone() -> list[int]:
+    """The ranks whose connection to this one is closed. No message is received."""
+    import torch
+    import torch.distributed as dist
+
+    assert _job is not None
+    gone = []
+    for number in range(world_size()):
+        try:
+            if number != rank():
+                dist.irecv(torch.empty(1), src=number, group=_job.control)
+        except RuntimeError:
+            gone.append(number)
+    return gone
 
 
 def _name(number: int) -> str:

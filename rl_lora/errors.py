@@ -24,12 +24,11 @@ class OtherProcessError(RuntimeError):
     Args:
         text: who, and during what.
         code: the exit code.
-        is_failure: the other process has reported an error itself.
     """
 
-    def __init__(self, text: str, *, code: int = 3, is_failure: bool = False) -> None:
+    def __init__(self, text: str, *, code: int = 3) -> None:
         super().__init__(text)
-        self.code, self.is_failure = code, is_failure
+        self.code = code
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

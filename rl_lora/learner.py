@@ -1,14 +1,17 @@
-"""One optimizer step from microbatches: forward, loss, backward, clip, step.
+"""One optimizer step from microbatches: forward, loss, backward, sum over ranks, clip, step.
 
 Adam with betas (0.9, 0.95) and a constant learning rate, the same for A and B ('LoRA Without
 Regret', set-up) unless LoRA+ is asked for. The gradient of a step is the sum over its microbatches:
-their weights contain the step-wide denominator already.
+their weights contain the step-wide denominator already. In a job of several processes every rank
+gets all microbatches and runs a share of them; the sum, and so the step, is the same on all.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -16,20 +19,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rl_lora.batches import make_samples, pack_samples, to_device
+from rl_lora import distributed
+from rl_lora.batches import halves, to_device
 from rl_lora.losses import (
     LossFn,
     LossInputs,
     importance_sampling,
-    k3,
     kl_penalty,
     log_loss,
     needs_of,
 )
 from rl_lora.nn.cpu_workers import map_on_cores
+from rl_lora.nn.optimized import l2_norm
 from rl_lora.policy import Policy
 from rl_lora.step_stats import PassStats, StepStats, read_numbers
-from rl_lora.types import Microbatch, RolloutGroup, TrainSample
+from rl_lora.types import Microbatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,29 @@ def parameter_groups(
 
 
 Objective = Callable[[Microbatch], tuple[Tensor, PassStats]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of an update."""
+
+    own: list[Microbatch]
+    idle: Sequence[Microbatch] = ()  # without weight: passes that only keep other ranks company
+
+
+def own_share(policy: Policy, microbatches: Sequence[Microbatch]) -> Share:
+    """What this process runs of an update's microbatches: about as many tokens as the others.
+
+    Passes over sharded weights are collective, so that all ranks need as many of them.
+    """
+    parts = distributed.share([batch.token_ids_BT.numel() for batch in microbatches])
+    own = [microbatches[index] for index in parts[distributed.rank()]]
+    if not policy.is_sharded:
+        return Share(own)
+    num_idle = max(map(len, parts)) - len(own)
+    filler = min(microbatches, key=lambda batch: batch.token_ids_BT.numel())
+    filler = replace(filler, weights_C=torch.zeros_like(filler.weights_C))
+    return Share(own, [filler] * num_idle)
 
 
 class Learner:
@@ -141,44 +168,47 @@ class Learner:
         """Policy-gradient steps, one per element of `updates`; returns the step's metrics.
 
         An update whose advantages are all zero takes no optimizer step (Adam's momentum would move
-        the weights without a signal) unless the loss has a KL term. It is counted in
-        learn/skipped_updates, and the schedule advances.
+        the weights without a signal) unless the loss has a KL term, nor does an empty one, or one
+        whose gradient is not finite (learn/nonfinite_updates). All are counted in
+        learn/skipped_updates, and the schedule advances. Without any completion token there are no
+        metrics of tokens.
 
         Args:
-            updates: what `pack` makes; an empty one only advances the schedule.
+            updates: what `pack` makes.
             loss: one of `rl_lora.losses` or your own; bind its options by functools.partial.
             kl_weight: of the KL to the base model that is added to the loss; 0: none is.
 
         Raises:
-            FloatingPointError: a gradient is not finite; the parameters are left as they were.
-            ValueError: `updates` has no microbatch.
+            torch.OutOfMemoryError: even microbatches of one sequence take too much memory.
         """
 
         def objective(batch: Microbatch) -> tuple[Tensor, PassStats]:
             return self._policy_objective(batch, loss, kl_weight)
 
-        stats, norms = StepStats(), []
+        stats, counts, norms = StepStats(), Counter[str](), []
         num_updates_after = self.num_updates_done + len(updates)
-        if not (filled := [microbatches for microbatches in updates if microbatches]):
-            raise ValueError("no sample to learn from: every completion is empty")
+        filled = [microbatches for microbatches in updates if microbatches]
+        shares = [own_share(self.policy, microbatches) for microbatches in filled]
         if needs_of(loss).old_logprobs:
-            filled[1:] = [self._with_old_logprobs(microbatches) for microbatches in filled[1:]]
-        for index, microbatches in enumerate(filled):
+            shares[1:] = [self._with_old_logprobs(share, counts) for share in shares[1:]]
+        for index, (microbatches, share) in enumerate(zip(filled, shares, strict=True)):
             self._next_rate()
             samples = (sample for batch in microbatches for sample in batch.samples_S)
             has_signal = kl_weight != 0 or any(sample.advantage != 0 for sample in samples)
-            for batch, one in self._passes(
-                microbatches, objective if has_signal else torch.no_grad()(objective)
-            ):
+            chosen = objective if has_signal else torch.no_grad()(objective)
+            for batch, one in self._in_memory(share, chosen, counts):
                 stats.add(batch, one, update=index)
             if has_signal:
-                norms.append(self._step())
+                norms.append(self._step(counts))
         self.num_updates_done = num_updates_after
+        finite = [norm for norm in norms if math.isfinite(norm)]
         return {
-            **stats.metrics(),
-            "grad/norm": sum(norms) / len(norms) if norms else 0.0,
-            "learn/updates": float(len(norms)),
-            "learn/skipped_updates": float(len(filled) - len(norms)),
+            **(stats.metrics(len(filled)) if filled else {}),
+            **counts,
+            "grad/norm": sum(finite) / len(finite) if finite else 0.0,
+            "learn/updates": float(len(finite)),
+            "learn/skipped_updates": float(len(updates) - len(finite)),
+            "learn/nonfinite_updates": float(len(norms) - len(finite)),
             "optim/lr": self.optimizer.param_groups[0]["lr"],
             "adapter/norm": self.parameter_norm(),
         }
@@ -187,70 +217,36 @@ class Learner:
         """One supervised step by log loss (nats a token).
 
         lr: a constant rate; None: the learner's, by its schedule.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the parameters are left as they were.
         """
-        passes = self._passes(microbatches, self._log_loss_objective)
-        losses = [one.loss for _, one in passes]
+        counts = Counter[str]()
+        share = own_share(self.policy, microbatches)
+        passes = self._in_memory(share, self._log_loss_objective, counts)
+        losses = distributed.gather(read_numbers([one.loss for _, one in passes]), "learning")
         self._next_rate(lr)
-        norm = self._step()
+        norm = self._step(counts)
         rate = self.optimizer.param_groups[0]["lr"]
-        return {"sft/loss": sum(read_numbers(losses)), "grad/norm": norm, "optim/lr": rate}
-
-    def penalised_rewards(
-        self, groups_N: Sequence[RolloutGroup], weight: float
-    ) -> tuple[list[list[float]], dict[str, float]]:
-        """rewards_N_G less `weight` times each sequence's KL to the base model, the sum over its
-        tokens of log p_sampler - log p_reference (InstructGPT, arXiv 2203.02155, equation 2).
-
-        The groups' own rewards stay as they are.
-
-        Returns:
-            The rewards, and as metrics reward/kl, the k3 estimate of KL(sampler || base) in nats a
-            token, and reward/kl_penalty, what a completion's reward has lost on average.
-        """
-        samples = make_samples(groups_N, [[1.0] * len(group.rollouts_G) for group in groups_N])
-        kl_of, kl_per_token = self._sequence_kls(samples)
-        kls = iter(kl_of)
-        kl_N_G = [
-            [next(kls) if rollout.completion.token_ids else 0.0 for rollout in group.rollouts_G]
-            for group in groups_N
-        ]
-        rewards_N_G = [
-            [reward - weight * kl for reward, kl in zip(group.rewards_G, kl_G, strict=True)]
-            for group, kl_G in zip(groups_N, kl_N_G, strict=True)
-        ]
-        flat = [kl for kl_G in kl_N_G for kl in kl_G]
-        return rewards_N_G, {
-            "reward/kl": kl_per_token,
-            "reward/kl_penalty": weight * sum(flat) / len(flat),
-        }
-
-    def _sequence_kls(self, samples: Sequence[TrainSample]) -> tuple[list[float], float]:
-        """Each sample's sum of log p_sampler - log p_reference, and the mean k3 of its tokens."""
-        (batches,) = pack_samples(samples, microbatch_tokens=self.microbatch_tokens)
-        moved = [to_device(batch, self.policy.device) for batch in batches]
-        references = [self.policy.reference_logprobs(b, self.temperature) for b in moved]
-        sampler_C = torch.cat([batch.sampler_logprobs_C for batch in batches])
-        log_ratio_C = sampler_C.double() - torch.cat(references).double().cpu()
-        kl_by_id: dict[int, float] = {}
-        parts = log_ratio_C.split([len(batch.sequence_C) for batch in batches])
-        for batch, part_C in zip(batches, parts, strict=True):
-            kl_S = part_C.new_zeros(batch.num_sequences).index_add(0, batch.sequence_C, part_C)
-            kl_by_id |= {id(s): kl for s, kl in zip(batch.samples_S, kl_S.tolist(), strict=True)}
-        kls = [kl_by_id[id(sample)] for sample in samples]
-        return kls, float(k3(-log_ratio_C).mean())
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"gradient norm is {norm} at update {self.num_updates_done}; lower the learning "
+                f"rate ({rate:g})"
+            )
+        loss = sum(itertools.chain(*losses))
+        return {"sft/loss": loss, "grad/norm": norm, "optim/lr": rate, **counts}
 
     def parameter_norm(self) -> float:
         """L2 norm of all trainable parameters."""
         return l2_norm(p.detach() for p in self.policy.optimized.tensors.values())
 
-    def _passes(
-        self, microbatches: Sequence[Microbatch], objective: Objective
-    ) -> Iterator[tuple[Microbatch, PassStats]]:
+    def _passes(self, share: Share, objective: Objective) -> Iterator[tuple[Microbatch, PassStats]]:
         """Forward and backward passes; gradients are summed in the microbatches' order.
 
         Where the policy learns in parallel, passes run at once. Otherwise nothing in here waits for
-        the device.
+        the device. Idle passes are run, too, but not returned.
         """
+        microbatches = [*share.own, *share.idle]
 
         def forward_backward(batch: Microbatch) -> PassStats:
             batch = to_device(batch, self.policy.device)
@@ -266,21 +262,41 @@ class Learner:
                 if self.policy.learns_in_parallel
                 else map(forward_backward, microbatches)
             )
-            for batch, one in zip(microbatches, passes, strict=True):
+            for number, (batch, one) in enumerate(zip(microbatches, passes, strict=True)):
                 if one.gradients:
                     self.policy.optimized.add_gradients(one.gradients)
                     one.gradients = ()
-                yield batch, one
+                if number < len(share.own):
+                    yield batch, one
 
-    def _with_old_logprobs(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
-        """The microbatches with the log-probs of the policy as it is now.
+    def _in_memory(
+        self, share: Share, objective: Objective, counts: Counter[str]
+    ) -> list[tuple[Microbatch, PassStats]]:
+        """`_passes`, of microbatches half as large where memory runs out (learn/out_of_memory): the
+        same sums in another order."""
+        while True:
+            try:
+                return list(self._passes(share, objective))
+            except torch.OutOfMemoryError:
+                smaller = [half for batch in share.own for half in halves(batch)]
+                if len(smaller) == len(share.own) or self.policy.is_sharded:
+                    raise
+            self.optimizer.zero_grad(set_to_none=False)  # of the passes before
+            if self.policy.device.type == "cuda":
+                torch.cuda.empty_cache()
+            counts["learn/out_of_memory"] += 1
+            share = Share(smaller)
+
+    def _with_old_logprobs(self, share: Share, counts: Counter[str]) -> Share:
+        """The share with the log-probs of the policy as it is now.
 
         The first update takes them from its own pass, so that a single update costs no extra one.
         """
-        return [
+        own = [
             replace(batch, old_logprobs_C=one.logprobs_C)
-            for batch, one in self._passes(microbatches, self._scores)
+            for batch, one in self._in_memory(share, self._scores, counts)
         ]
+        return replace(share, own=own)
 
     def _policy_objective(
         self, batch: Microbatch, loss_fn: LossFn, kl_weight: float
@@ -317,34 +333,21 @@ class Learner:
             rate = scheduled if constant is None else constant
             group["lr"] = rate * group.get("lr_ratio", 1.0)
 
-    def _step(self) -> float:
-        """Clips, steps, clears the gradients; returns the norm (L2) before clipping."""
+    def _step(self, counts: Counter[str]) -> float:
+        """Sums gradients over the ranks, clips, steps, clears; returns the norm (L2) before
+        clipping. If that is not finite, the step is left out. The sum's bytes and seconds are added
+        to `counts`."""
+        counts.update(self.policy.optimized.sum_gradients("learning"))
         gradients = [p.grad for p in self.policy.optimized.tensors.values() if p.grad is not None]
         norm = l2_norm(gradients)
-        if not math.isfinite(norm):
-            self.optimizer.zero_grad(set_to_none=False)
-            raise FloatingPointError(
-                f"gradient norm is {norm} at update {self.num_updates_done}; lower optim.lr "
-                f"({self.optimizer.param_groups[0]['lr']:g}) or set "
-                "algorithm.loss='truncated_importance_sampling'"
-            )
-        if norm > self.grad_clip:
-            for gradient in gradients:
-                gradient.mul_(self.grad_clip / norm)
-        self.optimizer.step()
-        self.policy.optimized.write_back()
+        if math.isfinite(norm):
+            if norm > self.grad_clip:
+                for gradient in gradients:
+                    gradient.mul_(self.grad_clip / norm)
+            self.optimizer.step()
+            self.policy.optimized.write_back()
         self.optimizer.zero_grad(set_to_none=False)  # fresh memory is slow to touch; keep it
         return norm
-
-
-def l2_norm(tensors: Iterable[Tensor]) -> float:
-    """Norm of all elements together.
-
-    Added up in float64: on a CPU float32 loses 4e-5 of it over 2 million elements, and 3e-3 over 40
-    million.
-    """
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
-    return float(torch.stack(norms).norm())
 
 
 def loss_inputs(batch: Microbatch, policy_logprobs_C: Tensor) -> LossInputs:

@@ -84,8 +84,9 @@ class RolloutWorker:
         self._sampler, self._reward, self._requests = sampler, reward, requests
         self._overlap, self._check = overlap, check
         self._scorer = scoring_thread()
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread = ThreadPoolExecutor(
-            1, "sampler", initializer=_set_up_thread, initargs=(torch.get_num_threads(),)
+            1, "sampler", initializer=_set_up_thread, initargs=(torch.get_num_threads(), gpu)
         )
         self._in_use: Adapter | None = None  # None: the base, or unknown
         self._under_way: Future[Batch] | None = None
@@ -186,11 +187,13 @@ def step_params(config: RunConfig, step: int) -> SampleParams:
     )
 
 
-def _set_up_thread(num_threads: int) -> None:
-    """The main thread's number of PyTorch threads and, on a GPU, a second stream.
+def _set_up_thread(num_threads: int, gpu: int | None) -> None:
+    """The main thread's number of PyTorch threads and GPU, there with a second stream.
 
-    By default a new thread would inherit what the learner has set for its own workers right now.
+    By default a new thread would inherit what the learner has set for its own workers right now,
+    and use the first GPU.
     """
     torch.set_num_threads(num_threads)
-    if torch.cuda.is_initialized():
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
         torch.cuda.set_stream(torch.cuda.Stream())

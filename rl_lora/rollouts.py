@@ -10,6 +10,7 @@ from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecu
 from typing import Any, cast
 
 from rewards import FunctionReward, Reward
+from rl_lora import distributed
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import OnGroup, Sampler
 from rl_lora.scoring import score_best
@@ -75,7 +76,7 @@ def sample_groups(
     """
     completions_N_G = sampler.sample(prompts_N, params, on_group)
     found = {c.adapter_version for completions_G in completions_N_G for c in completions_G}
-    if version is not None and found != {version}:
+    if version is not None and not found <= {version}:
         raise StaleAdapterError(
             f"the sampler answered with adapter version {sorted(found)}, and version {version} was "
             "asked for; the run stops, since its importance ratios would be wrong"
@@ -151,19 +152,25 @@ def scoring_thread() -> ThreadPoolExecutor:
 class Scoring:
     """Scores the groups of one batch as they arrive, while others are sampled.
 
-    `thread` is an executor with one worker: batches that share it are scored one after another.
+    In a job of several processes each samples and scores `own`, a share of the prompts.
+
+    Args:
+        prompts_N: of the whole batch, the same on all ranks.
+        reward: scores the completions.
+        thread: an executor with one worker: batches that share it are scored one after another.
     """
 
     def __init__(self, prompts_N: Sequence[Prompt], reward: Reward, thread: Executor) -> None:
         self.seconds = 0.0  # of work by the thread on this batch
         self.prompts_N, self._reward, self._thread = prompts_N, reward, thread
+        self.own = own_share(prompts_N)
         self._waiting: deque[tuple[int, list[Completion]]] = deque()
         self._jobs: list[Future[None]] = []
         self._groups: dict[int, RolloutGroup] = {}
         self._is_stopped = False
 
     def add(self, index: int, completions_G: list[Completion]) -> None:
-        """The completions of prompt `index`; a sampler's `on_group`.
+        """The completions of prompt `index` of `own`; a sampler's `on_group`.
 
         Raises:
             Exception: what scoring an earlier group raised, so that sampling ends at once.
@@ -174,18 +181,23 @@ class Scoring:
         for job in self._jobs:
             if job.done():
                 job.result()
-        self._waiting.append((index, completions_G))
+        self._waiting.append((self.own[index], completions_G))
         self._jobs.append(self._thread.submit(self._score_waiting))
 
     def groups(self) -> list[RolloutGroup]:
-        """The scored groups in the prompts' order, once all are done.
+        """The scored groups of all prompts, in their order, once all ranks are done.
 
         Raises:
             Exception: what scoring raised.
+            OtherProcessError: it failed in another process.
         """
         for job in self._jobs:
             job.result()
-        return [self._groups[index] for index in range(len(self.prompts_N))]
+        own = {index: self._groups[index].rollouts_G for index in self.own}
+        found = {}
+        for part in distributed.gather(own, "sampling and scoring"):
+            found |= part
+        return [RolloutGroup(prompt, found[index]) for index, prompt in enumerate(self.prompts_N)]
 
     def stop(self) -> None:
         """Ends the sampling at the next group, from another thread."""
@@ -211,17 +223,35 @@ class Scoring:
         self.seconds += time.perf_counter() - start
 
 
+def own_share(prompts_N: Sequence[Prompt]) -> list[int]:
+    """Indices of the prompts that this process samples: the ranks get equally many, and long ones
+    are dealt out evenly. A prompt that occurs twice stays with one rank, which counts its
+    occurrences for the seeds."""
+    if distributed.world_size() == 1:
+        return list(range(len(prompts_N)))
+    places: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts_N):
+        places.setdefault(prompt.prompt_id, []).append(index)
+    together = list(places.values())
+    # A completion's length is not known yet: far above the prompts' differences, the same for all.
+    longest = sum(len(prompt.token_ids) for prompt in prompts_N)
+    costs = [sum(longest + len(prompts_N[i].token_ids) for i in one) for one in together]
+    own = distributed.share(costs)[distributed.rank()]
+    return sorted(index for number in own for index in together[number])
+
+
 def sample_and_score(
     sampler: Sampler, scoring: Scoring, params: SampleParams, *, version: int | None
 ) -> Scoring:
-    """Samples all groups; each is scored in the other thread as soon as it is complete.
+    """Samples this process's groups; each is scored in the other thread once it is complete.
 
     Raises:
         StaleAdapterError: a completion came from another adapter version than `version`.
         Exception: what sampling or scoring raised, once the other has ended.
     """
     try:
-        sample_groups(sampler, scoring.prompts_N, params, version=version, on_group=scoring.add)
+        prompts_N = [scoring.prompts_N[index] for index in scoring.own]
+        sample_groups(sampler, prompts_N, params, version=version, on_group=scoring.add)
     except BaseException:
         scoring.cancel()
         raise

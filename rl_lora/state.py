@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rl_lora import distributed
 from rl_lora.adapters.files import remove_old, save_adapter, saved_version
 from rl_lora.adapters.handover import keep_version, memory_folder
 from rl_lora.build import RunContext
@@ -47,12 +48,19 @@ def with_handover(job: RunContext) -> Iterator[RunContext]:
 
 def publish(job: RunContext, state: State) -> Adapter:
     """Writes the policy as the present step's version, and deletes versions no longer needed."""
-    adapters, name = job.handover or job.config.run.folder / "adapters", job.config.run.name
-    adapter = save_adapter(job.policy, adapters, version=state.step, run_name=name)
+    adapters = job.handover or job.config.run.folder / "adapters"
+    adapter = save_adapter(
+        job.policy,
+        adapters,
+        version=state.step,
+        run_name=job.config.run.name,
+        on_each_node=job.handover is not None,
+    )
     if state.adapter is not None:
         state.previous = state.adapter
     state.adapter = adapter
-    _remove_old(job, adapters, state.step)
+    if distributed.is_main() or (job.handover is not None and distributed.local_rank() == 0):
+        _remove_old(job, adapters, state.step)
     return adapter
 
 
@@ -73,7 +81,7 @@ def save(job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]
         state: the rest that is saved.
         inputs: hashes of base model and data, which `restore` compares.
     """
-    if job.handover is not None:
+    if job.handover is not None and distributed.is_main():
         adapters = job.config.run.folder / "adapters"
         for adapter in filter(None, (state.previous, state.adapter)):
             keep_version(adapter, adapters)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rl_lora import distributed
 from rl_lora.losses import k3
 from rl_lora.types import Microbatch
 
@@ -32,37 +33,49 @@ class PassStats:
     gradients: Sequence[Tensor | None] = ()  # that the policy's parameters have yet to get
 
 
+@dataclass
+class _Passes:
+    """What one process's passes saw. Letters: C completion tokens, the first update's first."""
+
+    policy_C: np.ndarray  # float32, nats
+    sampler_C: np.ndarray  # float32, nats
+    entropy_C: np.ndarray  # float32, nats
+    num_before: int  # tokens of the first update, whose policy is the sampled version
+    counts: tuple[float, float, float]  # clipped tokens, tokens, tokens with padding
+    losses: dict[str, float]  # by metric, summed over passes
+
+
 class StepStats:
-    """The passes of one step's updates."""
+    """The passes of one step's updates; in a job of several processes each adds its own."""
 
     def __init__(self) -> None:
         self._batches: list[Microbatch] = []
         self._passes: list[PassStats] = []
-        self._num_updates = 0
-        self._before = slice(0)  # tokens of the first update, whose policy is the sampled version
+        self._num_before = 0
 
     def add(self, batch: Microbatch, one: PassStats, *, update: int) -> None:
         """One microbatch's pass, of the step's update 0, 1, ...; updates come in order."""
         self._batches.append(batch)
         self._passes.append(one)
-        self._num_updates = update + 1
         if update == 0:
-            self._before = slice(self._before.stop + one.logprobs_C.numel())
+            self._num_before += one.logprobs_C.numel()
 
-    def metrics(self) -> dict[str, float]:
-        """Over all completion tokens added.
+    def metrics(self, num_updates: int = 1) -> dict[str, float]:
+        """Over all completion tokens added, on all ranks.
 
         ratio/* are policy / sampler, whichever ratio the loss bounds; mismatch/* are of the first
         update, mismatch/kl the k3 estimate of KL(sampler || policy) in nats a token, computed in
         float64; loss/* are means over the updates.
         """
-        policy_C = torch.cat([one.logprobs_C for one in self._passes]).float().cpu()
-        entropy_C = torch.cat([one.entropy_C for one in self._passes]).float().cpu()
-        sampler_C = torch.cat([batch.sampler_logprobs_C for batch in self._batches]).float().cpu()
-        num_clipped = sum(read_numbers([one.num_clipped for one in self._passes]))
-        num_tokens = sum(batch.num_tokens for batch in self._batches)
-        num_padded = sum(batch.token_ids_BT.numel() for batch in self._batches)
-        before, difference_C = self._before, policy_C - sampler_C
+        seen = distributed.gather(self._own(), "learning")
+        policy_C, sampler_C, entropy_C = (
+            _joined(seen, name) for name in ("policy_C", "sampler_C", "entropy_C")
+        )
+        num_clipped, num_tokens, num_padded = (
+            sum(numbers) for numbers in zip(*(one.counts for one in seen), strict=True)
+        )
+        before = slice(sum(one.num_before for one in seen))
+        difference_C = policy_C - sampler_C
         ratio_C = difference_C.exp()
         out = {
             "ratio/mean": ratio_C.mean(),
@@ -77,18 +90,56 @@ class StepStats:
             "learn/padding_fraction": torch.tensor(1 - num_tokens / num_padded),
         }
         found = zip(_RATIO_QUANTILES, quantiles(ratio_C, _RATIO_QUANTILES), strict=True)
-        losses = {"loss/policy": [one.loss for one in self._passes]}
-        if kls := [one.kl for one in self._passes if one.kl is not None]:
-            losses["loss/kl"] = kls
+        losses = {
+            name: sum(one.losses[name] for one in seen if name in one.losses) / num_updates
+            for name in sorted({name for one in seen for name in one.losses}, reverse=True)
+        }
         return (
             {f"ratio/p{int(level * 100):02d}": value for level, value in found}
             | {name: float(value) for name, value in out.items()}
-            | {name: sum(read_numbers(v)) / self._num_updates for name, v in losses.items()}
+            | losses
         )
+
+    def _own(self) -> _Passes:
+        """This process's passes, copied to the host."""
+        arrays = {
+            "policy_C": [one.logprobs_C for one in self._passes],
+            "sampler_C": [batch.sampler_logprobs_C for batch in self._batches],
+            "entropy_C": [one.entropy_C for one in self._passes],
+        }
+        losses = {"loss/policy": [one.loss for one in self._passes]}
+        if kls := [one.kl for one in self._passes if one.kl is not None]:
+            losses["loss/kl"] = kls
+        counts = (
+            sum(read_numbers([one.num_clipped for one in self._passes])),
+            sum(batch.num_tokens for batch in self._batches),
+            sum(batch.token_ids_BT.numel() for batch in self._batches),
+        )
+        return _Passes(
+            **{name: _on_host(parts) for name, parts in arrays.items()},
+            num_before=self._num_before,
+            counts=counts,
+            losses={name: sum(read_numbers(values)) for name, values in losses.items()},
+        )
+
+
+def _on_host(parts: Sequence[Tensor]) -> np.ndarray:
+    """[C]: the tensors one after the other, as float32 in the CPU's memory."""
+    joined = torch.cat(list(parts)).float().cpu() if parts else torch.zeros(0)
+    return joined.numpy()
+
+
+def _joined(seen: Sequence[_Passes], name: str) -> Tensor:
+    """[C] of all ranks: the tokens of their first updates, then all others."""
+    first = [getattr(one, name)[: one.num_before] for one in seen]
+    rest = [getattr(one, name)[one.num_before :] for one in seen]
+    return torch.from_numpy(np.concatenate(first + rest))
 
 
 def read_numbers(scalars: Sequence[Tensor | float]) -> list[float]:
     """Scalars in one copy to the host."""
+    if not scalars:
+        return []
     return torch.stack([torch.as_tensor(one, dtype=torch.float64) for one in scalars]).tolist()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rl_lora import distributed
 from rl_lora.batches import pack
 from rl_lora.build import RunContext, make_evaluation, make_learner, open_folder, open_run
 from rl_lora.config import RunConfig
@@ -15,16 +16,19 @@ from rl_lora.data.stream import PromptStream
 from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult
-from rl_lora.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.overlap import Request, RolloutWorker, step_params
 from rl_lora.prompts import PromptSets
+from rl_lora.report.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.report.run_figures import draw_figures
 from rl_lora.report.terminal import Display
+from rl_lora.reward_kl import penalised_rewards
 from rl_lora.runs.checkpoint import drop_after
 from rl_lora.runs.inputs import base_inputs, prompt_inputs
 from rl_lora.runs.log import RunLog
 from rl_lora.runs.machine import MachineMeter
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, rollout_metrics, speed_metrics
+from rl_lora.runs.nonfinite import NonfiniteSteps
+from rl_lora.runs.processes import check_same_inputs
 from rl_lora.runs.record import with_absolute_paths, write_record
 from rl_lora.runs.start import Start
 from rl_lora.samplers import cpu_memory
@@ -56,6 +60,7 @@ class Parts:
     display: Display
     log: RunLog
     timer: PhaseTimer
+    nonfinite: NonfiniteSteps
     inputs: dict[str, Any]  # hashes of base model and data, for the record and checkpoints
 
 
@@ -86,6 +91,7 @@ def loop(parts: Parts, state: State) -> None:
             parts.log.transcripts(state.step, groups_N)
             parts.log.write(state.step, metrics)
             parts.display.step(state.step, metrics)
+            parts.nonfinite.check(state.step, metrics, groups_N)
             is_last = state.step == config.num_steps
             # RUN/best must not come from a step that a resumed run repeats.
             is_best = has_evaluation and is_best_step(parts, state)
@@ -111,13 +117,14 @@ def learn(
     rewards_N_G = [group.rewards_G for group in groups_N]
     kl: dict[str, float] = {}
     if algorithm.kl == "reward":
-        rewards_N_G, kl = learner.penalised_rewards(groups_N, algorithm.kl_weight)
+        rewards_N_G, kl = penalised_rewards(learner, groups_N, algorithm.kl_weight)
     cap = config.sampling.max_tokens
     updates = pack(
         groups_N,
         job.advantage(rewards_N_G),
         denominator=cap if algorithm.denominator == "max_tokens" else algorithm.denominator,
         microbatch_tokens=learner.microbatch_tokens,
+        min_microbatches=distributed.world_size(),
         num_updates=config.optim.num_updates,
         share_prompts=config.optim.share_prompts and policy.can_share_prompts,
         keep_zero_advantage=algorithm.kl == "loss",
@@ -125,7 +132,10 @@ def learn(
     kl_weight = algorithm.kl_weight if algorithm.kl == "loss" else 0.0
     metrics = learner.update(updates, job.loss, kl_weight=kl_weight)
     cpu_memory.trim()
-    if not staleness["rollouts/staleness_max"]:  # the worker has checked the sampler of older ones
+    # The worker has checked the sampler of older ones. There is nothing to compare where every
+    # completion is empty, or the policy itself gives no numbers.
+    is_newest = not staleness["rollouts/staleness_max"]
+    if is_newest and "mismatch/kl" in metrics and not metrics["learn/nonfinite_updates"]:
         check_step(metrics, policy.dtype, config.sampling.max_kl)
     return metrics | kl | staleness
 
@@ -139,6 +149,8 @@ def train(
 ) -> Outcome:
     """Runs a training job to its end and writes everything to its run folder.
 
+    Each process of a job that a launcher has started as several calls it with the same arguments.
+
     Args:
         config: the job.
         resume: continue from the newest checkpoint if there is one; a complete run is only
@@ -150,13 +162,17 @@ def train(
         UserError: bad input, an older run in the folder, another process that uses the folder, or
             a full disk.
         StaleAdapterError: the sampler does not use the learner's weights.
+        OtherProcessError: another process of the job failed, died or hangs.
     """
     config = with_absolute_paths(config)
-    folder = config.run.folder
-    with open_folder(config, resume=resume, quiet=quiet) as (display, start):
-        if outcome := finished(config, start):
+    folder, from_main = config.run.folder, distributed.from_main
+    with (
+        distributed.joined(config.model.device, config.run.process_timeout_s),
+        open_folder(config, resume=resume, quiet=quiet) as (display, start),
+    ):
+        if outcome := from_main(lambda: finished(config, start), "the start"):
             display.note(f"{folder} is complete: {config.run.num_steps} steps done")
-            summary(display, outcome, {})
+            from_main(lambda: summary(display, outcome, {}), "the end")
             return outcome
         config = start.keep_dtype(config)
         with open_parts(config, start, display, accept_changed_data) as (parts, state):
@@ -164,9 +180,13 @@ def train(
             loop(parts, state)
             after = evaluate_at_end(parts, state)
             finish(parts, state)
-        draw_figures(folder)
-        outcome = Outcome(folder, before or result_of(folder, evaluation_name(0)), after)
-        summary(display, outcome, parts.timer.total_s)
+        outcome = from_main(
+            lambda: Outcome(folder, before or result_of(folder, evaluation_name(0)), after),
+            "the end",
+        )
+        if distributed.is_main():
+            draw_figures(folder)
+            summary(display, outcome, parts.timer.total_s)
         display.note(f"everything is in {folder}")
     return outcome
 
@@ -184,6 +204,7 @@ def open_parts(
     def on_loaded(policy: Policy, prompts: PromptSets) -> None:
         data = {"train": prompt_inputs(prompts.train), "eval": prompt_inputs(prompts.eval)}
         inputs.update(base=base_inputs(policy), data=data)
+        check_same_inputs(inputs)
         if not accept_changed_data:
             start.check_inputs(inputs, config.run.folder)
 
@@ -217,7 +238,11 @@ def open_parts(
             check=lambda: check_version(job.policy, job.sampler, probes, max_kl),
         )
         evaluation = make_evaluation(job, display.evaluation)
-        parts = Parts(job, learner, worker, evaluation, display, log, PhaseTimer(), inputs)
+        limit, lr = config.optim.max_nonfinite_steps, config.optim.lr
+        nonfinite = NonfiniteSteps(config.run.folder, limit, lr)
+        parts = Parts(
+            job, learner, worker, evaluation, display, log, PhaseTimer(), nonfinite, inputs
+        )
         yield parts, prepare(parts, stream, start)
 
 
@@ -234,7 +259,8 @@ def requests(
 def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
     """Checks the sampler, restores the checkpoint or runs the warm start, publishes a version."""
     job, folder = parts.job, parts.job.config.run.folder
-    write_record(job.config, job.policy, parts.inputs)
+    if distributed.is_main():
+        write_record(job.config, job.policy, parts.inputs)
     max_kl = job.config.sampling.max_kl
     probe = check_at_start(job.policy, job.sampler, job.prompts.eval[:4], folder / "probe", max_kl)
     parts.display.note(
@@ -244,14 +270,15 @@ def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
     )
     state = State(stream.state_dict())
     if start.checkpoint is not None:
-        if start.has_other_data("eval", parts.inputs):
+        if start.has_other_data("eval", parts.inputs) and distributed.is_main():
             set_aside(folder / "eval", start.state["step"])
         state = restore(job, parts.learner, stream, start, parts.inputs)
         parts.display.note(f"resumed from {start.checkpoint}")
     kept = -1 if start.checkpoint is None else state.step
-    drop_after(folder, kept)  # the steps after it are repeated, maybe with other results
-    remove_results_after(folder / "eval", kept)
-    drop_best_after(folder, kept)
+    if distributed.is_main():
+        drop_after(folder, kept)  # the steps after it are repeated, maybe with other results
+        remove_results_after(folder / "eval", kept)
+        drop_best_after(folder, kept)
     if start.checkpoint is None:
         warm_up(parts, state)
     publish(job, state)
@@ -298,8 +325,9 @@ def evaluate_policy(parts: Parts, state: State, *, is_base: bool = False) -> Eva
     A result that is in the run folder already is only loaded.
     """
     name = "base" if is_base else evaluation_name(state.step)
-    path = parts.job.config.run.folder / "eval" / name
-    if (result := result_of(parts.job.config.run.folder, name)) is not None:
+    folder, phase = parts.job.config.run.folder, f"the evaluation {name}"
+    result = distributed.from_main(lambda: result_of(folder, name), phase)
+    if result is not None:
         return result
     if is_base:
         parts.worker.set_adapter(None)
@@ -310,7 +338,7 @@ def evaluate_policy(parts: Parts, state: State, *, is_base: bool = False) -> Eva
         result = evaluate(
             parts.job.sampler,
             parts.evaluation,
-            path,
+            folder / "eval" / name,
             policy="base" if is_base or state.adapter is None else state.adapter.fingerprint,
             step=None if is_base else state.step,
             restart=True,  # a file that another history of this run left is of no use
@@ -324,7 +352,8 @@ def evaluate_at_end(parts: Parts, state: State) -> EvalResult:
 
     Trackers get its numbers here, since it has no line in metrics.jsonl.
     """
-    is_new = result_of(parts.job.config.run.folder, evaluation_name(state.step)) is None
+    folder, name = parts.job.config.run.folder, evaluation_name(state.step)
+    is_new = distributed.from_main(lambda: result_of(folder, name), "an evaluation") is None
     result = evaluate_policy(parts, state)
     if is_new or not state.step:
         parts.log.track(state.step, result.metrics())
@@ -339,7 +368,8 @@ def is_due(every: int, step: int) -> bool:
 
 def is_best_step(parts: Parts, state: State) -> bool:
     """Whether the present step has the best evaluation so far."""
-    best = best_evaluation(parts.job.config.run.folder, state.step)
+    folder = parts.job.config.run.folder
+    best = distributed.from_main(lambda: best_evaluation(folder, state.step), "an evaluation")
     return best is not None and best.step == state.step
 
 
@@ -347,6 +377,8 @@ def update_best(parts: Parts, state: State) -> None:
     """Copies the present version to RUN/best if its evaluation is the best so far."""
     folder = parts.job.config.run.folder
     adapter = folder / "adapters" / f"v{state.step:06d}"
+    if not distributed.is_main():
+        return
     if (best := keep_best(folder, adapter, state.step)) is not None and state.step:
         parts.display.note(f"best so far: step {best.step}, accuracy {best.accuracy:.1%}")
 
@@ -355,6 +387,8 @@ def finish(parts: Parts, state: State) -> None:
     """Proves that the base was never written to, and copies the last version to RUN/adapter."""
     folder, policy = parts.job.config.run.folder, parts.job.policy
     policy.check_base(parts.inputs["base"]["fingerprint"])
+    if not distributed.is_main():
+        return
     with atomic_directory(folder / "adapter") as scratch:
         last = folder / "adapters" / f"v{state.step:06d}"
         shutil.copytree(last, scratch, dirs_exist_ok=True)

@@ -2,6 +2,7 @@
 
     python scripts/bench_step.py                       # about 15 minutes on two cores
     python scripts/bench_step.py --check               # fails on a loss of over 15 %
+    python scripts/bench_step.py --only learners       # adapter and full fine-tuning, no steps
     python scripts/bench_step.py --device cuda         # larger steps, TRL with vLLM on one GPU
     python scripts/bench_step.py --sweep ranks         # learning phase at ranks 1, 8, 64, 256,
                                                        # with fits, in a table and a figure
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.figure import draw, draw_sweep  # noqa: E402
 from benchmarks.growth import against_formula, fits, records, sweep_tables  # noqa: E402
-from benchmarks.run import compare, has_trl, measure, sweep  # noqa: E402
+from benchmarks.run import PARTS, compare, has_trl, measure, sweep  # noqa: E402
 from benchmarks.workload import SIZES, Size  # noqa: E402
 
 BASELINE = ROOT / "scripts" / "benchmarks" / "baseline.json"
@@ -38,8 +39,8 @@ SWEEPS = {
 }
 
 
-def main() -> int:
-    """Measures, writes JSON and a figure, prints the ratios."""
+def read_options() -> tuple[argparse.Namespace, Size, dict[str, Any]]:
+    """(options, the workload's size, the baseline); what does not fit together is refused."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="measured steps per arm (default 3)")
     parser.add_argument(
@@ -54,6 +55,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--save-baseline", action="store_true", help="write scripts/benchmarks/baseline.json"
+    )
+    parser.add_argument(
+        "--only", choices=PARTS, help="measure only this part, and check only its ratios"
     )
     parser.add_argument(
         "--sweep", choices=SWEEPS, help="measure the learning phase at several sizes instead"
@@ -74,6 +78,14 @@ def main() -> int:
         parser.error(f"--check compares with a baseline of another size: {baseline['size']}")
     if options.steps and not options.sweep:
         parser.error("--steps needs --sweep")
+    if options.only and (options.sweep or options.save_baseline):
+        parser.error("--only measures a part, which is neither a sweep nor a whole baseline")
+    return options, size, baseline
+
+
+def main() -> int:
+    """Measures, writes JSON and a figure, prints the ratios."""
+    options, size, baseline = read_options()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.sweep:
         sizes = [
@@ -83,18 +95,22 @@ def main() -> int:
         rows = sweep(sizes, options.rounds, options.out, has_steps=options.steps)
         write_sweep(options.sweep, rows, options.out)
         return 0
-    if not has_trl():
+    if options.only in (None, "steps") and not has_trl():
         print("TRL is not installed (`make bench` installs it): no ratios to it", file=sys.stderr)
-    result = measure(size, options.rounds, options.out)
+    result = measure(size, options.rounds, options.out, options.only)
     result["command"] = "python scripts/bench_step.py " + " ".join(sys.argv[1:])
     (options.out / "bench_step.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    draw(result, options.out / "bench_step.png")
+    if not options.only:
+        draw(result, options.out / "bench_step.png")
     print("\n".join(result_lines(result)))
     if options.save_baseline:
         kept = {key: result[key] for key in ("command", "size", "ratios", "spread")}
         BASELINE.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     if options.check:
-        lost = compare(result["ratios"], baseline["ratios"])
+        expected = baseline["ratios"]
+        if options.only:
+            expected = {name: expected[name] for name in result["ratios"]}
+        lost = compare(result["ratios"], expected)
         print("\n".join(lost) if lost else "no ratio is over 15 % worse than the baseline")
         return 1 if lost else 0
     return 0

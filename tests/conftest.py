@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 # Before torch and the hub client are imported: waiting threads sleep, and nothing is looked up.
@@ -40,6 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the tests of LONG_FILES first, in its order."""
     places = {TESTS / name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(scope="session")
+def vllm_installed() -> None:
+    """Skips where vLLM is absent, without importing it, which would change the process."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
 
 
 @pytest.fixture

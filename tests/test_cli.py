@@ -336,3 +336,29 @@ def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path) -> None:
     )
     assert result.stdout == "x 0\n"
     assert result.stderr == ""
+
+
+def test_of_several_processes_only_rank_0_runs_what_is_not_divided(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What launchers put into the environment; no process is started, and none is waited for."""
+    plan = ["train", SMOKE, "--dry-run", f"run.output_dir={tmp_path}"]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "2")
+    for command in (["models"], plan, ["status", str(tmp_path / "nowhere")]):
+        assert cli.main(command) == 0
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "only rank 0 runs this command, and this process is rank 2" in captured.err
+        assert len(captured.err.splitlines()) == 1
+    monkeypatch.setenv("LOCAL_RANK", "1")  # another process of its node says it, or has the result
+    assert cli.main(["models"]) == 0
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["models"]) == 0
+    assert "smollm2-135m-instruct" in capsys.readouterr().out
+    assert "start it in one process, without the launcher" in refused(
+        capsys, "study", "study_rl_rank", f"study.output_dir={tmp_path}"
+    )
+    divided = [name for name in cli.COMMANDS if getattr(module_of(name), "IS_DIVIDED", False)]
+    assert divided == ["train", "sft", "eval"]

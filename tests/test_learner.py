@@ -21,6 +21,7 @@ from rl_lora.config import (
 from rl_lora.learner import Learner, Schedule, loss_inputs
 from rl_lora.losses import LOSSES, ppo
 from rl_lora.policy import Policy, open_policy
+from rl_lora.reward_kl import penalised_rewards
 from rl_lora.runs.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rl_lora.step_stats import PassStats, StepStats, quantiles
 from rl_lora.types import Completion, Microbatch, Prompt, Rollout, RolloutGroup, TrainSample
@@ -173,7 +174,7 @@ def test_reward_penalty_is_the_sequence_kl(tmp_path: Path) -> None:
         for i, s in enumerate(samples)
     ]
     learner = Learner(policy, microbatch_tokens=9)
-    penalised_N_G, metrics = learner.penalised_rewards(groups, 0.1)
+    penalised_N_G, metrics = penalised_rewards(learner, groups, 0.1)
     with policy.adapter_off():
         base = samples_of(policy)
     log_ratios = [
@@ -194,14 +195,77 @@ def test_reward_penalty_is_the_sequence_kl(tmp_path: Path) -> None:
     assert len(make_samples(groups, group_mean(penalised_N_G))) == 3
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
+def test_an_update_whose_gradient_is_not_finite_is_left_out(tmp_path: Path) -> None:
     policy = make_policy(random_llama(tmp_path / "model"))
     learner = make_learner(policy)
     before = {n: t.clone() for n, t in policy.published_tensors().items()}
-    bad = samples_of(policy, (float("inf"),))
-    with pytest.raises(FloatingPointError, match=r"lower optim\.lr"):
-        learner.update(pack_samples(bad, microbatch_tokens=99))
+    bad, good = samples_of(policy, (float("inf"),)), samples_of(policy)
+    found = learner.update(pack_samples(bad, microbatch_tokens=99))
+    assert (found["learn/nonfinite_updates"], found["learn/skipped_updates"]) == (1, 1)
+    assert (found["learn/updates"], found["grad/norm"]) == (0, 0)
     assert all(torch.equal(before[n], t) for n, t in policy.published_tensors().items())
+    after = learner.update(pack_samples(good, microbatch_tokens=99))
+    assert (after["learn/nonfinite_updates"], after["learn/updates"]) == (0, 1)
+    fresh = make_learner(make_policy(random_llama(tmp_path / "model")))
+    assert after["grad/norm"] == fresh.update(pack_samples(good, microbatch_tokens=99))["grad/norm"]
+    ((batch,),) = pack_samples(bad, microbatch_tokens=99)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        learner.fit([replace(batch, weights_C=batch.weights_C * math.nan)])
+
+
+def test_a_step_without_any_completion_token(tmp_path: Path) -> None:
+    learner = make_learner(make_policy(random_llama(tmp_path / "model")))
+    found = learner.update(pack_samples([], num_updates=2))
+    assert (found["learn/updates"], found["learn/skipped_updates"]) == (0, 2)
+    assert learner.num_updates_done == 2
+    assert "mismatch/kl" not in found
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_where_memory_runs_out_microbatches_are_halved_to_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, share_prompts: bool
+) -> None:
+    """Four sequences in one microbatch, and room for 9 tokens at a time."""
+    path = random_llama(tmp_path / "model")
+
+    def learned() -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        policy = make_policy(path, mode=mode)
+        updates = pack_samples(
+            samples_of(policy, (1.0, -0.5, 0.25, 0.75)) * 2,
+            num_updates=2,
+            share_prompts=share_prompts,
+            microbatch_tokens=99,
+        )
+        found = make_learner(policy, 1e-3).update(updates, ppo)
+        return found, policy.published_tensors()
+
+    whole, whole_tensors = learned()
+    given = Policy.token_logprobs
+    sizes = []
+
+    def short_of_memory(self: Policy, batch: Microbatch, temperature: float):  # type: ignore[no-untyped-def]
+        out = given(self, batch, temperature)  # the memory runs out late
+        sizes.append(batch.num_tokens)
+        if batch.num_tokens > limit:
+            raise torch.OutOfMemoryError("no memory left")
+        return out
+
+    monkeypatch.setattr(Policy, "token_logprobs", short_of_memory)
+    limit = 99
+    policy = make_policy(path)
+    ((batch,),) = pack_samples(samples_of(policy), microbatch_tokens=99)
+    limit = 9
+    halved, halved_tensors = learned()
+    assert halved["learn/out_of_memory"] >= 2
+    assert max(sizes) > limit
+    assert halved["grad/norm"] == pytest.approx(whole["grad/norm"], rel=1e-5)
+    assert halved["loss/policy"] == pytest.approx(whole["loss/policy"], rel=1e-5, abs=1e-7)
+    for name, tensor in halved_tensors.items():
+        assert torch.allclose(tensor, whole_tensors[name], atol=1e-6), name
+    limit = 3  # less than any sequence has
+    with pytest.raises(torch.OutOfMemoryError):
+        make_learner(policy).update([[batch]])
 
 
 def test_supervised_steps_lower_the_log_loss(tmp_path: Path) -> None:

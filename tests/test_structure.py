@@ -22,9 +22,9 @@ MODULES = {
 }
 # Who may import whom: a package or module imports none that stands after it.
 RANKS = """
-    errors distributed seeds advantages losses config nn types storage data
+    errors launchers distributed seeds advantages losses config nn types storage data
     sampler prompts scoring rollouts overlap batches evaluation models adapters policy
-    step_stats learner samplers runs report export planning build sft outcome state train
+    step_stats learner reward_kl samplers runs report export planning build sft state train
     studies commands cli __main__
 """.split()
 REWARD_RANKS = "types rules parsing extraction equality workers grading user_function load".split()

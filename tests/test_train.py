@@ -20,7 +20,7 @@ from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.runs.checkpoint import latest_checkpoint
 from rl_lora.samplers.torch_sampler import TorchSampler
 from rl_lora.train import train
-from rl_lora.types import Adapter
+from rl_lora.types import Adapter, Completion
 from tests.helpers.kills import kill_9_at_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -227,6 +227,82 @@ def test_all_tied_steps_are_counted_and_the_run_continues(tmp_path: Path) -> Non
     assert [row["groups/tied"] for row in rows] == [4] * 3
     first, last = rows[0]["adapter/norm"], rows[-1]["adapter/norm"]
     assert first == last
+
+
+LOSSES = """
+import math
+from rl_lora.losses import importance_sampling
+
+calls = 0
+
+def sometimes_nan(x):
+    global calls
+    calls += 1
+    loss, clipped = importance_sampling(x)
+    return (loss * math.nan if calls == 3 else loss), clipped
+
+def nan_from_now_on(x):
+    global calls
+    calls += 1
+    return importance_sampling(x)[0] * (1 if calls == 1 else math.nan), 0
+"""
+
+
+def test_steps_without_a_finite_gradient_are_left_out_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_losses.py").write_text(LOSSES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = ["algorithm.loss=my_losses:sometimes_nan", "run.name=once"]
+    train(smoke(tmp_path, *options), quiet=True)  # the first call tries the function out
+    rows = metrics_of(tmp_path / "once")
+    assert [row["learn/nonfinite_updates"] for row in rows] == [0, 1, 0]
+    assert rows[0]["adapter/norm"] == rows[1]["adapter/norm"] != rows[2]["adapter/norm"]
+    kept = (tmp_path / "once/nonfinite/step_000002.jsonl").read_text().splitlines()
+    assert len(kept) == rows[1]["rollouts/num"]
+    assert json.loads(kept[0]).keys() >= {"prompt_ids", "completion_ids", "sampler_logprobs"}
+
+    sys.modules["my_losses"].calls = 0  # type: ignore[attr-defined]
+    always = smoke(
+        tmp_path,
+        "algorithm.loss=my_losses:nan_from_now_on",
+        "run.name=always",
+        "optim.max_nonfinite_steps=2",
+    )
+    with pytest.raises(FloatingPointError, match=r"2 steps in a row .* lower optim\.lr"):
+        train(always, quiet=True)
+    assert [row["step"] for row in metrics_of(tmp_path / "always")] == [1, 2]
+    names = sorted(path.name for path in (tmp_path / "always/nonfinite").iterdir())
+    assert names == ["step_000001.jsonl", "step_000002.jsonl"]
+
+
+class SilentSampler(TorchSampler):
+    """Its completions of the second step have no token."""
+
+    num_calls = 0
+
+    def sample(self, prompts_N, params, on_group=None):  # type: ignore[no-untyped-def]
+        SilentSampler.num_calls += params.num_samples > 1
+        if params.num_samples == 1 or SilentSampler.num_calls != 2:
+            return super().sample(prompts_N, params, on_group)
+        empty = Completion((), "", (), False, self._version)
+        groups = [[empty] * params.num_samples for _ in prompts_N]
+        for index, group in enumerate(groups):
+            on_group(index, group)
+        return groups
+
+
+@pytest.mark.parametrize("kl", ["none", "reward"])
+def test_a_step_of_empty_completions_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kl: str
+) -> None:
+    monkeypatch.setattr("rl_lora.samplers.torch_sampler.TorchSampler", SilentSampler)
+    SilentSampler.num_calls = 0
+    train(smoke(tmp_path, f"algorithm.kl={kl}", "algorithm.kl_weight=0.01"), quiet=True)
+    rows = metrics_of(tmp_path / "smoke")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[1]["rollouts/completion_tokens"] == 0
+    assert [row["learn/updates"] for row in rows] == [1, 0, 1]
 
 
 class StaleSampler(TorchSampler):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rl_lora import distributed
 from rl_lora.adapters.peft_files import (
     ADAPTER_FILE,
     MANIFEST_FILE,
@@ -27,7 +28,6 @@ from rl_lora.adapters.peft_files import (
     lora_settings,
     read_manifest,
 )
-from rl_lora.distributed import local_size, world_size
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.models.hub import adapter_path
 from rl_lora.models.resolve import list_models
@@ -58,19 +58,51 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_adapter(policy: Policy, folder: Path, *, version: int, run_name: str) -> Adapter:
-    """Writes the policy's current weights to folder/vNNNNNN and returns the handle."""
+def save_adapter(
+    policy: Policy, folder: Path, *, version: int, run_name: str, on_each_node: bool = False
+) -> Adapter:
+    """Writes the policy's current weights to folder/vNNNNNN and returns the handle.
+
+    Of a job's processes all call it; rank 0 writes, and each gets the handle once it has.
+
+    Args:
+        policy: whose weights.
+        folder: of the versions.
+        version: their number.
+        run_name: of the handle, with the version.
+        on_each_node: the folder is a node's own: the first process of each node writes.
+
+    Raises:
+        StaleAdapterError: the processes hold different weights.
+        UserError: the disk is full or not writable.
+    """
     on_host = policy.on_host(policy.published_tensors())
     tensors = {name: tensor.contiguous() for name, tensor in on_host.items()}
     adapter = Adapter(
         version=version,
         name=f"{run_name}-v{version:06d}",
         path=folder / f"v{version:06d}",
-        fingerprint=fingerprint(tensors),
+        fingerprint=_same_fingerprint(fingerprint(tensors) if tensors else None, version),
         rank=policy.published_rank,
     )
-    write_adapter(adapter, tensors, policy)
+    if distributed.is_main() or (on_each_node and distributed.local_rank() == 0):
+        write_adapter(adapter, tensors, policy)
+    distributed.gather(None, f"publishing version {version}")
     return adapter
+
+
+def _same_fingerprint(own: str | None, version: int) -> str:
+    """Rank 0's fingerprint; None: another rank's, of which the weights were not gathered there."""
+    found = distributed.gather(own, f"publishing version {version}")
+    for rank, other in enumerate(found):
+        if other not in (found[0], None):
+            raise StaleAdapterError(
+                f"rank {rank} holds other weights than rank 0 in version {version} "
+                f"({str(other)[:12]} and {str(found[0])[:12]}): the processes' learners have "
+                "drifted apart; resume from the last checkpoint"
+            )
+    assert found[0] is not None
+    return found[0]
 
 
 def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) -> None:
@@ -117,7 +149,9 @@ def check_published(adapter: Adapter, *, with_tensors: bool) -> None:
         StaleAdapterError: its version, its settings (rank, alpha, ...) or its tensors are others.
         UserError: it is missing or cannot be read.
     """
-    deadline = time.monotonic() + (_VISIBLE_S if local_size() < world_size() else 0.0)
+    deadline = time.monotonic() + (
+        _VISIBLE_S if distributed.local_size() < distributed.world_size() else 0.0
+    )
     while True:
         try:
             _check_directory(adapter, with_tensors=with_tensors)

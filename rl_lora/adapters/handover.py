@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from rl_lora import distributed
 from rl_lora.storage.directories import atomic_directory
 from rl_lora.types import Adapter
 
@@ -18,23 +19,31 @@ def memory_folder(
 ) -> Iterator[Path | None]:
     """A folder in memory for a run's versions of num_bytes each, deleted at the end.
 
-    None if there is no room for four of them. The name follows from the run's folder, which one
-    process at a time may use, so that a resumed run replaces what a killed one left.
+    None if there is no room for four of them. The name follows from the run's folder, which one job
+    at a time may use, so that a resumed run replaces what a killed one left. Of a job's processes
+    the first of each node makes it; None for all if one node lacks room.
     """
     name = hashlib.sha256(str(run_folder.resolve()).encode()).hexdigest()[:16]
     folder = shared_memory / f"rl-lora-{name}"
+    is_maker = distributed.local_rank() == 0
+    has_room = _make(folder, 4 * num_bytes) if is_maker else True
+    try:
+        yield folder if all(distributed.gather(has_room, "the start")) else None
+    finally:
+        if is_maker and has_room:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make(folder: Path, num_bytes: int) -> bool:
+    """Whether there is room for so much in the folder, which is then made again."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        has_room = shutil.disk_usage(shared_memory).free >= 4 * num_bytes
+        has_room = shutil.disk_usage(folder.parent).free >= num_bytes
         if has_room:
             folder.mkdir(mode=0o700)
     except OSError:  # no such file system, or another user's folder of this name
-        has_room = False
-    try:
-        yield folder if has_room else None
-    finally:
-        if has_room:
-            shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return has_room
 
 
 def keep_version(adapter: Adapter, folder: Path) -> None:

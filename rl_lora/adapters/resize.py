@@ -64,12 +64,12 @@ def fitted(path: Path, policy: Policy, scratch: Path) -> Path:
     Raises:
         UserError: the adapter has tensors or shapes that do not fit into the policy.
     """
-    own_tensors = policy.published_tensors()
-    own = {name: tensor.shape for name, tensor in own_tensors.items()}
-    tensors = load_tensors(path)
     if policy.lora.mode == "full" or not is_lora_dir(path):
         return path
     check_base(path, policy)  # a copy's manifest names the policy's
+    own_tensors = policy.published_tensors()
+    own = {name: tensor.shape for name, tensor in own_tensors.items()}
+    tensors = load_tensors(path)
     is_whole = (path / ADAPTER_FILE).is_file() and len(tensors) == len(own)
     tensors = _without_copies(tensors, policy)
     check_extras(tensors, path)

@@ -1,16 +1,21 @@
 """`rl-lora eval`: evaluates a run's adapter, any adapter, or the base model.
 
 With `--against` two policies are evaluated in one engine, on the same problems and random numbers.
+The processes of a job divide the problems; rank 0 writes and prints.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from argparse import Namespace
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
+from rl_lora import distributed
 from rl_lora.adapters import files as adapters
 from rl_lora.adapters.resize import common_settings, fitted
 from rl_lora.build import RunContext, check_run_folder, make_evaluation, open_run
@@ -21,13 +26,18 @@ from rl_lora.data.collect import HELD_OUT
 from rl_lora.errors import UserError
 from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.files import SUFFIX
-from rl_lora.evaluation.paired import compare_evaluations
+from rl_lora.evaluation.paired import PairedResult, compare_evaluations
 from rl_lora.evaluation.scores import EvalResult
 from rl_lora.models.hub import adapter_path
 from rl_lora.prompts import PromptSets
 from rl_lora.report.terminal import Display
 from rl_lora.runs.inputs import base_inputs, check_base, check_data, prompt_inputs
 from rl_lora.runs.lock import run_lock
+from rl_lora.runs.processes import (
+    check_same_inputs,
+    check_same_settings,
+    check_shared_folder,
+)
 from rl_lora.runs.record import read_record, with_absolute_paths, with_dtype
 from rl_lora.storage.directories import disk_errors
 
@@ -43,40 +53,42 @@ def evaluation(arguments: Namespace) -> None:
 
     Raises:
         UserError: no such run, config or adapter, an adapter of another base model, an evaluation
-            of that name that has other settings or is being made by another process, or a full
-            disk.
+            of that name that has other settings or is being made by another process, a full disk,
+            or processes with different settings or files.
+        OtherProcessError: another process of the job failed, died or hangs.
     """
+    config = with_absolute_paths(_settings(arguments.target, arguments.overrides))
+    with distributed.joined(config.model.device, config.run.process_timeout_s):
+        fix = "start all processes with the same one"
+        distributed.check_same(vars(arguments), "command line", fix)
+        _evaluate_all(arguments, config)
+
+
+def _evaluate_all(arguments: Namespace, config: RunConfig) -> None:
     target, name = arguments.target, arguments.name
     policies = {name: _choose(target, arguments.adapter)}
     if arguments.against is not None:
         policies = {f"{name}-against": _choose(target, arguments.against), **policies}
-    config = with_absolute_paths(_settings(target, arguments.overrides))
     config = _evaluation_config(config, [path for _, path in policies.values() if path])
     folder = target if target.is_dir() else config.run.folder
 
     def on_loaded(policy: Policy, prompts: PromptSets) -> None:
+        if distributed.world_size() > 1:
+            data = {"eval": prompt_inputs(prompts.eval)}
+            check_same_inputs({"base": base_inputs(policy), "data": data})
         if target.is_dir() and not arguments.accept_changed_data:
             _check_inputs(target, config, policy, prompts)
 
-    with ExitStack() as stack:
-        stack.enter_context(disk_errors(folder))
-        notes = [stack.enter_context(_lock(folder, file)) for file in policies]
-        check_run_folder(folder)
-        if arguments.overwrite:
-            for file in [f"{name}{suffix}" for name in policies for suffix in (SUFFIX, ".json")]:
-                (folder / "eval" / file).unlink(missing_ok=True)
-        display = stack.enter_context(Display())
-        for note in filter(None, notes):
-            display.note(note)
-        job = stack.enter_context(
-            open_run(
-                config,
-                num_steps=0,
-                on_loaded=on_loaded,
-                on_note=display.note,
-                on_progress=display.sampling,
-            )
-        )
+    with (
+        _open_files(config, folder, list(policies), overwrite=arguments.overwrite) as display,
+        open_run(
+            config,
+            num_steps=0,
+            on_loaded=on_loaded,
+            on_note=display.note,
+            on_progress=display.sampling,
+        ) as job,
+    ):
         results = [
             _evaluate(job, path, folder / "eval" / file, display, label)
             for file, (label, path) in policies.items()
@@ -84,10 +96,7 @@ def evaluation(arguments: Namespace) -> None:
         labels = [label for label, _ in policies.values()]
         display.evaluations(dict(zip(labels, results, strict=True)))
         if len(policies) == 2:
-            first, second = (folder / "eval" / f"{file}{SUFFIX}" for file in policies)
-            paired = compare_evaluations(first, second, (labels[0], labels[1]))
-            (folder / "paired").mkdir(exist_ok=True)
-            paired.save(folder / "paired" / f"{name}.json")
+            paired = distributed.from_main(lambda: _compare(folder, policies), "the comparison")
             display.comparison(paired)
         for note in results[0].notes:
             display.note(note)
@@ -95,25 +104,63 @@ def evaluation(arguments: Namespace) -> None:
             display.note(f"every completion and verdict: {folder / 'eval' / file}{SUFFIX}")
 
 
+@contextlib.contextmanager
+def _open_files(
+    config: RunConfig, folder: Path, names: list[str], *, overwrite: bool
+) -> Iterator[Display]:
+    """Holds the evaluations' files for this job; yields the display, silent but on rank 0."""
+    check_same_settings(config)
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main():
+            stack.enter_context(disk_errors(folder))
+            notes = [stack.enter_context(_lock(folder, name)) for name in names]
+            check_run_folder(folder)
+            if overwrite:
+                for file in [f"{name}{suffix}" for name in names for suffix in (SUFFIX, ".json")]:
+                    (folder / "eval" / file).unlink(missing_ok=True)
+            display = stack.enter_context(Display())
+            for note in filter(None, notes):
+                display.note(note)
+        else:
+            display = stack.enter_context(Display(quiet=True, console=Console(quiet=True)))
+        distributed.gather(None, "the start")  # rank 0 has made the folder
+        check_shared_folder(folder)
+        yield display
+
+
 def _evaluate(
     job: RunContext, adapter: Path | None, path: Path, display: Display, label: str
 ) -> EvalResult:
-    scratch = path.with_name(f".{path.name}_adapter")
-    handle = None
-    if adapter is not None:
-        directory = fitted(adapter, job.policy, scratch)
-        # vLLM identifies adapters by name, and two runs of one name share their adapters' names.
-        unique = f"evaluation-{adapters.fingerprint(adapters.load_tensors(directory))[:16]}"
-        handle = adapters.open_adapter(directory, job.policy, name=unique)
+    scratch, handle = path.with_name(f".{path.name}_adapter"), None
     try:
+        if adapter is not None:
+            directory = distributed.from_main(
+                lambda: fitted(adapter, job.policy, scratch), "fitting an adapter"
+            )
+            # vLLM identifies adapters by name, and two runs of one name share their adapters'
+            # names.
+            key = adapters.fingerprint(adapters.load_tensors(directory))[:16]
+            handle = adapters.open_adapter(directory, job.policy, name=f"evaluation-{key}")
         job.sampler.set_adapter(handle)
         on_problems = make_evaluation(job, display.evaluation)
         policy = "base" if handle is None else handle.fingerprint
         result = evaluate(job.sampler, on_problems, path, policy=policy)
+        distributed.gather(None, "the end of an evaluation")  # all have read the adapter
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if distributed.is_main():
+            shutil.rmtree(scratch, ignore_errors=True)
     display.evaluation_result(f"{path.name} ({label})", result)
     return result
+
+
+def _compare(folder: Path, policies: Mapping[str, tuple[str, Path | None]]) -> PairedResult:
+    """Compares the two policies' evaluations, into RUN/paired/NAME.json."""
+    first, second = (folder / "eval" / f"{file}{SUFFIX}" for file in policies)
+    before, after = (label for label, _ in policies.values())
+    paired = compare_evaluations(first, second, (before, after))
+    (folder / "paired").mkdir(exist_ok=True)
+    paired.save(folder / "paired" / f"{[*policies][-1]}.json")
+    return paired
 
 
 def _settings(target: Path, overrides: list[str]) -> RunConfig:
@@ -134,7 +181,7 @@ def _settings(target: Path, overrides: list[str]) -> RunConfig:
     return config
 
 
-def _lock(folder: Path, name: str) -> AbstractContextManager[str | None]:
+def _lock(folder: Path, name: str) -> contextlib.AbstractContextManager[str | None]:
     """Lock on one evaluation's files; a run in progress may be evaluated meanwhile."""
     file = f".evaluation_{name.replace('/', '_')}.lock"
     return run_lock(folder, file, what=f"the evaluation {name!r} in {folder}")
@@ -162,6 +209,11 @@ def _choose(target: Path, name: str | None) -> tuple[str, Path | None]:
         return "base", None
     if name not in (None, "last", "best"):
         return str(name), adapter_path(str(name))
+    # A run in progress may publish another version before the other processes look.
+    return distributed.from_main(lambda: _choose_of_run(target, name), "the start")
+
+
+def _choose_of_run(target: Path, name: str | None) -> tuple[str, Path]:
     if not target.is_dir():
         raise UserError(
             f"{target} is not a run folder and has no {name} adapter; give the adapter's directory"

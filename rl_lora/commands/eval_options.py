@@ -15,6 +15,7 @@ EXAMPLES = (
     "rl-lora eval smoke --name base --overwrite",
 )
 AFTER_INTERRUPT = RERUN_HINT
+IS_DIVIDED = True  # among a job's processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

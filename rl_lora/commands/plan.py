@@ -6,18 +6,24 @@ The model is built on PyTorch's meta device, so no weight is read and 8 B parame
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from transformers import PretrainedConfig
 
-from rl_lora.config import LoraSection, ModelSection, RunConfig, Section
+from rl_lora.commands.plan_tables import (
+    memory_table,
+    parameter_table,
+    settings_table,
+    time_table,
+)
+from rl_lora.config import LoraSection, ModelSection, RunConfig
 from rl_lora.config.sft import SftConfig
+from rl_lora.errors import UserError
+from rl_lora.models.device import pick_dtype
 from rl_lora.models.shapes import build_on_meta, find_model_dir, load_model_config
 from rl_lora.nn.experts import num_active_experts
 from rl_lora.planning.capacity import Capacity, capacity_line, capacity_warning
@@ -28,29 +34,27 @@ from rl_lora.planning.counts import (
     matmul_counts,
     parameter_counts,
 )
+from rl_lora.planning.fit import Change, Job, misfits, what_fits
 from rl_lora.planning.memory import (
-    PHASES,
-    MemoryItem,
-    Phase,
-    bytes_text,
     gpu_memory,
     largest_microbatch,
-    learner_memory,
     machine_bytes,
-    memory_plan,
     microbatch_tokens,
-    peak,
     plan_device,
 )
-from rl_lora.planning.speed import StepTime, step_time
+from rl_lora.planning.speed import step_time
+
+SomeConfig = TypeVar("SomeConfig", RunConfig, SftConfig)
 
 
+# limits: what is planned, where it runs and where it is printed, each but the first with a default
 def print_plan(
     config: RunConfig,
     model_dir: Path | None = None,
     console: Console | None = None,
     gpu_bytes: int | None = None,
     card: Card | None = None,
+    num_gpus: int | None = None,
 ) -> None:
     """Prints `train --dry-run`: settings, parameters, compute, capacity, memory, and a GPU's time.
 
@@ -58,14 +62,20 @@ def print_plan(
         config: the job.
         model_dir: its model's directory; None: located without creating or downloading weights.
         console: where to print.
-        gpu_bytes: memory of the GPU to plan for; None: the card's.
-        card: the GPU to plan for; None: this machine's, or an H100 if it has none.
+        gpu_bytes: the GPU's memory; None: the card's.
+        card: the GPU; None: this machine's, or an H100 if it has none.
+        num_gpus: how many of them, one process each; the time is then only estimated for a card
+            that is given or here. None: one.
 
     Raises:
-        UserError: the model's config.json is not available, or the model has no layers to adapt.
+        UserError: the model's config.json is not available, GPUs are given for a job on a CPU, or
+            more of them than prompts.
     """
     console = console or Console()
     console.print(settings_table(config, RunConfig()))
+    is_for_gpus = any(one is not None for one in (gpu_bytes, card, num_gpus))
+    config = _placed(config, is_for_gpus=is_for_gpus)
+    num_ranks = _checked_number(config, num_gpus)
     model_config, origin = load_model_config(
         config.model, model_dir or find_model_dir(config.model.name)
     )
@@ -83,22 +93,100 @@ def print_plan(
     warn_of_capacity(console, capacity, config.lora, num_active_experts(model_config))
     if card is not None and gpu_bytes is None:
         gpu_bytes = card.num_bytes
-    parts = memory_plan(config, model_config, counts.base, counts.trainable, gpu_bytes)
-    console.print(memory_table(parts, config.model, gpu_bytes))
-    card, available = card or _card_here(), gpu_bytes or gpu_memory("cuda")
-    fits = max(peak(parts, phase) for phase in PHASES) <= available
-    if plan_device(config.model.device) == "cuda" and card is not None and fits:
-        cache = sum(part.num_bytes for part in parts if part.part == "KV cache")
-        found = step_time(config, model_config, counts, cache, card)
-        largest = largest_microbatch(parts, microbatch_tokens(config), available)
-        console.print(time_table(config, found, card, largest))
+    available = _available(config.model, gpu_bytes)
+    job = Job(config, model_config, counts.base, counts.trainable, available, num_ranks)
+    parts = job.parts()
+    console.print(memory_table(parts, config.model, gpu_bytes, num_ranks=num_ranks))
+    card = card or _card_here(is_assumed=num_gpus is None)
+    if print_misfits(console, job) or plan_device(config.model.device) == "cpu":
+        return
+    if card is None:
+        console.print("For the time of a step name the GPU, e.g. --gpu h100.")
+        return
+    cache = sum(part.num_bytes for part in parts if part.part == "KV cache")
+    found = step_time(config, model_config, counts, cache, card, num_ranks)
+    largest = largest_microbatch(parts, microbatch_tokens(config), available)
+    console.print(time_table(config, found, card, largest, num_ranks))
 
 
-def _card_here() -> Card | None:
-    """This machine's GPU, an H100 if it has none; None for a GPU that is not in the table."""
+def _placed(config: SomeConfig, *, is_for_gpus: bool = False) -> SomeConfig:
+    """The job on the device and with the dtype that it is planned for."""
+    model = config.model
+    device = "cuda" if is_for_gpus and model.device == "auto" else model.device
+    kind = plan_device(device)
+    if is_for_gpus and kind == "cpu":
+        raise UserError(
+            f"--gpu, --gpu-memory and --gpus plan for GPUs, and the job has model.device={device}: "
+            "add model.device=cuda"
+        )
+    if model.dtype == "auto" and kind == "cuda" and not torch.cuda.is_available():
+        dtype = "bfloat16"
+    else:
+        dtype = str(pick_dtype(model.dtype, torch.device(kind))).removeprefix("torch.")
+    return config.model_copy(
+        update={"model": model.model_copy(update={"device": device, "dtype": dtype})}
+    )
+
+
+def _checked_number(config: RunConfig, num_gpus: int | None) -> int:
+    num_prompts = config.sampling.num_prompts
+    if num_gpus is None:
+        return 1
+    if num_gpus < 1:
+        raise UserError(f"--gpus {num_gpus}: a job has at least one, --gpus 1")
+    if num_gpus > num_prompts:
+        raise UserError(
+            f"--gpus {num_gpus}: more processes than prompts (sampling.num_prompts={num_prompts}), "
+            f"and a process samples whole groups; set sampling.num_prompts={num_gpus}, or "
+            f"--gpus {num_prompts}"
+        )
+    return num_gpus
+
+
+def _available(model: ModelSection, gpu_bytes: int | None) -> int:
+    """Memory that one process has."""
+    if plan_device(model.device) == "cuda":
+        return gpu_bytes or gpu_memory("cuda")
+    return machine_bytes("cpu") or 0
+
+
+def _card_here(*, is_assumed: bool) -> Card | None:
+    """This machine's GPU; if it has none, an H100 if one is assumed. None: not in the table."""
     if not torch.cuda.is_available():
-        return CARDS["h100"]
+        return CARDS["h100"] if is_assumed else None
     return card_of_device(torch.cuda.get_device_name())
+
+
+def print_misfits(console: Console, job: Job) -> bool:
+    """Prints what does not fit and with which change it would; whether there is such a thing."""
+    if not (lines := misfits(job)):
+        return False
+    text = f"does not fit: {'; '.join(lines)}. {way_text(job, what_fits(job))}"
+    console.print(Text(text, style="yellow"), soft_wrap=True)
+    return True
+
+
+def way_text(job: Job, change: Change | None) -> str:
+    """It fits on 8 GPUs (--gpus 8) with model.shard=true."""
+    is_on_gpus = plan_device(job.config.model.device) == "cuda"
+    if change is None and is_on_gpus and isinstance(job.config, RunConfig):
+        return (
+            "No setting that leaves the results as they are, no number of GPUs up to "
+            f"sampling.num_prompts={job.config.sampling.num_prompts} and no known card makes it "
+            "fit: take a smaller model or shorter sequences."
+        )
+    if change is None:
+        return (
+            "No setting that leaves the results as they are makes it fit: take a smaller model or "
+            "shorter sequences."
+        )
+    text = "It fits"
+    if change.card is not None:
+        key = next(key for key, card in CARDS.items() if card is change.card)
+        text += f" on {change.card.name} (--gpu {key})"
+    elif change.num_ranks != job.num_ranks:
+        text += f" on {change.num_ranks} GPUs (--gpus {change.num_ranks})"
+    return text + (f" with {' '.join(change.overrides)}." if change.overrides else ".")
 
 
 def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
@@ -109,6 +197,7 @@ def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
     """
     console = console or Console()
     console.print(settings_table(config, SftConfig()))
+    config = _placed(config)
     model_dir = find_model_dir(config.model.name)
     model_config, origin = load_model_config(config.model, model_dir)
     model = build_on_meta(model_config)
@@ -124,9 +213,10 @@ def print_sft_plan(config: SftConfig, console: Console | None = None) -> None:
     table.add_row("compute, at most", flops_text(flops * seen * config.data.max_tokens))
     console.print(table)
     warn_of_capacity(console, capacity, config.lora, num_active_experts(model_config))
-    num_tokens = microbatch_tokens(config)
-    parts = learner_memory(config, model_config, counts.base, counts.trainable, num_tokens)
-    console.print(memory_table(parts, config.model, phases=("learning",)))
+    available = _available(config.model, None)
+    job = Job(config, model_config, counts.base, counts.trainable, available)
+    console.print(memory_table(job.parts(), config.model, phases=("learning",)))
+    print_misfits(console, job)
 
 
 def _sft_tokens(
@@ -177,116 +267,3 @@ def warn_of_capacity(
     warning = capacity_warning(capacity, rank, multiple_of=num_active)
     if warning:
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
-
-
-def settings_table(config: Section, default: Section) -> Table:
-    """Every setting; non-default ones are bold and marked with *."""
-    table = Table(title="Settings (* = not the default)", title_justify="left", show_header=False)
-    for key, value, is_default in _settings(config, default):
-        mark, style = ("  ", "dim") if is_default else ("* ", "bold")
-        table.add_row(Text(mark + key, style=style), Text(repr(value), style=style))
-    return table
-
-
-def _settings(config: Section, default: Section) -> Iterator[tuple[str, Any, bool]]:
-    for key in type(config).model_fields:
-        value, usual = getattr(config, key), getattr(default, key)
-        if isinstance(value, Section):
-            for inner, inner_value, is_default in _settings(value, usual):
-                yield f"{key}.{inner}", inner_value, is_default
-        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
-            yield key, [item.model_dump(exclude_defaults=True) for item in value], value == usual
-        else:
-            yield key, value, value == usual
-
-
-def parameter_table(
-    model: ModelSection,
-    lora: LoraSection,
-    counts: ParameterCounts,
-    matmuls: MatmulCounts,
-    origin: str,
-) -> Table:
-    """Parameters, in total and trainable, and the compute per token."""
-    title = f"Parameters of {model.name}, shapes from {origin}"
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_row("base", f"{counts.base:,}")
-    if counts.active != counts.base:
-        table.add_row("base, active per token", f"{counts.active:,}")
-    variant = "" if lora.variant == "lora" else f"{lora.variant}, "
-    where = f"{variant}rank {lora.rank}, {lora.layers} layers"
-    table.add_row(f"adapter, {where}", f"{counts.adapter:,}")
-    table.add_row("adapter with lm_head as well", f"{counts.adapter_with_lm_head:,}")
-    share = counts.trainable / counts.base
-    table.add_row(
-        f"trainable (mode {lora.mode})", f"{counts.trainable:,} ({share:.3%} of the base)"
-    )
-    table.add_row("multiply-adds per token, LoRA", f"{matmuls.lora:,}")
-    table.add_row("multiply-adds per token, all weights", f"{matmuls.full:,}")
-    table.add_row("LoRA / all weights", f"{matmuls.ratio:.3f}")
-    return table
-
-
-def memory_table(
-    parts: list[MemoryItem],
-    model: ModelSection,
-    gpu_bytes: int | None = None,
-    phases: Sequence[Phase] = PHASES,
-) -> Table:
-    """The parts, and whether each phase's peak fits this machine's device (or the given GPU)."""
-    table = Table("part", "size", "held while", "what", title="Memory plan", title_justify="left")
-    table.columns[1].justify = "right"
-    for part in parts:
-        when = "both" if part.phases == PHASES else part.phases[0]
-        table.add_row(part.part, bytes_text(part.num_bytes), when, part.note)
-    device = plan_device(model.device)
-    here = machine_bytes(device)
-    available, what = here, "this machine's"
-    if device == "cuda" and (gpu_bytes is not None or here is None):
-        available, what = gpu_bytes or gpu_memory(device), "a GPU's"
-    assert available is not None
-    table.add_section()
-    for phase in phases:
-        total = peak(parts, phase)
-        verdict = f"of {what} {bytes_text(available)}"
-        if total > available:
-            no_cache = any(part.part == "KV cache" and not part.num_bytes for part in parts)
-            cure = _NO_CACHE if phase == "sampling" and no_cache else _CURES[phase]
-            verdict = f"MORE than {what} {bytes_text(available)}: {cure}"
-        if device == "cuda" and here is None:
-            verdict += " (this machine has none)"
-        table.add_row("peak", bytes_text(total), phase, verdict, style="bold")
-    return table
-
-
-_CURES: dict[Phase, str] = {
-    "sampling": "lower sampling.memory_fraction, sampling.max_num_seqs or sampling.max_tokens",
-    "learning": "lower optim.microbatch_tokens or sampling.max_tokens, or set "
-    "optim.checkpoint_activations",
-}
-_NO_CACHE = "vLLM's copy of the base does not fit next to the learner's: take a smaller model"
-
-
-def time_table(config: RunConfig, found: StepTime, card: Card, largest: int) -> Table:
-    """A step's estimated time by phase, the run's, and the largest microbatch that fits."""
-    title = f"Time on one {card.name}, estimated (assumptions: rl_lora/planning/speed.py)"
-    table = Table(title=title, title_justify="left", show_header=False)
-    longest, num_steps = config.sampling.max_tokens, config.run.num_steps
-    num = config.sampling.num_prompts * config.sampling.num_samples
-    rate = num * found.mean_tokens / found.sample_s
-    seconds = max(found.sample_s, found.learn_s) if config.sampling.overlap else found.total_s
-    rows = {
-        "completions": f"{found.mean_tokens:,.0f} tokens on average, assumed of {longest:,}",
-        "sampling": f"{found.sample_s:,.1f} s a step; {rate:,.0f} tokens/s, "
-        f"{found.num_at_once} sequences at once",
-        "learning": f"{found.learn_s:,.1f} s a step; {found.learner_tokens_s:,.0f} tokens/s",
-        "sleep and wake": f"{found.switch_s:,.1f} s a step",
-        "step": f"{seconds:,.1f} s",
-        "run": f"{seconds * num_steps / 3600:,.1f} hours, {num_steps} steps without evaluations",
-        "largest microbatch": f"{largest:,} tokens (optim.microbatch_tokens)",
-    }
-    if config.sampling.overlap:
-        del rows["sleep and wake"]
-    for name, text in rows.items():
-        table.add_row(name, f"{text}; estimated")
-    return table

@@ -13,6 +13,7 @@ EXAMPLES = (
     "rl-lora sft sft_tiny data=chats.jsonl run.name=sft-mine",
 )
 AFTER_INTERRUPT = RESUME_HINT
+IS_DIVIDED = True  # among a job's processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

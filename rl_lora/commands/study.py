@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from rl_lora.commands.job_arguments import RERUN_HINT, add_overrides
+from rl_lora.errors import UserError
+from rl_lora.launchers import is_launched
 
 if TYPE_CHECKING:
     from rl_lora.report.terminal import Display
+    from rl_lora.studies.config import StudyConfig
+    from rl_lora.studies.plan import Estimate
 
 # Of a plateau, in the result's unit: nats per token, or reward.
 PLATEAU_TOLERANCE = {"sft": 0.02, "rl": 0.05}
@@ -44,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", action="store_true", help="print the results so far, then stop")
 
 
+# limits: the plan, then the run, step by step
 def run(arguments: argparse.Namespace) -> int:
-    """Runs or plans a study, or prints its results."""
+    """Runs or plans a study, or prints its results. Raises UserError for bad settings."""
     from rl_lora.report.terminal import Display
     from rl_lora.studies.config import load_study
     from rl_lora.studies.results import read_table
@@ -54,24 +59,41 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.table:
         _print_results(display, study, read_table(study.folder))
         return 0
-    from rl_lora.report.tables import seconds_text
-    from rl_lora.runs.checkpoint import checkpoint_steps
-    from rl_lora.runs.record import read_record
-    from rl_lora.studies.plan import calibrate, estimate
-    from rl_lora.studies.run import (
-        all_cells,
-        finished_rows,
-        pending_cells,
-        run_study,
-        study_lock,
-    )
+    if is_launched():
+        raise UserError(
+            "a study starts its cells' processes itself, and a launcher has started this one (it "
+            "has set RANK or WORLD_SIZE): start it in one process, without the launcher; "
+            "study.processes_per_cell divides each cell among several"
+        )
+    from rl_lora.studies.run import run_study, study_lock
 
     if not arguments.dry_run:
         with study_lock(study) as taken_over:  # checked before the calibration, which takes a while
             if taken_over is not None:
                 display.note(taken_over)
+    plan = _plan(display, study, retry=arguments.retry)
+    if arguments.dry_run:
+        return 0
+    rows = run_study(
+        study,
+        retry=arguments.retry,
+        on_row=lambda row, done, total: display.note(row_line(row, done, total)),
+        peak_mb=plan.peak_mb or None,
+    )
+    _print_results(display, study, rows)
+    return 0
+
+
+def _plan(display: Display, study: StudyConfig, *, retry: bool) -> Estimate:
+    """Prints the cells left to run and their estimated time and memory."""
+    from rl_lora.report.tables import seconds_text
+    from rl_lora.runs.checkpoint import checkpoint_steps
+    from rl_lora.runs.record import read_record
+    from rl_lora.studies.plan import calibrate, estimate
+    from rl_lora.studies.run import all_cells, finished_rows, pending_cells
+
     rows = finished_rows(study)
-    if arguments.retry:
+    if retry:
         rows = [row for row in rows if row["status"] != "crashed"]
     cells = all_cells(study, rows)
     left = pending_cells(cells, {row["cell"] for row in rows})
@@ -84,23 +106,15 @@ def run(arguments: argparse.Namespace) -> int:
     timings = calibrate(study, left, rows)
     plan = estimate(study, left, rows, timings)
     display.table(plan_table(cells, left, rows, timings))
-    where = "processes at once" + (" on the GPUs" if plan.has_gpus else "")
-    rounds = study.study.refine_rounds
+    rounds, per_cell = study.study.refine_rounds, study.study.processes_per_cell
+    at_once = f"{plan.slots}" if per_cell == 1 else f"{plan.slots} x {per_cell}"
+    where = " on the GPUs" if plan.has_gpus else ""
     display.note(
-        f"about {seconds_text(plan.seconds)} for {len(left)} cells on {plan.slots} {where}, "
-        f"{plan.peak_mb / 1e3:.1f} GB of memory each"
+        f"about {seconds_text(plan.seconds)} for {len(left)} cells on {at_once} processes at once"
+        f"{where}, {plan.peak_mb / 1e3:.1f} GB of memory each"
         + (f"; plus {rounds} round(s) of refined rates" if rounds else "")
     )
-    if arguments.dry_run:
-        return 0
-    rows = run_study(
-        study,
-        retry=arguments.retry,
-        on_row=lambda row, done, total: display.note(row_line(row, done, total)),
-        peak_mb=plan.peak_mb or None,
-    )
-    _print_results(display, study, rows)
-    return 0
+    return plan
 
 
 def _make_models(display: Display, cells: Sequence[Any]) -> None:

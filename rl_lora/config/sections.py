@@ -71,7 +71,8 @@ class ModelSection(Section):
     revision: str | None = None  # branch, tag or commit of a hub id
     # Release date, YYYY-MM-DD, for the evaluation's note on contamination; none: looked up by name.
     released: date | None = None
-    device: str = "auto"  # a torch device; auto: cuda if available
+    # A torch device; auto: cuda if available. With several processes each has its own GPU.
+    device: str = "auto"
     # auto: bfloat16 if its matmul is faster than float32's on the device.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | None = None  # the learner's layers and head are compiled; none: on a GPU
@@ -238,6 +239,8 @@ class OptimSection(Section):
     eps: float = Field(1e-8, ge=0)  # Adam's epsilon
     weight_decay: float = Field(0.0, ge=0)  # decoupled, as in AdamW
     grad_clip: float = Field(1.0, gt=0)  # largest norm of the gradient
+    # Steps whose gradient is not finite are left out; so many in a row end the run.
+    max_nonfinite_steps: int = Field(3, ge=1)
     # Optimizer steps per batch. Above 1 the bounds of ppo, gspo and cispo take effect; these then
     # score the later updates' tokens once more before the first step.
     num_updates: int = Field(1, ge=1)

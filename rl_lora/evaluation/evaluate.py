@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards import Reward
+from rl_lora import distributed
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.evaluation.files import EvaluationFile, problems_key
 from rl_lora.evaluation.intervals import CONFIDENCE
@@ -71,6 +72,8 @@ def evaluate(
 ) -> EvalResult:
     """Samples and grades every problem that the evaluation's file does not have yet.
 
+    Of a job's processes each does a share, and rank 0 writes; all return the result.
+
     Args:
         sampler: with the adapter to evaluate already set.
         evaluation: the problems and how they are sampled and graded.
@@ -90,7 +93,7 @@ def evaluate(
         raise UserError("evaluation: there are no problems; check data.eval")
     settings = evaluation.settings(policy)
     file = None
-    if path is not None:
+    if path is not None and distributed.is_main():
         file = EvaluationFile(path.parent, path.name, settings, restart=restart)
     problems_N, version = _evaluate_missing(sampler, evaluation, file)
     result = EvalResult(
@@ -108,7 +111,7 @@ def evaluate(
         policy=policy,
         notes=evaluation.notes,
     )
-    if path is not None:
+    if path is not None and distributed.is_main():
         result.save(path.with_name(f"{path.name}.json"))
     return result
 
@@ -118,10 +121,11 @@ def _evaluate_missing(
 ) -> tuple[list[ProblemRecord], int]:
     """(every problem's record in the prompts' order, the one adapter version that answered)."""
     prompts_N, params = evaluation.prompts_N, evaluation.params
-    done = dict(file.done) if file is not None else {}
-    versions: set[int] = set()
-    if file is not None and file.adapter_version is not None:
-        versions.add(file.adapter_version)
+    done, saved_version = distributed.from_main(
+        lambda: ({}, None) if file is None else (dict(file.done), file.adapter_version),
+        "the evaluation",
+    )
+    versions = set() if saved_version is None else {saved_version}
     left = [prompt for prompt in prompts_N if prompt.prompt_id not in done]
     chunk = max(1, evaluation.chunk_samples // params.num_samples)
     for first in range(0, len(left), chunk):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from rl_lora.batches import pack_samples, to_device
 from rl_lora.nn import attention
+from rl_lora.nn.sharded import run_inside
 from rl_lora.nn.token_logprobs import score_hidden, take_positions
 from rl_lora.types import Microbatch, TrainSample
 
@@ -27,6 +28,12 @@ def token_logprobs(
     Raises:
         ValueError: the batch shares prompts in a row, which this model cannot compute.
     """
+    return run_inside(model, _token_logprobs, batch, temperature, is_compiled)
+
+
+def _token_logprobs(
+    model: PreTrainedModel, batch: Microbatch, temperature: float, is_compiled: bool
+) -> tuple[Tensor, Tensor]:
     attending: dict[str, Any] = {}
     if batch.layout is not None:
         if model.config._attn_implementation != attention.NAME:
@@ -64,7 +71,7 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
         logprobs_C = token_logprobs(model, batch, temperature=1.0)[0]
         scores.append(logprobs_C[batch.target_ids_C.argsort()])
     single_C, shared_C = scores
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
+    tolerance = 1e-4 if model.config.dtype == torch.float32 else 0.1  # shards are float32
     if torch.allclose(single_C, shared_C, atol=tolerance):
         return True
     model.set_attn_implementation("sdpa")

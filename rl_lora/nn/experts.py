@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 from rl_lora.config import LoraSection
 from rl_lora.errors import UserError
 from rl_lora.nn.context import CONTEXT
+from rl_lora.nn.sharded import gathered
 from rl_lora.seeds import mix_seed
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -213,7 +214,7 @@ def expert_size(layer: LoraExperts, part: str) -> Tensor:
     """About the output size of a part's base weights for a unit input: their std x sqrt(d_in)."""
     weight = layer.base.down_proj if part == "down_proj" else layer.base.gate_up_proj
     assert isinstance(weight, Tensor)
-    return weight.float().std() * weight.shape[-1] ** 0.5
+    return gathered(weight).float().std() * weight.shape[-1] ** 0.5
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -11,12 +11,18 @@ them to the masters, and the weights are rounded from those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from rl_lora import distributed
+from rl_lora.nn.sharded import is_shard, local_part
+
+_BUCKET_BYTES = 2**28  # of gradients that are summed by one all-reduce
 
 
 class Optimized(Protocol):
@@ -31,6 +37,17 @@ class Optimized(Protocol):
 
     def add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Adds what `gradients` returned to the `grad` of the tensors."""
+
+    def sum_gradients(self, phase: str) -> dict[str, float]:
+        """Replaces each `grad` by its sum over all ranks, which all call it.
+
+        Args:
+            phase: as `distributed.add_up`.
+
+        Returns:
+            Metrics of the all-reduce; none in one process, and none for shards, whose gradients the
+            backward pass has summed.
+        """
 
     def write_back(self) -> None:
         """Brings the model's parameters up to date with the tensors."""
@@ -87,6 +104,10 @@ class FlatParameters:
         given = [(part, g.reshape(-1)) for part, g in pairs if g is not None]
         torch._foreach_add_([part for part, _ in given], [g for _, g in given])
 
+    def sum_gradients(self, phase: str) -> dict[str, float]:
+        """One all-reduce of `gradient`."""
+        return distributed.add_up(self.gradient, phase)
+
     def write_back(self) -> None:
         """Does nothing: the parameters are the tensors."""
 
@@ -134,6 +155,22 @@ class MasterWeights:
         """Does nothing: the backward pass has added them."""
 
     @torch.no_grad()
+    def sum_gradients(self, phase: str) -> dict[str, float]:
+        """An all-reduce for each bucket of gradients; nothing for shards."""
+        tensors = list(self.tensors.values())
+        if distributed.world_size() == 1 or is_shard(tensors[0]):
+            return {}
+        metrics: defaultdict[str, float] = defaultdict(float)
+        for gradients in _buckets(_gradients_of_any_rank(tensors, phase)):
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            for name, value in distributed.add_up(flat, phase).items():
+                metrics[name] += value
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+        return dict(metrics)
+
+    @torch.no_grad()
     def write_back(self) -> None:
         """Rounds the weights from their masters."""
         for weight, master in self._rounded:
@@ -148,3 +185,43 @@ def _hand_over(master: nn.Parameter, weight: Tensor) -> None:
     else:
         master.grad += weight.grad
     weight.grad = None
+
+
+def _gradients_of_any_rank(tensors: Sequence[Tensor], phase: str) -> Iterator[Tensor]:
+    """The gradients that some rank has; zeros on ranks where no pass has used the tensor."""
+    found = distributed.gather([tensor.grad is not None for tensor in tensors], phase)
+    for tensor, is_used in zip(tensors, map(any, zip(*found, strict=True)), strict=True):
+        if is_used:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+            yield tensor.grad
+
+
+def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups of consecutive gradients, each of at most `_BUCKET_BYTES` or a single tensor."""
+    bucket: list[Tensor] = []
+    num_bytes = 0
+    for gradient in gradients:
+        if bucket and num_bytes + gradient.nbytes > _BUCKET_BYTES:
+            yield bucket
+            bucket, num_bytes = [], 0
+        bucket.append(gradient)
+        num_bytes += gradient.nbytes
+    if bucket:
+        yield bucket
+
+
+def l2_norm(tensors: Iterable[Tensor]) -> float:
+    """Norm of all elements together; of shards, those of all ranks, which all call it.
+
+    Added up in float64: on a CPU float32 loses 4e-5 of it over 2 million elements, and 3e-3 over 40
+    million.
+    """
+    given = list(tensors)
+    norms = [torch.linalg.vector_norm(local_part(t), dtype=torch.float64) for t in given]
+    norm = torch.stack(norms).norm()
+    if not is_shard(given[0]):
+        return float(norm)
+    square = norm.square()
+    distributed.add_up(square, "the norm of sharded tensors")
+    return float(square.sqrt())

@@ -11,7 +11,8 @@ from rl_lora.errors import UserError, nearest
 class Card:
     """One GPU.
 
-    Example: Card("H100 SXM 80 GB", memory_gib=79, tflops=989, terabytes_s=3.35, link_gb_s=64)
+    Example: Card("H100 SXM 80 GB", memory_gib=79, tflops=989, terabytes_s=3.35, link_gb_s=64,
+    peer_gb_s=450)
     """
 
     name: str
@@ -19,6 +20,8 @@ class Card:
     tflops: float  # bfloat16 products with float32 sums, dense, 10^12 a second
     terabytes_s: float  # memory bandwidth, 10^12 bytes a second
     link_gb_s: float  # PCIe to the host, one way, 10^9 bytes a second
+    # To the other GPUs of its node, one way: NVLink, or PCIe. 0: for one GPU only.
+    peer_gb_s: float = 0.0
 
     @property
     def num_bytes(self) -> int:
@@ -28,13 +31,14 @@ class Card:
 
 # NVIDIA's data sheets of H100 (SXM; its 1,979 TFLOP/s are with sparsity), H200 (SXM), A100 (80 GB
 # SXM) and L40S (362.05 without sparsity), and the white paper of the Ada architecture for the RTX
-# 4090 (165.2 with float32 sums). PCIe 5.0 x16 has 64 GB/s one way, 4.0 half of that.
+# 4090 (165.2 with float32 sums). PCIe 5.0 x16 has 64 GB/s one way, 4.0 half of that. The sheets
+# count NVLink both ways: 900 and 600 GB/s.
 CARDS = {
-    "h100": Card("H100 SXM 80 GB", 79, 989, 3.35, 64),
-    "h200": Card("H200 SXM 141 GB", 139, 989, 4.8, 64),
-    "a100": Card("A100 SXM 80 GB", 79, 312, 2.039, 32),
-    "l40s": Card("L40S 48 GB", 44, 362, 0.864, 32),
-    "4090": Card("RTX 4090 24 GB", 23.5, 165.2, 1.008, 32),
+    "h100": Card("H100 SXM 80 GB", 79, 989, 3.35, 64, 450),
+    "h200": Card("H200 SXM 141 GB", 139, 989, 4.8, 64, 450),
+    "a100": Card("A100 SXM 80 GB", 79, 312, 2.039, 32, 300),
+    "l40s": Card("L40S 48 GB", 44, 362, 0.864, 32, 32),
+    "4090": Card("RTX 4090 24 GB", 23.5, 165.2, 1.008, 32, 32),
 }
 
 

@@ -4,12 +4,18 @@ They take turns, so each has its own peak: the sampler's KV cache and copy of th
 GPU while the learner works, and the learner's activations are gone while sampling. With
 `sampling.overlap` both work at once, and everything adds up.
 
+With several processes the plan is for one of them, which has its own GPU and engine, with
+a whole copy of the base (tensor parallel size 1). Its learner holds another copy, or with
+`model.shard` a share (FSDP2, a unit per decoder layer) and the layers in use. Adapters are not
+divided; in full mode masters, gradients and optimizer state are divided like the weights.
+
 Exact for weights, adapter, gradients, optimizer and KV cache; an estimate for activations (within
 about 30 % of what autograd keeps, which a test checks) and for what CUDA and vLLM keep besides.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -45,6 +51,9 @@ ASSUMED_GPU_BYTES = CARDS["h100"].num_bytes
 _CONTEXT_BYTES = 2**29  # CUDA's context and libraries, once a process
 _ENGINE_BYTES = 2 * 2**30  # vLLM's activations, logits and CUDA graphs
 _ASLEEP_BYTES = 2**30  # of those, what stays while it sleeps (graphs, workspaces; vllm#28714)
+LOADED = ("base weights", "adapter", "reference weights")  # the learner's parts from its start
+GPUS_PER_NODE = 8
+_WHOLE_LAYERS = 2  # of a sharded model: the one in use, and the next, which is gathered meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +103,9 @@ def memory_plan(
     num_base: int,
     num_trainable: int,
     gpu_bytes: int | None = None,
+    num_ranks: int = 1,
 ) -> list[MemoryItem]:
-    """The learner's and the sampler's memory in an RL job.
+    """The learner's and the sampler's memory in an RL job; of several processes, one rank's.
 
     Args:
         config: the job.
@@ -103,14 +113,15 @@ def memory_plan(
         num_base: parameters of the base model.
         num_trainable: trainable parameters.
         gpu_bytes: the GPU's memory; None: this machine's, or ASSUMED_GPU_BYTES if it has no GPU.
+        num_ranks: processes of the job, one GPU each.
     """
     counts, tokens = (num_base, num_trainable), microbatch_tokens(config)
     total = gpu_bytes or gpu_memory(plan_device(config.model.device))
-    parts = _memory_plan(config, model_config, counts, tokens, total)
+    parts = _memory_plan(config, model_config, counts, tokens, total, num_ranks)
     is_open = config.optim.microbatch_tokens is None and plan_device(config.model.device) == "cuda"
     if is_open and (fitting := largest_microbatch(parts, tokens, total)) < tokens:
         tokens = max(fitting, longest_sequence(config))
-        parts = _memory_plan(config, model_config, counts, tokens, total)
+        parts = _memory_plan(config, model_config, counts, tokens, total, num_ranks)
     return parts
 
 
@@ -120,14 +131,15 @@ def _memory_plan(
     counts: tuple[int, int],
     num_tokens: int,
     total: int,
+    num_ranks: int,
 ) -> list[MemoryItem]:
     """With microbatches of num_tokens; counts and total as `_sampler_memory`'s."""
-    learner = learner_memory(config, model_config, *counts, num_tokens)
+    learner = learner_memory(config, model_config, *counts, num_tokens, num_ranks)
     if plan_device(config.model.device) == "cuda":
         learner.append(MemoryItem("CUDA", _CONTEXT_BYTES, "estimate, context and libraries"))
     is_turns = not config.sampling.overlap
     held = peak(learner, "sampling" if is_turns else "learning")
-    parts = learner + _sampler_memory(config, model_config, counts, held, total)
+    parts = learner + _sampler_memory(config, model_config, counts, held, total, num_ranks)
     return parts if is_turns else [replace(part, phases=PHASES) for part in parts]
 
 
@@ -138,6 +150,13 @@ def longest_sequence(config: RunConfig | SftConfig) -> int:
     return config.data.max_tokens
 
 
+def sequences_at_once(config: RunConfig, num_ranks: int = 1) -> int:
+    """Sequences that a rank's sampler decodes together at most."""
+    sampling = config.sampling
+    in_step = math.ceil(sampling.num_prompts / num_ranks) * sampling.num_samples
+    return min(sampling.max_num_seqs or _NUM_SEQS[plan_device(config.model.device)], in_step)
+
+
 def microbatch_tokens(config: RunConfig | SftConfig) -> int:
     """Tokens of the largest microbatch: one sequence may exceed optim.microbatch_tokens."""
     device = plan_device(config.model.device)
@@ -145,15 +164,21 @@ def microbatch_tokens(config: RunConfig | SftConfig) -> int:
     return max(limit, longest_sequence(config))
 
 
-def bytes_to_come(config: RunConfig, model_config: PretrainedConfig, num_trainable: int) -> int:
+def bytes_to_come(
+    config: RunConfig,
+    model_config: PretrainedConfig,
+    num_base: int,
+    num_trainable: int,
+    num_ranks: int = 1,
+) -> int:
     """What a learner whose weights are loaded will still take, and hold while sampling.
 
     Gradients and optimizer; with overlap, which learns meanwhile, activations and logits too.
     """
     phase: Phase = "learning" if config.sampling.overlap else "sampling"
     tokens = microbatch_tokens(config)
-    parts = learner_memory(config, model_config, 0, num_trainable, tokens)
-    return peak((part for part in parts if part.part != "adapter"), phase)
+    parts = learner_memory(config, model_config, num_base, num_trainable, tokens, num_ranks)
+    return peak((part for part in parts if part.part not in LOADED), phase)
 
 
 def largest_microbatch(parts: list[MemoryItem], num_tokens: int, available: int) -> int:
@@ -170,21 +195,32 @@ def learner_memory(
     num_base: int,
     num_trainable: int,
     num_tokens: int,
+    num_ranks: int = 1,
 ) -> list[MemoryItem]:
-    """Weights, gradients, optimizer and the activations of a microbatch of num_tokens tokens."""
+    """Weights, gradients, optimizer and the activations of a microbatch of num_tokens tokens; of a
+    sharded model one rank's share of them."""
     model, lora, optim = config.model, config.lora, config.optim
     dtype = pick_dtype(model.dtype, torch.device(plan_device(model.device)))
-    dtype_name = str(dtype).removeprefix("torch.")
-    is_full = lora.mode == "full"
-    parts = [MemoryItem("base weights", num_base * dtype.itemsize, f"learner, {dtype_name}")]
+    is_full, num_shards = lora.mode == "full", shards(config, num_ranks)
+    share = f", 1/{num_shards} of the model's" if num_shards > 1 else ""
+    base_bytes, trained = num_base * dtype.itemsize // num_shards, "float32"
+    if is_full:
+        num_trainable, trained = num_trainable // num_shards, f"float32{share}"
+    if is_full and num_shards > 1:  # the shares are their own masters
+        parts = [MemoryItem("base weights", num_base // num_shards * 4, f"learner, {trained}")]
+    else:
+        name = str(dtype).removeprefix("torch.")
+        parts = [MemoryItem("base weights", base_bytes, f"learner, {name}{share}")]
+    if num_shards > 1:
+        parts += _gathered_weights(config, model_config, num_base, dtype)
     if not is_full:
         copies = 2 if is_shifted(lora.variant) else 1
         note = "float32, with its initial value" if copies == 2 else "float32"
         parts.append(MemoryItem("adapter", copies * num_trainable * 4, note))
-    elif dtype != torch.float32:
+    elif dtype != torch.float32 and num_shards == 1:
         parts.append(MemoryItem("master weights", num_trainable * 4, "float32"))
     if is_full and isinstance(config, RunConfig) and config.algorithm.kl != "none":
-        parts.append(MemoryItem("reference weights", num_base * dtype.itemsize, "for the KL"))
+        parts.append(MemoryItem("reference weights", base_bytes, f"for the KL{share}"))
     checkpointed = ", checkpointed" if optim.checkpoint_activations else ""
     activations = activation_bytes(
         model_config,
@@ -202,8 +238,8 @@ def learner_memory(
     logits = _LOGITS_ELEMENTS * _LOGITS_COPIES * 4
     return [
         *parts,
-        MemoryItem("gradients", num_trainable * 4, "float32"),
-        MemoryItem("optimizer", num_trainable * 4 * 2, "Adam, 2 x float32"),
+        MemoryItem("gradients", num_trainable * 4, trained),
+        MemoryItem("optimizer", num_trainable * 4 * 2, f"Adam, 2 x {trained}"),
         MemoryItem("activations", activations, note, ("learning",)),
         MemoryItem("logits", logits, "one chunk, float32", ("learning",)),
     ]
@@ -215,13 +251,13 @@ def _sampler_memory(
     counts: tuple[int, int],
     held: int,
     total: int,
+    num_ranks: int,
 ) -> list[MemoryItem]:
     """counts: parameters of the base, trainable ones. held: by the learner, of the GPU's total."""
     sampling, device = config.sampling, plan_device(config.model.device)
     dtype = pick_dtype(config.model.dtype, torch.device(device))
-    in_step = sampling.num_prompts * sampling.num_samples
-    num_seqs = min(sampling.max_num_seqs or _NUM_SEQS[device], in_step)
-    length = config.data.max_prompt_tokens + sampling.max_tokens
+    num_seqs = sequences_at_once(config, num_ranks)
+    length = longest_sequence(config)
     per_token = kv_bytes_per_token(model_config, dtype)
     wanted = per_token * num_seqs * length
     note = f"{num_seqs} sequences x {length} tokens x {bytes_text(per_token)}"
@@ -242,8 +278,11 @@ def _sampler_memory(
         how = "set" if sampling.memory_fraction else "what the learner leaves"
         slot = lora_settings(config.lora, dtype).get("max_lora_rank", 0)
         slot_bytes = num_trainable * slot // served_rank(config.lora) * dtype.itemsize
+        host = "in the host's memory while learning"
+        if (local := min(num_ranks, GPUS_PER_NODE)) > 1:
+            host += f", {bytes_text(local * weights.num_bytes)} for the {local} of a node"
         parts = [
-            replace(weights, note="vLLM's copy, in the host's memory while learning"),
+            replace(weights, note="vLLM's copy" if sampling.overlap else f"vLLM's copy, {host}"),
             MemoryItem("adapter slot", slot_bytes, f"vLLM's, rank {slot}"),
             MemoryItem("vLLM", _ENGINE_BYTES, "estimate, activations and CUDA graphs"),
         ]
@@ -257,6 +296,30 @@ def _sampler_memory(
         fitting = limit // (per_token * length)
         note += f" would be {bytes_text(wanted)}; {fitting} of full length fit at once"
     return [*parts, MemoryItem("KV cache", taken, note, ("sampling",))]
+
+
+def shards(config: RunConfig | SftConfig, num_ranks: int) -> int:
+    """How many shares the base is divided into: the number of ranks with `model.shard`, else 1."""
+    shard = config.lora.mode == "full" if config.model.shard is None else config.model.shard
+    return num_ranks if shard else 1
+
+
+def _gathered_weights(
+    config: RunConfig | SftConfig, model_config: PretrainedConfig, num_base: int, dtype: torch.dtype
+) -> list[MemoryItem]:
+    """What of a sharded model is gathered at a time, all layers being equally large."""
+    text = model_config.get_text_config()
+    outer = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
+    layers = _WHOLE_LAYERS * (num_base - outer) // text.num_hidden_layers
+    num_bytes = (outer + layers) * dtype.itemsize
+    note = f"estimate, embedding, output layer and {_WHOLE_LAYERS} layers"
+    if config.lora.mode == "full":
+        num_bytes, note = 2 * num_bytes, f"{note}, with gradients"
+    parts = [MemoryItem("gathered weights", num_bytes, note, ("learning",))]
+    if isinstance(config, RunConfig) and config.sampling.backend == "torch":
+        whole = num_base * dtype.itemsize
+        parts.append(MemoryItem("gathered weights", whole, "all of them", ("sampling",)))
+    return parts
 
 
 def plan_device(name: str) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from rl_lora import distributed
 from rl_lora.config import ModelSection, OptimSection
 from rl_lora.config.sft import SftConfig
-from rl_lora.planning.memory import MICROBATCH_TOKENS, largest_microbatch, learner_memory
+from rl_lora.planning.memory import LOADED, MICROBATCH_TOKENS, largest_microbatch, learner_memory
 from rl_lora.policy import Policy
 
 _STEP = 256  # sizes are multiples of it, so that small changes of the free memory change nothing
@@ -28,12 +29,14 @@ def fitting_tokens(policy: Policy, optim: OptimSection, most: int, free_bytes: i
     and activations have free_bytes to share; from _STEP to `most` tokens."""
     dtype = str(policy.dtype).removeprefix("torch.")
     job = SftConfig(
-        model=ModelSection(device=str(policy.device), dtype=dtype),
+        model=ModelSection(device=str(policy.device), dtype=dtype, shard=policy.is_sharded),
         lora=policy.lora,
         optim=optim,
     )
+    num_base = sum(p.numel() for p in policy.model.parameters())
     num_trainable = sum(p.numel() for p in policy.trainable().values())
-    parts = learner_memory(job, policy.model.config, 0, num_trainable, most)
-    to_come = [part for part in parts if part.part != "adapter"]
+    num_ranks = distributed.world_size()
+    parts = learner_memory(job, policy.model.config, num_base, num_trainable, most, num_ranks)
+    to_come = [part for part in parts if part.part not in LOADED]
     tokens = min(most, largest_microbatch(to_come, most, int(_USABLE * free_bytes)))
     return max(_STEP, tokens - tokens % _STEP)

@@ -2,7 +2,11 @@
 
 Work takes as long as its products at the rate that large ones reach, or as its bytes at the
 memory's bandwidth, whichever is longer, and no phase overlaps another. The constants below say what
-is assumed. vLLM with an adapter has not been measured on a GPU yet.
+is assumed. vLLM with an adapter has not been measured on a GPU yet, nor has a job on several GPUs.
+
+On several GPUs each phase lasts as long as on the GPU with the largest share of it. So the longest
+completion bounds sampling from below, on any number of them. What the processes exchange besides
+gradients and shares of a sharded model (token ids, log-probs and scores, some MB) takes no time.
 """
 
 from __future__ import annotations
@@ -17,9 +21,12 @@ from rl_lora.config import RunConfig
 from rl_lora.models.shapes import attention_widths, kv_bytes_per_token, mlp_width
 from rl_lora.planning.cards import Card
 from rl_lora.planning.counts import ParameterCounts
+from rl_lora.planning.links import all_reduce_s, gather_s
+from rl_lora.planning.memory import MICROBATCH_TOKENS, shards
 from rl_lora.samplers.vllm.settings import GPU_NUM_SEQS
 
 _BYTES = 2  # of a bfloat16 number
+_GRADIENT_BYTES = 4
 # Shares of the data sheet's figures. Measured on an H100: 795 of 989 TFLOP/s for large square
 # products, 3.0 of 3.35 TB/s. Models' shapes reach less than square ones.
 _PRODUCTS = 0.66
@@ -69,20 +76,23 @@ class StepTime:
     """Estimated seconds of one step, and what they were computed for.
 
     Example: StepTime(sample_s=540.0, learn_s=390.0, switch_s=0.8, mean_tokens=3008.0,
-    num_at_once=240, learner_tokens_s=8100.0)
+    num_at_once=240, learner_tokens_s=8100.0, longest_s=51.0, all_reduce_s=0.0, all_reduce_bytes=0)
     """
 
     sample_s: float
     learn_s: float
     switch_s: float  # the engine falls asleep and wakes
     mean_tokens: float  # of a completion
-    num_at_once: int  # sequences decoded together
-    learner_tokens_s: float  # completion tokens a second of learning
+    num_at_once: int  # sequences decoded together by one engine
+    learner_tokens_s: float  # completion tokens a second of learning, on all GPUs together
+    longest_s: float  # sampling with any number of GPUs: the longest completion by itself
+    all_reduce_s: float  # the gradients of all ranks are added up
+    all_reduce_bytes: int  # of one rank's gradients
 
     @property
     def total_s(self) -> float:
         """Of the whole step, one phase after the other."""
-        return self.sample_s + self.learn_s + self.switch_s
+        return self.sample_s + self.learn_s + self.all_reduce_s + self.switch_s
 
 
 def shape_of(config: PretrainedConfig) -> Shape:
@@ -109,6 +119,7 @@ def step_time(
     counts: ParameterCounts,
     cache_bytes: int,
     card: Card,
+    num_ranks: int = 1,
 ) -> StepTime:
     """A step's estimate.
 
@@ -116,43 +127,128 @@ def step_time(
         config: the job.
         model_config: its model's config.json.
         counts: its parameters.
-        cache_bytes: of the engine's KV cache.
-        card: the GPU.
+        cache_bytes: of the KV cache of one engine.
+        card: each of its GPUs.
+        num_ranks: their number.
     """
-    shape, sampling = shape_of(model_config), config.sampling
     kv_bytes = kv_bytes_per_token(model_config, torch.bfloat16)
-    scale = _MEAN_SHARE * sampling.max_tokens
-    mean = scale * (1 - math.exp(-1 / _MEAN_SHARE))
-    prompt = min(_PROMPT_TOKENS, config.data.max_prompt_tokens)
-    num = sampling.num_prompts * sampling.num_samples
-    # A running sequence has about the mean length, and shares its prompt's blocks with its group.
-    fitting = int(cache_bytes / (kv_bytes * (mean + prompt / sampling.num_samples)))
-    at_once = max(1, min(num, sampling.max_num_seqs or GPU_NUM_SEQS, fitting))
-    launches_s = _ENGINE_STEP_S + (config.lora.mode == "lora") * shape.layers * _LORA_LAYER_S
-
-    def decode_s(batch: float, context: float) -> float:
-        moved = _weight_bytes(shape, counts, batch) + batch * context * kv_bytes
-        return launches_s + max(moved / _bandwidth(card), 2 * batch * counts.active / _rate(card))
-
-    prefill_s = 2 * counts.active * sampling.num_prompts * prompt / _rate(card)
-    queued_s = (num - at_once) * mean / at_once * decode_s(at_once, prompt + mean)
-    # Nothing is left to start: sequences end one after the other, the longest of them last.
-    end = min(sampling.max_tokens, scale * (math.log(at_once) + _EULER))
-    width = end / _POINTS
-    ages = [(point + 0.5) * width for point in range(_POINTS)]
-    last_s = sum(
-        width * decode_s(max(1.0, at_once * math.exp(-age / scale)), prompt + age) for age in ages
-    )
-    layers_s, head_s = learner_token_s(config, shape, card, prompt + mean)
-    learn_s = (num * mean + sampling.num_prompts * prompt) * layers_s + num * mean * head_s
+    work = _Work(config, shape_of(model_config), counts, kv_bytes, card, num_ranks)
+    at_once = work.num_at_once(cache_bytes)
+    learn_s = work.learn_s()
+    is_full = config.lora.mode == "full"
+    is_reduced = num_ranks > 1 and not (is_full and shards(config, num_ranks) > 1)
+    reduced = _GRADIENT_BYTES * counts.trainable * is_reduced
+    in_step = config.sampling.num_prompts * config.sampling.num_samples
     return StepTime(
-        sample_s=prefill_s + queued_s + last_s,
-        learn_s=learn_s / _LEARNER,
+        sample_s=work.sample_s(at_once),
+        learn_s=learn_s,
         switch_s=2 * counts.base * _BYTES / (card.link_gb_s * 1e9 * _LINK),
-        mean_tokens=mean,
+        mean_tokens=work.mean_tokens,
         num_at_once=at_once,
-        learner_tokens_s=num * mean * _LEARNER / learn_s,
+        learner_tokens_s=in_step * work.mean_tokens / learn_s,
+        longest_s=work.longest_s(),
+        all_reduce_s=is_reduced * config.optim.num_updates * all_reduce_s(reduced, num_ranks, card),
+        all_reduce_bytes=reduced,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A step's work, and the GPUs that share it."""
+
+    config: RunConfig
+    shape: Shape
+    counts: ParameterCounts
+    kv_bytes: int  # of a token
+    card: Card
+    num_ranks: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        return min(_PROMPT_TOKENS, self.config.data.max_prompt_tokens)
+
+    @property
+    def scale(self) -> float:
+        """Mean tokens of a completion if none was cut."""
+        return _MEAN_SHARE * self.config.sampling.max_tokens
+
+    @property
+    def mean_tokens(self) -> float:
+        return self.scale * (1 - math.exp(-1 / _MEAN_SHARE))
+
+    @property
+    def num_prompts(self) -> int:
+        """Of the rank with most of them."""
+        return math.ceil(self.config.sampling.num_prompts / self.num_ranks)
+
+    def longest_tokens(self, num_sequences: int) -> float:
+        longest = self.scale * (math.log(num_sequences) + _EULER)
+        return min(self.config.sampling.max_tokens, longest)
+
+    def decode_s(self, batch: float, context: float) -> float:
+        """One token for each sequence of a batch."""
+        is_adapted = self.config.lora.mode == "lora"
+        launches_s = _ENGINE_STEP_S + is_adapted * self.shape.layers * _LORA_LAYER_S
+        moved = _weight_bytes(self.shape, self.counts, batch) + batch * context * self.kv_bytes
+        products_s = 2 * batch * self.counts.active / _rate(self.card)
+        return launches_s + max(moved / _bandwidth(self.card), products_s)
+
+    def num_at_once(self, cache_bytes: int) -> int:
+        """Sequences that one engine decodes together."""
+        sampling = self.config.sampling
+        # A running sequence has about the mean length, and shares its prompt's blocks with its
+        # group.
+        tokens = self.mean_tokens + self.prompt_tokens / sampling.num_samples
+        fitting = int(cache_bytes / (self.kv_bytes * tokens))
+        num = self.num_prompts * sampling.num_samples
+        return max(1, min(num, sampling.max_num_seqs or GPU_NUM_SEQS, fitting))
+
+    def sample_s(self, at_once: int) -> float:
+        sampling, prompt, mean = self.config.sampling, self.prompt_tokens, self.mean_tokens
+        num = self.num_prompts * sampling.num_samples
+        prefill_s = 2 * self.counts.active * self.num_prompts * prompt / _rate(self.card)
+        queued_s = (num - at_once) * mean / at_once * self.decode_s(at_once, prompt + mean)
+        # Nothing is left to start: sequences end one after the other, the longest of all ranks
+        # last.
+        in_step = sampling.num_prompts * sampling.num_samples
+        width = self.longest_tokens(min(at_once * self.num_ranks, in_step)) / _POINTS
+        ages = [(point + 0.5) * width for point in range(_POINTS)]
+        last_s = sum(
+            width * self.decode_s(max(1.0, at_once * math.exp(-age / self.scale)), prompt + age)
+            for age in ages
+        )
+        return prefill_s + queued_s + last_s
+
+    def longest_s(self) -> float:
+        """The step's longest completion, decoded by itself."""
+        sampling = self.config.sampling
+        tokens = self.longest_tokens(sampling.num_prompts * sampling.num_samples)
+        return tokens * self.decode_s(1, self.prompt_tokens + tokens / 2)
+
+    def learn_s(self) -> float:
+        """Of the rank with most microbatches.
+
+        Of a sharded model, each microbatch gathers the layers forward and backward, while the
+        layers before them are computed; full fine-tuning adds up their gradients as well.
+        """
+        config, num_ranks = self.config, self.num_ranks
+        num_completion = (
+            config.sampling.num_prompts * config.sampling.num_samples * self.mean_tokens
+        )
+        num_tokens = num_completion + config.sampling.num_prompts * self.prompt_tokens
+        context = self.prompt_tokens + self.mean_tokens
+        layers_s, head_s = learner_token_s(config, self.shape, self.card, context)
+        one_gpu_s = (num_tokens * layers_s + num_completion * head_s) / _LEARNER
+        limit = config.optim.microbatch_tokens or MICROBATCH_TOKENS["cuda"]
+        num_microbatches = math.ceil(num_tokens / max(limit, context))
+        largest = math.ceil(num_microbatches / num_ranks)
+        computed_s = one_gpu_s * largest / num_microbatches
+        if shards(config, num_ranks) == 1:
+            return computed_s
+        moved_s = 2 * gather_s(_BYTES * self.counts.base, num_ranks, self.card)
+        if config.lora.mode == "full":
+            moved_s += gather_s(_GRADIENT_BYTES * self.counts.base, num_ranks, self.card)
+        return max(computed_s, largest * moved_s)
 
 
 def learner_token_s(

@@ -27,7 +27,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from rl_lora import distributed
 from rl_lora.errors import UserError
+from rl_lora.nn.sharded import gathered_on_main, sharded
 from rl_lora.runs.machine import environment
 from rl_lora.storage.directories import atomic_directory
 
@@ -52,7 +54,7 @@ def save_checkpoint(
     step: int, learner: Learner, config: RunConfig | SftConfig, **more: Any
 ) -> Path:
     """Writes policy, optimizer, config, versions and `more` (JSON), then deletes all but the
-    newest run.keep_last.
+    newest run.keep_last. Of a job's processes all call it, and rank 0 writes.
 
     Raises:
         UserError: the disk is full or cannot be written.
@@ -67,9 +69,13 @@ def save_checkpoint(
         "versions": environment(),
         **more,
     }
-    path = write_checkpoint(config.run.folder, step, policy | optimizer, state)
-    prune(config.run.folder, config.run.keep_last)
-    return path
+
+    def write() -> Path:
+        path = write_checkpoint(config.run.folder, step, policy | optimizer, state)
+        prune(config.run.folder, config.run.keep_last)
+        return path
+
+    return distributed.from_main(write, f"the checkpoint of step {step}")
 
 
 def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:
@@ -92,14 +98,17 @@ def flatten_optimizer(
     """(tensors, meta) of the optimizer's state: optimizer/PARAMETER/KEY tensors, and JSON.
 
     All of its state must be tensors, as in the Adam family. Parameters are numbered across groups
-    in order, as in `Optimizer.state_dict`.
+    in order, as in `Optimizer.state_dict`. Of a job's processes all call it, and rank 0 gets the
+    tensors, sharded ones gathered.
     """
     whole = optimizer.state_dict()
-    tensors = {
-        f"optimizer/{index}/{key}": tensor
-        for index, parameter_state in whole["state"].items()
-        for key, tensor in parameter_state.items()
-    }
+    tensors = gathered_on_main(
+        {
+            f"optimizer/{index}/{key}": tensor
+            for index, parameter_state in whole["state"].items()
+            for key, tensor in parameter_state.items()
+        }
+    )
     meta = {
         "class": type(optimizer).__name__,
         "groups": whole["param_groups"],
@@ -125,12 +134,15 @@ def restore_optimizer(
             f"match this run's ({type(optimizer).__name__}, {len(shapes)} tensors): resume with "
             "the config, and the version of rl-lora, that the run was started with"
         )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parameter_states: defaultdict[int, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             _, index, key = name.split("/", 2)
+            like = parameters[int(index)]
             # load_state_dict keeps tensors that need no cast, and `step` is updated in place.
-            parameter_states[int(index)][key] = tensor.clone()
+            copy = sharded(tensor, like) if tensor.shape == like.shape else tensor.clone()
+            parameter_states[int(index)][key] = copy
     groups = [
         {key: tuple(value) if key == "betas" else value for key, value in group.items()}
         for group in meta["groups"]

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rl_lora import distributed
 from rl_lora.errors import UserError
 from rl_lora.storage import jsonl
 from rl_lora.storage.directories import writing_to
@@ -31,7 +32,7 @@ Tracker = tuple[Callable[[int, Mapping[str, float]], None], Callable[[], object]
 
 
 class RunLog:
-    """Writes a run's records; a context manager.
+    """Writes a run's records; a context manager. Of a job's processes only rank 0 writes.
 
     Args:
         run_folder: made if needed.
@@ -57,11 +58,17 @@ class RunLog:
         config: Mapping[str, Any] | None = None,
         metrics_file: str = METRICS_FILE,
     ) -> None:
+        self._last_step: int | None = None
+        self._trackers: list[Callable[[int, Mapping[str, float]], None]] = []
+        self._open = contextlib.ExitStack()  # closes all, even if a full disk stops one
+        self._metrics: TextIO | None = None
+        self._transcripts: TextIO | None = None
+        if not distributed.is_main():
+            return
         self._transcripts_per_step = transcripts_per_step
         self._metrics_path = metrics_path = run_folder / metrics_file
         transcripts_path = run_folder / TRANSCRIPTS_FILE
         modules = {logger: _tracker_module(logger) for logger in loggers}
-        self._last_step: int | None = None
         with writing_to(run_folder):
             run_folder.mkdir(parents=True, exist_ok=True)
             if resume_step is not None:
@@ -73,13 +80,10 @@ class RunLog:
                     f"{metrics_path} holds an older run: add --resume, choose another run.name, "
                     f"or delete {run_folder}"
                 )
-            self._open = contextlib.ExitStack()  # closes all, even if a full disk stops one
             self._metrics = self._open.enter_context(metrics_path.open("a", encoding="utf-8"))
-            self._transcripts: TextIO | None = None
             if transcripts_per_step:
                 file = transcripts_path.open("a", encoding="utf-8")
                 self._transcripts = self._open.enter_context(file)
-        self._trackers = []
         for logger, module in modules.items():
             start, *_ = _TRACKERS[logger]
             log, close = start(module, run_folder, dict(config or {}), resume_step)
@@ -95,6 +99,8 @@ class RunLog:
             ValueError: the step does not come after the last one written.
             UserError: the file has been deleted, and later steps would be lost.
         """
+        if self._metrics is None:
+            return
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"step {step} is not after step {self._last_step}, already written")
         self._last_step = step

@@ -26,9 +26,10 @@ FORMAT = 2  # of the files in a run folder
 _FREE_KEYS = {
     "run": set(
         "num_steps output_dir eval_every checkpoint_every keep_last transcripts_per_step loggers "
-        "name".split()
+        "name process_timeout_s".split()
     ),
-    "model": {"released"},
+    "model": {"released", "shard"},
+    "optim": {"max_nonfinite_steps"},
     "eval": {"chunk_samples"},
 }
 

@@ -10,16 +10,19 @@ is one step old, so the rollouts are also compared with the version before (`Ver
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from rl_lora import distributed
 from rl_lora.adapters.files import save_adapter
 from rl_lora.batches import pack_samples, to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError
 from rl_lora.nn.experts import expert_adapters, expert_size
 from rl_lora.nn.lora import lora_layers
+from rl_lora.nn.sharded import gathered, local_part, own_part
 from rl_lora.policy import Policy
 from rl_lora.sampler import Sampler
 from rl_lora.types import Adapter, Microbatch, Prompt, RolloutGroup, TrainSample
@@ -198,21 +201,23 @@ def check_at_start(
     """
     token_ids_N = [prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts]
     _, limit = tolerances(policy.dtype, max_kl)
-    saved = {name: tensor.clone() for name, tensor in policy.state_tensors().items()}
+    weights = [local_part(parameter.detach()) for parameter in policy.trainable().values()]
+    saved = [weight.clone() for weight in weights]
     base_policy = _policy_logprobs(policy, token_ids_N, adapter_off=True)
     for shift in _PROBE_SHIFTS:  # the probe must be far above the limit, which is wide in bfloat16
-        policy.load_tensors(saved)
+        torch._foreach_copy_(weights, saved)
         _shake(policy, shift)
         if _distance(_policy_logprobs(policy, token_ids_N), base_policy) > 5 * limit:
             break
     probe = save_adapter(policy, folder, version=PROBE_VERSION, run_name="probe")
-    try:
+    with contextlib.ExitStack() as at_end:
+        if distributed.is_main():
+            at_end.callback(_remove, probe)
+        at_end.callback(torch._foreach_copy_, weights, saved)
         sampler.set_adapter(probe)
         probe_sampler = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
         probe_policy = _policy_logprobs(policy, token_ids_N)
-    finally:
-        policy.load_tensors(saved)
-        _remove(probe)
+        distributed.gather(None, "the probe of the sampler")  # all have read its files
     found = {"probe": _distance(probe_sampler, probe_policy)}
     if policy.has_base:
         sampler.set_adapter(None)
@@ -238,12 +243,14 @@ def _shake(policy: Policy, shift: float) -> None:
     generator = torch.Generator().manual_seed(0)
     if not policy.has_base:
         for parameter in policy.trainable().values():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter.add_(noise * parameter.float().std().nan_to_num().to(parameter) * shift)
+            whole = gathered(parameter)
+            noise = torch.randn(whole.shape, generator=generator).to(whole)
+            change = noise * whole.float().std().nan_to_num().to(whole) * shift
+            local_part(parameter).add_(own_part(change, parameter))
     for _, layer in lora_layers(policy.model):
         # A x has elements of about |x| times the size of A's, 1 / sqrt(3 d_in) at LoRA's start;
         # this makes scaling * B A x about shift times |W x| for weights of the layer's size.
-        size = layer.base.weight.float().std() / layer.lora_A.square().mean().sqrt()
+        size = gathered(layer.base.weight).float().std() / layer.lora_A.square().mean().sqrt()
         noise = torch.randn(layer.lora_B.shape, generator=generator).to(layer.lora_B)
         layer.lora_B.copy_(
             noise * size * (shift / layer.lora_A.shape[0] ** 0.5 / layer.scaling)

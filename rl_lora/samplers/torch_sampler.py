@@ -7,13 +7,13 @@ rounding of the log-probs).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rl_lora.adapters.files import fingerprint
 from rl_lora.batches import to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.models.resolve import context_length
@@ -70,9 +70,7 @@ class TorchSampler:
         Raises:
             StaleAdapterError: the policy's weights are not that version's.
         """
-        if adapter is not None and fingerprint(self.policy.published_tensors()) != (
-            adapter.fingerprint
-        ):
+        if adapter is not None and self.policy.fingerprint() != adapter.fingerprint:
             raise StaleAdapterError(f"the policy's weights are not those of {adapter.name}")
         if adapter is None and not self.policy.has_base:
             raise UserError("lora.mode='full' has no adapter to switch off")
@@ -87,6 +85,8 @@ class TorchSampler:
     ) -> list[list[Completion]]:
         """[N][G] completions; `on_group` as the protocol says.
 
+        Of a job's processes all call it, also for no prompts at all.
+
         Raises:
             UserError: a prompt leaves no room for max_tokens.
         """
@@ -96,33 +96,36 @@ class TorchSampler:
         num_tokens = 0
         cache = KvCache(self.policy.model.config)  # its buffers serve all chunks
         seeds_N_G = sample_seeds(prompts_N, params)
-        for start in range(0, len(prompts_N), at_once):
-            chunk = slice(start, start + at_once)
-            rows = _Rows(prompts_N[chunk], seeds_N_G[chunk], params, self.policy.device)
-            if self._version == BASE_VERSION and self.policy.has_base:
-                with self.policy.adapter_off():
-                    done = _decode(self, rows, params, cache)
-            else:
+        with self._weights():
+            for start in range(0, len(prompts_N), at_once):
+                chunk = slice(start, start + at_once)
+                rows = _Rows(prompts_N[chunk], seeds_N_G[chunk], params, self.policy.device)
                 done = _decode(self, rows, params, cache)
-            for index, completions_G in enumerate(done, len(out)):
-                if on_group is not None:
-                    on_group(index, completions_G)
-            out += done
-            num_tokens += sum(len(c.token_ids) for group in done for c in group)
-            if self.on_progress:
-                total = len(prompts_N) * params.num_samples
-                self.on_progress(len(out) * params.num_samples, total, num_tokens)
+                for index, completions_G in enumerate(done, len(out)):
+                    if on_group is not None:
+                        on_group(index, completions_G)
+                out += done
+                num_tokens += sum(len(c.token_ids) for group in done for c in group)
+                if self.on_progress:
+                    total = len(prompts_N) * params.num_samples
+                    self.on_progress(len(out) * params.num_samples, total, num_tokens)
         return out
+
+    @contextlib.contextmanager
+    def _weights(self) -> Iterator[None]:
+        """The model computes the version in use inside, on each rank by itself."""
+        is_base = self._version == BASE_VERSION and self.policy.has_base
+        off = self.policy.adapter_off() if is_base else contextlib.nullcontext()
+        with self.policy.whole_weights(), off:
+            yield
 
     @torch.no_grad()
     def token_logprobs(self, token_ids_N: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs (nats, temperature 1) of tokens 1, 2, ... of each sequence."""
         out = []
-        for ids in token_ids_N:
-            batch = to_device(whole_sequence(ids), self.policy.device)
-            if self._version == BASE_VERSION:
-                out.append(self.policy.reference_logprobs(batch, temperature=1.0).tolist())
-            else:
+        with self._weights():
+            for ids in token_ids_N:
+                batch = to_device(whole_sequence(ids), self.policy.device)
                 out.append(self.policy.token_logprobs(batch, temperature=1.0)[0].tolist())
         return out
 

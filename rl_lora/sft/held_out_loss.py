@@ -8,7 +8,9 @@ from statistics import NormalDist
 
 import torch
 
+from rl_lora import distributed
 from rl_lora.batches import pack_samples, to_device
+from rl_lora.learner import own_share
 from rl_lora.policy import Policy
 from rl_lora.types import TrainSample
 
@@ -17,17 +19,28 @@ from rl_lora.types import TrainSample
 def sequence_nll(
     policy: Policy, samples: Sequence[TrainSample], microbatch_tokens: int
 ) -> tuple[list[float], list[int]]:
-    """(nll_N in nats, num_tokens_N) of each sequence's completion, in the order of microbatches."""
-    nlls: list[float] = []
-    counts: list[int] = []
-    (batches,) = pack_samples(samples, microbatch_tokens=microbatch_tokens)
-    for batch in batches:
+    """(nll_N in nats, num_tokens_N) of each sequence's completion, in the order of microbatches.
+
+    A job's processes divide the microbatches; all get the whole result.
+    """
+    (batches,) = pack_samples(
+        samples, microbatch_tokens=microbatch_tokens, min_microbatches=distributed.world_size()
+    )
+    share = own_share(policy, batches)
+    index_of = {id(batch): index for index, batch in enumerate(batches)}
+    found: dict[int, tuple[list[float], list[int]]] = {}
+    for batch in (*share.own, *share.idle):
         moved = to_device(batch, policy.device)
         logprobs_C, _ = policy.token_logprobs(moved, temperature=1.0)
         total_N = torch.zeros(batch.num_sequences, dtype=torch.float64)
         total_N.index_add_(0, batch.sequence_C, -logprobs_C.double().cpu())
-        nlls += total_N.tolist()
-        counts += torch.bincount(batch.sequence_C, minlength=batch.num_sequences).tolist()
+        counts_N = torch.bincount(batch.sequence_C, minlength=batch.num_sequences)
+        if (index := index_of.get(id(batch))) is not None:  # None: an idle one
+            found[index] = total_N.tolist(), counts_N.tolist()
+    for part in distributed.gather(found, "the test loss"):
+        found |= part
+    nlls = [nll for index in range(len(batches)) for nll in found[index][0]]
+    counts = [count for index in range(len(batches)) for count in found[index][1]]
     return nlls, counts
 
 

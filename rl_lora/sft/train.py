@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rl_lora import distributed
 from rl_lora.adapters.files import save_adapter, version_in
 from rl_lora.batches import pack_samples
 from rl_lora.build import make_learner, open_folder, open_model
@@ -23,6 +24,7 @@ from rl_lora.runs.checkpoint import drop_after, load_checkpoint, save_checkpoint
 from rl_lora.runs.inputs import base_inputs, sequence_inputs
 from rl_lora.runs.log import METRICS_FILE, RunLog
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, speed_metrics
+from rl_lora.runs.processes import check_same_inputs
 from rl_lora.runs.record import with_absolute_paths, write_record
 from rl_lora.runs.start import Start
 from rl_lora.sft.data import SftSets, load_sft, step_indices
@@ -82,8 +84,15 @@ def fine_tune(
     """
     config = with_absolute_paths(config)
     folder = config.run.folder
-    with open_folder(config, resume=resume, quiet=quiet) as (display, start):
-        if start.log_step == config.run.num_steps == version_in(folder / "adapter"):
+    with (
+        distributed.joined(config.model.device, config.run.process_timeout_s),
+        open_folder(config, resume=resume, quiet=quiet) as (display, start),
+    ):
+        is_done = distributed.from_main(
+            lambda: start.log_step == config.run.num_steps == version_in(folder / "adapter"),
+            "the start",
+        )
+        if is_done:
             outcome = _outcome(folder)
             display.note(f"{folder} is complete: {config.run.num_steps} steps done")
         else:
@@ -108,17 +117,20 @@ def _run(
         policy, sets = _prepare(config, display)
         data = {"train": sequence_inputs(sets.train), "eval": sequence_inputs(sets.test)}
         inputs: dict[str, Any] = {"base": base_inputs(policy), "data": data}
+        check_same_inputs(inputs)
         if not accept_changed_data:
             start.check_inputs(inputs, folder)
         learner = make_learner(
             policy, config.optim, num_steps=config.run.num_steps, on_note=display.note
         )
         job = _Job(config, learner, sets, inputs, log, display)
-        write_record(config, policy, inputs)
+        if distributed.is_main():
+            write_record(config, policy, inputs)
         if start.checkpoint is not None:
             load_checkpoint(start.checkpoint, learner)
             display.note(f"resumed from {start.checkpoint}")
-        drop_after(folder, start.state.get("step", -1))
+        if distributed.is_main():
+            drop_after(folder, start.state.get("step", -1))
         if start.checkpoint is None:
             log.write(0, _test(job))
             save_checkpoint(0, learner, config, inputs=inputs)
@@ -169,7 +181,11 @@ def _loop(job: _Job, step: int) -> None:
 
 def _step(job: _Job, indices: list[int]) -> dict[str, float]:
     samples = [job.sets.train[index].sample() for index in indices]
-    (microbatches,) = pack_samples(samples, microbatch_tokens=job.learner.microbatch_tokens)
+    (microbatches,) = pack_samples(
+        samples,
+        microbatch_tokens=job.learner.microbatch_tokens,
+        min_microbatches=distributed.world_size(),
+    )
     num_tokens = sum(batch.num_tokens for batch in microbatches)
     num_padded = sum(batch.token_ids_BT.numel() for batch in microbatches)
     counts = {
@@ -191,6 +207,8 @@ def _publish(policy: Policy, folder: Path, config: SftConfig) -> None:
     adapter = save_adapter(
         policy, folder / "adapters", version=config.run.num_steps, run_name=config.run.name
     )
+    if not distributed.is_main():
+        return
     with atomic_directory(folder / "adapter") as scratch:
         for file in adapter.path.iterdir():  # moved, not copied: a full model is large
             file.rename(scratch / file.name)
@@ -198,6 +216,10 @@ def _publish(policy: Policy, folder: Path, config: SftConfig) -> None:
 
 
 def _outcome(folder: Path) -> SftOutcome:
+    return distributed.from_main(lambda: _read_outcome(folder), "the end")
+
+
+def _read_outcome(folder: Path) -> SftOutcome:
     tests = [r["test/nll"] for r in jsonl.read_lines(folder / METRICS_FILE) if "test/nll" in r]
     first, last = (math.nan if value is None else value for value in (tests[0], tests[-1]))
     return SftOutcome(folder, first, last)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from rl_lora import distributed
 from rl_lora.batches import pack_samples
 from rl_lora.config import RunConfig
 from rl_lora.data.chat_template import end_of_turn
@@ -54,6 +55,10 @@ def warm_start(
             order += rng.sample(solved, len(solved))
         batch, order = order[: section.batch_size], order[section.batch_size :]
         samples = [solution_sample(p, tokenizer, end_id) for p in batch]
-        (microbatches,) = pack_samples(samples, microbatch_tokens=learner.microbatch_tokens)
+        (microbatches,) = pack_samples(
+            samples,
+            microbatch_tokens=learner.microbatch_tokens,
+            min_microbatches=distributed.world_size(),
+        )
         on_step(step, learner.fit(microbatches, lr=section.lr))
     learner.restart()

@@ -42,8 +42,9 @@ class StudySection(Section):
     output_dir: str = "runs/studies"  # the study's folder is output_dir/name
     arm: Literal["rl", "sft"] = "rl"  # what [job] is: `rl-lora train` or `rl-lora sft`
     seeds: tuple[int, ...] = (0, 1, 2)  # run.seed of the cells; each condition runs with all
-    num_threads: int = Field(1, ge=1)  # per cell on a CPU
-    num_per_gpu: int = Field(1, ge=1)  # cells at once per GPU; one small model leaves it idle
+    processes_per_cell: int = Field(1, ge=1)  # each on its own GPU, or on the CPU
+    num_threads: int = Field(1, ge=1)  # per process on a CPU
+    num_per_gpu: int = Field(1, ge=1)  # processes at once per GPU; one small model leaves it idle
     # Rounds of further learning rates for each condition: the geometric means of the best rate and
     # its neighbors, and one beyond the grid's end if the best is there.
     refine_rounds: int = Field(0, ge=0, le=4)
@@ -82,6 +83,7 @@ class Cell:
 
     key: str  # digest of all settings that the run's result depends on, e.g. 3f2a90c1b7
     config: JobConfig
+    num_processes: int = 1  # that its work is divided among; its result does not depend on them
 
     @property
     def arm(self) -> str:
@@ -110,11 +112,14 @@ class Cell:
         settings = self._settings()
         settings["optim"].pop("lr")
         settings["run"].pop("seed")
+        if self.num_processes > 1:
+            settings["num_processes"] = self.num_processes
         return _digest(settings)
 
     def _settings(self) -> dict[str, Any]:
         settings = self.config.model_dump(mode="json")
         settings["run"] = {k: settings["run"][k] for k in ("seed", "num_steps", "eval_every")}
+        settings["model"].pop("shard")  # where the weights are does not change the result
         if self.config.lora.mode == "full":
             settings["lora"] = {"mode": "full"}
         for section, key, usual in _LATER:
@@ -125,13 +130,13 @@ class Cell:
     def with_rate(self, lr: float) -> Cell:
         """The same cell at another learning rate."""
         optim = self.config.optim.model_copy(update={"lr": lr})
-        return make_cell(self.config.model_copy(update={"optim": optim}))
+        return make_cell(self.config.model_copy(update={"optim": optim}), self.num_processes)
 
 
-def make_cell(config: JobConfig) -> Cell:
+def make_cell(config: JobConfig, num_processes: int = 1) -> Cell:
     """The cell of one job."""
     cell = Cell("", config)
-    return Cell(_digest(cell._settings()), config)
+    return Cell(_digest(cell._settings()), config, num_processes)
 
 
 def load_study(path: Path, overrides: list[str] | None = None) -> StudyConfig:
@@ -161,7 +166,8 @@ def cells_of(study: StudyConfig) -> list[Cell]:
     for grid in study.grid:
         for departures in products(grid):
             for seed in study.study.seeds:
-                cell = make_cell(_job(study, departures, seed))
+                config = _job(study, departures, seed)
+                cell = make_cell(config, study.study.processes_per_cell)
                 cells.setdefault(cell.key, cell)
     return list(cells.values())
 
@@ -198,10 +204,25 @@ def _job(study: StudyConfig, departures: Mapping[str, Any], seed: int) -> JobCon
             raw["lora"].pop(key, None)
         raw.get("optim", {}).pop("lora_plus_ratio", None)
     try:
-        return parse_as(ROOTS[study.study.arm], raw)
+        config = parse_as(ROOTS[study.study.arm], raw)
+        _check_processes(config, study.study.processes_per_cell)
     except UserError as error:
         name = ", ".join(f"{key}={value}" for key, value in departures.items()) or "the job"
         raise UserError(f"study {study.study.name}, cell {name}: {error}") from error
+    return config
+
+
+def _check_processes(config: JobConfig, num: int) -> None:
+    """Raises UserError if a step has no work for each of a cell's processes."""
+    if isinstance(config, RunConfig):
+        setting, size = "sampling.num_prompts", config.sampling.num_prompts
+    else:
+        setting, size = "sft.batch_size", config.sft.batch_size
+    if num > size:
+        raise UserError(
+            f"study.processes_per_cell = {num} is more than {setting} = {size}, and a step is "
+            f"divided by prompts: set it to {size} or less"
+        )
 
 
 def _digest(settings: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ slots.
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -47,7 +48,7 @@ class Estimate:
 
     seconds: float  # wall clock, with all slots busy
     peak_mb: float  # of one process
-    slots: int
+    slots: int  # cells at once
     has_gpus: bool
 
 
@@ -98,6 +99,8 @@ def calibrate(study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Row]) ->
         if any(isinstance(row.get("time/step_s"), int | float) for row in steps):
             known[names[cell.key]] = read_timing(steps, seconds)
 
+    for cell in short.values():  # a calibration that was killed, or had other processes
+        shutil.rmtree(folder / cell.key, ignore_errors=True)
     run_queue(study, [*short.values()], folder, on_end)
     jsonl.write_json(file, {name: asdict(timing) for name, timing in known.items()})
     return known
@@ -110,7 +113,7 @@ def _shortened(cell: Cell) -> Cell:
     has_tests = num_tests(cell) > 0
     every = max(1, steps - 1) if isinstance(config, RunConfig) and has_tests else 0
     run = config.run.model_copy(update={"num_steps": steps, "eval_every": every})
-    return make_cell(config.model_copy(update={"run": run}))
+    return make_cell(config.model_copy(update={"run": run}), cell.num_processes)
 
 
 def estimate(

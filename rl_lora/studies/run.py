@@ -1,10 +1,11 @@
 """Runs a study's cells as resumable processes, as many at once as the machine has room for.
 
-On a CPU each process has `study.num_threads` threads, and there are as many processes as the cores
-and the free memory allow; on GPUs there are `study.num_per_gpu` per GPU, and a process sees only
-its own GPU (CUDA_VISIBLE_DEVICES). Processes are forked from a server that has already imported the
-libraries. A cell that fails becomes a row like the others. A study killed at any moment resumes:
-finished cells come from the table, unfinished ones continue from their checkpoints.
+A cell is one process, or `study.processes_per_cell`. On a CPU each process has `study.num_threads`
+threads, and there are as many as the cores and the free memory allow; on GPUs there are
+`study.num_per_gpu` per GPU, and a cell sees only its own GPUs (CUDA_VISIBLE_DEVICES). Processes are
+forked from a server that has already imported the libraries. A cell that fails becomes a row like
+the others. A study killed at any moment resumes: finished cells come from the table, unfinished
+ones continue from their checkpoints.
 """
 
 from __future__ import annotations
@@ -12,13 +13,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -26,11 +25,11 @@ from typing import Any
 
 import psutil
 
-from rl_lora.config import RunConfig
-from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.errors import UserError
 from rl_lora.runs.lock import run_lock
 from rl_lora.storage.directories import disk_errors
-from rl_lora.studies.config import Cell, JobConfig, StudyConfig, cells_of
+from rl_lora.studies.cell import PRELOADED, Outcome, run_cell
+from rl_lora.studies.config import Cell, StudyConfig, cells_of
 from rl_lora.studies.rate_sweep import refined_rates, sweep
 from rl_lora.studies.results import (
     GOALS,
@@ -46,56 +45,6 @@ _HEAVY = ("checkpoints", "adapters", "adapter", "probe", "best", "tensorboard", 
 _MEMORY_SHARE = 0.8  # of the free memory, for all processes together
 
 
-# --- one cell, in its own process -----------------------------------------------------------------
-
-
-def run_cell(config: JobConfig, log: Path, environment: dict[str, str], sender: Connection) -> None:
-    """Runs a job to its end and sends {"error": "", "failure": ""}; what it prints goes to a log.
-
-    The environment's variables are set before any device is used.
-    """
-    os.environ.update(environment)
-    _end_with_parent()
-    file = log.open("a", buffering=1, encoding="utf-8")
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(file.fileno(), stream.fileno())
-    import torch
-
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    from rl_lora.runs.inputs import ChangedInputsError
-
-    outcome = {"error": "", "failure": ""}
-    try:
-        if isinstance(config, RunConfig):
-            from rl_lora.train import train
-
-            train(config, resume=True, quiet=True)
-        else:
-            from rl_lora.sft.train import fine_tune
-
-            fine_tune(config, resume=True, quiet=True)
-    except FloatingPointError as error:
-        outcome = {"error": str(error), "failure": "nan"}
-    except ChangedInputsError as error:
-        fix = "restore it, or run the cell from its start with --retry"
-        outcome = {"error": f"{error.what}; {fix}", "failure": "crashed"}
-    except (UserError, StaleAdapterError) as error:
-        outcome = {"error": str(error), "failure": "crashed"}
-    sender.send(outcome)
-
-
-def _end_with_parent() -> None:
-    """Ends this process with the study's, so that no cell is still running when it starts again."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 # --- the queue ------------------------------------------------------------------------------------
 
 
@@ -108,11 +57,11 @@ class _Running:
     log: Path
     started: float = field(default_factory=time.monotonic)
 
-    def outcome(self) -> dict[str, str]:
+    def outcome(self) -> Outcome:
         """What the ended process sent; one that was killed sent nothing."""
         self.process.join()
         try:
-            outcome: dict[str, str] = self.receiver.recv()
+            outcome: Outcome = self.receiver.recv()
         except EOFError:
             lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             last = f"{lines[-1][:300] if lines else 'no output'} (see {self.log.name})"
@@ -122,21 +71,32 @@ class _Running:
 
 
 def num_slots(study: StudyConfig, peak_mb: float | None = None) -> tuple[int, bool]:
-    """(processes at once, whether they run on GPUs).
+    """(cells at once, whether they run on GPUs).
 
     If the memory of one process is known, free memory limits their number too.
+
+    Raises:
+        UserError: fewer GPUs than a cell has processes.
     """
     import torch
 
+    per_cell = study.study.processes_per_cell
     device = str(study.job.get("model", {}).get("device", "auto"))
     if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.device_count() * study.study.num_per_gpu, True
+        num_gpus = torch.cuda.device_count()
+        if num_gpus < per_cell:
+            raise UserError(
+                f"study.processes_per_cell = {per_cell}, and this machine shows {num_gpus} GPU(s), "
+                f"one for each process: set it to {num_gpus} or less"
+            )
+        return num_gpus // per_cell * study.study.num_per_gpu, True
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    slots = max(1, cores // study.study.num_threads)
+    slots = max(1, cores // (study.study.num_threads * per_cell))
     if peak_mb:
-        fitting = int(_MEMORY_SHARE * psutil.virtual_memory().available / (peak_mb * 1e6))
+        cell_bytes = peak_mb * 1e6 * per_cell
+        fitting = int(_MEMORY_SHARE * psutil.virtual_memory().available / cell_bytes)
         slots = max(1, min(slots, fitting))
     return slots, False
 
@@ -145,17 +105,16 @@ def run_queue(
     study: StudyConfig,
     cells: Sequence[Cell],
     folder: Path,
-    on_end: Callable[[Cell, float, dict[str, str]], None],
+    on_end: Callable[[Cell, float, Outcome], None],
     peak_mb: float | None = None,
 ) -> None:
     """Runs cells of a study in processes, as many at once as `num_slots` says.
 
-    Calls on_end(cell, seconds, outcome) as each ends; an outcome is {"error": ..., "failure": "" |
-    "nan" | "crashed"}.
+    Calls on_end(cell, seconds, outcome) as each ends.
     """
     slots, has_gpus = num_slots(study, peak_mb)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rl_lora.train", "rl_lora.sft.train"])
+    context.set_forkserver_preload(PRELOADED)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     folder.mkdir(parents=True, exist_ok=True)
     if cells:  # the server imports the libraries with its first process, which is no cell
@@ -170,7 +129,7 @@ def run_queue(
                 cell, slot = pending.popleft(), free.popleft()
                 variables = {
                     "OMP_NUM_THREADS": str(study.study.num_threads),
-                    "CUDA_VISIBLE_DEVICES": _gpu(slot) if has_gpus else "",
+                    "CUDA_VISIBLE_DEVICES": _gpus(slot, cell.num_processes) if has_gpus else "",
                 }
                 running.append(_start(context, cell, slot, folder, variables))
             wait([one.process.sentinel for one in running])
@@ -184,22 +143,24 @@ def run_queue(
             one.process.join()
 
 
-def _gpu(slot: int) -> str:
-    """The slot's GPU among those visible to this process; slots are assigned in turn."""
+def _gpus(slot: int, num: int) -> str:
+    """The slot's GPUs among those visible to this process, "4,5"; slots get them in turn."""
     import torch
 
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     names = visible or [str(index) for index in range(torch.cuda.device_count())]
-    return names[slot % len(names)]
+    first = slot % (len(names) // num) * num
+    return ",".join(names[first : first + num])
 
 
 def _start(
     context: Any, cell: Cell, slot: int, folder: Path, variables: dict[str, str]
 ) -> _Running:
     run = cell.config.run.model_copy(update={"output_dir": str(folder), "name": cell.key})
-    config, log = cell.config.model_copy(update={"run": run}), folder / f"{cell.key}.log"
+    placed = replace(cell, config=cell.config.model_copy(update={"run": run}))
+    log = folder / f"{cell.key}.log"
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=run_cell, args=(config, log, variables, sender), name=cell.key)
+    process = context.Process(target=run_cell, args=(placed, log, variables, sender), name=cell.key)
     process.start()
     sender.close()
     return _Running(cell, slot, process, receiver, log)
@@ -271,7 +232,7 @@ def run_study(
             left = pending_cells(cells, {row["cell"] for row in rows})
 
             def on_end(
-                cell: Cell, seconds: float, outcome: dict[str, str], total: int = len(cells)
+                cell: Cell, seconds: float, outcome: Outcome, total: int = len(cells)
             ) -> None:
                 run_folder, num = study.folder / "cells" / cell.key, study.study.final_steps
                 row = make_row(cell, run_folder, num, seconds, **outcome)

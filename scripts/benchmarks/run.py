@@ -101,15 +101,16 @@ def in_turn(arms_by_name: dict[str, Arm], commands: dict[str, str], rounds: int)
 Ratios = dict[str, list[float]]
 
 
-def measure(size: Size, rounds: int, logs: Path) -> dict[str, Any]:
+def measure(size: Size, rounds: int, logs: Path, only: str | None = None) -> dict[str, Any]:
     """All figures of one run: {"ratios": {...}, "spread": {...}, "answers": {...}, ...}.
 
-    Each part is also written to the folder of the logs as soon as it is done.
+    Each part is also written to the folder of the logs as soon as it is done. only: a name of
+    PARTS, to measure nothing else.
     """
     ratios: Ratios = {}
     answers: dict[str, Any] = {}
-    for part in (measure_steps, measure_learners):
-        found, answered = part(size, rounds, logs)
+    for name in [only] if only else PARTS:
+        found, answered = PARTS[name](size, rounds, logs)
         ratios, answers = ratios | found, answers | answered
         text = json.dumps({"ratios": ratios, "answers": answers}, indent=2)
         (logs / "bench_step.partial.json").write_text(text + "\n", encoding="utf-8")
@@ -129,8 +130,11 @@ def speeds(size: Size, answers: dict[str, Any]) -> dict[str, dict[str, float]]:
     FLOP/s as a share of the matmul peak) and the share of the roofline.
 
     Needed operations and the bound are the workload's for every arm, with a prompt once for its
-    completions: what an arm computes beyond that counts as time.
+    completions: what an arm computes beyond that counts as time. The learner's arm measures both;
+    without it there are no speeds.
     """
+    if "learner" not in answers:
+        return {}
     needed = {
         key: median(answer[key] for answer in answers["learner"])
         for key in ("needed_gflop", "peak_gflops", "bound_s")
@@ -148,21 +152,25 @@ def speeds(size: Size, answers: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def measure_steps(size: Size, rounds: int, logs: Path) -> tuple[Ratios, dict[str, Any]]:
-    """Whole steps, ours and TRL's in turn; then sampling with and without the adapter."""
+    """Whole steps, ours and TRL's in turn."""
     ratios: Ratios = {}
     names = ["ours", *(["trl"] if has_trl() else [])]
     with arms(names, size, logs) as made:
         answers = in_turn(made, dict.fromkeys(names, "step"), rounds)
-        both = [made["ours"].ask("sample_both") for _ in range(2)][1]
-    ratios["sampling_lora_vs_base"] = [
-        base / lora for base, lora in zip(both["base"], both["lora"], strict=True)
-    ]
     if "trl" in answers:
         pairs = list(zip(answers["trl"], answers["ours"], strict=True))
         ratios["step_vs_trl"] = [trl["step"] / ours["step"] for trl, ours in pairs]
         ratios["learn_vs_trl"] = [trl["learn"] / ours["learn"] for trl, ours in pairs]
         ratios["memory_vs_trl"] = [_peak(ours) / _peak(trl) for trl, ours in pairs]
-    return ratios, {**answers, "sample_both": both}
+    return ratios, answers
+
+
+def measure_sampling(size: Size, rounds: int, logs: Path) -> tuple[Ratios, dict[str, Any]]:
+    """Sampling with the adapter and without, in turn in the same engine."""
+    with arms(["ours"], size, logs) as made:
+        both = in_turn(made, {"ours": "sample_both"}, rounds)["ours"]
+    ratios = {"sampling_lora_vs_base": [answer["base"] / answer["lora"] for answer in both]}
+    return ratios, {"sample_both": both}
 
 
 def measure_learners(size: Size, rounds: int, logs: Path) -> tuple[Ratios, dict[str, Any]]:
@@ -180,6 +188,9 @@ def measure_learners(size: Size, rounds: int, logs: Path) -> tuple[Ratios, dict[
     ]
     ratios["lora_vs_full_flops"] = [flops["learner"]["products"] / flops["full"]["products"]]
     return ratios, {**learned, "flops": flops}
+
+
+PARTS = {"steps": measure_steps, "sampling": measure_sampling, "learners": measure_learners}
 
 
 def sweep(

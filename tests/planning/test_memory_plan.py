@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
-from rl_lora.commands.plan import memory_table, print_plan
+from rl_lora.commands.plan import print_plan
+from rl_lora.commands.plan_tables import memory_table
 from rl_lora.config import LoraSection, ModelSection, RunConfig, parse_config
 from rl_lora.errors import UserError
 from rl_lora.models.shapes import (
@@ -176,10 +177,10 @@ def test_memory_plan_adds_up_by_hand() -> None:
     assert largest_microbatch(parts, 4096, activations) == 0
     # The engine is asked for what is left when the learner's weights are loaded already: gradients
     # and optimizer come later, and with overlap activations and logits too.
-    assert bytes_to_come(config, LLAMA_8B, counts.trainable) == 12 * 2_621_440
+    assert bytes_to_come(config, LLAMA_8B, counts.base, counts.trainable) == 12 * 2_621_440
     overlap = {"sampling": config.sampling.model_copy(update={"overlap": True})}
     both = config.model_copy(update=overlap)
-    come = bytes_to_come(both, LLAMA_8B, counts.trainable)
+    come = bytes_to_come(both, LLAMA_8B, counts.base, counts.trainable)
     assert come == 12 * 2_621_440 + 12 * 2**24 + activations
     together = memory_plan(both, LLAMA_8B, counts.base, counts.trainable, 64 * 2**30)
     assert peak(together, "sampling") == peak(together, "learning")
@@ -319,8 +320,12 @@ def test_plan_of_a_gpu_job_needs_neither_gpu_nor_network() -> None:
 
 
 def test_plan_says_when_the_machine_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rl_lora.commands.plan.machine_bytes", lambda device: 2**30)
-    assert "MORE than this machine's 1.00 GiB" in _printed(RunConfig())
+    for module in ("plan", "plan_tables"):
+        monkeypatch.setattr(f"rl_lora.commands.{module}.machine_bytes", lambda device: 2**30)
+    config = parse_config({"model": {"device": "cpu"}, "optim": {"microbatch_tokens": 10**6}})
+    text = _printed(config)
+    assert "MORE than this machine's 1.00 GiB" in text
+    assert "No setting that leaves the results as they are makes it fit" in text
 
 
 def test_tiny_model_that_is_not_made_yet_has_its_recipes_shape() -> None:

@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
-from rl_lora import build as job
 from rl_lora.adapters.files import fingerprint, save_adapter
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
@@ -33,6 +32,7 @@ from rl_lora.samplers.liveness import VersionCheck
 from rl_lora.samplers.vllm import merged_weights
 from rl_lora.samplers.vllm import sampler as vllm_sampler
 from rl_lora.samplers.vllm import settings as vllm_settings
+from rl_lora.samplers.vllm.checks import with_compilation
 from rl_lora.samplers.vllm.engine import check_adapter, make_engine
 from rl_lora.samplers.vllm.process import import_vllm, process_kept
 from rl_lora.samplers.vllm.sampler import VllmSampler
@@ -128,6 +128,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "llama", tied=False)
 
 
+@pytest.mark.usefixtures("vllm_installed")
 def test_full_weights_are_replaced_and_the_engine_is_freed(model_dir: Path, tmp_path: Path) -> None:
     tied_dir = make_model(tmp_path / "tied", tied=True)
     adapter = publish(tied_dir, tmp_path / "weights", 1, mode="full")
@@ -162,6 +163,7 @@ def test_full_weights_are_replaced_and_the_engine_is_freed(model_dir: Path, tmp_
         sampler.sample(PROMPTS, PARAMS)
 
 
+@pytest.mark.usefixtures("vllm_installed")
 def test_models_that_vllm_does_not_serve(tmp_path: Path) -> None:
     narrow = make_model(tmp_path / "narrow", hidden=32)
     with pytest.raises(UserError, match=r"heads of 32, .*narrow are 16 wide.*backend=torch"):
@@ -176,6 +178,7 @@ def test_models_that_vllm_does_not_serve(tmp_path: Path) -> None:
     assert len(str(got.value)) < 400
 
 
+@pytest.mark.usefixtures("vllm_installed")
 @pytest.mark.parametrize(
     ("error", "told"),
     [
@@ -218,7 +221,7 @@ State = dict[str, Any]  # of the process, before and after an engine was made
     params=["merged", "lora_layers", pytest.param("compiled", marks=pytest.mark.slow)],
 )
 def opened(
-    model_dir: Path, request: pytest.FixtureRequest
+    model_dir: Path, vllm_installed: None, request: pytest.FixtureRequest
 ) -> Iterator[tuple[VllmSampler, State, State]]:
     before = _process_state()
     with pytest.MonkeyPatch.context() as patch:
@@ -568,6 +571,7 @@ def test_vllm_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         import_vllm(torch.device("cuda"))
 
 
+@pytest.mark.usefixtures("vllm_installed")
 def test_vllm_of_another_device() -> None:
     with pytest.raises(UserError, match=r"built for cpu.*model\.device is cuda.*rl_lora\[gpu\]"):
         import_vllm(torch.device("cuda"))
@@ -711,7 +715,7 @@ def test_a_job_asks_for_compilation_once_and_only_where_the_config_leaves_it_ope
     long = SamplingSection(max_tokens=1000)
 
     def eager(section: SamplingSection, device: str, num_steps: int = 1000) -> bool | None:
-        return job._with_compilation(section, torch.device(device), num_steps, notes.append).eager
+        return with_compilation(section, torch.device(device), num_steps, notes.append).eager
 
     assert eager(long, "cpu") is False
     assert len(notes) == 1
@@ -723,8 +727,8 @@ def test_a_job_asks_for_compilation_once_and_only_where_the_config_leaves_it_ope
     assert len(notes) == 1
 
 
+@pytest.mark.usefixtures("vllm_installed")
 def test_rank_slots_are_vllms() -> None:
-    pytest.importorskip("vllm")
     with process_kept():
         from vllm.config.lora import MaxLoRARanks
     assert get_args(MaxLoRARanks) == RANK_SLOTS

@@ -123,7 +123,7 @@ def sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmSam
     monkeypatch.setattr(
         vllm_sampler, "make_engine", lambda _, settings, on_cpu: RecordingEngine(settings)
     )
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GIB, 80 * GIB))
     policy: Any = SimpleNamespace(
         model_dir=random_llama(tmp_path / "model"),
         lora=LoraSection(rank=1),
@@ -259,12 +259,12 @@ def test_checksums_see_every_bit_of_every_tensor() -> None:
 
 
 def test_a_share_that_is_set_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * GIB, 80 * GIB))
-    asked = EngineOptions(memory_fraction=0.3, learner_bytes=70 * GIB)
-    assert with_memory_fraction(asked) is asked
-    assert with_memory_fraction(EngineOptions()).memory_fraction == 16 / 80
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GIB, 80 * GIB))
+    asked, gpu = EngineOptions(memory_fraction=0.3, learner_bytes=70 * GIB), torch.device("cuda", 1)
+    assert with_memory_fraction(asked, gpu) is asked
+    assert with_memory_fraction(EngineOptions(), gpu).memory_fraction == 16 / 80
     with pytest.raises(UserError, match=r"20\.0 of 80\.0 GiB free, and the learner takes 16\.0"):
-        with_memory_fraction(EngineOptions(learner_bytes=16 * GIB))
+        with_memory_fraction(EngineOptions(learner_bytes=16 * GIB), gpu)
 
 
 def test_the_share_leaves_the_reserve() -> None:

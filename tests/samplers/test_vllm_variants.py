@@ -22,6 +22,7 @@ from tests.samplers.test_vllm_sampler import (
 __all__ = ["pytestmark"]  # applies here, too
 
 
+@pytest.mark.usefixtures("vllm_installed")
 def test_adapters_of_variants_are_served_as_peft_serves_them(tmp_path: Path) -> None:
     """One engine with room for PiSSA's served rank of 16 takes the others as well."""
     model = make_model(tmp_path / "model")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,6 +91,25 @@ def test_trls_requests_get_the_lengths() -> None:
     assert not asked["use_tqdm"]
     found = [(one.max_tokens, one.ignore_eos) for one in asked["sampling_params"]]
     assert found == [(7, True), (9, True)]
+
+
+def test_a_part_is_measured_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Base over adapter: 2 / 4, then 3 / 4 s; the first answer, 9 / 1, warms up."""
+    pairs = [{"lora": 1.0, "base": 9.0}, *({"lora": 4.0, "base": base} for base in (2.0, 3.0))]
+    answers = {"sample_both": iter(pairs)}
+    started = []
+
+    @contextlib.contextmanager
+    def arms(names: list[str], *_: object) -> Iterator[dict[str, SimpleNamespace]]:
+        started.append(names)
+        yield {"ours": SimpleNamespace(ask=lambda command: next(answers[command]))}
+
+    monkeypatch.setattr(run, "arms", arms)
+    result = run.measure(Size(), 2, tmp_path, "sampling")
+    assert started == [["ours"]]
+    assert result["ratios"] == {"sampling_lora_vs_base": 0.625}
+    assert result["spread"] == {"sampling_lora_vs_base": [0.5, 0.75]}
+    assert result["speeds"] == {}
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from rl_lora.cli import main
 from rl_lora.config import parse_as
 from rl_lora.errors import UserError
+from rl_lora.runs.lock import is_alive
+from rl_lora.storage.jsonl import read_lines
 from rl_lora.studies.config import StudyConfig, cells_of, make_cell
 from rl_lora.studies.plan import Timing, estimate, read_timing
 from rl_lora.studies.results import CURVE_POINTS, append_row, curve, make_row, read_table
-from rl_lora.studies.run import _gpu, all_cells, num_slots, pending_cells, refined_cells
+from rl_lora.studies.run import (
+    _gpus,
+    all_cells,
+    num_slots,
+    pending_cells,
+    refined_cells,
+    run_study,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -166,6 +177,11 @@ def test_slots_keep_within_cores_and_memory(
     threads = study.model_copy(update={"study": study.study.model_copy(update={"num_threads": 4})})
     assert num_slots(threads) == (2, False)
     assert num_slots(study, peak_mb=1e9) == (1, False)  # a petabyte: one at a time, still
+    pairs = parse_as(StudyConfig, {"study": {"processes_per_cell": 2}})
+    assert num_slots(pairs) == (4, False)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10e9))
+    # 0.8 x 10 GB holds 5 cells of one 1.5 GB process, and 2 of two
+    assert [num_slots(one, peak_mb=1500) for one in (study, pairs)] == [(5, False), (2, False)]
 
 
 def test_cells_on_gpus_go_round_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,9 +190,16 @@ def test_cells_on_gpus_go_round_those_that_are_visible(monkeypatch: pytest.Monke
     study = parse_as(StudyConfig, {"study": {"num_per_gpu": 3}})
     assert num_slots(study) == (6, True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert [_gpu(slot) for slot in range(4)] == ["4", "7", "4", "7"]
+    assert [_gpus(slot, 1) for slot in range(4)] == ["4", "7", "4", "7"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert [_gpu(slot) for slot in range(4)] == ["0", "1", "0", "1"]
+    assert [_gpus(slot, 1) for slot in range(4)] == ["0", "1", "0", "1"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 5)  # two pairs, and one is left over
+    study = parse_as(StudyConfig, {"study": {"num_per_gpu": 2, "processes_per_cell": 2}})
+    assert num_slots(study) == (4, True)
+    assert [_gpus(slot, 2) for slot in range(4)] == ["0,1", "2,3", "0,1", "2,3"]
+    study = parse_as(StudyConfig, {"study": {"processes_per_cell": 6}})
+    with pytest.raises(UserError, match=r"processes_per_cell = 6, .* 5 GPU.*: set it to 5 or less"):
+        num_slots(study)
 
 
 # --- real studies ---------------------------------------------------------------------------------
@@ -225,6 +248,62 @@ def test_a_killed_rl_study_resumes(tmp_path: Path) -> None:
     for row in rows:
         assert first.get(row["cell"], row) == row  # what was done is not done again
     assert not list((tmp_path / "s" / "cells").glob("*/checkpoints"))
+
+
+DEADLY = """
+import os, signal
+
+
+def score(completion, reference):
+    if os.environ.get("RANK") == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0.0
+"""
+
+
+@pytest.mark.slow
+def test_cells_of_two_processes(tmp_path: Path) -> None:
+    """Their results are one process's, a failure is a row, and all processes end with the study."""
+    raw = raw_study(tmp_path, "rl")
+    raw["job"]["run"]["num_steps"] = 2
+    raw["grid"] = [{"optim": {"lr": [1e-3, 1e30]}}]
+    run_study(parse_as(StudyConfig, raw | {"study": raw["study"] | {"name": "single"}}))
+    raw["study"]["processes_per_cell"] = 2
+    raw["grid"].append({"optim": {"lr": [1e-3]}, "reward": {"name": ["deadly:score"]}})
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    command = [sys.executable, "-m", "rl_lora", "study", str(write_study(tmp_path, raw))]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not list((tmp_path / "s/cells").glob("*/metrics.jsonl")):
+            time.sleep(0.02)
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(started) >= 5  # two servers of processes, the launcher and two ranks
+    deadline = time.monotonic() + 30
+    while alive := [one for one in started if is_alive(one.pid, one.create_time())]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.02)
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    rows = {row["cell"]: row for row in read_table(tmp_path / "s")}
+    assert len(rows) == 3
+    for one in read_table(tmp_path / "single"):
+        two = rows.pop(one["cell"])
+        for key in ("status", "error", "start", "result", "curves"):
+            assert two[key] == one[key]
+        ours, theirs = (
+            read_lines(tmp_path / name / "cells" / one["cell"] / "metrics.jsonl")
+            for name in ("s", "single")
+        )
+        assert len(ours) == len(theirs) > 0
+        assert "system/all_reduce_bytes" in ours[0].keys() - theirs[0].keys()
+        for our, their in zip(ours, theirs, strict=True):
+            for key in ("reward/mean", "entropy/mean", "grad/norm", "adapter/norm"):
+                assert our[key] == pytest.approx(their[key], rel=1e-6)
+    (killed,) = rows.values()
+    assert killed["status"] == "crashed"
+    assert killed["error"].startswith("rank 1, exit code -9: Signal 9 (SIGKILL)")
+    assert killed["error"].endswith(f"(see {killed['cell']}.log)")
 
 
 def test_a_cell_that_dies_is_recorded(tmp_path: Path) -> None:

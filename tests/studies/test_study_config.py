@@ -88,6 +88,19 @@ def test_the_folder_is_no_part_of_a_cells_key(tmp_path: Path) -> None:
     assert not {cell.key for cell in one} & {cell.key for cell in longer}
 
 
+def test_where_a_cell_runs_is_no_part_of_its_key_but_of_its_cost(tmp_path: Path) -> None:
+    file = write(tmp_path, STUDY)
+    single, shared = load_study(file), load_study(file, ["study.processes_per_cell=4"])
+    pairs = list(zip(cells_of(single), cells_of(shared), strict=True))
+    assert {(one.num_processes, four.num_processes) for one, four in pairs} == {(1, 4)}
+    for one, four in pairs:
+        assert one.key == four.key
+        assert one.cost_class != four.cost_class
+        assert four.with_rate(0.5).num_processes == 4
+    sharded = load_study(file, ["job.model.shard=true"])
+    assert [cell.key for cell in cells_of(sharded)] == [one.key for one, _ in pairs]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -96,6 +109,10 @@ def test_the_folder_is_no_part_of_a_cells_key(tmp_path: Path) -> None:
         (('arm = "sft"', 'arm = "dpo"'), r"study\.arm"),
         (("seeds = [0, 1]", "seeds = []"), "at least one seed"),
         (("[study]", "[studdy]"), "did you mean 'study'"),
+        (
+            ("[study]", "[study]\nprocesses_per_cell = 33"),
+            r"cell lora\.rank=1.*processes_per_cell = 33 is more than sft\.batch_size = 32",
+        ),
     ],
 )
 def test_bad_studies_are_one_line(tmp_path: Path, change: tuple[str, str], message: str) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from rl_lora import distributed
 from rl_lora.adapters.files import check_published
 from rl_lora.config import LoraSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.vllm.kept_classes import classes_kept
 from rl_lora.samplers.vllm.merged_weights import MergedWeights
-from rl_lora.samplers.vllm.process import keep_float32_exact, process_kept
+from rl_lora.samplers.vllm.own_group import keep_job_groups, own_group
+from rl_lora.samplers.vllm.process import keep_compiled_apart, keep_float32_exact, process_kept
 from rl_lora.samplers.vllm.settings import text_config
 from rl_lora.types import Adapter
 
@@ -32,7 +34,7 @@ def check_device(device: torch.device, lora: LoraSection, model_dir: Path) -> No
             f"model {model_dir}: vLLM serves no adapters on {model_type}; set "
             'sampling.backend="torch"'
         )
-    if device.index:
+    if device.index and distributed.world_size() == 1:
         raise UserError(
             f"model.device={str(device)!r}: vLLM takes the first visible GPU; set "
             f"CUDA_VISIBLE_DEVICES={device.index} and model.device='cuda'"
@@ -49,6 +51,8 @@ def make_engine(vllm: SimpleNamespace, settings: dict[str, Any], on_cpu: bool) -
     """A vllm.LLMEngine. Raises UserError if vLLM refuses the model or a setting."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_kept())
+        keep_job_groups()
+        stack.enter_context(own_group("gloo" if on_cpu else "nccl"))
         settle_classes = stack.enter_context(classes_kept())
         if on_cpu:
             from rl_lora.samplers.vllm import cpu_lora as vllm_cpu_lora
@@ -57,8 +61,10 @@ def make_engine(vllm: SimpleNamespace, settings: dict[str, Any], on_cpu: bool) -
             stack.enter_context(vllm_cpu_lora.installed())
             if settings["enforce_eager"] and (priorities := vllm_cpu_norm.priorities()):
                 settings = settings | {"ir_op_priority": priorities}
-        elif settings.get("dtype") == "float32":
-            keep_float32_exact()
+        else:
+            keep_compiled_apart(distributed.rank())
+            if settings.get("dtype") == "float32":
+                keep_float32_exact()
         try:
             engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**settings))
             settle_classes(engine)

@@ -35,7 +35,7 @@ _ENVIRONMENT = {
     # does not start if it is chosen but not installed.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_USE_DEEP_GEMM": "0",  # kernels for fp8 weights, compiled and warmed up at the start
-    # One process: without these, a machine without network would search for an address.
+    # An engine is one process; without these, vLLM searches for the machine's address in a network.
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
 }
@@ -102,6 +102,16 @@ def keep_float32_exact() -> None:
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 
+def keep_compiled_apart(rank: int) -> None:
+    """Gives each rank but the first its own cache of vLLM's compiled graphs; in `process_kept`.
+
+    They are not all written atomically, and the nodes of a cluster may share their home directory.
+    """
+    if rank > 0:
+        root = Path(importlib.import_module("vllm.envs").VLLM_CACHE_ROOT)
+        os.environ["VLLM_CACHE_ROOT"] = str(root / f"rank_{rank}")
+
+
 def check_cpu_heads(model_dir: Path) -> None:
     """Raises UserError if vLLM's attention kernels for CPUs do not support the model's heads.
 
@@ -160,7 +170,7 @@ def process_kept() -> Iterator[None]:
 
 
 def torch_random_state_kept() -> contextlib.AbstractContextManager[None]:
-    """Restores PyTorch's random state, of the CPU and of GPUs in use; only in the main thread.
+    """Restores PyTorch's random state, of the CPU and of a GPU in use; only in the main thread.
 
     The state belongs to the process: another thread that restored it would undo what the main
     thread draws meanwhile. Seeded requests draw from their own generators.
@@ -168,7 +178,7 @@ def torch_random_state_kept() -> contextlib.AbstractContextManager[None]:
     if threading.current_thread() is not threading.main_thread():
         return contextlib.nullcontext()
     is_used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    devices = list(range(torch.cuda.device_count())) if is_used else []
+    devices = [torch.cuda.current_device()] if is_used else []
     return torch.random.fork_rng(devices=devices)
 
 

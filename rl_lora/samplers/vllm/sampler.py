@@ -111,7 +111,7 @@ class VllmSampler:
         self._checksums: list[int] = []  # of the weights of an engine that sleeps on a GPU
         settings = engine_settings(
             model_dir,
-            engine if self._on_cpu else with_memory_fraction(engine),
+            engine if self._on_cpu else with_memory_fraction(engine, device),
             dtype=dtype,
             device=device,
             max_model_len=max_model_len,

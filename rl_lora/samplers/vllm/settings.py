@@ -14,6 +14,7 @@ import psutil
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from rl_lora import distributed
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import UserError
 from rl_lora.models.shapes import has_own_head, kv_bytes_per_token
@@ -51,7 +52,7 @@ class ServedPolicy(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """cpu, or the GPU that PyTorch numbers 0."""
+        """cpu, or this process's GPU."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class EngineOptions:
     learner_bytes: int = 0  # GPU memory that the learner will still take and hold while sampling
 
 
-def with_memory_fraction(options: EngineOptions) -> EngineOptions:
+def with_memory_fraction(options: EngineOptions, device: torch.device) -> EngineOptions:
     """The options with a memory_fraction, from what is free on the GPU now if none is set.
 
     Raises:
@@ -79,7 +80,7 @@ def with_memory_fraction(options: EngineOptions) -> EngineOptions:
     if options.memory_fraction is not None:
         return options
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info(device)
     fraction = memory_fraction(total, total - free + options.learner_bytes)
     if fraction <= 0:
         raise UserError(
@@ -129,13 +130,13 @@ def engine_settings(
         # vLLM goes by the config and would use the embedding; the learner goes by the files.
         settings["hf_overrides"] = {"tie_word_embeddings": False}
     if not on_cpu:
-        return settings | _gpu_settings(options, num_seqs)
+        return settings | _gpu_settings(options, num_seqs, device)
     cache_bytes = cpu_cache_bytes(
         text_config(model_dir),
         dtype=dtype,
         max_model_len=max_model_len,
         num_seqs=num_seqs,
-        free_bytes=psutil.virtual_memory().available,
+        free_bytes=psutil.virtual_memory().available // distributed.local_size(),
     )
     return settings | {
         "block_size": CPU_BLOCK_SIZE,
@@ -147,12 +148,14 @@ def engine_settings(
     }
 
 
-def _gpu_settings(options: EngineOptions, num_seqs: int) -> dict[str, Any]:
+def _gpu_settings(options: EngineOptions, num_seqs: int, device: torch.device) -> dict[str, Any]:
     settings: dict[str, Any] = {
         # Separate graphs for batches without an adapter, which then skip its kernels.
         "compilation_config": {"cudagraph_specialize_lora": True},
         "enable_sleep_mode": True,  # for `VllmSampler.release_memory`
     }
+    if device.index is not None:
+        settings["device_ids"] = [device.index]  # of those in CUDA_VISIBLE_DEVICES
     if options.memory_fraction is not None:
         settings["gpu_memory_utilization"] = options.memory_fraction
     if num_seqs > GPU_BATCHED_TOKENS:

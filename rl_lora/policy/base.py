@@ -1,12 +1,8 @@
-"""The policy: a base model with a LoRA adapter, or with all its weights in training.
-
-In LoRA mode the base's weights are never written to, which `base_fingerprint` proves.
-"""
+"""What both kinds of policy have in common."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -19,20 +15,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rl_lora import distributed
 from rl_lora.config import LoraSection, ModelSection, parse_as
-from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.models.architectures import check_architecture
 from rl_lora.models.device import pick_device, pick_dtype
 from rl_lora.models.forward import can_share_prompts, token_logprobs
 from rl_lora.models.load import load_model
 from rl_lora.models.resolve import load_tokenizer, resolve_model
-from rl_lora.nn.checksum import weights_hash
 from rl_lora.nn.compiled import compile_layers
 from rl_lora.nn.context import adapters_off
-from rl_lora.nn.experts import adapted_parts, check_rank, expert_tensors, split_experts
-from rl_lora.nn.lora import BASE_PREFIX, attach_lora, lora_layers
-from rl_lora.nn.optimized import FlatParameters, MasterWeights, Optimized
-from rl_lora.nn.variants import is_shifted, served_rank
+from rl_lora.nn.experts import check_rank
+from rl_lora.nn.model_state import check_shapes
+from rl_lora.nn.optimized import Optimized
+from rl_lora.nn.sharded import is_to_be_sharded, whole_weights
 from rl_lora.types import Adapter, Microbatch
 
 
@@ -64,16 +59,22 @@ class Policy(ABC):
         self.base_revision = model.revision
         self.lora = lora
         self.device = pick_device(model.device)
-        self.dtype = pick_dtype(model.dtype, self.device)
+        self.dtype = distributed.from_main(  # by a timing, which may differ
+            lambda: pick_dtype(model.dtype, self.device), "the choice of model.dtype"
+        )
         config = AutoConfig.from_pretrained(model_dir)
         check_architecture(config, model_dir)
         check_rank(config, lora)
+        self.is_sharded = is_to_be_sharded(model, lora)  # whether a rank holds a share of the base
         self.model: PreTrainedModel = load_model(model_dir, self.dtype)
-        self.model.to(self.device)  # type: ignore[arg-type]  # its stubs know no device
-        self.can_share_prompts = can_share_prompts(self.model)
+        if not self.is_sharded:
+            self.model.to(self.device)  # type: ignore[arg-type]  # its stubs know no device
         self.target_names: list[str] = []  # layers with an adapter
         self.expert_names: tuple[str, ...] = ()  # gate, up and down of adapted experts in files
-        self._make_trainable(seed, keep_reference)
+        self._make_trainable(seed)
+        self.can_share_prompts = can_share_prompts(self.model)
+        if keep_reference:
+            self._keep_reference()
         self._has_checkpoints = checkpoint_activations
         if checkpoint_activations:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -104,6 +105,8 @@ class Policy(ABC):
         Raises:
             UserError: there is no such model, or a bad setting.
         """
+        from rl_lora.policy import open_policy
+
         model = parse_as(ModelSection, {"name": name, "device": device, "dtype": dtype})
         section = parse_as(LoraSection, {"rank": rank, **lora})
         return open_policy(resolve_model(model), model, section, seed=seed)
@@ -129,17 +132,26 @@ class Policy(ABC):
 
         if folder is not None:
             return save_adapter(self, folder, version=step, run_name=run_name)
-        self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="rl-lora-")
-        adapter = save_adapter(self, Path(self._scratch.name), version=step, run_name=run_name)
-        remove_old(adapter.path.parent, keep={step, step - 1})
+        folder = distributed.from_main(self._scratch_folder, f"publishing version {step}")
+        adapter = save_adapter(self, folder, version=step, run_name=run_name)
+        if distributed.is_main():
+            remove_old(folder, keep={step, step - 1})
         return adapter
+
+    def _scratch_folder(self) -> Path:
+        self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="rl-lora-")
+        return Path(self._scratch.name)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in a fixed order."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     @abstractmethod
-    def _make_trainable(self, seed: int, keep_reference: bool) -> None: ...
+    def _make_trainable(self, seed: int) -> None:
+        """Also shards the model, if it is to be."""
+
+    def _keep_reference(self) -> None:  # noqa: B027 (where there is a base, nothing is to do)
+        """Copies the base for `reference_logprobs`, if need be."""
 
     @property
     @abstractmethod
@@ -158,12 +170,17 @@ class Policy(ABC):
 
     @abstractmethod
     def published_tensors(self) -> dict[str, Tensor]:
-        """What a version of this policy consists of: the adapter, or the whole state dict."""
+        """What a version of this policy consists of: the adapter, or the whole state dict.
+
+        Sharded whole models are gathered in the host memory of rank 0; all ranks call it, and the
+        others get no tensors.
+        """
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What training resumes from, the policy's own tensors: as published, except that PiSSA and
         OLoRA keep the trained factors and the frozen start apart, and that bfloat16 weights in
-        training are represented by their float32 masters."""
+        training are represented by their float32 masters. Of whole sharded models this too is a
+        copy on rank 0."""
         return self.published_tensors()
 
     def on_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -173,21 +190,14 @@ class Policy(ABC):
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Copies `state_tensors` in (a published version's, except for PiSSA and OLoRA); names and
-        shapes must match exactly.
+        shapes must match exactly. All ranks have the tensors, and call it.
 
         Raises:
             UserError: a name or shape differs, as with an adapter of another base model.
         """
         own = self.state_tensors()
-        for name in sorted(own.keys() ^ tensors.keys()):
-            where = "lacks" if name in own else "has an extra tensor"
-            raise UserError(f"adapter of another base model or shape: it {where} {name}")
+        check_shapes(own, tensors, self.base_name)
         for name, tensor in own.items():
-            if tensor.shape != tensors[name].shape:
-                raise UserError(
-                    f"adapter of another base model or rank: {name} is "
-                    f"{list(tensors[name].shape)}, {self.base_name} needs {list(tensor.shape)}"
-                )
             tensor.copy_(tensors[name])
 
     def adapter_off(self) -> AbstractContextManager[None]:
@@ -223,6 +233,19 @@ class Policy(ABC):
         finally:
             self.model.eval()
 
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Every rank holds all weights inside, so that ranks may run different numbers of forward
+        passes, without gradients. All ranks enter it."""
+        with whole_weights(self.model) if self.is_sharded else contextlib.nullcontext():
+            yield
+
+    def fingerprint(self) -> str:
+        """Of `published_tensors`, as `Adapter.fingerprint`; of a sharded policy, all ranks call."""
+        from rl_lora.adapters.files import fingerprint
+
+        return fingerprint(self.published_tensors())
+
     @abstractmethod
     def base_fingerprint(self) -> str:
         """Hash of the base's weights; in full fine-tuning of the weights as they are now."""
@@ -231,165 +254,3 @@ class Policy(ABC):
     def check_base(self, expected: str) -> None:
         """Raises StaleAdapterError where the base has been written to since its fingerprint was
         `expected`."""
-
-
-class LoraPolicy(Policy):
-    """A frozen base model with a LoRA adapter in training."""
-
-    has_base = True
-
-    def _make_trainable(self, seed: int, keep_reference: bool) -> None:
-        self.target_names = attach_lora(self.model, self.lora, seed)
-        # Walks over all modules, once: publishing asks for them at each step.
-        self._lora_layers = list(lora_layers(self.model))
-        self.expert_names = adapted_parts(self.model)
-        self._flat = FlatParameters(self.trainable())
-
-    @property
-    def optimized(self) -> FlatParameters:
-        """The adapter as one tensor, and its gradient as another."""
-        return self._flat
-
-    @property
-    def learns_in_parallel(self) -> bool:
-        """On a CPU."""
-        return self.device.type == "cpu"
-
-    @property
-    def published_rank(self) -> int:
-        """Twice lora.rank with PiSSA and OLoRA."""
-        return served_rank(self.lora)
-
-    def published_tensors(self) -> dict[str, Tensor]:
-        """lora_A [rank, d_in] and lora_B [d_out, rank] under PEFT's names, as they are served: of
-        twice the rank with PiSSA and OLoRA, with magnitudes for DoRA."""
-        tensors = {
-            f"base_model.model.{name}.{part}": tensor.detach()
-            for name, layer in self._lora_layers
-            for part, tensor in layer.published().items()
-        }
-        return tensors | (expert_tensors(self.model) if self.expert_names else {})
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        if not is_shifted(self.lora.variant):
-            return self.published_tensors()
-        return {
-            f"base_model.model.{name}.{part}": tensor.detach()
-            for name, layer in self._lora_layers
-            for part, tensor in layer.state().items()
-        }
-
-    def on_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._flat.on_host(tensors)
-
-    @torch.no_grad()
-    def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
-        with self.adapter_off():
-            return token_logprobs(self.model, batch, temperature, self._is_compiled)[0]
-
-    def base_fingerprint(self) -> str:
-        """`weights_hash` of the frozen weights."""
-        return weights_hash(
-            (name.replace(BASE_PREFIX, "."), parameter)
-            for name, parameter in sorted(self.model.named_parameters())
-            if not parameter.requires_grad
-        )
-
-    def check_base(self, expected: str) -> None:
-        if self.base_fingerprint() != expected:
-            raise StaleAdapterError("the base model's weights changed during the run")
-
-
-class FullPolicy(Policy):
-    """A model with all its weights in training (lora.mode = "full").
-
-    The base is a copy made before training, with `keep_reference` only.
-    """
-
-    has_base = False
-
-    def _make_trainable(self, seed: int, keep_reference: bool) -> None:
-        self.model.requires_grad_(True)
-        self._reference = copy.deepcopy(self.model) if keep_reference else None
-        self._masters: MasterWeights | None = None  # none before training: they take memory
-
-    @property
-    def optimized(self) -> MasterWeights:
-        """The weights, or their masters if they are bfloat16."""
-        self._masters = self._masters or MasterWeights(self.trainable())
-        return self._masters
-
-    @property
-    def learns_in_parallel(self) -> bool:
-        """Never: each worker would need memory for gradients of all weights."""
-        return False
-
-    @property
-    def published_rank(self) -> int:
-        return 0
-
-    def published_tensors(self) -> dict[str, Tensor]:
-        return self._under_file_names({})
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        return self._under_file_names(self._masters.tensors if self._masters else {})
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        super().load_tensors(tensors)
-        if self._masters is not None:
-            self._masters.write_back()
-
-    def _under_file_names(self, instead: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict's tensors, or those given instead of them, by their names in files."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        state = {n: instead.get(n, t).detach() for n, t in self.model.state_dict().items()}
-        state = {name: tensor for name, tensor in state.items() if name not in tied}
-        assert instead.keys() <= state.keys(), "a weight in training would not be saved"
-        return split_experts(self.model, state)
-
-    @torch.no_grad()
-    def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
-        assert self._reference is not None, "built without keep_reference"
-        return token_logprobs(self._reference, batch, temperature, self._is_compiled)[0]
-
-    def base_fingerprint(self) -> str:
-        from rl_lora.adapters.files import fingerprint
-
-        return fingerprint(self.published_tensors())
-
-    def check_base(self, expected: str) -> None:
-        """Training changes the weights, as it should."""
-
-
-# limits: as `Policy`
-def open_policy(
-    model_dir: Path,
-    model: ModelSection,
-    lora: LoraSection,
-    *,
-    seed: int,
-    checkpoint_activations: bool = False,
-    keep_reference: bool = False,
-) -> Policy:
-    """The policy of lora.mode over a model directory.
-
-    Args:
-        model_dir: as `resolve_model` finds it.
-        model: its name, device and dtype.
-        lora: the adapter, or lora.mode = "full".
-        seed: of the adapter's start.
-        checkpoint_activations: recompute activations in the backward pass, to save memory.
-        keep_reference: in full fine-tuning, keep a copy of the base for `reference_logprobs`.
-
-    Raises:
-        UserError: the model directory holds no causal language model that can be trained so.
-    """
-    kind = FullPolicy if lora.mode == "full" else LoraPolicy
-    return kind(
-        model_dir,
-        model,
-        lora,
-        seed=seed,
-        checkpoint_activations=checkpoint_activations,
-        keep_reference=keep_reference,
-    )

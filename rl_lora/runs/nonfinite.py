@@ -1,0 +1,63 @@
+"""Steps whose gradient is not finite: their batches are kept, and too many in a row end the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rl_lora import distributed
+from rl_lora.storage import jsonl
+from rl_lora.types import RolloutGroup
+
+FOLDER = "nonfinite"
+
+
+class NonfiniteSteps:
+    """Counts such steps in a row.
+
+    Args:
+        run_folder: RUN/nonfinite/step_000012.jsonl gets the rollouts of step 12, one a line.
+        limit: steps in a row at which the run ends.
+        lr: the learning rate, for the message.
+    """
+
+    def __init__(self, run_folder: Path, limit: int, lr: float) -> None:
+        self._folder, self._limit, self._lr = run_folder / FOLDER, limit, lr
+        self._num_in_row = 0
+
+    def check(
+        self, step: int, metrics: Mapping[str, float], groups_N: Sequence[RolloutGroup]
+    ) -> None:
+        """Keeps the rollouts of a step whose gradient was not finite.
+
+        Raises:
+            FloatingPointError: it was the last of too many in a row.
+        """
+        if not metrics["learn/nonfinite_updates"]:
+            self._num_in_row = 0
+            return
+        self._num_in_row += 1
+        path = self._folder / f"step_{step:06d}.jsonl"
+        if distributed.is_main():
+            self._folder.mkdir(exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines(
+                    jsonl.to_line(
+                        {
+                            "prompt_id": group.prompt.prompt_id,
+                            "prompt_ids": group.prompt.token_ids,
+                            "completion_ids": rollout.completion.token_ids,
+                            "sampler_logprobs": rollout.completion.sampler_logprobs_T,
+                            "completion": rollout.completion.text,
+                            "reward": rollout.score.reward,
+                        }
+                    )
+                    for group in groups_N
+                    for rollout in group.rollouts_G
+                )
+        if self._num_in_row >= self._limit:
+            raise FloatingPointError(
+                f"the gradient of {self._num_in_row} steps in a row was not finite (their rollouts "
+                f"are in {self._folder}): resume from an earlier checkpoint with a lower optim.lr "
+                f"(now {self._lr:g}), or set algorithm.loss='truncated_importance_sampling'"
+            )

@@ -1,0 +1,67 @@
+"""`rl-lora ...` with faults: a rank is killed, hangs or fails where it enters a function.
+
+    python -m tests.helpers.faulty_job '1 rl_lora.train:publish 2 kill' train smoke ...
+
+Several faults are separated by ";": one for each start by the launcher, the first for the first. A
+start without a fault is an ordinary run. Figures are left out, as they take longer than such runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+import threading
+from importlib import import_module
+from typing import Any
+
+from rl_lora.cli import main
+from rl_lora.errors import UserError
+
+
+def inject(rank: int, where: str, call: int, how: str) -> None:
+    """Makes this process fail at a call of a function, if it is that rank.
+
+    Args:
+        rank: which one.
+        where: "module:function" or "module:Class.method", as its caller looks it up.
+        call: which call, from 1 on.
+        how: "kill" (SIGKILL), "hang", or "mistake" (a UserError). "setting": `where` is one, which
+            only this rank has.
+    """
+    if int(os.environ["RANK"]) != rank:
+        return
+    if how == "setting":
+        sys.argv.append(where)
+        return
+    module, _, path = where.partition(":")
+    owner: Any = import_module(module)
+    *classes, name = path.split(".")
+    for one in classes:
+        owner = getattr(owner, one)
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def faulty(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif how == "hang":
+                threading.Event().wait()
+            elif how == "mistake":
+                raise UserError("made to fail")
+        return original(*arguments, **options)
+
+    setattr(owner, name, faulty)
+
+
+if __name__ == "__main__":
+    import rl_lora.train
+
+    rl_lora.train.draw_figures = lambda folder: None
+    faults = sys.argv[1].split(";")
+    start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if start < len(faults) and faults[start].strip():
+        number, place, nth, kind = faults[start].split()
+        inject(int(number), place, int(nth), kind)
+    sys.exit(main(sys.argv[2:]))

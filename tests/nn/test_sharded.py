@@ -1,0 +1,96 @@
+"""Sharded weights: two processes, each with half of a model, do what one with all of it does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rl_lora.adapters.files import fingerprint
+from rl_lora.errors import UserError
+from rl_lora.models.load import load_model
+from rl_lora.nn.sharded import _check_dtypes
+from tests.conftest import TESTS
+from tests.helpers.sharded_program import CASES, main, resume
+from tests.helpers.tiny_models import random_llama
+
+
+def started(folder: Path, names: list[str], num_processes: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={num_processes}", "-m", "tests.helpers.sharded_program"]
+    found = subprocess.run(
+        [*command, str(folder), *names], cwd=TESTS.parent, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr[-4000:]
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference of any element."""
+    assert found.keys() == expected.keys()
+    assert all(found[name].dtype == tensor.dtype for name, tensor in expected.items())
+    return max(float((found[n].double() - t.double()).abs().max()) for n, t in expected.items())
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """(folder, {case of num: what it found}) of all cases in one process and in two."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for name, case in CASES.items():
+        case.make(folder / name)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes
+    main(folder, list(CASES))
+    torch.set_num_threads(num_threads)
+    started(folder, list(CASES), 2)
+    return folder, {
+        f"{name} of {num}": torch.load(folder / f"of-{num}" / f"{name}.pt")
+        for name in CASES
+        for num in (1, 2)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_learn_publish_and_sample_as_one(
+    outcomes: tuple[Path, dict[str, dict[str, Any]]], name: str
+) -> None:
+    one, two = (outcomes[1][f"{name} of {num}"] for num in (1, 2))
+    limit = 1e-5 if CASES[name].lora == {"mode": "full"} else 1e-6
+    assert (two["base"], two["start"]) == (one["base"], one["start"])
+    assert two["probe"] == pytest.approx(one["probe"], rel=0.05, abs=1e-5)  # of random weights
+    for found, expected in zip(two["metrics"], one["metrics"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert distance(two["weights"], one["weights"]) <= limit
+    assert distance(two["file"], two["weights"]) == 0
+    assert two["fingerprint"] == fingerprint(two["weights"])
+    assert two["tokens"] == one["tokens"]
+    assert two["logprobs"] == pytest.approx(one["logprobs"], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_checkpoint_does_not_know_how_many_processes_wrote_it(
+    outcomes: tuple[Path, dict[str, dict[str, Any]]], name: str
+) -> None:
+    """Written by one and resumed by two, and the other way round."""
+    folder, found = outcomes
+    limit = 1e-5 if CASES[name].lora == {"mode": "full"} else 1e-6
+    for whole, resumed in (
+        (found[f"{name} of 1"], found[f"{name} of 2"]["resumed"]),
+        (found[f"{name} of 2"], resume(folder, folder / "of-2", name)),
+    ):
+        assert resumed["metrics"] == pytest.approx(whole["metrics"][-1], rel=1e-5, abs=1e-6)
+        assert distance(resumed["weights"], whole["weights"]) <= limit
+
+
+def test_weights_of_two_dtypes_cannot_be_trained_in_shards(tmp_path: Path) -> None:
+    model = load_model(random_llama(tmp_path / "model"), torch.bfloat16)
+    _check_dtypes(model)
+    model.model.norm.float()
+    with pytest.raises(UserError, match=r"model.norm.weight is torch.float32 .* model.dtype="):
+        _check_dtypes(model)

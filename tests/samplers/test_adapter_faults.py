@@ -276,8 +276,8 @@ def test_another_node_waits_until_it_sees_the_adapter(
             shutil.rmtree(adapter.path, ignore_errors=True)
             hidden.rename(adapter.path)
 
-    monkeypatch.setattr(adapter_files, "world_size", lambda: 4)
-    monkeypatch.setattr(adapter_files, "local_size", lambda: 2)
+    monkeypatch.setattr(adapter_files.distributed, "world_size", lambda: 4)
+    monkeypatch.setattr(adapter_files.distributed, "local_size", lambda: 2)
     monkeypatch.setattr(adapter_files.time, "sleep", show_at_the_second)
     check_published(adapter, with_tensors=True)
     assert len(waits) == 2

@@ -101,7 +101,7 @@ class VersionCheck:
     def __init__(self, policy: Policy, temperature: float) -> None:
         self._policy, self._temperature = policy, temperature or 1.0
         self._far = _FAR[policy.dtype]
-        self._before: dict[str, torch.Tensor] = {}  # the version before; empty: unknown
+        self._before: list[torch.Tensor] = []  # the trained weights; empty: unknown
         self.num_decided = 0  # steps that moved the policy far enough
 
     def check(self, groups_N: Sequence[RolloutGroup], version: int) -> None:
@@ -113,16 +113,17 @@ class VersionCheck:
         policy = self._policy
         if not policy.has_base:
             return
-        now = {name: tensor.clone() for name, tensor in policy.state_tensors().items()}
+        weights = [local_part(parameter.detach()) for parameter in policy.trainable().values()]
+        now = [weight.clone() for weight in weights]
         picked = [sample for group in groups_N if (sample := _first(group, version)) is not None]
         if self._before and picked:
             (batches,) = pack_samples(picked[:_CHECKED_ROLLOUTS])
             logprobs_C = self._logprobs(batches)
-            policy.load_tensors(self._before)
+            torch._foreach_copy_(weights, self._before)
             try:
                 moved_C = (logprobs_C - self._logprobs(batches)).abs()
             finally:
-                policy.load_tensors(now)
+                torch._foreach_copy_(weights, now)
             sampler_C = torch.cat([batch.sampler_logprobs_C for batch in batches])
             self._compare((logprobs_C - sampler_C).abs(), moved_C, version)
         self._before = now
@@ -130,7 +131,7 @@ class VersionCheck:
     def _compare(self, off_C: torch.Tensor, moved_C: torch.Tensor, version: int) -> None:
         """off_C: |sampler - policy|; moved_C: |policy - policy of the version before|."""
         most = moved_C.topk(min(len(moved_C), max(8, len(moved_C) // 8)))
-        if not float(most.values[-1]) > self._far:
+        if not float(most.values[-1]) > self._far or not moved_C.isfinite().all():
             return
         self.num_decided += 1
         share = float((off_C[most.indices] < most.values / 4).float().mean())
@@ -149,9 +150,9 @@ class VersionCheck:
 
 
 def _first(group: RolloutGroup, version: int) -> TrainSample | None:
-    """The beginning of a group's first completion; None if it is of another version."""
+    """The beginning of a group's first completion; None if it is empty or of another version."""
     completion = group.rollouts_G[0].completion
-    if completion.adapter_version != version:
+    if completion.adapter_version != version or not completion.token_ids:
         return None
     ids, logprobs = (
         part[:_CHECKED_TOKENS] for part in (completion.token_ids, completion.sampler_logprobs_T)

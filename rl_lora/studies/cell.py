@@ -14,6 +14,7 @@ import tempfile
 import threading
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 from rl_lora import distributed
 from rl_lora.config import RunConfig
@@ -64,7 +65,7 @@ def _launch(cell: Cell, log: Path) -> Outcome:
             outcomes: dict[int, Outcome] = launch(cell.config)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            found = failure.message
+            found: Any = failure.message  # a dict where the rank has recorded an exception
             text = str(found["message"] if isinstance(found, dict) else found).strip()
             line = f"rank {rank}, exit code {failure.exitcode}: {text.splitlines()[0][:300]}"
             return {"error": f"{line} (see {log.name})", "failure": "crashed"}

@@ -14,7 +14,7 @@ from rewards import FunctionReward, Reward, load_reward
 from rl_lora import distributed
 from rl_lora.advantages import AdvantageFn
 from rl_lora.config import ModelSection, OptimSection, RunConfig, SamplingSection
-from rl_lora.config.algorithm import imported, load_algorithm
+from rl_lora.config.algorithm import imported, load_algorithm, user_code
 from rl_lora.config.checks import SAMPLERS
 from rl_lora.errors import UserError
 from rl_lora.launchers import num_restarts
@@ -86,6 +86,8 @@ def open_run(
         from rl_lora.samplers.vllm.checks import check_vllm, with_compilation
 
         load_sampler_class(config.sampling.backend)
+        for note in user_code(config):
+            on_note(note)
         model_dir, tokenizer, context = open_model(config.model, on_note)
         if config.sampling.backend == "vllm":
             check_vllm(model_dir, config)

@@ -190,7 +190,7 @@ class Learner:
         filled = [microbatches for microbatches in updates if microbatches]
         shares = [own_share(self.policy, microbatches) for microbatches in filled]
         if needs_of(loss).old_logprobs:
-            shares[1:] = [self._with_old_logprobs(share) for share in shares[1:]]
+            shares[1:] = [self._with_old_logprobs(share, counts) for share in shares[1:]]
         for index, (microbatches, share) in enumerate(zip(filled, shares, strict=True)):
             self._next_rate()
             samples = (sample for batch in microbatches for sample in batch.samples_S)
@@ -287,14 +287,14 @@ class Learner:
             counts["learn/out_of_memory"] += 1
             share = Share(smaller)
 
-    def _with_old_logprobs(self, share: Share) -> Share:
+    def _with_old_logprobs(self, share: Share, counts: Counter[str]) -> Share:
         """The share with the log-probs of the policy as it is now.
 
         The first update takes them from its own pass, so that a single update costs no extra one.
         """
         own = [
             replace(batch, old_logprobs_C=one.logprobs_C)
-            for batch, one in self._passes(share, self._scores)
+            for batch, one in self._in_memory(share, self._scores, counts)
         ]
         return replace(share, own=own)
 

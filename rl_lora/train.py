@@ -32,7 +32,13 @@ from rl_lora.runs.processes import check_same_inputs
 from rl_lora.runs.record import with_absolute_paths, write_record
 from rl_lora.runs.start import Start
 from rl_lora.samplers import cpu_memory
-from rl_lora.samplers.liveness import check_at_start, check_step, check_version, staleness_metrics
+from rl_lora.samplers.liveness import (
+    VersionCheck,
+    check_at_start,
+    check_step,
+    check_version,
+    staleness_metrics,
+)
 from rl_lora.sft.warm_start import has_solutions, warm_start
 from rl_lora.state import State, publish, restore, save, with_handover
 from rl_lora.storage.directories import atomic_directory
@@ -62,6 +68,7 @@ def loop(parts: Parts, state: State) -> None:
     """Step k learns from samples of version k - 1 (with overlap k - 2) and publishes version k."""
     config, worker, timer = parts.job.config.run, parts.worker, parts.timer
     parts.display.stage("training", config.num_steps, state.step)
+    check = VersionCheck(parts.job.policy, parts.job.config.sampling.temperature)
     timer.take()
     with MachineMeter() as meter, worker:
         while state.step < config.num_steps:
@@ -71,6 +78,7 @@ def loop(parts: Parts, state: State) -> None:
             with timer.phase("score"):  # of what is not scored yet
                 groups_N = batch.scoring.groups()
             with timer.phase("learn"):
+                check.check(groups_N, state.step)
                 stats = learn(parts.job, parts.learner, groups_N, state.step)
             state.step, state.position = state.step + 1, batch.position
             with timer.phase("publish"):

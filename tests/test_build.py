@@ -13,7 +13,6 @@ from rl_lora import build as job
 from rl_lora.config import parse_config
 from rl_lora.errors import UserError
 from rl_lora.samplers.vllm import checks
-from rl_lora.samplers.vllm.checks import check_vllm
 from rl_lora.train import train
 from tests.test_train import metrics_of, smoke
 
@@ -48,9 +47,10 @@ def test_missing_vllm_is_reported_before_data_and_model_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
-    config = parse_config({"data": "no-such-file.jsonl", "model": {"device": "cpu"}})
-    with pytest.raises(UserError, match="vLLM is not installed"):
-        check_vllm(Path("/nowhere"), config)
+    model = {"name": "tiny-fast", "device": "cpu"}
+    config = parse_config({"data": "no-such-file.jsonl", "model": model})
+    with pytest.raises(UserError, match="vLLM is not installed"), job.open_run(config):
+        pass
 
 
 OWN_SAMPLER = """

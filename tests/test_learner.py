@@ -230,7 +230,7 @@ def test_where_memory_runs_out_microbatches_are_halved_to_the_same_result(
     path = random_llama(tmp_path / "model")
 
     def learned() -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        policy = make_policy(path, LoraSection.model_validate({"mode": mode}))
+        policy = make_policy(path, mode=mode)
         updates = pack_samples(
             samples_of(policy, (1.0, -0.5, 0.25, 0.75)) * 2,
             num_updates=2,

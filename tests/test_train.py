@@ -241,8 +241,10 @@ def sometimes_nan(x):
     loss, clipped = importance_sampling(x)
     return (loss * math.nan if calls == 3 else loss), clipped
 
-def always_nan(x):
-    return importance_sampling(x)[0] * math.nan, 0
+def nan_from_now_on(x):
+    global calls
+    calls += 1
+    return importance_sampling(x)[0] * (1 if calls == 1 else math.nan), 0
 """
 
 
@@ -260,9 +262,10 @@ def test_steps_without_a_finite_gradient_are_left_out_and_kept(
     assert len(kept) == rows[1]["rollouts/num"]
     assert json.loads(kept[0]).keys() >= {"prompt_ids", "completion_ids", "sampler_logprobs"}
 
+    sys.modules["my_losses"].calls = 0  # type: ignore[attr-defined]
     always = smoke(
         tmp_path,
-        "algorithm.loss=my_losses:always_nan",
+        "algorithm.loss=my_losses:nan_from_now_on",
         "run.name=always",
         "optim.max_nonfinite_steps=2",
     )

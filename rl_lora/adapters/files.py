@@ -1,8 +1,8 @@
 """Published versions of the policy on disk: PEFT directories, fingerprinted, written atomically.
 
 An adapter directory has adapter_config.json and adapter_model.safetensors, which PEFT and vLLM
-read, and rl_lora.json with the version, fingerprint and base model. A version of full fine-tuning
-has model.safetensors instead.
+read, and rl_lora.json with the version, the base model and hashes of the two. A version of full
+fine-tuning has model.safetensors instead.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import pickle
 import shutil
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 OLD_ADAPTER_FILE = "adapter_model.bin"  # as PEFT wrote it before safetensors
 FULL_FILE = "model.safetensors"
+_VISIBLE_S = 90.0  # an NFS client looks at a directory again after a minute at most
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
@@ -109,7 +111,7 @@ def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) 
     Raises:
         UserError: the disk is full or not writable.
     """
-    manifest = {
+    manifest: dict[str, Any] = {
         "version": adapter.version,
         "name": adapter.name,
         "fingerprint": adapter.fingerprint,
@@ -125,12 +127,66 @@ def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) 
             else:
                 save_file(tensors, scratch / ADAPTER_FILE, metadata={"format": "pt"})
                 _peft_config(policy).save_pretrained(str(scratch))
+                manifest["config_sha256"] = _config_sha256(scratch)
             write_json(scratch / MANIFEST_FILE, manifest)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"adapter {adapter.path} cannot be written ({error}); make room on the disk and run "
             "the command again, with --resume to continue a training run"
         ) from error
+
+
+def check_published(adapter: Adapter, *, with_tensors: bool) -> None:
+    """Checks that an adapter's directory is what was published under this handle.
+
+    Another node's process may see a new directory late (NFS): there it waits for it.
+
+    Args:
+        adapter: not a whole model.
+        with_tensors: read and hash the tensors as well, for a reader that does not.
+
+    Raises:
+        StaleAdapterError: its version, its settings (rank, alpha, ...) or its tensors are others.
+        UserError: it is missing or cannot be read.
+    """
+    deadline = time.monotonic() + (
+        _VISIBLE_S if distributed.local_size() < distributed.world_size() else 0.0
+    )
+    while True:
+        try:
+            _check_directory(adapter, with_tensors=with_tensors)
+            return
+        except (StaleAdapterError, UserError):
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.2)
+
+
+def _check_directory(adapter: Adapter, *, with_tensors: bool) -> None:
+    path = adapter.path
+    if path.parent.is_dir():
+        list(path.parent.iterdir())  # makes an NFS client look again
+    if not path.is_dir():
+        raise UserError(f"adapter directory {path} does not exist")
+    for name in ("adapter_config.json", ADAPTER_FILE):
+        if not (path / name).is_file():
+            raise UserError(f"adapter directory {path} has no {name}")
+    manifest = read_manifest(path)  # empty for adapters of other tools
+    found = {key: manifest[key] for key in ("version", "fingerprint") if key in manifest}
+    differs = [key for key, value in found.items() if value != getattr(adapter, key)]
+    config = _config_sha256(path)
+    if manifest.get("config_sha256", config) != config:
+        differs.append("adapter_config.json")
+    if with_tensors and fingerprint(load_tensors(path)) != adapter.fingerprint:
+        differs.append("tensors")
+    if differs:
+        raise StaleAdapterError(
+            f"{path} was changed after {adapter.name} was published ({', '.join(differs)})"
+        )
+
+
+def _config_sha256(path: Path) -> str:
+    return hashlib.sha256((path / "adapter_config.json").read_bytes()).hexdigest()
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

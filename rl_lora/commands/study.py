@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", action="store_true", help="print the results so far, then stop")
 
 
+# limits: the plan, then the run, step by step
 def run(arguments: argparse.Namespace) -> int:
     """Runs or plans a study, or prints its results. Raises UserError for bad settings."""
     from rl_lora.report.terminal import Display

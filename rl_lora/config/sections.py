@@ -71,7 +71,8 @@ class ModelSection(Section):
     revision: str | None = None  # branch, tag or commit of a hub id
     # Release date, YYYY-MM-DD, for the evaluation's note on contamination; none: looked up by name.
     released: date | None = None
-    device: str = "auto"  # a torch device; auto: cuda if available
+    # A torch device; auto: cuda if available. With several processes each has its own GPU.
+    device: str = "auto"
     # auto: bfloat16 if its matmul is faster than float32's on the device.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | None = None  # the learner's layers and head are compiled; none: on a GPU

@@ -145,11 +145,11 @@ def shard_model(
             if not is_shard(parameter) and parameter not in kept:
                 wide = parameter.data.float() if parameter in trained else parameter.data
                 parameter.data = wide.contiguous()  # GPT-2's are transposed views
-        fully_shard(
+        shards = fully_shard(
             unit, mesh=mesh, reshard_after_forward=True, mp_policy=mixed, ignored_params=kept
         )
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply
+        shards.set_gradient_divide_factor(1.0)
+        shards.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply
     model.run_inside = lambda function, *args: function(model, *args)  # type: ignore[assignment]
     register_fsdp_forward_method(model, "run_inside")
 
@@ -182,10 +182,10 @@ def whole_weights(model: PreTrainedModel) -> Iterator[None]:
 
     units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
     run_inside(model, lambda _: None)  # FSDP takes what runs first for the root
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
     try:
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
         yield
     finally:
         for unit in units:

@@ -1,10 +1,11 @@
 """Proves that the sampler uses the learner's adapter, and not the base model or an old adapter.
 
 The most common failure of such systems is silent: the engine keeps using the base or an old
-adapter. There are two checks. At the start both sides score fixed tokens under a probe adapter that
-really changes the model (a fresh one does not: its B is zero), and under the base model. At each
-step the sampler's log-probs of the rollouts are compared with the policy's, or, where sampling
-overlaps learning, those of fixed tokens.
+adapter. There are three checks. At the start both sides score fixed tokens under a probe adapter
+that really changes the model (a fresh one does not: its B is zero), and under the base model. At
+each step the sampler's log-probs of the rollouts are compared with the policy's, or, where sampling
+overlaps learning, those of fixed tokens. A fixed limit misses small errors, such as an adapter that
+is one step old, so the rollouts are also compared with the version before (`VersionCheck`).
 """
 
 from __future__ import annotations
@@ -17,19 +18,22 @@ import torch
 
 from rl_lora import distributed
 from rl_lora.adapters.files import save_adapter
-from rl_lora.batches import to_device, whole_sequence
+from rl_lora.batches import pack_samples, to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError
 from rl_lora.nn.experts import expert_adapters, expert_size
 from rl_lora.nn.lora import lora_layers
 from rl_lora.nn.sharded import gathered, local_part, own_part
 from rl_lora.policy import Policy
 from rl_lora.sampler import Sampler
-from rl_lora.types import Adapter, Prompt, RolloutGroup
+from rl_lora.types import Adapter, Microbatch, Prompt, RolloutGroup, TrainSample
 
 PROBE_VERSION = 10**6 - 1  # never reached by training steps; its name is never reused either
 _PROBE_TOKENS = 48  # of each fixed prompt
 # Rough relative change of a layer's output by the probe; the first that is large enough is used.
 _PROBE_SHIFTS = (0.05, 0.1, 0.2, 0.4, 0.8)
+_CHECKED_ROLLOUTS, _CHECKED_TOKENS = 4, 64  # of a step, and of each completion
+# Nats, far above a healthy sampler's rounding on any token (measured: mean 6e-6 and 1e-2).
+_FAR = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 _TOLERANCES = {torch.float32: (1e-4, 2e-3), torch.bfloat16: (2e-2, 1e-1)}  # KL, mean |difference|
 
 
@@ -79,6 +83,81 @@ def staleness_metrics(
         "rollouts/staleness_mean": sum(staleness) / len(staleness),
         "rollouts/staleness_max": float(max(staleness)),
     }
+
+
+class VersionCheck:
+    """Finds rollouts that are not of the policy's version although they are close to it.
+
+    A step may move the log-probs by less than any limit that rounding allows. But on the tokens
+    that it moved most, the sampler's log-probs must be near this version's and not the previous
+    one's. Only where the step moved them by far more than the sampler rounds can this be said; in
+    bfloat16 it hardly ever can.
+
+    Args:
+        policy: not checked if it is a whole model, which would have to be kept twice.
+        temperature: of the sampling.
+    """
+
+    def __init__(self, policy: Policy, temperature: float) -> None:
+        self._policy, self._temperature = policy, temperature or 1.0
+        self._far = _FAR[policy.dtype]
+        self._before: list[torch.Tensor] = []  # the trained weights; empty: unknown
+        self.num_decided = 0  # steps that moved the policy far enough
+
+    def check(self, groups_N: Sequence[RolloutGroup], version: int) -> None:
+        """Call once per step, with its rollouts, before the policy of `version` learns from them.
+
+        Raises:
+            StaleAdapterError: they are no nearer to this version than to the one before.
+        """
+        policy = self._policy
+        if not policy.has_base:
+            return
+        weights = [local_part(parameter.detach()) for parameter in policy.trainable().values()]
+        now = [weight.clone() for weight in weights]
+        picked = [sample for group in groups_N if (sample := _first(group, version)) is not None]
+        if self._before and picked:
+            (batches,) = pack_samples(picked[:_CHECKED_ROLLOUTS])
+            logprobs_C = self._logprobs(batches)
+            torch._foreach_copy_(weights, self._before)
+            try:
+                moved_C = (logprobs_C - self._logprobs(batches)).abs()
+            finally:
+                torch._foreach_copy_(weights, now)
+            sampler_C = torch.cat([batch.sampler_logprobs_C for batch in batches])
+            self._compare((logprobs_C - sampler_C).abs(), moved_C, version)
+        self._before = now
+
+    def _compare(self, off_C: torch.Tensor, moved_C: torch.Tensor, version: int) -> None:
+        """off_C: |sampler - policy|; moved_C: |policy - policy of the version before|."""
+        most = moved_C.topk(min(len(moved_C), max(8, len(moved_C) // 8)))
+        if not float(most.values[-1]) > self._far or not moved_C.isfinite().all():
+            return
+        self.num_decided += 1
+        share = float((off_C[most.indices] < most.values / 4).float().mean())
+        if share < 0.5:
+            raise StaleAdapterError(
+                f"the rollouts are not of version {version}: of the tokens that its last step "
+                f"moved most, only {share:.0%} have log-probs near this version's; the sampler "
+                "uses a stale or wrong adapter"
+            )
+
+    @torch.no_grad()
+    def _logprobs(self, batches: Sequence[Microbatch]) -> torch.Tensor:
+        on_device = (to_device(batch, self._policy.device) for batch in batches)
+        found = [self._policy.token_logprobs(batch, self._temperature)[0] for batch in on_device]
+        return torch.cat(found).float().cpu()
+
+
+def _first(group: RolloutGroup, version: int) -> TrainSample | None:
+    """The beginning of a group's first completion; None if it is empty or of another version."""
+    completion = group.rollouts_G[0].completion
+    if completion.adapter_version != version or not completion.token_ids:
+        return None
+    ids, logprobs = (
+        part[:_CHECKED_TOKENS] for part in (completion.token_ids, completion.sampler_logprobs_T)
+    )
+    return TrainSample(tuple(group.prompt.token_ids), ids, logprobs, 1.0, version)
 
 
 def check_version(

@@ -206,7 +206,6 @@ def test_vllm_on_a_cpu_is_refused_before_any_work(
     check_mixture(model, torch.device("cuda"))
     with pytest.raises(UserError, match="is a mixture of experts"):
         check_mixture(model, torch.device("cpu"))
-    pytest.importorskip("vllm")
     overrides = [*RL, f"model.name={model}", f"run.output_dir={tmp_path}", "sampling.backend=vllm"]
     code = main(["train", str(ROOT / "configs" / "smoke.toml"), *overrides])
     assert code == 2

@@ -27,9 +27,13 @@ def inject(rank: int, where: str, call: int, how: str) -> None:
         rank: which one.
         where: "module:function" or "module:Class.method", as its caller looks it up.
         call: which call, from 1 on.
-        how: "kill" (SIGKILL), "hang", "mistake" (a UserError) or "defect".
+        how: "kill" (SIGKILL), "hang", or "mistake" (a UserError). "setting": `where` is one, which
+            only this rank has.
     """
     if int(os.environ["RANK"]) != rank:
+        return
+    if how == "setting":
+        sys.argv.append(where)
         return
     module, _, path = where.partition(":")
     owner: Any = import_module(module)
@@ -44,8 +48,8 @@ def inject(rank: int, where: str, call: int, how: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             elif how == "hang":
                 threading.Event().wait()
-            else:
-                raise UserError("made to fail") if how == "mistake" else KeyError("made to fail")
+            elif how == "mistake":
+                raise UserError("made to fail")
         return original(*arguments, **options)
 
     setattr(owner, name, faulty)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -97,6 +99,26 @@ def launch(
     found = re.findall(r"rank\s+: (\d+) .*\n\s*exitcode\s+: (-?\d+)", printed)
     codes = {int(rank): int(code) for rank, code in found}
     return Job(process.returncode, codes, logs, left, printed)
+
+
+def faulty(command: Sequence[str], faults: str = "") -> list[str]:
+    """The program `rl-lora COMMAND` with the faults of tests/helpers/faulty_job.py."""
+    return ["-m", "tests.helpers.faulty_job", faults, *command]
+
+
+def result(run: Path, weights: str = "adapter_model.safetensors") -> dict[str, Any]:
+    """What a run's history must not change: metrics but for the machine's, samples, adapter.
+
+    weights: the name of the adapter's file.
+    """
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    machine = ("time/", "speed/", "memory/", "system/")
+    transcripts = run / "transcripts.jsonl"
+    return {
+        "metrics": [{k: v for k, v in row.items() if not k.startswith(machine)} for row in rows],
+        "samples": transcripts.read_text() if transcripts.is_file() else "",
+        "adapter": (run / "adapter" / weights).read_bytes(),
+    }
 
 
 def processes_of(mark: str) -> list[psutil.Process]:

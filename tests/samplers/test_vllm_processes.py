@@ -55,12 +55,12 @@ def test_each_process_samples_its_share_with_its_own_engine(tmp_path: Path) -> N
         assert one["is_same_hook"]
 
     with contextlib.closing(open_sampler(model)) as sampler:
-        alone = sampled(sampler, [*versions, None], list(range(len(PROMPTS))))
+        single = sampled(sampler, [*versions, None], list(range(len(PROMPTS))))
         sampler.set_adapter(None)
         scored = sampler.token_logprobs([PROMPTS[0].token_ids])
-    assert len({json.dumps(groups) for groups in alone.values()}) == 3
+    assert len({json.dumps(groups) for groups in single.values()}) == 3
     for one, share in zip(done, SHARES, strict=True):
-        for version, groups in alone.items():
+        for version, groups in single.items():
             assert_same(one["sampled"][version], [groups[index] for index in share])
     torch.testing.assert_close(done[1]["scored"], scored, atol=ROUNDING, rtol=0)
 

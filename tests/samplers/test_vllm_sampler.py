@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -25,7 +26,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFa
 from rl_lora.adapters.files import fingerprint, save_adapter
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.rollouts import score_groups
 from rl_lora.sampler import BASE_VERSION
+from rl_lora.samplers.liveness import VersionCheck
+from rl_lora.samplers.vllm import merged_weights
+from rl_lora.samplers.vllm import sampler as vllm_sampler
 from rl_lora.samplers.vllm import settings as vllm_settings
 from rl_lora.samplers.vllm.checks import with_compilation
 from rl_lora.samplers.vllm.engine import check_adapter, make_engine
@@ -40,8 +45,10 @@ from rl_lora.samplers.vllm.settings import (
     merges_adapter,
 )
 from rl_lora.samplers.vllm.sleep import put_to_sleep, wake
-from rl_lora.types import Adapter, Completion, Prompt, SampleParams
+from rl_lora.types import Adapter, Completion, Prompt, RolloutGroup, SampleParams
+from tests.helpers.fakes import FakeReward
 from tests.helpers.tiny_models import VOCAB, make_policy, random_llama, shake
+from tests.samplers.test_adapter_faults import FILE_FAULTS, change_tensors
 
 CPU = torch.device("cpu")
 END = 2
@@ -391,23 +398,47 @@ def test_a_version_can_be_taken_up_again(
     assert scored[0] != scored[3]
 
 
-def test_a_wrong_adapter_shows_in_the_logprobs(
+@pytest.mark.faults
+def test_a_version_whose_files_were_changed_is_refused_and_the_one_before_stays(
     sampler: VllmSampler, model_dir: Path, tmp_path: Path
 ) -> None:
-    right, wrong = publish(model_dir, tmp_path, 20), publish(model_dir, tmp_path, 21)
-    swapped = load_file(wrong.path / "adapter_model.safetensors")
-    save_file(swapped, right.path / "adapter_model.safetensors")
-    stale = replace(right, name="test-stale", path=wrong.path)
-    if is_merged(sampler):  # reads the weights itself
-        with pytest.raises(StaleAdapterError, match="was changed after test-stale was published"):
-            sampler.set_adapter(stale)
-        return
-    sampler.set_adapter(stale)
-    ids = PROMPTS[2].token_ids
-    found = torch.tensor(sampler.token_logprobs([ids])[0])
-    true = publish(model_dir, tmp_path / "again", 20)
-    expected = expected_logprobs(model_dir, true, ids)
-    assert (found - expected).abs().mean() > 1e-2
+    before, adapter = publish(model_dir, tmp_path, 1), publish(model_dir, tmp_path, 2)
+    ids = [PROMPTS[2].token_ids]
+    sampler.set_adapter(before)
+    expected = sampler.token_logprobs(ids)
+    kept = shutil.copytree(adapter.path, tmp_path / "kept")
+    for fault, told in FILE_FAULTS.values():
+        fault(adapter.path)
+        with pytest.raises((StaleAdapterError, UserError), match=told):
+            sampler.set_adapter(adapter)
+        assert sampler.token_logprobs(ids) == expected
+        shutil.rmtree(adapter.path, ignore_errors=True)
+        shutil.copytree(kept, adapter.path)
+    sampler.set_adapter(adapter)
+    assert sampler.token_logprobs(ids) != expected
+
+
+@pytest.mark.faults
+def test_a_wrong_adapter_that_is_loaded_all_the_same_shows_in_the_rollouts(
+    sampler: VllmSampler, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a defect of the engine: the files are not checked, and are half as large."""
+    policy = make_policy(model_dir)
+    check = VersionCheck(policy, PARAMS.temperature)
+
+    def serve(version: int) -> list[RolloutGroup]:
+        shake(policy, seed=version, size=0.01)
+        adapter = save_adapter(policy, tmp_path, version=version, run_name="test")
+        if version == 71:
+            change_tensors(adapter.path, lambda tensor: tensor / 2)
+            monkeypatch.setattr(vllm_sampler, "check_files", lambda *_, **__: None)
+            monkeypatch.setattr(merged_weights, "fingerprint", lambda _: adapter.fingerprint)
+        sampler.set_adapter(adapter)
+        return score_groups(PROMPTS, sampler.sample(PROMPTS, PARAMS), FakeReward())
+
+    check.check(serve(70), 70)
+    with pytest.raises(StaleAdapterError, match="not of version 71: of the tokens"):
+        check.check(serve(71), 71)
 
 
 def test_a_name_used_for_other_weights_is_refused(
@@ -523,6 +554,7 @@ def test_an_adapter_that_does_not_fit(
         name = next(name for name in tensors if "o_proj.lora_A" in name)
         tensors[name] = tensors[name][:, 1:].contiguous()
         save_file(tensors, wrong.path / "adapter_model.safetensors")
+        (wrong.path / "rl_lora.json").unlink()
         wrong = replace(wrong, fingerprint=fingerprint(tensors))
         complaint = r"o_proj' is for \[\d+, \d+\] weights, not \[\d+, \d+\]"
     else:

@@ -19,16 +19,17 @@ def check_vllm(model_dir: Path, config: RunConfig) -> None:
     """Refuses what vLLM would refuse, before the data is read and the model is loaded.
 
     Raises:
-        UserError: vLLM is not installed, or does not support the device, adapter, model or setting.
+        UserError: vLLM does not support the device, adapter, model or setting, or is not installed.
     """
     device = pick_device(config.model.device)
-    if importlib.util.find_spec("vllm") is None:
-        import_vllm(device)  # which says how to get it
     check_device(device, config.lora, model_dir)
     check_mixture(model_dir, device)
     # What dtype "auto" is gets measured later; the sampler checks it again then.
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
     merges_adapter(config.sampling.merge_adapter, config.lora, dtype=dtype, device=device)
+    # Last: whoever hears to install vLLM can then use it.
+    if importlib.util.find_spec("vllm") is None:
+        import_vllm(device)  # which says how to get it
 
 
 def with_compilation(

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from rl_lora import distributed
+from rl_lora.adapters.files import check_published
 from rl_lora.config import LoraSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.samplers import cpu_memory
@@ -139,17 +140,15 @@ def repack_head(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)  # type: ignore[operator,union-attr]
 
 
-def check_files(adapter: Adapter) -> None:
-    """Raises UserError if a published version's directory or weights are missing."""
-    if not adapter.path.is_dir():
+def check_files(adapter: Adapter, *, with_tensors: bool) -> None:
+    """Raises UserError if a published version's directory or weights are missing, and, for an
+    adapter, StaleAdapterError as `check_published`."""
+    if not adapter.is_full:
+        check_published(adapter, with_tensors=with_tensors)
+    elif not adapter.path.is_dir():
         raise UserError(f"adapter directory {adapter.path} does not exist")
-    if adapter.is_full:
-        if not any(adapter.path.glob("*.safetensors")):
-            raise UserError(f"weights directory {adapter.path} holds no *.safetensors file")
-        return
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter.path / name).is_file():
-            raise UserError(f"adapter directory {adapter.path} has no {name}")
+    elif not any(adapter.path.glob("*.safetensors")):
+        raise UserError(f"weights directory {adapter.path} holds no *.safetensors file")
 
 
 def check_adapter(answered: Any, wanted: Any) -> None:

@@ -1,4 +1,4 @@
-"""A `torch.distributed` for vLLM's engine in which this process is alone.
+"""A `torch.distributed` for vLLM's engine, with this process only.
 
 vLLM uses the default process group if there is one. In a job of several processes it would make its
 own groups together with all of them, so that engines start together or not at all, and destroy all
@@ -64,7 +64,7 @@ def keep_job_groups() -> None:
 
     Whoever shuts the engine down: for one that was not closed it is the garbage collector (0.32).
     """
-    core = importlib.import_module("vllm.v1.engine.core")
+    core: Any = importlib.import_module("vllm.v1.engine.core")
     original = core.cleanup_dist_env_and_memory
     if not hasattr(original, "__wrapped__"):
         cleanup = functools.partial(_destroy_own_groups, original)

@@ -170,7 +170,7 @@ def process_kept() -> Iterator[None]:
 
 
 def torch_random_state_kept() -> contextlib.AbstractContextManager[None]:
-    """Restores PyTorch's random state, of the CPU and of GPUs in use; only in the main thread.
+    """Restores PyTorch's random state, of the CPU and of a GPU in use; only in the main thread.
 
     The state belongs to the process: another thread that restored it would undo what the main
     thread draws meanwhile. Seeded requests draw from their own generators.
@@ -178,7 +178,7 @@ def torch_random_state_kept() -> contextlib.AbstractContextManager[None]:
     if threading.current_thread() is not threading.main_thread():
         return contextlib.nullcontext()
     is_used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    devices = list(range(torch.cuda.device_count())) if is_used else []
+    devices = [torch.cuda.current_device()] if is_used else []
     return torch.random.fork_rng(devices=devices)
 
 

@@ -155,7 +155,7 @@ class VllmSampler:
                     f"{adapter.name}: is_full={adapter.is_full} in a sampler made for "
                     f"lora.mode={'full' if self._is_full else 'lora'!r}"
                 )
-            check_files(adapter)
+            check_files(adapter, with_tensors=self._merged is None)  # else `read_terms` does
         if self._merged is not None:
             if adapter is not None:
                 self._check_name(adapter)

@@ -1,0 +1,96 @@
+"""The number of processes changes nothing but the order of sums."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from rl_lora.config import load_config
+from rl_lora.config.sft import load_sft_config
+from rl_lora.sft.train import fine_tune
+from rl_lora.train import train
+from tests.helpers.processes import LIMIT_S, ROOT, Job, launch, result
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * LIMIT_S)]
+
+CONFIGS = ROOT / "configs"
+# Two held-out problems: of three processes one has none. A warm start goes before the steps.
+RL = """
+    run.num_steps=10 run.transcripts_per_step=64 data.held_out=2 sampling.num_prompts=5
+    sampling.num_samples=4 sampling.max_tokens=32 warm_start.num_steps=2 reward.num_workers=1
+""".split()
+SFT = "run.num_steps=10 data.held_out=5 sft.batch_size=5".split()
+
+
+def start(command: str, folder: Path, num_processes: int, *more: str, launcher: str) -> Job:
+    program = ["-m", "rl_lora", *command.split(), f"run.output_dir={folder}", *more]
+    logs = folder / "logs" / str(len(list(folder.glob("logs/*"))))
+    job = launch(program, logs, num_processes, launcher=launcher)
+    assert job.code == 0, job.launcher
+    assert (job.lines(), job.left) == ([], [])
+    return job
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these runs."""
+    monkeypatch.setattr("rl_lora.train.draw_figures", lambda folder: None)
+
+
+def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Samples are the same; numbers differ by rounding: metrics by 1e-6, tensors by 1e-6 of their
+    norm."""
+    assert found["samples"] == expected["samples"]
+    assert len(found["metrics"]) == len(expected["metrics"])
+    for row, other in zip(found["metrics"], expected["metrics"], strict=True):
+        assert row == pytest.approx(other, rel=1e-6, abs=1e-6)
+    tensors, others = load(found["adapter"]), load(expected["adapter"])
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        difference = torch.linalg.vector_norm(tensor - others[name])
+        assert difference <= 1e-6 * torch.linalg.vector_norm(others[name]), name
+
+
+def evaluations(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of problems by evaluation, without seconds."""
+    found = {}
+    for path in sorted((run / "eval").glob("*.jsonl.gz")):
+        _, *rows = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())  # _: a header
+        found[path.name] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return found
+
+
+def test_reinforcement_learning_on_two_three_and_one_processes_is_the_same(
+    tmp_path: Path, no_figures: None
+) -> None:
+    def train_here(name: str, *more: str, resume: bool = False) -> None:
+        settings = [*RL, f"run.output_dir={tmp_path}", f"run.name={name}", *more]
+        train(load_config(CONFIGS / "smoke.toml", settings), resume=resume, quiet=True)
+
+    train_here("one")
+    expected = result(tmp_path / "one")
+    start("train smoke", tmp_path, 2, *RL, "run.name=two", launcher="accelerate")
+    check_equal(result(tmp_path / "two"), expected)
+    assert len(evaluations(tmp_path / "one")) == 3  # the base, and before and after the steps
+    assert evaluations(tmp_path / "two") == evaluations(tmp_path / "one")
+
+    more = [*RL, "run.name=several", "--resume"]
+    start("train smoke", tmp_path, 2, *more, "run.num_steps=3", launcher="torchrun")
+    start("train smoke", tmp_path, 3, *more, "run.num_steps=5", launcher="torchrun")
+    train_here("several", "run.num_steps=7", resume=True)
+    start("train smoke", tmp_path, 2, *more, launcher="torchrun")
+    check_equal(result(tmp_path / "several"), expected)
+
+
+def test_supervised_fine_tuning_on_two_processes_is_the_same(tmp_path: Path) -> None:
+    settings = [*SFT, f"run.output_dir={tmp_path}"]
+    fine_tune(load_sft_config(CONFIGS / "sft_tiny.toml", [*settings, "run.name=one"]), quiet=True)
+    start("sft sft_tiny", tmp_path, 2, *SFT, "run.name=two", launcher="torchrun")
+    found, expected = (result(tmp_path / name) for name in ("two", "one"))
+    check_equal(found, expected)

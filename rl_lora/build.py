@@ -86,13 +86,11 @@ def open_run(
         from rl_lora.samplers.vllm.checks import check_vllm, with_compilation
 
         load_sampler_class(config.sampling.backend)
-        for note in user_code(config):
-            on_note(note)
         model_dir, tokenizer, context = open_model(config.model, on_note)
         if config.sampling.backend == "vllm":
             check_vllm(model_dir, config)
         prompts = _load_prompts(config, reward, model_dir, tokenizer, context)
-        for note in prompts.notes:
+        for note in (*user_code(config), *prompts.notes):
             on_note(note)
         policy = open_policy(
             model_dir,

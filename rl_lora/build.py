@@ -101,8 +101,8 @@ def open_run(
             keep_reference=config.algorithm.kl != "none",
         )
         on_loaded(policy, prompts)
-        data = config.data
-        end_ids = end_token_ids(model_dir, tokenizer, data.template, data.chat_template_kwargs)
+        template = config.data.template, config.data.chat_template_kwargs
+        end_ids = end_token_ids(model_dir, tokenizer, *template)
         num_steps = config.run.num_steps if num_steps is None else num_steps
         sampler = make_sampler(
             with_compilation(config.sampling, policy.device, num_steps, on_note),

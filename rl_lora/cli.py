@@ -2,8 +2,8 @@
 
 Each command is a module of `rl_lora.commands` with `add_arguments(parser)`, `run(arguments) -> int`
 and EXAMPLES. Only the module of the command that was typed is imported, and it imports heavy
-libraries inside `run`, so that help texts and usage errors are instant. Of a job's processes rank 0
-runs the command by itself, unless the module has IS_DIVIDED = True.
+libraries inside `run`, so that help texts and usage errors are instant. Of a job's processes only
+rank 0 runs the command, unless the module has IS_DIVIDED = True.
 """
 
 from __future__ import annotations

@@ -154,9 +154,8 @@ def _first(group: RolloutGroup, version: int) -> TrainSample | None:
     completion = group.rollouts_G[0].completion
     if completion.adapter_version != version or not completion.token_ids:
         return None
-    ids, logprobs = (
-        part[:_CHECKED_TOKENS] for part in (completion.token_ids, completion.sampler_logprobs_T)
-    )
+    ids = completion.token_ids[:_CHECKED_TOKENS]
+    logprobs = completion.sampler_logprobs_T[:_CHECKED_TOKENS]
     return TrainSample(tuple(group.prompt.token_ids), ids, logprobs, 1.0, version)
 
 

@@ -69,11 +69,11 @@ def evaluations(run: Path) -> dict[str, list[dict[str, Any]]]:
 def test_reinforcement_learning_on_two_three_and_one_processes_is_the_same(
     tmp_path: Path, no_figures: None
 ) -> None:
-    def train_alone(name: str, *more: str, resume: bool = False) -> None:
+    def train_here(name: str, *more: str, resume: bool = False) -> None:
         settings = [*RL, f"run.output_dir={tmp_path}", f"run.name={name}", *more]
         train(load_config(CONFIGS / "smoke.toml", settings), resume=resume, quiet=True)
 
-    train_alone("one")
+    train_here("one")
     expected = result(tmp_path / "one")
     start("train smoke", tmp_path, 2, *RL, "run.name=two", launcher="accelerate")
     check_equal(result(tmp_path / "two"), expected)
@@ -83,7 +83,7 @@ def test_reinforcement_learning_on_two_three_and_one_processes_is_the_same(
     more = [*RL, "run.name=several", "--resume"]
     start("train smoke", tmp_path, 2, *more, "run.num_steps=3", launcher="torchrun")
     start("train smoke", tmp_path, 3, *more, "run.num_steps=5", launcher="torchrun")
-    train_alone("several", "run.num_steps=7", resume=True)
+    train_here("several", "run.num_steps=7", resume=True)
     start("train smoke", tmp_path, 2, *more, launcher="torchrun")
     check_equal(result(tmp_path / "several"), expected)
 

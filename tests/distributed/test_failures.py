@@ -1,4 +1,4 @@
-"""A job of several processes loses one of them: it says so, leaves nothing behind, and continues."""
+"""A job of several processes loses one: it says so, leaves nothing behind, and continues."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_it(
     assert result(tmp_path / "smoke") == result(whole)
 
 
-def test_the_launcher_restarts_a_job_that_then_goes_on_by_itself(
+def test_the_launcher_restarts_a_job_that_then_continues_by_itself(
     tmp_path: Path, whole: Path
 ) -> None:
     """Rank 1 dies at every start but the last: in the first evaluation, then a step further each

@@ -12,7 +12,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(LOCK))
 
 .DEFAULT_GOAL := env
-.PHONY: env quickstart quickstart-intro test test-fast lint format check docs bench lock gpu-dry clean
+.PHONY: env quickstart quickstart-intro test test-fast test-faults lint format check docs bench lock \
+  audit gpu-dry clean
 
 env: $(INSTALLED)
 
@@ -46,6 +47,10 @@ test: $(INSTALLED)
 test-fast: $(INSTALLED)
 	$(PYTEST) -m 'not slow' $(ARGS)
 
+# What injects a fault for real: full disks, kills, damaged checkpoints, wrong adapters (docs/faults.md).
+test-faults: $(INSTALLED)
+	$(PYTEST) -m faults $(ARGS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -71,6 +76,11 @@ bench: $(INSTALLED)
 lock: $(INSTALLED)
 	$(PIP) install -q uv==0.13.9
 	$(BIN)/python scripts/lock.py
+
+# Known vulnerabilities of the locked versions; fails where they cannot be looked up.
+audit: $(INSTALLED)
+	$(PIP) install -q pip-audit==2.10.1
+	$(BIN)/python scripts/audit.py
 
 # vLLM 0.26's CUDA path on a machine without a GPU, up to the kernels: an environment of 7 GB and the
 # test that runs in it. Needs Python 3.12 and gcc.

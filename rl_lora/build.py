@@ -14,7 +14,7 @@ from rewards import FunctionReward, Reward, load_reward
 from rl_lora import distributed
 from rl_lora.advantages import AdvantageFn
 from rl_lora.config import ModelSection, OptimSection, RunConfig, SamplingSection
-from rl_lora.config.algorithm import imported, load_algorithm
+from rl_lora.config.algorithm import imported, load_algorithm, user_code
 from rl_lora.config.checks import SAMPLERS
 from rl_lora.errors import UserError
 from rl_lora.launchers import num_restarts
@@ -90,7 +90,7 @@ def open_run(
         if config.sampling.backend == "vllm":
             check_vllm(model_dir, config)
         prompts = _load_prompts(config, reward, model_dir, tokenizer, context)
-        for note in prompts.notes:
+        for note in (*user_code(config), *prompts.notes):
             on_note(note)
         policy = open_policy(
             model_dir,
@@ -101,8 +101,8 @@ def open_run(
             keep_reference=config.algorithm.kl != "none",
         )
         on_loaded(policy, prompts)
-        data = config.data
-        end_ids = end_token_ids(model_dir, tokenizer, data.template, data.chat_template_kwargs)
+        template = config.data.template, config.data.chat_template_kwargs
+        end_ids = end_token_ids(model_dir, tokenizer, *template)
         num_steps = config.run.num_steps if num_steps is None else num_steps
         sampler = make_sampler(
             with_compilation(config.sampling, policy.device, num_steps, on_note),

@@ -2,8 +2,8 @@
 
 Each command is a module of `rl_lora.commands` with `add_arguments(parser)`, `run(arguments) -> int`
 and EXAMPLES. Only the module of the command that was typed is imported, and it imports heavy
-libraries inside `run`, so that help texts and usage errors are instant. Of a job's processes rank 0
-runs the command by itself, unless the module has IS_DIVIDED = True.
+libraries inside `run`, so that help texts and usage errors are instant. Of a job's processes only
+rank 0 runs the command, unless the module has IS_DIVIDED = True.
 """
 
 from __future__ import annotations
@@ -104,9 +104,13 @@ def _is_for_rank_0(arguments: argparse.Namespace) -> bool:
 
 
 def _print_error(text: str) -> None:
+    """Prints one line; what it quotes of data or a model's text cannot act on the terminal."""
     if is_speaker():
         who = "" if is_main() else f"rank {rank()}: "
-        print(f"rl-lora: {who}{text}", file=sys.stderr, flush=True)
+        shown = "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+        )
+        print(f"rl-lora: {who}{shown}", file=sys.stderr, flush=True)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

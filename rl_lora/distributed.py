@@ -52,6 +52,7 @@ class _Job:
     phase: str = "the start"  # of the last exchange
     is_ending: bool = False  # by an error
     is_speaker: bool = True
+    gone: Sequence[int] = ()  # ranks that were found dead
 
 
 _job: _Job | None = None  # None: one process
@@ -104,7 +105,7 @@ def joined(device: str = "auto", timeout_s: float = 1800) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        cause = _who_ended() if isinstance(error, _TerminatedError) else None
+        cause = _who_ended(error)
         tell(cause or error)
         if cause is not None:
             raise cause from error
@@ -186,11 +187,17 @@ def _on_sigterm(number: int, frame: object) -> None:
     raise _TerminatedError("the launcher ended this process (SIGTERM)", code=128 + number)
 
 
-def _who_ended() -> OtherProcessError | None:
-    """The ranks that ended before SIGTERM came; None: it came to all, or some are only slow."""
+def _who_ended(error: BaseException) -> OtherProcessError | None:
+    """The ranks that ended and so caused this rank's error: SIGTERM, or torch's in a pass over
+    sharded weights. None: there are none, or some are only slow."""
+    if _job is None:
+        return None
+    if isinstance(error, RuntimeError) and re.search("gloo|NCCL", str(error)):
+        return _failure() or _missing(str(error), f"after {_job.phase}", 0, 1)
+    if not isinstance(error, _TerminatedError):
+        return None
     import torch.distributed as dist
 
-    assert _job is not None
     started = time.monotonic()
     try:
         with _errors_of_others(f"after {_job.phase}", _HEAR_S):
@@ -214,7 +221,8 @@ def leave() -> None:
     with contextlib.suppress(RuntimeError):  # rank 0 is gone, and the store with it
         _store().set(f"left/{rank()}", "")
         if is_main():
-            _has([f"left/{number}" for number in range(1, world_size())], _LAST_S)
+            others = set(range(1, world_size())) - set(_job.gone)
+            _has([f"left/{number}" for number in others], _LAST_S)
 
 
 def _store() -> Store:
@@ -358,8 +366,10 @@ def _failure() -> OtherProcessError | None:
 
 def _missing(text: str, when: str, waited_s: float, limit_s: float) -> OtherProcessError:
     """The error of an exchange in which ranks are missing that have told nothing."""
+    assert _job is not None
     if waited_s < limit_s:
-        gone = ", ".join(map(_name, _gone())) or f"another process ({text.splitlines()[0]})"
+        _job.gone = _gone()
+        gone = ", ".join(map(_name, _job.gone)) or f"another process ({text.splitlines()[0]})"
         return OtherProcessError(f"{gone} ended {when}")
     match = re.search(r"Ranks? ([\d, ]+) failed to pass", text)  # on rank 0; others wait for it
     late = ", ".join(_name(int(number)) for number in (match[1] if match else "0").split(","))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rl_lora.config import load_config
-from rl_lora.config.algorithm import load_algorithm
+from rl_lora.config.algorithm import load_algorithm, user_code
 from rl_lora.errors import UserError
 from rl_lora.losses import needs_of
 from rl_lora.train import train
@@ -143,3 +144,18 @@ def test_an_older_record_with_every_losss_options_is_read() -> None:
     config = load_config(None).model_dump()
     config["algorithm"] = {**config["algorithm"], **old}
     assert type(load_config(None)).model_validate(config) == load_config(None)
+
+
+@pytest.mark.usefixtures("_module")
+def test_the_users_code_is_named_with_its_files_hash(tmp_path: Path) -> None:
+    names = ["algorithm.loss=my_losses:scaled", "reward.name=my_losses:best_only"]
+    names += ["sampling.backend=rl_lora.samplers.torch_sampler:TorchSampler"]
+    lines = list(user_code(load_config(SMOKE, names)))
+    digest = hashlib.sha256(MODULE.encode()).hexdigest()[:12]
+    where = f"runs code of your own: {tmp_path / 'my_losses.py'} (sha256 {digest})"
+    assert lines[:2] == [
+        f"reward.name=my_losses:best_only {where}",
+        f"algorithm.loss=my_losses:scaled {where}",
+    ]
+    assert "torch_sampler.py" in lines[2]
+    assert list(user_code(load_config(SMOKE))) == []

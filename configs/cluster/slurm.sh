@@ -18,23 +18,29 @@
 #SBATCH --requeue
 set -euo pipefail
 
-launch=(
-  --multi_gpu
-  --num_machines "$SLURM_JOB_NUM_NODES"
-  --num_processes "$((SLURM_JOB_NUM_NODES * SLURM_GPUS_ON_NODE))" # of all nodes
-  --main_process_port "$((20000 + SLURM_JOB_ID % 20000))"
-  --mixed_precision no --dynamo_backend no # the TOML file says what runs in which precision
-  --max_restarts 3
-)
-if ((SLURM_JOB_NUM_NODES > 1)); then
-  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  # c10d: where a process dies, the launchers of all nodes start theirs again.
-  launch+=(--main_process_ip "${nodes[0]}" --rdzv_backend c10d)
-fi
-
-# One launcher on each node. --resume: a job that was requeued goes on from its last checkpoint.
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-# shellcheck disable=SC2016 # the node's number is known on the node only
-srun --kill-on-bad-exit=1 \
-  bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' launch \
-  "${launch[@]}" -m rl_lora train "$@" --resume
+
+# One launcher on each node; the TOML file says what runs in which precision, not the launcher.
+train() {
+  # shellcheck disable=SC2016 # a node's number is known on the node only
+  srun --kill-on-bad-exit=1 \
+    bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' launch \
+    --multi_gpu \
+    --num_machines "$SLURM_JOB_NUM_NODES" \
+    --num_processes "$((SLURM_JOB_NUM_NODES * SLURM_GPUS_ON_NODE))" \
+    --main_process_ip "${nodes[0]}" \
+    --main_process_port "$((20000 + (SLURM_JOB_ID + SECONDS) % 20000))" \
+    --mixed_precision no --dynamo_backend no \
+    -m rl_lora train "$@" --resume
+}
+
+# A process that dies ends those of all nodes; the job then resumes from its last checkpoint. What
+# fails within five minutes is a mistake, and is not repeated. (--max_restarts is for one node: the
+# launchers of several do not agree on the attempt, pytorch#135712.)
+for _ in 1 2 3 4; do
+  started=$SECONDS code=0
+  train "$@" || code=$?
+  if ((code == 0 || SECONDS - started < 300)); then break; fi
+done
+exit "$code"

@@ -130,7 +130,7 @@ def time_table(
     }
     if num_ranks > 1:
         rows = _rows_of_several(config, found, num_ranks, rows)
-        rows["run"] += f"; {hours * num_ranks:,.0f} GPU hours"
+        rows["run"] += f"; {hours * num_ranks:,.1f} GPU hours"
     if sampling.overlap:
         del rows["sleep and wake"]
     for name, text in rows.items():

@@ -7,11 +7,13 @@ when settings are read, user functions when a job starts (`load_algorithm`).
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -21,7 +23,7 @@ from rl_lora.errors import UserError, nearest
 from rl_lora.losses import LOSSES, LossFn, LossInputs, needs_of
 
 if TYPE_CHECKING:
-    from rl_lora.config import AlgorithmSection
+    from rl_lora.config import AlgorithmSection, RunConfig
 
 Options = dict[str, Any]
 
@@ -91,6 +93,22 @@ def imported(name: str, what: str) -> Callable[..., Any]:
         return import_function(name, what)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def user_code(config: RunConfig) -> Iterator[str]:
+    """A line for each of the user's functions and classes that a job runs, with its file's hash."""
+    names = {
+        "reward.name": config.reward.name,
+        "algorithm.loss": config.algorithm.loss,
+        "algorithm.advantage": config.algorithm.advantage,
+        "sampling.backend": config.sampling.backend,
+    }
+    for key, name in names.items():
+        if ":" in name:
+            file = inspect.getsourcefile(inspect.unwrap(imported(name, key))) or "no file"
+            is_file = Path(file).is_file()
+            digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if is_file else "-"
+            yield f"{key}={name} runs code of your own: {file} (sha256 {digest})"
 
 
 def _options(

@@ -40,7 +40,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def _own_gpu(device: torch.device) -> torch.device:
-    if device.index is not None:
+    if ":" in str(device):
         raise UserError(
             f"model.device={str(device)!r} is one GPU for all of the job's processes: set "
             "model.device='cuda', which gives each its own GPU (CUDA_VISIBLE_DEVICES says "

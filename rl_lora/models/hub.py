@@ -1,7 +1,8 @@
-"""Downloads models and adapters from the hub into its cache."""
+"""Downloads models and adapters from the hub into its cache, which is used where it is offline."""
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rl_lora.errors import UserError
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _IGNORED = ["original/*", "consolidated*", "onnx/*", "*/*.safetensors"]
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+_LOG = logging.getLogger(__name__)
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -43,12 +45,21 @@ def adapter_path(name: str | Path) -> Path:
 
 def _fetch(what: str, name: str, revision: str | None, files: list[str], advice: str) -> Path:
     import httpx
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     where = f"{what} hub id {name!r}" + (f" at revision {revision!r}" if revision else "")
+    is_offline = False
     try:
+        try:
+            HfApi().repo_info(name, revision=revision)
+        except (errors.OfflineModeIsEnabled, httpx.TransportError):
+            is_offline = True
         found = snapshot_download(
-            name, revision=revision, allow_patterns=files, ignore_patterns=_IGNORED
+            name,
+            revision=revision,
+            allow_patterns=files,
+            ignore_patterns=_IGNORED,
+            local_files_only=is_offline,
         )
     except errors.GatedRepoError as error:
         raise UserError(
@@ -58,8 +69,14 @@ def _fetch(what: str, name: str, revision: str | None, files: list[str], advice:
         raise UserError(f"{where} is neither a directory nor known to the hub; {advice}") from error
     except errors.HFValidationError as error:
         raise UserError(f"{what} {name!r} is neither a directory nor a hub id; {advice}") from error
+    except errors.IncompleteSnapshotError as error:
+        raise UserError(
+            f"{where}: the hub cannot be reached, and the cached copy is incomplete; {advice}"
+        ) from error
     except (OSError, errors.HfHubHTTPError, httpx.HTTPError) as error:
         raise UserError(
             f"{where}: there is no such directory, and the hub cannot be reached; {advice}"
         ) from error
+    if is_offline:
+        _LOG.warning("%s: the hub cannot be reached; the cached copy %s is used", where, found)
     return Path(found)

@@ -240,7 +240,8 @@ class _Work:
         layers_s, head_s = learner_token_s(config, self.shape, self.card, context)
         one_gpu_s = (num_tokens * layers_s + num_completion * head_s) / _LEARNER
         limit = config.optim.microbatch_tokens or MICROBATCH_TOKENS["cuda"]
-        num_microbatches = math.ceil(num_tokens / max(limit, context))
+        least = num_ranks * config.optim.num_updates  # so that every rank has one of each update
+        num_microbatches = max(least, math.ceil(num_tokens / max(limit, context)))
         largest = math.ceil(num_microbatches / num_ranks)
         computed_s = one_gpu_s * largest / num_microbatches
         if shards(config, num_ranks) == 1:

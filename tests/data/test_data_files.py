@@ -20,6 +20,8 @@ from rl_lora.sft.data import load_sft
 from tests.data.test_sources import error_of, questions, write_jsonl
 from tests.test_prompts import word_tokenizer
 
+pytestmark = pytest.mark.faults
+
 ROW = {"question": "How many?", "answer": "12"}
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        \x00\x02\xff\xfe"
 

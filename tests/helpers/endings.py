@@ -30,6 +30,7 @@ from rl_lora.errors import UserError
 
 EXAMPLES: tuple[str, ...] = ()
 AFTER_INTERRUPT = "; RESUME"
+IS_DIVIDED = True
 TIMEOUT_S = 20.0
 FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 

@@ -106,15 +106,18 @@ def faulty(command: Sequence[str], faults: str = "") -> list[str]:
     return ["-m", "tests.helpers.faulty_job", faults, *command]
 
 
-def result(run: Path) -> dict[str, Any]:
-    """What a run's history must not change: metrics but for the machine's, samples, adapter."""
+def result(run: Path, weights: str = "adapter_model.safetensors") -> dict[str, Any]:
+    """What a run's history must not change: metrics but for the machine's, samples, adapter.
+
+    weights: the name of the adapter's file.
+    """
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     machine = ("time/", "speed/", "memory/", "system/")
     transcripts = run / "transcripts.jsonl"
     return {
         "metrics": [{k: v for k, v in row.items() if not k.startswith(machine)} for row in rows],
         "samples": transcripts.read_text() if transcripts.is_file() else "",
-        "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "adapter": (run / "adapter" / weights).read_bytes(),
     }
 
 

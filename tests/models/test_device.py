@@ -23,22 +23,17 @@ def in_job(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def join(
         local_rank: int, num_gpus: int, *, uuids: list[str] | None = None, main: Any = None
     ) -> None:
-        own = f"gpu-{local_rank}"
-        for name, value in {
-            "world_size": 2,
-            "local_rank": local_rank,
-        }.items():
-            monkeypatch.setattr(distributed, name, lambda value=value: value)
+        place = {"world_size": 2, "local_rank": local_rank}
+        for name, number in place.items():
+            monkeypatch.setattr(distributed, name, lambda number=number: number)
         monkeypatch.setattr(
             distributed, "from_main", lambda make, phase: make() if main is None else main
         )
         monkeypatch.setattr(distributed, "gather", lambda value, phase: uuids or ["other", value])
-        for name, value in {
-            "is_available": num_gpus > 0,
-            "device_count": num_gpus,
-            "get_device_properties": SimpleNamespace(uuid=own),
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        card = SimpleNamespace(uuid=f"gpu-{local_rank}")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
         monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
 
     return join

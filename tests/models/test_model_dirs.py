@@ -25,6 +25,8 @@ from rl_lora.samplers.vllm.settings import EngineOptions, engine_settings
 from rl_lora.train import train
 from tests.helpers.tiny_models import VOCAB, make_policy, random_llama, shake
 
+pytestmark = pytest.mark.faults
+
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -105,6 +107,23 @@ def test_a_models_own_code_is_neither_run_nor_asked_about(
     (model_dir / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="no usable tokenizer"):
         load_tokenizer(model_dir)
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("its code ran",)
+
+
+def test_pickled_weights_are_not_read(model_dir: Path) -> None:
+    torch.save({"lm_head.weight": Trap()}, model_dir / "pytorch_model.bin")
+    resolve_model(ModelSection(name=str(model_dir)))
+    make_policy(model_dir)  # from its safetensors
+    (model_dir / "model.safetensors").unlink()
+    assert "only pickled weights, which may contain code and are not read" in refusal(model_dir)
+    with pytest.raises(UserError, match="not a loadable causal language model"):
+        make_policy(model_dir)
 
 
 def test_a_dry_run_refuses_and_asks_nothing_either(

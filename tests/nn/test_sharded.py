@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 from torch import Tensor
 
-from rl_lora.adapters.files import fingerprint
+from rl_lora.adapters.files import FULL_FILE, fingerprint
+from rl_lora.config import load_config
 from rl_lora.errors import UserError
 from rl_lora.models.load import load_model
 from rl_lora.nn.sharded import _check_dtypes
-from tests.conftest import TESTS
+from rl_lora.train import train
+from tests.helpers.processes import LIMIT_S, ROOT, faulty, launch, result
 from tests.helpers.sharded_program import CASES, main, resume
 from tests.helpers.tiny_models import random_llama
-
-
-def started(folder: Path, names: list[str], num_processes: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={num_processes}", "-m", "tests.helpers.sharded_program"]
-    found = subprocess.run(
-        [*command, str(folder), *names], cwd=TESTS.parent, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr[-4000:]
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -34,6 +27,13 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     assert found.keys() == expected.keys()
     assert all(found[name].dtype == tensor.dtype for name, tensor in expected.items())
     return max(float((found[n].double() - t.double()).abs().max()) for n, t in expected.items())
+
+
+pytestmark = pytest.mark.timeout(2 * LIMIT_S)
+JOB = """
+    lora.mode=full optim.lr=1e-4 run.num_steps=2 run.transcripts_per_step=64 data.held_out=2
+    sampling.num_prompts=4 sampling.num_samples=4 sampling.max_tokens=16 reward.num_workers=1
+""".split()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     torch.set_num_threads(1)  # as in the processes
     main(folder, list(CASES))
     torch.set_num_threads(num_threads)
-    started(folder, list(CASES), 2)
+    program = ["-m", "tests.helpers.sharded_program", str(folder), *CASES]
+    job = launch(program, folder / "logs")
+    assert job.code == 0, job.launcher
     return folder, {
         f"{name} of {num}": torch.load(folder / f"of-{num}" / f"{name}.pt")
         for name in CASES
@@ -94,3 +96,27 @@ def test_weights_of_two_dtypes_cannot_be_trained_in_shards(tmp_path: Path) -> No
     model.model.norm.float()
     with pytest.raises(UserError, match=r"model.norm.weight is torch.float32 .* model.dtype="):
         _check_dtypes(model)
+
+
+@pytest.mark.slow
+def test_a_job_that_loses_a_rank_within_a_pass_says_so_and_resumes_on_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 1 is of two processes, and the end is that of a job in one: of all weights."""
+    monkeypatch.setattr("rl_lora.train.draw_figures", lambda folder: None)
+    command = ["train", "smoke", f"run.output_dir={tmp_path}", "run.name=two", *JOB]
+    fault = "1 rl_lora.nn.optimized:MasterWeights.gradients 2 kill"  # one pass a step
+    killed = launch(faulty(command, fault), tmp_path / "logs")
+    assert killed.codes == {0: 3, 1: -9}
+    ((rank, line),) = killed.lines()
+    assert rank == 0
+    assert re.match(r"the run stopped: rank 1 on \S+ ended after ", line)
+    assert killed.left == []
+    for name in ("one", "two"):
+        settings = [*JOB, f"run.output_dir={tmp_path}", f"run.name={name}"]
+        train(load_config(ROOT / "configs" / "smoke.toml", settings), resume=True, quiet=True)
+    found, expected = (result(tmp_path / name, FULL_FILE) for name in ("two", "one"))
+    assert found["samples"] == expected["samples"]
+    for row, other in zip(found["metrics"], expected["metrics"], strict=True):
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-5)
+    assert distance(load(found["adapter"]), load(expected["adapter"])) <= 1e-5

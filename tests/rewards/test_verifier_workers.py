@@ -18,6 +18,8 @@ from rewards.grading import Grader
 from rewards.workers.pool import WorkerPool
 from tests.helpers.hostile import hostile_inputs
 
+pytestmark = pytest.mark.faults
+
 ROOT = Path(__file__).resolve().parents[2]
 OPEN_GOLD, OPEN_ANSWER = r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}"
 MAX_CPU_S = 0.5  # of the grader's own thread, for one answer

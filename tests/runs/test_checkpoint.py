@@ -31,6 +31,8 @@ from rl_lora.runs.checkpoint import (
     write_checkpoint,
 )
 
+pytestmark = pytest.mark.faults
+
 
 def save(run_folder: Path, step: int, mark: str = "") -> Path:
     """A small checkpoint whose tensor holds its step."""

@@ -25,6 +25,8 @@ from rl_lora.storage.directories import atomic_directory, disk_errors
 from tests.runs.test_resume import result, run
 from tests.test_train import SMOKE
 
+pytestmark = pytest.mark.faults
+
 NO_SPACE = "No space left on device"
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ["run.name=x", "run.checkpoint_every=1", "run.loggers=['tensorboard']"]

@@ -33,6 +33,8 @@ from tests.helpers.tiny_models import make_policy, random_llama
 from tests.sft.test_sft import TINY
 from tests.test_train import SMOKE, metrics_of
 
+pytestmark = pytest.mark.faults
+
 SMALL = ["run.num_steps=1", "data.held_out=4", "sampling.num_prompts=2", "sampling.max_tokens=12"]
 SMALL += ["sampling.num_samples=2", "run.loggers=[]"]
 SFT_SMALL = ["run.num_steps=1", "data.held_out=4", "sft.batch_size=2"]

@@ -20,6 +20,8 @@ import torch
 
 from tests.runs.test_resume import result, run
 
+pytestmark = pytest.mark.faults
+
 # Start-up, first test or evaluation, checkpoints, publishes, lines, the best and the last adapter.
 NUM_KILLS = int(os.environ.get("RL_LORA_NUM_KILLS", "3"))
 

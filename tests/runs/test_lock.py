@@ -26,6 +26,8 @@ from tests.sft.test_sft import TINY
 from tests.studies.test_studies import raw_study, write_study
 from tests.test_train import SHORT, SMOKE
 
+pytestmark = pytest.mark.faults
+
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
 import sys

@@ -25,6 +25,7 @@ from rl_lora.runs.checkpoint import (
     write_checkpoint,
 )
 from rl_lora.runs.log import RunLog
+from rl_lora.runs.machine import environment
 from rl_lora.runs.record import read_record
 from rl_lora.sft.train import fine_tune
 from rl_lora.studies.config import StudyConfig, cells_of
@@ -33,6 +34,8 @@ from rl_lora.train import train
 from tests.sft.test_sft import TINY
 from tests.studies.test_studies import raw_study, write_study
 from tests.test_train import SMOKE, metrics_of
+
+pytestmark = pytest.mark.faults
 
 RARELY = ["run.checkpoint_every=50", "data.held_out=4"]
 SIZES = {
@@ -258,6 +261,32 @@ def test_no_step_draws_from_the_global_generators(
         first, second = states
         assert first == second
         states.clear()
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_for_the_one_before(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: Callable[[str], Any],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One bit of its tensors is another; and another version of torch had written it."""
+    older = environment() | {"torch": "2.0.1"}
+    with monkeypatch.context() as patch:
+        patch.setattr("rl_lora.runs.checkpoint.environment", lambda: older)
+        run("rl", tmp_path, "run.name=x", "run.num_steps=3", "run.checkpoint_every=1")
+    newest = latest_checkpoint(tmp_path / "x")
+    assert newest is not None
+    content = bytearray((newest / "tensors.safetensors").read_bytes())
+    content[-5] ^= 1
+    (newest / "tensors.safetensors").write_bytes(content)
+    capsys.readouterr()
+    run("rl", tmp_path, "run.name=x", resume=True)
+    assert result(tmp_path / "x") == whole("rl")
+    (line,) = caplog.messages
+    assert line.startswith(f"checkpoint skipped: {newest}: tensors.safetensors is not the file")
+    now = environment()["torch"]
+    assert f"may differ in its last digits: torch 2.0.1 then, {now} now" in capsys.readouterr().out
 
 
 # --- studies --------------------------------------------------------------------------------------

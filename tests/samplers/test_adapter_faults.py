@@ -102,8 +102,8 @@ class Engine(TorchSampler):
         if adapter is None:
             return
         tensors = load_tensors(adapter.path)
-        is_faulty = self.fault is not None and adapter.version == FAULTY_VERSION
-        self.policy.load_tensors(type(self).fault(self, tensors) if is_faulty else tensors)
+        fault = type(self).fault if adapter.version == FAULTY_VERSION else None
+        self.policy.load_tensors(tensors if fault is None else fault(self, tensors))
         self.before = tensors
 
 
@@ -176,9 +176,11 @@ def run(folder: Path, *overrides: str) -> None:
 
 
 def change_tensors(path: Path, change: Callable[[Tensor], Tensor]) -> None:
-    tensors = load_file(path / ADAPTER_FILE)
-    name = next(name for name in sorted(tensors) if "lora_B" in name)
-    tensors[name] = change(tensors[name]).contiguous()
+    """Changes all B."""
+    tensors = {
+        name: change(tensor).contiguous() if "lora_B" in name else tensor
+        for name, tensor in load_file(path / ADAPTER_FILE).items()
+    }
     save_file(tensors, path / ADAPTER_FILE, metadata={"format": "pt"})
 
 
@@ -199,7 +201,7 @@ def cut(file: Path) -> None:
 
 # What is done to the directory of version 2, and what the message says.
 FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "stale": (take_another, r"\(version, fingerprint, tensors\)"),
+    "stale": (take_another, r"\(version, fingerprint"),
     "stale tensors": (lambda p: take_another(p, ADAPTER_FILE), r"\(tensors\)"),
     "zeroed": (lambda p: change_tensors(p, torch.zeros_like), r"\(tensors\)"),
     "half-scaled tensors": (lambda p: change_tensors(p, lambda t: t / 2), r"\(tensors\)"),
@@ -276,8 +278,8 @@ def test_another_node_waits_until_it_sees_the_adapter(
             shutil.rmtree(adapter.path, ignore_errors=True)
             hidden.rename(adapter.path)
 
-    monkeypatch.setattr(adapter_files, "world_size", lambda: 4)
-    monkeypatch.setattr(adapter_files, "local_size", lambda: 2)
+    monkeypatch.setattr(adapter_files.distributed, "world_size", lambda: 4)
+    monkeypatch.setattr(adapter_files.distributed, "local_size", lambda: 2)
     monkeypatch.setattr(adapter_files.time, "sleep", show_at_the_second)
     check_published(adapter, with_tensors=True)
     assert len(waits) == 2

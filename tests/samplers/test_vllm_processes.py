@@ -32,7 +32,7 @@ def test_each_process_samples_its_share_with_its_own_engine(tmp_path: Path) -> N
     model = make_model(tmp_path / "model", tied=False)
     versions = [publish(model, tmp_path / "adapters", number) for number in (1, 2)]
     adapters = json.dumps([asdict(one) | {"path": str(one.path)} for one in versions])
-    launch = ["-m", "torch.distributed.run", "--standsingle", "--nproc_per_node", "2", "-m"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     ended = subprocess.run(
         [sys.executable, *launch, "tests.helpers.vllm_job", str(tmp_path), adapters],
         cwd=ROOT,

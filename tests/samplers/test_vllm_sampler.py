@@ -554,6 +554,7 @@ def test_an_adapter_that_does_not_fit(
         name = next(name for name in tensors if "o_proj.lora_A" in name)
         tensors[name] = tensors[name][:, 1:].contiguous()
         save_file(tensors, wrong.path / "adapter_model.safetensors")
+        (wrong.path / "rl_lora.json").unlink()
         wrong = replace(wrong, fingerprint=fingerprint(tensors))
         complaint = r"o_proj' is for \[\d+, \d+\] weights, not \[\d+, \d+\]"
     else:

@@ -38,7 +38,9 @@ def read_terms(adapter: Adapter) -> dict[str, LowRank]:
         raise UserError(f"{adapter.path}: a DoRA adapter is not served; set sampling.backend=torch")
     tensors = load_tensors(adapter.path)
     if fingerprint(tensors) != adapter.fingerprint:
-        raise StaleAdapterError(f"{adapter.path} was changed after {adapter.name} was published")
+        raise StaleAdapterError(
+            f"{adapter.path} was changed after {adapter.name} was published (tensors)"
+        )
     return {
         layer: LowRank(term.a_RI.float(), term.b_OR.float(), term.scaling)
         for layer, term in low_rank_terms(tensors, adapter.path).items()

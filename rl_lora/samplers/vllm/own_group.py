@@ -64,7 +64,7 @@ def keep_job_groups() -> None:
 
     Whoever shuts the engine down: for one that was not closed it is the garbage collector (0.32).
     """
-    core = importlib.import_module("vllm.v1.engine.core")
+    core: Any = importlib.import_module("vllm.v1.engine.core")
     original = core.cleanup_dist_env_and_memory
     if not hasattr(original, "__wrapped__"):
         cleanup = functools.partial(_destroy_own_groups, original)

@@ -86,13 +86,11 @@ def open_run(
         from rl_lora.samplers.vllm.checks import check_vllm, with_compilation
 
         load_sampler_class(config.sampling.backend)
-        for note in user_code(config):
-            on_note(note)
         model_dir, tokenizer, context = open_model(config.model, on_note)
         if config.sampling.backend == "vllm":
             check_vllm(model_dir, config)
         prompts = _load_prompts(config, reward, model_dir, tokenizer, context)
-        for note in prompts.notes:
+        for note in (*user_code(config), *prompts.notes):
             on_note(note)
         policy = open_policy(
             model_dir,
@@ -103,8 +101,8 @@ def open_run(
             keep_reference=config.algorithm.kl != "none",
         )
         on_loaded(policy, prompts)
-        data = config.data
-        end_ids = end_token_ids(model_dir, tokenizer, data.template, data.chat_template_kwargs)
+        template = config.data.template, config.data.chat_template_kwargs
+        end_ids = end_token_ids(model_dir, tokenizer, *template)
         num_steps = config.run.num_steps if num_steps is None else num_steps
         sampler = make_sampler(
             with_compilation(config.sampling, policy.device, num_steps, on_note),

@@ -194,7 +194,7 @@ class Scoring:
         for job in self._jobs:
             job.result()
         own = {index: self._groups[index].rollouts_G for index in self.own}
-        found = {}
+        found: dict[int, tuple[Rollout, ...]] = {}
         for part in distributed.gather(own, "sampling and scoring"):
             found |= part
         return [RolloutGroup(prompt, found[index]) for index, prompt in enumerate(self.prompts_N)]

@@ -170,10 +170,12 @@ def train(
         distributed.joined(config.model.device, config.run.process_timeout_s),
         open_folder(config, resume=resume, quiet=quiet) as (display, start),
     ):
-        if outcome := from_main(lambda: finished(config, start), "the start"):
+        complete = from_main(lambda: finished(config, start), "the start")
+        if complete is not None:
             display.note(f"{folder} is complete: {config.run.num_steps} steps done")
-            from_main(lambda: summary(display, outcome, {}), "the end")
-            return outcome
+            if distributed.is_main():
+                summary(display, complete, {})
+            return complete
         config = start.keep_dtype(config)
         with open_parts(config, start, display, accept_changed_data) as (parts, state):
             before = evaluate_at_end(parts, state) if not state.step else None

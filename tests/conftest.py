@@ -25,6 +25,7 @@ LONG_FILES = [
     "test_train.py",
     "runs/test_resume.py",
     "test_overlap.py",
+    "nn/test_sharded.py",
     "scripts/test_gpu_check.py",
     "samplers/test_vllm_experts.py",
     "runs/test_disk_full.py",

@@ -108,6 +108,8 @@ def samplers(monkeypatch: pytest.MonkeyPatch) -> list[OwnWeights]:
         return made[-1]
 
     monkeypatch.setattr(job, "make_sampler", make)
+    # No job here has vLLM's engine, so these run where it is not installed.
+    monkeypatch.setattr("rl_lora.samplers.vllm.checks.check_vllm", lambda *_: None)
     return made
 
 

@@ -6,6 +6,7 @@ device without any. A CPU has nothing to wait for, but the calls are the same.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,10 @@ def reads(
         is_first[0] = False
         return score(batch, temperature)
 
-    def step() -> float:
+    def step(counts: Counter[str]) -> float:
         steps.append(found.copy())
         is_first[0] = True
-        return make_step()
+        return make_step(counts)
 
     monkeypatch.setattr(LoraPolicy, "learns_in_parallel", False)
     monkeypatch.setattr(learner.policy, "token_logprobs", token_logprobs)

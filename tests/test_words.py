@@ -54,11 +54,15 @@ ALLOWED = [
     ("rl_lora/report/records.py", "rollouts/age_"),
     ("rl_lora/runs/record.py", "rollouts/age_"),
     ("rl_lora/runs/record.py", '"exam"'),
+    # The hub's own names.
+    ("rl_lora/models/hub.py", "error.snapshot_path"),
+    ("tests/data/test_data_faults.py", '"snapshots"'),
     ("tests/evaluation/test_paired.py", '"exam"'),
     ("tests/config/test_configs.py", '"exam_deepmath_qwen3_8b"'),
     ("tests/report/test_report.py", '"exams.png"'),
     ("tests/report/test_report.py", "figures/exams.png"),
     ("tests/report/test_report.py", "rollouts/age_"),
+    ("tests/data/test_data_faults.py", '"snapshots"'),  # the hub client's folder
 ]
 
 

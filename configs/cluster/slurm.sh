@@ -35,7 +35,7 @@ train() {
     -m rl_lora train "$@" --resume
 }
 
-# A process that dies ends those of all nodes; the job then goes on from its last checkpoint. What
+# A process that dies ends those of all nodes; the job then resumes from its last checkpoint. What
 # fails within five minutes is a mistake, and is not repeated. (--max_restarts is for one node: the
 # launchers of several do not agree on the attempt, pytorch#135712.)
 for _ in 1 2 3 4; do

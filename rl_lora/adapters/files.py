@@ -172,8 +172,8 @@ def _check_directory(adapter: Adapter, *, with_tensors: bool) -> None:
         if not (path / name).is_file():
             raise UserError(f"adapter directory {path} has no {name}")
     manifest = read_manifest(path)  # empty for adapters of other tools
-    found = {key: manifest[key] for key in ("version", "fingerprint") if key in manifest}
-    differs = [key for key, value in found.items() if value != getattr(adapter, key)]
+    own = {"version": adapter.version, "fingerprint": adapter.fingerprint}
+    differs = [key for key, value in own.items() if manifest.get(key, value) != value]
     config = _config_sha256(path)
     if manifest.get("config_sha256", config) != config:
         differs.append("adapter_config.json")

@@ -71,8 +71,7 @@ def _fetch(what: str, name: str, revision: str | None, files: list[str], advice:
         raise UserError(f"{what} {name!r} is neither a directory nor a hub id; {advice}") from error
     except errors.IncompleteSnapshotError as error:
         raise UserError(
-            f"{where}: the hub cannot be reached, and the cached copy {error.snapshot_path} is "
-            f"incomplete; {advice}"
+            f"{where}: the hub cannot be reached, and the cached copy is incomplete; {advice}"
         ) from error
     except (OSError, errors.HfHubHTTPError, httpx.HTTPError) as error:
         raise UserError(

@@ -145,6 +145,7 @@ def shard_model(
             if not is_shard(parameter) and parameter not in kept:
                 wide = parameter.data.float() if parameter in trained else parameter.data
                 parameter.data = wide.contiguous()  # GPT-2's are transposed views
+        # By default the root stays gathered after a pass, and would miss what is loaded next.
         shards = fully_shard(
             unit, mesh=mesh, reshard_after_forward=True, mp_policy=mixed, ignored_params=kept
         )

@@ -44,6 +44,10 @@ class KvCache(DynamicCache):
 
     def begin(self, longest: int) -> None:
         """Empties the cache for a batch of at most `longest` tokens per row; buffers are kept."""
+        for layer in self.layers:
+            # Before 5.19, transformers' reset only zeroes: the next batch would be appended.
+            layer.keys = layer.values = None
+            layer.is_initialized = False
         self.reset()
         for layer in self.layers:
             if isinstance(layer, BufferedLayer):

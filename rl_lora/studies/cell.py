@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import threading
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 from rl_lora import distributed
 from rl_lora.config import RunConfig
 from rl_lora.errors import OtherProcessError, StaleAdapterError, UserError
+from rl_lora.launchers import launched_rank
 from rl_lora.studies.config import Cell, JobConfig
 
 PRELOADED = ["rl_lora.train", "rl_lora.sft.train"]  # by the servers that processes are forked from
@@ -34,10 +37,13 @@ def run_cell(cell: Cell, log: Path, environment: dict[str, str], sender: Connect
     file = log.open("a", buffering=1, encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         os.dup2(file.fileno(), stream.fileno())
-    sender.send(_launch(cell, log) if cell.num_processes > 1 else _run_job(cell.config))
+    if cell.num_processes > 1:
+        _launch(cell, sender)
+    else:
+        sender.send(_run_job(cell.config))
 
 
-def _launch(cell: Cell, log: Path) -> Outcome:
+def _launch(cell: Cell, sender: Connection) -> None:
     """Runs the job in `cell.num_processes` processes."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -61,23 +67,26 @@ def _launch(cell: Cell, log: Path) -> Outcome:
             _run_rank,
         )
         try:
-            outcomes: dict[int, Outcome] = launch(cell.config)
+            launch(cell.config, sender)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            found = failure.message
-            text = str(found["message"] if isinstance(found, dict) else found).strip()
-            line = f"rank {rank}, exit code {failure.exitcode}: {text.splitlines()[0][:300]}"
-            return {"error": f"{line} (see {log.name})", "failure": "crashed"}
-    is_nan = any(outcome["failure"] == "nan" for outcome in outcomes.values())
-    return outcomes[0] | ({"failure": "nan"} if is_nan else {})
+            found: Any = failure.message  # a dict where the rank has recorded an exception
+            text = found["message"] if isinstance(found, dict) else found
+            sys.exit(f"rank {rank}: {text}")
 
 
-def _run_rank(config: JobConfig) -> Outcome:
+def _run_rank(config: JobConfig, sender: Connection) -> None:
+    """Runs one process of a job; rank 0 sends the outcome."""
     _end_with_parent()
+    send = sender.send if launched_rank() == 0 else lambda outcome: None
     try:
-        return _run_job(config)
+        send(_run_job(config))
+    except OtherProcessError as error:
+        send({"error": str(error), "failure": "crashed"})
+        raise  # so that the launcher ends a process that hangs
     finally:
         distributed.leave()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `tell` ignores it
 
 
 def _run_job(config: JobConfig) -> Outcome:
@@ -100,7 +109,7 @@ def _run_job(config: JobConfig) -> Outcome:
     except ChangedInputsError as error:
         fix = "restore it, or run the cell from its start with --retry"
         return {"error": f"{error.what}; {fix}", "failure": "crashed"}
-    except (UserError, StaleAdapterError, OtherProcessError) as error:
+    except (UserError, StaleAdapterError) as error:
         return {"error": str(error), "failure": "crashed"}
     return {"error": "", "failure": ""}
 

@@ -105,6 +105,16 @@ def test_files_named_in_the_text_exist(page: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
+def test_every_fault_has_its_tests() -> None:
+    rows = [line for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if "|" in line]
+    found = [re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", row) for row in rows]
+    assert sum(map(bool, found)) >= 30
+    for row, tests in zip(rows, found, strict=True):
+        assert tests or re.match(r"\|(-|.*\| (test|promised) \|)", row), row
+        for file, name in tests:
+            assert f"def {name}(" in (ROOT / file).read_text() or not name, (file, name)
+
+
 @each_page
 def test_make_targets_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()

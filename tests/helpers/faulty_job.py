@@ -58,7 +58,7 @@ def inject(rank: int, where: str, call: int, how: str) -> None:
 if __name__ == "__main__":
     import rl_lora.train
 
-    rl_lora.train.draw_figures = lambda folder: None
+    rl_lora.train.draw_figures = lambda run_folder: []
     faults = sys.argv[1].split(";")
     start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if start < len(faults) and faults[start].strip():

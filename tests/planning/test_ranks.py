@@ -40,7 +40,7 @@ def job(**sections: Any) -> RunConfig:
 
 def shape(name: str = LLAMA_8B) -> LlamaConfig:
     config = known_config(name)
-    assert config is not None
+    assert isinstance(config, LlamaConfig)
     return config
 
 

@@ -311,6 +311,7 @@ def test_the_server_follows_the_run_and_answers_no_other_host(tmp_path: Path) ->
     report = LiveReport([folder])
     server = make_server(report, 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    assert server.server_address[0] == "127.0.0.1"  # other machines cannot reach it
     address = f"http://127.0.0.1:{server.server_port}/"
 
     def get(path: str, **headers: str) -> bytes:

@@ -102,8 +102,8 @@ class Engine(TorchSampler):
         if adapter is None:
             return
         tensors = load_tensors(adapter.path)
-        is_faulty = self.fault is not None and adapter.version == FAULTY_VERSION
-        self.policy.load_tensors(type(self).fault(self, tensors) if is_faulty else tensors)
+        fault = type(self).fault if adapter.version == FAULTY_VERSION else None
+        self.policy.load_tensors(tensors if fault is None else fault(self, tensors))
         self.before = tensors
 
 

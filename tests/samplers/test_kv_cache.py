@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, MistralConfig
+from transformers import DynamicCache, LlamaConfig, MistralConfig, PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from rl_lora.errors import UserError
 from rl_lora.nn.attention import attend_last
@@ -58,6 +59,22 @@ def test_it_holds_what_the_dynamic_cache_holds(room: int, monkeypatch: pytest.Mo
         for step in range(5):
             feed([ours, theirs], 3, 1, seed=1000 * batch + step)
             check_same(ours, theirs)
+
+
+@pytest.mark.parametrize("config", [CONFIG, MistralConfig(num_hidden_layers=2, sliding_window=8)])
+def test_a_batch_starts_empty_where_reset_only_zeroes(
+    config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in transformers before 5.19, for full attention and a sliding window."""
+    monkeypatch.setattr(DynamicLayer, "reset", CacheLayerMixin.reset)
+    cache = KvCache(config)
+    for rows in (3, 2):
+        cache.begin(longest=9)
+        feed([cache], rows, 2, seed=rows)
+        for number, layer in enumerate(cache.layers):
+            assert layer.keys is not None
+            assert torch.equal(layer.keys, states(rows, 2, rows + number)[0])
+            assert layer.get_seq_length() == 2
 
 
 def test_tokens_rows_and_batches_go_into_one_buffer() -> None:

@@ -18,7 +18,7 @@ from tests.helpers.vllm_job import PROMPTS, SHARES, open_sampler, sampled
 from tests.samplers.test_vllm_sampler import make_model, publish
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUNDING = 2e-5  # nats; batches of other sizes are added up in another order
+ROUNDING = 1e-4  # nats, at most; batches of other sizes are added up in another order
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="this compares float32 log-probs of vLLM's CPU back end"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -306,8 +307,7 @@ run_study(parse_as(StudyConfig, {raw!r}))
         for key in ("reward/mean", "entropy/mean", "grad/norm", "adapter/norm"):
             assert our[key] == pytest.approx(their[key], rel=1e-6)
     assert killed["status"] == "crashed"
-    assert killed["error"].startswith("rank 1, exit code -9: Signal 9 (SIGKILL)")
-    assert killed["error"].endswith(f"(see {killed['cell']}.log)")
+    assert re.match(r"rank 1 on \S+ ended ", killed["error"]), killed["error"]
 
 
 def test_a_cell_that_dies_is_recorded(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ LONG_FILES = [
     "models/test_architectures.py",
     "samplers/test_vllm_sampler.py",
     "models/test_tiny_model.py",
+    "distributed/test_failures.py",
+    "distributed/test_equal.py",
     "test_train.py",
     "runs/test_resume.py",
     "test_overlap.py",
@@ -35,6 +37,7 @@ LONG_FILES = [
     "test_cli.py",
     "test_learning.py",
     "test_packaging.py",
+    "test_distributed.py",
 ]
 
 

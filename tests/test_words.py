@@ -55,7 +55,6 @@ ALLOWED = [
     ("rl_lora/runs/record.py", "rollouts/age_"),
     ("rl_lora/runs/record.py", '"exam"'),
     # The hub's own names.
-    ("rl_lora/models/hub.py", "error.snapshot_path"),
     ("tests/data/test_data_faults.py", '"snapshots"'),
     ("tests/evaluation/test_paired.py", '"exam"'),
     ("tests/config/test_configs.py", '"exam_deepmath_qwen3_8b"'),

@@ -61,7 +61,6 @@ ALLOWED = [
     ("tests/report/test_report.py", '"exams.png"'),
     ("tests/report/test_report.py", "figures/exams.png"),
     ("tests/report/test_report.py", "rollouts/age_"),
-    ("tests/data/test_data_faults.py", '"snapshots"'),  # the hub client's folder
 ]
 
 

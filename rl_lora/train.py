@@ -101,9 +101,7 @@ def loop(parts: Parts, state: State) -> None:
                 update_best(parts, state)
 
 
-def own_groups(
-    job: RunContext, batch: Batch, groups_N: list[RolloutGroup]
-) -> list[RolloutGroup]:
+def own_groups(job: RunContext, batch: Batch, groups_N: list[RolloutGroup]) -> list[RolloutGroup]:
     """Those that this process's sampler made; all of them where the weights are sharded, since
     passes over these are collective."""
     return groups_N if job.policy.is_sharded else [groups_N[i] for i in batch.scoring.own]

@@ -32,7 +32,11 @@ ROOTS: dict[str, type[RunConfig] | type[SftConfig]] = {"rl": RunConfig, "sft": S
 # Ignored in full fine-tuning: cells that differ only in these are one cell.
 _LORA_ONLY = ("rank", "alpha", "layers", "lm_head", "variant")
 # Settings added after studies had been run: at these values they are left out of a cell's key.
-_LATER = (("lora", "variant", "lora"), ("optim", "lora_plus_ratio", 1.0))
+_LATER = (
+    ("lora", "variant", "lora"),
+    ("optim", "lora_plus_ratio", 1.0),
+    ("optim", "max_nonfinite_steps", 3),
+)
 
 
 class StudySection(Section):

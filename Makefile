@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(LOCK))
 
 .DEFAULT_GOAL := env
-.PHONY: env quickstart quickstart-intro test test-fast test-faults lint format check docs bench lock \
+.PHONY: env quickstart quickstart-intro test test-fast test-long test-faults lint format check docs bench lock \
   audit gpu-dry clean
 
 env: $(INSTALLED)
@@ -42,10 +42,14 @@ quickstart-intro:
 # Two processes share out the test files, the longest first (tests/conftest.py); ARGS="-n 0": one.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m 'not long' $(ARGS)
 
 test-fast: $(INSTALLED)
-	$(PYTEST) -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow and not long' $(ARGS)
+
+# What takes too long for CI: more of the same faults, and compiling.
+test-long: $(INSTALLED)
+	$(PYTEST) -m long $(ARGS)
 
 # What injects a fault for real: full disks, kills, damaged checkpoints, wrong adapters (docs/faults.md).
 test-faults: $(INSTALLED)

@@ -10,7 +10,7 @@ import pytest
 from rl_lora.runs.checkpoint import checkpoint_steps, latest_checkpoint, read_checkpoint
 from tests.helpers.processes import LIMIT_S, Job, faulty, launch, result
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * LIMIT_S)]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(2 * LIMIT_S)]
 
 SETTINGS = """
     run.num_steps=4 run.transcripts_per_step=64 data.held_out=4 sampling.num_prompts=4
@@ -40,6 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "smoke"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_it(
     tmp_path: Path, whole: Path, phase: str
@@ -77,6 +78,7 @@ def test_the_launcher_restarts_a_job_that_then_continues_by_itself(
     assert result(tmp_path / "smoke") == result(whole)
 
 
+@pytest.mark.long
 def test_rank_0_killed_in_a_checkpoint_is_named_by_another_and_leaves_the_older_one(
     tmp_path: Path,
 ) -> None:
@@ -95,6 +97,7 @@ def test_rank_0_killed_in_a_checkpoint_is_named_by_another_and_leaves_the_older_
     assert train(tmp_path, "--resume", "run.num_steps=2").code == 0
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_is_named_with_what_the_others_wait_for(tmp_path: Path) -> None:
     fault = "1 rl_lora.overlap:sample_and_score 2 hang"
     job = train(tmp_path, "run.process_timeout_s=20", faults=fault)

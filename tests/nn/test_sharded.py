@@ -99,6 +99,8 @@ def test_weights_of_two_dtypes_cannot_be_trained_in_shards(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.faults
 def test_a_job_that_loses_a_rank_within_a_pass_says_so_and_resumes_on_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

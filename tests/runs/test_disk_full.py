@@ -80,6 +80,9 @@ WRITERS = {
 }
 
 
+IN_CI = {"publish, half of it fits", "a checkpoint", "a step's line", "the best adapter"}
+
+
 def patched(patch: pytest.MonkeyPatch, disk: Path, writer: str) -> None:
     target, call, free = WRITERS[writer]
     module, _, name = target.rpartition(".")
@@ -115,7 +118,9 @@ def unbroken(finished: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Exception in thread")  # TensorBoard's own writes there
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize(
+    "writer", [w if w in IN_CI else pytest.param(w, marks=pytest.mark.long) for w in WRITERS]
+)
 def test_a_full_disk_is_reported_and_the_run_resumes_once_there_is_room(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any, writer: str
 ) -> None:

@@ -264,6 +264,7 @@ def score(completion, reference):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_cells_of_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result is one process's, a rank's death is a row, and all end with a killed study."""
     raw = raw_study(tmp_path, "rl")

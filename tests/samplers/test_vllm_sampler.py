@@ -446,8 +446,9 @@ def test_a_name_used_for_other_weights_is_refused(
 ) -> None:
     adapter = publish(model_dir, tmp_path, 30)
     sampler.set_adapter(adapter)
+    other = publish(model_dir, tmp_path, 31)
     with pytest.raises(StaleAdapterError, match=r"test-v000030.*used before"):
-        sampler.set_adapter(replace(adapter, fingerprint="other"))
+        sampler.set_adapter(replace(other, name=adapter.name))
 
 
 def test_an_answer_under_another_adapter_is_refused() -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -199,7 +200,7 @@ def test_the_image_has_what_its_build_needs(tmp_path: Path) -> None:
         "import setuptools, sys; sys.argv = ['setup.py', '-q', 'egg_info', '--egg-base', '.'];"
         "exec(open('setup.py').read())"
     )
-    subprocess.run([shutil.which("python") or "python", "-c", code], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     files = (tmp_path / "rl_lora.egg-info" / "SOURCES.txt").read_text().splitlines()
     for package in ("rl_lora/train.py", "rewards/load.py", "configs/smoke.toml"):
         assert package in files

@@ -139,6 +139,7 @@ def become_rank(rank: int, num: int, port: int, mode: str) -> int:
         file = os.open(FOLDER / f"{mode}.{rank}.{name}", os.O_WRONLY | os.O_CREAT)
         os.dup2(file, descriptor)
     distributed._HEAR_S = 1.0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     sys.modules["rl_lora.commands.end"] = sys.modules[__name__]
     cli.COMMANDS["end"] = ("end", "end in this way")
     return cli.main(["end", mode])

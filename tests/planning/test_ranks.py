@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from transformers import LlamaConfig
 
 from rl_lora.commands.plan import print_plan, way_text
 from rl_lora.config import RunConfig, load_config, parse_config
@@ -38,9 +37,10 @@ def job(**sections: Any) -> RunConfig:
     return parse_config({"model": model, **sections})
 
 
-def shape(name: str = LLAMA_8B) -> LlamaConfig:
+def shape(name: str = LLAMA_8B) -> Any:
+    """The config of a known model."""
     config = known_config(name)
-    assert isinstance(config, LlamaConfig)
+    assert config is not None
     return config
 
 

@@ -22,6 +22,7 @@ def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_evaluate_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(7)]
     data = tmp_path / "problems.jsonl"

@@ -75,28 +75,34 @@ def evaluations(run: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def test_reinforcement_learning_on_two_three_and_one_processes_is_the_same(
+def train_here(folder: Path, name: str, *more: str, resume: bool = False) -> None:
+    """A job in this process."""
+    settings = [*RL, f"run.output_dir={folder}", f"run.name={name}", *more]
+    train(load_config(CONFIGS / "smoke.toml", settings), resume=resume, quiet=True)
+
+
+def test_reinforcement_learning_on_two_processes_is_the_same(
     tmp_path: Path, no_figures: None
 ) -> None:
-    def train_here(name: str, *more: str, resume: bool = False) -> None:
-        settings = [*RL, f"run.output_dir={tmp_path}", f"run.name={name}", *more]
-        train(load_config(CONFIGS / "smoke.toml", settings), resume=resume, quiet=True)
-
-    train_here("one")
-    expected = result(tmp_path / "one")
+    train_here(tmp_path, "one")
     start("train smoke", tmp_path, 2, *RL, "run.name=two", launcher="accelerate")
-    check_equal(result(tmp_path / "two"), expected)
+    check_equal(result(tmp_path / "two"), result(tmp_path / "one"))
     assert len(evaluations(tmp_path / "one")) == 3  # the base, and before and after the steps
     assert evaluations(tmp_path / "two") == evaluations(tmp_path / "one")
 
+
+@pytest.mark.long
+def test_a_run_is_resumed_on_other_numbers_of_processes(tmp_path: Path, no_figures: None) -> None:
+    train_here(tmp_path, "one")
     more = [*RL, "run.name=several", "--resume"]
     start("train smoke", tmp_path, 2, *more, "run.num_steps=3", launcher="torchrun")
     start("train smoke", tmp_path, 3, *more, "run.num_steps=5", launcher="torchrun")
-    train_here("several", "run.num_steps=7", resume=True)
+    train_here(tmp_path, "several", "run.num_steps=7", resume=True)
     start("train smoke", tmp_path, 2, *more, launcher="torchrun")
-    check_equal(result(tmp_path / "several"), expected)
+    check_equal(result(tmp_path / "several"), result(tmp_path / "one"))
 
 
+@pytest.mark.long
 def test_supervised_fine_tuning_on_two_processes_is_the_same(tmp_path: Path) -> None:
     settings = [*SFT, f"run.output_dir={tmp_path}"]
     fine_tune(load_sft_config(CONFIGS / "sft_tiny.toml", [*settings, "run.name=one"]), quiet=True)

@@ -40,8 +40,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "smoke"
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase", [p if "_step" in p else pytest.param(p, marks=pytest.mark.long) for p in PHASES]
+)
 def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_it(
     tmp_path: Path, whole: Path, phase: str
 ) -> None:
@@ -61,6 +62,7 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_it(
     assert result(tmp_path / "smoke") == result(whole)
 
 
+@pytest.mark.long
 def test_the_launcher_restarts_a_job_that_then_continues_by_itself(
     tmp_path: Path, whole: Path
 ) -> None:

@@ -224,9 +224,9 @@ class Learner:
         counts = Counter[str]()
         share = own_share(self.policy, microbatches)
         passes = self._in_memory(share, self._log_loss_objective, counts)
-        losses = distributed.gather(read_numbers([one.loss for _, one in passes]), "learning")
         self._next_rate(lr)
         norm = self._step(counts)
+        losses = distributed.gather(read_numbers([one.loss for _, one in passes]), "learning")
         rate = self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(norm):
             raise FloatingPointError(

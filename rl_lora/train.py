@@ -16,7 +16,7 @@ from rl_lora.data.stream import PromptStream
 from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult
-from rl_lora.overlap import Batch, Request, RolloutWorker, step_params
+from rl_lora.overlap import Request, RolloutWorker, step_params
 from rl_lora.prompts import PromptSets
 from rl_lora.report.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.report.run_figures import draw_figures
@@ -78,7 +78,7 @@ def loop(parts: Parts, state: State) -> None:
             with timer.phase("score"):  # of what is not scored yet
                 groups_N = batch.scoring.groups()
             with timer.phase("learn"):
-                check.check(own_groups(parts.job, batch, groups_N), state.step)
+                check.check(groups_N, state.step, batch.scoring.own)
                 stats = learn(parts.job, parts.learner, groups_N, state.step)
             state.step, state.position = state.step + 1, batch.position
             with timer.phase("publish"):
@@ -99,12 +99,6 @@ def loop(parts: Parts, state: State) -> None:
                 save(parts.job, parts.learner, state, parts.inputs)
             if has_evaluation:
                 update_best(parts, state)
-
-
-def own_groups(job: RunContext, batch: Batch, groups_N: list[RolloutGroup]) -> list[RolloutGroup]:
-    """Those that this process's sampler made; all of them where the weights are sharded, since
-    passes over these are collective."""
-    return groups_N if job.policy.is_sharded else [groups_N[i] for i in batch.scoring.own]
 
 
 def learn(

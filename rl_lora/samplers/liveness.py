@@ -31,7 +31,10 @@ PROBE_VERSION = 10**6 - 1  # never reached by training steps; its name is never 
 _PROBE_TOKENS = 48  # of each fixed prompt
 # Rough relative change of a layer's output by the probe; the first that is large enough is used.
 _PROBE_SHIFTS = (0.05, 0.1, 0.2, 0.4, 0.8)
-_CHECKED_ROLLOUTS, _CHECKED_TOKENS = 2, 64  # of a step, and of each completion
+_CHECKED_ROLLOUTS, _CHECKED_TOKENS = 4, 64  # of a step, and of each completion
+# Two more forward passes of so few tokens are some percent of a small job's step, so they are left
+# out in most steps: a sampler that has missed an update will miss the next ones, too.
+_FIRST_STEPS, _EVERY = 4, 8
 _FAR = 1e-4  # nats, far above a healthy sampler's rounding in float32 (measured: mean 6e-6)
 _TOLERANCES = {torch.float32: (1e-4, 2e-3), torch.bfloat16: (2e-2, 1e-1)}  # KL, mean |difference|
 
@@ -90,7 +93,8 @@ class VersionCheck:
     A step may move the log-probs by less than any limit that rounding allows. But on the tokens
     that it moved most, the sampler's log-probs must be near this version's and not the previous
     one's. Only where the step moved them by far more than the sampler rounds can this be said; in
-    bfloat16 it hardly ever can, and nothing is checked.
+    bfloat16 it hardly ever can, and nothing is checked. The first steps of a process are checked,
+    and then every eighth.
 
     Args:
         policy: not checked if it is a whole model, which would have to be kept twice.
@@ -100,16 +104,27 @@ class VersionCheck:
     def __init__(self, policy: Policy, temperature: float) -> None:
         self._policy, self._temperature = policy, temperature or 1.0
         self._before: list[torch.Tensor] = []  # the trained weights; empty: unknown
+        self._num_steps = 0
         self.num_decided = 0  # steps that moved the policy far enough
 
-    def check(self, groups_N: Sequence[RolloutGroup], version: int) -> None:
+    def check(
+        self, groups_N: Sequence[RolloutGroup], version: int, own: Sequence[int] | None = None
+    ) -> None:
         """Call once per step, with its rollouts, before the policy of `version` learns from them.
+
+        own: which groups this process's sampler made; None: all. Where the weights are sharded,
+        passes are collective, and all processes check the same groups.
 
         Raises:
             StaleAdapterError: they are no nearer to this version than to the one before.
         """
         policy = self._policy
         if not policy.has_base or policy.dtype != torch.float32:
+            return
+        if own is not None and not policy.is_sharded:
+            groups_N = [groups_N[index] for index in own]
+        self._num_steps += 1
+        if not self._before and not self._is_due(self._num_steps + 1):
             return
         weights = [local_part(parameter.detach()) for parameter in policy.trainable().values()]
         now = [weight.clone() for weight in weights]
@@ -124,7 +139,11 @@ class VersionCheck:
                 torch._foreach_copy_(weights, now)
             sampler_C = torch.cat([batch.sampler_logprobs_C for batch in batches])
             self._compare((logprobs_C - sampler_C).abs(), moved_C, version)
-        self._before = now
+        self._before = now if self._is_due(self._num_steps + 1) else []
+
+    @staticmethod
+    def _is_due(step: int) -> bool:
+        return step <= _FIRST_STEPS or step % _EVERY == 0
 
     def _compare(self, off_C: torch.Tensor, moved_C: torch.Tensor, version: int) -> None:
         """off_C: |sampler - policy|; moved_C: |policy - policy of the version before|."""

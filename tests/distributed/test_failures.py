@@ -40,9 +40,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "smoke"
 
 
-@pytest.mark.parametrize(
-    "phase", [p if "_step" in p else pytest.param(p, marks=pytest.mark.long) for p in PHASES]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_it(
     tmp_path: Path, whole: Path, phase: str
 ) -> None:

@@ -222,6 +222,7 @@ class Layer:
         return sum(kept.values()) / num_tokens
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_layer_takes_few_kernels_and_keeps_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted in the compiler's schedule; kernels are not built, so the results mean nothing."""
@@ -244,6 +245,7 @@ def test_a_layer_takes_few_kernels_and_keeps_little(monkeypatch: pytest.MonkeyPa
     assert 576 * 2 <= kept_with_checkpoints < 576 * 2 + 1  # the layer's input, and the layout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_built_kernels_agree_with_eager_layers(tmp_path: Path) -> None:
     path = random_llama(tmp_path / "model")

@@ -122,6 +122,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_choice_of_stages_on_a_cpu(tmp_path: Path) -> None:
     pytest.importorskip("vllm")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_lora import distributed
-from rl_lora.adapters.files import remove_old, save_adapter, saved_version
+from rl_lora.adapters.files import is_writer, remove_old, save_adapter, saved_version
 from rl_lora.adapters.handover import keep_version, memory_folder
 from rl_lora.build import RunContext
 from rl_lora.data.stream import PromptStream
@@ -59,7 +59,7 @@ def publish(job: RunContext, state: State) -> Adapter:
     if state.adapter is not None:
         state.previous = state.adapter
     state.adapter = adapter
-    if distributed.is_main() or (job.handover is not None and distributed.local_rank() == 0):
+    if is_writer(on_each_node=job.handover is not None):
         _remove_old(job, adapters, state.step)
     return adapter
 

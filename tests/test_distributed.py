@@ -8,11 +8,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rl_lora import distributed, launchers
+from rl_lora.config import load_config
 from rl_lora.errors import UserError
+from rl_lora.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,6 +88,38 @@ print(sorted({"torch", "accelerate"} & set(sys.modules)))
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert ended.stdout == "[]\n"
+
+
+def test_no_rank_waits_for_others_within_what_rank_0_does_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others would be elsewhere. In one process nobody would notice, so it is counted."""
+    from_main, gather = distributed.from_main, distributed.gather
+    inside: list[str] = []
+
+    def watched_from_main(make: Callable[[], Any], phase: str) -> Any:
+        assert not inside, (inside, phase)
+
+        def watched_make() -> Any:
+            inside.append(phase)
+            try:
+                return make()
+            finally:
+                inside.pop()
+
+        return from_main(watched_make, phase)
+
+    def watched_gather(value: Any, phase: str) -> list[Any]:
+        assert not inside, (inside, phase)
+        return gather(value, phase)
+
+    monkeypatch.setattr(distributed, "from_main", watched_from_main)
+    monkeypatch.setattr(distributed, "gather", watched_gather)
+    monkeypatch.setattr("rl_lora.train.draw_figures", lambda folder: None)
+    settings = ["run.num_steps=2", "sampling.num_prompts=2", "data.held_out=2", "model.dtype=auto"]
+    job = [*settings, "model.device=auto", "run.eval_every=1", f"run.output_dir={tmp_path}"]
+    train(load_config(ROOT / "configs" / "smoke.toml", job), quiet=True)
+    train(load_config(ROOT / "configs" / "smoke.toml", job), resume=True, quiet=True)
 
 
 # --- several processes, each of which ends in its own way -----------------------------------------

@@ -85,10 +85,15 @@ def save_adapter(
         fingerprint=_same_fingerprint(fingerprint(tensors) if tensors else None, version),
         rank=policy.published_rank,
     )
-    if distributed.is_main() or (on_each_node and distributed.local_rank() == 0):
+    if is_writer(on_each_node=on_each_node):
         write_adapter(adapter, tensors, policy)
     distributed.gather(None, f"publishing version {version}")
     return adapter
+
+
+def is_writer(*, on_each_node: bool) -> bool:
+    """Whether this process writes and deletes versions; see `save_adapter`."""
+    return distributed.is_main() or (on_each_node and distributed.local_rank() == 0)
 
 
 def _same_fingerprint(own: str | None, version: int) -> str:

@@ -59,9 +59,7 @@ class Policy(ABC):
         self.base_revision = model.revision
         self.lora = lora
         self.device = pick_device(model.device)
-        self.dtype = distributed.from_main(  # by a timing, which may differ
-            lambda: pick_dtype(model.dtype, self.device), "the choice of model.dtype"
-        )
+        self.dtype = pick_dtype(model.dtype, self.device)
         config = AutoConfig.from_pretrained(model_dir)
         check_architecture(config, model_dir)
         check_rank(config, lora)

@@ -82,17 +82,18 @@ def test_the_slurm_job_launches_all_gpus_of_its_nodes(
     ]
 
 
+ONE_NODE = {
+    "SLURM_JOB_NUM_NODES": "1",
+    "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_CPUS_PER_TASK": "64",
+    "SLURM_JOB_ID": "1",
+    "SLURM_JOB_NODELIST": "node1",
+}
+
+
 def test_a_mistake_is_not_repeated_by_the_slurm_job(path_of_commands: Path) -> None:
-    code, launches = launched(
-        ["bash", str(SLURM), "smoke"],
-        path_of_commands,
-        CODE="3",
-        SLURM_JOB_NUM_NODES="1",
-        SLURM_GPUS_ON_NODE="8",
-        SLURM_CPUS_PER_TASK="64",
-        SLURM_JOB_ID="1",
-        SLURM_JOB_NODELIST="node1",
-    )
+    command = ["bash", str(SLURM), "smoke"]
+    code, launches = launched(command, path_of_commands, CODE="3", **ONE_NODE)
     assert code == 3
     assert len(launches) == 1
 
@@ -106,16 +107,8 @@ def test_a_failure_after_hours_is_repeated_by_the_slurm_job(
     assert text.count(fails) == 1
     hours = 'train "$@" || { code=$?; SECONDS=$((SECONDS + 3600)); }'
     script.write_text(text.replace(fails, hours))
-    code, launches = launched(
-        ["bash", str(script), "smoke"],
-        path_of_commands,
-        CODE="3",
-        SLURM_JOB_NUM_NODES="1",
-        SLURM_GPUS_ON_NODE="8",
-        SLURM_CPUS_PER_TASK="64",
-        SLURM_JOB_ID="1",
-        SLURM_JOB_NODELIST="node1",
-    )
+    command = ["bash", str(script), "smoke"]
+    code, launches = launched(command, path_of_commands, CODE="3", **ONE_NODE)
     assert code == 3
     assert len(launches) == 4
     assert len({launch.main_process_port for launch in launches}) == 4  # none still in use

@@ -334,14 +334,12 @@ def open_folder(
 ) -> Iterator[tuple[Display, Start]]:
     """Holds the run's folder for this job; yields the display, and where the run starts.
 
-    Of several processes rank 0 holds the folder and prints; the others' displays are silent.
+    Of several processes rank 0 holds the folder.
 
     Raises:
         UserError: an older run in the folder, another process using it, a full disk, or processes
             whose configs differ.
     """
-    from rich.console import Console
-
     from rl_lora.report.terminal import Display
     from rl_lora.runs.lock import run_lock
     from rl_lora.runs.processes import check_processes, check_shared_folder
@@ -352,15 +350,14 @@ def open_folder(
     # Nodes count their restarts separately.
     resume = resume or any(distributed.gather(num_restarts() > 0, "the start"))
     with contextlib.ExitStack() as stack:
+        taken_over = None
         if distributed.is_main():
             stack.enter_context(disk_errors(folder))
             taken_over = stack.enter_context(run_lock(folder))
-            display = stack.enter_context(Display(quiet=quiet))
             check_run_folder(folder)
-            if taken_over is not None:
-                display.note(taken_over)
-        else:
-            display = stack.enter_context(Display(quiet=True, console=Console(quiet=True)))
+        display = stack.enter_context(Display(quiet=quiet))
+        if taken_over is not None:
+            display.note(taken_over)
         start = distributed.from_main(lambda: find_start(config, resume=resume), "the start")
         check_shared_folder(folder)
         if changed := start.changed_versions():

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from rl_lora import distributed
 from rl_lora.adapters import files as adapters
 from rl_lora.adapters.resize import common_settings, fitted
@@ -108,9 +106,10 @@ def _evaluate_all(arguments: Namespace, config: RunConfig) -> None:
 def _open_files(
     config: RunConfig, folder: Path, names: list[str], *, overwrite: bool
 ) -> Iterator[Display]:
-    """Holds the evaluations' files for this job; yields the display, silent but on rank 0."""
+    """Holds the evaluations' files for this job; yields the display."""
     check_same_settings(config)
     with contextlib.ExitStack() as stack:
+        notes: list[str | None] = []
         if distributed.is_main():
             stack.enter_context(disk_errors(folder))
             notes = [stack.enter_context(_lock(folder, name)) for name in names]
@@ -118,11 +117,9 @@ def _open_files(
             if overwrite:
                 for file in [f"{name}{suffix}" for name in names for suffix in (SUFFIX, ".json")]:
                     (folder / "eval" / file).unlink(missing_ok=True)
-            display = stack.enter_context(Display())
-            for note in filter(None, notes):
-                display.note(note)
-        else:
-            display = stack.enter_context(Display(quiet=True, console=Console(quiet=True)))
+        display = stack.enter_context(Display())
+        for note in filter(None, notes):
+            display.note(note)
         distributed.gather(None, "the start")  # rank 0 has made the folder
         check_shared_folder(folder)
         yield display

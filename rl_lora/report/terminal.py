@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from rl_lora import distributed
 from rl_lora.evaluation.paired import PairedResult, PairedScores
 from rl_lora.evaluation.scores import EvalResult
 from rl_lora.report.tables import (
@@ -92,15 +93,19 @@ class Display:
             display.step(1, metrics)
 
     On a terminal a bar stays below the lines; elsewhere (a file, a pipe, CI) there are only plain
-    lines without control characters. Quiet: only warnings and the summary.
+    lines without control characters. Quiet: only warnings and the summary. Of a job's processes
+    only rank 0 prints.
     """
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
         # Lines in a file are not wrapped; tables get room for three columns.
         width = None if sys.stdout.isatty() else _FILE_WIDTH
-        self._console = console or Console(file=sys.stdout, highlight=False, width=width)
-        self._quiet = quiet
-        self._is_live = self._console.is_interactive and not quiet
+        is_silent = not distributed.is_main()
+        self._console = console or Console(
+            file=sys.stdout, highlight=False, width=width, quiet=is_silent
+        )
+        self._quiet = quiet or is_silent
+        self._is_live = self._console.is_interactive and not self._quiet
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+import types
+from collections.abc import Callable
 
 # Before torch and the hub client are imported: waiting threads sleep, and nothing is looked up.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -61,3 +64,21 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the real data files next to the checkout: {folder} is absent")
     return folder
+
+
+@pytest.fixture
+def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """Writes a user's own module, name and text, into tmp_path, from where it can be imported.
+
+    The test's end forgets the module, so that another test's of the same name is imported.
+    """
+
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))  # the end takes it out again
+        del sys.modules[name]
+        return path
+
+    return write

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,9 @@ class CountingSampler(TorchSampler):
 
 
 def test_a_sampler_from_outside_the_package_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, write_module: Callable[[str, str], Path]
 ) -> None:
-    (tmp_path / "own_sampler.py").write_text(OWN_SAMPLER)
-    monkeypatch.syspath_prepend(tmp_path)
+    write_module("own_sampler", OWN_SAMPLER)
     settings = ["run.num_steps=1", "sampling.num_prompts=2", "sampling.max_tokens=8"]
     settings += ["data.held_out=2", "sampling.backend=own_sampler:CountingSampler"]
     train(smoke(tmp_path, *settings), quiet=True)

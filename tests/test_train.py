@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,14 +214,12 @@ def test_every_algorithm_runs_through_the_same_loop(tmp_path: Path, overrides: l
         assert rows[1]["reward/kl_penalty"] != 0
 
 
-def test_all_tied_steps_are_counted_and_the_run_continues(tmp_path: Path) -> None:
-    (tmp_path / "zero.py").write_text("def zero(completion, reference):\n    return 0.0\n")
-    sys.path.insert(0, str(tmp_path))
+def test_all_tied_steps_are_counted_and_the_run_continues(
+    tmp_path: Path, write_module: Callable[[str, str], Path]
+) -> None:
+    write_module("zero", "def zero(completion, reference):\n    return 0.0\n")
     options = ["reward.name=zero:zero", "optim.schedule=linear", "optim.lr=3e-3"]
-    try:
-        train(smoke(tmp_path, *options), quiet=True)
-    finally:
-        sys.path.remove(str(tmp_path))
+    train(smoke(tmp_path, *options), quiet=True)
     rows = metrics_of(tmp_path / "smoke")
     assert [row["optim/lr"] for row in rows] == pytest.approx([3e-3, 2e-3, 1e-3])
     assert [row["learn/skipped_updates"] for row in rows] == [1.0] * 3
@@ -249,10 +248,9 @@ def nan_from_now_on(x):
 
 
 def test_steps_without_a_finite_gradient_are_left_out_and_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, write_module: Callable[[str, str], Path]
 ) -> None:
-    (tmp_path / "my_losses.py").write_text(LOSSES)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    write_module("my_losses", LOSSES)
     options = ["algorithm.loss=my_losses:sometimes_nan", "run.name=once"]
     train(smoke(tmp_path, *options), quiet=True)  # the first call tries the function out
     rows = metrics_of(tmp_path / "once")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -55,11 +56,12 @@ def too_short(rewards_N_G):
 
 
 @pytest.fixture
-def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_losses.py").write_text(MODULE)
+def _module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_module: Callable[[str, str], Path]
+) -> None:
+    write_module("my_losses", MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
 
 
 def loaded(*overrides: str) -> None:

@@ -145,10 +145,9 @@ def test_the_example_rewards_run() -> None:
     assert batch(["so 42", "no"], ["42", "7"], [3, 5]) == [3, 0]
 
 
-def test_the_example_loss_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_loss_trains(write_module: Callable[[str, str], Path]) -> None:
     (example,) = blocks((ROOT / "docs" / "algorithms.md").read_text(), "python")
-    (tmp_path / "my_losses.py").write_text(example)
-    monkeypatch.syspath_prepend(tmp_path)
+    write_module("my_losses", example)
     section = load_config(
         None, ["algorithm.loss=my_losses:reinforce", "algorithm.scale=0.5"]
     ).algorithm

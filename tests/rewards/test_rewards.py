@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,10 +82,8 @@ CONSTANT = 3
 
 
 @pytest.fixture
-def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "my_reward_module.py").write_text(USER_MODULE)
-    monkeypatch.syspath_prepend(tmp_path)
-    return "my_reward_module"
+def user_module(write_module: Callable[[str, str], Path]) -> str:
+    return write_module("my_reward_module", USER_MODULE).stem
 
 
 def test_a_users_own_function(user_module: str) -> None:

@@ -213,10 +213,11 @@ def trl(completions, level, **columns):
 
 
 def test_a_job_rejects_a_wrong_reward_before_sampling_and_passes_columns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    write_module: Callable[[str, str], Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "functions_of_mine.py").write_text(FUNCTIONS)
-    monkeypatch.syspath_prepend(tmp_path)
+    write_module("functions_of_mine", FUNCTIONS)
     rows = [
         {"question": f"{n} + 1?", "answer": n + 1, "level": n, "topic": "sums"} for n in range(9)
     ]

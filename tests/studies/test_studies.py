@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -265,14 +266,13 @@ def score(completion, reference):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_cells_of_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_of_two_processes(tmp_path: Path, write_module: Callable[[str, str], Path]) -> None:
     """The result is one process's, a rank's death is a row, and all end with a killed study."""
     raw = raw_study(tmp_path, "rl")
     raw["job"]["run"]["num_steps"] = 2
     raw["study"]["processes_per_cell"] = 2
     raw["grid"] = [{"optim.lr": 1e-3}, {"optim.lr": 1e-3, "reward.name": "deadly:score"}]
-    (tmp_path / "deadly.py").write_text(DEADLY)
-    monkeypatch.syspath_prepend(tmp_path)
+    write_module("deadly", DEADLY)
     study = parse_as(StudyConfig, raw)
     folder = tmp_path / "s/cells"
     program = f"""

@@ -5,8 +5,8 @@
     python scripts/repeat_check.py optim.microbatch_tokens=100000   # further settings of the job
 
 Compared are the adapter, the metrics but for the machine's, transcripts and evaluations. Each run
-is a process; ten are forked from one that has loaded the libraries and computed nothing, so that
-every ten have addresses and string hashes of their own. Exits with 1 if two runs differ; of each
+is a process; twenty are forked from one that has loaded the libraries and computed nothing, so that
+every twenty have addresses and string hashes of their own. Exits with 1 if two runs differ; of each
 different result one run is kept in the folder.
 """
 
@@ -29,7 +29,7 @@ JOBS = {
     "rl": ["train", "smoke", "run.num_steps=6", "data.held_out=16"],
     "sft": ["sft", "sft_tiny", "run.num_steps=30", "data.held_out=16"],
 }
-AT_ONCE = 10  # runs of one interpreter
+AT_ONCE = 20  # runs of one interpreter
 PROGRAM = """
 import os, sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

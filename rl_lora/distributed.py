@@ -197,8 +197,8 @@ def _who_ended(error: BaseException) -> OtherProcessError | None:
         with _errors_of_others(f"after {_job.phase}", _HEAR_S):
             timeout = timedelta(seconds=_HEAR_S)
             dist.monitored_barrier(_job.control, timeout=timeout, wait_all_ranks=True)
-    except OtherProcessError as error:
-        return error if time.monotonic() - started < _HEAR_S else None
+    except OtherProcessError as other:
+        return other if time.monotonic() - started < _HEAR_S else None
     return None
 
 

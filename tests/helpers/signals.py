@@ -50,6 +50,11 @@ class Ending:
     memory: set[str] = field(default_factory=set)  # new files in shared memory that name it
 
 
+def score(completion: str, reference: str) -> float:
+    """A reward that needs no worker."""
+    return len(completion) / 10
+
+
 def num_lines(file: Path) -> int:
     return len(file.read_text().splitlines()) if file.is_file() else 0
 
@@ -79,6 +84,7 @@ def run(
     command: Sequence[str], *signals: Signal, prepare: Callable[[], None] = lambda: None
 ) -> Ending:
     """Runs `rl-lora COMMAND` in a child to its end; `prepare` is called there before."""
+    import_module("reasoning_gym")  # the smoke job's data: once for all children
     mark, before = uuid.uuid4().hex, set(SHARED_MEMORY.iterdir())
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:

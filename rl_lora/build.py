@@ -73,10 +73,9 @@ def open_run(
     Args:
         config: the job.
         num_steps: RL steps that will be sampled for; None: run.num_steps.
-        on_loaded: called with policy and prompts before the sampler, which is slow to build; it
-            may raise.
+        on_loaded: called with policy and prompts before the sampler is built; it may raise.
         on_note: called with one line on each thing that was loaded.
-        on_warning: called with one line where the sampler's engine failed and is started again.
+        on_warning: called with one line where the sampler's engine failed and is replaced.
         on_progress: called by the sampler with (completions done, in all, tokens sampled).
 
     Raises:
@@ -107,12 +106,11 @@ def open_run(
         )
         on_loaded(policy, prompts)
         template = config.data.template, config.data.chat_template_kwargs
-        end_ids = end_token_ids(model_dir, tokenizer, *template)
         num_steps = config.run.num_steps if num_steps is None else num_steps
         sampler = make_sampler(
             with_compilation(config.sampling, policy.device, num_steps, on_note),
             policy,
-            end_token_ids=end_ids,
+            end_token_ids=end_token_ids(model_dir, tokenizer, *template),
             max_model_len=min(context, _longest(config, prompts)),
             on_warning=on_warning,
             on_progress=on_progress,

@@ -27,8 +27,8 @@ def inject(rank: int, where: str, call: int, how: str) -> None:
         rank: which one.
         where: "module:function" or "module:Class.method", as its caller looks it up.
         call: which call, from 1 on.
-        how: "kill" (SIGKILL), "hang", or "mistake" (a UserError). "setting": `where` is one, which
-            only this rank has.
+        how: "kill" (SIGKILL), "hang", "mistake" (a UserError) or "defect" (another error).
+            "setting": `where` is one, which only this rank has.
     """
     if int(os.environ["RANK"]) != rank:
         return
@@ -50,6 +50,8 @@ def inject(rank: int, where: str, call: int, how: str) -> None:
                 threading.Event().wait()
             elif how == "mistake":
                 raise UserError("made to fail")
+            elif how == "defect":
+                raise RuntimeError("made to fail")
         return original(*arguments, **options)
 
     setattr(owner, name, faulty)

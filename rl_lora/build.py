@@ -107,12 +107,11 @@ def open_run(
         )
         on_loaded(policy, prompts)
         template = config.data.template, config.data.chat_template_kwargs
-        end_ids = end_token_ids(model_dir, tokenizer, *template)
         num_steps = config.run.num_steps if num_steps is None else num_steps
         sampler = make_sampler(
             with_compilation(config.sampling, policy.device, num_steps, on_note),
             policy,
-            end_token_ids=end_ids,
+            end_token_ids=end_token_ids(model_dir, tokenizer, *template),
             max_model_len=min(context, _longest(config, prompts)),
             on_warning=on_warning,
             on_progress=on_progress,

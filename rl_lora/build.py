@@ -73,10 +73,9 @@ def open_run(
     Args:
         config: the job.
         num_steps: RL steps that will be sampled for; None: run.num_steps.
-        on_loaded: called with policy and prompts before the sampler, which is slow to build; it
-            may raise.
+        on_loaded: called with policy and prompts before the sampler is built; it may raise.
         on_note: called with one line on each thing that was loaded.
-        on_warning: called with one line where the sampler's engine failed and is started again.
+        on_warning: called with one line where the sampler's engine failed and is replaced.
         on_progress: called by the sampler with (completions done, in all, tokens sampled).
 
     Raises:

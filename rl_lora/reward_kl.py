@@ -35,8 +35,8 @@ def rewards_and_kl(
     if not kl <= limit:
         raise KlLimitError(
             f"the policy's KL to the base model is {kl:.3g} nats a token, over "
-            f"algorithm.max_kl_to_base={limit:g}. Its checkpoint is written: resume with a higher "
-            "limit to go on, or start another run with a lower optim.lr or with algorithm.kl"
+            f"algorithm.max_kl_to_base={limit:g}. Its checkpoint is written: resume it with a "
+            "higher limit, or start another run with a lower optim.lr or with algorithm.kl"
         )
     return rewards_N_G, metrics | {"policy/kl_to_base": kl}
 

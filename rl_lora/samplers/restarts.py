@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class RestartingSampler:
-    """A `Sampler` that replaces one whose engine fails, sets its adapter again and goes on.
+    """A `Sampler` that replaces one whose engine fails, and sets its adapter again.
 
     What is missing of a call is sampled again with the same seeds. The adapter's files are checked
     again when they are loaded, and the completions name the version that they are from.

@@ -282,6 +282,25 @@ def test_ctrl_c_at_a_terminal_leaves_no_worker(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.usefixtures("vllm_installed")
+def test_vllms_engine_ends_between_two_passes(tmp_path: Path) -> None:
+    """One thread samples ahead in it while the other learns."""
+    command = [sys.executable, "-m", "rl_lora", "train", str(SMOKE), f"run.output_dir={tmp_path}"]
+    command += [*OVERLAP, "run.transcripts_per_step=0"]
+    file = tmp_path / "smoke/metrics.jsonl"
+    code, errors = send_at_line(command, file, 2, signal.SIGTERM)
+    step = num_lines(file)
+    assert (code, errors.splitlines()[-1:]) == (
+        143,
+        [f"rl-lora: stopped by SIGTERM after step {step}{HINT}"],
+    )
+    more = ["--resume", f"run.num_steps={step + 2}"]
+    subprocess.run([*command, *more], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    assert num_lines(file) == step + 2
+
+
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_cells_of_a_study_write_checkpoints_and_end(tmp_path: Path) -> None:
     raw = raw_study(tmp_path)
     raw["job"]["run"] |= {"num_steps": 2000, "checkpoint_every": 5000}

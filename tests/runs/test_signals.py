@@ -21,7 +21,7 @@ import pytest
 
 from rl_lora.launchers import interruption
 from rl_lora.launchers.interruption import Interrupted
-from rl_lora.runs.checkpoint import latest_checkpoint, read_checkpoint
+from rl_lora.runs.checkpoint import checkpoint_path, latest_checkpoint, read_checkpoint
 from tests.helpers import signals
 from tests.helpers.signals import Ending, Signal, num_lines
 from tests.runs.test_resume import SIZES, result
@@ -45,12 +45,20 @@ SAMPLING = "rl_lora.samplers.torch_sampler:_record"
 def prepare() -> None:
     """Figures take longer than these runs, and no job has vLLM's engine."""
     import rl_lora.build
+    import rl_lora.runs.checkpoint
     import rl_lora.samplers.vllm.checks
     import rl_lora.train
 
     def make(section: Any, policy: Any, *, learner_bytes: int, **options: Any) -> OwnWeights:
         return OwnWeights(policy, **options)
 
+    write = rl_lora.runs.checkpoint.write_checkpoint
+
+    def write_once(run_folder: Path, step: int, *arguments: Any) -> Path:
+        assert "--resume" in sys.argv or not checkpoint_path(run_folder, step).exists()
+        return write(run_folder, step, *arguments)
+
+    rl_lora.runs.checkpoint.write_checkpoint = write_once
     rl_lora.train.draw_figures = lambda folder: []
     if any(word in OVERLAP for word in sys.argv):
         rl_lora.build.make_sampler = make

@@ -17,12 +17,14 @@ from rl_lora.config import (
     ModelSection,
     RunConfig,
     RunSection,
+    parse_config,
 )
-from rl_lora.learner import Learner, Schedule, loss_inputs
+from rl_lora.learner import Learner, loss_inputs
 from rl_lora.losses import LOSSES, ppo
+from rl_lora.penalties import penalised_rewards
 from rl_lora.policy import Policy, open_policy
-from rl_lora.reward_kl import penalised_rewards
 from rl_lora.runs.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from rl_lora.schedule import Schedule
 from rl_lora.step_stats import PassStats, StepStats, quantiles
 from rl_lora.types import Completion, Microbatch, Prompt, Rollout, RolloutGroup, TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama, shake
@@ -174,7 +176,8 @@ def test_reward_penalty_is_the_sequence_kl(tmp_path: Path) -> None:
         for i, s in enumerate(samples)
     ]
     learner = Learner(policy, microbatch_tokens=9)
-    penalised_N_G, metrics = penalised_rewards(learner, groups, 0.1)
+    config = parse_config({"algorithm": {"kl": "reward", "kl_weight": 0.1}})
+    penalised_N_G, metrics = penalised_rewards(config, learner, groups)
     with policy.adapter_off():
         base = samples_of(policy)
     log_ratios = [

@@ -16,7 +16,8 @@ from rl_lora.config import ModelSection, OptimSection, RunConfig, SamplingSectio
 from rl_lora.config.algorithm import Algorithm, imported, load_algorithm, user_code
 from rl_lora.config.checks import SAMPLERS
 from rl_lora.errors import UserError
-from rl_lora.launchers import num_restarts
+from rl_lora.launchers.environment import num_restarts
+from rl_lora.launchers.interruption import Interrupted
 from rl_lora.seeds import mix_seed
 from rl_lora.storage.directories import disk_errors
 from rl_lora.types import SampleParams
@@ -339,6 +340,7 @@ def open_folder(
             whose configs differ.
     """
     from rl_lora.report.terminal import Display
+    from rl_lora.runs.checkpoint import checkpoint_steps
     from rl_lora.runs.lock import run_lock
     from rl_lora.runs.processes import check_processes, check_shared_folder
     from rl_lora.runs.start import find_start
@@ -360,7 +362,14 @@ def open_folder(
         check_shared_folder(folder)
         if changed := start.changed_versions():
             display.warn(f"the result may differ in its last digits: {'; '.join(changed)}")
-        yield display, start
+        try:
+            yield display, start
+        except Interrupted as error:
+            done = max(checkpoint_steps(folder), default=None)
+            error.progress = (
+                " before the first checkpoint" if done is None else f" after step {done}"
+            )
+            raise
 
 
 def check_run_folder(folder: Path) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 
 from rl_lora.distributed import is_main, is_speaker, rank, tell
 from rl_lora.errors import OtherProcessError, StaleAdapterError, UserError
-from rl_lora.launchers import launched_rank
+from rl_lora.launchers import interruption
+from rl_lora.launchers.environment import launched_rank
 from rl_lora.storage.directories import disk_errors
 
 EXAMPLES = (
@@ -50,14 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
     0: success, 2: the user's mistake (one line on stderr), 3: the run had to stop, 130: Ctrl-C,
-    143: ended by the launcher of several processes. Of these only one prints the line.
+    143: SIGTERM or SIGUSR1, 129: SIGHUP. Of several processes only one prints the line.
     """
     # Idle OpenMP threads that spin make a shared machine many times slower (LOG.md). The setting
     # only has an effect before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
-        with disk_errors(None, "run the command again"):
+        with interruption.handled(ends_process=True), disk_errors(None, "run the command again"):
             code: int = 0 if _is_for_rank_0(arguments) else arguments.command(arguments)
             sys.stdout.flush()
             return code
@@ -78,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if error.code == 2
             else f"the run stopped: {error}{arguments.after_interrupt}"
         )
+        return error.code
+    except interruption.Interrupted as error:
+        _print_error(f"{error}{arguments.after_interrupt}")
         return error.code
     except KeyboardInterrupt:
         _print_error(f"interrupted{arguments.after_interrupt}")

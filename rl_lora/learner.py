@@ -8,19 +8,20 @@ gets all microbatches and runs a share of them; the sum, and so the step, is the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rl_lora import distributed
 from rl_lora.batches import halves, to_device
+from rl_lora.launchers import interruption
 from rl_lora.losses import (
     Estimator,
     LossFn,
@@ -36,29 +37,9 @@ from rl_lora.losses import (
 from rl_lora.nn.cpu_workers import map_on_cores
 from rl_lora.nn.optimized import l2_norm
 from rl_lora.policy import Policy
-from rl_lora.schedule import Schedule
+from rl_lora.schedule import Schedule, parameter_groups
 from rl_lora.step_stats import PassStats, StepStats, read_numbers
 from rl_lora.types import Microbatch
-
-
-def parameter_groups(
-    parameters: Mapping[str, torch.nn.Parameter], ratio: float
-) -> list[dict[str, Any]]:
-    """One group with all parameters, or LoRA+'s two (Hayou et al., arXiv 2402.12354, section 5).
-
-    B has `lr_ratio` times the rate of A; DoRA's magnitudes are in B's group, as in PEFT.
-
-    Args:
-        parameters: the tensors of `Policy.optimized`.
-        ratio: the rate of B over that of A; 1: one group, in the parameters' order.
-    """
-    if ratio == 1:
-        return [{"params": list(parameters.values())}]
-    return [
-        {"params": [parameters["lora_A"]]},
-        {"params": [parameters["lora_B"]], "lr_ratio": ratio},
-    ]
-
 
 Objective = Callable[[Microbatch], tuple[Tensor, PassStats]]
 
@@ -184,15 +165,18 @@ class Learner:
         filled = [microbatches for microbatches in updates if microbatches]
         shares = [own_share(self.policy, microbatches) for microbatches in filled]
         if needs_of(loss).old_logprobs:
-            shares[1:] = [self._with_old_logprobs(share, counts) for share in shares[1:]]
+            with interruption.abandonable():
+                shares[1:] = [self._with_old_logprobs(share, counts) for share in shares[1:]]
         for index, (microbatches, share) in enumerate(zip(filled, shares, strict=True)):
-            self._next_rate()
             samples = (sample for batch in microbatches for sample in batch.samples_S)
             has_signal = has_terms or any(sample.advantage != 0 for sample in samples)
             chosen = objective if has_signal else torch.no_grad()(objective)
-            passes = self._in_memory(share, chosen, counts)
+            # Until the first optimizer step nothing has changed.
+            with contextlib.nullcontext() if index else interruption.abandonable():
+                passes = self._in_memory(share, chosen, counts)
             for batch, one in passes:
                 stats.add(batch, one, update=index)
+            self._next_rate()
             if has_signal:
                 norms.append(self._step(counts))
             if self.schedule.kind == "kl" and has_signal and math.isfinite(norms[-1]):
@@ -222,7 +206,8 @@ class Learner:
         """
         counts = Counter[str]()
         share = own_share(self.policy, microbatches)
-        passes = self._in_memory(share, self._log_loss_objective, counts)
+        with interruption.abandonable():
+            passes = self._in_memory(share, self._log_loss_objective, counts)
         self._next_rate(lr)
         norm = self._step(counts)
         losses = distributed.gather(read_numbers([one.loss for _, one in passes]), "learning")

@@ -24,8 +24,10 @@ import torch
 
 from rewards import Reward
 from rl_lora.config import RunConfig
+from rl_lora.data.stream import PromptStream
+from rl_lora.launchers import interruption
 from rl_lora.rollouts import Scoring, sample_and_score, scoring_thread
-from rl_lora.sampler import Sampler
+from rl_lora.sampler import OnProgress, Sampler
 from rl_lora.seeds import mix_seed
 from rl_lora.types import Adapter, Prompt, SampleParams
 
@@ -156,12 +158,14 @@ class RolloutWorker:
     def wait(self) -> None:
         """Waits until the sampler is free. Raises what sampling raised."""
         if self._under_way is not None:
-            self._under_way.result()
+            with interruption.abandonable():
+                self._under_way.result()
 
     def pop(self) -> Batch:
         """The batch that was started, once it is sampled. Raises as `next_batch`."""
         assert self._under_way is not None, "no batch was started"
-        batch, self._under_way = self._under_way.result(), None
+        with interruption.abandonable():
+            batch, self._under_way = self._under_way.result(), None
         return batch
 
     def _new_scoring(self, request: Request) -> Scoring:
@@ -173,6 +177,16 @@ class RolloutWorker:
         start = time.perf_counter()
         sample_and_score(self._sampler, scoring, request.params, version=version)
         return Batch(version, scoring, request.position, time.perf_counter() - start)
+
+
+def requests(
+    config: RunConfig, stream: PromptStream, num_done: int, on_progress: OnProgress
+) -> Iterator[Request]:
+    """What steps num_done + 1, num_done + 2, ... sample, each drawn from the stream when needed."""
+    for step in range(num_done + 1, config.run.num_steps + 1):
+        prompts_N = stream.take(config.sampling.num_prompts)
+        on_progress(0, len(prompts_N) * config.sampling.num_samples, 0)
+        yield Request(prompts_N, step_params(config, step), stream.state_dict())
 
 
 def step_params(config: RunConfig, step: int) -> SampleParams:

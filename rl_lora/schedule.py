@@ -1,10 +1,14 @@
-"""The learning rate over optimizer steps."""
+"""Learning rates: over optimizer steps, and of A and B."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 _KL_STEP, _KL_RANGE = 1.5, 100.0  # of `Schedule.adapted`
 
@@ -48,3 +52,22 @@ class Schedule:
         if kl < self.target_kl / 2:
             return min(factor * _KL_STEP, _KL_RANGE)
         return factor
+
+
+def parameter_groups(
+    parameters: Mapping[str, torch.nn.Parameter], ratio: float
+) -> list[dict[str, Any]]:
+    """One group with all parameters, or LoRA+'s two (Hayou et al., arXiv 2402.12354, section 5).
+
+    B has `lr_ratio` times the rate of A; DoRA's magnitudes are in B's group, as in PEFT.
+
+    Args:
+        parameters: the tensors of `Policy.optimized`.
+        ratio: the rate of B over that of A; 1: one group, in the parameters' order.
+    """
+    if ratio == 1:
+        return [{"params": list(parameters.values())}]
+    return [
+        {"params": [parameters["lora_A"]]},
+        {"params": [parameters["lora_B"]], "lr_ratio": ratio},
+    ]

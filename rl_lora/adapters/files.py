@@ -350,10 +350,9 @@ def _peft_config(policy: Policy) -> LoraConfig:
     whole = sorted({".".join(name.split(".")[-2:]) for name in policy.target_names})
     if experts:
         one_rank = expert_rank(policy.lora.rank, num_active_experts(policy.model.config))
-    return LoraConfig(
+    config = LoraConfig(
         r=one_rank,
         lora_alpha=served_alpha(policy.lora),  # type: ignore[arg-type]  # a float works too
-        target_modules=sorted({*suffixes, *experts}),
         rank_pattern=dict.fromkeys(whole, policy.lora.rank) if experts else {},
         fan_in_fan_out=policy.model.config.model_type == "gpt2",  # Conv1D: weights are [I, O]
         use_rslora=policy.lora.variant == "rslora",
@@ -365,6 +364,9 @@ def _peft_config(policy: Policy) -> LoraConfig:
         revision=policy.base_revision,
         inference_mode=True,
     )
+    # Given to LoraConfig it would be a set, whose order in the file is another in each process.
+    config.target_modules = sorted({*suffixes, *experts})
+    return config
 
 
 def _base_reference(policy: Policy) -> str:

@@ -255,6 +255,12 @@ def checkpoint_steps(run_folder: Path) -> set[int]:
     return {_step_of(path) for path in _checkpoints(run_folder / FOLDER)}
 
 
+def has_checkpoint(run_folder: Path, step: int) -> bool:
+    """Whether the step's is on disk. All of a job's processes call it."""
+    steps = distributed.from_main(lambda: checkpoint_steps(run_folder), "the checkpoints")
+    return step in steps
+
+
 def prune(run_folder: Path, keep_last: int) -> list[Path]:
     """Deletes all but the newest `keep_last` (1 or more) checkpoints; returns what was deleted."""
     return _remove(_checkpoints(run_folder / FOLDER)[:-keep_last])

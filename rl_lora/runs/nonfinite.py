@@ -25,14 +25,10 @@ class NonfiniteSteps:
         self._folder, self._limit, self._lr = run_folder / FOLDER, limit, lr
         self._num_in_row = 0
 
-    def check(
+    def count(
         self, step: int, metrics: Mapping[str, float], groups_N: Sequence[RolloutGroup]
     ) -> None:
-        """Keeps the rollouts of a step whose gradient was not finite.
-
-        Raises:
-            FloatingPointError: it was the last of too many in a row.
-        """
+        """Keeps the rollouts of a step whose gradient was not finite."""
         if not metrics["learn/nonfinite_updates"]:
             self._num_in_row = 0
             return
@@ -55,6 +51,9 @@ class NonfiniteSteps:
                     for group in groups_N
                     for rollout in group.rollouts_G
                 )
+
+    def check(self) -> None:
+        """Raises FloatingPointError if the last step was one of too many in a row."""
         if self._num_in_row >= self._limit:
             raise FloatingPointError(
                 f"the gradient of {self._num_in_row} steps in a row was not finite (their rollouts "

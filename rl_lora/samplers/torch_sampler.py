@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rl_lora.batches import to_device, whole_sequence
 from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.launchers import interruption
 from rl_lora.models.resolve import context_length
 from rl_lora.policy import Policy
 from rl_lora.sampler import BASE_VERSION, OnGroup, OnProgress, Stops, check_lengths
@@ -208,6 +209,7 @@ def _decode(
     cache.batch_repeat_interleave(params.num_samples)
     logits_SV = logits_NV.repeat_interleave(params.num_samples, 0)
     for step in range(params.max_tokens):
+        interruption.check()
         token_S, logprob_S = _draw(logits_SV, rows.uniforms_ST[:, step], params)
         _record(sampler, rows, token_S.tolist(), logprob_S.tolist(), stops)
         num_live = sum(rows.live)

@@ -119,17 +119,19 @@ def test_a_rank_that_hangs_is_named_with_what_the_others_wait_for(tmp_path: Path
 @pytest.mark.parametrize(
     ("faults", "settings", "expected"),
     [
-        (
+        pytest.param(
             "1 optim.lr=0.5 1 setting",
             [],
             r"the processes were started with different settings: optim\.lr is 0\.001 on rank 0 "
             r"and 0\.5 on rank 1; give all of them the same file and command",
+            marks=pytest.mark.long,
         ),
-        (
+        pytest.param(
             "",
             ["sampling.num_prompts=1"],
             r"2 processes for sampling\.num_prompts=1: each needs a prompt; start 1 or fewer, or "
             r"raise sampling\.num_prompts",
+            marks=pytest.mark.long,
         ),
         ("1 rl_lora.build:make_sampler 1 mistake", [], r"rank 1 on \S+: made to fail"),
     ],

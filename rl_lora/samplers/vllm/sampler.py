@@ -18,6 +18,8 @@ from transformers import AutoConfig
 
 from rl_lora.config.checks import MIN_TEMPERATURE
 from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.launchers.interruption import check as check_signals
+from rl_lora.launchers.interruption import unbroken
 from rl_lora.models.resolve import context_length
 from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, OnProgress, Stops, check_lengths
 from rl_lora.samplers import cpu_memory
@@ -359,11 +361,13 @@ class VllmSampler:
         outputs: dict[str, Any] = {}
         num_tokens = 0
         try:
-            with compiler_stance(self._never_compiles), torch_random_state_kept():
+            with compiler_stance(self._never_compiles), torch_random_state_kept(), unbroken():
                 for key, (token_ids, params) in requests.items():
                     tokens = self._vllm.tokens_input(list(token_ids))
                     engine.add_request(key, tokens, params, lora_request=lora)
                 while engine.has_unfinished_requests():
+                    if on_output is not None:  # what is sampled can be abandoned
+                        check_signals()
                     for output in engine.step():
                         if not output.finished:
                             continue

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,18 +13,19 @@ from rewards import Score
 from rl_lora.advantages import group_mean
 from rl_lora.batches import make_samples, pack_samples
 from rl_lora.config import (
-    AlgorithmSection,
     LoraSection,
     ModelSection,
     RunConfig,
     RunSection,
+    parse_config,
 )
 from rl_lora.errors import KlLimitError
-from rl_lora.learner import Learner, Schedule, loss_inputs
+from rl_lora.learner import Learner, loss_inputs
 from rl_lora.losses import LOSSES, ppo
+from rl_lora.penalties import kl_to_base, penalised_rewards
 from rl_lora.policy import Policy, open_policy
-from rl_lora.reward_kl import kl_to_base, penalised_rewards, rewards_and_kl
 from rl_lora.runs.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from rl_lora.schedule import Schedule
 from rl_lora.step_stats import PassStats, StepStats, quantiles
 from rl_lora.types import Completion, Microbatch, Prompt, Rollout, RolloutGroup, TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama, shake
@@ -176,7 +177,8 @@ def test_reward_penalty_is_the_sequence_kl(tmp_path: Path) -> None:
         for i, s in enumerate(samples)
     ]
     learner = Learner(policy, microbatch_tokens=9)
-    penalised_N_G, metrics = penalised_rewards(learner, groups, 0.1)
+    config = parse_config({"algorithm": {"kl": "reward", "kl_weight": 0.1}})
+    penalised_N_G, metrics = penalised_rewards(config, learner, groups)
     with policy.adapter_off():
         base = samples_of(policy)
     log_ratios = [
@@ -214,16 +216,16 @@ def test_the_kl_to_the_base_by_hand_and_its_limit(tmp_path: Path) -> None:
     learner = Learner(policy, microbatch_tokens=9)
     assert kl_to_base(learner, groups) == pytest.approx(expected, rel=1e-5)
 
-    section = AlgorithmSection(max_kl_to_base=1.01 * expected)
-    rewards_N_G, metrics = rewards_and_kl(learner, groups, section)
+    def limited(**settings: Any) -> tuple[list[list[float]], dict[str, float]]:
+        return penalised_rewards(parse_config({"algorithm": settings}), learner, groups)
+
+    rewards_N_G, metrics = limited(max_kl_to_base=1.01 * expected)
     assert rewards_N_G == [[1.0], [1.0]]
     assert metrics == {"policy/kl_to_base": pytest.approx(expected, rel=1e-5)}
-    assert rewards_and_kl(learner, groups, AlgorithmSection()) == ([[1.0], [1.0]], {})
-    low = AlgorithmSection(max_kl_to_base=0.99 * expected)
+    assert limited() == ([[1.0], [1.0]], {})
     with pytest.raises(KlLimitError, match=r"nats a token, over algorithm\.max_kl_to_base=0\."):
-        rewards_and_kl(learner, groups, low)
-    penalised = AlgorithmSection(kl="reward", kl_weight=0.1, max_kl_to_base=1.0)
-    metrics = rewards_and_kl(learner, groups, penalised)[1]
+        limited(max_kl_to_base=0.99 * expected)
+    metrics = limited(kl="reward", kl_weight=0.1, max_kl_to_base=1.0)[1]
     assert metrics["policy/kl_to_base"] == metrics["reward/kl"] == pytest.approx(expected, rel=1e-5)
 
 

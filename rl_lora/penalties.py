@@ -1,0 +1,136 @@
+"""Penalties on rewards before advantages are taken: the KL to the base model, and length.
+
+The groups' own rewards stay as they are. The KL may also end the run (algorithm.max_kl_to_base).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rl_lora import distributed
+from rl_lora.batches import make_samples, pack_samples, to_device
+from rl_lora.config import RunConfig
+from rl_lora.errors import KlLimitError
+from rl_lora.learner import Learner, own_share
+from rl_lora.losses import k3
+from rl_lora.types import RolloutGroup, TrainSample
+
+
+def penalised_rewards(
+    config: RunConfig, learner: Learner, groups_N: Sequence[RolloutGroup]
+) -> tuple[list[list[float]], dict[str, float]]:
+    """rewards_N_G less what the settings ask for, and metrics: reward/NAME_penalty, what a
+    completion's reward has lost on average, reward/kl (`kl_penalties`), and policy/kl_to_base
+    (`kl_to_base`) if it is limited.
+
+    Raises:
+        KlLimitError: it is over algorithm.max_kl_to_base.
+    """
+    rewards_N_G, metrics = [group.rewards_G for group in groups_N], dict[str, float]()
+    penalties: dict[str, list[list[float]]] = {}
+    algorithm = config.algorithm
+    if algorithm.kl == "reward":
+        penalties["kl"], metrics = kl_penalties(learner, groups_N, algorithm.kl_weight)
+    if (limit := algorithm.max_kl_to_base) is not None:
+        kl = metrics["reward/kl"] if "reward/kl" in metrics else kl_to_base(learner, groups_N)
+        _check_kl(kl, limit)
+        metrics["policy/kl_to_base"] = kl
+    if (within := config.reward.overlong_tokens) > 0:
+        weight, max_tokens = config.reward.overlong_weight, config.sampling.max_tokens
+        penalties["overlong"] = [
+            [
+                weight * overlong_penalty(len(rollout.completion.token_ids), max_tokens, within)
+                for rollout in group.rollouts_G
+            ]
+            for group in groups_N
+        ]
+    for name, penalty_N_G in penalties.items():
+        flat = [penalty for penalty_G in penalty_N_G for penalty in penalty_G]
+        metrics[f"reward/{name}_penalty"] = sum(flat) / len(flat)
+        rewards_N_G = [
+            [reward - penalty for reward, penalty in zip(*pair, strict=True)]
+            for pair in zip(rewards_N_G, penalty_N_G, strict=True)
+        ]
+    return rewards_N_G, metrics
+
+
+def overlong_penalty(num_tokens: int, max_tokens: int, within: int) -> float:
+    """DAPO's soft penalty of length (arXiv 2503.14476, equation 13), as a positive number.
+
+    0 up to `within` tokens before the limit, from there linearly to 1 at the limit.
+    """
+    return min(max(num_tokens - (max_tokens - within), 0) / within, 1.0)
+
+
+def kl_to_base(learner: Learner, groups_N: Sequence[RolloutGroup]) -> float:
+    """The k3 estimate of KL(sampler || base) in nats, the mean over all completion tokens; 0 where
+    there is none. A job's processes divide the work."""
+    samples = make_samples(groups_N, [[1.0] * len(group.rollouts_G) for group in groups_N])
+    return _sequence_kls(learner, samples)[1] if samples else 0.0
+
+
+def _check_kl(kl: float, limit: float) -> None:
+    if not kl <= limit:
+        raise KlLimitError(
+            f"the policy's KL to the base model is {kl:.3g} nats a token, over "
+            f"algorithm.max_kl_to_base={limit:g}. Its checkpoint is written: resume it with a "
+            "higher limit, or start another run with a lower optim.lr or with algorithm.kl"
+        )
+
+
+def kl_penalties(
+    learner: Learner, groups_N: Sequence[RolloutGroup], weight: float
+) -> tuple[list[list[float]], dict[str, float]]:
+    """[N][G]: `weight` times each sequence's KL to the base model, the sum over its tokens of
+    log p_sampler - log p_reference (InstructGPT, arXiv 2203.02155, equation 2).
+
+    A job's processes divide the work.
+
+    Returns:
+        The penalties, and as a metric reward/kl, the k3 estimate of KL(sampler || base) in nats a
+        token.
+    """
+    samples = make_samples(groups_N, [[1.0] * len(group.rollouts_G) for group in groups_N])
+    if not samples:
+        return [[0.0] * len(group.rollouts_G) for group in groups_N], {}
+    kl_of, kl_per_token = _sequence_kls(learner, samples)
+    kls = iter(kl_of)
+    penalty_N_G = [
+        [
+            weight * next(kls) if rollout.completion.token_ids else 0.0
+            for rollout in group.rollouts_G
+        ]
+        for group in groups_N
+    ]
+    return penalty_N_G, {"reward/kl": kl_per_token}
+
+
+def _sequence_kls(learner: Learner, samples: Sequence[TrainSample]) -> tuple[list[float], float]:
+    """Each sample's sum of log p_sampler - log p_reference, and the mean k3 of its tokens."""
+    policy = learner.policy
+    (batches,) = pack_samples(
+        samples,
+        microbatch_tokens=learner.microbatch_tokens,
+        min_microbatches=distributed.world_size(),
+    )
+    share = own_share(policy, batches)
+    log_ratios = []
+    for batch in (*share.own, *share.idle):
+        on_device = to_device(batch, policy.device)
+        reference_C = policy.reference_logprobs(on_device, learner.temperature)
+        log_ratios.append(batch.sampler_logprobs_C.double() - reference_C.double().cpu())
+    number_of = {id(sample): number for number, sample in enumerate(samples)}
+    kl_of: dict[int, float] = {}
+    for batch, log_ratio_C in zip(share.own, log_ratios, strict=False):
+        zeros_S = log_ratio_C.new_zeros(batch.num_sequences)
+        kl_S = zeros_S.index_add(0, batch.sequence_C, log_ratio_C).tolist()
+        numbers = (number_of[id(sample)] for sample in batch.samples_S)
+        kl_of |= dict(zip(numbers, kl_S, strict=True))
+    values = [log_ratio_C.numpy() for log_ratio_C in log_ratios[: len(share.own)]]
+    found = distributed.gather((kl_of, values), "the KL of rewards")
+    kl_of = {number: kl for part, _ in found for number, kl in part.items()}
+    log_ratio_C = torch.from_numpy(np.concatenate([v for _, part in found for v in part]))
+    return [kl_of[number] for number in range(len(samples))], float(k3(-log_ratio_C).mean())

@@ -50,6 +50,7 @@ def prepare() -> None:
     import rl_lora.train
 
     def make(section: Any, policy: Any, *, learner_bytes: int, **options: Any) -> OwnWeights:
+        del options["on_warning"]
         return OwnWeights(policy, **options)
 
     write = rl_lora.runs.checkpoint.write_checkpoint

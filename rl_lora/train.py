@@ -187,7 +187,6 @@ def train(
             "the end",
         )
         if distributed.is_main():
-            draw_figures(folder)
             summary(display, outcome, parts.timer.total_s)
         display.note(f"everything is in {folder}")
     return outcome
@@ -386,11 +385,13 @@ def update_best(parts: Parts, state: State) -> None:
 
 
 def finish(parts: Parts, state: State) -> None:
-    """Proves that the base was never written to, and copies the last version to RUN/adapter."""
+    """Proves that the base was never written to, draws the figures, and copies the last version to
+    RUN/adapter, with which the run is complete."""
     folder, policy = parts.job.config.run.folder, parts.job.policy
     policy.check_base(parts.inputs["base"]["fingerprint"])
     if not distributed.is_main():
         return
+    draw_figures(folder)
     with atomic_directory(folder / "adapter") as scratch:
         last = folder / "adapters" / f"v{state.step:06d}"
         shutil.copytree(last, scratch, dirs_exist_ok=True)

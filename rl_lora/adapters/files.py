@@ -343,17 +343,16 @@ def _peft_config(policy: Policy) -> LoraConfig:
     In a mixture, the experts have rank r and the other layers rank_pattern: PEFT fuses an expert's
     gate and up into one layer of rank 2 r, so r must be the experts'.
     """
-    suffixes = sorted({name.rsplit(".", 1)[-1] for name in policy.target_names})
+    suffixes = {name.rsplit(".", 1)[-1] for name in policy.target_names}
     experts = policy.expert_names
     one_rank = served_rank(policy.lora)
     # Two parts of a name: only `gate_proj`, of a shared expert, would match every expert's.
     whole = sorted({".".join(name.split(".")[-2:]) for name in policy.target_names})
     if experts:
         one_rank = expert_rank(policy.lora.rank, num_active_experts(policy.model.config))
-    return LoraConfig(
+    config = LoraConfig(
         r=one_rank,
         lora_alpha=served_alpha(policy.lora),  # type: ignore[arg-type]  # a float works too
-        target_modules=sorted({*suffixes, *experts}),
         rank_pattern=dict.fromkeys(whole, policy.lora.rank) if experts else {},
         fan_in_fan_out=policy.model.config.model_type == "gpt2",  # Conv1D: weights are [I, O]
         use_rslora=policy.lora.variant == "rslora",
@@ -365,6 +364,9 @@ def _peft_config(policy: Policy) -> LoraConfig:
         revision=policy.base_revision,
         inference_mode=True,
     )
+    # It would make a set of it, whose order in the file is another in each process.
+    config.target_modules = sorted({*suffixes, *experts})
+    return config
 
 
 def _base_reference(policy: Policy) -> str:

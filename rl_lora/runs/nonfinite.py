@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rl_lora import distributed
+from rl_lora.runs.log import METRICS_FILE
 from rl_lora.storage import jsonl
 from rl_lora.types import RolloutGroup
 
@@ -13,17 +14,20 @@ FOLDER = "nonfinite"
 
 
 class NonfiniteSteps:
-    """Counts such steps in a row.
+    """Counts such steps in a row, those before a resumption included.
 
     Args:
-        run_folder: RUN/nonfinite/step_000012.jsonl gets the rollouts of step 12, one a line.
+        run_folder: its metrics.jsonl ends with the last step done; RUN/nonfinite/step_000012.jsonl
+            gets the rollouts of step 12, one a line.
         limit: steps in a row at which the run ends.
         lr: the learning rate, for the message.
     """
 
     def __init__(self, run_folder: Path, limit: int, lr: float) -> None:
         self._folder, self._limit, self._lr = run_folder / FOLDER, limit, lr
-        self._num_in_row = 0
+        self._num_in_row: int = distributed.from_main(
+            lambda: _num_at_end(run_folder / METRICS_FILE), "the start"
+        )
 
     def check(
         self, step: int, metrics: Mapping[str, float], groups_N: Sequence[RolloutGroup]
@@ -58,6 +62,13 @@ class NonfiniteSteps:
         if self._num_in_row >= self._limit:
             raise FloatingPointError(
                 f"the gradient of {self._num_in_row} steps in a row was not finite (their rollouts "
-                f"are in {self._folder}): resume from an earlier checkpoint with a lower optim.lr "
-                f"(now {self._lr:g}), or set algorithm.loss='truncated_importance_sampling'"
+                f"are in {self._folder}): start again under another run.name with a lower optim.lr "
+                f"(now {self._lr:g}), or with algorithm.loss='truncated_importance_sampling'"
             )
+
+
+def _num_at_end(metrics: Path) -> int:
+    """Steps in a row at the end of a run's metrics whose gradient was not finite."""
+    rows = jsonl.read_lines(metrics)
+    finite = [n for n, row in enumerate(rows, start=1) if not row.get("learn/nonfinite_updates")]
+    return len(rows) - max(finite, default=0)

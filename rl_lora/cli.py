@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 from rl_lora.distributed import is_main, is_speaker, rank, tell
-from rl_lora.errors import OtherProcessError, StaleAdapterError, UserError
-from rl_lora.launchers import launched_rank
+from rl_lora.errors import EngineError, OtherProcessError, RunStoppedError, UserError
+from rl_lora.launchers import interruption
+from rl_lora.launchers.environment import launched_rank
 from rl_lora.storage.directories import disk_errors
 
 EXAMPLES = (
@@ -50,14 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
     0: success, 2: the user's mistake (one line on stderr), 3: the run had to stop, 130: Ctrl-C,
-    143: ended by the launcher of several processes. Of these only one prints the line.
+    143: SIGTERM or SIGUSR1, 129: SIGHUP. Of several processes only one prints the line.
     """
     # Idle OpenMP threads that spin make a shared machine many times slower (LOG.md). The setting
     # only has an effect before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
-        with disk_errors(None, "run the command again"):
+        with interruption.handled(ends_process=True), disk_errors(None, "run the command again"):
             code: int = 0 if _is_for_rank_0(arguments) else arguments.command(arguments)
             sys.stdout.flush()
             return code
@@ -69,8 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             tell(error)
         _print_error(f"error: {error}")
         return 2
-    except (StaleAdapterError, FloatingPointError) as error:
-        _print_error(f"the run stopped: {error}")
+    except (RunStoppedError, FloatingPointError) as error:
+        is_engine = isinstance(error, EngineError)
+        if is_engine and error.__cause__ is not None:  # a bug of the engine, or of its drivers
+            lines = "".join(traceback.format_exception(error.__cause__)).splitlines()
+            print(*map(_shown, lines), sep="\n", file=sys.stderr)
+        hint = arguments.after_interrupt if is_engine else ""
+        _print_error(f"the run stopped: {error}{hint}")
         return 3
     except OtherProcessError as error:
         _print_error(
@@ -78,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if error.code == 2
             else f"the run stopped: {error}{arguments.after_interrupt}"
         )
+        return error.code
+    except interruption.Interrupted as error:
+        _print_error(f"{error}{arguments.after_interrupt}")
         return error.code
     except KeyboardInterrupt:
         _print_error(f"interrupted{arguments.after_interrupt}")
@@ -107,10 +117,13 @@ def _print_error(text: str) -> None:
     """Prints one line; what it quotes of data or a model's text cannot act on the terminal."""
     if is_speaker():
         who = "" if is_main() else f"rank {rank()}: "
-        shown = "".join(
-            c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-        )
-        print(f"rl-lora: {who}{shown}", file=sys.stderr, flush=True)
+        print(f"rl-lora: {who}{_shown(text)}", file=sys.stderr, flush=True)
+
+
+def _shown(line: str) -> str:
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line
+    )
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

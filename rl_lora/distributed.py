@@ -27,7 +27,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rl_lora.errors import OtherProcessError, UserError
-from rl_lora.launchers import check_launch, is_launched, rendezvous_options
+from rl_lora.launchers import interruption
+from rl_lora.launchers.environment import check_launch, is_launched, rendezvous_options
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -134,7 +135,7 @@ def _join(device: str, timeout_s: float) -> None:
     control = torch.distributed.new_group(backend="gloo", timeout=patience)
     _job = _Job(state, control, timeout_s)
     atexit.register(leave)
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    interruption.set_several()
     found = gather((platform.node(), uuid.uuid4().hex), "the start")
     _job.hosts, _job.name = tuple(host for host, _ in found), found[0][1]
 
@@ -169,6 +170,8 @@ def _code_and_text(error: BaseException) -> tuple[int, str]:
     """The exit code and the line of an error, as other ranks report it."""
     if isinstance(error, UserError):
         return 2, str(error)
+    if isinstance(error, interruption.Interrupted):
+        return error.code, str(error)
     code = 130 if isinstance(error, KeyboardInterrupt) else 3
     return code, f"{type(error).__name__}: {error}".removesuffix(": ")
 
@@ -178,23 +181,14 @@ def is_speaker() -> bool:
     return _job is None or _job.is_speaker
 
 
-class _TerminatedError(OtherProcessError):
-    """SIGTERM, which launchers send once a process has ended, or to cancel a job."""
-
-
-def _on_sigterm(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-    raise _TerminatedError("the launcher ended this process (SIGTERM)", code=128 + number)
-
-
 def _who_ended(error: BaseException) -> OtherProcessError | None:
-    """The ranks that ended and so caused this rank's error: SIGTERM, or torch's in a pass over
-    sharded weights. None: there are none, or some are only slow."""
+    """The ranks that ended and so caused this rank's error: the launcher's SIGTERM, or torch's in a
+    pass over sharded weights. None: there are none, or some are only slow."""
     if _job is None:
         return None
     if isinstance(error, RuntimeError) and re.search("gloo|NCCL", str(error)):
         return _failure() or _missing(str(error), f"after {_job.phase}", 0, 1)
-    if not isinstance(error, _TerminatedError):
+    if not isinstance(error, interruption.Interrupted) or error.number != signal.SIGTERM:
         return None
     import torch.distributed as dist
 
@@ -203,8 +197,8 @@ def _who_ended(error: BaseException) -> OtherProcessError | None:
         with _errors_of_others(f"after {_job.phase}", _HEAR_S):
             timeout = timedelta(seconds=_HEAR_S)
             dist.monitored_barrier(_job.control, timeout=timeout, wait_all_ranks=True)
-    except OtherProcessError as error:
-        return error if time.monotonic() - started < _HEAR_S else None
+    except OtherProcessError as other:
+        return other if time.monotonic() - started < _HEAR_S else None
     return None
 
 
@@ -272,6 +266,13 @@ def check_same(value: object, what: str, fix: str) -> None:
     for number, other in enumerate(values := gather(value, what)):
         if other != values[0]:
             raise UserError(f"{_name(number)} has another {what} than rank 0: {fix}")
+
+
+def agree_to_stop(phase: str) -> None:
+    """Raises Interrupted on all ranks if a signal has come to one of them. Raises as `gather`."""
+    numbers = gather(interruption.received(), phase)
+    if number := next(filter(None, numbers), None):
+        raise interruption.Interrupted(number)
 
 
 def add_up(tensor: Tensor, phase: str) -> dict[str, float]:

@@ -8,6 +8,7 @@ gets all microbatches and runs a share of them; the sum, and so the step, is the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections import Counter
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from rl_lora import distributed
 from rl_lora.batches import halves, to_device
+from rl_lora.launchers import interruption
 from rl_lora.losses import (
     LossFn,
     LossInputs,
@@ -190,14 +192,17 @@ class Learner:
         filled = [microbatches for microbatches in updates if microbatches]
         shares = [own_share(self.policy, microbatches) for microbatches in filled]
         if needs_of(loss).old_logprobs:
-            shares[1:] = [self._with_old_logprobs(share, counts) for share in shares[1:]]
+            with interruption.abandonable():
+                shares[1:] = [self._with_old_logprobs(share, counts) for share in shares[1:]]
         for index, (microbatches, share) in enumerate(zip(filled, shares, strict=True)):
-            self._next_rate()
             samples = (sample for batch in microbatches for sample in batch.samples_S)
             has_signal = kl_weight != 0 or any(sample.advantage != 0 for sample in samples)
             chosen = objective if has_signal else torch.no_grad()(objective)
-            for batch, one in self._in_memory(share, chosen, counts):
-                stats.add(batch, one, update=index)
+            # Until the first optimizer step nothing has changed.
+            with contextlib.nullcontext() if index else interruption.abandonable():
+                for batch, one in self._in_memory(share, chosen, counts):
+                    stats.add(batch, one, update=index)
+            self._next_rate()
             if has_signal:
                 norms.append(self._step(counts))
         self.num_updates_done = num_updates_after
@@ -223,7 +228,8 @@ class Learner:
         """
         counts = Counter[str]()
         share = own_share(self.policy, microbatches)
-        passes = self._in_memory(share, self._log_loss_objective, counts)
+        with interruption.abandonable():
+            passes = self._in_memory(share, self._log_loss_objective, counts)
         self._next_rate(lr)
         norm = self._step(counts)
         losses = distributed.gather(read_numbers([one.loss for _, one in passes]), "learning")

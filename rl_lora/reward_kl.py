@@ -1,4 +1,5 @@
-"""The KL to the base model as a penalty on rewards (algorithm.kl = "reward")."""
+"""The KL to the base model before a step learns: as a penalty on rewards (algorithm.kl="reward"),
+and as a limit of the run (algorithm.max_kl_to_base)."""
 
 from __future__ import annotations
 
@@ -9,9 +10,42 @@ import torch
 
 from rl_lora import distributed
 from rl_lora.batches import make_samples, pack_samples, to_device
+from rl_lora.config import AlgorithmSection
+from rl_lora.errors import KlLimitError
 from rl_lora.learner import Learner, own_share
 from rl_lora.losses import k3
 from rl_lora.types import RolloutGroup, TrainSample
+
+
+def rewards_and_kl(
+    learner: Learner, groups_N: Sequence[RolloutGroup], algorithm: AlgorithmSection
+) -> tuple[list[list[float]], dict[str, float]]:
+    """rewards_N_G to learn from, and metrics of the KL to the base, as far as the settings ask for
+    it: policy/kl_to_base is the k3 estimate of KL(sampler || base) in nats a token.
+
+    Raises:
+        KlLimitError: it is over algorithm.max_kl_to_base.
+    """
+    rewards_N_G, metrics = [group.rewards_G for group in groups_N], dict[str, float]()
+    if algorithm.kl == "reward":
+        rewards_N_G, metrics = penalised_rewards(learner, groups_N, algorithm.kl_weight)
+    if (limit := algorithm.max_kl_to_base) is None:
+        return rewards_N_G, metrics
+    kl = metrics["reward/kl"] if "reward/kl" in metrics else kl_to_base(learner, groups_N)
+    if not kl <= limit:
+        raise KlLimitError(
+            f"the policy's KL to the base model is {kl:.3g} nats a token, over "
+            f"algorithm.max_kl_to_base={limit:g}. Its checkpoint is written: resume it with a "
+            "higher limit, or start another run with a lower optim.lr or with algorithm.kl"
+        )
+    return rewards_N_G, metrics | {"policy/kl_to_base": kl}
+
+
+def kl_to_base(learner: Learner, groups_N: Sequence[RolloutGroup]) -> float:
+    """The k3 estimate of KL(sampler || base) in nats, the mean over all completion tokens; 0 where
+    there is none. A job's processes divide the work."""
+    samples = make_samples(groups_N, [[1.0] * len(group.rollouts_G) for group in groups_N])
+    return _sequence_kls(learner, samples)[1] if samples else 0.0
 
 
 def penalised_rewards(

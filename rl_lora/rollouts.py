@@ -12,9 +12,13 @@ from typing import Any, cast
 from rewards import FunctionReward, Reward
 from rl_lora import distributed
 from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.launchers import interruption
+from rl_lora.launchers.interruption import Interrupted
 from rl_lora.sampler import OnGroup, Sampler
 from rl_lora.scoring import score_best
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, SampleParams
+
+_POLL_S = 0.2  # between two looks for a signal
 
 MADE_UP = "The answer is \\boxed{0}."
 
@@ -162,6 +166,8 @@ class Scoring:
 
     def __init__(self, prompts_N: Sequence[Prompt], reward: Reward, thread: Executor) -> None:
         self.seconds = 0.0  # of work by the thread on this batch
+        # Of the sampler's engine since the batch before; after `groups` those of all ranks.
+        self.num_restarts = 0
         self.prompts_N, self._reward, self._thread = prompts_N, reward, thread
         self.own = own_share(prompts_N)
         self._waiting: deque[tuple[int, list[Completion]]] = deque()
@@ -190,12 +196,19 @@ class Scoring:
         Raises:
             Exception: what scoring raised.
             OtherProcessError: it failed in another process.
+            Interrupted: by a signal.
         """
+        for job in self._jobs:
+            while interruption.received() is None and not wait([job], timeout=_POLL_S).done:
+                pass
+        distributed.agree_to_stop("sampling and scoring")
         for job in self._jobs:
             job.result()
         own = {index: self._groups[index].rollouts_G for index in self.own}
         found: dict[int, tuple[Rollout, ...]] = {}
-        for part in distributed.gather(own, "sampling and scoring"):
+        parts = distributed.gather((own, self.num_restarts), "sampling and scoring")
+        self.num_restarts = sum(number for _, number in parts)
+        for part, _ in parts:
             found |= part
         return [RolloutGroup(prompt, found[index]) for index, prompt in enumerate(self.prompts_N)]
 
@@ -203,10 +216,12 @@ class Scoring:
         """Ends the sampling at the next group, from another thread."""
         self._is_stopped = True
 
-    def cancel(self) -> None:
-        """Cancels what is waiting, and returns once the running call of the reward has ended."""
+    def cancel(self, *, is_waiting: bool = True) -> None:
+        """Cancels what is waiting, and returns once the running call of the reward has ended, if
+        `is_waiting`."""
         self._waiting.clear()
-        wait(self._jobs)
+        if is_waiting:
+            wait(self._jobs)
 
     def _score_waiting(self) -> None:
         """Scores everything that has arrived in one call, so that the workers run in parallel."""
@@ -248,10 +263,16 @@ def sample_and_score(
     Raises:
         StaleAdapterError: a completion came from another adapter version than `version`.
         Exception: what sampling or scoring raised, once the other has ended.
+        Interrupted: by a signal, in a job of one process.
     """
     try:
         prompts_N = [scoring.prompts_N[index] for index in scoring.own]
-        sample_groups(sampler, prompts_N, params, version=version, on_group=scoring.add)
+        with interruption.abandonable():
+            sample_groups(sampler, prompts_N, params, version=version, on_group=scoring.add)
+    except Interrupted:
+        scoring.cancel(is_waiting=False)  # the checkpoint to be written waits for no reward
+        if distributed.world_size() == 1:
+            raise  # of several, all will in `groups`
     except BaseException:
         scoring.cancel()
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from rl_lora.adapters.files import is_writer, remove_old, save_adapter, saved_ve
 from rl_lora.adapters.handover import keep_version, memory_folder
 from rl_lora.build import RunContext
 from rl_lora.data.stream import PromptStream
+from rl_lora.errors import KlLimitError
 from rl_lora.learner import Learner
 from rl_lora.runs.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
+from rl_lora.runs.log import stored, unstored
 from rl_lora.runs.start import Start
 from rl_lora.types import Adapter
 
@@ -31,6 +33,7 @@ class State:
     step: int = 0  # steps done, which is also the version of the adapter
     adapter: Adapter | None = None  # the newest version; None: not published yet
     previous: Adapter | None = None  # the version before it, which overlap samples from
+    metrics: dict[str, float] = field(default_factory=dict)  # the step's, if its line is to come
 
 
 @contextlib.contextmanager
@@ -88,7 +91,21 @@ def save(job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]
         _remove_old(job, adapters, state.step)
     previous = state.previous and state.previous.fingerprint
     more = {"previous": previous, "stream": state.position, "inputs": inputs}
+    more["metrics"] = stored(state.metrics)
     save_checkpoint(state.step, learner, job.config, **more)
+
+
+@contextlib.contextmanager
+def saved_at_limit(
+    job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]
+) -> Iterator[None]:
+    """Writes a checkpoint of the last whole step, as `save`, if the block ends in a KlLimitError;
+    that error comes before the step at hand has learned."""
+    try:
+        yield
+    except KlLimitError:
+        save(job, learner, state, inputs)
+        raise
 
 
 def restore(
@@ -105,6 +122,7 @@ def restore(
         position |= {"num_prompts": num_prompts}
     stream.load_state_dict(position)
     state = State(stream.state_dict(), saved["step"])
+    state.metrics = unstored(saved.get("metrics", {}))  # an earlier version has not saved them
     if config.sampling.overlap and state.step:
         before = config.run.folder / "adapters" / f"v{state.step - 1:06d}"
         state.previous = saved_version(before, saved["previous"])

@@ -13,16 +13,17 @@ from rl_lora.batches import pack
 from rl_lora.build import RunContext, make_evaluation, make_learner, open_folder, open_run
 from rl_lora.config import RunConfig
 from rl_lora.data.stream import PromptStream
-from rl_lora.evaluation.best import best_evaluation, drop_best_after, keep_best
+from rl_lora.evaluation.best import drop_best_after, is_best_step, update_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult
-from rl_lora.overlap import Request, RolloutWorker, step_params
+from rl_lora.launchers import interruption
+from rl_lora.overlap import RolloutWorker, requests
 from rl_lora.prompts import PromptSets
 from rl_lora.report.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.report.run_figures import draw_figures
 from rl_lora.report.terminal import Display
-from rl_lora.reward_kl import penalised_rewards
-from rl_lora.runs.checkpoint import drop_after
+from rl_lora.reward_kl import rewards_and_kl
+from rl_lora.runs.checkpoint import drop_after, has_checkpoint
 from rl_lora.runs.inputs import base_inputs, prompt_inputs
 from rl_lora.runs.log import RunLog
 from rl_lora.runs.machine import MachineMeter
@@ -40,7 +41,7 @@ from rl_lora.samplers.liveness import (
     staleness_metrics,
 )
 from rl_lora.sft.warm_start import has_solutions, warm_start
-from rl_lora.state import State, publish, restore, save, with_handover
+from rl_lora.state import State, publish, restore, save, saved_at_limit, with_handover
 from rl_lora.storage.directories import atomic_directory
 from rl_lora.types import RolloutGroup
 
@@ -65,12 +66,23 @@ class Parts:
 
 
 def loop(parts: Parts, state: State) -> None:
-    """Step k learns from samples of version k - 1 (with overlap k - 2) and publishes version k."""
+    """Step k learns from samples of version k - 1 (with overlap k - 2) and publishes version k.
+
+    Raises:
+        Interrupted: by a signal; what is done is in a checkpoint.
+    """
     config, worker, timer = parts.job.config.run, parts.worker, parts.timer
     parts.display.stage("training", config.num_steps, state.step)
     check = VersionCheck(parts.job.policy, parts.job.config.sampling.temperature)
     timer.take()
-    with MachineMeter() as meter, worker:
+
+    def save_now() -> None:
+        if not has_checkpoint(config.folder, state.step):
+            save(parts.job, parts.learner, state, parts.inputs)
+
+    with MachineMeter() as meter, worker, interruption.steps(save_now):
+        if state.metrics:  # a signal has ended the run in this step's evaluation
+            complete_step(parts, state, meter)
         while state.step < config.num_steps:
             assert state.adapter is not None
             with timer.phase("sample"):
@@ -83,22 +95,32 @@ def loop(parts: Parts, state: State) -> None:
             state.step, state.position = state.step + 1, batch.position
             with timer.phase("publish"):
                 worker.offer(publish(parts.job, state))
-            metrics = rollout_metrics(groups_N) | stats | batch.metrics()
-            if has_evaluation := is_due(config.eval_every, state.step):
-                metrics |= evaluate_policy(parts, state).metrics()
-            metrics |= timer.take() | memory_metrics() | meter.take()
-            metrics |= speed_metrics(metrics)
+            state.metrics = rollout_metrics(groups_N) | stats | batch.metrics() | timer.take()
             parts.log.transcripts(state.step, groups_N)
-            parts.log.write(state.step, metrics)
-            parts.display.step(state.step, metrics)
-            parts.nonfinite.check(state.step, metrics, groups_N)
-            is_last = state.step == config.num_steps
-            # RUN/best must not come from a step that a resumed run repeats.
-            is_best = has_evaluation and is_best_step(parts, state)
-            if is_last or is_best or is_due(config.checkpoint_every, state.step):
-                save(parts.job, parts.learner, state, parts.inputs)
-            if has_evaluation:
-                update_best(parts, state)
+            parts.nonfinite.count(state.step, state.metrics, groups_N)
+            complete_step(parts, state, meter)
+        distributed.agree_to_stop("the end of the steps")
+
+
+def complete_step(parts: Parts, state: State, meter: MachineMeter) -> None:
+    """What follows a version's publication: its evaluation, the step's line, a checkpoint."""
+    config, metrics = parts.job.config.run, state.metrics
+    if has_evaluation := is_due(config.eval_every, state.step):
+        metrics |= evaluate_policy(parts, state).metrics()
+    parts.timer.add_to(metrics)
+    metrics |= memory_metrics() | meter.take()
+    metrics |= speed_metrics(metrics)
+    parts.log.write(state.step, metrics)
+    parts.display.step(state.step, metrics)
+    state.metrics = {}
+    parts.nonfinite.check()
+    is_last = state.step == config.num_steps
+    # RUN/best must not come from a step that a resumed run repeats.
+    is_best = has_evaluation and is_best_step(config.folder, state.step)
+    if is_last or is_best or is_due(config.checkpoint_every, state.step):
+        save(parts.job, parts.learner, state, parts.inputs)
+    if has_evaluation:
+        update_best(config.folder, state.step, parts.display.note)
 
 
 def learn(
@@ -109,15 +131,13 @@ def learn(
 
     Raises:
         StaleAdapterError: the rollouts are not from the version that they should be from.
+        KlLimitError: the policy is too far from the base (algorithm.max_kl_to_base).
     """
     config, policy = job.config, job.policy
     max_staleness = int(config.sampling.overlap)
     staleness = staleness_metrics(groups_N, version, max_staleness=max_staleness)
     algorithm = config.algorithm
-    rewards_N_G = [group.rewards_G for group in groups_N]
-    kl: dict[str, float] = {}
-    if algorithm.kl == "reward":
-        rewards_N_G, kl = penalised_rewards(learner, groups_N, algorithm.kl_weight)
+    rewards_N_G, kl = rewards_and_kl(learner, groups_N, algorithm)
     cap = config.sampling.max_tokens
     updates = pack(
         groups_N,
@@ -161,12 +181,15 @@ def train(
     Raises:
         UserError: bad input, an older run in the folder, another process that uses the folder, or
             a full disk.
-        StaleAdapterError: the sampler does not use the learner's weights.
+        RunStoppedError: the sampler does not use the learner's weights or fails, or the policy is
+            too far from the base.
         OtherProcessError: another process of the job failed, died or hangs.
+        Interrupted: by Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP; steps that are done are in a checkpoint.
     """
     config = with_absolute_paths(config)
     folder, from_main = config.run.folder, distributed.from_main
     with (
+        interruption.handled(),
         distributed.joined(config.model.device, config.run.process_timeout_s),
         open_folder(config, resume=resume, quiet=quiet) as (display, start),
     ):
@@ -179,7 +202,8 @@ def train(
         config = start.keep_dtype(config)
         with open_parts(config, start, display, accept_changed_data) as (parts, state):
             before = evaluate_at_end(parts, state) if not state.step else None
-            loop(parts, state)
+            with saved_at_limit(parts.job, parts.learner, state, parts.inputs):
+                loop(parts, state)
             after = evaluate_at_end(parts, state)
             finish(parts, state)
         outcome = from_main(
@@ -218,7 +242,11 @@ def open_parts(
             config=config.model_dump(mode="json"),
         ) as log,
         open_run(
-            config, on_loaded=on_loaded, on_note=display.note, on_progress=display.sampling
+            config,
+            on_loaded=on_loaded,
+            on_note=display.note,
+            on_warning=display.warn,
+            on_progress=display.sampling,
         ) as opened,
         with_handover(opened) as job,
     ):
@@ -234,7 +262,7 @@ def open_parts(
         worker = RolloutWorker(
             job.sampler,
             job.reward,
-            requests(config, stream, start.state.get("step", 0), display),
+            requests(config, stream, start.state.get("step", 0), display.sampling),
             overlap=config.sampling.overlap,
             check=lambda: check_version(job.policy, job.sampler, probes, max_kl),
         )
@@ -245,16 +273,6 @@ def open_parts(
             job, learner, worker, evaluation, display, log, PhaseTimer(), nonfinite, inputs
         )
         yield parts, prepare(parts, stream, start)
-
-
-def requests(
-    config: RunConfig, stream: PromptStream, num_done: int, display: Display
-) -> Iterator[Request]:
-    """What steps num_done + 1, num_done + 2, ... sample, each drawn from the stream when needed."""
-    for step in range(num_done + 1, config.run.num_steps + 1):
-        prompts_N = stream.take(config.sampling.num_prompts)
-        display.sampling(0, len(prompts_N) * config.sampling.num_samples, 0)
-        yield Request(prompts_N, step_params(config, step), stream.state_dict())
 
 
 def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
@@ -274,6 +292,8 @@ def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
         if start.has_other_data("eval", parts.inputs) and distributed.is_main():
             set_aside(folder / "eval", start.state["step"])
         state = restore(job, parts.learner, stream, start, parts.inputs)
+        if parts.log.has_line(state.step):
+            state.metrics = {}
         parts.display.note(f"resumed from {start.checkpoint}")
     kept = -1 if start.checkpoint is None else state.step
     if distributed.is_main():
@@ -286,7 +306,8 @@ def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
     if start.checkpoint is None:
         save(job, parts.learner, state, parts.inputs)
     else:
-        update_best(parts, state)  # a kill may have come between an evaluation and this
+        # A kill may have come between an evaluation and this.
+        update_best(folder, state.step, parts.display.note)
     return state
 
 
@@ -358,30 +379,13 @@ def evaluate_at_end(parts: Parts, state: State) -> EvalResult:
     result = evaluate_policy(parts, state)
     if is_new or not state.step:
         parts.log.track(state.step, result.metrics())
-        update_best(parts, state)
+        update_best(folder, state.step, parts.display.note)
     return result
 
 
 def is_due(every: int, step: int) -> bool:
     """Whether something done every so many steps (0: never) is done after this one."""
     return bool(every) and step % every == 0
-
-
-def is_best_step(parts: Parts, state: State) -> bool:
-    """Whether the present step has the best evaluation so far."""
-    folder = parts.job.config.run.folder
-    best = distributed.from_main(lambda: best_evaluation(folder, state.step), "an evaluation")
-    return best is not None and best.step == state.step
-
-
-def update_best(parts: Parts, state: State) -> None:
-    """Copies the present version to RUN/best if its evaluation is the best so far."""
-    folder = parts.job.config.run.folder
-    adapter = folder / "adapters" / f"v{state.step:06d}"
-    if not distributed.is_main():
-        return
-    if (best := keep_best(folder, adapter, state.step)) is not None and state.step:
-        parts.display.note(f"best so far: step {best.step}, accuracy {best.accuracy:.1%}")
 
 
 def finish(parts: Parts, state: State) -> None:

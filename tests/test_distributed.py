@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from rl_lora import distributed, launchers
+from rl_lora import distributed
 from rl_lora.config import load_config
 from rl_lora.errors import UserError
+from rl_lora.launchers import environment as launchers
 from rl_lora.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,17 +202,13 @@ ENDINGS: dict[str, tuple[list[int], str, list[int]]] = {
         "1 rank 1: the run stopped: rank 0 on {} ended during the sum; RESUME",
         [],
     ),
-    "interrupted": ([130, 130], "0 interrupted; RESUME", []),
+    "interrupted": ([130, 130], "0 stopped by Ctrl-C; RESUME", []),
     "one interrupted": (
         [130, 130],
-        "0 the run stopped: rank 1 on {}: KeyboardInterrupt; RESUME",
+        "0 the run stopped: rank 1 on {}: stopped by Ctrl-C; RESUME",
         [],
     ),
-    "cancelled": (
-        [143, 143],
-        "0 the run stopped: the launcher ended this process (SIGTERM); RESUME",
-        [],
-    ),
+    "cancelled": ([143, 143], "0 stopped by SIGTERM; RESUME", []),
 }
 
 

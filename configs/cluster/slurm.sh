@@ -16,6 +16,7 @@
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@120
 set -euo pipefail
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -35,12 +36,26 @@ train() {
     -m rl_lora train "$@" --resume
 }
 
+# SLURM's notice, 120 s before the time limit: all processes write a checkpoint and end.
+is_over=
+trap 'is_over=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+
+# bash runs a trap during `wait`, which then ends early, and not while a command runs.
+run() {
+  local launcher code
+  train "$@" &
+  launcher=$!
+  while wait "$launcher"; code=$?; kill -0 "$launcher" 2>/dev/null; do :; done
+  return "$code"
+}
+
 # A process that dies ends those of all nodes; the job then resumes from its last checkpoint. What
 # fails within five minutes is a mistake, and is not repeated. (--max_restarts is for one node: the
 # launchers of several do not agree on the attempt, pytorch#135712.)
 for _ in 1 2 3 4; do
   started=$SECONDS code=0
-  train "$@" || code=$?
-  if ((code == 0 || SECONDS - started < 300)); then break; fi
+  run "$@" || code=$?
+  if ((code != 0)) && [[ $is_over ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  if ((code == 0 || SECONDS - started < 300)) || [[ $is_over ]]; then break; fi
 done
 exit "$code"

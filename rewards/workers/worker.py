@@ -87,7 +87,9 @@ def exit_without_parent(parent_pid: int) -> None:
 def main() -> None:
     """Command line: the parent's process id, the memory limit in MiB, a warm-up request as JSON."""
     parent_pid, memory_mb = int(sys.argv[1]), int(sys.argv[2])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    # Ctrl-C and the like, sent to all processes of a job, are the parent's to handle.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     requests, responses = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # a stray print must not break the framing
     limit_memory(memory_mb)

@@ -364,7 +364,7 @@ def _peft_config(policy: Policy) -> LoraConfig:
         revision=policy.base_revision,
         inference_mode=True,
     )
-    # It would make a set of it, whose order in the file is another in each process.
+    # Given to LoraConfig it would be a set, whose order in the file is another in each process.
     config.target_modules = sorted({*suffixes, *experts})
     return config
 

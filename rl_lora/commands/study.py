@@ -11,7 +11,7 @@ from rich.table import Table
 
 from rl_lora.commands.job_arguments import RERUN_HINT, add_overrides
 from rl_lora.errors import UserError
-from rl_lora.launchers import is_launched
+from rl_lora.launchers.environment import is_launched
 
 if TYPE_CHECKING:
     from rl_lora.report.terminal import Display

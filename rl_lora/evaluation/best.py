@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rl_lora import distributed
 from rl_lora.errors import UserError
 from rl_lora.evaluation.scores import load_result
 from rl_lora.storage.directories import atomic_directory, recover_directory
@@ -53,6 +55,12 @@ def best_evaluation(run_folder: Path, last_step: int) -> BestCheckpoint | None:
     return max(found, key=lambda one: one.accuracy, default=None)  # the first of equals
 
 
+def is_best_step(run_folder: Path, step: int) -> bool:
+    """Whether step's evaluation is the best so far. All of a job's processes call it."""
+    best = distributed.from_main(lambda: best_evaluation(run_folder, step), "an evaluation")
+    return best is not None and best.step == step
+
+
 def read_best(run_folder: Path) -> BestCheckpoint | None:
     """The record of RUN/best; None if there is none.
 
@@ -87,6 +95,15 @@ def keep_best(run_folder: Path, adapter_dir: Path, step: int) -> BestCheckpoint 
         shutil.copytree(adapter_dir, scratch, dirs_exist_ok=True)
         write_json(scratch / BEST_FILE, asdict(best))
     return best
+
+
+def update_best(run_folder: Path, step: int, on_note: Callable[[str], None]) -> None:
+    """Copies the version of `step` to RUN/best if its evaluation is the best so far."""
+    if not distributed.is_main():
+        return
+    best = keep_best(run_folder, run_folder / "adapters" / f"v{step:06d}", step)
+    if best is not None and step:
+        on_note(f"best so far: step {best.step}, accuracy {best.accuracy:.1%}")
 
 
 def drop_best_after(run_folder: Path, step: int) -> bool:

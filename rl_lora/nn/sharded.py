@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from rl_lora import distributed
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.errors import UserError
-from rl_lora.launchers import is_launched
+from rl_lora.launchers.environment import is_launched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

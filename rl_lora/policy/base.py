@@ -24,6 +24,7 @@ from rl_lora.models.load import load_model
 from rl_lora.models.resolve import load_tokenizer, resolve_model
 from rl_lora.nn.compiled import compile_layers
 from rl_lora.nn.context import adapters_off
+from rl_lora.nn.deterministic import deterministic, fix_num_threads
 from rl_lora.nn.experts import check_rank
 from rl_lora.nn.model_state import check_shapes
 from rl_lora.nn.optimized import Optimized
@@ -54,6 +55,7 @@ class Policy(ABC):
         checkpoint_activations: bool = False,
         keep_reference: bool = False,
     ) -> None:
+        fix_num_threads()
         self.model_dir = model_dir
         self.base_name = model.name
         self.base_revision = model.revision
@@ -219,7 +221,8 @@ class Policy(ABC):
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Wraps forward and backward passes, in which activations are checkpointed if so set.
+        """Wraps forward and backward passes, in which activations are checkpointed if so set; on a
+        CPU they give the same bytes again.
 
         transformers checkpoints in training mode only (dropout is 0), where the model would decode
         without its KV cache; so the mode ends with the block.
@@ -227,7 +230,8 @@ class Policy(ABC):
         if self._has_checkpoints:
             self.model.train()
         try:
-            yield
+            with deterministic() if self.device.type == "cpu" else contextlib.nullcontext():
+                yield
         finally:
             self.model.eval()
 

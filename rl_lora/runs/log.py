@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -104,10 +105,7 @@ class RunLog:
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"step {step} is not after step {self._last_step}, already written")
         self._last_step = step
-        metrics = {
-            key: value if isinstance(value, int | float) else float(value)
-            for key, value in metrics.items()
-        }
+        metrics = _plain(metrics)
         self._metrics.write(jsonl.to_line({"step": step, **metrics}))
         self._metrics.flush()
         if not _is_open_at(self._metrics_path, self._metrics):
@@ -116,6 +114,10 @@ class RunLog:
                 "again under another run.name"
             )
         self.track(step, metrics)
+
+    def has_line(self, step: int) -> bool:
+        """Whether this step's line is the last one written. All of a job's processes call it."""
+        return distributed.from_main(lambda: self._last_step == step, "the records")
 
     def track(self, step: int, metrics: Mapping[str, float]) -> None:
         """Sends numbers only to the trackers, for steps whose line has none of them.
@@ -155,6 +157,23 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _plain(metrics: Mapping[str, Any]) -> dict[str, int | float]:
+    return {
+        key: value if isinstance(value, int | float) else float(value)
+        for key, value in metrics.items()
+    }
+
+
+def stored(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics as JSON can hold them: NaN and infinities become None."""
+    return dict(jsonl.storable(_plain(metrics)))
+
+
+def unstored(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """What `stored` has returned as numbers; an infinity has become a NaN."""
+    return {key: math.nan if value is None else value for key, value in metrics.items()}
 
 
 def _is_open_at(path: Path, file: TextIO) -> bool:

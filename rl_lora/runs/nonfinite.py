@@ -29,14 +29,10 @@ class NonfiniteSteps:
             lambda: _num_at_end(run_folder / METRICS_FILE), "the start"
         )
 
-    def check(
+    def count(
         self, step: int, metrics: Mapping[str, float], groups_N: Sequence[RolloutGroup]
     ) -> None:
-        """Keeps the rollouts of a step whose gradient was not finite.
-
-        Raises:
-            FloatingPointError: it was the last of too many in a row.
-        """
+        """Keeps the rollouts of a step whose gradient was not finite."""
         if not metrics["learn/nonfinite_updates"]:
             self._num_in_row = 0
             return
@@ -59,6 +55,9 @@ class NonfiniteSteps:
                     for group in groups_N
                     for rollout in group.rollouts_G
                 )
+
+    def check(self) -> None:
+        """Raises FloatingPointError if the last step was one of too many in a row."""
         if self._num_in_row >= self._limit:
             raise FloatingPointError(
                 f"the gradient of {self._num_in_row} steps in a row was not finite (their rollouts "

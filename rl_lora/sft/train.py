@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,17 @@ from rl_lora.adapters.files import save_adapter, version_in
 from rl_lora.batches import pack_samples
 from rl_lora.build import make_learner, open_folder, open_model
 from rl_lora.config.sft import SftConfig
+from rl_lora.launchers import interruption
 from rl_lora.models.resolve import check_rows
 from rl_lora.report.terminal import Display
-from rl_lora.runs.checkpoint import drop_after, load_checkpoint, save_checkpoint
+from rl_lora.runs.checkpoint import (
+    drop_after,
+    has_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from rl_lora.runs.inputs import base_inputs, sequence_inputs
-from rl_lora.runs.log import METRICS_FILE, RunLog
+from rl_lora.runs.log import METRICS_FILE, RunLog, stored, unstored
 from rl_lora.runs.metrics import PhaseTimer, memory_metrics, speed_metrics
 from rl_lora.runs.processes import check_same_inputs
 from rl_lora.runs.record import with_absolute_paths, write_record
@@ -54,6 +60,13 @@ class _Job:
     inputs: dict[str, Any]  # hashes of base and data, for the checkpoints
     log: RunLog
     display: Display
+    timer: PhaseTimer
+
+
+@dataclass
+class _State:
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)  # the step's, if its line is to come
 
 
 def curve_steps(num_steps: int, num_tests: int, every: int = 0) -> list[int]:
@@ -81,10 +94,12 @@ def fine_tune(
     Raises:
         UserError: bad input, an older run in the folder, another process using it, or a full disk.
         FloatingPointError: the gradient is not finite.
+        Interrupted: by a signal; steps that are done are in a checkpoint.
     """
     config = with_absolute_paths(config)
     folder = config.run.folder
     with (
+        interruption.handled(),
         distributed.joined(config.model.device, config.run.process_timeout_s),
         open_folder(config, resume=resume, quiet=quiet) as (display, start),
     ):
@@ -123,18 +138,19 @@ def _run(
         learner = make_learner(
             policy, config.optim, num_steps=config.run.num_steps, on_note=display.note
         )
-        job = _Job(config, learner, sets, inputs, log, display)
+        job = _Job(config, learner, sets, inputs, log, display, PhaseTimer())
         if distributed.is_main():
             write_record(config, policy, inputs)
+        state = _State()
         if start.checkpoint is not None:
-            load_checkpoint(start.checkpoint, learner)
+            state = _restore(job, start.checkpoint)
             display.note(f"resumed from {start.checkpoint}")
         if distributed.is_main():
             drop_after(folder, start.state.get("step", -1))
         if start.checkpoint is None:
             log.write(0, _test(job))
-            save_checkpoint(0, learner, config, inputs=inputs)
-        _loop(job, start.state.get("step", 0))
+            _save(job, state)
+        _loop(job, state)
         policy.check_base(inputs["base"]["fingerprint"])
         _publish(policy, folder, config)
     return _outcome(folder)
@@ -159,24 +175,56 @@ def _prepare(config: SftConfig, display: Display) -> tuple[Policy, SftSets]:
     return policy, sets
 
 
-def _loop(job: _Job, step: int) -> None:
-    config, run, timer = job.config, job.config.run, PhaseTimer()
+def _restore(job: _Job, checkpoint: Path) -> _State:
+    saved = load_checkpoint(checkpoint, job.learner)
+    state = _State(saved["step"])
+    if not job.log.has_line(state.step):
+        state.metrics = unstored(saved.get("metrics", {}))
+    return state
+
+
+def _save(job: _Job, state: _State) -> None:
+    more = {"inputs": job.inputs, "metrics": stored(state.metrics)}
+    save_checkpoint(state.step, job.learner, job.config, **more)
+
+
+def _loop(job: _Job, state: _State) -> None:
+    config, run, timer = job.config, job.config.run, job.timer
     tests = set(curve_steps(run.num_steps, config.sft.num_tests, run.eval_every))
-    job.display.stage("fine-tuning", run.num_steps, step)
+    job.display.stage("fine-tuning", run.num_steps, state.step)
     timer.take()
-    while step < run.num_steps:
-        indices = step_indices(step + 1, config.sft.batch_size, len(job.sets.train), run.seed)
-        with timer.phase("learn"):
-            metrics = _step(job, indices)
-        step += 1
-        if step in tests:
-            with timer.phase("eval"):
-                metrics |= _test(job)
-        metrics |= timer.take() | memory_metrics()
-        job.log.write(step, metrics | speed_metrics(metrics))
-        job.display.step(step, metrics)
-        if step % run.checkpoint_every == 0 or step == run.num_steps:
-            save_checkpoint(step, job.learner, config, inputs=job.inputs)
+
+    def save_now() -> None:
+        if not has_checkpoint(run.folder, state.step):
+            _save(job, state)
+
+    with interruption.steps(save_now):
+        if state.metrics:  # a signal has ended the run in this step's test
+            _complete_step(job, state, tests)
+        while state.step < run.num_steps:
+            distributed.agree_to_stop("the start of a step")
+            step, num_rows = state.step + 1, len(job.sets.train)
+            with timer.phase("learn"):
+                batch = step_indices(step, config.sft.batch_size, num_rows, run.seed)
+                metrics = _step(job, batch)
+            state.step, state.metrics = step, metrics | timer.take()
+            _complete_step(job, state, tests)
+        distributed.agree_to_stop("the end of the steps")
+
+
+def _complete_step(job: _Job, state: _State, tests: set[int]) -> None:
+    """What follows an optimizer step: a test if one is due, the step's line, a checkpoint."""
+    run, metrics = job.config.run, state.metrics
+    if state.step in tests:
+        with job.timer.phase("eval"), interruption.abandonable():
+            metrics |= _test(job)
+    job.timer.add_to(metrics)
+    metrics |= memory_metrics()
+    job.log.write(state.step, metrics | speed_metrics(metrics))
+    job.display.step(state.step, metrics)
+    state.metrics = {}
+    if state.step % run.checkpoint_every == 0 or state.step == run.num_steps:
+        _save(job, state)
 
 
 def _step(job: _Job, indices: list[int]) -> dict[str, float]:

@@ -19,8 +19,9 @@ from typing import Any
 
 from rl_lora import distributed
 from rl_lora.config import RunConfig
-from rl_lora.errors import OtherProcessError, StaleAdapterError, UserError
-from rl_lora.launchers import launched_rank
+from rl_lora.errors import OtherProcessError, RunStoppedError, UserError
+from rl_lora.launchers.environment import launched_rank
+from rl_lora.launchers.interruption import Interrupted
 from rl_lora.studies.config import Cell, JobConfig
 
 PRELOADED = ["rl_lora.train", "rl_lora.sft.train"]  # by the servers that processes are forked from
@@ -32,6 +33,7 @@ def run_cell(cell: Cell, log: Path, environment: dict[str, str], sender: Connect
 
     The environment's variables are set before any device is used.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the study's to handle
     os.environ.update(environment)
     _end_with_parent()
     file = log.open("a", buffering=1, encoding="utf-8")
@@ -39,8 +41,12 @@ def run_cell(cell: Cell, log: Path, environment: dict[str, str], sender: Connect
         os.dup2(file.fileno(), stream.fileno())
     if cell.num_processes > 1:
         _launch(cell, sender)
-    else:
+        return
+    try:
         sender.send(_run_job(cell.config))
+    except Interrupted as error:  # the study ends, too
+        print(error)
+        sys.exit(error.code)
 
 
 def _launch(cell: Cell, sender: Connection) -> None:
@@ -109,7 +115,7 @@ def _run_job(config: JobConfig) -> Outcome:
     except ChangedInputsError as error:
         fix = "restore it, or run the cell from its start with --retry"
         return {"error": f"{error.what}; {fix}", "failure": "crashed"}
-    except (UserError, StaleAdapterError) as error:
+    except (UserError, RunStoppedError) as error:
         return {"error": str(error), "failure": "crashed"}
     return {"error": "", "failure": ""}
 

@@ -42,6 +42,7 @@ from rl_lora.studies.results import (
 )
 
 _HEAVY = ("checkpoints", "adapters", "adapter", "probe", "best", "tensorboard", "figures")
+_SAVE_S = 15.0  # for cells to write checkpoints when the study is interrupted
 _MEMORY_SHARE = 0.8  # of the free memory, for all processes together
 
 
@@ -138,9 +139,18 @@ def run_queue(
                 free.append(ended.slot)
                 on_end(ended.cell, time.monotonic() - ended.started, ended.outcome())
     finally:
-        for one in running:
-            one.process.kill()
-            one.process.join()
+        _end([one.process for one in running])
+
+
+def _end(processes: Sequence[ForkServerProcess]) -> None:
+    """Ends cells in the middle of their jobs; they have time to write checkpoints."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _SAVE_S
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
 
 
 def _gpus(slot: int, num: int) -> str:

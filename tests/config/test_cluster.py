@@ -103,9 +103,9 @@ def test_a_failure_after_hours_is_repeated_by_the_slurm_job(
 ) -> None:
     # bash counts on from what SECONDS is set to: each launch takes an hour, without waiting.
     text, script = SLURM.read_text(), tmp_path / "slurm.sh"
-    fails = 'train "$@" || code=$?'
+    fails = 'run "$@" || code=$?'
     assert text.count(fails) == 1
-    hours = 'train "$@" || { code=$?; SECONDS=$((SECONDS + 3600)); }'
+    hours = 'run "$@" || { code=$?; SECONDS=$((SECONDS + 3600)); }'
     script.write_text(text.replace(fails, hours))
     command = ["bash", str(script), "smoke"]
     code, launches = launched(command, path_of_commands, CODE="3", **ONE_NODE)
@@ -114,11 +114,50 @@ def test_a_failure_after_hours_is_repeated_by_the_slurm_job(
     assert len({launch.main_process_port for launch in launches}) == 4  # none still in use
 
 
+NOTICED = """
+trap 'exit 143' TERM
+echo $$ >{folder}/launcher
+kill -USR1 "$(<{folder}/script)"
+while true; do sleep 0.01; done
+"""
+
+
+def test_slurms_notice_ends_all_processes_and_the_job_is_queued_again(
+    path_of_commands: Path, tmp_path: Path
+) -> None:
+    """The notice comes while the job runs, which ends by SIGTERM and not by itself."""
+    scripts = {
+        "scancel": f'echo "scancel $*" >>{tmp_path}/calls; kill "$(<{tmp_path}/launcher)"',
+        "scontrol": f'test "$1" = show && echo node1 || echo "scontrol $*" >>{tmp_path}/calls',
+    }
+    for name, text in scripts.items():
+        (path_of_commands / name).write_text(f"#!/bin/bash\n{text}\n")
+        (path_of_commands / name).chmod(0o755)
+    with (path_of_commands / "accelerate").open("a") as file:
+        file.write(NOTICED.format(folder=tmp_path))
+    text = (path_of_commands / "accelerate").read_text().replace("exit ${CODE:-0}\n", "")
+    (path_of_commands / "accelerate").write_text(text)
+    command = [
+        "bash",
+        "-c",
+        f'echo $$ >{tmp_path}/script; exec bash "$@"',
+        "-",
+        str(SLURM),
+        "smoke",
+    ]
+    code, launches = launched(command, path_of_commands, **ONE_NODE)
+    assert code == 143
+    assert len(launches) == 1  # in the job's next turn there is another
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == ["scancel --signal=TERM 1", "scontrol requeue 1"]
+
+
 def test_the_slurm_header_asks_for_one_launcher_and_eight_gpus_a_node() -> None:
     header = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", SLURM.read_text(), re.M))
     assert header["ntasks-per-node"] == "1"
     assert header["gpus-per-node"] == "8"
     assert header["nodes"] == "1"
+    assert header["signal"] == "B:USR1@120"  # to this script alone, which has a trap for it
 
 
 @pytest.mark.parametrize("num_nodes", [1, 4])

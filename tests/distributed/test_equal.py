@@ -20,11 +20,12 @@ from tests.helpers.processes import LIMIT_S, ROOT, Job, launch, result
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * LIMIT_S)]
 
 CONFIGS = ROOT / "configs"
-# Two held-out problems: of three processes one has none. A warm start goes before the steps.
+# Two held-out problems: of three processes one has none.
 RL = """
     run.num_steps=10 run.transcripts_per_step=64 data.held_out=2 sampling.num_prompts=5
-    sampling.num_samples=4 sampling.max_tokens=32 warm_start.num_steps=2 reward.num_workers=1
+    sampling.num_samples=4 sampling.max_tokens=32 reward.num_workers=1
 """.split()
+WARM_START = "warm_start.num_steps=2"
 SFT = "run.num_steps=10 data.held_out=5 sft.batch_size=5".split()
 
 
@@ -45,25 +46,29 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Every process has a microbatch: prompts are shared, and rows padded, within each.
 LAYOUT = {"learn/tokens", "learn/padding_fraction"}
+ROUNDING = ("mismatch/", "ratio/")  # differences of log-probs that are equal but for rounding
 
 
-def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Samples are the same; numbers differ by float32 rounding, which Adam amplifies where a
-    gradient is tiny. Measured after 10 steps of reinforcement learning: metrics 6e-6, the adapter
-    7e-6 of its norm."""
+def check_equal(found: dict[str, Any], expected: dict[str, Any], limit: float = 1e-6) -> None:
+    """Samples are the same; numbers differ by float32 rounding.
+
+    Measured after 10 steps of reinforcement learning: the adapter by 3e-7 of its norm. Adam
+    amplifies the rounding where a gradient is tiny: 7e-6 where supervised steps go before.
+    """
     assert found["samples"] == expected["samples"]
     assert len(found["metrics"]) == len(expected["metrics"])
     for row, other in zip(found["metrics"], expected["metrics"], strict=True):
         assert row.keys() == other.keys()
         for name in row.keys() - LAYOUT:
-            assert row[name] == pytest.approx(other[name], rel=5e-5, abs=1e-5), name
+            allowed = max(limit, 1e-5) if name.startswith(ROUNDING) else limit
+            assert row[name] == pytest.approx(other[name], rel=allowed, abs=allowed), name
     tensors, others = load(found["adapter"]), load(expected["adapter"])
     assert tensors.keys() == others.keys()
     flat, other_flat = (
         torch.cat([part[name].flatten() for name in sorted(tensors)]) for part in (tensors, others)
     )
     difference = torch.linalg.vector_norm(flat - other_flat)
-    assert difference <= 1e-4 * torch.linalg.vector_norm(other_flat)
+    assert difference <= limit * torch.linalg.vector_norm(other_flat)
 
 
 def evaluations(run: Path) -> dict[str, list[dict[str, Any]]]:
@@ -87,19 +92,20 @@ def test_reinforcement_learning_on_two_processes_is_the_same(
     train_here(tmp_path, "one")
     start("train smoke", tmp_path, 2, *RL, "run.name=two", launcher="accelerate")
     check_equal(result(tmp_path / "two"), result(tmp_path / "one"))
-    assert len(evaluations(tmp_path / "one")) == 3  # the base, and before and after the steps
+    assert len(evaluations(tmp_path / "one")) == 2
     assert evaluations(tmp_path / "two") == evaluations(tmp_path / "one")
 
 
 @pytest.mark.long
 def test_a_run_is_resumed_on_other_numbers_of_processes(tmp_path: Path, no_figures: None) -> None:
-    train_here(tmp_path, "one")
-    more = [*RL, "run.name=several", "--resume"]
+    train_here(tmp_path, "one", WARM_START)
+    more = [*RL, WARM_START, "run.name=several", "--resume"]
     start("train smoke", tmp_path, 2, *more, "run.num_steps=3", launcher="torchrun")
     start("train smoke", tmp_path, 3, *more, "run.num_steps=5", launcher="torchrun")
-    train_here(tmp_path, "several", "run.num_steps=7", resume=True)
+    train_here(tmp_path, "several", WARM_START, "run.num_steps=7", resume=True)
     start("train smoke", tmp_path, 2, *more, launcher="torchrun")
-    check_equal(result(tmp_path / "several"), result(tmp_path / "one"))
+    check_equal(result(tmp_path / "several"), result(tmp_path / "one"), 1e-4)
+    assert len(evaluations(tmp_path / "several")) == 3  # the base, before and after the steps
 
 
 @pytest.mark.long
@@ -108,4 +114,4 @@ def test_supervised_fine_tuning_on_two_processes_is_the_same(tmp_path: Path) -> 
     fine_tune(load_sft_config(CONFIGS / "sft_tiny.toml", [*settings, "run.name=one"]), quiet=True)
     start("sft sft_tiny", tmp_path, 2, *SFT, "run.name=two", launcher="torchrun")
     found, expected = (result(tmp_path / name) for name in ("two", "one"))
-    check_equal(found, expected)
+    check_equal(found, expected, 1e-4)

@@ -62,6 +62,17 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_it(
 
 
 @pytest.mark.long
+def test_all_ranks_stop_together_where_the_policy_is_too_far_from_the_base(tmp_path: Path) -> None:
+    limit = ["algorithm.max_kl_to_base=1e-9", "run.checkpoint_every=3"]
+    stopped = train(tmp_path, *limit)
+    assert stopped.codes == {0: 3, 1: 3}
+    ((_, line),) = stopped.lines()
+    assert line.startswith("the run stopped: the policy's KL to the base model is ")
+    assert stopped.left == []
+    assert checkpoint_steps(tmp_path / "smoke") == {0, 1}
+
+
+@pytest.mark.long
 def test_the_launcher_restarts_a_job_that_then_continues_by_itself(
     tmp_path: Path, whole: Path
 ) -> None:
@@ -119,17 +130,19 @@ def test_a_rank_that_hangs_is_named_with_what_the_others_wait_for(tmp_path: Path
 @pytest.mark.parametrize(
     ("faults", "settings", "expected"),
     [
-        (
+        pytest.param(
             "1 optim.lr=0.5 1 setting",
             [],
             r"the processes were started with different settings: optim\.lr is 0\.001 on rank 0 "
             r"and 0\.5 on rank 1; give all of them the same file and command",
+            marks=pytest.mark.long,
         ),
-        (
+        pytest.param(
             "",
             ["sampling.num_prompts=1"],
             r"2 processes for sampling\.num_prompts=1: each needs a prompt; start 1 or fewer, or "
             r"raise sampling\.num_prompts",
+            marks=pytest.mark.long,
         ),
         ("1 rl_lora.build:make_sampler 1 mistake", [], r"rank 1 on \S+: made to fail"),
     ],

@@ -5,11 +5,13 @@ python -m tests.helpers.sharded_program FOLDER CASE... writes FOLDER/of-NUM/CASE
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 
@@ -18,7 +20,7 @@ from rl_lora.adapters.files import load_tensors
 from rl_lora.batches import pack_samples
 from rl_lora.config import LoraSection, ModelSection, RunConfig, RunSection, parse_as
 from rl_lora.learner import Learner
-from rl_lora.nn import optimized
+from rl_lora.nn import compiled, optimized, token_logprobs
 from rl_lora.policy import Policy, open_policy
 from rl_lora.runs.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from rl_lora.samplers.liveness import check_at_start
@@ -40,6 +42,7 @@ class Case:
     options: dict[str, bool] = field(default_factory=dict)
     kl_weight: float = 0.0
     shard: bool = True
+    compile: bool = False
 
 
 FULL, LORA = {"mode": "full"}, {"rank": 1}
@@ -49,6 +52,7 @@ CASES = {
     "masters": Case(random_mixtral, FULL, "bfloat16", {"checkpoint_activations": True}),
     "replicas": Case(random_mixtral, FULL, shard=False),
     "lora": Case(lambda path: random_llama(path, tied=False), LORA, kl_weight=0.1),
+    "compiled": Case(random_llama, LORA, kl_weight=0.1, compile=True),
     "dora": Case(random_gpt2, LORA | {"variant": "dora", "lm_head": True}, "bfloat16"),
     "experts": Case(random_mixtral, {"rank": 2}, options={"checkpoint_activations": True}),
 }
@@ -66,8 +70,8 @@ class IdTokenizer:
 def open_case(folder: Path, name: str) -> Policy:
     """The policy of a case, sharded where there is a process group."""
     case, path = CASES[name], folder / name
-    values = {"name": name, "device": "cpu", "dtype": case.dtype, "shard": case.shard}
-    model = parse_as(ModelSection, values)
+    values = {"name": name, "device": "cpu", "dtype": case.dtype}
+    model = parse_as(ModelSection, values | {"shard": case.shard, "compile": case.compile})
     return open_policy(path, model, LoraSection(**case.lora), seed=0, **case.options)
 
 
@@ -168,7 +172,15 @@ def main(folder: Path, names: list[str]) -> None:
             torch.save(found, out / f"{name}.pt")
 
 
+def eager_kernels() -> contextlib.ExitStack:
+    """Layers are traced, forwards and backwards, but Inductor, which takes minutes, is left out."""
+    patches = contextlib.ExitStack()
+    patches.enter_context(mock.patch.object(compiled, "_backend", return_value="aot_eager"))
+    patches.enter_context(mock.patch.object(token_logprobs, "_compiled", lambda function: function))
+    return patches
+
+
 if __name__ == "__main__":
     optimized._BUCKET_BYTES = 20_000  # several all-reduces
-    with distributed.joined("cpu", 60):
+    with distributed.joined("cpu", 60), eager_kernels():
         main(Path(sys.argv[1]), sys.argv[2:])

@@ -102,7 +102,7 @@ def num_graphs() -> int:
     [
         (random_llama, {"rank": 1}),
         pytest.param(random_qwen3, {"rank": 4, "variant": "dora"}, marks=pytest.mark.slow),
-        pytest.param(random_llama, {"rank": 1, "variant": "pissa"}, marks=pytest.mark.slow),
+        pytest.param(random_llama, {"rank": 1, "variant": "pissa"}, marks=pytest.mark.long),
     ],
 )
 def test_ten_batches_take_two_graphs_and_agree_with_eager_layers(

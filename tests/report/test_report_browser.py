@@ -191,6 +191,7 @@ def test_live_page_keeps_filters_and_scroll(browser: Browser, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_100_steps_and_100_000_transcripts(browser: Browser, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "large", num_steps=100)
     rng = random.Random(0)

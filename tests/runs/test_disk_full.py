@@ -74,7 +74,7 @@ WRITERS = {
     "the run's record": ("rl_lora.train.write_record", 1, 0),
     "an evaluation's problems": ("rl_lora.storage.jsonl.append_compressed", 2, 0),
     "an evaluation's result": ("rl_lora.evaluation.scores.EvalResult.save", 2, 0),
-    "the best adapter": ("rl_lora.train.keep_best", 1, 4096),
+    "the best adapter": ("rl_lora.evaluation.best.keep_best", 1, 4096),
     "the last adapter": ("rl_lora.train.finish", 1, 4096),
     "a tracker's events": ("rl_lora.runs.log.RunLog.track", 4, 0),
 }

@@ -99,7 +99,9 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("make", [random_mixtral, random_qwen3_moe])
+@pytest.mark.parametrize(
+    "make", [random_mixtral, pytest.param(random_qwen3_moe, marks=pytest.mark.long)]
+)
 def test_the_base_is_served_and_reloaded_weights_are_not(make: Any, tmp_path: Path) -> None:
     """Once the last line fails, `vllm_settings.check_mixture` can let lora.mode='full' pass."""
     done = run(SERVE_ALL_WEIGHTS, str(make_mixture(make, tmp_path / "m")), str(tmp_path / "v"))
@@ -111,7 +113,7 @@ def test_the_base_is_served_and_reloaded_weights_are_not(make: Any, tmp_path: Pa
     assert found["new"] > 0.05
 
 
-@pytest.mark.parametrize("layers", ["all", "attention"])
+@pytest.mark.parametrize("layers", ["all", pytest.param("attention", marks=pytest.mark.long)])
 def test_adapters_end_in_triton_kernels_that_a_cpu_has_not(layers: str, tmp_path: Path) -> None:
     """Once this fails because vLLM serves them, `vllm_settings.check_mixture` can go."""
     model = make_mixture(random_qwen3_moe, tmp_path / "m")

@@ -287,6 +287,7 @@ def test_a_broken_run_resumes_to_the_same_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_at_any_moment_and_resume_give_the_same_run(tmp_path: Path) -> None:
     long = ["run.num_steps=40"]
     fine_tune(tiny(tmp_path, "run.name=whole", *long), quiet=True)

@@ -1,0 +1,1 @@
+"""Who starts and ends this process: its environment, and its signals."""

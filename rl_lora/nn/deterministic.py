@@ -1,0 +1,40 @@
+"""Sums in one order, whatever the threads do: what a CPU needs to compute the same bytes again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.utils.deterministic as options
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """PyTorch's deterministic kernels inside, in all threads of the process.
+
+    On a CPU the gradient of x[index] is otherwise added up by atomic additions where several
+    threads compute it, in the order in which they come; a model may index anywhere. An operation
+    that has no such kernel warns.
+    """
+    was_on = torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = options.fill_uninitialized_memory
+    options.fill_uninitialized_memory = (
+        False  # only finds mistakes, at the cost of every new tensor
+    )
+    torch.use_deterministic_algorithms(True, warn_only=not was_on or warned_only)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_on, warn_only=warned_only)
+        options.fill_uninitialized_memory = filled
+
+
+def fix_num_threads() -> None:
+    """Lets MKL compute with PyTorch's number of threads and no longer choose a number itself.
+
+    It may (MKL_DYNAMIC) until `torch.set_num_threads` is called for the first time, which would
+    then happen somewhere in the middle of a run, and elsewhere in a resumed one.
+    """
+    torch.set_num_threads(torch.get_num_threads())

@@ -14,31 +14,24 @@ FOLDER = "nonfinite"
 
 
 class NonfiniteSteps:
-    """Counts such steps in a row, those before a resumption included.
+    """Keeps such steps' rollouts, and counts such steps in a row, before a resumption too.
 
     Args:
-        run_folder: its metrics.jsonl ends with the last step done; RUN/nonfinite/step_000012.jsonl
-            gets the rollouts of step 12, one a line.
+        run_folder: RUN/nonfinite/step_000012.jsonl gets the rollouts of step 12, one a line.
         limit: steps in a row at which the run ends.
         lr: the learning rate, for the message.
     """
 
     def __init__(self, run_folder: Path, limit: int, lr: float) -> None:
         self._folder, self._limit, self._lr = run_folder / FOLDER, limit, lr
-        self._num_in_row: int = distributed.from_main(
-            lambda: _num_at_end(run_folder / METRICS_FILE), "the start"
-        )
+        self._metrics = run_folder / METRICS_FILE
 
-    def count(
+    def keep(
         self, step: int, metrics: Mapping[str, float], groups_N: Sequence[RolloutGroup]
     ) -> None:
         """Keeps the rollouts of a step whose gradient was not finite."""
-        if not metrics["learn/nonfinite_updates"]:
-            self._num_in_row = 0
-            return
-        self._num_in_row += 1
         path = self._folder / f"step_{step:06d}.jsonl"
-        if distributed.is_main():
+        if metrics["learn/nonfinite_updates"] and distributed.is_main():
             self._folder.mkdir(exist_ok=True)
             with path.open("w", encoding="utf-8") as file:
                 file.writelines(
@@ -56,11 +49,15 @@ class NonfiniteSteps:
                     for rollout in group.rollouts_G
                 )
 
-    def check(self) -> None:
-        """Raises FloatingPointError if the last step was one of too many in a row."""
-        if self._num_in_row >= self._limit:
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Raises FloatingPointError if the last step, whose line is written, is one of too many in
+        a row."""
+        if not metrics["learn/nonfinite_updates"]:
+            return
+        num = distributed.from_main(lambda: _num_at_end(self._metrics), "a step's end")
+        if num >= self._limit:
             raise FloatingPointError(
-                f"the gradient of {self._num_in_row} steps in a row was not finite (their rollouts "
+                f"the gradient of {num} steps in a row was not finite (their rollouts "
                 f"are in {self._folder}): start again under another run.name with a lower optim.lr "
                 f"(now {self._lr:g}), or with algorithm.loss='truncated_importance_sampling'"
             )

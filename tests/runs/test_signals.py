@@ -49,7 +49,8 @@ def prepare() -> None:
     import rl_lora.samplers.vllm.checks
     import rl_lora.train
 
-    def make(section: Any, policy: Any, *, learner_bytes: int, **options: Any) -> OwnWeights:
+    def make(section: Any, policy: Any, **options: Any) -> OwnWeights:
+        del options["learner_bytes"], options["on_warning"]
         return OwnWeights(policy, **options)
 
     write = rl_lora.runs.checkpoint.write_checkpoint

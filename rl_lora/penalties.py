@@ -23,7 +23,8 @@ def penalised_rewards(
 ) -> tuple[list[list[float]], dict[str, float]]:
     """rewards_N_G less what the settings ask for, and metrics: reward/NAME_penalty, what a
     completion's reward has lost on average, and reward/kl (`kl_penalties`)."""
-    rewards_N_G, metrics = [group.rewards_G for group in groups_N], {}
+    rewards_N_G = [group.rewards_G for group in groups_N]
+    metrics: dict[str, float] = {}
     penalties: dict[str, list[list[float]]] = {}
     if config.algorithm.kl == "reward":
         penalties["kl"], metrics = kl_penalties(learner, groups_N, config.algorithm.kl_weight)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +62,7 @@ def open_run(
     num_steps: int | None = None,
     on_loaded: Callable[[Policy, PromptSets], None] = lambda policy, prompts: None,
     on_note: Callable[[str], None] = lambda text: None,
+    on_warning: Callable[[str], None] = warnings.warn,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> Iterator[RunContext]:
     """Builds everything, and closes it at the end in any case.
@@ -67,9 +70,9 @@ def open_run(
     Args:
         config: the job.
         num_steps: RL steps that will be sampled for; None: run.num_steps.
-        on_loaded: called with policy and prompts before the sampler, which is slow to build; it
-            may raise.
+        on_loaded: called with policy and prompts before the sampler is built; it may raise.
         on_note: called with one line on each thing that was loaded.
+        on_warning: called with one line where the sampler's engine failed and is replaced.
         on_progress: called by the sampler with (completions done, in all, tokens sampled).
 
     Raises:
@@ -96,17 +99,17 @@ def open_run(
             config.lora,
             seed=config.run.seed,
             checkpoint_activations=config.optim.checkpoint_activations,
-            keep_reference=config.algorithm.kl != "none",
+            keep_reference=config.algorithm.needs_base,
         )
         on_loaded(policy, prompts)
         template = config.data.template, config.data.chat_template_kwargs
-        end_ids = end_token_ids(model_dir, tokenizer, *template)
         num_steps = config.run.num_steps if num_steps is None else num_steps
         sampler = make_sampler(
             with_compilation(config.sampling, policy.device, num_steps, on_note),
             policy,
-            end_token_ids=end_ids,
+            end_token_ids=end_token_ids(model_dir, tokenizer, *template),
             max_model_len=min(context, _longest(config, prompts)),
+            on_warning=on_warning,
             on_progress=on_progress,
             learner_bytes=_bytes_to_come(config, policy),
         )
@@ -246,48 +249,65 @@ def load_sampler_class(backend: str) -> Callable[..., Sampler]:
     return imported(SAMPLERS.get(backend, backend), "sampling.backend")
 
 
+# limits: what samplers are made with, as keywords
 def make_sampler(
     section: SamplingSection,
     policy: Policy,
     *,
     end_token_ids: tuple[int, ...],
     max_model_len: int,
+    on_warning: Callable[[str], None] = warnings.warn,
     on_progress: Callable[[int, int, int], None] | None = None,
     learner_bytes: int = 0,
 ) -> Sampler:
     """The sampler of `sampling.backend`.
 
     A user's own class is called with the policy and the keywords of `TorchSampler`; one that has
-    a keyword `engine` also gets vLLM's options. learner_bytes: `EngineOptions.learner_bytes`.
+    a keyword `engine` also gets vLLM's options. One whose class says has_own_weights = True has an
+    engine, and is replaced by a new one where it raises EngineError (`RestartingSampler`).
+
+    Args:
+        section: its settings.
+        policy: whose versions it samples from.
+        end_token_ids: tokens that end a completion.
+        max_model_len: of prompt and completion.
+        on_warning: called with one line for each new engine.
+        on_progress: called with (completions done, in all, tokens sampled).
+        learner_bytes: `EngineOptions.learner_bytes`.
 
     Raises:
         UserError: it cannot be used.
     """
-    from rl_lora.samplers.vllm.settings import EngineOptions
+    from rl_lora.samplers.restarts import RestartingSampler
+    from rl_lora.samplers.vllm.settings import engine_options
 
-    make = load_sampler_class(section.backend)
-    if section.overlap and not getattr(make, "has_own_weights", False):
+    sampler_class = load_sampler_class(section.backend)
+    has_engine = getattr(sampler_class, "has_own_weights", False)
+    if section.overlap and not has_engine:
         raise UserError(
             f"sampling.overlap=true: {section.backend} must have its own copy of the weights, as "
             "the learner changes the policy's meanwhile; declare has_own_weights = True in the "
             "class, or leave overlap out"
         )
-    engine: dict[str, Any] = {}
-    if "engine" in inspect.signature(make).parameters:
-        engine["engine"] = EngineOptions(
-            eager=section.eager,
-            attention_backend=section.attention_backend,
-            merge_adapter=section.merge_adapter,
-            memory_fraction=section.memory_fraction,
-            learner_bytes=learner_bytes,
-        )
-    return make(
+    options: dict[str, Any] = {}
+    if "engine" in inspect.signature(sampler_class).parameters:
+        options["engine"] = engine_options(section, policy.device, learner_bytes)
+    make = partial(
+        sampler_class,
         policy,
         end_token_ids=end_token_ids,
         max_model_len=max_model_len,
         max_num_seqs=section.max_num_seqs,
         on_progress=on_progress,
-        **engine,
+        **options,
+    )
+    if not has_engine:
+        return make()
+    return RestartingSampler(
+        make,
+        max_restarts=section.max_restarts,
+        timeout_s=section.timeout_s,
+        on_restart=on_warning,
     )
 
 
@@ -340,7 +360,7 @@ def open_folder(
             whose configs differ.
     """
     from rl_lora.report.terminal import Display
-    from rl_lora.runs.checkpoint import checkpoint_steps
+    from rl_lora.runs.checkpoint import progress
     from rl_lora.runs.lock import run_lock
     from rl_lora.runs.processes import check_processes, check_shared_folder
     from rl_lora.runs.start import find_start
@@ -365,10 +385,7 @@ def open_folder(
         try:
             yield display, start
         except Interrupted as error:
-            done = max(checkpoint_steps(folder), default=None)
-            error.progress = (
-                " before the first checkpoint" if done is None else f" after step {done}"
-            )
+            error.progress = progress(folder)
             raise
 
 

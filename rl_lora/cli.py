@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 from rl_lora.distributed import is_main, is_speaker, rank, tell
-from rl_lora.errors import OtherProcessError, StaleAdapterError, UserError
+from rl_lora.errors import EngineError, OtherProcessError, RunStoppedError, UserError
 from rl_lora.launchers import interruption
 from rl_lora.launchers.environment import launched_rank
 from rl_lora.storage.directories import disk_errors
@@ -72,8 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             tell(error)
         _print_error(f"error: {error}")
         return 2
-    except (StaleAdapterError, FloatingPointError) as error:
-        _print_error(f"the run stopped: {error}")
+    except (RunStoppedError, FloatingPointError) as error:
+        is_engine = isinstance(error, EngineError)
+        if is_engine and error.__cause__ is not None:  # a bug of the engine, or of its drivers
+            lines = "".join(traceback.format_exception(error.__cause__)).splitlines()
+            print(*map(_shown, lines), sep="\n", file=sys.stderr)
+        hint = arguments.after_interrupt if is_engine else ""
+        _print_error(f"the run stopped: {error}{hint}")
         return 3
     except OtherProcessError as error:
         _print_error(
@@ -113,10 +119,13 @@ def _print_error(text: str) -> None:
     """Prints one line; what it quotes of data or a model's text cannot act on the terminal."""
     if is_speaker():
         who = "" if is_main() else f"rank {rank()}: "
-        shown = "".join(
-            c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-        )
-        print(f"rl-lora: {who}{shown}", file=sys.stderr, flush=True)
+        print(f"rl-lora: {who}{_shown(text)}", file=sys.stderr, flush=True)
+
+
+def _shown(line: str) -> str:
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line
+    )
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """Errors.
 
-The command line prints a `UserError` as one line and exits with code 2. Any other exception is a
-bug and keeps its traceback.
+The command line prints a `UserError` as one line and exits with code 2, and a `RunStoppedError` as
+one line with code 3. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,8 +14,20 @@ class UserError(ValueError):
     """Bad input (config, data, checkpoint, model): one line that names the thing and a fix."""
 
 
-class StaleAdapterError(RuntimeError):
+class RunStoppedError(RuntimeError):
+    """A run that had to stop; what it has written so far stays."""
+
+
+class StaleAdapterError(RunStoppedError):
     """The sampler is not using the adapter that the learner published."""
+
+
+class EngineError(RunStoppedError):
+    """The sampler's engine failed or hangs: it can only be closed, but a new one may work."""
+
+
+class KlLimitError(RunStoppedError):
+    """The policy is further from the base than the run allows (algorithm.max_kl_to_base)."""
 
 
 class OtherProcessError(RuntimeError):

@@ -25,6 +25,7 @@ import torch
 from rewards import Reward
 from rl_lora.config import RunConfig
 from rl_lora.data.stream import PromptStream
+from rl_lora.errors import EngineError
 from rl_lora.launchers import interruption
 from rl_lora.rollouts import Scoring, sample_and_score, scoring_thread
 from rl_lora.sampler import OnProgress, Sampler
@@ -58,8 +59,11 @@ class Batch:
     checks: dict[str, float] = field(default_factory=dict)  # metrics of the check of the sampler
 
     def metrics(self) -> dict[str, float]:
-        """Seconds that the sampler and the scoring thread worked, and the checks."""
+        """Seconds that the sampler and the scoring thread worked, the restarts of engines if there
+        were any, and the checks; once the groups are there."""
         own = {"system/sampler_s": self.sampler_s, "system/scorer_s": self.scoring.seconds}
+        if self.scoring.num_restarts:
+            own["system/engine_restarts"] = float(self.scoring.num_restarts)
         return own | self.checks
 
 
@@ -92,7 +96,9 @@ class RolloutWorker:
         )
         self._in_use: Adapter | None = None  # None: the base, or unknown
         self._under_way: Future[Batch] | None = None
+        self._started: tuple[Request, int] | None = None  # what was started last, of which version
         self._scoring: Scoring | None = None
+        self._num_restarts = 0  # of the sampler's engine, until the newest batch
 
     def __enter__(self) -> RolloutWorker:
         return self
@@ -151,21 +157,34 @@ class RolloutWorker:
         assert self._under_way is None, "one batch at a time"
         if (request := next(self._requests, None)) is None:
             return False
-        self._scoring = self._new_scoring(request)
+        self._scoring, self._started = self._new_scoring(request), (request, version)
         self._under_way = self._thread.submit(self._make, request, self._scoring, version)
         return True
 
     def wait(self) -> None:
-        """Waits until the sampler is free. Raises what sampling raised."""
-        if self._under_way is not None:
-            with interruption.abandonable():
-                self._under_way.result()
+        """Waits until the sampler is free. Raises what sampling raised.
+
+        A batch whose engine failed is sampled again here: only this thread makes a new engine.
+        """
+        if self._under_way is None:
+            return
+        with interruption.abandonable():
+            error = self._under_way.exception()
+        if not isinstance(error, EngineError):
+            self._under_way.result()
+            return
+        assert self._started is not None
+        request, version = self._started
+        error = self._under_way = None  # the exception's frames hold the old engine
+        again: Future[Batch] = Future()
+        again.set_result(self._make(request, self._new_scoring(request), version))
+        self._under_way = again
 
     def pop(self) -> Batch:
         """The batch that was started, once it is sampled. Raises as `next_batch`."""
+        self.wait()
         assert self._under_way is not None, "no batch was started"
-        with interruption.abandonable():
-            batch, self._under_way = self._under_way.result(), None
+        batch, self._under_way = self._under_way.result(), None
         return batch
 
     def _new_scoring(self, request: Request) -> Scoring:
@@ -176,6 +195,9 @@ class RolloutWorker:
             torch.cuda.synchronize()  # the version was loaded on another thread's stream
         start = time.perf_counter()
         sample_and_score(self._sampler, scoring, request.params, version=version)
+        num_restarts = getattr(self._sampler, "num_restarts", 0)
+        scoring.num_restarts = num_restarts - self._num_restarts
+        self._num_restarts = num_restarts
         return Batch(version, scoring, request.position, time.perf_counter() - start)
 
 

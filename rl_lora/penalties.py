@@ -1,4 +1,5 @@
-"""Penalties on rewards before advantages are taken: the KL to the base model, and length.
+"""Penalties on rewards before advantages are taken: the KL to the base model, and length; and the
+limit of that KL (algorithm.max_kl_to_base).
 
 The groups' own rewards stay as they are.
 """
@@ -13,6 +14,7 @@ import torch
 from rl_lora import distributed
 from rl_lora.batches import make_samples, pack_samples, to_device
 from rl_lora.config import RunConfig
+from rl_lora.errors import KlLimitError
 from rl_lora.learner import Learner, own_share
 from rl_lora.losses import k3
 from rl_lora.types import RolloutGroup, TrainSample
@@ -22,7 +24,11 @@ def penalised_rewards(
     config: RunConfig, learner: Learner, groups_N: Sequence[RolloutGroup]
 ) -> tuple[list[list[float]], dict[str, float]]:
     """rewards_N_G less what the settings ask for, and metrics: reward/NAME_penalty, what a
-    completion's reward has lost on average, and reward/kl (`kl_penalties`)."""
+    completion's reward has lost on average, reward/kl (`kl_penalties`), and policy/kl_to_base.
+
+    Raises:
+        KlLimitError: the KL to the base is over algorithm.max_kl_to_base.
+    """
     rewards_N_G = [group.rewards_G for group in groups_N]
     metrics: dict[str, float] = {}
     penalties: dict[str, list[list[float]]] = {}
@@ -44,7 +50,23 @@ def penalised_rewards(
             [reward - penalty for reward, penalty in zip(*pair, strict=True)]
             for pair in zip(rewards_N_G, penalty_N_G, strict=True)
         ]
-    return rewards_N_G, metrics
+    if (limit := config.algorithm.max_kl_to_base) is None:
+        return rewards_N_G, metrics
+    kl = metrics["reward/kl"] if "reward/kl" in metrics else kl_to_base(learner, groups_N)
+    if not kl <= limit:
+        raise KlLimitError(
+            f"the policy's KL to the base model is {kl:.3g} nats a token, over "
+            f"algorithm.max_kl_to_base={limit:g}. Its checkpoint is written: resume it with a "
+            "higher limit, or start another run with a lower optim.lr or with algorithm.kl"
+        )
+    return rewards_N_G, metrics | {"policy/kl_to_base": kl}
+
+
+def kl_to_base(learner: Learner, groups_N: Sequence[RolloutGroup]) -> float:
+    """The k3 estimate of KL(sampler || base) in nats, the mean over all completion tokens; 0 where
+    there is none. A job's processes divide the work."""
+    samples = make_samples(groups_N, [[1.0] * len(group.rollouts_G) for group in groups_N])
+    return _sequence_kls(learner, samples)[1] if samples else 0.0
 
 
 def overlong_penalty(num_tokens: int, max_tokens: int, within: int) -> float:

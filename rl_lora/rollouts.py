@@ -166,6 +166,8 @@ class Scoring:
 
     def __init__(self, prompts_N: Sequence[Prompt], reward: Reward, thread: Executor) -> None:
         self.seconds = 0.0  # of work by the thread on this batch
+        # Of the sampler's engine since the batch before; after `groups` those of all ranks.
+        self.num_restarts = 0
         self.prompts_N, self._reward, self._thread = prompts_N, reward, thread
         self.own = own_share(prompts_N)
         self._waiting: deque[tuple[int, list[Completion]]] = deque()
@@ -204,7 +206,9 @@ class Scoring:
             job.result()
         own = {index: self._groups[index].rollouts_G for index in self.own}
         found: dict[int, tuple[Rollout, ...]] = {}
-        for part in distributed.gather(own, "sampling and scoring"):
+        parts = distributed.gather((own, self.num_restarts), "sampling and scoring")
+        self.num_restarts = sum(number for _, number in parts)
+        for part, _ in parts:
             found |= part
         return [RolloutGroup(prompt, found[index]) for index, prompt in enumerate(self.prompts_N)]
 

@@ -13,6 +13,7 @@ from rl_lora.adapters.files import is_writer, remove_old, save_adapter, saved_ve
 from rl_lora.adapters.handover import keep_version, memory_folder
 from rl_lora.build import RunContext
 from rl_lora.data.stream import PromptStream
+from rl_lora.errors import KlLimitError
 from rl_lora.learner import Learner
 from rl_lora.runs.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
 from rl_lora.runs.log import stored, unstored
@@ -92,6 +93,19 @@ def save(job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]
     more = {"previous": previous, "stream": state.position, "inputs": inputs}
     more["metrics"] = stored(state.metrics)
     save_checkpoint(state.step, learner, job.config, **more)
+
+
+@contextlib.contextmanager
+def saved_at_limit(
+    job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]
+) -> Iterator[None]:
+    """Writes a checkpoint of the last whole step, as `save`, if the block ends in a KlLimitError;
+    that error comes before the step at hand has learned."""
+    try:
+        yield
+    except KlLimitError:
+        save(job, learner, state, inputs)
+        raise
 
 
 def restore(

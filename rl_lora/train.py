@@ -41,7 +41,7 @@ from rl_lora.samplers.liveness import (
     staleness_metrics,
 )
 from rl_lora.sft.warm_start import has_solutions, warm_start
-from rl_lora.state import State, publish, restore, save, with_handover
+from rl_lora.state import State, publish, restore, save, saved_at_limit, with_handover
 from rl_lora.storage.directories import atomic_directory
 from rl_lora.types import RolloutGroup
 
@@ -131,6 +131,7 @@ def learn(
 
     Raises:
         StaleAdapterError: the rollouts are not from the version that they should be from.
+        KlLimitError: the policy is too far from the base (algorithm.max_kl_to_base).
     """
     config, policy = job.config, job.policy
     max_staleness = int(config.sampling.overlap)
@@ -180,7 +181,8 @@ def train(
     Raises:
         UserError: bad input, an older run in the folder, another process that uses the folder, or
             a full disk.
-        StaleAdapterError: the sampler does not use the learner's weights.
+        RunStoppedError: the sampler does not use the learner's weights or fails, or the policy is
+            too far from the base.
         OtherProcessError: another process of the job failed, died or hangs.
         Interrupted: by Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP; steps that are done are in a checkpoint.
     """
@@ -200,7 +202,8 @@ def train(
         config = start.keep_dtype(config)
         with open_parts(config, start, display, accept_changed_data) as (parts, state):
             before = evaluate_at_end(parts, state) if not state.step else None
-            loop(parts, state)
+            with saved_at_limit(parts.job, parts.learner, state, parts.inputs):
+                loop(parts, state)
             after = evaluate_at_end(parts, state)
             finish(parts, state)
         outcome = from_main(
@@ -240,7 +243,11 @@ def open_parts(
             config=config.model_dump(mode="json"),
         ) as log,
         open_run(
-            config, on_loaded=on_loaded, on_note=display.note, on_progress=display.sampling
+            config,
+            on_loaded=on_loaded,
+            on_note=display.note,
+            on_warning=display.warn,
+            on_progress=display.sampling,
         ) as opened,
         with_handover(opened) as job,
     ):

@@ -13,15 +13,17 @@ from rewards import Score
 from rl_lora.advantages import group_mean
 from rl_lora.batches import make_samples, pack_samples
 from rl_lora.config import (
+    AlgorithmSection,
     LoraSection,
     ModelSection,
     RunConfig,
     RunSection,
     parse_config,
 )
+from rl_lora.errors import KlLimitError
 from rl_lora.learner import Learner, loss_inputs
 from rl_lora.losses import LOSSES, ppo
-from rl_lora.penalties import penalised_rewards
+from rl_lora.penalties import kl_to_base, penalised_rewards
 from rl_lora.policy import Policy, open_policy
 from rl_lora.runs.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rl_lora.schedule import Schedule
@@ -196,6 +198,37 @@ def test_reward_penalty_is_the_sequence_kl(tmp_path: Path) -> None:
         assert reward == pytest.approx(1.0 - 0.1 * kl, abs=1e-5)
     assert [g.rewards_G for g in groups] == [[1.0]] * 3  # rewards stay as they were
     assert len(make_samples(groups, group_mean(penalised_N_G))) == 3
+
+
+def test_the_kl_to_the_base_by_hand_and_its_limit(tmp_path: Path) -> None:
+    """Of 8 tokens one is twice as probable under the sampler as under the base, whose k3 is
+    1/2 + ln 2 - 1, and one half as probable, 2 - ln 2 - 1: together 1/2."""
+    policy = make_policy(random_llama(tmp_path / "model"))  # a fresh adapter changes nothing
+    samples = samples_of(policy)[:2]
+    shifts = [math.log(2), -math.log(2)]
+    groups = []
+    for i, (sample, shift) in enumerate(zip(samples, shifts, strict=True)):
+        logprobs_T = (sample.sampler_logprobs_T[0] + shift, *sample.sampler_logprobs_T[1:])
+        completion = Completion(sample.completion_ids, "", logprobs_T, False, 0)
+        score = Score(reward=1.0, correct=True, status="ok", answer="1", has_format=True)
+        prompt = Prompt(f"p/{i}", "s", "q", "1", sample.prompt_ids)
+        groups.append(RolloutGroup(prompt, (Rollout(completion, score),)))
+    expected = 0.5 / 8
+    learner = Learner(policy, microbatch_tokens=9)
+    assert kl_to_base(learner, groups) == pytest.approx(expected, rel=1e-5)
+
+    section = AlgorithmSection(max_kl_to_base=1.01 * expected)
+    config = RunConfig(algorithm=section)
+    rewards_N_G, metrics = penalised_rewards(config, learner, groups)
+    assert rewards_N_G == [[1.0], [1.0]]
+    assert metrics == {"policy/kl_to_base": pytest.approx(expected, rel=1e-5)}
+    assert penalised_rewards(RunConfig(), learner, groups) == ([[1.0], [1.0]], {})
+    low = AlgorithmSection(max_kl_to_base=0.99 * expected)
+    with pytest.raises(KlLimitError, match=r"nats a token, over algorithm\.max_kl_to_base=0\."):
+        penalised_rewards(RunConfig(algorithm=low), learner, groups)
+    penalised = AlgorithmSection(kl="reward", kl_weight=0.1, max_kl_to_base=1.0)
+    metrics = penalised_rewards(RunConfig(algorithm=penalised), learner, groups)[1]
+    assert metrics["policy/kl_to_base"] == metrics["reward/kl"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_update_whose_gradient_is_not_finite_is_left_out(tmp_path: Path) -> None:

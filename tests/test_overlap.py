@@ -104,6 +104,7 @@ def samplers(monkeypatch: pytest.MonkeyPatch) -> list[OwnWeights]:
 
     def make(section: Any, policy: Policy, *, learner_bytes: int, **options: Any) -> Any:
         assert learner_bytes == 0  # on a CPU
+        del options["on_warning"]
         made.append(OwnWeights(policy, **options))
         return made[-1]
 

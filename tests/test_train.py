@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from rl_lora import cli
 from rl_lora import train as loop
 from rl_lora.adapters.files import load_tensors
 from rl_lora.build import open_run
@@ -192,7 +193,13 @@ def test_rows_without_solutions_leave_the_warm_start_out(
         ["algorithm.denominator=max_tokens"],
         ["algorithm.loss=cispo", "algorithm.kl=loss", "algorithm.kl_weight=0.01"],
         ["algorithm.kl=reward", "algorithm.kl_weight=0.01", "algorithm.advantage=rloo"],
-        ["lora.mode=full", "algorithm.kl=loss", "algorithm.kl_weight=0.01", "optim.lr=1e-4"],
+        [
+            "lora.mode=full",
+            "algorithm.kl=loss",
+            "algorithm.kl_weight=0.01",
+            "optim.lr=1e-4",
+            "algorithm.max_kl_to_base=10",
+        ],
         ["optim.checkpoint_activations=true", "optim.microbatch_tokens=200"],
         ["algorithm.loss=truncated_importance_sampling", "algorithm.advantage=reinforce_pp"],
     ],
@@ -212,6 +219,37 @@ def test_every_algorithm_runs_through_the_same_loop(tmp_path: Path, overrides: l
     if "algorithm.kl=reward" in overrides:
         assert rows[1]["reward/kl"] > 1e-6  # of a policy that has left the base
         assert rows[1]["reward/kl_penalty"] != 0
+    has_limit = "algorithm.max_kl_to_base=10" in overrides
+    assert [row.get("policy/kl_to_base", 0.0) > 1e-6 for row in rows] == [False, has_limit]
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_policy_too_far_from_the_base_stops_the_run_which_a_higher_limit_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = "algorithm.max_kl_to_base"
+    options = ["optim.lr=1e-2", "run.checkpoint_every=5"]
+    train(smoke(tmp_path, "run.name=whole", f"{key}=100", *options), quiet=True)
+    rows = metrics_of(tmp_path / "whole")
+    kls = [row["policy/kl_to_base"] for row in rows]
+    assert kls[0] < 1e-10  # a fresh adapter changes nothing
+    assert 1e-4 < kls[1] < kls[2]
+    low = [f"{key}={(kls[1] + kls[2]) / 2}", "run.name=parts", *options]
+    words = ["train", str(SMOKE), "--quiet", *SHORT, f"run.output_dir={tmp_path}", *low]
+    for more in ([], ["--resume"]):
+        assert cli.main([*words, *more]) == 3
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("rl-lora: the run stopped: the policy's KL to the base model is ")
+        assert f"over {key}=" in line
+        newest = latest_checkpoint(tmp_path / "parts")
+        assert newest is not None
+        assert newest.name == "step_000002"
+        assert metrics_of(tmp_path / "parts") == rows[:2]  # the third step has not learned
+    train(smoke(tmp_path, *low, f"{key}=100"), resume=True, quiet=True)
+    assert metrics_of(tmp_path / "parts") == rows
+    weights = [tmp_path / name / "adapter/adapter_model.safetensors" for name in ("whole", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_all_tied_steps_are_counted_and_the_run_continues(

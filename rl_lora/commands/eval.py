@@ -84,6 +84,7 @@ def _evaluate_all(arguments: Namespace, config: RunConfig) -> None:
             num_steps=0,
             on_loaded=on_loaded,
             on_note=display.note,
+            on_warning=display.warn,
             on_progress=display.sampling,
         ) as job,
     ):

@@ -171,6 +171,10 @@ class SamplingSection(Section):
     max_kl: float | None = Field(None, gt=0)
     # Sample step k + 1 with adapter version k - 1 while step k learns; for GPUs.
     overlap: bool = False
+    # vLLM gave no token for so many seconds: it hangs, and is started again.
+    timeout_s: float = Field(600, gt=0)
+    # How often in a row vLLM is started again where it fails or hangs, until the run stops.
+    max_restarts: int = Field(2, ge=0)
 
     _known_backend = field_validator("backend")(check_backend)
 
@@ -222,6 +226,14 @@ class AlgorithmSection(Section):
     # Nothing is learned from completions that sampling.max_tokens has cut off; their rewards still
     # count in their group's advantages.
     mask_truncated: bool = False
+    # KL of the policy to the base model (nats a token, on each step's rollouts) above which the run
+    # stops; none: never, and nothing is computed for it.
+    max_kl_to_base: float | None = Field(None, gt=0)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the base model's log-probs are needed next to the policy's."""
+        return self.kl != "none" or self.max_kl_to_base is not None
 
     @model_validator(mode="before")
     @classmethod

@@ -219,7 +219,7 @@ def learner_memory(
         parts.append(MemoryItem("adapter", copies * num_trainable * 4, note))
     elif dtype != torch.float32 and num_shards == 1:
         parts.append(MemoryItem("master weights", num_trainable * 4, "float32"))
-    if is_full and isinstance(config, RunConfig) and config.algorithm.kl != "none":
+    if is_full and isinstance(config, RunConfig) and config.algorithm.needs_base:
         parts.append(MemoryItem("reference weights", base_bytes, f"for the KL{share}"))
     checkpointed = ", checkpointed" if optim.checkpoint_activations else ""
     activations = activation_bytes(

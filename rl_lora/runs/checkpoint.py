@@ -255,6 +255,12 @@ def checkpoint_steps(run_folder: Path) -> set[int]:
     return {_step_of(path) for path in _checkpoints(run_folder / FOLDER)}
 
 
+def progress(run_folder: Path) -> str:
+    """Where a run that ends now could be resumed, as the end of a sentence."""
+    steps = checkpoint_steps(run_folder)
+    return f" after step {max(steps)}" if steps else " before the first checkpoint"
+
+
 def has_checkpoint(run_folder: Path, step: int) -> bool:
     """Whether the step's is on disk. All of a job's processes call it."""
     steps = distributed.from_main(lambda: checkpoint_steps(run_folder), "the checkpoints")

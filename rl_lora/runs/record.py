@@ -29,6 +29,8 @@ _FREE_KEYS = {
         "name process_timeout_s".split()
     ),
     "model": {"released", "shard"},
+    "sampling": {"max_restarts", "memory_fraction", "timeout_s"},
+    "algorithm": {"max_kl_to_base"},
     "optim": {"max_nonfinite_steps"},
     "eval": {"chunk_samples"},
 }

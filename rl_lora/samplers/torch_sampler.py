@@ -86,10 +86,12 @@ class TorchSampler:
     ) -> list[list[Completion]]:
         """[N][G] completions; `on_group` as the protocol says.
 
-        Of a job's processes all call it, also for no prompts at all.
+        Of a job's processes all call it, also for no prompts at all. Where memory runs out, half as
+        many sequences are decoded at once from then on: the same samples, up to rounding.
 
         Raises:
             UserError: a prompt leaves no room for max_tokens.
+            torch.OutOfMemoryError: even the samples of one prompt take too much.
         """
         check_lengths(prompts_N, params.max_tokens, self.max_model_len)
         at_once = max(1, self.max_num_seqs // params.num_samples)
@@ -98,10 +100,19 @@ class TorchSampler:
         cache = KvCache(self.policy.model.config)  # its buffers serve all chunks
         seeds_N_G = sample_seeds(prompts_N, params)
         with self._weights():
-            for start in range(0, len(prompts_N), at_once):
-                chunk = slice(start, start + at_once)
-                rows = _Rows(prompts_N[chunk], seeds_N_G[chunk], params, self.policy.device)
-                done = _decode(self, rows, params, cache)
+            while len(out) < len(prompts_N):
+                chunk = slice(len(out), len(out) + at_once)
+                try:
+                    rows = _Rows(prompts_N[chunk], seeds_N_G[chunk], params, self.policy.device)
+                    done = _decode(self, rows, params, cache)
+                except torch.OutOfMemoryError:
+                    done, at_once = [], len(prompts_N[chunk]) // 2
+                    if not at_once:
+                        raise
+                    self.max_num_seqs = at_once * params.num_samples
+                    cache = KvCache(self.policy.model.config)
+                if not done and self.policy.device.type == "cuda":
+                    torch.cuda.empty_cache()  # the exception, which held memory, is gone
                 for index, completions_G in enumerate(done, len(out)):
                     if on_group is not None:
                         on_group(index, completions_G)

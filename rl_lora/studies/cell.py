@@ -19,7 +19,7 @@ from typing import Any
 
 from rl_lora import distributed
 from rl_lora.config import RunConfig
-from rl_lora.errors import OtherProcessError, StaleAdapterError, UserError
+from rl_lora.errors import OtherProcessError, RunStoppedError, UserError
 from rl_lora.launchers.environment import launched_rank
 from rl_lora.launchers.interruption import Interrupted
 from rl_lora.studies.config import Cell, JobConfig
@@ -115,7 +115,7 @@ def _run_job(config: JobConfig) -> Outcome:
     except ChangedInputsError as error:
         fix = "restore it, or run the cell from its start with --retry"
         return {"error": f"{error.what}; {fix}", "failure": "crashed"}
-    except (UserError, StaleAdapterError) as error:
+    except (UserError, RunStoppedError) as error:
         return {"error": str(error), "failure": "crashed"}
     return {"error": "", "failure": ""}
 

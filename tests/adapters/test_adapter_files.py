@@ -70,6 +70,16 @@ def test_adapters_of_conv1d_layers_are_pefts(tmp_path: Path, variant: str) -> No
         assert torch.allclose(model(input_ids=IDS).logits, logits_of(policy), atol=1e-4)
 
 
+def test_the_config_lists_its_layers_in_one_order(tmp_path: Path) -> None:
+    """PEFT would write a set, in the order of this process's string hashes."""
+    adapter = save_adapter(
+        make_policy(random_llama(tmp_path / "m")), tmp_path, version=1, run_name="r"
+    )
+    names = json.loads((adapter.path / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) == 7
+    assert names == sorted(names)
+
+
 @torch.no_grad()
 def test_we_load_pefts_unchanged(tmp_path: Path) -> None:
     path = random_llama(tmp_path / "model")

@@ -62,6 +62,17 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_it(
 
 
 @pytest.mark.long
+def test_all_ranks_stop_together_where_the_policy_is_too_far_from_the_base(tmp_path: Path) -> None:
+    limit = ["algorithm.max_kl_to_base=1e-9", "run.checkpoint_every=3"]
+    stopped = train(tmp_path, *limit)
+    assert stopped.codes == {0: 3, 1: 3}
+    ((_, line),) = stopped.lines()
+    assert line.startswith("the run stopped: the policy's KL to the base model is ")
+    assert stopped.left == []
+    assert checkpoint_steps(tmp_path / "smoke") == {0, 1}
+
+
+@pytest.mark.long
 def test_the_launcher_restarts_a_job_that_then_continues_by_itself(
     tmp_path: Path, whole: Path
 ) -> None:

@@ -13,11 +13,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from importlib import import_module
 from typing import Any
 
 from rl_lora.cli import main
 from rl_lora.errors import UserError
+from rl_lora.launchers import interruption
 
 
 def inject(rank: int, where: str, call: int, how: str) -> None:
@@ -27,8 +29,9 @@ def inject(rank: int, where: str, call: int, how: str) -> None:
         rank: which one.
         where: "module:function" or "module:Class.method", as its caller looks it up.
         call: which call, from 1 on.
-        how: "kill" (SIGKILL), "hang", or "mistake" (a UserError). "setting": `where` is one, which
-            only this rank has.
+        how: "kill" (SIGKILL), "hang", or "mistake" (a UserError); "signal" (SIGTERM to this rank
+            only), or "cancel" (to the launcher, whose own to the rank is waited for). "setting":
+            `where` is one, which only this rank has.
     """
     if int(os.environ["RANK"]) != rank:
         return
@@ -50,6 +53,12 @@ def inject(rank: int, where: str, call: int, how: str) -> None:
                 threading.Event().wait()
             elif how == "mistake":
                 raise UserError("made to fail")
+            elif how == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif how == "cancel":
+                os.kill(os.getppid(), signal.SIGTERM)
+                while interruption.received() is None:
+                    time.sleep(0.01)
         return original(*arguments, **options)
 
     setattr(owner, name, faulty)

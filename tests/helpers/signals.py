@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 import uuid
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -51,8 +52,8 @@ class Ending:
 
 
 def score(completion: str, reference: str) -> float:
-    """A reward that needs no worker."""
-    return len(completion) / 10
+    """A reward that needs no worker, and ties no group of different answers."""
+    return zlib.crc32(completion.encode()) % 97 / 97
 
 
 def num_lines(file: Path) -> int:

@@ -21,7 +21,7 @@ import pytest
 
 from rl_lora.launchers import interruption
 from rl_lora.launchers.interruption import Interrupted
-from rl_lora.runs.checkpoint import latest_checkpoint, read_checkpoint
+from rl_lora.runs.checkpoint import checkpoint_path, latest_checkpoint, read_checkpoint
 from tests.helpers import signals
 from tests.helpers.signals import Ending, Signal, num_lines
 from tests.runs.test_resume import SIZES, result
@@ -45,12 +45,20 @@ SAMPLING = "rl_lora.samplers.torch_sampler:_record"
 def prepare() -> None:
     """Figures take longer than these runs, and no job has vLLM's engine."""
     import rl_lora.build
+    import rl_lora.runs.checkpoint
     import rl_lora.samplers.vllm.checks
     import rl_lora.train
 
     def make(section: Any, policy: Any, *, learner_bytes: int, **options: Any) -> OwnWeights:
         return OwnWeights(policy, **options)
 
+    write = rl_lora.runs.checkpoint.write_checkpoint
+
+    def write_once(run_folder: Path, step: int, *arguments: Any) -> Path:
+        assert "--resume" in sys.argv or not checkpoint_path(run_folder, step).exists()
+        return write(run_folder, step, *arguments)
+
+    rl_lora.runs.checkpoint.write_checkpoint = write_once
     rl_lora.train.draw_figures = lambda folder: []
     if any(word in OVERLAP for word in sys.argv):
         rl_lora.build.make_sampler = make
@@ -278,6 +286,25 @@ def test_ctrl_c_at_a_terminal_leaves_no_worker(tmp_path: Path) -> None:
         tmp_path / f"smoke/checkpoints/step_{step:06d}"
     )
     assert not (tmp_path / "smoke/.lock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.usefixtures("vllm_installed")
+def test_vllms_engine_ends_between_two_passes(tmp_path: Path) -> None:
+    """One thread samples ahead in it while the other learns."""
+    command = [sys.executable, "-m", "rl_lora", "train", str(SMOKE), f"run.output_dir={tmp_path}"]
+    command += [*OVERLAP, "run.transcripts_per_step=0"]
+    file = tmp_path / "smoke/metrics.jsonl"
+    code, errors = send_at_line(command, file, 2, signal.SIGTERM)
+    step = num_lines(file)
+    assert (code, errors.splitlines()[-1:]) == (
+        143,
+        [f"rl-lora: stopped by SIGTERM after step {step}{HINT}"],
+    )
+    more = ["--resume", f"run.num_steps={step + 2}"]
+    subprocess.run([*command, *more], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    assert num_lines(file) == step + 2
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,6 +56,36 @@ def make(tmp_path: Path, end_ids: tuple[int, ...] = (2,), **options: int) -> Tor
     )
     sampler.set_adapter(save_adapter(policy, tmp_path / "adapters", version=4, run_name="r"))
     return sampler
+
+
+@pytest.mark.faults
+def test_where_memory_runs_out_fewer_sequences_are_decoded_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler, params = make(tmp_path), SampleParams(2, max_tokens=6, temperature=1.0, seed=5)
+    prompts_N = [replace(PROMPTS[n % 3], prompt_id=f"p/{n}") for n in range(7)]
+    expected = sampler.sample(prompts_N, params)
+    model, sizes = sampler.policy.model, list[int]()
+    forward = model.forward
+
+    def limited(input_ids: torch.Tensor, **options: Any) -> Any:
+        sizes.append(len(input_ids))
+        if len(input_ids) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "forward", limited)
+    fits, indices = 4, list[int]()  # the second call, with two samples of each prompt, is too large
+    found = sampler.sample(prompts_N, params, lambda index, _: indices.append(index))
+    assert indices == list(range(7))
+    assert sizes[:3] == [7, 3, 6]
+    assert sampler.max_num_seqs == 2  # one prompt at a time
+    for one, other in zip(chain(*found), chain(*expected), strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.sampler_logprobs_T == pytest.approx(other.sampler_logprobs_T, abs=1e-5)
+    fits = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        sampler.sample(prompts_N[:1], params)
 
 
 def test_logprobs_are_the_policys_own(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from rl_lora import distributed
 from rl_lora.adapters.files import check_published
 from rl_lora.config import LoraSection
-from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.errors import EngineError, StaleAdapterError, UserError
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.vllm.kept_classes import classes_kept
 from rl_lora.samplers.vllm.merged_weights import MergedWeights
@@ -82,7 +83,50 @@ def make_engine(vllm: SimpleNamespace, settings: dict[str, Any], on_cpu: bool) -
             reason, fix = one_line(error), "sampling.backend=torch serves any of transformers"
             if "Free memory" in reason:  # other processes use the GPU
                 fix = "end what else runs on the GPU, or lower sampling.memory_fraction"
+            elif "cache" in reason:  # it does not hold one sequence
+                fix = (
+                    "lower sampling.max_tokens or data.max_prompt_tokens, or raise "
+                    "sampling.memory_fraction (GPU)"
+                )
             raise UserError(f"vLLM does not serve {settings['model']}: {reason}; {fix}") from error
+
+
+@contextlib.contextmanager
+def engine_errors() -> Iterator[None]:
+    """What vLLM raises inside as an EngineError: the engine's state is unknown afterwards."""
+    try:
+        yield
+    except (EngineError, StaleAdapterError, UserError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise EngineError(f"vLLM failed ({reason})") from error
+
+
+def num_tokens_under_way(engine: Any) -> int:
+    """Tokens of the unfinished requests, those sampled so far included; for any thread."""
+    requests = list(engine.engine_core.engine_core.scheduler.requests.values())
+    return sum(request.num_tokens for request in requests)
+
+
+def load_lora(engine: Any, request: Any) -> None:
+    """Has the engine's LoRA layers compute with this adapter and no other.
+
+    Raises:
+        UserError: vLLM refuses it.
+        StaleAdapterError: vLLM did not load it.
+    """
+    try:
+        engine.add_lora(request)
+    except ValueError as error:
+        raise UserError(
+            f"vLLM does not load adapter {request.lora_path}: {one_line(error)}"
+        ) from error
+    if (held := engine.list_loras()) != {request.lora_int_id}:
+        raise StaleAdapterError(
+            f"vLLM has adapters {sorted(held)} after {request.lora_name} "
+            f"(id {request.lora_int_id}) was loaded"
+        )
 
 
 def merged_weights(engine: Any, model_dir: Path, *, is_required: bool) -> MergedWeights | None:
@@ -127,6 +171,14 @@ def compiler_stance(never_compiles: bool) -> contextlib.AbstractContextManager[o
     if never_compiles:
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
+
+
+def load_weights(engine: Any, path: Path, *, on_cpu: bool) -> None:
+    """Replaces the engine's weights by those of a directory; its prefix cache stays."""
+    with process_kept():
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+        if on_cpu:
+            engine.apply_model(repack_head)
 
 
 def repack_head(model: torch.nn.Module) -> None:

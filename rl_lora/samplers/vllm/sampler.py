@@ -17,9 +17,8 @@ from typing import Any, ClassVar
 from transformers import AutoConfig
 
 from rl_lora.config.checks import MIN_TEMPERATURE
-from rl_lora.errors import StaleAdapterError, UserError
-from rl_lora.launchers.interruption import check as check_signals
-from rl_lora.launchers.interruption import unbroken
+from rl_lora.errors import EngineError, StaleAdapterError, UserError
+from rl_lora.launchers.interruption import check, unbroken
 from rl_lora.models.resolve import context_length
 from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, OnProgress, Stops, check_lengths
 from rl_lora.samplers import cpu_memory
@@ -29,11 +28,13 @@ from rl_lora.samplers.vllm.engine import (
     check_device,
     check_files,
     compiler_stance,
+    engine_errors,
+    load_lora,
+    load_weights,
     make_engine,
     merged_weights,
-    one_line,
+    num_tokens_under_way,
     release_cpu_memory,
-    repack_head,
 )
 from rl_lora.samplers.vllm.merged_weights import MergedWeights, read_terms
 from rl_lora.samplers.vllm.process import (
@@ -53,6 +54,7 @@ from rl_lora.samplers.vllm.settings import (
     with_memory_fraction,
 )
 from rl_lora.samplers.vllm.sleep import put_to_sleep, wake, wake_to_close
+from rl_lora.samplers.watchdog import Hang
 from rl_lora.seeds import sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
@@ -67,6 +69,7 @@ class VllmSampler:
 
     has_own_weights = True
     _rests = False  # while the learner works
+    _num_finished = 0  # requests, of all calls
     _open: ClassVar[weakref.ref[VllmSampler] | None] = None  # vLLM's state is one per process
 
     def __init__(
@@ -149,6 +152,7 @@ class VllmSampler:
         Raises:
             UserError: the directory or its weights are missing, or do not fit the base or rank.
             StaleAdapterError: the name was used for other weights, or vLLM did not load it.
+            EngineError: the engine failed.
         """
         engine = self._live_engine()
         if adapter is not None:
@@ -164,22 +168,14 @@ class VllmSampler:
             self._merged.set_target(read_terms(adapter) if adapter else {})
             self._adapter = adapter
             return
-        self._wake()
-        if self._is_full:
-            self._load_full(adapter)
-        elif adapter is not None:
-            request = self._lora_request(adapter)
-            try:
-                engine.add_lora(request)
-            except ValueError as error:
-                raise UserError(
-                    f"vLLM does not load adapter {adapter.path}: {one_line(error)}"
-                ) from error
-            if (held := engine.list_loras()) != {request.lora_int_id}:
-                raise StaleAdapterError(
-                    f"vLLM has adapters {sorted(held)} after {adapter.name} "
-                    f"(id {request.lora_int_id}) was loaded"
-                )
+        with engine_errors():
+            self._wake()
+            if self._is_full:
+                path = self._model_dir if adapter is None else adapter.path
+                load_weights(engine, path, on_cpu=self._on_cpu)
+                self._reset_cache()
+            elif adapter is not None:
+                load_lora(engine, self._lora_request(adapter))
         self._adapter = adapter
 
     def sample(
@@ -199,6 +195,7 @@ class VllmSampler:
             UserError: a prompt and max_tokens together exceed the context, or a temperature that
                 vLLM would change.
             StaleAdapterError: vLLM answered with another adapter than the one that was set.
+            EngineError: the engine failed.
         """
         self._check_request(prompts_N, params)
         stops = Stops.of(params.stop, self._tokenizer)
@@ -248,6 +245,12 @@ class VllmSampler:
             logprobs_N.append(list(scored.logprobs))
         return logprobs_N
 
+    def progress(self) -> tuple[int, int]:
+        """Another value after every token, for any thread."""
+        engine = self._engine
+        return self._num_finished, 0 if engine is None else num_tokens_under_way(engine)
+
+    @engine_errors()
     def release_memory(self) -> None:
         """Frees the memory that only sampling needs; the next call takes it again.
 
@@ -271,6 +274,7 @@ class VllmSampler:
         self._shut_down()
         VllmSampler._open = None
 
+    @engine_errors()
     def _shut_down(self) -> None:
         self._merged = None
         if self._rests and not self._on_cpu:
@@ -309,15 +313,6 @@ class VllmSampler:
     def _lora_request(self, adapter: Adapter) -> Any:
         return self._vllm.LoRARequest(adapter.name, self._check_name(adapter), str(adapter.path))
 
-    def _load_full(self, adapter: Adapter | None) -> None:
-        """Replaces the engine's weights and clears the prefix cache."""
-        path = self._model_dir if adapter is None else adapter.path
-        with process_kept():
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
-            if self._on_cpu:
-                self._engine.apply_model(repack_head)
-        self._reset_cache()
-
     def _reset_cache(self) -> None:
         if not self._engine.reset_prefix_cache():
             raise StaleAdapterError("vLLM kept its prefix cache although the weights changed")
@@ -355,38 +350,45 @@ class VllmSampler:
     ) -> dict[str, Any]:
         """The final output of each request, checked to come from the adapter that was set."""
         engine = self._live_engine()
-        self._wake()
+        with engine_errors():
+            self._wake()
         has_own_layers = not self._is_full and self._merged is None
         lora = self._lora_request(self._adapter) if self._adapter and has_own_layers else None
         outputs: dict[str, Any] = {}
         num_tokens = 0
         try:
             with compiler_stance(self._never_compiles), torch_random_state_kept(), unbroken():
-                for key, (token_ids, params) in requests.items():
-                    tokens = self._vllm.tokens_input(list(token_ids))
-                    engine.add_request(key, tokens, params, lora_request=lora)
+                with engine_errors():
+                    for key, (token_ids, params) in requests.items():
+                        tokens = self._vllm.tokens_input(list(token_ids))
+                        engine.add_request(key, tokens, params, lora_request=lora)
                 while engine.has_unfinished_requests():
-                    if on_output is not None:  # what is sampled can be abandoned
-                        check_signals()
-                    for output in engine.step():
+                    if on_output is not None:
+                        check()  # for signals: what is sampled can be abandoned
+                    with engine_errors():
+                        step = engine.step()
+                    for output in step:
                         if not output.finished:
                             continue
                         check_adapter(output.lora_request, lora)
                         outputs[output.request_id] = output
+                        self._num_finished += 1
                         num_tokens += len(output.outputs[0].token_ids)
                         if on_progress is not None:
                             on_progress(len(outputs), len(requests), num_tokens)
                         if on_output is not None:
                             on_output(output)
-        finally:
-            if unfinished := [key for key in requests if key not in outputs]:
-                engine.abort_request(unfinished)
+        except (EngineError, Hang):
+            raise  # the engine is not used again
+        except BaseException:
+            engine.abort_request([key for key in requests if key not in outputs])
+            raise
         return outputs
 
     def _completion(self, output: Any) -> Completion:
         answer = output.outputs[0]
         if answer.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended a sample with {answer.finish_reason!r}")
+            raise EngineError(f"vLLM ended a sample with {answer.finish_reason!r}")
         token_ids = tuple(answer.token_ids)
         assert answer.logprobs.token_ids == list(token_ids)
         return Completion(

@@ -71,6 +71,25 @@ class EngineOptions:
     learner_bytes: int = 0  # GPU memory that the learner will still take and hold while sampling
 
 
+def engine_options(
+    section: SamplingSection, device: torch.device, learner_bytes: int
+) -> EngineOptions:
+    """The options of [sampling]. On a GPU memory_fraction is decided here, once: the learner holds
+    some of `learner_bytes` already when a later engine is made.
+
+    Raises:
+        UserError: nothing would be left for the engine.
+    """
+    options = EngineOptions(
+        eager=section.eager,
+        attention_backend=section.attention_backend,
+        merge_adapter=section.merge_adapter,
+        memory_fraction=section.memory_fraction,
+        learner_bytes=learner_bytes,
+    )
+    return with_memory_fraction(options, device) if device.type == "cuda" else options
+
+
 def with_memory_fraction(options: EngineOptions, device: torch.device) -> EngineOptions:
     """The options with a memory_fraction, from what is free on the GPU now if none is set.
 

@@ -286,10 +286,10 @@ class Learner:
         self,
         batch: Microbatch,
         loss_fn: LossFn,
-        mask: MaskFn | None,
-        kl_weight: float,
-        kl_estimator: Estimator,
-        entropy_weight: float,
+        mask: MaskFn | None = None,
+        kl_weight: float = 0.0,
+        kl_estimator: Estimator = "k3",
+        entropy_weight: float = 0.0,
     ) -> tuple[Tensor, PassStats]:
         logprobs_C, entropy_C = self.policy.token_logprobs(batch, self.temperature)
         x = loss_inputs(batch, logprobs_C)

@@ -1,6 +1,7 @@
-"""Penalties on rewards before advantages are taken: the KL to the base model, and length.
+"""Penalties on rewards before advantages are taken: the KL to the base model, and length; and the
+limit of that KL (algorithm.max_kl_to_base).
 
-The groups' own rewards stay as they are. The KL may also end the run (algorithm.max_kl_to_base).
+The groups' own rewards stay as they are.
 """
 
 from __future__ import annotations
@@ -23,21 +24,16 @@ def penalised_rewards(
     config: RunConfig, learner: Learner, groups_N: Sequence[RolloutGroup]
 ) -> tuple[list[list[float]], dict[str, float]]:
     """rewards_N_G less what the settings ask for, and metrics: reward/NAME_penalty, what a
-    completion's reward has lost on average, reward/kl (`kl_penalties`), and policy/kl_to_base
-    (`kl_to_base`) if it is limited.
+    completion's reward has lost on average, reward/kl (`kl_penalties`), and policy/kl_to_base.
 
     Raises:
-        KlLimitError: it is over algorithm.max_kl_to_base.
+        KlLimitError: the KL to the base is over algorithm.max_kl_to_base.
     """
-    rewards_N_G, metrics = [group.rewards_G for group in groups_N], dict[str, float]()
+    rewards_N_G = [group.rewards_G for group in groups_N]
+    metrics: dict[str, float] = {}
     penalties: dict[str, list[list[float]]] = {}
-    algorithm = config.algorithm
-    if algorithm.kl == "reward":
-        penalties["kl"], metrics = kl_penalties(learner, groups_N, algorithm.kl_weight)
-    if (limit := algorithm.max_kl_to_base) is not None:
-        kl = metrics["reward/kl"] if "reward/kl" in metrics else kl_to_base(learner, groups_N)
-        _check_kl(kl, limit)
-        metrics["policy/kl_to_base"] = kl
+    if config.algorithm.kl == "reward":
+        penalties["kl"], metrics = kl_penalties(learner, groups_N, config.algorithm.kl_weight)
     if (within := config.reward.overlong_tokens) > 0:
         weight, max_tokens = config.reward.overlong_weight, config.sampling.max_tokens
         penalties["overlong"] = [
@@ -54,15 +50,16 @@ def penalised_rewards(
             [reward - penalty for reward, penalty in zip(*pair, strict=True)]
             for pair in zip(rewards_N_G, penalty_N_G, strict=True)
         ]
-    return rewards_N_G, metrics
-
-
-def overlong_penalty(num_tokens: int, max_tokens: int, within: int) -> float:
-    """DAPO's soft penalty of length (arXiv 2503.14476, equation 13), as a positive number.
-
-    0 up to `within` tokens before the limit, from there linearly to 1 at the limit.
-    """
-    return min(max(num_tokens - (max_tokens - within), 0) / within, 1.0)
+    if (limit := config.algorithm.max_kl_to_base) is None:
+        return rewards_N_G, metrics
+    kl = metrics["reward/kl"] if "reward/kl" in metrics else kl_to_base(learner, groups_N)
+    if not kl <= limit:
+        raise KlLimitError(
+            f"the policy's KL to the base model is {kl:.3g} nats a token, over "
+            f"algorithm.max_kl_to_base={limit:g}. Its checkpoint is written: resume it with a "
+            "higher limit, or start another run with a lower optim.lr or with algorithm.kl"
+        )
+    return rewards_N_G, metrics | {"policy/kl_to_base": kl}
 
 
 def kl_to_base(learner: Learner, groups_N: Sequence[RolloutGroup]) -> float:
@@ -72,13 +69,12 @@ def kl_to_base(learner: Learner, groups_N: Sequence[RolloutGroup]) -> float:
     return _sequence_kls(learner, samples)[1] if samples else 0.0
 
 
-def _check_kl(kl: float, limit: float) -> None:
-    if not kl <= limit:
-        raise KlLimitError(
-            f"the policy's KL to the base model is {kl:.3g} nats a token, over "
-            f"algorithm.max_kl_to_base={limit:g}. Its checkpoint is written: resume it with a "
-            "higher limit, or start another run with a lower optim.lr or with algorithm.kl"
-        )
+def overlong_penalty(num_tokens: int, max_tokens: int, within: int) -> float:
+    """DAPO's soft penalty of length (arXiv 2503.14476, equation 13), as a positive number.
+
+    0 up to `within` tokens before the limit, from there linearly to 1 at the limit.
+    """
+    return min(max(num_tokens - (max_tokens - within), 0) / within, 1.0)
 
 
 def kl_penalties(

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from rewards import Score
 from rl_lora.advantages import group_mean
 from rl_lora.batches import make_samples, pack_samples
 from rl_lora.config import (
+    AlgorithmSection,
     LoraSection,
     ModelSection,
     RunConfig,
@@ -216,16 +217,17 @@ def test_the_kl_to_the_base_by_hand_and_its_limit(tmp_path: Path) -> None:
     learner = Learner(policy, microbatch_tokens=9)
     assert kl_to_base(learner, groups) == pytest.approx(expected, rel=1e-5)
 
-    def limited(**settings: Any) -> tuple[list[list[float]], dict[str, float]]:
-        return penalised_rewards(parse_config({"algorithm": settings}), learner, groups)
-
-    rewards_N_G, metrics = limited(max_kl_to_base=1.01 * expected)
+    section = AlgorithmSection(max_kl_to_base=1.01 * expected)
+    config = RunConfig(algorithm=section)
+    rewards_N_G, metrics = penalised_rewards(config, learner, groups)
     assert rewards_N_G == [[1.0], [1.0]]
     assert metrics == {"policy/kl_to_base": pytest.approx(expected, rel=1e-5)}
-    assert limited() == ([[1.0], [1.0]], {})
+    assert penalised_rewards(RunConfig(), learner, groups) == ([[1.0], [1.0]], {})
+    low = AlgorithmSection(max_kl_to_base=0.99 * expected)
     with pytest.raises(KlLimitError, match=r"nats a token, over algorithm\.max_kl_to_base=0\."):
-        limited(max_kl_to_base=0.99 * expected)
-    metrics = limited(kl="reward", kl_weight=0.1, max_kl_to_base=1.0)[1]
+        penalised_rewards(RunConfig(algorithm=low), learner, groups)
+    penalised = AlgorithmSection(kl="reward", kl_weight=0.1, max_kl_to_base=1.0)
+    metrics = penalised_rewards(RunConfig(algorithm=penalised), learner, groups)[1]
     assert metrics["policy/kl_to_base"] == metrics["reward/kl"] == pytest.approx(expected, rel=1e-5)
 
 

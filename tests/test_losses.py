@@ -219,7 +219,8 @@ def test_dppo_lets_a_rare_token_move_by_a_large_ratio(name: str) -> None:
         num_sequences=1,
     )
     _, grad, clipped = run(name, x)
-    assert (grad, clipped) == (pytest.approx([-100.0, -1.0]), 0)
+    assert grad == pytest.approx([-100.0, -1.0])
+    assert clipped == 0
     policy_C.grad = None
     assert run("ppo", x)[2] == 1
 

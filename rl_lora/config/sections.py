@@ -219,9 +219,6 @@ class AlgorithmSection(Section):
     denominator: Literal["tokens", "sequences", "max_tokens"] = "tokens"
     kl: Literal["none", "loss", "reward"] = "none"  # where KL to the base model is penalized
     kl_weight: float = Field(0.0, ge=0)  # factor of the KL penalty
-    # KL of the policy to the base model (nats a token, on each step's rollouts) above which the run
-    # stops; none: never, and nothing is computed for it.
-    max_kl_to_base: float | None = Field(None, gt=0)
     # Estimator of the KL; none: k3 in the loss (its gradient is that of KL(base || policy); of k2
     # it is that of KL(policy || base)), and k1 in the reward.
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
@@ -229,6 +226,9 @@ class AlgorithmSection(Section):
     # Nothing is learned from completions that sampling.max_tokens has cut off; their rewards still
     # count in their group's advantages.
     mask_truncated: bool = False
+    # KL of the policy to the base model (nats a token, on each step's rollouts) above which the run
+    # stops; none: never, and nothing is computed for it.
+    max_kl_to_base: float | None = Field(None, gt=0)
 
     @property
     def needs_base(self) -> bool:

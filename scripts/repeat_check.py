@@ -1,13 +1,13 @@
 """Repeats a short job and compares everything that its seed determines.
 
-    python scripts/repeat_check.py                        # 200 runs, half beside busy processes
+    python scripts/repeat_check.py                        # 200 runs, half next to busy processes
     python scripts/repeat_check.py --times 20 --job sft
     python scripts/repeat_check.py optim.microbatch_tokens=100000   # further settings of the job
 
 Compared are the adapter, the metrics but for the machine's, transcripts and evaluations. Each run
-is a process; twenty are forked from one that has loaded the libraries and computed nothing, so that
-every twenty have addresses and string hashes of their own. Exits with 1 if two runs differ; of each
-different result one run is kept in the folder.
+is a process; twenty are forked from one that has loaded the libraries and computed nothing, and the
+next twenty, with other addresses and string hashes, from another one. Exits with 1 if two runs
+differ; of each different result one run is kept in the folder.
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ PROGRAM = """
 import os, sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import reasoning_gym, rl_lora.sft.train, rl_lora.train, scipy.stats
+from rewards.workers.pool import WorkerPool
 from rl_lora.cli import main
 
-rl_lora.train.draw_figures = lambda folder: None  # half of so short a run, and not compared
+# Half of so short a run: figures, which are not compared, and processes that are rarely needed here
+# and start when they are.
+rl_lora.train.draw_figures = lambda folder: None
+WorkerPool.start = lambda pool: None
 folder, count, *arguments = sys.argv[1:]
 for number in range(int(count)):
     child = os.fork()
@@ -100,7 +104,7 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", help="of the job, as KEY=VALUE")
     parser.add_argument("--times", type=int, default=200, help="runs in all (default 200)")
     parser.add_argument("--job", choices=JOBS, default="rl")
-    parser.add_argument("--busy", type=int, default=2, help="processes beside half of the runs")
+    parser.add_argument("--busy", type=int, default=2, help="processes next to half of the runs")
     parser.add_argument("--out", type=Path, default=Path("runs/repeat"), help="the runs' folder")
     options = parser.parse_args()
     kept: dict[str, dict[str, str]] = {}  # what each different result consists of, by its hash
@@ -114,8 +118,8 @@ def main() -> int:
             found = results(options.out / "last" / str(number))
             key = _hash(found)[:12]
             counts[key] += 1
-            beside = f"beside {num_busy} busy processes, load {os.getloadavg()[1]:.1f}"
-            print(f"{first + number + 1:4d}  {key}  {beside}", flush=True)
+            load = f"{num_busy} busy processes, load {os.getloadavg()[1]:.1f}"
+            print(f"{first + number + 1:4d}  {key}  {load}", flush=True)
             if key not in kept:
                 kept[key] = found
                 shutil.rmtree(options.out / key, ignore_errors=True)

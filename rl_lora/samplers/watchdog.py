@@ -20,9 +20,9 @@ class Hang(BaseException):
 def watched(progress: Callable[[], object], timeout_s: float) -> Iterator[None]:
     """Raises Hang in the block once `progress()` has returned the same value for `timeout_s`.
 
-    That interrupts Python code. Native code goes on, and the process then ends with exit code 3, a
-    bit later. Only native code that never releases the interpreter's lock is not noticed. Time in
-    which the process is stopped (SIGSTOP, a suspended job) does not count.
+    That interrupts Python code. Where it does not help, as in native code, the process ends half a
+    minute later with exit code 3. Native code that never releases the interpreter's lock is not
+    noticed. Time in which the process is stopped (SIGSTOP, a suspended job) does not count.
 
     Args:
         progress: called about once a second, in another thread.

@@ -63,11 +63,22 @@ def test_adapters_of_conv1d_layers_are_pefts(tmp_path: Path, variant: str) -> No
     adapter = save_adapter(policy, tmp_path / "adapters", version=1, run_name="r")
     peft_settings = json.loads((adapter.path / "adapter_config.json").read_text())
     assert peft_settings["fan_in_fan_out"]
+    assert peft_settings["target_modules"] == sorted(peft_settings["target_modules"])
     merged = AutoModelForCausalLM.from_pretrained(
         export_merged(path, adapter.path, tmp_path / "merged")
     )
     for model in (PeftModel.from_pretrained(base, adapter.path), merged):
         assert torch.allclose(model(input_ids=IDS).logits, logits_of(policy), atol=1e-4)
+
+
+def test_the_config_lists_its_layers_in_one_order(tmp_path: Path) -> None:
+    """PEFT would write a set, in the order of this process's string hashes."""
+    adapter = save_adapter(
+        make_policy(random_llama(tmp_path / "m")), tmp_path, version=1, run_name="r"
+    )
+    names = json.loads((adapter.path / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) == 7
+    assert names == sorted(names)
 
 
 @torch.no_grad()

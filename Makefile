@@ -14,8 +14,8 @@ INSTALL := $(PIP) install -qq --no-compile
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(LOCK))
 
 .DEFAULT_GOAL := env
-.PHONY: env quickstart quickstart-intro test test-fast test-long test-faults lint format check docs bench lock \
-  audit gpu-dry clean
+.PHONY: env quickstart quickstart-intro test test-fast test-long test-faults crash-test soak lint format check \
+  docs bench lock audit gpu-dry clean
 
 env: $(INSTALLED)
 
@@ -56,6 +56,14 @@ test-long: $(INSTALLED)
 # What injects a fault for real: full disks, kills, damaged checkpoints, wrong adapters (docs/faults.md).
 test-faults: $(INSTALLED)
 	$(PYTEST) -m faults $(ARGS)
+
+# 50 runs of each kind (RL, SFT, evaluation, study, shipped configs), killed at random moments.
+crash-test: $(INSTALLED)
+	$(BIN)/python scripts/crash_test.py $(ARGS)
+
+# Two hours of small jobs with faults in one process, whose memory, files and threads must not grow.
+soak: $(INSTALLED)
+	$(BIN)/python scripts/soak.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -97,7 +97,7 @@ def loop(parts: Parts, state: State) -> None:
                 worker.offer(publish(parts.job, state))
             state.metrics = rollout_metrics(groups_N) | stats | batch.metrics() | timer.take()
             parts.log.transcripts(state.step, groups_N)
-            parts.nonfinite.count(state.step, state.metrics, groups_N)
+            parts.nonfinite.keep(state.step, state.metrics, groups_N)
             complete_step(parts, state, meter)
         distributed.agree_to_stop("the end of the steps")
 
@@ -113,7 +113,7 @@ def complete_step(parts: Parts, state: State, meter: MachineMeter) -> None:
     parts.log.write(state.step, metrics)
     parts.display.step(state.step, metrics)
     state.metrics = {}
-    parts.nonfinite.check()
+    parts.nonfinite.check(metrics)
     is_last = state.step == config.num_steps
     # RUN/best must not come from a step that a resumed run repeats.
     is_best = has_evaluation and is_best_step(config.folder, state.step)
@@ -211,7 +211,6 @@ def train(
             "the end",
         )
         if distributed.is_main():
-            draw_figures(folder)
             summary(display, outcome, parts.timer.total_s)
         display.note(f"everything is in {folder}")
     return outcome
@@ -390,11 +389,12 @@ def is_due(every: int, step: int) -> bool:
 
 
 def finish(parts: Parts, state: State) -> None:
-    """Proves that the base was never written to, and copies the last version to RUN/adapter."""
+    """Proves that the base was never written to, draws the figures and, last, makes RUN/adapter."""
     folder, policy = parts.job.config.run.folder, parts.job.policy
     policy.check_base(parts.inputs["base"]["fingerprint"])
     if not distributed.is_main():
         return
+    draw_figures(folder)
     with atomic_directory(folder / "adapter") as scratch:
         last = folder / "adapters" / f"v{state.step:06d}"
         shutil.copytree(last, scratch, dirs_exist_ok=True)

@@ -311,6 +311,12 @@ def test_steps_without_a_finite_gradient_are_left_out_and_kept(
     names = sorted(path.name for path in (tmp_path / "always/nonfinite").iterdir())
     assert names == ["step_000001.jsonl", "step_000002.jsonl"]
 
+    # Resumed after step 1, which is the first of the two.
+    sys.modules["my_losses"].calls = 0  # type: ignore[attr-defined]
+    with pytest.raises(FloatingPointError, match=r"2 steps in a row"):
+        train(always, resume=True, quiet=True)
+    assert [row["step"] for row in metrics_of(tmp_path / "always")] == [1, 2]
+
 
 class SilentSampler(TorchSampler):
     """Its completions of the second step have no token."""

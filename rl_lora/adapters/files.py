@@ -343,7 +343,7 @@ def _peft_config(policy: Policy) -> LoraConfig:
     In a mixture, the experts have rank r and the other layers rank_pattern: PEFT fuses an expert's
     gate and up into one layer of rank 2 r, so r must be the experts'.
     """
-    suffixes = sorted({name.rsplit(".", 1)[-1] for name in policy.target_names})
+    suffixes = {name.rsplit(".", 1)[-1] for name in policy.target_names}
     experts = policy.expert_names
     one_rank = served_rank(policy.lora)
     # Two parts of a name: only `gate_proj`, of a shared expert, would match every expert's.

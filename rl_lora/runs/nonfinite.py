@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rl_lora import distributed
+from rl_lora.runs.log import METRICS_FILE
 from rl_lora.storage import jsonl
 from rl_lora.types import RolloutGroup
 
@@ -13,7 +14,7 @@ FOLDER = "nonfinite"
 
 
 class NonfiniteSteps:
-    """Counts such steps in a row.
+    """Keeps such steps' rollouts, and counts such steps in a row, before a resumption too.
 
     Args:
         run_folder: RUN/nonfinite/step_000012.jsonl gets the rollouts of step 12, one a line.
@@ -23,18 +24,14 @@ class NonfiniteSteps:
 
     def __init__(self, run_folder: Path, limit: int, lr: float) -> None:
         self._folder, self._limit, self._lr = run_folder / FOLDER, limit, lr
-        self._num_in_row = 0
+        self._metrics = run_folder / METRICS_FILE
 
-    def count(
+    def keep(
         self, step: int, metrics: Mapping[str, float], groups_N: Sequence[RolloutGroup]
     ) -> None:
         """Keeps the rollouts of a step whose gradient was not finite."""
-        if not metrics["learn/nonfinite_updates"]:
-            self._num_in_row = 0
-            return
-        self._num_in_row += 1
         path = self._folder / f"step_{step:06d}.jsonl"
-        if distributed.is_main():
+        if metrics["learn/nonfinite_updates"] and distributed.is_main():
             self._folder.mkdir(exist_ok=True)
             with path.open("w", encoding="utf-8") as file:
                 file.writelines(
@@ -52,11 +49,22 @@ class NonfiniteSteps:
                     for rollout in group.rollouts_G
                 )
 
-    def check(self) -> None:
-        """Raises FloatingPointError if the last step was one of too many in a row."""
-        if self._num_in_row >= self._limit:
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Raises FloatingPointError if the last step, whose line is written, is one of too many in
+        a row."""
+        if not metrics["learn/nonfinite_updates"]:
+            return
+        num = distributed.from_main(lambda: _num_at_end(self._metrics), "a step's end")
+        if num >= self._limit:
             raise FloatingPointError(
-                f"the gradient of {self._num_in_row} steps in a row was not finite (their rollouts "
-                f"are in {self._folder}): resume from an earlier checkpoint with a lower optim.lr "
-                f"(now {self._lr:g}), or set algorithm.loss='truncated_importance_sampling'"
+                f"the gradient of {num} steps in a row was not finite (their rollouts "
+                f"are in {self._folder}): start again under another run.name with a lower optim.lr "
+                f"(now {self._lr:g}), or with algorithm.loss='truncated_importance_sampling'"
             )
+
+
+def _num_at_end(metrics: Path) -> int:
+    """Steps in a row at the end of a run's metrics whose gradient was not finite."""
+    rows = jsonl.read_lines(metrics)
+    finite = [n for n, row in enumerate(rows, start=1) if not row.get("learn/nonfinite_updates")]
+    return len(rows) - max(finite, default=0)

@@ -63,6 +63,7 @@ def test_adapters_of_conv1d_layers_are_pefts(tmp_path: Path, variant: str) -> No
     adapter = save_adapter(policy, tmp_path / "adapters", version=1, run_name="r")
     peft_settings = json.loads((adapter.path / "adapter_config.json").read_text())
     assert peft_settings["fan_in_fan_out"]
+    assert peft_settings["target_modules"] == sorted(peft_settings["target_modules"])
     merged = AutoModelForCausalLM.from_pretrained(
         export_merged(path, adapter.path, tmp_path / "merged")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -70,6 +71,18 @@ def test_all_ranks_stop_together_where_the_policy_is_too_far_from_the_base(tmp_p
     assert line.startswith("the run stopped: the policy's KL to the base model is ")
     assert stopped.left == []
     assert checkpoint_steps(tmp_path / "smoke") == {0, 1}
+
+
+@pytest.mark.long
+def test_an_engine_that_fails_is_replaced_by_its_own_rank(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    place = "rl_lora.samplers.vllm.sampler:VllmSampler._wake"
+    job = train(tmp_path, "sampling.backend=vllm", faults=f"1 {place} 5 defect")
+    assert (job.code, job.lines(), job.left) == (0, [], [])
+    assert "rank 1: vLLM failed (RuntimeError: made to fail)" in job.printed(1)
+    lines = (tmp_path / "smoke" / "metrics.jsonl").read_text().splitlines()
+    counts = [json.loads(line).get("system/engine_restarts", 0) for line in lines]
+    assert sorted(counts) == [0, 0, 0, 1]
 
 
 @pytest.mark.long

@@ -331,22 +331,21 @@ class Learner:
             group["lr"] = rate * group.get("lr_ratio", 1.0)
 
     def _step_kl(self, share: Share, passes: Sequence[tuple[Microbatch, PassStats]]) -> float:
-        """KL(policy before the step || policy after it), nats a token, of passes before it.
+        """KL(policy before the step || policy after it), nats a token, of the update's tokens.
 
-        The k3 estimate over the tokens of each process's first microbatch, which costs one more
-        forward pass of it. Its tokens are from the sampler, which is the policy before the step but
-        for rounding, a version's delay and the step's earlier updates.
+        The k3 estimate, which needs one more forward pass. The tokens are the sampler's, which is
+        the policy before the step but for rounding, an older version and the step's earlier
+        updates. All tokens count, so that the number of processes makes no difference.
         """
-        first = passes[:1]
-        again = Share([batch for batch, _ in first], () if first else share.idle[:1])
-        log_ratios = [
-            (after.logprobs_C.double() - before.logprobs_C.double())
+        again = Share([batch for batch, _ in passes], share.idle)
+        kls = [
+            k3(after.logprobs_C.double() - before.logprobs_C.double())
             for (_, before), (_, after) in zip(
-                first, list(self._passes(again, self._scores)), strict=True
+                passes, list(self._passes(again, self._scores)), strict=True
             )
         ]
-        sums = [(float(k3(ratio_C).sum()), ratio_C.numel()) for ratio_C in log_ratios]
-        found = list(itertools.chain(*distributed.gather(sums, "the KL of a step")))
+        own = sum(float(kl_C.sum()) for kl_C in kls), sum(kl_C.numel() for kl_C in kls)
+        found = distributed.gather(own, "the KL of a step")
         return sum(kl for kl, _ in found) / sum(count for _, count in found)
 
     def _step(self, counts: Counter[str]) -> float:

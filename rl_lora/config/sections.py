@@ -257,7 +257,7 @@ class OptimSection(Section):
 
     lr: float = Field(1e-4, gt=0, le=1e30)  # learning rate; `rl-lora lr MODEL` suggests one
     # Of the rate: linear and cosine end at 0; kl raises and lowers it, so that each optimizer step
-    # moves the policy by about target_kl (measured by one more forward pass of a microbatch).
+    # moves the policy by about target_kl (measured by one more forward pass).
     schedule: Literal["constant", "linear", "cosine", "kl"] = "constant"
     # Nats a token, KL(before || after) of one optimizer step, for schedule = "kl".
     target_kl: float | None = Field(None, gt=0)

@@ -172,8 +172,8 @@ def _on_signal(number: int, frame: object) -> None:
 
 
 def _close_soon(error: Interrupted) -> None:
-    """From now on the process ends within _CLOSE_S, if it may."""
-    if _state.ends_process:
+    """From now on the process ends within _CLOSE_S, if it may; several have a launcher for that."""
+    if _state.ends_process and not _state.has_several:
         signal.signal(signal.SIGALRM, partial(_leave, error))
         signal.setitimer(signal.ITIMER_REAL, _CLOSE_S)
 

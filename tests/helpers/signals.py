@@ -6,6 +6,7 @@ a fork has none of its parent's.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -105,7 +106,8 @@ def run(
         except BaseException:  # noqa: BLE001 (whatever it is, it ends this process)
             traceback.print_exc()
         finally:
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # the parent has been killed
+                sys.stderr.flush()
             os._exit(code)
     os.close(writer)
     with os.fdopen(reader, errors="replace") as errors:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
+from rl_lora.errors import UserError
+
 Groups = Sequence[Sequence[float]]
 AdvantageFn = Callable[..., list[list[float]]]  # of rewards_N_G and the function's own keywords
 _STD_EPS = 1e-6  # keeps a division finite; far below any std of 0/1 rewards
@@ -62,11 +64,34 @@ def reinforce_pp(rewards_N_G: Groups) -> list[list[float]]:
     return [[advantage / (std + _STD_EPS) for advantage in group] for group in centred_N_G]
 
 
+def maxrl(rewards_N_G: Groups) -> list[list[float]]:
+    """(reward - mean) / mean within the group (MaxRL, arXiv 2602.02710).
+
+    With 0/1 rewards and a pass rate p, the mean of the step is (1 - (1 - p)^(G - 1)) / p times the
+    gradient of p: with many samples the gradient of log p, the likelihood of a right answer, where
+    `group_mean` follows that of p. Prompts that are seldom solved count more.
+
+    Raises UserError for a negative reward, for which the method is not defined.
+    """
+
+    def of_group(group: Sequence[float]) -> list[float]:
+        mean = statistics.fmean(group)
+        return [(reward - mean) / mean for reward in group]
+
+    if (lowest := min(min(group) for group in rewards_N_G)) < 0:
+        raise UserError(
+            f"algorithm.advantage='maxrl' divides by the group's mean reward, and a reward of "
+            f"{lowest:g} is negative; set algorithm.advantage='grpo', or remove the penalty"
+        )
+    return _by_group(rewards_N_G, of_group)
+
+
 ADVANTAGES: dict[str, AdvantageFn] = {
     "group_mean": group_mean,
     "grpo": grpo,
     "rloo": rloo,
     "reinforce_pp": reinforce_pp,
+    "maxrl": maxrl,
 }
 
 

@@ -24,9 +24,17 @@ from rl_lora.types import Microbatch, RolloutGroup, TrainSample
 
 
 def make_samples(
-    groups_N: Sequence[RolloutGroup], advantages_N_G: Sequence[Sequence[float]]
+    groups_N: Sequence[RolloutGroup],
+    advantages_N_G: Sequence[Sequence[float]],
+    *,
+    skip_truncated: bool = False,
 ) -> list[TrainSample]:
-    """One TrainSample per completion, in the groups' order; empty completions are skipped."""
+    """One TrainSample per completion, in the groups' order; empty completions are skipped.
+
+    skip_truncated: completions that the token limit has cut off are skipped, too: they have had
+    their part in their group's advantages, and none in the denominator (DAPO's overlong filtering,
+    arXiv 2503.14476, section 3.4).
+    """
     return [
         TrainSample(
             prompt_ids=group.prompt.token_ids,
@@ -37,7 +45,7 @@ def make_samples(
         )
         for group, advantages_G in zip(groups_N, advantages_N_G, strict=True)
         for rollout, advantage in zip(group.rollouts_G, advantages_G, strict=True)
-        if rollout.completion.token_ids
+        if rollout.completion.token_ids and not (skip_truncated and rollout.completion.is_truncated)
     ]
 
 
@@ -52,11 +60,12 @@ def pack(
     num_updates: int = 1,
     share_prompts: bool = False,
     keep_zero_advantage: bool = False,
+    skip_truncated: bool = False,
 ) -> list[list[Microbatch]]:
     """[num_updates][microbatches] for the learner, from scored groups; keywords as
-    `pack_samples`."""
+    `make_samples` and `pack_samples`."""
     return pack_samples(
-        make_samples(groups_N, advantages_N_G),
+        make_samples(groups_N, advantages_N_G, skip_truncated=skip_truncated),
         denominator=denominator,
         microbatch_tokens=microbatch_tokens,
         min_microbatches=min_microbatches,

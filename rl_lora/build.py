@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from rewards import FunctionReward, Reward, load_reward
 from rl_lora import distributed
-from rl_lora.advantages import AdvantageFn
 from rl_lora.config import ModelSection, OptimSection, RunConfig, SamplingSection
-from rl_lora.config.algorithm import imported, load_algorithm, user_code
+from rl_lora.config.algorithm import Algorithm, imported, load_algorithm, user_code
 from rl_lora.config.checks import SAMPLERS
 from rl_lora.errors import UserError
 from rl_lora.launchers.environment import num_restarts
 from rl_lora.launchers.interruption import Interrupted
-from rl_lora.losses import LossFn
 from rl_lora.seeds import mix_seed
 from rl_lora.storage.directories import disk_errors
 from rl_lora.types import SampleParams
@@ -44,7 +42,7 @@ class RunContext:
     """What training and evaluation share.
 
     Example: RunContext(config=RunConfig(...), tokenizer=..., prompts=PromptSets(...), reward=...,
-    policy=..., loss=ppo, advantage=grpo, sampler=...)
+    policy=..., algorithm=Algorithm(...), sampler=...)
     """
 
     config: RunConfig
@@ -52,8 +50,7 @@ class RunContext:
     prompts: PromptSets
     reward: Reward
     policy: Policy
-    loss: LossFn
-    advantage: AdvantageFn
+    algorithm: Algorithm
     sampler: Sampler
     handover: Path | None = None  # in memory, for the versions that only the sampler needs
 
@@ -81,7 +78,7 @@ def open_run(
     Raises:
         UserError: anything wrong in the config, the model directory or the data.
     """
-    loss, advantage = load_algorithm(config.algorithm)
+    algorithm = load_algorithm(config.algorithm)
     reward = make_reward(config)
     with contextlib.ExitStack() as stack:
         stack.callback(reward.close)
@@ -117,7 +114,7 @@ def open_run(
             learner_bytes=_bytes_to_come(config, policy),
         )
         stack.callback(sampler.close)
-        yield RunContext(config, tokenizer, prompts, reward, policy, loss, advantage, sampler)
+        yield RunContext(config, tokenizer, prompts, reward, policy, algorithm, sampler)
 
 
 def _bytes_to_come(config: RunConfig, policy: Policy) -> int:
@@ -204,8 +201,9 @@ def make_learner(
         temperature: of sampling.
         on_note: called with one line on what was chosen for the machine.
     """
-    from rl_lora.learner import Learner, Schedule
+    from rl_lora.learner import Learner
     from rl_lora.planning.microbatch import default_microbatch_tokens
+    from rl_lora.schedule import Schedule
 
     microbatch_tokens = optim.microbatch_tokens
     if microbatch_tokens is None:
@@ -215,7 +213,7 @@ def make_learner(
     return Learner(
         policy,
         optim.lr,
-        schedule=Schedule(optim.schedule, optim.warmup_steps, num_steps),
+        schedule=Schedule(optim.schedule, optim.warmup_steps, num_steps, optim.target_kl or 0.0),
         betas=optim.betas,
         eps=optim.eps,
         weight_decay=optim.weight_decay,

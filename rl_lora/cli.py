@@ -41,6 +41,8 @@ COMMANDS = {
     "grade": ("grade", "grade a file of completions, or regrade an evaluation"),
     "status": ("status", "show the progress, latest metrics and curves of runs"),
     "report": ("report", "write an HTML report of one run, or of several overlaid"),
+    "chat": ("chat", "talk to an adapter in the terminal"),
+    "serve-command": ("serve_command", "print the lines that serve an adapter with vLLM or PEFT"),
     "export": ("export", "merge an adapter into its base model, or push it to the hub"),
     "models": ("models", "list the built-in base models, or fetch one"),
     "study": ("study", "run a grid of jobs (ranks, learning rates, seeds), or plan it"),

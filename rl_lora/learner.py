@@ -12,10 +12,9 @@ import contextlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,9 +23,13 @@ from rl_lora import distributed
 from rl_lora.batches import halves, to_device
 from rl_lora.launchers import interruption
 from rl_lora.losses import (
+    Estimator,
     LossFn,
     LossInputs,
+    MaskFn,
+    entropy_bonus,
     importance_sampling,
+    k3,
     kl_penalty,
     log_loss,
     needs_of,
@@ -34,53 +37,9 @@ from rl_lora.losses import (
 from rl_lora.nn.cpu_workers import map_on_cores
 from rl_lora.nn.optimized import l2_norm
 from rl_lora.policy import Policy
+from rl_lora.schedule import Schedule, parameter_groups
 from rl_lora.step_stats import PassStats, StepStats, read_numbers
 from rl_lora.types import Microbatch
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """The learning rate over optimizer steps; constant is the article's choice.
-
-    Example: Schedule("cosine", warmup_steps=10, num_steps=200)
-    """
-
-    kind: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0  # rising linearly to the full rate
-    num_steps: int = 0  # optimizer steps in all, at whose end linear and cosine are at 0
-
-    def rate(self, lr: float, step: int) -> float:
-        """The rate of optimizer step `step` = 1, 2, ... where `lr` is the full one."""
-        if step <= self.warmup_steps:
-            return lr * step / self.warmup_steps
-        span = max(1, self.num_steps - self.warmup_steps)
-        done = min(1.0, (step - self.warmup_steps - 1) / span)
-        factor = {
-            "constant": 1.0,
-            "linear": 1.0 - done,
-            "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
-        }[self.kind]
-        return lr * factor
-
-
-def parameter_groups(
-    parameters: Mapping[str, torch.nn.Parameter], ratio: float
-) -> list[dict[str, Any]]:
-    """One group with all parameters, or LoRA+'s two (Hayou et al., arXiv 2402.12354, section 5).
-
-    B has `lr_ratio` times the rate of A; DoRA's magnitudes are in B's group, as in PEFT.
-
-    Args:
-        parameters: the tensors of `Policy.optimized`.
-        ratio: the rate of B over that of A; 1: one group, in the parameters' order.
-    """
-    if ratio == 1:
-        return [{"params": list(parameters.values())}]
-    return [
-        {"params": [parameters["lora_A"]]},
-        {"params": [parameters["lora_B"]], "lr_ratio": ratio},
-    ]
-
 
 Objective = Callable[[Microbatch], tuple[Tensor, PassStats]]
 
@@ -114,7 +73,7 @@ class Learner:
     Args:
         policy: what learns.
         lr: the full learning rate.
-        schedule: of the rate.
+        schedule: of the rate; None: constant.
         betas, eps, weight_decay: AdamW's.
         grad_clip: largest L2 norm of a step's gradient.
         lora_plus_ratio: LoRA+: the rate of B over that of A, which is lr.
@@ -128,7 +87,7 @@ class Learner:
         policy: Policy,
         lr: float = 1e-4,
         *,
-        schedule: Schedule = Schedule(),
+        schedule: Schedule | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -139,7 +98,7 @@ class Learner:
     ) -> None:
         self.policy = policy
         self.lr = lr
-        self.schedule = schedule
+        self.schedule = schedule or Schedule()
         self.grad_clip = grad_clip
         self.temperature = temperature
         self.microbatch_tokens = microbatch_tokens
@@ -157,37 +116,51 @@ class Learner:
     def restart(self) -> None:
         """Fresh Adam moments and step count, for a new stage of training."""
         self.num_updates_done = 0  # the schedule's position; updates without a step count as well
+        self.lr_factor = 1.0  # on the rate, of a schedule that is steered by the measured KL
         groups = parameter_groups(self.policy.optimized.tensors, self._lora_plus_ratio)
         self.optimizer: torch.optim.Optimizer = self._adam(groups)
 
+    # limits: a keyword for each term of the loss, and what it means
     def update(
         self,
         updates: Sequence[Sequence[Microbatch]],
         loss: LossFn = importance_sampling,
         *,
+        mask: MaskFn | None = None,
         kl_weight: float = 0.0,
+        kl_estimator: Estimator = "k3",
+        entropy_weight: float = 0.0,
     ) -> dict[str, float]:
         """Policy-gradient steps, one per element of `updates`; returns the step's metrics.
 
         An update whose advantages are all zero takes no optimizer step (Adam's momentum would move
-        the weights without a signal) unless the loss has a KL term, nor does an empty one, or one
-        whose gradient is not finite (learn/nonfinite_updates). All are counted in
+        the weights without a signal) unless the loss has a KL or entropy term, nor does an empty
+        one, or one whose gradient is not finite (learn/nonfinite_updates). All are counted in
         learn/skipped_updates, and the schedule advances. Without any completion token there are no
         metrics of tokens.
 
         Args:
             updates: what `pack` makes.
             loss: one of `rl_lora.losses` or your own; bind its options by functools.partial.
+            mask: of `rl_lora.losses.MASKS`; tokens that it drops have no part in the loss and the
+                entropy (the KL counts them). None: all stay.
             kl_weight: of the KL to the base model that is added to the loss; 0: none is.
+            kl_estimator: of that KL (`kl_penalty`).
+            entropy_weight: of the policy's entropy, which is subtracted from the loss.
 
         Raises:
             torch.OutOfMemoryError: even microbatches of one sequence take too much memory.
         """
-
-        def objective(batch: Microbatch) -> tuple[Tensor, PassStats]:
-            return self._policy_objective(batch, loss, kl_weight)
-
-        stats, counts, norms = StepStats(), Counter[str](), []
+        objective = partial(
+            self._policy_objective,
+            loss_fn=loss,
+            mask=mask,
+            kl_weight=kl_weight,
+            kl_estimator=kl_estimator,
+            entropy_weight=entropy_weight,
+        )
+        has_terms = bool(kl_weight or entropy_weight)
+        stats, counts, norms, kls = StepStats(), Counter[str](), [], []
         num_updates_after = self.num_updates_done + len(updates)
         filled = [microbatches for microbatches in updates if microbatches]
         shares = [own_share(self.policy, microbatches) for microbatches in filled]
@@ -196,15 +169,19 @@ class Learner:
                 shares[1:] = [self._with_old_logprobs(share, counts) for share in shares[1:]]
         for index, (microbatches, share) in enumerate(zip(filled, shares, strict=True)):
             samples = (sample for batch in microbatches for sample in batch.samples_S)
-            has_signal = kl_weight != 0 or any(sample.advantage != 0 for sample in samples)
+            has_signal = has_terms or any(sample.advantage != 0 for sample in samples)
             chosen = objective if has_signal else torch.no_grad()(objective)
             # Until the first optimizer step nothing has changed.
             with contextlib.nullcontext() if index else interruption.abandonable():
-                for batch, one in self._in_memory(share, chosen, counts):
-                    stats.add(batch, one, update=index)
+                passes = self._in_memory(share, chosen, counts)
+            for batch, one in passes:
+                stats.add(batch, one, update=index)
             self._next_rate()
             if has_signal:
                 norms.append(self._step(counts))
+            if self.schedule.kind == "kl" and has_signal and math.isfinite(norms[-1]):
+                kls.append(self._step_kl(share, passes))
+                self.lr_factor = self.schedule.adapted(self.lr_factor, kls[-1])
         self.num_updates_done = num_updates_after
         finite = [norm for norm in norms if math.isfinite(norm)]
         return {
@@ -216,6 +193,7 @@ class Learner:
             "learn/nonfinite_updates": float(len(norms) - len(finite)),
             "optim/lr": self.optimizer.param_groups[0]["lr"],
             "adapter/norm": self.parameter_norm(),
+            **({"learn/step_kl": sum(kls) / len(kls)} if kls else {}),
         }
 
     def fit(self, microbatches: Sequence[Microbatch], lr: float | None = None) -> dict[str, float]:
@@ -305,19 +283,32 @@ class Learner:
         return replace(share, own=own)
 
     def _policy_objective(
-        self, batch: Microbatch, loss_fn: LossFn, kl_weight: float
+        self,
+        batch: Microbatch,
+        loss_fn: LossFn,
+        mask: MaskFn | None = None,
+        kl_weight: float = 0.0,
+        kl_estimator: Estimator = "k3",
+        entropy_weight: float = 0.0,
     ) -> tuple[Tensor, PassStats]:
         logprobs_C, entropy_C = self.policy.token_logprobs(batch, self.temperature)
         x = loss_inputs(batch, logprobs_C)
         if needs_of(loss_fn).old_logprobs and x.old_logprobs_C is None:
             x = replace(x, old_logprobs_C=logprobs_C.detach())  # the policy has not moved yet
+        num_masked: Tensor | None = None
+        if mask is not None:
+            is_dropped_C = ~mask(x)
+            num_masked = is_dropped_C.sum()
+            x = replace(x, weights_C=x.weights_C.masked_fill(is_dropped_C, 0.0))
         loss, num_clipped = loss_fn(x)
-        one = PassStats(loss.detach(), logprobs_C.detach(), entropy_C, num_clipped)
+        one = PassStats(loss.detach(), logprobs_C.detach(), entropy_C, num_clipped, num_masked)
         if kl_weight:
             reference_C = self.policy.reference_logprobs(batch, self.temperature)
-            kl = kl_penalty(logprobs_C, reference_C, batch.weights_C)
+            kl = kl_penalty(logprobs_C, reference_C, batch.weights_C, kl_estimator)
             one.kl = kl.detach()
             loss = loss + kl_weight * kl
+        if entropy_weight:
+            loss = loss - entropy_weight * entropy_bonus(x, entropy_C)
         return loss, one
 
     @torch.no_grad()
@@ -334,10 +325,28 @@ class Learner:
     def _next_rate(self, constant: float | None = None) -> None:
         """Advances to the next update's learning rate, whether or not it takes a step."""
         self.num_updates_done += 1
-        scheduled = self.schedule.rate(self.lr, self.num_updates_done)
+        scheduled = self.schedule.rate(self.lr, self.num_updates_done, self.lr_factor)
         for group in self.optimizer.param_groups:
             rate = scheduled if constant is None else constant
             group["lr"] = rate * group.get("lr_ratio", 1.0)
+
+    def _step_kl(self, share: Share, passes: Sequence[tuple[Microbatch, PassStats]]) -> float:
+        """KL(policy before the step || policy after it), nats a token, of the update's tokens.
+
+        The k3 estimate, which needs one more forward pass. The tokens are the sampler's, which is
+        the policy before the step but for rounding, an older version and the step's earlier
+        updates. All tokens count, so that the number of processes makes no difference.
+        """
+        again = Share([batch for batch, _ in passes], share.idle)
+        kls = [
+            k3(after.logprobs_C.double() - before.logprobs_C.double())
+            for (_, before), (_, after) in zip(
+                passes, list(self._passes(again, self._scores)), strict=True
+            )
+        ]
+        own = sum(float(kl_C.sum()) for kl_C in kls), sum(kl_C.numel() for kl_C in kls)
+        found = distributed.gather(own, "the KL of a step")
+        return sum(kl for kl, _ in found) / sum(count for _, count in found)
 
     def _step(self, counts: Counter[str]) -> float:
         """Sums gradients over the ranks, clips, steps, clears; returns the norm (L2) before

@@ -15,7 +15,12 @@ from rl_lora.build import RunContext
 from rl_lora.data.stream import PromptStream
 from rl_lora.errors import KlLimitError
 from rl_lora.learner import Learner
-from rl_lora.runs.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint
+from rl_lora.runs.checkpoint import (
+    checkpoint_steps,
+    has_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from rl_lora.runs.log import stored, unstored
 from rl_lora.runs.start import Start
 from rl_lora.types import Adapter
@@ -99,12 +104,13 @@ def save(job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]
 def saved_at_limit(
     job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]
 ) -> Iterator[None]:
-    """Writes a checkpoint of the last whole step, as `save`, if the block ends in a KlLimitError;
-    that error comes before the step at hand has learned."""
+    """Writes a checkpoint of the last whole step, unless there is one, if the block ends in a
+    KlLimitError; that error comes before the step at hand has learned."""
     try:
         yield
     except KlLimitError:
-        save(job, learner, state, inputs)
+        if not has_checkpoint(job.config.run.folder, state.step):
+            save(job, learner, state, inputs)
         raise
 
 

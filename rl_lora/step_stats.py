@@ -29,6 +29,7 @@ class PassStats:
     logprobs_C: Tensor  # nats, without gradient
     entropy_C: Tensor  # nats
     num_clipped: Tensor | int = 0
+    num_masked: Tensor | None = None  # None: there is no mask
     kl: Tensor | None = None  # scalar, nats; None: the loss has no KL term
     gradients: Sequence[Tensor | None] = ()  # that the policy's parameters have yet to get
 
@@ -43,6 +44,7 @@ class _Passes:
     num_before: int  # tokens of the first update, whose policy is the sampled version
     counts: tuple[float, float, float]  # clipped tokens, tokens, tokens with padding
     losses: dict[str, float]  # by metric, summed over passes
+    num_masked: float | None  # tokens that the mask drops; None: there is no mask
 
 
 class StepStats:
@@ -89,6 +91,8 @@ class StepStats:
             "learn/tokens": torch.tensor(num_tokens),
             "learn/padding_fraction": torch.tensor(1 - num_tokens / num_padded),
         }
+        if masked := [one.num_masked for one in seen if one.num_masked is not None]:
+            out["mask/fraction"] = torch.tensor(sum(masked) / policy_C.numel())
         found = zip(_RATIO_QUANTILES, quantiles(ratio_C, _RATIO_QUANTILES), strict=True)
         losses = {
             name: sum(one.losses[name] for one in seen if name in one.losses) / num_updates
@@ -110,6 +114,7 @@ class StepStats:
         losses = {"loss/policy": [one.loss for one in self._passes]}
         if kls := [one.kl for one in self._passes if one.kl is not None]:
             losses["loss/kl"] = kls
+        masked = [one.num_masked for one in self._passes if one.num_masked is not None]
         counts = (
             sum(read_numbers([one.num_clipped for one in self._passes])),
             sum(batch.num_tokens for batch in self._batches),
@@ -120,6 +125,7 @@ class StepStats:
             num_before=self._num_before,
             counts=counts,
             losses={name: sum(read_numbers(values)) for name, values in losses.items()},
+            num_masked=sum(read_numbers(masked)) if masked else None,
         )
 
 

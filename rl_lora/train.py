@@ -18,11 +18,11 @@ from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_aft
 from rl_lora.evaluation.scores import EvalResult
 from rl_lora.launchers import interruption
 from rl_lora.overlap import RolloutWorker, requests
+from rl_lora.penalties import penalised_rewards
 from rl_lora.prompts import PromptSets
 from rl_lora.report.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.report.run_figures import draw_figures
 from rl_lora.report.terminal import Display
-from rl_lora.reward_kl import rewards_and_kl
 from rl_lora.runs.checkpoint import drop_after, has_checkpoint
 from rl_lora.runs.inputs import base_inputs, prompt_inputs
 from rl_lora.runs.log import RunLog
@@ -137,27 +137,27 @@ def learn(
     max_staleness = int(config.sampling.overlap)
     staleness = staleness_metrics(groups_N, version, max_staleness=max_staleness)
     algorithm = config.algorithm
-    rewards_N_G, kl = rewards_and_kl(learner, groups_N, algorithm)
+    rewards_N_G, penalties = penalised_rewards(config, learner, groups_N)
     cap = config.sampling.max_tokens
     updates = pack(
         groups_N,
-        job.advantage(rewards_N_G),
+        job.algorithm.advantage(rewards_N_G),
         denominator=cap if algorithm.denominator == "max_tokens" else algorithm.denominator,
         microbatch_tokens=learner.microbatch_tokens,
         min_microbatches=distributed.world_size(),
         num_updates=config.optim.num_updates,
         share_prompts=config.optim.share_prompts and policy.can_share_prompts,
-        keep_zero_advantage=algorithm.kl == "loss",
+        keep_zero_advantage=algorithm.kl == "loss" or algorithm.entropy_weight > 0,
+        skip_truncated=algorithm.mask_truncated,
     )
-    kl_weight = algorithm.kl_weight if algorithm.kl == "loss" else 0.0
-    metrics = learner.update(updates, job.loss, kl_weight=kl_weight)
+    metrics = learner.update(updates, job.algorithm.loss, **job.algorithm.terms)
     cpu_memory.trim()
     # The worker has checked the sampler of older ones. There is nothing to compare where every
     # completion is empty, or the policy itself gives no numbers.
     is_newest = not staleness["rollouts/staleness_max"]
     if is_newest and "mismatch/kl" in metrics and not metrics["learn/nonfinite_updates"]:
         check_step(metrics, policy.dtype, config.sampling.max_kl)
-    return metrics | kl | staleness
+    return metrics | penalties | staleness
 
 
 def train(

@@ -21,7 +21,7 @@ from pydantic_core import PydanticUndefined
 from rl_lora.advantages import ADVANTAGES
 from rl_lora.config import RunConfig, SourceSection
 from rl_lora.config.sft import SftConfig
-from rl_lora.losses import LOSSES
+from rl_lora.losses import LOSSES, MASKS
 from rl_lora.studies.config import StudySection
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -52,10 +52,10 @@ def page() -> str:
     """The page's text."""
     parts = [_HEAD, "## RL jobs: `rl-lora train`\n", *_tables(RunConfig)]
     parts += [
-        "## Options of losses and advantages\n",
-        "Keywords of the function that `algorithm.loss` or `algorithm.advantage` names; those of "
-        "your own function likewise.\n",
-        _options_table({**LOSSES, **ADVANTAGES}),
+        "## Options of losses, advantages and masks\n",
+        "Keywords of the function that `algorithm.loss`, `algorithm.advantage` or `algorithm.mask` "
+        "names; those of your own function likewise.\n",
+        _options_table({**LOSSES, **ADVANTAGES, **{f"mask={row}": m for row, m in MASKS.items()}}),
         "## Data sources\n",
         "Each entry of `data.train` and `data.eval`; a plain string is the `name`.\n",
         _table("", SourceSection),
@@ -100,7 +100,8 @@ def _options_table(functions: Mapping[str, Callable[..., Any]]) -> str:
     for name, function in functions.items():
         for option in inspect.signature(function).parameters.values():
             if option.kind is option.KEYWORD_ONLY:
-                defaults.setdefault(option.name, []).append(f"{option.default:g} (`{name}`)")
+                value = option.default if isinstance(option.default, str) else f"{option.default:g}"
+                defaults.setdefault(option.name, []).append(f"{value} (`{name}`)")
     rows = [f"| `algorithm.{option}` | {', '.join(found)} |" for option, found in defaults.items()]
     return "\n".join(["| key | default |", "|---|---|", *rows]) + "\n"
 

@@ -34,9 +34,13 @@ PROGRAM = """
 import os, sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import reasoning_gym, rl_lora.sft.train, rl_lora.train, scipy.stats
+from rewards.workers.pool import WorkerPool
 from rl_lora.cli import main
 
-rl_lora.train.draw_figures = lambda folder: None  # half of so short a run, and not compared
+# Half of so short a run: figures, which are not compared, and processes that are rarely needed here
+# and start when they are.
+rl_lora.train.draw_figures = lambda folder: None
+WorkerPool.start = lambda pool: None
 folder, count, *arguments = sys.argv[1:]
 for number in range(int(count)):
     child = os.fork()

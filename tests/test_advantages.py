@@ -1,10 +1,15 @@
 """Advantages against hand-computed numbers."""
 
+import itertools
+import math
+import operator
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rl_lora.advantages import ADVANTAGES, group_mean, grpo, reinforce_pp, rloo
+from rl_lora.advantages import ADVANTAGES, group_mean, grpo, maxrl, reinforce_pp, rloo
+from rl_lora.errors import UserError
 
 REWARDS_N_G = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
 
@@ -40,6 +45,28 @@ def test_reinforce_pp_scales_by_the_step() -> None:
     assert flat == pytest.approx([e / std for e in expected], rel=1e-4)
 
 
+def test_maxrl_divides_by_the_mean() -> None:
+    assert maxrl(REWARDS_N_G) == [[1.0, -1.0, -1.0, 1.0], [-1.0, -1.0, -1.0, 3.0]]
+
+
+@pytest.mark.parametrize("num_samples", [2, 3, 5])
+@pytest.mark.parametrize("chance", [0.1, 0.5])
+def test_maxrl_follows_the_truncated_likelihood(num_samples: int, chance: float) -> None:
+    """Over all outcomes of a group, whose score d log P / dp is 1 / p or -1 / (1 - p)."""
+    mean = 0.0
+    for rewards in itertools.product([0.0, 1.0], repeat=num_samples):
+        probability = math.prod(chance if reward else 1 - chance for reward in rewards)
+        scores = [1 / chance if reward else -1 / (1 - chance) for reward in rewards]
+        (advantages,) = maxrl([rewards])
+        mean += probability * sum(map(operator.mul, advantages, scores)) / num_samples
+    assert mean == pytest.approx((1 - (1 - chance) ** (num_samples - 1)) / chance)
+
+
+def test_maxrl_refuses_negative_rewards() -> None:
+    with pytest.raises(UserError, match=r"a reward of -0.5 is negative; set .*'grpo'"):
+        maxrl([[1.0, 0.0], [0.0, -0.5]])
+
+
 REWARDS = st.floats(-1e6, 1e6)
 GROUPS = st.lists(REWARDS, min_size=2, max_size=9)
 TIES = st.tuples(REWARDS, st.integers(2, 64)).map(lambda pair: [pair[0]] * pair[1])
@@ -54,6 +81,8 @@ def test_ties_are_exactly_zero_whatever_the_other_groups_are(
 ) -> None:
     rewards_N_G = [*others, tie]
     for name, advantages in ADVANTAGES.items():
+        if name == "maxrl":
+            rewards_N_G = [[abs(reward) for reward in group] for group in rewards_N_G]
         found_N_G = advantages(rewards_N_G)
         for group, found_G in zip(rewards_N_G, found_N_G, strict=True):
             spread = max(group) - min(group)

@@ -88,7 +88,7 @@ def learn(policy: Policy, *, share_prompts: bool) -> tuple[dict[str, float], dic
     with policy.training():
         for _, seen in learner._passes(
             batches(share_prompts=share_prompts),
-            lambda batch: learner._policy_objective(batch, importance_sampling, 0.0),
+            lambda batch: learner._policy_objective(batch, importance_sampling),
         ):
             loss += float(seen.loss)
     gradients = {name: p.grad.float().cpu() for name, p in policy.trainable().items()}

@@ -18,13 +18,15 @@ from rl_lora.config import (
     ModelSection,
     RunConfig,
     RunSection,
+    parse_config,
 )
 from rl_lora.errors import KlLimitError
-from rl_lora.learner import Learner, Schedule, loss_inputs
+from rl_lora.learner import Learner, loss_inputs
 from rl_lora.losses import LOSSES, ppo
+from rl_lora.penalties import kl_to_base, penalised_rewards
 from rl_lora.policy import Policy, open_policy
-from rl_lora.reward_kl import kl_to_base, penalised_rewards, rewards_and_kl
 from rl_lora.runs.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from rl_lora.schedule import Schedule
 from rl_lora.step_stats import PassStats, StepStats, quantiles
 from rl_lora.types import Completion, Microbatch, Prompt, Rollout, RolloutGroup, TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama, shake
@@ -176,7 +178,8 @@ def test_reward_penalty_is_the_sequence_kl(tmp_path: Path) -> None:
         for i, s in enumerate(samples)
     ]
     learner = Learner(policy, microbatch_tokens=9)
-    penalised_N_G, metrics = penalised_rewards(learner, groups, 0.1)
+    config = parse_config({"algorithm": {"kl": "reward", "kl_weight": 0.1}})
+    penalised_N_G, metrics = penalised_rewards(config, learner, groups)
     with policy.adapter_off():
         base = samples_of(policy)
     log_ratios = [
@@ -215,15 +218,16 @@ def test_the_kl_to_the_base_by_hand_and_its_limit(tmp_path: Path) -> None:
     assert kl_to_base(learner, groups) == pytest.approx(expected, rel=1e-5)
 
     section = AlgorithmSection(max_kl_to_base=1.01 * expected)
-    rewards_N_G, metrics = rewards_and_kl(learner, groups, section)
+    config = RunConfig(algorithm=section)
+    rewards_N_G, metrics = penalised_rewards(config, learner, groups)
     assert rewards_N_G == [[1.0], [1.0]]
     assert metrics == {"policy/kl_to_base": pytest.approx(expected, rel=1e-5)}
-    assert rewards_and_kl(learner, groups, AlgorithmSection()) == ([[1.0], [1.0]], {})
+    assert penalised_rewards(RunConfig(), learner, groups) == ([[1.0], [1.0]], {})
     low = AlgorithmSection(max_kl_to_base=0.99 * expected)
     with pytest.raises(KlLimitError, match=r"nats a token, over algorithm\.max_kl_to_base=0\."):
-        rewards_and_kl(learner, groups, low)
+        penalised_rewards(RunConfig(algorithm=low), learner, groups)
     penalised = AlgorithmSection(kl="reward", kl_weight=0.1, max_kl_to_base=1.0)
-    metrics = rewards_and_kl(learner, groups, penalised)[1]
+    metrics = penalised_rewards(RunConfig(algorithm=penalised), learner, groups)[1]
     assert metrics["policy/kl_to_base"] == metrics["reward/kl"] == pytest.approx(expected, rel=1e-5)
 
 

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from rl_lora.losses import LOSSES, MAX_LOG_RATIO, LossInputs, k3, kl_penalty, log_loss
+from rl_lora.losses import (
+    LOSSES,
+    MAX_LOG_RATIO,
+    LossInputs,
+    entropy_bonus,
+    k3,
+    kl_penalty,
+    log_loss,
+)
 
 HALF = math.log(0.5)
 
@@ -79,6 +87,38 @@ def test_gspo_ratio_is_the_geometric_mean_of_the_sequence() -> None:
     assert clipped == 2
 
 
+def test_the_weight_has_a_floor_and_a_cap_for_the_token_its_sequence_or_the_geometric_mean() -> (
+    None
+):
+    # Ratios to the sampler 4 and 1/2 in one sequence: product 2, geometric mean sqrt(2).
+    for level, expected in [("token", [3.0, 0.6]), ("sequence", [2.0, 2.0])]:
+        x = inputs([4.0, 0.5], [1.0, 1.0], [1.0, 1.0], [0, 0])
+        bounds = {"ratio_level": level, "ratio_floor": 0.6, "ratio_cap": 3.0}
+        _, grad, clipped = run("truncated_importance_sampling", x, **bounds)
+        assert grad == pytest.approx([-weight for weight in expected])
+        assert clipped == 0
+    x = inputs([4.0, 0.5], [1.0, 1.0], [1.0, 1.0], [0, 0])
+    _, grad, _ = run("truncated_importance_sampling", x, ratio_level="geometric")
+    assert grad == pytest.approx([-math.sqrt(2)] * 2)
+
+
+@pytest.mark.parametrize("name", ["ppo", "gspo", "cispo", "sapo"])
+def test_the_sampler_of_a_bounded_loss_is_weighed_at_any_level(name: str) -> None:
+    # The policy has not moved; old / sampler 4 and 1/4 in sequence 0, 1/2 in sequence 1.
+    for level, expected in [
+        ("token", [3.0, 0.3, 0.5]),
+        ("sequence", [1.0, 1.0, 0.5]),
+        ("geometric", [1.0, 1.0, 0.5]),
+    ]:
+        ratios = [4.0, 0.25, 0.5]
+        x = inputs(ratios, [1.0] * 3, [1.0] * 3, [0, 0, 1], of_old=ratios)
+        _, grad, _ = run(name, x, ratio_level=level, ratio_floor=0.3, ratio_cap=3.0)
+        if name != "gspo":
+            assert grad == pytest.approx([-weight for weight in expected])
+        else:  # the sequence's ratio is the geometric mean: its gradient is shared
+            assert grad == pytest.approx([-sum(expected[:2]) / 2] * 2 + [-expected[2]])
+
+
 def test_cispo_keeps_the_gradient_of_clipped_tokens() -> None:
     x = inputs([2.0, 0.1], [1.0, 1.0], [1.0, 1.0], [0, 0])
     _, grad, clipped = run("cispo", x, clip_low=0.5, clip_high=0.28)
@@ -135,6 +175,54 @@ def test_a_policy_that_has_not_moved_is_within_all_bounds_however_the_sampler_ro
         log_weight_C = log_weight_C.view(500, 8).mean(1).repeat_interleave(8)
     expected_C = -x.weights_C * x.advantages_C * log_weight_C.exp()
     assert torch.allclose(torch.tensor(grad), expected_C, rtol=1e-5, atol=1e-9)
+
+
+def test_sapo_damps_the_gradient_the_further_the_policy_has_moved() -> None:
+    # (4 / tau) sigmoid(tau (r - 1)): at r = 1 the value 2 / tau and the gradient 1.
+    x = inputs([1.0, 2.0, 2.0], [1.0, 1.0, -1.0], [1.0] * 3, [0, 0, 0])
+    loss, grad, clipped = run("sapo", x, tau_positive=1.0, tau_negative=2.0)
+    s1, s2 = 1 / (1 + math.exp(-1.0)), 1 / (1 + math.exp(-2.0))
+    assert loss == pytest.approx(-(2.0 + 4 * s1 - 2 * s2))
+    # d/d log p = r f'(r), and f'(r) = 4 s (1 - s) whatever the temperature.
+    assert grad == pytest.approx([-1.0, -2 * 4 * s1 * (1 - s1), 2 * 4 * s2 * (1 - s2)])
+    assert clipped == 0
+
+
+def test_dppo_drops_what_has_moved_far_in_probability_where_the_advantage_pushes() -> None:
+    # Sampler 1/2. Policy 0.7 and 0.3: TV 0.2, over 0.15. Policy 0.6: TV 0.1. A wrong direction,
+    # back to the sampler, is always followed.
+    ratios, advantages = [1.4, 0.6, 1.2, 1.4, 0.6], [1.0, -1.0, 1.0, -1.0, 1.0]
+    x = inputs(ratios, advantages, [1.0] * 5, [0] * 5)
+    loss, grad, clipped = run("dppo_tv", x)
+    assert grad == pytest.approx([0.0, 0.0, -1.2, 1.4, -0.6])
+    assert loss == pytest.approx(-(1.2 - 1.4 + 0.6))
+    assert clipped == 2
+    # Binary KL(1/2 || p) = -log(4 p (1 - p)) / 2: 0.0872 at 0.7 and 0.3, 0.0204 at 0.6.
+    x = inputs(ratios, advantages, [1.0] * 5, [0] * 5)
+    assert run("dppo_kl", x, max_divergence=0.087)[1] == pytest.approx([0, 0, -1.2, 1.4, -0.6])
+    for bound, num_clipped in [(0.088, 0), (0.0205, 2), (0.0203, 3)]:
+        x = inputs(ratios, advantages, [1.0] * 5, [0] * 5)
+        assert run("dppo_kl", x, max_divergence=bound)[2] == num_clipped
+
+
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
+def test_dppo_lets_a_rare_token_move_by_a_large_ratio(name: str) -> None:
+    # From 1e-4 to 1e-2 is a ratio of 100 and a distance of 0.0099; PPO would drop it.
+    policy_C = torch.tensor([1e-2, 1.0]).log().requires_grad_()
+    x = LossInputs(
+        policy_logprobs_C=policy_C,
+        sampler_logprobs_C=torch.tensor([1e-4, 1.0]).log(),  # the second is certain: KL 0 * log 0
+        old_logprobs_C=torch.tensor([1e-4, 1.0]).log(),
+        advantages_C=torch.ones(2),
+        weights_C=torch.ones(2),
+        sequence_C=torch.tensor([0, 0]),
+        num_sequences=1,
+    )
+    _, grad, clipped = run(name, x)
+    assert grad == pytest.approx([-100.0, -1.0])
+    assert clipped == 0
+    policy_C.grad = None
+    assert run("ppo", x)[2] == 1
 
 
 def test_log_loss_is_the_weighted_negative_log_likelihood() -> None:
@@ -196,6 +284,46 @@ def test_the_penaltys_value_is_unbiased_and_its_gradient_is_of_the_other_kl() ->
     other = (reference_V.exp() * (reference_V - policy_V)).sum()  # KL(reference || policy)
     (expected_V,) = torch.autograd.grad(other, logits_V)
     assert gradient_V.tolist() == pytest.approx(expected_V.tolist())
+
+
+def test_the_gradient_of_k2_is_that_of_the_kl_and_of_k1_is_none() -> None:
+    """All tokens of a vocabulary of three, each weighted by its chance under the policy."""
+    logits_V = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64, requires_grad=True)
+    reference_V = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    policy_V = logits_V.log_softmax(-1)
+    chance_V = policy_V.detach().exp()
+    log_ratio_V = policy_V.detach() - reference_V
+    value = kl_penalty(policy_V, reference_V, chance_V, "k2")
+    assert float(value) == pytest.approx(float((chance_V * log_ratio_V.square() / 2).sum()))
+    kl = (policy_V.exp() * (policy_V - reference_V)).sum()  # KL(policy || reference)
+    k1 = (chance_V * (policy_V - reference_V)).sum()
+    found, expected, of_k1 = (
+        torch.autograd.grad(one, logits_V, retain_graph=True)[0] for one in (value, kl, k1)
+    )
+    assert found.tolist() == pytest.approx(expected.tolist())
+    assert of_k1.tolist() == pytest.approx([0.0] * 3)
+
+
+def test_the_entropy_bonus_has_the_entropys_gradient_whoever_sampled() -> None:
+    """All tokens of a vocabulary of three, weighted by their chance under another sampler."""
+    logits_V = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64, requires_grad=True)
+    sampler_V = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    policy_V = logits_V.log_softmax(-1)
+    entropy = -(policy_V.exp() * policy_V).sum()
+    x = LossInputs(
+        policy_logprobs_C=policy_V,
+        sampler_logprobs_C=sampler_V.log(),
+        advantages_C=torch.zeros(3),
+        weights_C=sampler_V,
+        sequence_C=torch.tensor([0, 0, 0]),
+        num_sequences=1,
+    )
+    bonus = entropy_bonus(x, entropy.detach().expand(3))
+    found, expected = (
+        torch.autograd.grad(one, logits_V, retain_graph=True)[0] for one in (bonus, entropy)
+    )
+    assert found.tolist() == pytest.approx(expected.tolist())
+    assert found.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))

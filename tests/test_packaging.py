@@ -85,7 +85,8 @@ def test_the_wheel_holds_all_modules_configs_and_assets(wheel: Path) -> None:
         for path in (ROOT / package).rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
-    expected |= {f"rl_lora/configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")}
+    configs = ROOT / "configs"
+    expected |= {f"rl_lora/configs/{p.relative_to(configs)}" for p in configs.rglob("*.toml")}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == expected
     assert {"rl_lora/py.typed", "rewards/py.typed", "rl_lora/configs/quickstart.toml"} <= names

@@ -83,10 +83,11 @@ def test_a_run_learns_by_functions_from_the_working_directory(tmp_path: Path) ->
 @pytest.mark.usefixtures("_module")
 def test_the_options_are_bound_and_the_needs_seen_through_the_binding() -> None:
     section = load_config(None, ["algorithm.loss=my_losses:scaled", "algorithm.factor=2"]).algorithm
-    loss, advantage = load_algorithm(section)
+    loss, advantage, terms = load_algorithm(section)
     assert isinstance(loss, partial)
     assert loss.keywords == {"factor": 2.0}
     assert needs_of(loss).old_logprobs
+    assert terms["mask"] is None
     assert advantage([[1.0, 0.0]]) == [[0.5, -0.5]]
 
 
@@ -121,6 +122,10 @@ def test_a_bad_user_function_gives_one_line(overrides: list[str], message: str) 
         (["loss=ppo", "clip_low=2"], "algorithm.clip_low = 2: .* less than or equal to 1"),
         (["loss=ppo", "clip_low=wide"], "algorithm.clip_low = 'wide': .* valid number"),
         (["clip_low=0.1"], "clip_low = 0.1 is an option of ppo, gspo, cispo, not of loss 'imp"),
+        (["mask_low=0.1"], "mask_low = 0.1 is an option of mask 'token', mask 'sequence', mask 'g"),
+        (["mask=token", "mask_low=2"], "algorithm.mask_low = 2: .* less than or equal to 1"),
+        (["mask=tokn"], "algorithm.mask = 'tokn': Input should be 'none', 'token', 'sequence' or"),
+        (["loss=ppo", "ratio_level=word"], "algorithm.ratio_level = 'word': Input should be 'tok"),
         (["loss=ppo", "clip_hihg=0.1"], "'algorithm.clip_hihg'; did you mean 'clip_high'"),
         (["denominater=tokens"], "'algorithm.denominater'; did you mean 'denominator'"),
         (["loss=gspo"], "defined with algorithm.denominator='sequences', not 'tokens'; set it"),

@@ -18,6 +18,7 @@ from rl_lora.commands.plan_tables import (
     memory_table,
     parameter_table,
     settings_table,
+    split_table,
     time_table,
 )
 from rl_lora.config import LoraSection, ModelSection, RunConfig
@@ -42,7 +43,8 @@ from rl_lora.planning.memory import (
     microbatch_tokens,
     plan_device,
 )
-from rl_lora.planning.speed import step_time
+from rl_lora.planning.speed import step_time, step_work
+from rl_lora.planning.split import STALENESS, best_split
 
 SomeConfig = TypeVar("SomeConfig", RunConfig, SftConfig)
 
@@ -55,6 +57,7 @@ def print_plan(
     gpu_bytes: int | None = None,
     card: Card | None = None,
     num_gpus: int | None = None,
+    gpu_price: float | None = None,
 ) -> None:
     """Prints `train --dry-run`: settings, parameters, compute, capacity, memory, and a GPU's time.
 
@@ -66,6 +69,7 @@ def print_plan(
         card: the GPU; None: this machine's, or an H100 if it has none.
         num_gpus: how many of them, one process each; the time is then only estimated for a card
             that is given or here. None: one.
+        gpu_price: of a GPU for an hour, in any currency; None: no cost is printed.
 
     Raises:
         UserError: the model's config.json is not available, GPUs are given for a job on a CPU, or
@@ -73,7 +77,7 @@ def print_plan(
     """
     console = console or Console()
     console.print(settings_table(config, RunConfig()))
-    is_for_gpus = any(one is not None for one in (gpu_bytes, card, num_gpus))
+    is_for_gpus = any(one is not None for one in (gpu_bytes, card, num_gpus, gpu_price))
     config = _placed(config, is_for_gpus=is_for_gpus)
     num_ranks = _checked_number(config, num_gpus)
     model_config, origin = load_model_config(
@@ -106,7 +110,11 @@ def print_plan(
     cache = sum(part.num_bytes for part in parts if part.part == "KV cache")
     found = step_time(config, model_config, counts, cache, card, num_ranks)
     largest = largest_microbatch(parts, microbatch_tokens(config), available)
-    console.print(time_table(config, found, card, largest, num_ranks))
+    console.print(time_table(config, found, card, largest, num_ranks, gpu_price))
+    if num_ranks > 1:
+        work = step_work(config, model_config, counts, card)
+        splits = [best_split(work, cache, num_ranks, bound) for bound in STALENESS]
+        console.print(split_table(config, splits, gpu_price))
 
 
 def _placed(config: SomeConfig, *, is_for_gpus: bool = False) -> SomeConfig:
@@ -116,8 +124,8 @@ def _placed(config: SomeConfig, *, is_for_gpus: bool = False) -> SomeConfig:
     kind = plan_device(device)
     if is_for_gpus and kind == "cpu":
         raise UserError(
-            f"--gpu, --gpu-memory and --gpus plan for GPUs, and the job has model.device={device}: "
-            "add model.device=cuda"
+            f"--gpu, --gpus, --gpu-memory and --gpu-price plan for GPUs, and the job has "
+            f"model.device={device}: add model.device=cuda"
         )
     if model.dtype == "auto" and kind == "cuda" and not torch.cuda.is_available():
         dtype = "bfloat16"

@@ -23,6 +23,7 @@ from rl_lora.planning.memory import (
     plan_device,
 )
 from rl_lora.planning.speed import StepTime
+from rl_lora.planning.split import Split
 
 
 def settings_table(config: Section, default: Section) -> Table:
@@ -105,12 +106,21 @@ def memory_table(
     return table
 
 
+# limits: what is estimated, where it runs, and at which price
 def time_table(
-    config: RunConfig, found: StepTime, card: Card, largest: int, num_ranks: int = 1
+    config: RunConfig,
+    found: StepTime,
+    card: Card,
+    largest: int,
+    num_ranks: int = 1,
+    gpu_price: float | None = None,
 ) -> Table:
-    """A step's estimated time by phase, the run's, and the largest microbatch that fits."""
+    """A step's estimated time by phase, the run's, and the largest microbatch that fits.
+
+    gpu_price is that of a GPU for an hour.
+    """
     where = f"one {card.name}" if num_ranks == 1 else f"{num_ranks} x {card.name}"
-    title = f"Time on {where}, estimated (assumptions: rl_lora/planning/speed.py)"
+    title = f"Time on {where}, estimated (assumptions: rl_lora/planning/roofline.py)"
     table = Table(title=title, title_justify="left", show_header=False)
     sampling, num_steps = config.sampling, config.run.num_steps
     rate = sampling.num_prompts * sampling.num_samples * found.mean_tokens / found.sample_s
@@ -122,19 +132,70 @@ def time_table(
         f"{sampling.max_tokens:,}",
         "sampling": f"{found.sample_s:,.1f} s a step; {rate:,.0f} tokens/s, "
         f"{found.num_at_once} sequences at once",
-        "learning": f"{found.learn_s:,.1f} s a step; {found.learner_tokens_s:,.0f} tokens/s",
+        **_sampling_rows(found),
+        "learning": f"{found.learn_s:,.1f} s a step; {found.learner_tokens_s:,.0f} tokens/s, "
+        f"{found.learner_mfu:.0%} of the peak",
+        "hand-over": f"{found.hand_over_s:,.2f} s a step, from learner to engine",
         "sleep and wake": f"{found.switch_s:,.1f} s a step",
         "step": f"{seconds:,.1f} s",
+        "bottleneck": f"{found.bottleneck}, {found.phases[found.bottleneck]:,.1f} s",
         "run": f"{hours:,.1f} hours, {num_steps} steps without evaluations",
         "largest microbatch": f"{largest:,} tokens (optim.microbatch_tokens)",
     }
     if num_ranks > 1:
         rows = _rows_of_several(config, found, num_ranks, rows)
         rows["run"] += f"; {hours * num_ranks:,.1f} GPU hours"
+    if gpu_price is not None:
+        rows["run"] += f"; costs {hours * num_ranks * gpu_price:,.2f} at {gpu_price:g} a GPU hour"
     if sampling.overlap:
         del rows["sleep and wake"]
     for name, text in rows.items():
         table.add_row(name, f"{text}; estimated")
+    return table
+
+
+def _sampling_rows(found: StepTime) -> dict[str, str]:
+    """What sampling consists of; parts that take no time are left out."""
+    notes = {
+        "decoding, bound by bandwidth": "weights and KV cache are read",
+        "decoding, bound by compute": "",
+        "decoding, launches": "scheduler, sampler and kernels' launches",
+        "long tail": "while fewer than half of an engine's sequences still run",
+    }
+    rows = {}
+    for name in ("prefill", *notes):
+        if seconds := found.phases[name]:
+            note = notes.get(name)
+            rows[f"  {name}"] = f"{seconds:,.1f} s" + (f", {note}" if note else "")
+    return rows
+
+
+def split_table(
+    config: RunConfig, splits: Sequence[Split], gpu_price: float | None = None
+) -> Table:
+    """The best splits into samplers and learners, a row for each bound on staleness.
+
+    A process of today samples and learns, so that this is a prospect.
+    """
+    num_gpus = splits[0].num_samplers + splits[0].num_learners
+    title = f"{num_gpus} GPUs divided into samplers and learners: not in the product yet; estimated"
+    columns = ["max. staleness", "samplers", "learners", "step", "bound by", "run"]
+    if gpu_price is not None:
+        columns.append("cost")
+    table = Table(*columns, title=title, title_justify="left")
+    for split in splits:
+        hours = split.seconds * config.run.num_steps / 3600
+        cells = [
+            f"{split.max_staleness}",
+            f"{split.num_samplers}",
+            f"{split.num_learners}",
+            f"{split.seconds:,.1f} s",
+            split.bound,
+            f"{hours:,.1f} hours",
+        ]
+        if gpu_price is not None:
+            cells.append(f"{hours * num_gpus * gpu_price:,.2f}")
+        table.add_row(*cells)
     return table
 
 

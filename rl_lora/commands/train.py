@@ -15,7 +15,7 @@ EXAMPLES = (
     "rl-lora train quickstart lora.rank=8 run.name=rank8 --resume",
     "rl-lora train smoke data=my.jsonl run.name=mine reward.name=my_reward:score",
     "rl-lora train math_llama31_8b --dry-run --gpu h100",
-    "rl-lora train deepmath_qwen3_8b --dry-run --gpus 8 --gpu h100",
+    "rl-lora train deepmath_qwen3_8b --dry-run --gpus 64 --gpu h100 --gpu-price 2.5",
 )
 AFTER_INTERRUPT = RESUME_HINT
 IS_DIVIDED = True  # among a job's processes
@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="plan for this many GPUs, one process each (with --dry-run)",
     )
+    parser.add_argument(
+        "--gpu-price",
+        type=float,
+        metavar="PRICE",
+        help="what a GPU costs for an hour, for the cost of a run (with --dry-run)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
             gpu_bytes=None if gpu_gib is None else int(gpu_gib * 2**30),
             card=None if arguments.gpu is None else find_card(arguments.gpu),
             num_gpus=arguments.gpus,
+            gpu_price=arguments.gpu_price,
         )
         return 0
     from rl_lora.train import train
@@ -72,10 +79,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_gpus(arguments: argparse.Namespace) -> None:
-    """Raises UserError where --gpu, --gpu-memory or --gpus would be ignored, or make no sense."""
-    gib = arguments.gpu_memory
+    """Raises UserError where an option of GPUs would be ignored, or makes no sense."""
+    gib, price = arguments.gpu_memory, arguments.gpu_price
     if gib is not None and not 0 < gib < math.inf:
         raise UserError(f"--gpu-memory {gib:g}: give a GPU's memory in GiB, e.g. 80")
+    if price is not None and not 0 <= price < math.inf:
+        raise UserError(f"--gpu-price {price:g}: give what a GPU costs for an hour, e.g. 2.5")
     if arguments.dry_run:
         return
     if arguments.gpus is not None:
@@ -84,6 +93,10 @@ def _check_gpus(arguments: argparse.Namespace) -> None:
             f"GPUs: accelerate launch --num_processes {arguments.gpus} -m rl_lora train "
             f"{arguments.config}"
         )
-    for name, value in (("--gpu", arguments.gpu), ("--gpu-memory", gib)):
+    for name, value in (
+        ("--gpu", arguments.gpu),
+        ("--gpu-memory", gib),
+        ("--gpu-price", price),
+    ):
         if value is not None:
             raise UserError(f"{name} {value} is for plans: add --dry-run")

@@ -1,5 +1,5 @@
 """Settings of jobs: sections, checks, and command-line overrides."""
-# ruff: noqa: I001  # one import, of many names
+# ruff: noqa: I001  # imports of many names
 
 from rl_lora.config.sections import (
     VARIANT_NAMES as VARIANT_NAMES,
@@ -14,10 +14,12 @@ from rl_lora.config.sections import (
     RunSection as RunSection,
     SamplingSection as SamplingSection,
     Section as Section,
-    SomeSection as SomeSection,
     SourceSection as SourceSection,
     SourcesSection as SourcesSection,
     WarmStartSection as WarmStartSection,
+)
+from rl_lora.config.load import (
+    SomeSection as SomeSection,
     load_config as load_config,
     parse_as as parse_as,
     parse_config as parse_config,

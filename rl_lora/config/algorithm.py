@@ -1,8 +1,9 @@
-"""From [algorithm] to functions: a loss and an advantage by name, with their options bound.
+"""From [algorithm] to functions: loss, advantage and mask by name, with their options bound.
 
-A name is a row of `LOSSES` or `ADVANTAGES`, or a user function as "module:function". An option is a
-keyword of the function and is checked against its annotation. Functions of the tables are checked
-when settings are read, user functions when a job starts (`load_algorithm`).
+A name is a row of `LOSSES`, `ADVANTAGES` or `MASKS`; a loss or an advantage may also be a user
+function as "module:function". An option is a keyword of the function and is checked against its
+annotation. Functions of the tables are checked when settings are read, user functions when a job
+starts (`load_algorithm`).
 """
 
 from __future__ import annotations
@@ -14,18 +15,29 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from rl_lora.advantages import ADVANTAGES, AdvantageFn
 from rl_lora.errors import UserError, nearest
-from rl_lora.losses import LOSSES, LossFn, LossInputs, needs_of
+from rl_lora.losses import LOSSES, MASKS, LossFn, LossInputs, needs_of
 
 if TYPE_CHECKING:
     from rl_lora.config import AlgorithmSection, RunConfig
 
 Options = dict[str, Any]
+
+
+class Algorithm(NamedTuple):
+    """What [algorithm] names, with options bound.
+
+    Example: Algorithm(loss=partial(ppo, clip_low=0.2), advantage=grpo, terms={"mask": None, ...})
+    """
+
+    loss: LossFn
+    advantage: AdvantageFn
+    terms: Options  # keywords of `Learner.update`: the mask, and what is added to the loss
 
 
 def check_algorithm(section: AlgorithmSection) -> None:
@@ -37,11 +49,11 @@ def check_algorithm(section: AlgorithmSection) -> None:
     loss = _row("loss", section.loss, LOSSES)
     advantage = _row("advantage", section.advantage, ADVANTAGES)
     if loss is not None and advantage is not None:
-        _options(section, loss, advantage)
+        _bound(section, loss, advantage)
 
 
-def load_algorithm(section: AlgorithmSection) -> tuple[LossFn, AdvantageFn]:
-    """The loss and the advantage with their options bound; user functions are tried out.
+def load_algorithm(section: AlgorithmSection) -> Algorithm:
+    """Loss, advantage and mask with their options bound; user functions are tried out.
 
     Raises:
         UserError: as `check_algorithm`; or a user's function cannot be imported, raises, or does
@@ -51,13 +63,12 @@ def load_algorithm(section: AlgorithmSection) -> tuple[LossFn, AdvantageFn]:
     advantage = _row("advantage", section.advantage, ADVANTAGES) or imported(
         section.advantage, "algorithm.advantage"
     )
-    of_loss, of_advantage = _options(section, loss, advantage)
-    loss, advantage = partial(loss, **of_loss), partial(advantage, **of_advantage)
+    found = _bound(section, loss, advantage)
     if section.loss not in LOSSES:
-        _try_loss(section.loss, loss)
+        _try_loss(section.loss, found.loss)
     if section.advantage not in ADVANTAGES:
-        _try_advantage(section.advantage, advantage)
-    return loss, advantage
+        _try_advantage(section.advantage, found.advantage)
+    return found
 
 
 def _row(
@@ -111,25 +122,29 @@ def user_code(config: RunConfig) -> Iterator[str]:
             yield f"{key}={name} runs code of your own: {file} (sha256 {digest})"
 
 
-def _options(
-    section: AlgorithmSection, loss: LossFn, advantage: AdvantageFn
-) -> tuple[Options, Options]:
-    """The options of the loss and those of the advantage, checked.
+def _bound(section: AlgorithmSection, loss: LossFn, advantage: AdvantageFn) -> Algorithm:
+    """The functions with their options bound, which are checked.
 
     Raises:
-        UserError: neither has the option, its value is bad, a required one is missing, or the loss
-            is defined with another denominator.
+        UserError: none has the option, its value is bad, a required one is missing, or the loss is
+            defined with another denominator.
     """
-    of_loss = _given("loss", section.loss, loss, section.options)
-    of_advantage = _given("advantage", section.advantage, advantage, section.options)
-    if unknown := sorted(section.options.keys() - of_loss.keys() - of_advantage.keys()):
+    functions: dict[str, Callable[..., Any]] = {"loss": loss, "advantage": advantage}
+    if section.mask != "none":
+        functions["mask"] = MASKS[section.mask]
+    given = {
+        kind: _given(kind, getattr(section, kind), function, section.options)
+        for kind, function in functions.items()
+    }
+    if unknown := sorted(section.options.keys() - set().union(*given.values())):
         key = unknown[0]
-        known = [*_keywords(loss), *_keywords(advantage)]
-        losses = [row for row, function in LOSSES.items() if key in _keywords(function)]
-        names = f"loss {section.loss!r} and advantage {section.advantage!r}"
-        if losses:
+        known = [name for function in functions.values() for name in _keywords(function)]
+        rows = {**LOSSES, **ADVANTAGES, **{f"mask {row!r}": mask for row, mask in MASKS.items()}}
+        owners = [row for row, function in rows.items() if key in _keywords(function)]
+        if owners:
+            names = " and ".join(f"{kind} {getattr(section, kind)!r}" for kind in functions)
             raise UserError(
-                f"algorithm.{key} = {section.options[key]!r} is an option of {', '.join(losses)}, "
+                f"algorithm.{key} = {section.options[key]!r} is an option of {', '.join(owners)}, "
                 f"not of {names}"
             )
         hint = nearest(key, [*known, *type(section).model_fields])
@@ -140,7 +155,14 @@ def _options(
             f"algorithm.loss={section.loss!r} is defined with algorithm.denominator="
             f"{denominator!r}, not {section.denominator!r}; set it"
         )
-    return of_loss, of_advantage
+    bound = {kind: partial(function, **given[kind]) for kind, function in functions.items()}
+    terms = {
+        "mask": bound.get("mask"),
+        "kl_weight": section.kl_weight if section.kl == "loss" else 0.0,
+        "kl_estimator": "k2" if section.kl_estimator == "k2" else "k3",
+        "entropy_weight": section.entropy_weight,
+    }
+    return Algorithm(bound["loss"], bound["advantage"], terms)
 
 
 def _given(

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 from rl_lora.errors import nearest
 
 if TYPE_CHECKING:
-    from rl_lora.config import EvalSection, LoraSection, OptimSection, SamplingSection
+    from rl_lora.config import (
+        AlgorithmSection,
+        EvalSection,
+        LoraSection,
+        OptimSection,
+        RewardSection,
+        SamplingSection,
+    )
 
 _MAX_SERVED_RANK = 512  # vLLM's
 # Lowest temperature above 0, by back end. vLLM silently raises a lower one to its minimum (0.32,
@@ -28,6 +35,49 @@ def check_backend(backend: str) -> str:
     ):
         return backend
     raise ValueError(f"{nearest(backend, SAMPLERS)}, or your own as 'module:Class'")
+
+
+def check_kl(algorithm: AlgorithmSection) -> None:
+    """Raises ValueError for a KL without weight, or an estimator without use or of no gradient."""
+    kl, estimator = algorithm.kl, algorithm.kl_estimator
+    if kl != "none" and algorithm.kl_weight == 0:
+        raise ValueError(
+            f"algorithm.kl={kl!r} has no effect with kl_weight=0; set algorithm.kl_weight or "
+            "algorithm.kl='none'"
+        )
+    if kl == "none" and estimator is not None:
+        raise ValueError(
+            f"algorithm.kl_estimator={estimator!r} has no effect with algorithm.kl='none'; set "
+            "algorithm.kl and algorithm.kl_weight, or remove it"
+        )
+    if kl == "loss" and estimator == "k1":
+        raise ValueError(
+            "algorithm.kl_estimator='k1' in the loss has a gradient whose mean is zero; set "
+            "algorithm.kl_estimator='k2', or algorithm.kl='reward', which uses k1"
+        )
+    if kl == "reward" and estimator in ("k2", "k3"):
+        raise ValueError(
+            f"algorithm.kl_estimator={estimator!r} in the reward does not give the gradient of the "
+            "KL, and k1 does; remove algorithm.kl_estimator, or set algorithm.kl='loss'"
+        )
+
+
+def check_penalties(
+    algorithm: AlgorithmSection, reward: RewardSection, sampling: SamplingSection
+) -> None:
+    """Raises ValueError for a penalty of all lengths, or one that makes MaxRL's rewards
+    negative."""
+    if reward.overlong_tokens > sampling.max_tokens:
+        raise ValueError(
+            f"reward.overlong_tokens={reward.overlong_tokens} is more than sampling.max_tokens="
+            f"{sampling.max_tokens}, and every completion would be penalized; lower it"
+        )
+    name = "algorithm.kl='reward'" if algorithm.kl == "reward" else "reward.overlong_tokens"
+    if algorithm.advantage == "maxrl" and (algorithm.kl == "reward" or reward.overlong_tokens):
+        raise ValueError(
+            f"algorithm.advantage='maxrl' is defined for rewards that are not negative, and {name} "
+            "makes them negative; remove it, or set algorithm.advantage='grpo'"
+        )
 
 
 def check_variant(lora: LoraSection, optim: OptimSection) -> None:

@@ -1,7 +1,4 @@
-"""A job's settings: frozen sections, read from TOML and checked before any long work.
-
-A config file holds only departures from the defaults. Dotted overrides on the command line
-(`lora.rank=8`) take precedence. An unknown key is an error that suggests the nearest one.
+"""A job's settings: frozen sections, checked before any long work.
 
 The comments next to the fields are the text of docs/configuration.md
 (scripts/docs_configuration.py).
@@ -9,23 +6,22 @@ The comments next to the fields are the text of docs/configuration.md
 
 from __future__ import annotations
 
-import tomllib
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rl_lora.config.algorithm import check_algorithm
 from rl_lora.config.checks import (
     check_backend,
+    check_kl,
+    check_penalties,
     check_served,
     check_temperatures,
     check_variant,
 )
-from rl_lora.config.overrides import apply_overrides, is_section
-from rl_lora.config.shipped import find_config
-from rl_lora.errors import UserError, nearest
+from rl_lora.config.presets import with_preset
 
 
 class Section(BaseModel):
@@ -34,7 +30,6 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-SomeSection = TypeVar("SomeSection", bound=Section)
 # Arguments of `apply_chat_template` that prompt rendering sets.
 _TEMPLATE_ARGUMENTS = (
     "conversation messages add_generation_prompt continue_final_message tokenize padding "
@@ -197,6 +192,10 @@ class RewardSection(Section):
     name: str = "math"  # a built-in reward, or your own as module:function
     policy: str = "default"  # grading rules of the verifier: default, gsm8k, math, deepmath, aime
     format_weight: float = Field(0.0, ge=0, le=1)  # added if the answer is in a \boxed{}
+    # DAPO's soft penalty of length: over the last so many tokens before sampling.max_tokens the
+    # reward falls linearly, by overlong_weight at the limit. 0: none.
+    overlong_tokens: int = Field(0, ge=0)
+    overlong_weight: float = Field(1.0, gt=0)  # what a completion at the limit loses
     thinking_tags: tuple[tuple[str, str], ...] = ()  # more [opening, closing] pairs to recognize
     num_workers: int = Field(1, ge=1)  # processes for symbolic comparisons
     timeout_s: float = Field(5.0, gt=0)  # seconds for one symbolic comparison
@@ -205,16 +204,28 @@ class RewardSection(Section):
 class AlgorithmSection(Section):
     """Advantage, loss and KL. The defaults are the article's."""
 
+    # A named set of the settings below, for those that are not given (rl_lora.config.presets).
+    preset: Literal["none", "lora_without_regret", "dapo", "dr_grpo", "gspo", "cispo"] = "none"
     advantage: str = "group_mean"  # a row of rl_lora.advantages.ADVANTAGES, or module:function
     loss: str = "importance_sampling"  # a row of rl_lora.losses.LOSSES, or module:function
-    # Keywords of the loss and the advantage, e.g. clip_low, clip_high and ratio_cap of ppo. They
-    # may also be written next to the other keys: algorithm.clip_low.
+    # Tokens too far off the sampler that are dropped: by their own ratio, their sequence's, or its
+    # geometric mean (rl_lora.losses.masks).
+    mask: Literal["none", "token", "sequence", "geometric"] = "none"
+    # Keywords of loss, advantage and mask, e.g. clip_low, clip_high and ratio_cap of ppo. They may
+    # also be written next to the other keys: algorithm.clip_low.
     options: dict[str, Any] = Field(default_factory=dict)
     # What a step's summed loss is divided by: completion tokens; sequences times the length of each
     # token's own sequence; or sequences times sampling.max_tokens (Dr. GRPO).
     denominator: Literal["tokens", "sequences", "max_tokens"] = "tokens"
     kl: Literal["none", "loss", "reward"] = "none"  # where KL to the base model is penalized
     kl_weight: float = Field(0.0, ge=0)  # factor of the KL penalty
+    # Estimator of the KL; none: k3 in the loss (its gradient is that of KL(base || policy); of k2
+    # it is that of KL(policy || base)), and k1 in the reward.
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    entropy_weight: float = Field(0.0, ge=0)  # factor of the policy's entropy, which is raised
+    # Nothing is learned from completions that sampling.max_tokens has cut off; their rewards still
+    # count in their group's advantages.
+    mask_truncated: bool = False
     # KL of the policy to the base model (nats a token, on each step's rollouts) above which the run
     # stops; none: never, and nothing is computed for it.
     max_kl_to_base: float | None = Field(None, gt=0)
@@ -238,14 +249,18 @@ class AlgorithmSection(Section):
         if more.get("clip_low", 0) is None and more.get("ratio_cap") == 2.0:
             del more["ratio_cap"]  # an older record, which has the default of all losses
         given = {key: one for key, one in {**options, **more}.items() if one is not None}
-        return own | {"options": given}
+        return with_preset(own | {"options": given})
 
 
 class OptimSection(Section):
     """Adam and the batch."""
 
     lr: float = Field(1e-4, gt=0, le=1e30)  # learning rate; `rl-lora lr MODEL` suggests one
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the rate; to 0 at the end
+    # Of the rate: linear and cosine end at 0; kl raises and lowers it, so that each optimizer step
+    # moves the policy by about target_kl (measured by one more forward pass).
+    schedule: Literal["constant", "linear", "cosine", "kl"] = "constant"
+    # Nats a token, KL(before || after) of one optimizer step, for schedule = "kl".
+    target_kl: float | None = Field(None, gt=0)
     warmup_steps: int = Field(0, ge=0)  # steps in which the rate rises from 0
     betas: tuple[float, float] = (0.9, 0.95)  # Adam's decay rates
     eps: float = Field(1e-8, ge=0)  # Adam's epsilon
@@ -262,6 +277,20 @@ class OptimSection(Section):
     share_prompts: bool = True  # a prompt is computed once for its completions, to the same result
     checkpoint_activations: bool = False  # recompute activations: less memory, more time
     lora_plus_ratio: float = Field(1.0, gt=0)  # LoRA+: rate of B over that of A, which is lr
+
+    @model_validator(mode="after")
+    def _target(self) -> OptimSection:
+        if self.schedule == "kl" and self.target_kl is None:
+            raise ValueError(
+                "schedule='kl' needs a target: set optim.target_kl, e.g. to learn/step_kl of a run "
+                "that learns well (1e-4 to 1e-3 nats a token)"
+            )
+        if self.schedule != "kl" and self.target_kl is not None:
+            raise ValueError(
+                f"target_kl={self.target_kl:g} has no effect with schedule={self.schedule!r}; set "
+                "optim.schedule='kl', or remove it"
+            )
+        return self
 
     @field_validator("betas")
     @classmethod
@@ -318,75 +347,12 @@ class RunConfig(Section):
         check_variant(self.lora, self.optim)
         check_served(self.lora, self.sampling)
         check_temperatures(self.sampling, self.eval)
+        check_kl(self.algorithm)
+        check_penalties(self.algorithm, self.reward, self.sampling)
         check_algorithm(self.algorithm)
         if self.sampling.num_samples < 2:
             raise ValueError(
                 f"sampling.num_samples=1 gives every group one sample, and algorithm.advantage="
                 f"{self.algorithm.advantage!r} is then always 0; set it to 2 or more"
             )
-        if self.algorithm.kl != "none" and self.algorithm.kl_weight == 0:
-            raise ValueError(
-                f"algorithm.kl={self.algorithm.kl!r} has no effect with kl_weight=0; "
-                "set algorithm.kl_weight or algorithm.kl='none'"
-            )
         return self
-
-
-def load_config(path: Path | None, overrides: list[str] | None = None) -> RunConfig:
-    """Reads a TOML file (or a shipped config by name), applies overrides and checks all settings.
-
-    Raises:
-        UserError: no such file, or the first bad key with the fix.
-    """
-    return parse_config(read_settings(path, overrides, RunConfig))
-
-
-def read_settings(
-    path: Path | None, overrides: list[str] | None, root: type[Section]
-) -> dict[str, Any]:
-    """A TOML file's settings with the overrides applied, not validated yet.
-
-    Args:
-        path: the file, or a shipped config's name; None: defaults only.
-        overrides: `section.key=value`.
-        root: the settings' class, for the types of the overrides.
-
-    Raises:
-        UserError: no such file, invalid TOML, or a malformed override.
-    """
-    raw: dict[str, Any] = {}
-    if path is not None:
-        path = find_config(path)
-        try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # invalid TOML or UTF-8, or a number of too many digits
-            raise UserError(f"{path} is not valid TOML: {error}") from error
-    return apply_overrides(raw, overrides or [], root)
-
-
-def parse_config(raw: dict[str, Any]) -> RunConfig:
-    """Validates a nested dict. Raises UserError naming the first bad key."""
-    return parse_as(RunConfig, raw)
-
-
-def parse_as(root: type[SomeSection], raw: dict[str, Any], what: str = "config") -> SomeSection:
-    """Validates a nested dict as `root`. Raises UserError naming `what` and its first bad key."""
-    try:
-        return root.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            hint = nearest(str(first["loc"][-1]), _section_at(first["loc"][:-1], root).model_fields)
-            raise UserError(f"{what}: unknown key {key!r}; {hint}") from error
-        where = f"{key} = {first['input']!r}: " if key else ""
-        raise UserError(f"{what}: {where}{first['msg'].removeprefix('Value error, ')}") from error
-
-
-def _section_at(location: tuple[int | str, ...], root: type[BaseModel]) -> type[BaseModel]:
-    """The section class at a validation error's location; lists are of sources."""
-    section = root
-    for part in location:
-        annotation: Any = getattr(section.model_fields.get(str(part)), "annotation", None)
-        section = annotation if is_section(annotation) else SourceSection
-    return section

@@ -56,6 +56,11 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> SftConfig:
         check_variant(self.lora, self.optim)
+        if self.optim.schedule == "kl":
+            raise ValueError(
+                "optim.schedule='kl' is for RL, where a step has tokens of the policy's own; set "
+                "optim.schedule to constant, linear or cosine, and remove optim.target_kl"
+            )
         return self
 
 

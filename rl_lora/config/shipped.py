@@ -13,10 +13,13 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Name -> file, e.g. {"quickstart": Path(".../configs/quickstart.toml"), ...}."""
+    """Name -> file, e.g. {"examples/dapo": Path(".../configs/examples/dapo.toml"), ...}."""
     installed = _PACKAGE / "configs"
     folder = installed if installed.is_dir() else _PACKAGE.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*.toml"))
+    }
 
 
 def find_config(path: Path) -> Path:
@@ -28,9 +31,12 @@ def find_config(path: Path) -> Path:
     if path.is_file():
         return path
     shipped = shipped_configs()
-    if path.name == str(path) and path.name in shipped:
-        return shipped[path.name]
+    if path.as_posix() in shipped:
+        return shipped[path.as_posix()]
+    is_example = path.parts[:1] == ("examples",)
+    names = [name for name in shipped if name.startswith("examples/") == is_example]
+    name = path.as_posix() if is_example else path.stem
     raise UserError(
         f"config file {path} does not exist; shipped configs go by name, as in `rl-lora train "
-        f"quickstart`: {nearest(path.stem, shipped)}"
+        f"quickstart`: {nearest(name, names)}"
     )

@@ -17,11 +17,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 # SIGUSR1: SLURM's notice (--signal=USR1@90); SIGHUP: the terminal or its connection is gone.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -58,7 +58,6 @@ class _State:
     is_waiting: bool = False  # a signal waits for an abandonable place
     has_several: bool = False  # processes
     ends_process: bool = False
-    is_closing: bool = False  # and the process ends if that takes long
 
 
 _state = _State()
@@ -68,8 +67,8 @@ _state = _State()
 def handled(*, ends_process: bool = False) -> Iterator[None]:
     """Inside, the signals raise `Interrupted`. Without effect in other threads than the main one.
 
-    ends_process: nothing but this block matters to the process. If it does not close within ten
-    seconds after all is saved (a reward hangs, say), the process ends without waiting for it.
+    ends_process: nothing but this block matters to the process, which ends within ten seconds after
+    a signal, once all is saved, even if something hangs (a reward, say) that it would wait for.
     """
     before = {number: signal.getsignal(number) for number in SIGNALS}
     ours = [number for number, handler in before.items() if handler in _DEFAULTS]
@@ -85,9 +84,7 @@ def handled(*, ends_process: bool = False) -> Iterator[None]:
         for number in ours:
             if signal.getsignal(number) is _on_signal:  # not ignored meanwhile
                 signal.signal(number, before[number])
-        if _state.is_closing:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        _state.received, _state.is_closing = None, False
+        _state.received = None
 
 
 @contextlib.contextmanager
@@ -99,9 +96,9 @@ def steps(save: Callable[[], None]) -> Iterator[None]:
     try:
         with _mode(is_looping=True, is_waiting=True):
             yield
-    except Interrupted:
+    except Interrupted as error:
         save()
-        _close_soon()
+        _close_soon(error)
         raise
 
 
@@ -164,28 +161,26 @@ def _on_signal(number: int, frame: object) -> None:
     now = time.monotonic()
     if _state.received is None:
         _state.received, _state.received_s = number, now
+        error = Interrupted(number)
         if not _state.is_looping:
-            _close_soon()
+            _close_soon(error)
         if not _state.is_waiting:
-            raise Interrupted(number)
+            raise error
     elif now - _state.received_s > _SAME_S:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
 
-def _close_soon() -> None:
+def _close_soon(error: Interrupted) -> None:
     """From now on the process ends within _CLOSE_S, if it may."""
     if _state.ends_process:
-        _state.is_closing = True
-        signal.signal(signal.SIGALRM, _leave)
+        signal.signal(signal.SIGALRM, partial(_leave, error))
         signal.setitimer(signal.ITIMER_REAL, _CLOSE_S)
 
 
-def _leave(_: int, frame: object) -> None:
-    assert _state.received is not None
-    error = Interrupted(_state.received)
+def _leave(error: Interrupted, *_: object) -> None:
     what = f"without waiting for what did not end within {_CLOSE_S:.0f} s"
-    os.write(sys.stderr.fileno(), f"rl-lora: {error}, {what}\n".encode())
+    os.write(2, f"rl-lora: {error}, {what}\n".encode())  # past locks that are held now
     os._exit(error.code)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch.utils.deterministic as options
+import torch.utils.deterministic
+
+_OPTIONS: Any = torch.utils.deterministic  # its module has properties
 
 
 @contextlib.contextmanager
@@ -19,16 +22,14 @@ def deterministic() -> Iterator[None]:
     """
     was_on = torch.are_deterministic_algorithms_enabled()
     warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = options.fill_uninitialized_memory
-    options.fill_uninitialized_memory = (
-        False  # only finds mistakes, at the cost of every new tensor
-    )
+    filled = _OPTIONS.fill_uninitialized_memory
+    _OPTIONS.fill_uninitialized_memory = False  # it would write to every new tensor
     torch.use_deterministic_algorithms(True, warn_only=not was_on or warned_only)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was_on, warn_only=warned_only)
-        options.fill_uninitialized_memory = filled
+        _OPTIONS.fill_uninitialized_memory = filled
 
 
 def fix_num_threads() -> None:

@@ -31,3 +31,12 @@ def gather_s(num_bytes: float, num_ranks: int, card: Card) -> float:
 def all_reduce_s(num_bytes: float, num_ranks: int, card: Card) -> float:
     """Seconds of an all-reduce of num_bytes: a reduce-scatter, then an all-gather."""
     return 2 * gather_s(num_bytes, num_ranks, card)
+
+
+def broadcast_s(num_bytes: float, num_receivers: int) -> float:
+    """Seconds until every receiver has num_bytes of one sender, over the network.
+
+    They are passed along in parts, each while the next one is received.
+    """
+    sent_s = num_bytes / (_NETWORK_GB_S * 1e9 * _REACHED)
+    return sent_s + _LATENCY_S * math.log2(num_receivers + 1)

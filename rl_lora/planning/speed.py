@@ -1,8 +1,9 @@
 """How long a step takes on a GPU: an estimate from the card's figures and the model's shape.
 
 Work takes as long as its products at the rate that large ones reach, or as its bytes at the
-memory's bandwidth, whichever is longer, and no phase overlaps another. The constants below say what
-is assumed. vLLM with an adapter has not been measured on a GPU yet, nor has a job on several GPUs.
+memory's bandwidth, whichever is longer, and no phase overlaps another. `roofline.Assumptions` says
+what is assumed. vLLM with an adapter has not been measured on a GPU yet, nor has a job on several
+GPUs. tests/planning/test_published.py compares the estimates with published figures.
 
 On several GPUs each phase lasts as long as on the GPU with the largest share of it. So the longest
 completion bounds sampling from below, on any number of them. What the processes exchange besides
@@ -18,101 +19,116 @@ import torch
 from transformers import PretrainedConfig
 
 from rl_lora.config import RunConfig
-from rl_lora.models.shapes import attention_widths, kv_bytes_per_token, mlp_width
+from rl_lora.models.shapes import kv_bytes_per_token
 from rl_lora.planning.cards import Card
 from rl_lora.planning.counts import ParameterCounts
 from rl_lora.planning.links import all_reduce_s, gather_s
 from rl_lora.planning.memory import MICROBATCH_TOKENS, shards
+from rl_lora.planning.roofline import (
+    GPU,
+    Assumptions,
+    Shape,
+    learner_token_s,
+    shape_of,
+    weights_read,
+)
 from rl_lora.samplers.vllm.settings import GPU_NUM_SEQS
 
-_BYTES = 2  # of a bfloat16 number
 _GRADIENT_BYTES = 4
-# Shares of the data sheet's figures. Measured on an H100: 795 of 989 TFLOP/s for large square
-# products, 3.0 of 3.35 TB/s. Models' shapes reach less than square ones.
-_PRODUCTS = 0.66
-_BANDWIDTH = 0.9
-_ATTENTION_FORWARD, _ATTENTION_BACKWARD = 0.35, 0.3  # of the peak, for flash attention
-_LINK = 0.8
-_LEARNER = 0.6  # of its roofline that the learner reaches; 0.75 is the goal
-_ENGINE_STEP_S = 1.5e-3  # scheduler, sampler and launches of one decoding step
-_LORA_LAYER_S = 24e-6  # 8 small kernels a layer and decoding step
-# Lengths are exponential, cut at sampling.max_tokens; uncut, their mean would be this share of it.
-_MEAN_SHARE = 0.4
-_PROMPT_TOKENS = 256  # a prompt, unless data.max_prompt_tokens is lower
 _EULER = 0.577  # the longest of n exponential lengths is about (log n + this) times the mean
 _POINTS = 200  # of the integral over a batch that dies out
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """A decoder's sizes.
+class DecodeTime:
+    """Seconds in which each sequence of a batch gets one token."""
 
-    Example, Qwen3-8B: Shape(hidden=4096, query=4096, key=1024, mlp=12288, layers=36,
-    vocabulary=151936)
-    """
-
-    hidden: int
-    query: int  # all query heads together
-    key: int  # all key heads together
-    mlp: int  # of one expert, in a mixture
-    layers: int
-    vocabulary: int
-    num_active: int = 1  # experts per token
-    num_experts: int = 1
+    launches_s: float
+    bytes_s: float  # weights and KV cache are read
+    products_s: float
 
     @property
-    def layer_weights(self) -> int:
-        """Weights of one layer that a token is multiplied with."""
-        return sum(count * i * o for i, o, count in self.linears())
+    def total_s(self) -> float:
+        """Bytes are read while products are computed."""
+        return self.launches_s + max(self.bytes_s, self.products_s)
 
-    def linears(self) -> list[tuple[int, int, int]]:
-        """(inputs, outputs, how often a token passes one) of a layer's linear layers."""
-        d, q, kv, f, k = self.hidden, self.query, self.key, self.mlp, self.num_active
-        return [(d, q, 1), (d, kv, 2), (q, d, 1), (d, f, 2 * k), (f, d, k)]
+
+@dataclass(frozen=True, slots=True)
+class SampleTime:
+    """Seconds of sampling, by what they are spent on. They add up.
+
+    Example: SampleTime(prefill_s=1.0, launches_s=12.0, bandwidth_s=80.5, products_s=0.0,
+    tail_s=32.0)
+    """
+
+    prefill_s: float
+    # Decoding while at least half of the engine's sequences run.
+    launches_s: float
+    bandwidth_s: float
+    products_s: float
+    tail_s: float  # decoding while fewer run: the long tail
+
+    @property
+    def total_s(self) -> float:
+        """Of all parts."""
+        decode_s = self.launches_s + self.bandwidth_s + self.products_s
+        return self.prefill_s + decode_s + self.tail_s
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
     """Estimated seconds of one step, and what they were computed for.
 
-    Example: StepTime(sample_s=540.0, learn_s=390.0, switch_s=0.8, mean_tokens=3008.0,
-    num_at_once=240, learner_tokens_s=8100.0, longest_s=51.0, all_reduce_s=0.0, all_reduce_bytes=0)
+    Example: StepTime(sampling=SampleTime(...), learn_s=390.0, switch_s=0.8, hand_over_s=0.05,
+    mean_tokens=3008.0, num_at_once=240, learner_tokens_s=8100.0, learner_mfu=0.33, longest_s=51.0,
+    all_reduce_s=0.0, all_reduce_bytes=0)
     """
 
-    sample_s: float
+    sampling: SampleTime
     learn_s: float
     switch_s: float  # the engine falls asleep and wakes
+    hand_over_s: float  # the new version's way from the learner to the engine
     mean_tokens: float  # of a completion
     num_at_once: int  # sequences decoded together by one engine
     learner_tokens_s: float  # completion tokens a second of learning, on all GPUs together
+    learner_mfu: float  # share of the peak, counting needed products only
     longest_s: float  # sampling with any number of GPUs: the longest completion by itself
     all_reduce_s: float  # the gradients of all ranks are added up
     all_reduce_bytes: int  # of one rank's gradients
 
     @property
+    def sample_s(self) -> float:
+        """Of sampling."""
+        return self.sampling.total_s
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds by phase, which follow one another."""
+        parts = self.sampling
+        return {
+            "prefill": parts.prefill_s,
+            "decoding, launches": parts.launches_s,
+            "decoding, bound by bandwidth": parts.bandwidth_s,
+            "decoding, bound by compute": parts.products_s,
+            "long tail": parts.tail_s,
+            "learning": self.learn_s,
+            "all-reduce": self.all_reduce_s,
+            "hand-over": self.hand_over_s,
+            "sleep and wake": self.switch_s,
+        }
+
+    @property
     def total_s(self) -> float:
         """Of the whole step, one phase after the other."""
-        return self.sample_s + self.learn_s + self.all_reduce_s + self.switch_s
+        return sum(self.phases.values())
+
+    @property
+    def bottleneck(self) -> str:
+        """The longest phase."""
+        return max(self.phases, key=lambda name: self.phases[name])
 
 
-def shape_of(config: PretrainedConfig) -> Shape:
-    """The sizes in a model's config.json."""
-    text = config.get_text_config()
-    query, key = attention_widths(text)
-    num_active = getattr(text, "num_experts_per_tok", None) or 1
-    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
-    return Shape(
-        hidden=text.hidden_size,
-        query=query,
-        key=key,
-        mlp=mlp_width(text),
-        layers=text.num_hidden_layers,
-        vocabulary=text.vocab_size,
-        num_active=num_active,
-        num_experts=experts,
-    )
-
-
+# limits: what is estimated, where it runs, and what is assumed
 def step_time(
     config: RunConfig,
     model_config: PretrainedConfig,
@@ -120,6 +136,7 @@ def step_time(
     cache_bytes: int,
     card: Card,
     num_ranks: int = 1,
+    assumed: Assumptions = GPU,
 ) -> StepTime:
     """A step's estimate.
 
@@ -130,30 +147,47 @@ def step_time(
         cache_bytes: of the KV cache of one engine.
         card: each of its GPUs.
         num_ranks: their number.
+        assumed: what is not in the arguments above.
     """
-    kv_bytes = kv_bytes_per_token(model_config, torch.bfloat16)
-    work = _Work(config, shape_of(model_config), counts, kv_bytes, card, num_ranks)
+    work = step_work(config, model_config, counts, card, num_ranks, assumed)
     at_once = work.num_at_once(cache_bytes)
     learn_s = work.learn_s()
-    is_full = config.lora.mode == "full"
-    is_reduced = num_ranks > 1 and not (is_full and shards(config, num_ranks) > 1)
-    reduced = _GRADIENT_BYTES * counts.trainable * is_reduced
     in_step = config.sampling.num_prompts * config.sampling.num_samples
+    passes = 6 if config.lora.mode == "full" else 4  # FLOP a weight and token
+    tokens = in_step * work.mean_tokens + config.sampling.num_prompts * work.prompt_tokens
+    peak_s = passes * counts.active * tokens / (num_ranks * card.tflops * 1e12)
     return StepTime(
-        sample_s=work.sample_s(at_once),
+        sampling=work.sampling(at_once),
         learn_s=learn_s,
-        switch_s=2 * counts.base * _BYTES / (card.link_gb_s * 1e9 * _LINK),
+        switch_s=2 * counts.base * assumed.number_bytes / (card.link_gb_s * 1e9 * assumed.link),
+        hand_over_s=work.hand_over_s(),
         mean_tokens=work.mean_tokens,
         num_at_once=at_once,
         learner_tokens_s=in_step * work.mean_tokens / learn_s,
+        learner_mfu=peak_s / learn_s,
         longest_s=work.longest_s(),
-        all_reduce_s=is_reduced * config.optim.num_updates * all_reduce_s(reduced, num_ranks, card),
-        all_reduce_bytes=reduced,
+        all_reduce_s=work.all_reduce_s(),
+        all_reduce_bytes=work.all_reduce_bytes,
     )
 
 
+# limits: what is estimated, where it runs, and what is assumed
+def step_work(
+    config: RunConfig,
+    model_config: PretrainedConfig,
+    counts: ParameterCounts,
+    card: Card,
+    num_ranks: int = 1,
+    assumed: Assumptions = GPU,
+) -> StepWork:
+    """A step's work. Arguments as for `step_time`."""
+    dtype = torch.bfloat16 if assumed.number_bytes == 2 else torch.float32
+    kv_bytes = kv_bytes_per_token(model_config, dtype)
+    return StepWork(config, shape_of(model_config), counts, kv_bytes, card, num_ranks, assumed)
+
+
 @dataclass(frozen=True, slots=True)
-class _Work:
+class StepWork:
     """A step's work, and the GPUs that share it."""
 
     config: RunConfig
@@ -162,68 +196,122 @@ class _Work:
     kv_bytes: int  # of a token
     card: Card
     num_ranks: int
+    assumed: Assumptions = GPU
 
     @property
     def prompt_tokens(self) -> int:
-        return min(_PROMPT_TOKENS, self.config.data.max_prompt_tokens)
+        """Of a prompt."""
+        return min(self.assumed.prompt_tokens, self.config.data.max_prompt_tokens)
 
     @property
     def scale(self) -> float:
         """Mean tokens of a completion if none was cut."""
-        return _MEAN_SHARE * self.config.sampling.max_tokens
+        return self.assumed.mean_share * self.config.sampling.max_tokens
 
     @property
     def mean_tokens(self) -> float:
-        return self.scale * (1 - math.exp(-1 / _MEAN_SHARE))
+        """Mean tokens of a completion."""
+        return self.scale * (1 - math.exp(-1 / self.assumed.mean_share))
 
     @property
     def num_prompts(self) -> int:
         """Of the rank with most of them."""
         return math.ceil(self.config.sampling.num_prompts / self.num_ranks)
 
+    @property
+    def is_reduced(self) -> bool:
+        """Whether gradients are added up apart from the passes."""
+        is_full = self.config.lora.mode == "full"
+        return self.num_ranks > 1 and not (is_full and shards(self.config, self.num_ranks) > 1)
+
+    @property
+    def all_reduce_bytes(self) -> int:
+        """Gradients of one rank."""
+        return _GRADIENT_BYTES * self.counts.trainable * self.is_reduced
+
+    def all_reduce_s(self) -> float:
+        """Gradients are added up once an update."""
+        seconds = all_reduce_s(self.all_reduce_bytes, self.num_ranks, self.card)
+        return self.is_reduced * self.config.optim.num_updates * seconds
+
+    @property
+    def version_bytes(self) -> int:
+        """What an engine gets after each step: a float32 adapter, or all weights."""
+        if self.config.lora.mode == "full":
+            return self.assumed.number_bytes * self.counts.base
+        return 4 * self.counts.trainable
+
+    def hand_over_s(self) -> float:
+        """A version goes to the host's memory and from there to the engine."""
+        link_s = 2 * self.version_bytes / (self.card.link_gb_s * 1e9 * self.assumed.link)
+        return self.assumed.hand_over_s + link_s
+
     def longest_tokens(self, num_sequences: int) -> float:
+        """Of the longest among so many completions."""
         longest = self.scale * (math.log(num_sequences) + _EULER)
         return min(self.config.sampling.max_tokens, longest)
 
-    def decode_s(self, batch: float, context: float) -> float:
+    def decode(self, batch: float, context: float) -> DecodeTime:
         """One token for each sequence of a batch."""
-        is_adapted = self.config.lora.mode == "lora"
-        launches_s = _ENGINE_STEP_S + is_adapted * self.shape.layers * _LORA_LAYER_S
-        moved = _weight_bytes(self.shape, self.counts, batch) + batch * context * self.kv_bytes
-        products_s = 2 * batch * self.counts.active / _rate(self.card)
-        return launches_s + max(moved / _bandwidth(self.card), products_s)
+        assumed, is_adapted = self.assumed, self.config.lora.mode == "lora"
+        weight_bytes = assumed.number_bytes * weights_read(self.shape, self.counts, batch)
+        moved = weight_bytes + batch * context * self.kv_bytes
+        return DecodeTime(
+            assumed.engine_step_s + is_adapted * self.shape.layers * assumed.lora_layer_s,
+            moved / assumed.bytes_s(self.card),
+            2 * batch * self.counts.active / assumed.rate(self.card),
+        )
 
     def num_at_once(self, cache_bytes: int) -> int:
-        """Sequences that one engine decodes together."""
+        """Sequences of the step that one engine decodes together."""
+        num = self.num_prompts * self.config.sampling.num_samples
+        return max(1, min(num, self.num_slots(cache_bytes)))
+
+    def num_slots(self, cache_bytes: int) -> int:
+        """Sequences that one engine can decode together."""
         sampling = self.config.sampling
         # A running sequence has about the mean length, and shares its prompt's blocks with its
         # group.
         tokens = self.mean_tokens + self.prompt_tokens / sampling.num_samples
         fitting = int(cache_bytes / (self.kv_bytes * tokens))
-        num = self.num_prompts * sampling.num_samples
-        return max(1, min(num, sampling.max_num_seqs or GPU_NUM_SEQS, fitting))
+        return max(1, min(sampling.max_num_seqs or GPU_NUM_SEQS, fitting))
 
-    def sample_s(self, at_once: int) -> float:
+    def prefill_s(self, num_prompts: float) -> float:
+        """The prompts of an engine; a group's samples share its prompt's."""
+        products = 2 * self.counts.active * num_prompts * self.prompt_tokens
+        return products / self.assumed.rate(self.card)
+
+    def sampling(self, at_once: int) -> SampleTime:
+        """Of the rank with most prompts, whose engine decodes at_once sequences together."""
         sampling, prompt, mean = self.config.sampling, self.prompt_tokens, self.mean_tokens
         num = self.num_prompts * sampling.num_samples
-        prefill_s = 2 * self.counts.active * self.num_prompts * prompt / _rate(self.card)
-        queued_s = (num - at_once) * mean / at_once * self.decode_s(at_once, prompt + mean)
-        # Nothing is left to start: sequences end one after the other, the longest of all ranks
+        # (tokens of every sequence, sequences, context): first the queue, at full batch; then
+        # nothing is left to start and sequences end one after the other, the longest of all ranks
         # last.
         in_step = sampling.num_prompts * sampling.num_samples
         width = self.longest_tokens(min(at_once * self.num_ranks, in_step)) / _POINTS
         ages = [(point + 0.5) * width for point in range(_POINTS)]
-        last_s = sum(
-            width * self.decode_s(max(1.0, at_once * math.exp(-age / self.scale)), prompt + age)
-            for age in ages
-        )
-        return prefill_s + queued_s + last_s
+        stretches = [((num - at_once) * mean / at_once, float(at_once), prompt + mean)]
+        stretches += [
+            (width, max(1.0, at_once * math.exp(-age / self.scale)), prompt + age) for age in ages
+        ]
+        launches_s = bandwidth_s = products_s = tail_s = 0.0
+        for tokens, batch, context in stretches:
+            time = self.decode(batch, context)
+            if batch < at_once / 2:
+                tail_s += tokens * time.total_s
+                continue
+            launches_s += tokens * time.launches_s
+            bandwidth_s += tokens * time.bytes_s * (time.bytes_s >= time.products_s)
+            products_s += tokens * time.products_s * (time.bytes_s < time.products_s)
+        prefill_s = self.prefill_s(self.num_prompts)
+        return SampleTime(prefill_s, launches_s, bandwidth_s, products_s, tail_s)
 
     def longest_s(self) -> float:
         """The step's longest completion, decoded by itself."""
         sampling = self.config.sampling
         tokens = self.longest_tokens(sampling.num_prompts * sampling.num_samples)
-        return tokens * self.decode_s(1, self.prompt_tokens + tokens / 2)
+        return tokens * self.decode(1, self.prompt_tokens + tokens / 2).total_s
 
     def learn_s(self) -> float:
         """Of the rank with most microbatches.
@@ -231,14 +319,14 @@ class _Work:
         Of a sharded model, each microbatch gathers the layers forward and backward, while the
         layers before them are computed; full fine-tuning adds up their gradients as well.
         """
-        config, num_ranks = self.config, self.num_ranks
+        config, num_ranks, card = self.config, self.num_ranks, self.card
         num_completion = (
             config.sampling.num_prompts * config.sampling.num_samples * self.mean_tokens
         )
         num_tokens = num_completion + config.sampling.num_prompts * self.prompt_tokens
         context = self.prompt_tokens + self.mean_tokens
-        layers_s, head_s = learner_token_s(config, self.shape, self.card, context)
-        one_gpu_s = (num_tokens * layers_s + num_completion * head_s) / _LEARNER
+        layers_s, head_s = learner_token_s(config, self.shape, card, context, self.assumed)
+        one_gpu_s = (num_tokens * layers_s + num_completion * head_s) / self.assumed.learner
         limit = config.optim.microbatch_tokens or MICROBATCH_TOKENS["cuda"]
         least = num_ranks * config.optim.num_updates  # so that every rank has one of each update
         num_microbatches = max(least, math.ceil(num_tokens / max(limit, context)))
@@ -246,58 +334,7 @@ class _Work:
         computed_s = one_gpu_s * largest / num_microbatches
         if shards(config, num_ranks) == 1:
             return computed_s
-        moved_s = 2 * gather_s(_BYTES * self.counts.base, num_ranks, self.card)
+        moved_s = 2 * gather_s(self.assumed.number_bytes * self.counts.base, num_ranks, card)
         if config.lora.mode == "full":
-            moved_s += gather_s(_GRADIENT_BYTES * self.counts.base, num_ranks, self.card)
+            moved_s += gather_s(_GRADIENT_BYTES * self.counts.base, num_ranks, card)
         return max(computed_s, largest * moved_s)
-
-
-def learner_token_s(
-    config: RunConfig, shape: Shape, card: Card, context: float
-) -> tuple[float, float]:
-    """The roofline of forward and backward: seconds a token of all layers, and of the output layer.
-
-    Elements that a layer reads and writes for a token, where the compiler joins what is elementwise
-    (d hidden, q queries, v keys, m the MLP's width; i inputs and o outputs of a linear layer):
-
-        norms, residuals          forward 8 d         backward 17 d (with sums over branches)
-        rotation                  forward 2 q + 2 v   backward 2 q + 2 v
-        attention                 forward 2 q + 2 v   backward 6 q + 4 v
-        SwiGLU                    forward 3 m         backward 5 m
-        adapter of a linear one   forward i + 2 o     backward 3 i + 2 o
-
-    A linear layer itself moves i + o each way, or multiplies, whichever takes longer; backward only
-    for its input, unless its weights are trained. The output layer moves its logits 5 times.
-    """
-    is_full = config.lora.mode == "full"
-    d, q, v, m = shape.hidden, shape.query, shape.key, shape.mlp * shape.num_active
-    inputs = sum(i * count for i, _, count in shape.linears())
-    outputs = sum(o * count for _, o, count in shape.linears())
-    element_s, bandwidth, rate = _BYTES / _bandwidth(card), _bandwidth(card), _rate(card)
-    linear_s = max(2 * shape.layer_weights / rate, (inputs + outputs) * element_s)
-    forward = 8 * d + 4 * q + 4 * v + 3 * m + (0 if is_full else inputs + 2 * outputs)
-    backward = 17 * d + 8 * q + 6 * v + 5 * m + (0 if is_full else 3 * inputs + 2 * outputs)
-    peak = card.tflops * 1e12
-    forward_s = linear_s + forward * element_s + 4 * q * context / (_ATTENTION_FORWARD * peak)
-    backward_s = (1 + is_full) * linear_s + backward * element_s
-    backward_s += 10 * q * context / (_ATTENTION_BACKWARD * peak)
-    layer_s = (1 + config.optim.checkpoint_activations) * forward_s + backward_s
-    head_s = (4 + 2 * is_full) * d * shape.vocabulary / rate
-    return shape.layers * layer_s, head_s + 5 * _BYTES * shape.vocabulary / bandwidth
-
-
-def _weight_bytes(shape: Shape, counts: ParameterCounts, batch: float) -> float:
-    """Weights that one decoding step reads: of a mixture, the experts that any token goes to."""
-    if shape.num_experts == 1:
-        return counts.base * _BYTES
-    idle = 1 - shape.num_active / shape.num_experts  # share of the experts, for one token
-    expert_bytes = (counts.base - counts.active) * _BYTES / idle
-    return counts.base * _BYTES - expert_bytes * idle**batch
-
-
-def _rate(card: Card) -> float:
-    return card.tflops * 1e12 * _PRODUCTS
-
-
-def _bandwidth(card: Card) -> float:
-    return card.terabytes_s * 1e12 * _BANDWIDTH

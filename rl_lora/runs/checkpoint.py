@@ -64,6 +64,7 @@ def save_checkpoint(
     optimizer, meta = flatten_optimizer(learner.optimizer)
     state = {
         "num_updates": learner.num_updates_done,
+        "lr_factor": learner.lr_factor,
         "optimizer": meta,
         "config": config.model_dump(mode="json"),
         "versions": environment(),
@@ -89,6 +90,7 @@ def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:
     learner.policy.load_tensors(policy)
     restore_optimizer(learner.optimizer, tensors, state["optimizer"])
     learner.num_updates_done = state["num_updates"]
+    learner.lr_factor = state.get("lr_factor", 1.0)  # a checkpoint of an earlier version has none
     return state
 
 

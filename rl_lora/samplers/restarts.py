@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
+from rl_lora import distributed
 from rl_lora.errors import EngineError, UserError
 from rl_lora.sampler import OnGroup, Sampler
 from rl_lora.samplers.watchdog import Hang, watched
@@ -32,7 +34,7 @@ class RestartingSampler:
             call, hangs are noticed as well.
         max_restarts: in a row, without a call that succeeds.
         timeout_s: without progress, after which an engine hangs; also the time for making one.
-        on_restart: called with one line each time.
+        on_restart: called with one line each time; the other ranks warn by Python's `warnings`.
     """
 
     has_own_weights = True
@@ -126,7 +128,11 @@ class RestartingSampler:
             raise EngineError(self._failure)  # it failed in another thread
         self._num_in_row += 1
         self.num_restarts += 1
-        self._on_restart(f"{self._failure}; a new engine continues with the same seeds")
+        told = f"{self._failure}; a new engine continues with the same seeds"
+        if distributed.is_main():
+            self._on_restart(told)
+        else:
+            warnings.warn(f"rank {distributed.rank()}: {told}", stacklevel=2)
         self._sampler.close()
         try:
             self._sampler = self._make()

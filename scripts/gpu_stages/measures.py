@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from rl_lora.config import OptimSection, RunConfig
 from rl_lora.learner import Learner
 from rl_lora.planning.cards import Card
-from rl_lora.planning.speed import learner_token_s, shape_of
+from rl_lora.planning.roofline import learner_token_s, shape_of
 from rl_lora.policy import Policy
 from rl_lora.types import Microbatch
 
@@ -53,7 +53,7 @@ def needed_flops(policy: Policy, batch: Microbatch) -> float:
 
 def bound_s(policy: Policy, batch: Microbatch, device: Device) -> float:
     """Seconds of one forward and backward pass that the device's figures allow
-    (`planning.speed`)."""
+    (`planning.roofline`)."""
     shape = shape_of(policy.model.config)
     job = RunConfig.model_construct(lora=policy.lora, optim=OptimSection())
     layers_s, head_s = learner_token_s(job, shape, device.card, mean_keys(batch))

@@ -68,7 +68,7 @@ def test_adapters_of_a_gpu_are_handed_over_in_memory(
     )
     config = smoke(tmp_path)
     config = config.model_copy(update={"lora": config.lora.model_copy(update={"mode": mode})})
-    parts: list[Any] = [config, None, None, None, policy, None, None, None]
+    parts: list[Any] = [config, None, None, None, policy, None, None]
     with run_state.with_handover(RunContext(*parts)) as job:
         assert job.handover == (tmp_path if is_used else None)
     assert sizes == ([24] if is_used else [])

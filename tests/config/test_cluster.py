@@ -157,7 +157,7 @@ def test_the_slurm_header_asks_for_one_launcher_and_eight_gpus_a_node() -> None:
     assert header["ntasks-per-node"] == "1"
     assert header["gpus-per-node"] == "8"
     assert header["nodes"] == "1"
-    assert header["signal"] == "B:USR1@120"  # to this script alone, which has a trap for it
+    assert header["signal"] == "B:USR1@120"  # only to this script, which has a trap for it
 
 
 @pytest.mark.parametrize("num_nodes", [1, 4])

@@ -334,6 +334,8 @@ def test_a_shipped_config_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.M
     assert load_config(Path("smoke")) == load_config(BY_NAME["smoke"])
     with pytest.raises(UserError, match="did you mean 'quickstart'"):
         load_config(Path("quickstrt"))
+    with pytest.raises(UserError, match=r"did you mean 'examples/dapo'\?"):
+        load_config(Path("examples/dpo"))
     with pytest.raises(UserError, match="other/smoke does not exist"):
         load_config(Path("other/smoke"))
     Path("smoke").write_text("run.num_steps = 7")  # the user's own file comes first

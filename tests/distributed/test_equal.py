@@ -86,11 +86,19 @@ def train_here(folder: Path, name: str, *more: str, resume: bool = False) -> Non
     train(load_config(CONFIGS / "smoke.toml", settings), resume=resume, quiet=True)
 
 
+# What a step takes into account besides the loss; the rate is steered by a KL over all processes.
+TERMS = """
+    optim.schedule=kl optim.target_kl=1e-3 optim.num_updates=2 algorithm.mask=sequence
+    algorithm.entropy_weight=0.01 algorithm.mask_truncated=true reward.overlong_tokens=16
+""".split()
+
+
+@pytest.mark.parametrize("more", [[], pytest.param(TERMS, marks=pytest.mark.long)])
 def test_reinforcement_learning_on_two_processes_is_the_same(
-    tmp_path: Path, no_figures: None
+    more: list[str], tmp_path: Path, no_figures: None
 ) -> None:
-    train_here(tmp_path, "one")
-    start("train smoke", tmp_path, 2, *RL, "run.name=two", launcher="accelerate")
+    train_here(tmp_path, "one", *more)
+    start("train smoke", tmp_path, 2, *RL, *more, "run.name=two", launcher="accelerate")
     check_equal(result(tmp_path / "two"), result(tmp_path / "one"))
     assert len(evaluations(tmp_path / "one")) == 2
     assert evaluations(tmp_path / "two") == evaluations(tmp_path / "one")

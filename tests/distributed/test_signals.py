@@ -46,7 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
     return of
 
 
-# fault -> (command, step of the checkpoint): the launcher is asked to end, or one rank alone.
+# fault -> (command, step of the checkpoint): the launcher is asked to end, or only one rank is.
 FAULTS = {
     "1 rl_lora.overlap:sample_and_score 2 signal": ("train", 1),
     "1 rl_lora.overlap:sample_and_score 2 cancel": ("train", 1),

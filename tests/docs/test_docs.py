@@ -151,7 +151,7 @@ def test_the_example_loss_trains(write_module: Callable[[str, str], Path]) -> No
     section = load_config(
         None, ["algorithm.loss=my_losses:reinforce", "algorithm.scale=0.5"]
     ).algorithm
-    loss, _ = load_algorithm(section)  # tried out there
+    loss = load_algorithm(section).loss  # tried out there
     assert isinstance(loss, partial)
     assert loss.keywords == {"scale": 0.5}
 

@@ -29,9 +29,9 @@ def inject(rank: int, where: str, call: int, how: str) -> None:
         rank: which one.
         where: "module:function" or "module:Class.method", as its caller looks it up.
         call: which call, from 1 on.
-        how: "kill" (SIGKILL), "hang", or "mistake" (a UserError); "signal" (SIGTERM to this rank
-            only), or "cancel" (to the launcher, whose own to the rank is waited for). "setting":
-            `where` is one, which only this rank has.
+        how: "kill" (SIGKILL), "hang", "mistake" (a UserError) or "defect" (another error);
+            "signal" (SIGTERM to this rank only), or "cancel" (to the launcher, whose own to the
+            rank is waited for). "setting": `where` is one, which only this rank has.
     """
     if int(os.environ["RANK"]) != rank:
         return
@@ -53,6 +53,8 @@ def inject(rank: int, where: str, call: int, how: str) -> None:
                 threading.Event().wait()
             elif how == "mistake":
                 raise UserError("made to fail")
+            elif how == "defect":
+                raise RuntimeError("made to fail")
             elif how == "signal":
                 os.kill(os.getpid(), signal.SIGTERM)
             elif how == "cancel":

@@ -14,7 +14,7 @@ from rl_lora.errors import UserError
 from rl_lora.models.architectures import check_architecture
 from rl_lora.models.tiny import RECIPES, train_tokenizer
 from rl_lora.planning.memory import memory_plan
-from rl_lora.planning.speed import shape_of
+from rl_lora.planning.roofline import shape_of
 from rl_lora.train import train
 from tests.helpers.architectures import (
     DOC,

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils import deterministic as options
 
 from rl_lora.batches import pack_samples
 from rl_lora.learner import Learner
@@ -23,6 +23,7 @@ from rl_lora.nn.deterministic import deterministic
 from tests.helpers.tiny_models import make_policy, random_llama
 from tests.test_learner import samples_of
 
+OPTIONS: Any = torch.utils.deterministic
 THREADS = 4  # more than there may be cores: the order in which they come varies all the more
 
 MKL_PROGRAM = """
@@ -68,7 +69,7 @@ def test_the_settings_are_given_back() -> None:
         return (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
-            options.fill_uninitialized_memory,
+            OPTIONS.fill_uninitialized_memory,
         )
 
     before = settings()
@@ -98,8 +99,8 @@ def test_every_pass_of_the_learner_is_deterministic(
     found: list[bool] = []
     compute: Callable[..., tuple[Tensor, Tensor]] = policy.token_logprobs
 
-    def noting(*arguments: object, **options: object) -> tuple[Tensor, Tensor]:
-        logprobs_C, entropy_C = compute(*arguments, **options)
+    def noting(*arguments: object, **keywords: object) -> tuple[Tensor, Tensor]:
+        logprobs_C, entropy_C = compute(*arguments, **keywords)
         found.append(torch.are_deterministic_algorithms_enabled())
         logprobs_C.register_hook(
             lambda _: found.append(torch.are_deterministic_algorithms_enabled())

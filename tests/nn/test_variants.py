@@ -25,7 +25,7 @@ from rl_lora.config import (
     parse_config,
 )
 from rl_lora.errors import UserError
-from rl_lora.learner import Learner, parameter_groups
+from rl_lora.learner import Learner
 from rl_lora.models.shapes import build_on_meta
 from rl_lora.nn.lora import LoraLinear, target_names
 from rl_lora.nn.variants import (
@@ -44,6 +44,7 @@ from rl_lora.planning.counts import matmul_counts, parameter_counts
 from rl_lora.policy import Policy
 from rl_lora.runs.checkpoint import load_checkpoint, save_checkpoint
 from rl_lora.samplers.vllm import settings as vllm_settings
+from rl_lora.schedule import parameter_groups
 from rl_lora.types import Microbatch, TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama, shake
 

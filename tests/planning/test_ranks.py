@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from rl_lora.cli import main
 from rl_lora.commands.plan import print_plan, way_text
 from rl_lora.config import RunConfig, load_config, parse_config
 from rl_lora.config.sft import SftConfig
@@ -140,7 +141,9 @@ def test_a_step_is_divided_but_for_its_longest_completion() -> None:
     assert (one.all_reduce_bytes, one.all_reduce_s) == (0, 0)
     assert four.all_reduce_bytes == 100_000_000
     assert four.all_reduce_s == pytest.approx(0.15 + 80e-6)
-    assert four.total_s == pytest.approx(four.sample_s + four.learn_s + 0.15008 + 4.0)
+    # The adapter's 100 MB cross the link of 1 GB/s twice.
+    assert four.hand_over_s == pytest.approx(0.05 + 0.2)
+    assert four.total_s == pytest.approx(four.sample_s + four.learn_s + 0.15008 + 0.25 + 4.0)
 
 
 @pytest.mark.parametrize(("mode", "num_bytes"), [("lora", 2 * 2), ("full", 2 * 2 + 4)])
@@ -274,6 +277,38 @@ def test_the_plan_of_several_gpus() -> None:
     assert re.search(r"longest completion +│ \d+\.\d s, on any number of GPUs", text)
     assert re.search(r"all-reduce +│ 0\.\d\d ms a step; 10\.4 MiB of gradients", text)
     assert "GPU hours" in text
+
+
+def test_the_plan_names_phases_bottleneck_and_cost_and_marks_what_is_a_prospect() -> None:
+    config = load_config(CONFIGS / "deepmath_qwen3_8b.toml")
+    text = printed(config, 64, card=find_card("h100"), gpu_price=2.5)
+    for phase in ("decoding, bound by bandwidth", "decoding, launches", "long tail", "hand-over"):
+        assert re.search(rf"{phase} +│ \d+\.\d+ s", text)
+    assert re.search(r"bottleneck +│ long tail, \d+\.\d s; estimated", text)
+    found = re.search(r"([\d.]+) GPU hours; costs ([\d.]+) at 2\.5 a GPU hour", text)
+    assert found is not None
+    assert float(found[2]) == pytest.approx(2.5 * float(found[1]), rel=1e-3)
+    assert "64 GPUs divided into samplers and learners: not in the product yet" in text
+    rows = re.findall(r"│ (\d) +│ (\d+) +│ (\d+) +│ +[\d.]+ s", text)
+    assert [row[0] for row in rows] == ["0", "1", "2", "4"]
+    assert {int(samplers) + int(learners) for _, samplers, learners in rows} == {64}
+    assert "costs" not in printed(config, 8, card=find_card("h100"))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--dry-run", "--gpu-price", "-1"], "--gpu-price -1: give what a GPU costs for an hour"),
+        (["--dry-run", "--gpu-price", "nan"], "--gpu-price nan: give what a GPU costs"),
+        (["--gpu-price", "2.5"], "--gpu-price 2.5 is for plans: add --dry-run"),
+        (["--dry-run", "--gpu-price", "2.5"], "--gpu-price plan for GPUs, and the job has"),
+    ],
+)
+def test_a_price_that_makes_no_sense(
+    capsys: pytest.CaptureFixture[str], options: list[str], line: str
+) -> None:
+    assert main(["train", str(CONFIGS / "smoke.toml"), *options]) == 2
+    assert line in " ".join(capsys.readouterr().err.split())
 
 
 def test_gpus_without_a_card_are_planned_for_memory_only() -> None:

@@ -12,7 +12,8 @@ from rl_lora.config import RunConfig, parse_config
 from rl_lora.errors import UserError
 from rl_lora.planning.cards import CARDS, Card, card_of_device, find_card
 from rl_lora.planning.counts import ParameterCounts
-from rl_lora.planning.speed import _weight_bytes, learner_token_s, shape_of, step_time
+from rl_lora.planning.roofline import learner_token_s, shape_of, weights_read
+from rl_lora.planning.speed import step_time
 from tests.helpers.tiny_models import small_config
 
 SMALL = small_config()
@@ -79,7 +80,40 @@ def test_a_step_of_two_sequences_one_after_the_other() -> None:
     by_hand = ((tokens + 256) * layers + tokens * head) / 0.6
     assert found.learn_s == pytest.approx(by_hand)
     assert found.learner_tokens_s == pytest.approx(tokens / by_hand)
-    assert found.total_s == pytest.approx(found.sample_s + by_hand + 4.0)
+    # An adapter of one weight: its 8 bytes over the link take no time.
+    assert found.hand_over_s == pytest.approx(0.05)
+    assert found.total_s == pytest.approx(found.sample_s + by_hand + 4.05)
+
+
+def test_the_phases_of_a_step() -> None:
+    """16 sequences together: half of them run until age 400 log 2, the rest is the long tail."""
+    sampling = {"num_prompts": 4, "num_samples": 4, "max_tokens": 1000}
+    config = job(sampling=sampling)
+    # The KV cache of 16 sequences is small next to 2 GB of weights, which take 2 ms.
+    found = step_time(config, SMALL, counts(10**9), 2**30, Card("x", 1, AT_ONCE, BYTES, 1e9))
+    parts = found.sampling
+    # Half die by 277 tokens; the integral has 200 points up to the limit of 1000.
+    decoding = 277 / 5 // 1 * 5
+    assert parts.bandwidth_s == pytest.approx(decoding * 2e-3, rel=2e-3)
+    assert parts.launches_s == pytest.approx(decoding * 1.548e-3)
+    assert parts.products_s == 0
+    assert parts.tail_s == pytest.approx((1000 - decoding) * 3.548e-3, rel=2e-3)
+    assert sum(found.phases.values()) == pytest.approx(found.total_s)
+    assert found.total_s == pytest.approx(found.sample_s + found.learn_s + 0.05)
+    assert found.bottleneck == "long tail"
+    # Where products take longer than bytes, decoding is bound by them: 2 x 16 x 10^9 a token.
+    found = step_time(config, SMALL, counts(10**9), 2**30, Card("x", 1, PRODUCTS, AT_ONCE, 1e9))
+    assert found.sampling.products_s == pytest.approx(
+        sum(0.032 * math.exp(-(point + 0.5) * 5 / 400) * 5 for point in range(55)), rel=1e-6
+    )
+    assert found.sampling.bandwidth_s == 0
+
+
+def test_the_share_of_the_peak() -> None:
+    config = job(sampling={"num_prompts": 1, "num_samples": 2, "max_tokens": 1000})
+    found = step_time(config, SMALL, counts(10**9), 2**30, Card("x", 1, 1000, 1, 1), num_ranks=1)
+    tokens = 2 * 400 * (1 - math.exp(-2.5)) + 256
+    assert found.learner_mfu == pytest.approx(4e9 * tokens / 1e15 / found.learn_s)
 
 
 def test_sequences_that_do_not_fit_wait() -> None:
@@ -113,10 +147,10 @@ def test_a_mixture_reads_the_experts_that_are_used() -> None:
         Qwen3MoeConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16)
     )
     of = counts(base=1000, active=300)
-    assert _weight_bytes(mixture, of, batch=1) == pytest.approx(2 * 300)
+    assert weights_read(mixture, of, batch=1) == pytest.approx(300)
     # Of 8 experts with 700 / 0.75 weights, a second token leaves 0.75 x 0.75 idle.
-    assert _weight_bytes(mixture, of, batch=2) == pytest.approx(2 * (1000 - 700 * 0.75))
-    assert _weight_bytes(mixture, of, batch=1000) == pytest.approx(2000)
+    assert weights_read(mixture, of, batch=2) == pytest.approx(1000 - 700 * 0.75)
+    assert weights_read(mixture, of, batch=1000) == pytest.approx(1000)
     assert mixture.linears()[-1] == (16, 2048, 2)
 
 

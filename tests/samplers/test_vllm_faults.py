@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from rl_lora import cli
+from rl_lora import train as loop
+from rl_lora.adapters.files import load_tensors
 from rl_lora.errors import EngineError, StaleAdapterError, UserError
 from rl_lora.rollouts import sample_groups
 from rl_lora.samplers.restarts import RestartingSampler
@@ -26,6 +30,7 @@ ROUNDING = 1e-4  # nats, at most; batches of other sizes are added up in another
 
 pytestmark = [
     pytest.mark.faults,
+    pytest.mark.timeout(900),  # several engines each
     pytest.mark.skipif(
         torch.cuda.is_available(), reason="these compare float32 log-probs of vLLM's CPU back end"
     ),
@@ -187,6 +192,58 @@ def test_files_changed_before_a_restart_are_refused(
         steps(5, fail)
         with pytest.raises(StaleAdapterError):
             sampler.sample(PROMPTS, PARAMS)
+
+
+@pytest.mark.long
+def test_a_run_whose_engine_fails_continues_as_if_it_had_not_and_ends_where_it_always_fails(
+    tmp_path: Path,
+    steps: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["run.num_steps=3", "data.held_out=4", "sampling.num_prompts=4"]
+    options += ["sampling.max_tokens=32", "sampling.backend=vllm", "optim.lr=1e-3"]
+    words = ["train", "smoke", "--quiet", f"run.output_dir={tmp_path}", *options]
+    assert cli.main([*words, "run.name=whole"]) == 0
+    publish = loop.publish
+
+    def fail(engine: Any) -> list[Any]:
+        raise RuntimeError("failed on purpose")
+
+    def publish_and_fail_later(job: Any, state: Any) -> Adapter:
+        if state.step == 1:
+            steps(9, fail)
+        return publish(job, state)
+
+    monkeypatch.setattr(loop, "publish", publish_and_fail_later)
+    assert cli.main([*words, "run.name=faulty"]) == 0
+    told = "warning: vLLM failed (RuntimeError: failed on purpose); a new engine continues with"
+    assert told in " ".join(capsys.readouterr().out.split())
+    rows, others = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "faulty")
+    )
+    assert [row.get("system/engine_restarts") for row in rows] == [None] * 3
+    assert [row.get("system/engine_restarts") for row in others] == [None, 1.0, None]
+    for row, other in zip(rows, others, strict=True):
+        for key in ("reward/mean", "rollouts/completion_tokens", "eval/accuracy"):
+            assert row.get(key) == other.get(key)
+        assert row["grad/norm"] == pytest.approx(other["grad/norm"], rel=1e-3)
+        assert other["mismatch/kl"] < 1e-7
+    weights = [load_tensors(tmp_path / name / "adapter") for name in ("whole", "faulty")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=1e-4, rtol=0)
+
+    monkeypatch.setattr(loop, "publish", publish)
+    steps(1, fail, times=99)
+    assert cli.main([*words, "run.name=faulty", "run.num_steps=4", "--resume"]) == 3
+    *trace, line = capsys.readouterr().err.splitlines()
+    assert line == (
+        "rl-lora: the run stopped: vLLM failed (RuntimeError: failed on purpose); 2 restarts in a "
+        "row (sampling.max_restarts) did not help; run the same command with --resume to continue "
+        "from the last checkpoint"
+    )
+    assert trace[-1] == "RuntimeError: failed on purpose"
 
 
 # --- memory ---------------------------------------------------------------------------------------

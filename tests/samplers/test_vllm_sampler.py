@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +27,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFa
 from rl_lora.adapters.files import fingerprint, save_adapter
 from rl_lora.config import LoraSection, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
+from rl_lora.launchers import interruption
+from rl_lora.launchers.interruption import Interrupted
 from rl_lora.rollouts import score_groups
 from rl_lora.sampler import BASE_VERSION
 from rl_lora.samplers.liveness import VersionCheck
@@ -354,6 +357,29 @@ def test_samples_follow_only_from_the_seed(sampler: VllmSampler) -> None:
     twice = sampler.sample([PROMPTS[0], PROMPTS[1], PROMPTS[0]], PARAMS)
     assert [_ids(group) for group in twice[:2]] == [_ids(group) for group in groups[:2]]
     assert not set(_ids(twice[2])) & set(_ids(twice[0]))  # the same prompt again, other samples
+
+
+@pytest.mark.faults
+def test_a_signal_ends_the_sampling_between_two_passes(
+    sampler: VllmSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes within a pass, which is not broken off; the engine is as before."""
+    expected = [_ids(group) for group in sampler.sample(PROMPTS, PARAMS)]
+    step, done = sampler._engine.step, list[Any]()
+
+    def step_with_signal() -> Any:
+        if len(done) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        done.append(step())
+        return done[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler._engine, "step", step_with_signal)
+        with pytest.raises(Interrupted, match="SIGTERM"), interruption.handled():
+            sampler.sample(PROMPTS, PARAMS)
+    assert len(done) == 4  # of 12 and more
+    assert not sampler._engine.has_unfinished_requests()
+    assert [_ids(group) for group in sampler.sample(PROMPTS, PARAMS)] == expected
 
 
 def test_prompts_that_exceed_a_steps_tokens(sampler: VllmSampler) -> None:

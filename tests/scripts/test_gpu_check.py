@@ -28,7 +28,7 @@ from rl_lora.config import LoraSection, OptimSection, RunConfig
 from rl_lora.errors import UserError
 from rl_lora.models import resolve as models
 from rl_lora.planning.cards import Card
-from rl_lora.planning.speed import learner_token_s, shape_of
+from rl_lora.planning.roofline import learner_token_s, shape_of
 from rl_lora.types import Microbatch, TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama
 

@@ -1,5 +1,8 @@
-"""The KL to the base model before a step learns: as a penalty on rewards (algorithm.kl="reward"),
-and as a limit of the run (algorithm.max_kl_to_base)."""
+"""Penalties on rewards before advantages are taken: the KL to the base model, and length; and the
+limit of that KL (algorithm.max_kl_to_base).
+
+The groups' own rewards stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,44 @@ import torch
 
 from rl_lora import distributed
 from rl_lora.batches import make_samples, pack_samples, to_device
-from rl_lora.config import AlgorithmSection
+from rl_lora.config import RunConfig
 from rl_lora.errors import KlLimitError
 from rl_lora.learner import Learner, own_share
 from rl_lora.losses import k3
 from rl_lora.types import RolloutGroup, TrainSample
 
 
-def rewards_and_kl(
-    learner: Learner, groups_N: Sequence[RolloutGroup], algorithm: AlgorithmSection
+def penalised_rewards(
+    config: RunConfig, learner: Learner, groups_N: Sequence[RolloutGroup]
 ) -> tuple[list[list[float]], dict[str, float]]:
-    """rewards_N_G to learn from, and metrics of the KL to the base, as far as the settings ask for
-    it: policy/kl_to_base is the k3 estimate of KL(sampler || base) in nats a token.
+    """rewards_N_G less what the settings ask for, and metrics: reward/NAME_penalty, what a
+    completion's reward has lost on average, reward/kl (`kl_penalties`), and policy/kl_to_base.
 
     Raises:
-        KlLimitError: it is over algorithm.max_kl_to_base.
+        KlLimitError: the KL to the base is over algorithm.max_kl_to_base.
     """
-    rewards_N_G, metrics = [group.rewards_G for group in groups_N], dict[str, float]()
-    if algorithm.kl == "reward":
-        rewards_N_G, metrics = penalised_rewards(learner, groups_N, algorithm.kl_weight)
-    if (limit := algorithm.max_kl_to_base) is None:
+    rewards_N_G = [group.rewards_G for group in groups_N]
+    metrics: dict[str, float] = {}
+    penalties: dict[str, list[list[float]]] = {}
+    if config.algorithm.kl == "reward":
+        penalties["kl"], metrics = kl_penalties(learner, groups_N, config.algorithm.kl_weight)
+    if (within := config.reward.overlong_tokens) > 0:
+        weight, max_tokens = config.reward.overlong_weight, config.sampling.max_tokens
+        penalties["overlong"] = [
+            [
+                weight * overlong_penalty(len(rollout.completion.token_ids), max_tokens, within)
+                for rollout in group.rollouts_G
+            ]
+            for group in groups_N
+        ]
+    for name, penalty_N_G in penalties.items():
+        flat = [penalty for penalty_G in penalty_N_G for penalty in penalty_G]
+        metrics[f"reward/{name}_penalty"] = sum(flat) / len(flat)
+        rewards_N_G = [
+            [reward - penalty for reward, penalty in zip(*pair, strict=True)]
+            for pair in zip(rewards_N_G, penalty_N_G, strict=True)
+        ]
+    if (limit := config.algorithm.max_kl_to_base) is None:
         return rewards_N_G, metrics
     kl = metrics["reward/kl"] if "reward/kl" in metrics else kl_to_base(learner, groups_N)
     if not kl <= limit:
@@ -48,36 +69,39 @@ def kl_to_base(learner: Learner, groups_N: Sequence[RolloutGroup]) -> float:
     return _sequence_kls(learner, samples)[1] if samples else 0.0
 
 
-def penalised_rewards(
+def overlong_penalty(num_tokens: int, max_tokens: int, within: int) -> float:
+    """DAPO's soft penalty of length (arXiv 2503.14476, equation 13), as a positive number.
+
+    0 up to `within` tokens before the limit, from there linearly to 1 at the limit.
+    """
+    return min(max(num_tokens - (max_tokens - within), 0) / within, 1.0)
+
+
+def kl_penalties(
     learner: Learner, groups_N: Sequence[RolloutGroup], weight: float
 ) -> tuple[list[list[float]], dict[str, float]]:
-    """rewards_N_G less `weight` times each sequence's KL to the base model, the sum over its tokens
-    of log p_sampler - log p_reference (InstructGPT, arXiv 2203.02155, equation 2).
+    """[N][G]: `weight` times each sequence's KL to the base model, the sum over its tokens of
+    log p_sampler - log p_reference (InstructGPT, arXiv 2203.02155, equation 2).
 
-    The groups' own rewards stay as they are. A job's processes divide the work.
+    A job's processes divide the work.
 
     Returns:
-        The rewards, and as metrics reward/kl, the k3 estimate of KL(sampler || base) in nats a
-        token, and reward/kl_penalty, what a completion's reward has lost on average.
+        The penalties, and as a metric reward/kl, the k3 estimate of KL(sampler || base) in nats a
+        token.
     """
     samples = make_samples(groups_N, [[1.0] * len(group.rollouts_G) for group in groups_N])
     if not samples:
-        return [group.rewards_G for group in groups_N], {}
+        return [[0.0] * len(group.rollouts_G) for group in groups_N], {}
     kl_of, kl_per_token = _sequence_kls(learner, samples)
     kls = iter(kl_of)
-    kl_N_G = [
-        [next(kls) if rollout.completion.token_ids else 0.0 for rollout in group.rollouts_G]
+    penalty_N_G = [
+        [
+            weight * next(kls) if rollout.completion.token_ids else 0.0
+            for rollout in group.rollouts_G
+        ]
         for group in groups_N
     ]
-    rewards_N_G = [
-        [reward - weight * kl for reward, kl in zip(group.rewards_G, kl_G, strict=True)]
-        for group, kl_G in zip(groups_N, kl_N_G, strict=True)
-    ]
-    flat = [kl for kl_G in kl_N_G for kl in kl_G]
-    return rewards_N_G, {
-        "reward/kl": kl_per_token,
-        "reward/kl_penalty": weight * sum(flat) / len(flat),
-    }
+    return penalty_N_G, {"reward/kl": kl_per_token}
 
 
 def _sequence_kls(learner: Learner, samples: Sequence[TrainSample]) -> tuple[list[float], float]:

@@ -1,0 +1,78 @@
+"""Penalties of length on rewards, and completions that are cut off."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rewards import Score
+from rl_lora.batches import make_samples, pack
+from rl_lora.config import load_config
+from rl_lora.errors import UserError
+from rl_lora.penalties import overlong_penalty, penalised_rewards
+from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup
+
+RIGHT = Score(reward=1.0, correct=True, status="ok", answer="1", has_format=True)
+NO_LEARNER: Any = SimpleNamespace()
+
+
+def group_of(lengths: list[int], max_tokens: int = 20) -> RolloutGroup:
+    """A prompt whose right completions have these lengths; one of max_tokens is cut off."""
+    return RolloutGroup(
+        Prompt("p", "s", "q", "1", (1, 2)),
+        tuple(
+            Rollout(
+                Completion(tuple(range(n)), "", (-1.0,) * n, is_truncated=n == max_tokens,
+                           adapter_version=0),
+                RIGHT,
+            )
+            for n in lengths
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(0, 0.0), (12, 0.0), (13, 0.125), (16, 0.5), (19, 0.875), (20, 1.0)]
+)
+def test_the_penalty_rises_linearly_over_the_last_tokens(length: int, expected: float) -> None:
+    assert overlong_penalty(length, max_tokens=20, within=8) == expected
+
+
+def test_rewards_lose_the_penalty_and_the_groups_keep_theirs() -> None:
+    overrides = ["sampling.max_tokens=20", "reward.overlong_tokens=8", "reward.overlong_weight=0.5"]
+    groups = [group_of([4, 16, 20]), group_of([20])]
+    rewards_N_G, metrics = penalised_rewards(load_config(None, overrides), NO_LEARNER, groups)
+    assert rewards_N_G == [[1.0, 0.75, 0.5], [0.5]]
+    assert metrics == {"reward/overlong_penalty": pytest.approx((0.25 + 0.5 + 0.5) / 4)}
+    assert groups[0].rewards_G == [1.0, 1.0, 1.0]
+
+
+def test_without_a_penalty_there_is_no_metric_of_one() -> None:
+    rewards_N_G, metrics = penalised_rewards(load_config(None), NO_LEARNER, [group_of([4, 20])])
+    assert (rewards_N_G, metrics) == ([[1.0, 1.0]], {})
+
+
+def test_a_completion_that_is_cut_off_is_in_neither_the_samples_nor_the_denominator() -> None:
+    groups, advantages = [group_of([4, 20, 6])], [[1.0, -1.0, 0.5]]
+    assert [s.advantage for s in make_samples(groups, advantages, skip_truncated=True)] == [1, 0.5]
+    ((batch,),) = pack(groups, advantages, skip_truncated=True)
+    assert batch.weights_C.tolist() == pytest.approx([1 / 10] * 10)
+    assert pack([group_of([20])], [[1.0]], skip_truncated=True) == [[]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sampling.max_tokens=20", "reward.overlong_tokens=21"], "is more than sampling.max_tok"),
+        (["reward.overlong_tokens=8", "algorithm.advantage=maxrl"], "reward.overlong_tokens makes"),
+        (
+            ["algorithm.kl=reward", "algorithm.kl_weight=1", "algorithm.advantage=maxrl"],
+            "and algorithm.kl='reward' makes them negative; remove it, or set .*='grpo'",
+        ),
+    ],
+)
+def test_penalties_that_make_no_sense_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(None, overrides)

@@ -96,7 +96,7 @@ def run_job(job: Any, folder: Path, source: random.Random) -> str:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             job(folder, source)
-    except BaseException:  # noqa: BLE001 (a soak goes on, and fails at its end)
+    except BaseException:  # noqa: BLE001 (a soak continues, and fails at its end)
         return traceback.format_exc()
     return ""
 

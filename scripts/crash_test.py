@@ -7,7 +7,7 @@
 Every file of the run's folder is compared, times and the like apart (tests/helpers/run_files.py).
 The moments are file operations and times, in start-up, steps, checkpoints, evaluations and figures;
 some runs are killed several times. All but a few are forked children, on one thread, of a process
-that has the libraries loaded; the others are processes of their own, killed in their start-up too.
+that has the libraries loaded; the others are separate processes, killed in their start-up too.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Bench:
         """How an unbroken run ends; each job's is made once.
 
         Raises:
-            AssertionError: it fails, or a process of its own writes other files than a forked one.
+            AssertionError: it fails, or a separate process writes other files than a forked one.
         """
         if (job, is_forked) not in self._whole:
             crash = self.crash(job, [], is_forked=is_forked)

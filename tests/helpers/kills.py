@@ -37,11 +37,15 @@ class Kill:
     at_operation: int | None = None  # before this operation that changes files, from 1
     after_s: float | None = None  # or so many seconds after the fork
     is_group: bool = True  # its children die with it; False: only the process that got so far
-    is_forked: bool = True  # the job is a forked child; False: a process of its own
+    is_forked: bool = True  # the job is a forked child; False: a separate process
 
     def __str__(self) -> str:
         when = f"operation {self.at_operation}" if self.at_operation else f"{self.after_s:.2f} s"
-        parts = [when] + ["alone"] * (not self.is_group) + ["own process"] * (not self.is_forked)
+        parts = (
+            [when]
+            + ["by itself"] * (not self.is_group)
+            + ["in a separate process"] * (not self.is_forked)
+        )
         return " ".join(parts)
 
 
@@ -85,7 +89,7 @@ def in_a_child(work: Callable[[], Any], log: Path, kill: Kill | None = None) -> 
 
 
 def in_a_process(command: Sequence[str], log: Path, kill: Kill) -> Ending:
-    """As `in_a_child`, for a command line in a process of its own, which dies after some seconds;
+    """As `in_a_child`, for a command line in a separate process, which dies after some seconds;
     its file operations are not counted."""
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
@@ -127,7 +131,7 @@ def _ending_here(log: Path) -> Iterator[None]:
         sys.stdout = sys.stderr = file
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
-        os.fsync = lambda descriptor: None  # a kill loses nothing that was written
+        os.fsync = lambda fd: None  # a kill loses nothing that was written
         # The server that cells are forked from would import the libraries again.
         forked = multiprocessing.get_context("fork")
         multiprocessing.get_context = lambda method=None: forked  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Short jobs with a fault each, run one after another in a process that goes on (scripts/soak.py).
+"""Short jobs with a fault each, run one after another in one process (scripts/soak.py).
 
 Each function gets an empty folder and a random source, injects its fault and checks how the job
 ends. A job that can resume does so, to its end.

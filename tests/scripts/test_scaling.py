@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scaling import simulate as simulate_script
 from scaling.cpu_check import CALIBRATION, Equal, Measured, calibrated, estimate, ratio
-from scaling.curve import TODAY, Scenario, load_scenario, points
+from scaling.curve import TODAY, Scenario, load_scenario, points, with_failures
 from scaling.lengths import MEASURED_SIGMA, Lengths, fit, recorded, with_mean
 from scaling.simulation import Design, simulate
 
@@ -199,6 +200,32 @@ def test_the_plans_estimate_is_near_the_simulation(scenario: Scenario) -> None:
         assert one.estimated_s == pytest.approx(one.step_s, rel=0.25)
     assert found[3].step_s < 0.8 * found[0].step_s  # staleness 2, and today's design
     assert [one.max_staleness for one in found[:4]] == [0, 0, 1, 2]
+
+
+def test_failures_cost_time_and_no_batch(scenario: Scenario) -> None:
+    for calm, failing in with_failures(scenario, 16, every_s=60.0, restart_s=300.0):
+        assert (calm.num_lost, failing.max_staleness) == (0, calm.max_staleness)
+        assert failing.num_lost > 0
+        assert failing.step_s > calm.step_s
+
+
+def test_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def called(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["simulate.py", *arguments])
+        assert simulate_script.main() == 0
+        return capsys.readouterr().out
+
+    path = tmp_path / "transcripts.jsonl"
+    rows = [{"tokens": tokens, "truncated": False} for tokens in (20, 148)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert called("lengths", str(path)).startswith("mu 3.996, sigma 1.001")  # log 20, log 148
+    text = called("curve", "--largest", "2", "--out", str(tmp_path))
+    assert "divided, staleness 4" in text
+    found = json.loads((tmp_path / "curve.json").read_text())
+    assert [row["num_gpus"] for row in found["own batch"]] == [1, 2, 2, 2, 2, 2]
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_lengths_of_a_scenario_have_the_plans_mean(scenario: Scenario) -> None:

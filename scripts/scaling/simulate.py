@@ -58,12 +58,12 @@ def main() -> int:
         rows = {"own batch": as_rows(own), "growing batch": as_rows(grown)}
         draw(own, grown, options.out / "scaling.png")
         for title, points in (("Its own batch", own), ("A batch that grows", grown)):
-            Console(width=140).print(table(title, points))
+            Console(width=170).print(table(title, points))
     else:
         pairs = with_failures(scenario, options.gpus, every_s=600.0, restart_s=300.0)
         found_points = [one for pair in pairs for one in pair]
         rows = {"undisturbed, with failures": as_rows(found_points)}
-        Console(width=140).print(table("Undisturbed; with a failure in 10 minutes", found_points))
+        Console(width=170).print(table("Undisturbed; with a failure in 10 minutes", found_points))
     (options.out / f"{options.command}.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     return 0
 

@@ -5,12 +5,23 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from scaling.lengths import Lengths, fit, recorded, with_mean
+from scaling import simulate as simulate_script
+from scaling.cpu_check import CALIBRATION, Equal, Measured, calibrated, estimate, ratio
+from scaling.curve import TODAY, Scenario, load_scenario, points, with_failures
+from scaling.lengths import MEASURED_SIGMA, Lengths, fit, recorded, with_mean
 from scaling.simulation import Design, simulate
+
+from rl_lora.config import LoraSection
+from rl_lora.planning.cards import CARDS
+from rl_lora.planning.roofline import Assumptions
+from tests.helpers.tiny_models import small_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 LONG = Lengths(mu=4.0, sigma=0.8, limit=400)
 
@@ -171,3 +182,92 @@ def test_recorded_lengths(tmp_path: Path) -> None:
     assert recorded(path) == ([5, 64], 64)
     path.write_text(json.dumps(rows[0]) + "\n")
     assert recorded(path) == ([5], 6)
+
+
+@pytest.fixture(scope="module")
+def scenario() -> Scenario:
+    return load_scenario(CONFIGS / "deepmath_qwen3_8b.toml", CARDS["h100"], MEASURED_SIGMA)
+
+
+def test_the_plans_estimate_is_near_the_simulation(scenario: Scenario) -> None:
+    """The plan assumes exponential lengths with the same mean, and a steady state."""
+    found = list(points(scenario, 16))
+    assert [one.design for one in found] == [
+        TODAY,
+        *(f"divided, staleness {bound}" for bound in (0, 1, 2, 4)),
+    ]
+    for one in found:
+        assert one.estimated_s == pytest.approx(one.step_s, rel=0.25)
+    assert found[3].step_s < 0.8 * found[0].step_s  # staleness 2, and today's design
+    assert [one.max_staleness for one in found[:4]] == [0, 0, 1, 2]
+
+
+def test_failures_cost_time_and_no_batch(scenario: Scenario) -> None:
+    for calm, failing in with_failures(scenario, 16, every_s=60.0, restart_s=300.0):
+        assert (calm.num_lost, failing.max_staleness) == (0, calm.max_staleness)
+        assert failing.num_lost > 0
+        assert failing.step_s > calm.step_s
+
+
+def test_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def called(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["simulate.py", *arguments])
+        assert simulate_script.main() == 0
+        return capsys.readouterr().out
+
+    path = tmp_path / "transcripts.jsonl"
+    rows = [{"tokens": tokens, "truncated": False} for tokens in (20, 148)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert called("lengths", str(path)).startswith("mu 3.996, sigma 1.001")  # log 20, log 148
+    text = called("curve", "--largest", "2", "--out", str(tmp_path))
+    assert "divided, staleness 4" in text
+    found = json.loads((tmp_path / "curve.json").read_text())
+    assert [row["num_gpus"] for row in found["own batch"]] == [1, 2, 2, 2, 2, 2]
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lengths_of_a_scenario_have_the_plans_mean(scenario: Scenario) -> None:
+    lengths = scenario.lengths()
+    drawn = [tokens for group in range(500) for tokens in lengths(0, group)]
+    assert np.mean(drawn) == pytest.approx(scenario.work.mean_tokens, rel=0.02)
+    assert lengths(3, 5) == lengths(3, 5) != lengths(3, 6)
+    larger = scenario.with_prompts(128)
+    assert larger.work.config.sampling.num_prompts == 128
+    assert scenario.work.config.sampling.num_prompts == 64
+
+
+def test_a_calibration_finds_the_rates_of_which_measurements_are_made() -> None:
+    policy: Any = SimpleNamespace(
+        model=SimpleNamespace(config=small_config()),
+        lora=LoraSection(),
+    )
+    prompts: Any = [SimpleNamespace(token_ids=(1,) * 40), SimpleNamespace(token_ids=(1,) * 50)]
+    true = Assumptions(
+        products=0.03,  # 30 GFLOP/s
+        bandwidth=1e9,
+        attention_forward=0.03,
+        attention_backward=0.03,
+        learner=0.8,
+        engine_step_s=1e-6,
+        lora_layer_s=0.0,
+        hand_over_s=0.0,
+        mean_share=1e6,
+        prompt_tokens=45,
+        number_bytes=4,
+    )
+
+    def made(size: Equal) -> Measured:
+        found = estimate(policy, size, true)
+        return Measured(size, found.sample_s, found.learn_s)
+
+    found = calibrated(policy, prompts, [made(size) for size in CALIBRATION])
+    for name in ("products", "engine_step_s", "learner"):
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-6), name
+    other = Equal(3, 4, 20)
+    assert ratio(made(other), estimate(policy, other, found)) == pytest.approx(1)
+    # 12 sequences of 20 tokens: 20 steps, 12 x 20 tokens and 3 prompts of 2 FLOP a weight. Layers
+    # have 576 weights and two norms of 8; the last norm has 8, embedding and lm_head 80 each.
+    counted = (2 * (576 + 16) + 8 + 2 * 80) * 2 * (12 * 20 + 3 * 45) / 30e9
+    assert made(other).sample_s == pytest.approx(20 * 1e-6 + counted, rel=1e-3)

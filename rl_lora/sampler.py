@@ -18,7 +18,10 @@ OnProgress = Callable[[int, int, int], None]  # completions done, in all, tokens
 
 
 class Sampler(Protocol):
-    """Samples completions from the base model with the adapter that was set last."""
+    """Samples completions from the base model with the adapter that was set last.
+
+    One with an engine raises EngineError where that is unusable (`samplers.restarts`).
+    """
 
     def set_adapter(self, adapter: Adapter | None) -> None:
         """Samples from this adapter version from now on; None: from the base model."""

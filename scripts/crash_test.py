@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Progress(console=console) as progress,
     ):
         torch.set_num_threads(1)
-        load_libraries(Path(folder))
+        load_libraries(Path(folder) / "libraries")
         tallies = []
         for kind in arguments.kind or (kind for kind in KINDS if kind != "vllm"):
             tallies.append(tally := Tally(kind))
@@ -216,6 +216,8 @@ def crash_kind(
         else:
             tally.num_equal += 1
         progress.advance(task)
+        if not progress.console.is_terminal:  # where no bar is shown
+            print(f"{kind} {number} of {len(numbers)}", flush=True)
 
 
 if __name__ == "__main__":

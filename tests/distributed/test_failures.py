@@ -73,11 +73,28 @@ def test_all_ranks_stop_together_where_the_policy_is_too_far_from_the_base(tmp_p
     assert checkpoint_steps(tmp_path / "smoke") == {0, 1}
 
 
+IN_ENGINE = "rl_lora.samplers.vllm.sampler:VllmSampler._wake"
+
+
+@pytest.mark.long
+def test_an_engine_that_hangs_ends_its_rank_and_the_launcher_resumes_the_job(
+    tmp_path: Path,
+) -> None:
+    """It hangs in a lock, which no exception interrupts."""
+    pytest.importorskip("vllm")
+    settings = ["sampling.backend=vllm", "sampling.timeout_s=20"]
+    job = train(tmp_path, *settings, faults=f"1 {IN_ENGINE} 5 hang", max_restarts=1)
+    assert (job.code, job.lines(1), job.left) == (0, [], [])
+    (line,) = [line for rank, line in job.lines(0) if rank == 1]
+    assert line.startswith("the run stopped: the sampler gave no token for 20 s (sampling.timeout")
+    lines = (tmp_path / "smoke" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
 @pytest.mark.long
 def test_an_engine_that_fails_is_replaced_by_its_own_rank(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    place = "rl_lora.samplers.vllm.sampler:VllmSampler._wake"
-    job = train(tmp_path, "sampling.backend=vllm", faults=f"1 {place} 5 defect")
+    job = train(tmp_path, "sampling.backend=vllm", faults=f"1 {IN_ENGINE} 5 defect")
     assert (job.code, job.lines(), job.left) == (0, [], [])
     assert "rank 1: vLLM failed (RuntimeError: made to fail)" in job.printed(1)
     lines = (tmp_path / "smoke" / "metrics.jsonl").read_text().splitlines()

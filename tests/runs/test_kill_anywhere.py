@@ -24,17 +24,18 @@ JOBS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _libraries(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     load_libraries(tmp_path_factory.mktemp("libraries"))
+    return Bench(tmp_path_factory.mktemp("bench"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_a_kill_at_any_moment_leaves_a_run_that_resumes_to_the_same_end(
-    tmp_path: Path, name: str
+    bench: Bench, name: str
 ) -> None:
-    job, bench = JOBS[name], Bench(tmp_path / "bench")
+    job = JOBS[name]
     num_operations = bench.whole(job).num_operations
     assert num_operations > 25
     for number in range(NUM_KILLS):
@@ -47,9 +48,9 @@ def test_a_kill_at_any_moment_leaves_a_run_that_resumes_to_the_same_end(
 
 @pytest.mark.slow
 def test_a_resumption_that_loses_something_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job, bench = JOBS["sft"], Bench(tmp_path / "bench")
+    job = JOBS["sft"]
     at = int(0.5 * bench.whole(job).num_operations)
     monkeypatch.setattr("rl_lora.runs.checkpoint.restore_optimizer", lambda *_: None)
     crash = bench.crash(job, [Kill(at_operation=at)])

@@ -208,6 +208,18 @@ def test_a_longer_run_that_dies_at_its_end_is_not_complete_with_the_shorter_ones
         assert result(tmp_path / arm)[1] == whole(arm)[1]
 
 
+def test_figures_that_a_kill_prevented_are_drawn_by_the_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["run.name=x", "run.num_steps=1"]
+    kill_at(monkeypatch, "train:draw_figures:1", "rl", tmp_path, *settings)
+    drawn: list[Path] = []
+    monkeypatch.setattr("rl_lora.train.draw_figures", drawn.append)
+    for _ in range(2):  # the second finds it complete
+        run("rl", tmp_path, *settings, resume=True)
+        assert drawn == [tmp_path / "x"]
+
+
 def test_a_complete_supervised_run_is_only_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

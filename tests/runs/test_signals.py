@@ -21,6 +21,7 @@ import pytest
 
 from rl_lora.launchers import interruption
 from rl_lora.launchers.interruption import Interrupted
+from rl_lora.runs import checkpoint as checkpoints
 from rl_lora.runs.checkpoint import (
     checkpoint_path,
     checkpoint_steps,
@@ -49,26 +50,22 @@ SAMPLING = "rl_lora.samplers.torch_sampler:_record"
 
 def prepare() -> None:
     """Figures take longer than these runs, and no job has vLLM's engine."""
-    import rl_lora.build
-    import rl_lora.runs.checkpoint
-    import rl_lora.samplers.vllm.checks
-    import rl_lora.train
-
-    def make(section: Any, policy: Any, **options: Any) -> OwnWeights:
-        del options["learner_bytes"], options["on_warning"]
-        return OwnWeights(policy, **options)
-
-    write = rl_lora.runs.checkpoint.write_checkpoint
+    patch = pytest.MonkeyPatch()  # of a child, which ends
+    write = checkpoints.write_checkpoint
 
     def write_once(run_folder: Path, step: int, *arguments: Any) -> Path:
         assert "--resume" in sys.argv or not checkpoint_path(run_folder, step).exists()
         return write(run_folder, step, *arguments)
 
-    rl_lora.runs.checkpoint.write_checkpoint = write_once
-    rl_lora.train.draw_figures = lambda folder: []
+    def make(section: Any, policy: Any, **options: Any) -> OwnWeights:
+        del options["learner_bytes"], options["on_warning"]
+        return OwnWeights(policy, **options)
+
+    patch.setattr(checkpoints, "write_checkpoint", write_once)
+    patch.setattr("rl_lora.train.draw_figures", lambda folder: [])
     if any(word in OVERLAP for word in sys.argv):
-        rl_lora.build.make_sampler = make
-        rl_lora.samplers.vllm.checks.check_vllm = lambda *_: None
+        patch.setattr("rl_lora.build.make_sampler", make)
+        patch.setattr("rl_lora.samplers.vllm.checks.check_vllm", lambda *_: None)
 
 
 def run(arm: str, folder: Path, *more: str, at: tuple[Signal, ...] = ()) -> Ending:
@@ -90,7 +87,8 @@ def outcome(run_folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """The outcome of an unbroken run of an arm; each is made once."""
-    folder, found = tmp_path_factory.mktemp("whole"), {}
+    folder = tmp_path_factory.mktemp("whole")
+    found: dict[Any, Any] = {}
 
     def of(arm: str, *more: str) -> Any:
         key = f"{arm}{len(found)}"

@@ -30,6 +30,7 @@ ROUNDING = 1e-4  # nats, at most; batches of other sizes are added up in another
 
 pytestmark = [
     pytest.mark.faults,
+    pytest.mark.timeout(900),  # several engines each
     pytest.mark.skipif(
         torch.cuda.is_available(), reason="these compare float32 log-probs of vLLM's CPU back end"
     ),

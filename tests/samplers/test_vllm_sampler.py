@@ -365,7 +365,7 @@ def test_a_signal_ends_the_sampling_between_two_passes(
 ) -> None:
     """It comes within a pass, which is not broken off; the engine is as before."""
     expected = [_ids(group) for group in sampler.sample(PROMPTS, PARAMS)]
-    step, done = sampler._engine.step, []
+    step, done = sampler._engine.step, list[Any]()
 
     def step_with_signal() -> Any:
         if len(done) == 3:

@@ -1,0 +1,1 @@
+"""What `scripts/scaling/simulate.py` runs."""

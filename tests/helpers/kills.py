@@ -40,13 +40,9 @@ class Kill:
     is_forked: bool = True  # the job is a forked child; False: a separate process
 
     def __str__(self) -> str:
-        when = f"operation {self.at_operation}" if self.at_operation else f"{self.after_s:.2f} s"
-        parts = (
-            [when]
-            + ["by itself"] * (not self.is_group)
-            + ["in a separate process"] * (not self.is_forked)
-        )
-        return " ".join(parts)
+        text = f"operation {self.at_operation}" if self.at_operation else f"{self.after_s:.2f} s"
+        text += "" if self.is_group else " by itself"
+        return text if self.is_forked else f"{text} in a separate process"
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ class Equal(Size):
         return [self.max_tokens] * (self.num_prompts * self.num_samples)
 
 
-CALIBRATION = (Equal(1, 8, 16), Equal(4, 8, 16))
-OTHERS = (Equal(2, 8, 32), Equal(4, 4, 48), Equal(6, 8, 12), Equal(1, 16, 24), Equal(8, 4, 8))
+CALIBRATION = (Equal(1, 8, 8), Equal(4, 8, 8))
+OTHERS = (Equal(2, 8, 16), Equal(4, 4, 24), Equal(1, 16, 12), Equal(6, 4, 6))
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Measured:
 def check(folder: Path) -> int:
     """Measures, prints and writes a table; 1 if an estimate is off by over ALLOWED."""
     torch.set_num_threads(1)
-    largest = Equal(max(size.num_prompts for size in (*CALIBRATION, *OTHERS)), 16, 64)
+    largest = Equal(max(size.num_prompts for size in (*CALIBRATION, *OTHERS)), 16, 24)
     prompts, tokenizer, model_dir = bench_prompts(largest)
     settings = config(largest)
     policy = open_policy(model_dir, settings.model, settings.lora, seed=0)

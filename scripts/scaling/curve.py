@@ -147,8 +147,10 @@ def points(scenario: Scenario, num_gpus: int) -> Iterator[Point]:
 
 def point(name: str, design: Design, estimated_s: float, num_gpus: int, num_learners: int) -> Point:
     """Simulates until the steady state, and measures steps from there."""
-    num_first = 2 + design.max_staleness
-    found = simulate(design, num_steps=num_first + 5)
+    # Batches that start together end together, so that steps come in turns of max_staleness + 1.
+    turn = design.max_staleness + 1
+    num_first = 1 + turn
+    found = simulate(design, num_steps=num_first + turn * math.ceil(4 / turn))
     total_s = found.ends[-1]
     return Point(
         design=name,

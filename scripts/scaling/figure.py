@@ -34,14 +34,14 @@ def draw(own: Sequence[Point], grown: Sequence[Point], path: Path) -> None:
         ylabel="completions an hour and GPU",
         title=f"{num:,} a step, from {num // 16} GPUs on 16 a GPU (simulated)",
     )
-    for axes in (left, right):
+    for axes, points in ((left, own), (right, grown)):
         axes.set_xscale("log", base=2)
-        ticks = sorted({point.num_gpus for point in own})[::2]
+        ticks = [4**power for power in range(7) if 4**power <= points[-1].num_gpus]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.set_xlabel("GPUs")
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

@@ -147,7 +147,7 @@ def points(scenario: Scenario, num_gpus: int) -> Iterator[Point]:
 
 def point(name: str, design: Design, estimated_s: float, num_gpus: int, num_learners: int) -> Point:
     """Simulates until the steady state, and measures steps from there."""
-    # Batches that start together end together, so that steps come in turns of max_staleness + 1.
+    # What starts together ends together, so that steps come in turns of max_staleness + 1.
     turn = design.max_staleness + 1
     num_first = 1 + turn
     found = simulate(design, num_steps=num_first + turn * math.ceil(4 / turn))

@@ -1,9 +1,9 @@
 """Samplers, a learner, bounded staleness, long tails and failures: a discrete-event simulation.
 
-The learner takes batches in order. The groups of batch b wait until version b - max_staleness has reached
-the samplers; then each goes to the sampler with the fewest sequences, if it has room. An engine
-decodes one token for all its sequences at a time, and the more it has the longer that takes. When a
-batch is complete and the learner is free, it is learned from, which makes version b + 1. A sampler
+The learner takes batches in order. The groups of batch b wait until version b - max_staleness has
+reached the samplers; then each goes to the sampler with the fewest sequences, if it has room. An
+engine decodes one token for all its sequences at a time, and the more it has the longer that takes.
+When a batch is complete and the learner is free, it is learned from, which makes version b + 1. A sampler
 that fails loses its unfinished groups, which are sampled again elsewhere, with the same lengths, as
 their seeds are the same.
 

@@ -209,6 +209,7 @@ def test_failures_cost_time_and_no_batch(scenario: Scenario) -> None:
         assert failing.step_s > calm.step_s
 
 
+@pytest.mark.slow
 def test_the_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -145,12 +145,12 @@ def points(scenario: Scenario, num_gpus: int) -> Iterator[Point]:
         yield point(name, divided(scenario, split), split.seconds, num_gpus)
 
 
-def point(name: str, design: Design, estimated_s: float, num_gpus: int) -> Point:
-    """Simulates until the steady state, and measures steps from there."""
+def point(name: str, design: Design, estimated_s: float, num_gpus: int, least: int = 4) -> Point:
+    """Simulates until the steady state, and measures at least so many steps from there."""
     # What starts together ends together, so that steps come in turns of max_staleness + 1.
     turn = design.max_staleness + 1
     num_first = 1 + turn
-    found = simulate(design, num_steps=num_first + turn * math.ceil(4 / turn))
+    found = simulate(design, num_steps=num_first + turn * math.ceil(least / turn))
     total_s = found.ends[-1]
     return Point(
         design=name,
@@ -188,7 +188,7 @@ def with_failures(
         failing = replace(calm, mean_s_to_failure=every_s * split.num_samplers, restart_s=restart_s)
         name = f"divided, staleness {bound}"
         undisturbed, disturbed = (
-            point(name, one, split.seconds, num_gpus) for one in (calm, failing)
+            point(name, one, split.seconds, num_gpus, least=40) for one in (calm, failing)
         )
         pairs.append((undisturbed, disturbed))
     return pairs

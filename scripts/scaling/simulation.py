@@ -2,7 +2,8 @@
 
 The learner takes batches in order. The groups of batch b wait until version b - max_staleness has
 reached the samplers; then each goes to the sampler with the fewest sequences, if it has room. An
-engine decodes one token for all its sequences at a time, and takes longer the more it has. When a batch is complete and the learner is free, it is learned from, which makes version b + 1. A sampler
+engine decodes one token for all its sequences at a time, and takes longer the more it has. When a
+batch is complete and the learner is free, it is learned from, which makes version b + 1. A sampler
 that fails loses its unfinished groups, which are sampled again elsewhere, with the same lengths, as
 their seeds are the same.
 

@@ -14,7 +14,7 @@ from rl_lora.planning.counts import ParameterCounts
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """What an estimate takes for granted; another machine than a GPU has figures of its own.
+    """What an estimate takes for granted; another machine than a GPU has others.
 
     Of the data sheet's figures an H100 was measured to reach 795 of 989 TFLOP/s for large square
     products and 3.0 of 3.35 TB/s. Models' shapes reach less than square ones.

@@ -4,9 +4,9 @@ The product does not do this yet. In a job of several processes each one samples
 `sampling.overlap` runs both at once on the same GPU. scripts/simulate.py simulates the same design
 with samples that differ in length and machines that fail.
 
-Batches are learned in order. A group of batch b may be sampled once version b - k is published, k
-being the bound on staleness, so that it is at most k versions old when it is learned from and none
-is dropped. With P the seconds of a step in the steady state:
+The learner takes batches in order. A group of batch b may be sampled once version b - k is
+published, k being the bound on staleness, so that it is at most k versions old when it is learned
+from and none is dropped. With P the seconds of a step in the steady state:
 
     P >= learning + all-reduce                                  the learners always work
     P >= sampling the batch at the engines' full rate           the samplers always work

@@ -88,8 +88,8 @@ def load_scenario(config_path: Path, card: Card, spread: float) -> Scenario:
 def today(scenario: Scenario, num_gpus: int) -> tuple[Design, float]:
     """Each process samples its share of the prompts, then all learn; (design, estimated step)."""
     work = replace(scenario.work, num_ranks=num_gpus)
-    switch_s = 2 * work.counts.base * work.assumed.number_bytes
-    switch_s /= work.card.link_gb_s * 1e9 * work.assumed.link
+    moved = 2 * work.counts.base * work.assumed.number_bytes
+    switch_s = moved / (work.card.link_gb_s * 1e9 * work.assumed.link)
     learn_s = work.learn_s() + work.all_reduce_s() + switch_s
     estimated_s = work.sampling(work.num_at_once(scenario.cache_bytes)).total_s
     estimated_s += learn_s + work.hand_over_s()
@@ -136,21 +136,21 @@ def points(scenario: Scenario, num_gpus: int) -> Iterator[Point]:
     """All designs on so many GPUs."""
     if num_gpus <= scenario.work.config.sampling.num_prompts:
         design, estimated_s = today(scenario, num_gpus)
-        yield point(TODAY, design, estimated_s, num_gpus, num_gpus)
+        yield point(TODAY, design, estimated_s, num_gpus)
     if num_gpus == 1:
         return
     for bound in STALENESS:
         split = best_split(scenario.work, scenario.cache_bytes, num_gpus, bound)
         name = f"divided, staleness {bound}"
-        yield point(name, divided(scenario, split), split.seconds, num_gpus, split.num_learners)
+        yield point(name, divided(scenario, split), split.seconds, num_gpus)
 
 
-def point(name: str, design: Design, estimated_s: float, num_gpus: int, num_learners: int) -> Point:
-    """Simulates until the steady state, and measures steps from there."""
-    # Batches that start together end together, so that steps come in turns of max_staleness + 1.
+def point(name: str, design: Design, estimated_s: float, num_gpus: int, least: int = 4) -> Point:
+    """Simulates until the steady state, and measures at least so many steps from there."""
+    # What starts together ends together, so that steps come in turns of max_staleness + 1.
     turn = design.max_staleness + 1
     num_first = 1 + turn
-    found = simulate(design, num_steps=num_first + turn * math.ceil(4 / turn))
+    found = simulate(design, num_steps=num_first + turn * math.ceil(least / turn))
     total_s = found.ends[-1]
     return Point(
         design=name,
@@ -187,12 +187,10 @@ def with_failures(
         calm = divided(scenario, split)
         failing = replace(calm, mean_s_to_failure=every_s * split.num_samplers, restart_s=restart_s)
         name = f"divided, staleness {bound}"
-        pairs.append(
-            tuple(
-                point(name, one, split.seconds, num_gpus, split.num_learners)
-                for one in (calm, failing)
-            )
+        undisturbed, disturbed = (
+            point(name, one, split.seconds, num_gpus, least=40) for one in (calm, failing)
         )
+        pairs.append((undisturbed, disturbed))
     return pairs
 
 

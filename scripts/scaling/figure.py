@@ -32,7 +32,7 @@ def draw(own: Sequence[Point], grown: Sequence[Point], path: Path) -> None:
     right.set(
         ylim=(0, None),
         ylabel="completions an hour and GPU",
-        title=f"{num:,} a step, from {num // 16} GPUs on 16 a GPU (simulated)",
+        title=f"from {num // 16} GPUs on 16 a GPU (simulated)",
     )
     for axes, points in ((left, own), (right, grown)):
         axes.set_xscale("log", base=2)

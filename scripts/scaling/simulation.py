@@ -1,8 +1,8 @@
 """Samplers, a learner, bounded staleness, long tails and failures: a discrete-event simulation.
 
-Batches are learned in order. The groups of batch b wait until version b - max_staleness has reached
-the samplers; then each goes to the sampler with the fewest sequences, if it has room. An engine
-decodes one token for all its sequences at a time, and the more it has the longer that takes. When a
+The learner takes batches in order. The groups of batch b wait until version b - max_staleness has
+reached the samplers; then each goes to the sampler with the fewest sequences, if it has room. An
+engine decodes one token for all its sequences at a time, and takes longer the more it has. When a
 batch is complete and the learner is free, it is learned from, which makes version b + 1. A sampler
 that fails loses its unfinished groups, which are sampled again elsewhere, with the same lengths, as
 their seeds are the same.
@@ -18,7 +18,7 @@ import itertools
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +113,7 @@ class _Job:
             if math.isfinite(design.mean_s_to_failure):
                 env.process(self.fail(engine))
 
-    def learn(self) -> Iterator[simpy.Event]:
+    def learn(self) -> Generator[simpy.Event, Any, None]:
         """The learner."""
         self.offer()
         for batch in range(self.num_steps):
@@ -124,7 +124,7 @@ class _Job:
             self.result.ends.append(self.env.now)
             self.env.process(self.hand_over(batch + 1))
 
-    def hand_over(self, version: int) -> Iterator[simpy.Event]:
+    def hand_over(self, version: int) -> Generator[simpy.Event, Any, None]:
         """A version's way to the samplers."""
         yield self.env.timeout(self.design.hand_over_s)
         self.version = version
@@ -151,8 +151,8 @@ class _Job:
                 else:
                     self.waiting.append(group)
             return
-        while self.waiting and (engine := self.least_loaded()) is not None:
-            engine.start(self.waiting.popleft())
+        while self.waiting and (chosen := self.least_loaded()) is not None:
+            chosen.start(self.waiting.popleft())
 
     def note_load(self, engine: _Engine) -> None:
         """A sampler's number of sequences has changed."""
@@ -177,7 +177,7 @@ class _Job:
         if self.num_done[group.batch] == self.design.num_prompts:
             self.is_complete[group.batch].succeed()
 
-    def fail(self, engine: _Engine) -> Iterator[simpy.Event]:
+    def fail(self, engine: _Engine) -> Generator[simpy.Event, Any, None]:
         """A sampler fails now and then, and is started again."""
         rng = random.Random(f"{self.design.seed} {engine.index}")
         while True:

@@ -203,12 +203,13 @@ def test_the_plans_estimate_is_near_the_simulation(scenario: Scenario) -> None:
 
 
 def test_failures_cost_time_and_no_batch(scenario: Scenario) -> None:
-    for calm, failing in with_failures(scenario, 16, every_s=60.0, restart_s=300.0):
+    for calm, failing in with_failures(scenario.with_prompts(8), 8, 60.0, 300.0):
         assert (calm.num_lost, failing.max_staleness) == (0, calm.max_staleness)
         assert failing.num_lost > 0
         assert failing.step_s > calm.step_s
 
 
+@pytest.mark.slow
 def test_the_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

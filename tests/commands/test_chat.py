@@ -24,6 +24,7 @@ from rl_lora.config import ModelSection, load_config
 from rl_lora.data.messages import Message
 from rl_lora.errors import UserError
 from rl_lora.models.resolve import resolve_model
+from rl_lora.types import Prompt, SampleParams
 from tests.helpers.tiny_models import make_policy, shake
 
 OPTIONS = argparse.Namespace(instruct=False, temperature=0.0, max_tokens=8, seed=0)
@@ -65,16 +66,14 @@ def test_the_adapter_answers_and_remembers_until_a_new_conversation(
     parts: tuple[Served, Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served, sampler, _ = parts
-    asked = []
+    asked: list[str] = []
     sample = type(sampler).sample
-    monkeypatch.setattr(
-        type(sampler),
-        "sample",
-        lambda self, prompts, params: (
-            asked.append(self.tokenizer.decode(prompts[0].token_ids))
-            or sample(self, prompts, params)
-        ),
-    )
+
+    def noting(self: Any, prompts: list[Prompt], params: SampleParams) -> Any:
+        asked.append(self.tokenizer.decode(prompts[0].token_ids))
+        return sample(self, prompts, params)
+
+    monkeypatch.setattr(type(sampler), "sample", noting)
     conversation = Conversation(*parts, OPTIONS)
     first = conversation.answer("7 + 2")
     conversation.answer("and 3?")

@@ -134,6 +134,7 @@ def test_a_complete_run_is_only_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_at_any_moment_and_resume_give_the_same_run(tmp_path: Path) -> None:
     config = smoke(tmp_path, "run.name=whole", "run.num_steps=5", "warm_start.num_steps=2")
     train(config, quiet=True)

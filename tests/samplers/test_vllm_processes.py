@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_each_process_samples_its_share_with_its_own_engine(tmp_path: Path) -> None:
     """See `tests.helpers.vllm_job.main`."""
     pytest.importorskip("vllm")

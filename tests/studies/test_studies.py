@@ -231,6 +231,7 @@ def test_a_failed_cell_is_a_row_and_stops_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_rl_study_resumes(tmp_path: Path) -> None:
     raw = raw_study(tmp_path, "rl")
     raw["grid"] = [{"optim": {"lr": [1e-4, 1e-3]}}]

@@ -64,7 +64,12 @@ class NonfiniteSteps:
 
 
 def _num_at_end(metrics: Path) -> int:
-    """Steps in a row at the end of a run's metrics whose gradient was not finite."""
-    rows = jsonl.read_lines(metrics)
-    finite = [n for n, row in enumerate(rows, start=1) if not row.get("learn/nonfinite_updates")]
-    return len(rows) - max(finite, default=0)
+    """Steps whose gradient was not finite since the last one that had a finite gradient; a step
+    without any, as all its groups are tied, is neither."""
+    num = 0
+    for row in reversed(jsonl.read_lines(metrics)):
+        if row.get("learn/nonfinite_updates"):
+            num += 1
+        elif row.get("learn/updates"):
+            break
+    return num

@@ -7,6 +7,7 @@ ends. A job that can resume does so, to its end.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import resource
@@ -38,6 +39,7 @@ from tests.helpers.crashes import RL_SMALL, SFT_SMALL, SFT_TINY, SMOKE
 from tests.helpers.hostile import hostile_inputs
 from tests.helpers.kills import Kill, in_a_child
 
+_numbers = itertools.count()
 _calls_left: dict[str, int] = {}  # of the user's "reward" or "loss" until it fails; else: never
 
 
@@ -168,8 +170,8 @@ def nan_gradient(folder: Path, source: random.Random) -> None:
     """The loss is not finite from some call on."""
     _calls_left["loss"] = source.randint(1, 6)
     settings = [f"algorithm.loss={__name__}:user_loss", "optim.max_nonfinite_steps=2"]
-    with pytest.raises(FloatingPointError):  # rewards by length: hardly a group is tied
-        rl(folder, *settings, f"reward.name={__name__}:user_reward", "run.num_steps=16")
+    with pytest.raises(FloatingPointError):
+        rl(folder, *settings, f"reward.name={__name__}:user_reward", "run.num_steps=12")
     del _calls_left["loss"]
 
 
@@ -236,10 +238,10 @@ JOBS: dict[str, Callable[[Path, random.Random], None]] = {
 
 
 def user_reward(completion: str, reference: str) -> float:
-    """A reward that fails at some call."""
+    """A reward that fails at some call, and ties no group."""
     if _is_to_fail("reward"):
         raise ValueError("a user's error")
-    return float(len(completion) % 7)
+    return float(next(_numbers) % 7)
 
 
 def user_loss(inputs: LossInputs) -> tuple[Tensor, int | Tensor]:

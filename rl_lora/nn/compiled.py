@@ -51,7 +51,6 @@ def compile_layers(model: nn.Module, *, keeps_activations: bool = True) -> None:
             f"compiled, {eager[0]} first",
             stacklevel=2,
         )
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     for name, layer in layers.items():
         if name not in eager:
             layer.gradient_checkpointing = False
@@ -69,6 +68,9 @@ class _CompiledForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is not None:
             return self.eager(*args, **kwargs)
+        config = torch._dynamo.config
+        if config.recompile_limit < _MAX_GRAPHS:  # newer PyTorch: each thread has its own
+            config.recompile_limit = _MAX_GRAPHS
         try:
             return self.compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,22 @@ def test_ten_batches_take_two_graphs_and_agree_with_eager_layers(
     texts = [p.model.generate(ids_BT, max_new_tokens=5, do_sample=False) for p in policies]  # type: ignore[operator]
     assert torch.equal(*texts)
     assert num_graphs() == 3, "decoding is not compiled"
+
+
+@pytest.mark.usefixtures("_without_kernels")
+def test_each_thread_may_compile_all_graphs(tmp_path: Path) -> None:
+    """The learner's microbatches run in threads, and Dynamo's settings are each thread's own."""
+    policy = opened(random_llama(tmp_path / "model"), compiles=True)
+
+    def passes() -> int:
+        torch._dynamo.config.recompile_limit = 1
+        policy.token_logprobs(batch(0), 1.0)
+        with torch.no_grad():
+            policy.token_logprobs(batch(0), 1.0)
+        return num_graphs()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(passes).result() > 1
 
 
 @pytest.mark.slow

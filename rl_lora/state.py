@@ -100,6 +100,12 @@ def save(job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]
     save_checkpoint(state.step, learner, job.config, **more)
 
 
+def save_once(job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]) -> None:
+    """As `save`, unless the step's checkpoint is there."""
+    if not has_checkpoint(job.config.run.folder, state.step):
+        save(job, learner, state, inputs)
+
+
 @contextlib.contextmanager
 def saved_at_limit(
     job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]
@@ -109,8 +115,7 @@ def saved_at_limit(
     try:
         yield
     except KlLimitError:
-        if not has_checkpoint(job.config.run.folder, state.step):
-            save(job, learner, state, inputs)
+        save_once(job, learner, state, inputs)
         raise
 
 

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rl_lora import distributed
@@ -23,7 +24,7 @@ from rl_lora.prompts import PromptSets
 from rl_lora.report.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.report.run_figures import draw_figures
 from rl_lora.report.terminal import Display
-from rl_lora.runs.checkpoint import drop_after, has_checkpoint
+from rl_lora.runs.checkpoint import drop_after
 from rl_lora.runs.inputs import base_inputs, prompt_inputs
 from rl_lora.runs.log import RunLog
 from rl_lora.runs.machine import MachineMeter
@@ -41,7 +42,7 @@ from rl_lora.samplers.liveness import (
     staleness_metrics,
 )
 from rl_lora.sft.warm_start import has_solutions, warm_start
-from rl_lora.state import State, publish, restore, save, saved_at_limit, with_handover
+from rl_lora.state import State, publish, restore, save, save_once, saved_at_limit, with_handover
 from rl_lora.storage.directories import atomic_directory
 from rl_lora.types import RolloutGroup
 
@@ -75,11 +76,7 @@ def loop(parts: Parts, state: State) -> None:
     parts.display.stage("training", config.num_steps, state.step)
     check = VersionCheck(parts.job.policy, parts.job.config.sampling.temperature)
     timer.take()
-
-    def save_now() -> None:
-        if not has_checkpoint(config.folder, state.step):
-            save(parts.job, parts.learner, state, parts.inputs)
-
+    save_now = partial(save_once, parts.job, parts.learner, state, parts.inputs)
     with MachineMeter() as meter, worker, interruption.steps(save_now):
         if state.metrics:  # a signal has ended the run in this step's evaluation
             complete_step(parts, state, meter)

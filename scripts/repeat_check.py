@@ -25,6 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.helpers.run_files import steady
+
 JOBS = {
     "rl": ["train", "smoke", "run.num_steps=6", "data.held_out=16"],
     "sft": ["sft", "sft_tiny", "run.num_steps=30", "data.held_out=16"],
@@ -50,7 +54,6 @@ for number in range(int(count)):
     if status:
         sys.exit(1)
 """
-OF_THE_MACHINE = ("time", "speed/", "memory/", "system/", "seconds")  # how such numbers are called
 
 
 def results(folder: Path) -> dict[str, str]:
@@ -62,16 +65,12 @@ def results(folder: Path) -> dict[str, str]:
         if name == "metrics.jsonl":
             for line in path.read_text().splitlines():
                 row = json.loads(line)
-                found[f"metrics of step {row['step']:3d}"] = _hash(_own(row))
+                found[f"metrics of step {row['step']:3d}"] = _hash(steady(row))
         elif name.startswith("eval/") and path.suffix == ".json":
-            found[name] = _hash(_own(json.loads(path.read_text())))
+            found[name] = _hash(steady(json.loads(path.read_text())))
         elif name == "transcripts.jsonl" or name.startswith("adapter/adapter_"):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
-
-
-def _own(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if not key.startswith(OF_THE_MACHINE)}
 
 
 def _hash(row: dict[str, Any]) -> str:

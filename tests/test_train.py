@@ -24,12 +24,12 @@ from rl_lora.samplers.torch_sampler import TorchSampler
 from rl_lora.train import train
 from rl_lora.types import Adapter, Completion
 from tests.helpers.kills import kill_9_at_line
+from tests.helpers.run_files import steady
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "configs" / "smoke.toml"
 SHORT = ["run.num_steps=3", "data.held_out=8", "sampling.num_prompts=4", "sampling.max_tokens=32"]
 # Not a property of the run: they differ between two runs of one seed.
-MACHINE_KEYS = ("time/", "speed/", "memory/", "system/")
 
 
 def smoke(folder: Path, *overrides: str) -> RunConfig:
@@ -39,7 +39,7 @@ def smoke(folder: Path, *overrides: str) -> RunConfig:
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if not k.startswith(MACHINE_KEYS)} for row in rows]
+    return [steady(row) for row in rows]
 
 
 @pytest.mark.slow

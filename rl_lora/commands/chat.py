@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rl_lora.commands.job_arguments import add_source
 from rl_lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,15 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Talk to an adapter in the terminal. The conversation is rendered as in the adapter's run."
     )
-    parser.add_argument(
-        "source",
-        type=Path,
-        metavar="RUN_OR_ADAPTER",
-        help="a run folder, an adapter directory or a hub id",
-    )
-    parser.add_argument(
-        "--base", metavar="MODEL", help="base model (default: the one that the adapter names)"
-    )
+    add_source(parser)
     parser.add_argument(
         "--instruct",
         action="store_true",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rl_lora.commands.job_arguments import add_source
 from rl_lora.errors import UserError
 
 EXAMPLES = (
@@ -22,17 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Merge an adapter into its base model, or push it to the hub.\n"
         "With neither --merged nor --push, write the model card into the adapter's directory."
     )
-    parser.add_argument(
-        "source",
-        type=Path,
-        metavar="RUN_OR_ADAPTER",
-        help="a run folder, an adapter directory or a hub id",
-    )
-    parser.add_argument(
-        "--base",
-        metavar="MODEL",
-        help="base model: a directory or hub id (default: the one that the adapter names)",
-    )
+    add_source(parser)
     parser.add_argument(
         "--merged", type=Path, metavar="DIR", help="write a standalone model here, merged in fp32"
     )

@@ -52,3 +52,18 @@ def add_changed_data(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue even though the base model or the data changed since the run began",
     )
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """An adapter, and `--base`."""
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="RUN_OR_ADAPTER",
+        help="a run folder, an adapter directory or a hub id",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="base model: a directory or hub id (default: the one that the adapter names)",
+    )

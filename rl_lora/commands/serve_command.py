@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rl_lora.commands.job_arguments import add_source
 from rl_lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,15 +28,7 @@ model = PeftModel.from_pretrained(base, {adapter!r})"""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.description = "Print the lines that serve an adapter with vLLM, and load it with PEFT."
-    parser.add_argument(
-        "source",
-        type=Path,
-        metavar="RUN_OR_ADAPTER",
-        help="a run folder, an adapter directory or a hub id",
-    )
-    parser.add_argument(
-        "--base", metavar="MODEL", help="base model (default: the one that the adapter names)"
-    )
+    add_source(parser)
     parser.add_argument("--port", type=int, default=8000, help="of the server (default: 8000)")
 
 

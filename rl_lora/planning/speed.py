@@ -159,7 +159,7 @@ def step_time(
     return StepTime(
         sampling=work.sampling(at_once),
         learn_s=learn_s,
-        switch_s=2 * counts.base * assumed.number_bytes / (card.link_gb_s * 1e9 * assumed.link),
+        switch_s=work.switch_s(),
         hand_over_s=work.hand_over_s(),
         mean_tokens=work.mean_tokens,
         num_at_once=at_once,
@@ -243,8 +243,15 @@ class StepWork:
 
     def hand_over_s(self) -> float:
         """A version goes to the host's memory and from there to the engine."""
-        link_s = 2 * self.version_bytes / (self.card.link_gb_s * 1e9 * self.assumed.link)
-        return self.assumed.hand_over_s + link_s
+        return self.assumed.hand_over_s + self._there_and_back_s(self.version_bytes)
+
+    def switch_s(self) -> float:
+        """The engine falls asleep, its weights in the host's memory, and wakes."""
+        return self._there_and_back_s(self.assumed.number_bytes * self.counts.base)
+
+    def _there_and_back_s(self, num_bytes: int) -> float:
+        """From the card to the host's memory, and from there to a card."""
+        return 2 * num_bytes / (self.card.link_gb_s * 1e9 * self.assumed.link)
 
     def longest_tokens(self, num_sequences: int) -> float:
         """Of the longest among so many completions."""

@@ -135,7 +135,9 @@ def _kl(runs: Sequence[RunRecord]) -> Figure | None:
         Series("mismatch/kl", "sampler to policy", "c0", form=".2e", unit=" nats"),
         Series("loss/kl", "policy to base", "c1", "dash", form=".2e", unit=" nats"),
         Series("reward/kl", "sampler to base", "c2", "dash", form=".2e", unit=" nats"),
-        Series("policy/kl_to_base", "policy to base", "c3", "dash", form=".2e", unit=" nats"),
+        Series(
+            "policy/kl_to_base", "sampler to base, limited", "c3", "dash", form=".2e", unit=" nats"
+        ),
     ]
     values = [v for run in runs for item in curves for v in series(run.steps, item.key)[1]]
     form = layout("KL (nats per token)")

@@ -88,9 +88,7 @@ def load_scenario(config_path: Path, card: Card, spread: float) -> Scenario:
 def today(scenario: Scenario, num_gpus: int) -> tuple[Design, float]:
     """Each process samples its share of the prompts, then all learn; (design, estimated step)."""
     work = replace(scenario.work, num_ranks=num_gpus)
-    moved = 2 * work.counts.base * work.assumed.number_bytes
-    switch_s = moved / (work.card.link_gb_s * 1e9 * work.assumed.link)
-    learn_s = work.learn_s() + work.all_reduce_s() + switch_s
+    learn_s = work.learn_s() + work.all_reduce_s() + work.switch_s()
     estimated_s = work.sampling(work.num_at_once(scenario.cache_bytes)).total_s
     estimated_s += learn_s + work.hand_over_s()
     design = Design(

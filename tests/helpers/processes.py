@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from tests.helpers.run_files import steady
+
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 300.0  # for a whole job on a busy machine; one that takes so long is a failure
 LAUNCHERS = {
@@ -112,10 +114,9 @@ def result(run: Path, weights: str = "adapter_model.safetensors") -> dict[str, A
     weights: the name of the adapter's file.
     """
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    machine = ("time/", "speed/", "memory/", "system/")
     transcripts = run / "transcripts.jsonl"
     return {
-        "metrics": [{k: v for k, v in row.items() if not k.startswith(machine)} for row in rows],
+        "metrics": [steady(row) for row in rows],
         "samples": transcripts.read_text() if transcripts.is_file() else "",
         "adapter": (run / "adapter" / weights).read_bytes(),
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 from rl_lora.storage import jsonl
 
-_MEASURED = ("time/", "speed/", "memory/", "system/")  # keys of metrics
+MEASURED = ("time/", "speed/", "memory/", "system/")  # keys of metrics
 _OF_THE_MACHINE = ("seconds", "peak_mb", "process")  # keys of other files
 _LINES = ("metrics.jsonl", "warm_start.jsonl", "transcripts.jsonl")
 
@@ -52,18 +52,19 @@ def _content(path: Path) -> str:
         rows = jsonl.read_lines(path)
         if name == "results.jsonl":
             rows.sort(key=lambda row: str(row["cell"]))
-        return "\n".join(json.dumps(_steady(row)) for row in rows)
+        return "\n".join(json.dumps(steady(row)) for row in rows)
     if path.suffix == ".json":
         value = json.loads(path.read_text(encoding="utf-8"))
         if name == "state.json":
             del value["sha256"]  # of all the rest
-        return json.dumps(_steady(value), indent=1)
+        return json.dumps(steady(value), indent=1)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _steady(value: dict[str, Any]) -> dict[str, Any]:
+def steady(value: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics, or another file's record, without what a machine measures."""
     return {
         key: item
         for key, item in value.items()
-        if key not in _OF_THE_MACHINE and not key.startswith(_MEASURED)
+        if key not in _OF_THE_MACHINE and not key.startswith(MEASURED)
     }

@@ -14,8 +14,7 @@ import repeat_check
 def write_run(folder: Path, number: int, loss: float = 0.5, adapter: bytes = b"AB") -> None:
     """A run of two steps."""
     rows = [
-        {"step": step, "time": number, "time/step_s": number, "reward/mean": 1.0, "loss": loss}
-        for step in (1, 2)
+        {"step": step, "time/step_s": number, "reward/mean": 1.0, "loss": loss} for step in (1, 2)
     ]
     files: dict[str, Any] = {
         "metrics.jsonl": "\n".join(map(json.dumps, rows)),

@@ -84,12 +84,19 @@ def _backend(activation_budget: float) -> Callable[[torch.fx.GraphModule, Sequen
 
     def compiled(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
         from torch._functorch import config
+        from torch._inductor import config as inductor_config
         from torch._inductor.compile_fx import compile_fx
 
         # Inputs of the adapter's products (a norm's output, the MLP's inner product) are computed
-        # again from what is kept anyway, in one pass over memory.
-        with config.patch(
-            activation_memory_budget=activation_budget, ban_recompute_materialized_backward=False
+        # again from what is kept anyway, in one pass over memory. On CUDA, reductions over rows and
+        # over columns are not joined: that depends on the number of tokens, and would compile
+        # again for other numbers.
+        with (
+            config.patch(
+                activation_memory_budget=activation_budget,
+                ban_recompute_materialized_backward=False,
+            ),
+            inductor_config.patch({"triton.mix_order_reduction": False}),
         ):
             return compile_fx(graph, inputs)
 

@@ -187,6 +187,17 @@ def add_block(
     Returns:
         The new sums, and the factor by which their new shift shrinks other sums of exp_cv; None: 1.
     """
+    here = _reduced(sums, wide_cv, exp_cv, place_c1, temperature)
+    if wide_cv.device.type == "cpu" and torch.equal(here.shift_c1, sums.shift_c1):
+        total_c1, mean_c1 = sums.total_c1 + here.total_c1, sums.mean_c1 + here.mean_c1
+        return Sums(here.target_c1, here.shift_c1, total_c1, mean_c1), None
+    return joined(sums, here)
+
+
+def _reduced(
+    sums: Sums, wide_cv: Tensor, exp_cv: Tensor, place_c1: Tensor, temperature: float
+) -> Sums:
+    """Target and shift of the blocks so far, total and mean of this block alone."""
     if temperature != 1:
         wide_cv.div_(temperature)
     num_here = wide_cv.shape[1]
@@ -194,33 +205,34 @@ def add_block(
     found_c1 = wide_cv.gather(-1, place_c1.clamp(0, num_here - 1))
     target_c1 = torch.where(is_here_c1, found_c1, sums.target_c1)
     shift_c1 = torch.maximum(sums.shift_c1, wide_cv.amax(-1, keepdim=True))
-    _, _, total_c1, mean_c1 = sums
-    factor_c1 = None
-    may_compare = wide_cv.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not (may_compare and torch.equal(shift_c1, sums.shift_c1)):
-        lowered_c1 = sums.shift_c1 - shift_c1  # at the first block -inf, and the sums are 0
-        factor_c1 = lowered_c1.exp()
-        lowered_c1 = torch.where(total_c1 > 0, lowered_c1, 0.0)
-        mean_c1 = factor_c1 * (mean_c1 + lowered_c1 * total_c1)
-        total_c1 = factor_c1 * total_c1
     wide_cv.sub_(shift_c1)
     torch.exp(wide_cv, out=exp_cv)
-    mean_c1 = mean_c1 + torch.linalg.vecdot(exp_cv, wide_cv).unsqueeze(-1)
-    total_c1 = total_c1 + exp_cv.sum(-1, keepdim=True)
-    return Sums(target_c1, shift_c1, total_c1, mean_c1), factor_c1
+    mean_c1 = torch.linalg.vecdot(exp_cv, wide_cv).unsqueeze(-1)
+    return Sums(target_c1, shift_c1, exp_cv.sum(-1, keepdim=True), mean_c1)
 
 
-def add_logits(
+def joined(before: Sums, here: Sums) -> tuple[Sums, Tensor]:
+    """The sums of the blocks before with those of `_reduced`, and the factor of `add_block`."""
+    lowered_c1 = before.shift_c1 - here.shift_c1  # at the first block -inf, and the sums are 0
+    factor_c1 = lowered_c1.exp()
+    lowered_c1 = torch.where(before.total_c1 > 0, lowered_c1, 0.0)
+    mean_c1 = factor_c1 * (before.mean_c1 + lowered_c1 * before.total_c1) + here.mean_c1
+    total_c1 = factor_c1 * before.total_c1 + here.total_c1
+    return Sums(here.target_c1, here.shift_c1, total_c1, mean_c1), factor_c1
+
+
+def reduced_logits(
     sums: Sums, logits_cv: Tensor, place_c1: Tensor, temperature: float, has_grad: bool
-) -> tuple[Sums, Tensor | None, Tensor | None]:
-    """`add_block` for logits in any dtype; with has_grad, also the exponentials in that dtype.
+) -> tuple[Sums, Tensor | None]:
+    """`_reduced` for logits in any dtype; with has_grad, also the exponentials in that dtype.
 
-    To be compiled: then the exponentials are all that is written per logit.
+    To be compiled: then the exponentials are all that is written per logit. `joined` is a graph of
+    its own: Triton 3.6 fails on the kernel that would do both (TritonGPURemoveLayoutConversions).
     """
     wide_cv = logits_cv.to(torch.float32, copy=True)
     exp_cv = torch.empty_like(wide_cv)
-    sums, factor_c1 = add_block(sums, wide_cv, exp_cv, place_c1, temperature)
-    return sums, factor_c1, exp_cv.to(logits_cv.dtype) if has_grad else None
+    here = _reduced(sums, wide_cv, exp_cv, place_c1, temperature)
+    return here, exp_cv.to(logits_cv.dtype) if has_grad else None
 
 
 def rescaled_sum(weighted_cD: Tensor, factor_c1: Tensor, product_cD: Tensor) -> Tensor:
@@ -274,9 +286,10 @@ class _RunningSums:
         logits_cv = self.hidden_cD @ weight_vD.T
         place_c1 = self.target_ids_c1 - first
         has_grad = self.weighted_cD is not None
-        self.sums, factor_c1, exp_cv = _compiled(add_logits)(
+        here, exp_cv = _compiled(reduced_logits)(
             self.sums, logits_cv, place_c1, self.temperature, has_grad
         )
+        self.sums, factor_c1 = _compiled(joined)(self.sums, here)
         if has_grad:
             _compiled(rescaled_sum)(self.weighted_cD, factor_c1, exp_cv @ weight_vD)
 

@@ -40,8 +40,9 @@ class LoraPolicy(Policy):
 
     @property
     def learns_in_parallel(self) -> bool:
-        """On a CPU, if no pass is collective: threads would mix up the ranks' order."""
-        return self.device.type == "cpu" and not self.is_sharded
+        """On a CPU, if no pass is collective (threads would mix up the ranks' order) and no layer
+        is compiled (while one thread traces, PyTorch refuses compiled layers in all others)."""
+        return self.device.type == "cpu" and not (self.is_sharded or self._is_compiled)
 
     @property
     def published_rank(self) -> int:

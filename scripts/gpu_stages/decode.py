@@ -23,14 +23,23 @@ from rl_lora.types import Completion, Prompt, SampleParams
 
 
 def with_adapter(context: Context) -> dict[str, Any]:
+    """SmolLM2-135M's shape."""
+    return _with_adapter(make_model("smollm2-135m", context), context)
+
+
+def qwen3_large(context: Context) -> dict[str, Any]:
+    """Qwen3-8B's shape, 8 of its 36 layers, the same model as in `learn`."""
+    return _with_adapter(make_model("qwen3-8b", context, 8), context)
+
+
+def _with_adapter(folder: Path, context: Context) -> dict[str, Any]:
     """The LoRA engine with an adapter and without; its samples are compared with the learner.
 
     Sampled with graphs: one that kept an old adapter's weights would show in the KL.
     """
-    folder = make_model("smollm2-135m", context)
     policy = make_policy(folder, context, torch.bfloat16)
     shake(policy, seed=1)
-    adapter = save_adapter(policy, context.work / "adapters/decode", version=1, run_name="decode")
+    adapter = save_adapter(policy, context.work / "adapters" / folder.name, version=1, run_name="decode")
     started = time.monotonic()
     sampler = make_sampler(folder, context, torch.bfloat16, lora=policy.lora, eager=None)
     figures: dict[str, Any] = {"start_s": round(time.monotonic() - started, 1)}

@@ -77,6 +77,7 @@ def _learn(
     whole: the model's full number of layers, where fewer are measured; figures of the full model
     are extrapolated.
     """
+    started = time.monotonic()
     folder = make_model(shape, context, num_layers)
     device = measured_device(context.device)
     figures: dict[str, Any] = {
@@ -86,6 +87,7 @@ def _learn(
     dtype = torch.bfloat16 if context.is_gpu else torch.float32  # which most CPUs emulate
     for name, compiles in (("compiled", True), ("eager", False)):
         policy = make_policy(folder, context, dtype, compiles=compiles)
+        print(f"{name}: policy made {time.monotonic() - started:.1f} s after the start", flush=True)
         figures["layers"] = policy.model.config.num_hidden_layers
         figures[name] = {}
         _measure(
@@ -118,6 +120,7 @@ def _measure(
     for tokens in sizes.tokens:
         try:
             found = timed(learner, sizes, tokens, device)
+            print(f"{tokens} tokens: {found}", flush=True)
             peaks.append((found["largest"], found["peak_bytes"]))
             if whole is not None:
                 with only_first(layers // 2, policy):

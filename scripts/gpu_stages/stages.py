@@ -60,6 +60,7 @@ STAGES = (
     Stage("parity-float32", 1, "gpu_stages.parity:float32", 90),
     Stage("parity-bfloat16", 1, "gpu_stages.parity:bfloat16", 90),
     Stage("decode-lora", 1, "gpu_stages.decode:with_adapter", 150),
+    Stage("decode-qwen3-8b", 1, "gpu_stages.decode:qwen3_large", 150),
     Stage("release", 1, "gpu_stages.release:release", 60),
     Stage("decode-base", 1, "gpu_stages.decode:without_lora", 90),
     Stage("learn-smollm2-135m", 2, "gpu_stages.learn:smollm2", 110),

@@ -87,7 +87,7 @@ def test_a_compiled_head_agrees_with_the_definition_and_the_eager_one(
         ):
             assert relative(value, expected) < limit
             assert relative(value, other) < (1e-6 if dtype == torch.float32 else 3e-3)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # reduced, joined, rescaled
 
 
 def test_a_compiled_head_writes_the_exponentials_and_nothing_else_per_logit(
@@ -100,7 +100,7 @@ def test_a_compiled_head_writes_the_exponentials_and_nothing_else_per_logit(
     sums = logprobs._RunningSums(hidden_CD.detach(), target_ids_C, 0.7, has_grad=True).sums
     for has_grad, num_bytes in ((True, 4), (False, 2)):
         metrics.reset()
-        logprobs._compiled(logprobs.add_logits)(
+        logprobs._compiled(logprobs.reduced_logits)(
             sums, logits_cv, target_ids_C[:, None], 0.7, has_grad
         )
         found = metrics.num_bytes_accessed / logits_cv.numel()

@@ -122,7 +122,8 @@ def attention_operators(config: PretrainedConfig, batch: Microbatch) -> tuple[in
 
 
 def figures(graph: Graph, num_attention: int, num_tokens: int) -> dict[str, Any]:
-    """Launches of a layer's graph by kind, and bytes of memory traffic per token."""
+    """Launches of a layer's graph by kind, and bytes that it reads and writes per token, weights
+    included. An operator of attention counts as one launch."""
     kinds = Counter(call.split("_")[0].split(".")[0] for call in graph.calls)
     operators = kinds["torch"]
     assert operators == 1, f"one operator, attention, is not made by the compiler: {graph.calls}"

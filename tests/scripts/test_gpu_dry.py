@@ -1,5 +1,5 @@
-"""CUDA without a GPU: vLLM's path under our settings and calls, in both releases that we accept, and
-the learner's graphs as machine code.
+"""CUDA without a GPU: vLLM under our settings and calls, in both releases that we accept, and the
+learner's graphs as machine code.
 
 vLLM 0.26 with PyTorch 2.11 runs in its own environment (`make gpu-dry`), up to the kernels;
 0.32 is the environment's own build for CPUs, whose Python code is the same.

@@ -148,7 +148,7 @@ def _without_loading() -> Iterator[AbstractContextManager[Any]]:
 
 
 def _recorded(compiled: Compiled) -> Iterator[AbstractContextManager[Any]]:
-    """Patches that record what is compiled, and go on after a kernel that is not."""
+    """Patches that record what is compiled, and continue after a kernel that is not."""
     precompile, to_module = CachingAutotuner._precompile_worker, GraphLowering.compile_to_module
     compile_whole, compile_inner = compile_fx.compile_fx, compile_fx.compile_fx_inner
 
@@ -191,7 +191,8 @@ def _recorded(compiled: Compiled) -> Iterator[AbstractContextManager[Any]]:
     yield mock.patch.object(CachingAutotuner, "_precompile_worker", precompile_recorded)
     yield mock.patch.object(GraphLowering, "compile_to_module", to_module_recorded)
     yield mock.patch.object(compile_fx, "compile_fx", compile_recorded)
-    # In this process, where the patches are; every graph anew; kernels that say what they need.
+    # In this process, where the patches are; no graph of an earlier run; kernels that tell their
+    # shared memory.
     yield inductor_config.patch(
         compile_threads=1, fx_graph_cache=False, use_static_cuda_launcher=False
     )

@@ -96,17 +96,18 @@ audit: $(INSTALLED)
 	$(PIP) install -q pip-audit==2.10.1
 	$(BIN)/python scripts/audit.py
 
-# vLLM 0.26's CUDA path on a machine without a GPU, up to the kernels: an environment of 7 GB and the
-# test that runs in it. Needs Python 3.12 and gcc.
+# Without a GPU: vLLM 0.26's CUDA path up to the kernels, and the learner's graphs compiled for one. An
+# environment of 7 GB and the tests that run in it. Needs Python 3.12 and gcc.
 DRY := .venv-gpu-dry
 PYTHON_DRY ?= python3.12
 gpu-dry: $(INSTALLED) $(DRY)/.installed
 	$(BIN)/python -m pytest tests/scripts/test_gpu_dry.py $(ARGS)
 
-$(DRY)/.installed: requirements/gpu-dry.lock tests/gpu_dry/libcuda_stub.c
+$(DRY)/.installed: requirements/gpu-dry.lock tests/gpu_dry/libcuda_stub.c tests/gpu_dry/libcudart_stub.c
 	@test -x $(DRY)/bin/python || $(PYTHON_DRY) -m venv $(DRY)
 	$(DRY)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r $<
 	mkdir -p $(DRY)/stub && gcc -shared -o $(DRY)/stub/libcuda.so.1 tests/gpu_dry/libcuda_stub.c
+	gcc -shared -fPIC -o $(DRY)/stub/libcudart_stub.so tests/gpu_dry/libcudart_stub.c
 	touch $@
 
 clean:

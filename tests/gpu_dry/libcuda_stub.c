@@ -1,5 +1,6 @@
 /* A libcuda.so.1 for machines without a GPU: what vLLM's and PyTorch's CUDA libraries link against.
-   Every call answers 100, CUDA_ERROR_NO_DEVICE, but the one for the driver's version. */
+   Every call answers 100, CUDA_ERROR_NO_DEVICE, but those for the driver's version and for a device's context, which
+   is inactive. */
 #define NO_DEVICE(name) int name(void) { return 100; }
 NO_DEVICE(cuInit)
 NO_DEVICE(cuCtxGetCurrent)
@@ -21,5 +22,11 @@ NO_DEVICE(cuTensorMapEncodeTiled)
 
 int cuDriverGetVersion(int *version) {
     *version = 13000;
+    return 0;
+}
+
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *is_active) {
+    *flags = 0;
+    *is_active = 0;
     return 0;
 }

@@ -1,4 +1,5 @@
-"""vLLM's CUDA path without a GPU: our settings and calls in both releases that we accept.
+"""CUDA without a GPU: vLLM under our settings and calls, in both releases that we accept, and the
+learner's graphs as machine code.
 
 vLLM 0.26 with PyTorch 2.11 runs in its own environment (`make gpu-dry`), up to the kernels;
 0.32 is the environment's own build for CPUs, whose Python code is the same.
@@ -24,6 +25,7 @@ from tests.gpu_dry.program import unknown_calls
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = ROOT / ".venv-gpu-dry"
+STUBS, PLUGIN = ENVIRONMENT / "stub", ROOT / "tests" / "gpu_dry" / "plugin"
 COMMON: dict[str, Any] = {
     "vocab_size": 1024,
     "hidden_size": 256,
@@ -54,26 +56,31 @@ EXPECTED = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_cuda_path_up_to_the_kernels(tmp_path: Path) -> None:
-    python, stub = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "stub"
-    if not (stub / "libcuda.so.1").is_file():
-        pytest.skip(f"needs the environment of `make gpu-dry`: {ENVIRONMENT} is absent")
-    LlamaForCausalLM(LlamaConfig(**COMMON)).to(torch.bfloat16).save_pretrained(tmp_path / "llama")
-    Qwen3ForCausalLM(Qwen3Config(**COMMON)).to(torch.bfloat16).save_pretrained(tmp_path / "qwen3")
-    plugin = ROOT / "tests" / "gpu_dry" / "plugin"
-    path = ":".join(str(folder) for folder in (ROOT, ROOT / "scripts", plugin))
+def found_by(program: str, *arguments: str | Path, **variables: str) -> dict[str, Any]:
+    """The JSON that a program of tests/gpu_dry prints last, run in the environment of
+    `make gpu-dry` with these environment variables; skips the test where that is absent."""
+    if not all((STUBS / name).is_file() for name in ("libcuda.so.1", "libcudart_stub.so")):
+        pytest.skip(f"needs the environment of `make gpu-dry`: {ENVIRONMENT} is absent or old")
+    path = ":".join(str(folder) for folder in (ROOT, ROOT / "scripts", PLUGIN))
     result = subprocess.run(
-        [python, "-m", "tests.gpu_dry.program", tmp_path],
+        [ENVIRONMENT / "bin" / "python", "-m", f"tests.gpu_dry.{program}", *arguments],
         cwd=ROOT,
-        env=os.environ | {"LD_LIBRARY_PATH": str(stub), "PYTHONPATH": path},
+        env=os.environ | {"LD_LIBRARY_PATH": str(STUBS), "PYTHONPATH": path} | variables,
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    found = json.loads(result.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_cuda_path_up_to_the_kernels(tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**COMMON)).to(torch.bfloat16).save_pretrained(tmp_path / "llama")
+    Qwen3ForCausalLM(Qwen3Config(**COMMON)).to(torch.bfloat16).save_pretrained(tmp_path / "qwen3")
+    found = found_by("program", tmp_path)
     assert found == {
         "is_process_kept": True,
         "unknown_calls": [],
@@ -84,6 +91,31 @@ def test_the_cuda_path_up_to_the_kernels(tmp_path: Path) -> None:
         "qwen3_float32": "TRITON_ATTN",
         "qwen3_asked": "TRITON_ATTN",
     }
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("shape", ["smollm2-135m", "qwen3-0.6b"])
+def test_the_learner_compiles_for_a_gpu(
+    shape: str, rank: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    found = found_by(
+        "compile_learner",
+        shape,
+        str(rank),
+        tmp_path,
+        LD_PRELOAD=str(STUBS / "libcudart_stub.so"),
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path_factory.getbasetemp() / "inductor"),
+    )
+    print(json.dumps(found))
+    assert found["failed"] == {}, f"of {found['kernels']} kernels"
+    first, *others = found["graphs"]
+    assert others == [first] * 3, f"batches of {found['tokens']} tokens compiled again"
+    # A decoder layer's bound; each figure is above 0, so something was compiled and counted.
+    layer = [found["forward"], found["backward"]]
+    assert all(part["triton"] and part["products"] and part["attention"] for part in layer)
+    assert sum(part["launches"] for part in layer) <= 110, layer
 
 
 def test_the_other_release_takes_the_same_calls_and_settings(tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ def _with_adapter(folder: Path, context: Context) -> dict[str, Any]:
     """
     policy = make_policy(folder, context, torch.bfloat16)
     shake(policy, seed=1)
-    adapter = save_adapter(policy, context.work / "adapters" / folder.name, version=1, run_name="decode")
+    adapter = save_adapter(
+        policy, context.work / "adapters" / folder.name, version=1, run_name="decode"
+    )
     started = time.monotonic()
     sampler = make_sampler(folder, context, torch.bfloat16, lora=policy.lora, eager=None)
     figures: dict[str, Any] = {"start_s": round(time.monotonic() - started, 1)}

@@ -29,10 +29,10 @@ GPU_BATCHED_TOKENS = 2048  # vLLM's minimum per step; it refuses more sequences 
 CPU_BLOCK_SIZE = 32  # tokens of a KV cache block, the unit of prefix caching
 CPU_COMPILED_STEPS = 20_000  # decoding steps above which compiling the model pays on a CPU
 CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the KV cache
-# Batch sizes with a CUDA graph; a batch is filled up to the next one, above 64 by a quarter at most.
-# Decoding reads all weights whatever the batch, so that this costs little, and each graph takes a
-# tenth of a second to make (an engine has two of each, with and without an adapter) and some of the
-# GPU's memory. vLLM's own list is 1, 2, 4, every eighth size up to 256 and every sixteenth above.
+# Batch sizes with a CUDA graph; a batch is filled up to the next one (above 64, by a quarter at
+# most). Decoding reads all weights whatever the batch, so that this costs little, and each graph
+# takes a tenth of a second to make (an engine has two of each, with and without an adapter) and
+# some of the GPU's memory. vLLM's own list has 51 sizes up to 512.
 _GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448)
 _MAX_GRAPH_SIZE = 512  # vLLM's
 # Bytes of a GPU that neither the engine nor the learner's weights take while sampling: the learner

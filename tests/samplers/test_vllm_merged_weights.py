@@ -49,7 +49,7 @@ def plain_layers(model: nn.Module) -> list[tuple[str, Any]]:
 def test_plain_weights_are_written_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where they lie, from the files each time, and as nearly as float32 can be."""
+    """At the same addresses, from the files each time, and rounded once."""
     folder = random_llama(tmp_path / "model")
     policy = make_policy(folder, rank=2)
     monkeypatch.setattr(merged_weights, "_linear_layers", plain_layers)

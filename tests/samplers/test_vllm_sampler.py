@@ -223,7 +223,7 @@ State = dict[str, Any]  # of the process, before and after an engine was made
 
 @pytest.fixture(
     scope="module",
-    params=["merged", "lora_layers", pytest.param("compiled", marks=pytest.mark.slow)],
+    params=["merged", "lora_layers", pytest.param("compiled", marks=pytest.mark.long)],
 )
 def opened(
     model_dir: Path, vllm_installed: None, request: pytest.FixtureRequest

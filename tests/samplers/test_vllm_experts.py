@@ -53,7 +53,7 @@ def difference(sampler, policy):
 """
 
 SERVE_ALL_WEIGHTS = """
-vllm_sampler.check_mixture = lambda *arguments: None
+vllm_sampler.check_mixture = lambda *arguments, **named: None
 policy = make_policy(model, mode="full")
 sampler = sampler_of(LoraSection(mode="full"))
 print("base", difference(sampler, policy))
@@ -64,7 +64,7 @@ print("new", difference(sampler, policy))
 """
 
 SERVE_AN_ADAPTER = """
-vllm_sampler.check_mixture = lambda *arguments: None
+vllm_sampler.check_mixture = lambda *arguments, **named: None
 policy = make_policy(model, rank=2, layers=sys.argv[3])
 shake(policy)
 sampler = sampler_of(policy.lora)

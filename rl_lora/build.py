@@ -210,6 +210,8 @@ def make_learner(
         own = default_microbatch_tokens(policy, optim)
         microbatch_tokens = min(distributed.gather(own, "the size of microbatches"))
         on_note(f"microbatches of up to {microbatch_tokens:,} tokens (optim.microbatch_tokens)")
+    if policy.is_compiled:
+        on_note("the first step compiles the layers, for a minute or two (model.compile)")
     return Learner(
         policy,
         optim.lr,

@@ -78,8 +78,8 @@ class Policy(ABC):
         self._has_checkpoints = checkpoint_activations
         if checkpoint_activations:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._is_compiled = self.device.type == "cuda" if model.compile is None else model.compile
-        if self._is_compiled:
+        self.is_compiled = self.device.type == "cuda" if model.compile is None else model.compile
+        if self.is_compiled:
             compile_layers(self.model, keeps_activations=not checkpoint_activations)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
@@ -213,7 +213,7 @@ class Policy(ABC):
         Raises:
             ValueError: the batch shares prompts in a row, which this model cannot compute.
         """
-        return token_logprobs(self.model, batch, temperature, self._is_compiled)
+        return token_logprobs(self.model, batch, temperature, self.is_compiled)
 
     @abstractmethod
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:

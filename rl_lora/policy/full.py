@@ -84,7 +84,7 @@ class FullPolicy(Policy):
     @torch.no_grad()
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
         assert self._reference is not None, "built without keep_reference"
-        return token_logprobs(self._reference, batch, temperature, self._is_compiled)[0]
+        return token_logprobs(self._reference, batch, temperature, self.is_compiled)[0]
 
     def base_fingerprint(self) -> str:
         return self.fingerprint()

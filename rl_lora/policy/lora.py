@@ -42,7 +42,7 @@ class LoraPolicy(Policy):
     def learns_in_parallel(self) -> bool:
         """On a CPU, if no pass is collective (threads would mix up the ranks' order) and no layer
         is compiled (while one thread traces, PyTorch refuses compiled layers in all others)."""
-        return self.device.type == "cpu" and not (self.is_sharded or self._is_compiled)
+        return self.device.type == "cpu" and not (self.is_sharded or self.is_compiled)
 
     @property
     def published_rank(self) -> int:
@@ -74,7 +74,7 @@ class LoraPolicy(Policy):
     @torch.no_grad()
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
         with self.adapter_off():
-            return token_logprobs(self.model, batch, temperature, self._is_compiled)[0]
+            return token_logprobs(self.model, batch, temperature, self.is_compiled)[0]
 
     def base_fingerprint(self) -> str:
         """`weights_hash` of the frozen weights, which are gathered one by one if need be."""

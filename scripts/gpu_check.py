@@ -2,7 +2,7 @@
 
     python scripts/gpu_check.py STAGE… --device cuda --out FOLDER
 
-STAGE is a name of the table, call1, call2, call3, or all; docs/gpu-check.md says which on the day.
+STAGE is a name of the table, call1 to call4, or all; docs/gpu-check.md says which on the day.
 With --device cpu the same stages run at tiny sizes. Exits with 0 if every requested stage passed.
 """
 

@@ -23,11 +23,20 @@ from tests.test_train import metrics_of, smoke
     [
         ("cuda", {"lora": {"lm_head": True}}, "lora.lm_head=true: vLLM on GPUs"),
         ("cuda:1", {}, "vLLM takes the first visible GPU"),
-        ("cuda", {"sampling": {"merge_adapter": True}}, "sampling.merge_adapter=true with"),
+        (
+            "cuda",
+            {"sampling": {"merge_adapter": True}, "model": {"dtype": "bfloat16"}},
+            "sampling.merge_adapter=true with torch.bfloat16: the sum would round",
+        ),
+        (
+            "cuda",
+            {"sampling": {"merge_adapter": False}, "model": {"dtype": "float32"}},
+            "sampling.merge_adapter=false with torch.float32 on cuda: vLLM's LoRA kernels",
+        ),
         (
             "cpu",
             {"sampling": {"merge_adapter": True}, "model": {"dtype": "bfloat16"}},
-            "sampling.merge_adapter=true with torch.bfloat16 on cpu",
+            "sampling.merge_adapter=true with torch.bfloat16",
         ),
     ],
 )

@@ -185,6 +185,7 @@ def test_the_base_is_the_same_after_a_step_and_its_fingerprint_that_of_the_cpu(
     assert policy.base_fingerprint() == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "mode"), [("float32", "lora"), ("float32", "full"), ("bfloat16", "lora")]
 )
@@ -201,6 +202,7 @@ def test_a_run_on_the_gpu(tmp_path: Path, dtype: str, mode: str) -> None:
         assert all(row["memory/peak_gpu0_mb"] > 0 for row in rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_resumed_run_on_the_gpu_ends_where_an_unbroken_one_does(
     tmp_path: Path, dtype: str

@@ -23,7 +23,7 @@ def share_of_sevens(completion: str, reference: str) -> float:
     return digits.count("7") / len(digits) if digits else 0.0
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", ["lora", pytest.param("full", marks=pytest.mark.long)])
 def test_the_smoke_runs_reward_rises(tmp_path: Path, mode: str) -> None:
     overrides = [
         f"run.output_dir={tmp_path}",

@@ -146,6 +146,7 @@ def test_a_batch_is_sampled_while_the_one_before_is_learned_from(
     assert [thread.name for thread in threading.enumerate() if "sampler" in thread.name] == []
 
 
+@pytest.mark.long
 def test_a_run_killed_with_a_batch_under_way_ends_where_an_unbroken_one_does(
     tmp_path: Path, samplers: list[OwnWeights], monkeypatch: pytest.MonkeyPatch
 ) -> None:

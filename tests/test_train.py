@@ -45,9 +45,15 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
-    [*(f"lora.variant={name}" for name in ("rslora", "pissa", "olora", "dora")),
-     "optim.lora_plus_ratio=16"],
-)  # fmt: skip
+    [
+        "lora.variant=pissa",
+        "lora.variant=dora",
+        *(
+            pytest.param(setting, marks=pytest.mark.long)
+            for setting in ("lora.variant=rslora", "lora.variant=olora", "optim.lora_plus_ratio=16")
+        ),
+    ],
+)
 def test_variants_train_under_the_proofs_of_a_live_adapter_and_resume(
     tmp_path: Path, setting: str
 ) -> None:

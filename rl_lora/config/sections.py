@@ -162,7 +162,7 @@ class SamplingSection(Section):
     max_num_seqs: int | None = Field(None, ge=1)
     eager: bool | None = None  # vLLM without compilation; none: on a CPU, except for long jobs
     attention_backend: str | None = None  # vLLM's on a GPU, e.g. TRITON_ATTN; none: its choice
-    # Merge the adapter into vLLM's own copy of the weights; none: on a CPU in float32.
+    # Merge the adapter into vLLM's own copy of the weights; none: in float32.
     merge_adapter: bool | None = None
     # Share of the GPU's memory for vLLM; none: what the learner leaves free while sampling.
     memory_fraction: float | None = Field(None, gt=0, le=0.95)

@@ -265,18 +265,19 @@ def _sampler_memory(
         return [MemoryItem("KV cache", wanted, note, ("sampling",))]
     num_base, num_trainable = counts
     weights = MemoryItem("base weights", num_base * dtype.itemsize, "vLLM's copy")
+    merges = merges_adapter(
+        sampling.merge_adapter, config.lora, dtype=dtype, device=torch.device(device)
+    )
     if device == "cpu":
         limit = int(CPU_MEMORY_SHARE * psutil.virtual_memory().available)
         taken = min(wanted, limit)
-        if merges_adapter(
-            sampling.merge_adapter, config.lora, dtype=dtype, device=torch.device(device)
-        ):
+        if merges:
             weights = replace(weights, phases=("sampling",))
         parts = [weights]
     else:  # vLLM takes its whole share of the GPU, whatever the job needs
         fraction = sampling.memory_fraction or max(0.0, memory_fraction(total, held))
         how = "set" if sampling.memory_fraction else "what the learner leaves"
-        slot = lora_settings(config.lora, dtype).get("max_lora_rank", 0)
+        slot = 0 if merges else lora_settings(config.lora, dtype).get("max_lora_rank", 0)
         slot_bytes = num_trainable * slot // served_rank(config.lora) * dtype.itemsize
         host = "in the host's memory while learning"
         if (local := min(num_ranks, GPUS_PER_NODE)) > 1:

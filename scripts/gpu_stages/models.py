@@ -83,8 +83,8 @@ def make_config(shape: str, context: Context, num_layers: int | None = None) -> 
     return kind(
         **sizes,
         max_position_embeddings=8192,
-        # Logits of about standard deviation 1.2: predictions that a wrong weight changes visibly.
-        initializer_range=1.2 / sizes["hidden_size"] ** 0.5,
+        # Logits of about standard deviation 0.8: predictions that a wrong weight changes visibly.
+        initializer_range=0.8 / sizes["hidden_size"] ** 0.5,
         bos_token_id=1,
         eos_token_id=END,
         pad_token_id=0,
@@ -101,9 +101,19 @@ def make_model(shape: str, context: Context, num_layers: int | None = None) -> P
     with torch.random.fork_rng(), torch.device(context.device):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tame(model)
     model.save_pretrained(folder)
     write_tokenizer(folder, config.vocab_size)
     return folder
+
+
+@torch.no_grad()
+def tame(model: Any) -> None:
+    """Scales what is added to the residual stream by 1 / sqrt(2 layers), as GPT-2 does (section
+    2.3), so that a random model does not amplify rounding more than a trained one."""
+    for layer in model.model.layers:
+        for added in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            added.weight.mul_((2 * len(model.model.layers)) ** -0.5)
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -129,7 +139,7 @@ def make_policy(
 
 
 @torch.no_grad()
-def shake(policy: Policy, seed: int, size: float = 0.02) -> None:
+def shake(policy: Policy, seed: int, size: float = 0.002) -> None:
     """Adds noise to A and B, so that the adapter matters: B is no longer zero."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.trainable().values():

@@ -26,7 +26,7 @@ def release(context: Context) -> dict[str, Any]:
     """
     dtype = torch.bfloat16 if context.is_gpu else torch.float32
     folder = make_model("smollm2-135m", context)
-    policy = make_policy(folder, context, dtype)
+    policy = make_policy(folder, context, dtype, compiles=False)
     shake(policy, seed=1)
     adapter = save_adapter(policy, context.work / "adapters/release", version=1, run_name="release")
     prompts = random_prompts(policy.model.config.vocab_size, 8, 100 if context.is_gpu else 20)
@@ -39,6 +39,7 @@ def release(context: Context) -> dict[str, Any]:
         figures["used_gb_awake"] = used_bytes(context.device) / 1e9
         sampler.release_memory()
         figures["used_gb_released"] = used_bytes(context.device) / 1e9
+        context.keep(figures)
         overwrite(figures, context.device)
         again = sampler.token_logprobs(token_ids)
         figures["used_gb_awake_again"] = used_bytes(context.device) / 1e9

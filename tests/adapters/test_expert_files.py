@@ -203,9 +203,11 @@ def test_vllm_on_a_cpu_is_refused_before_any_work(
 ) -> None:
     model = runnable(tmp_path / "model")
     save_file({}, model / "model.safetensors")  # the weights are not read
-    check_mixture(model, torch.device("cuda"))
+    check_mixture(model, torch.device("cuda"), merges=False)
+    with pytest.raises(UserError, match=r"experts, for which vLLM serves no adapters in float32"):
+        check_mixture(model, torch.device("cuda"), merges=True)
     with pytest.raises(UserError, match="is a mixture of experts"):
-        check_mixture(model, torch.device("cpu"))
+        check_mixture(model, torch.device("cpu"), merges=False)
     overrides = [*RL, f"model.name={model}", f"run.output_dir={tmp_path}", "sampling.backend=vllm"]
     code = main(["train", str(ROOT / "configs" / "smoke.toml"), *overrides])
     assert code == 2

@@ -18,13 +18,16 @@ from typing import Any
 from unittest import mock
 
 import torch
+from safetensors import safe_open
 
 from rl_lora.adapters.files import save_adapter
 from rl_lora.config import LoraSection, ModelSection
 from rl_lora.nn.lora import lora_layers
 from rl_lora.policy import open_policy
+from rl_lora.samplers.vllm.merged_weights import MergedWeights, read_terms
 from rl_lora.samplers.vllm.process import import_vllm, process_kept
 from rl_lora.samplers.vllm.settings import EngineOptions, engine_settings, lora_settings
+from rl_lora.types import Adapter
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 CONTEXT = 1024
@@ -167,6 +170,7 @@ def configured(
         "is_v2_runner": bool(config.use_v2_model_runner),
         "is_eager": config.model_config.enforce_eager,
         "graphs": compilation.cudagraph_mode.name,
+        "num_graph_sizes": len(compilation.cudagraph_capture_sizes),
         "has_graphs_without_adapter": compilation.cudagraph_specialize_lora,
         "max_lora_rank": lora.max_lora_rank,
         "max_loras": lora.max_loras,
@@ -200,16 +204,35 @@ def hot_loaded(vllm: SimpleNamespace, path: Path, folder: Path, number: int) -> 
             init_distributed_environment(1, 0, store, 0, backend="gloo")
             ensure_model_parallel_initialized(1, 1)
         model = get_model(vllm_config=config)
+        is_merged = merges(model, path, adapter)
         manager = LRUCacheWorkerLoRAManager(config, CPU, getattr(model, "embedding_modules", {}))
         manager.create_lora_manager(model, config)
         torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign,assignment]
         is_added = manager.add_adapter(vllm.LoRARequest(adapter.name, 1, str(adapter.path)))
     return {
         "model": type(model).__name__,
+        "is_merged": is_merged,
         "is_added": is_added,
         "adapters": sorted(manager.list_adapters()),
         "unequal": unequal(manager._adapter_manager.modules, dict(list(lora_layers(policy.model)))),
     }
+
+
+def merges(model: Any, path: Path, adapter: Adapter) -> bool:
+    """Whether an adapter is merged into the plain weights of vLLM's model, and taken out again."""
+    merged, layer = MergedWeights(model, path), "model.layers.1.self_attn.k_proj"
+    with safe_open(path / "model.safetensors", framework="pt") as opened:
+        weight_OI = opened.get_tensor(f"{layer}.weight")
+        start = len(opened.get_tensor(layer.replace("k_proj", "q_proj") + ".weight"))
+    place_OI = model.model.layers[1].self_attn.qkv_proj.weight.data[start:][: len(weight_OI)]
+    term = read_terms(adapter)[layer]
+    merged.set_target(read_terms(adapter))
+    merged.load()
+    wanted_OI = (weight_OI + term.scaling * term.b_OR.double() @ term.a_RI.double()).bfloat16()
+    is_merged = torch.equal(place_OI, wanted_OI) and not torch.equal(place_OI, weight_OI)
+    merged.set_target({})
+    merged.load()
+    return is_merged and torch.equal(place_OI, weight_OI)
 
 
 def unequal(modules: dict[str, Any], layers: dict[str, Any]) -> list[str]:

@@ -360,6 +360,7 @@ for step in range(first, first + 1000):
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_kill_9_in_the_middle_of_saving(tmp_path: Path) -> None:
     """A real process that saves without a pause is killed three times."""

@@ -304,6 +304,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_for_the_one_before(
 # --- studies --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_studys_cell_resumes_and_a_crashed_one_is_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

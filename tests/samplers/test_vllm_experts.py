@@ -53,7 +53,7 @@ def difference(sampler, policy):
 """
 
 SERVE_ALL_WEIGHTS = """
-vllm_sampler.check_mixture = lambda *arguments: None
+vllm_sampler.check_mixture = lambda *arguments, **named: None
 policy = make_policy(model, mode="full")
 sampler = sampler_of(LoraSection(mode="full"))
 print("base", difference(sampler, policy))
@@ -64,7 +64,7 @@ print("new", difference(sampler, policy))
 """
 
 SERVE_AN_ADAPTER = """
-vllm_sampler.check_mixture = lambda *arguments: None
+vllm_sampler.check_mixture = lambda *arguments, **named: None
 policy = make_policy(model, rank=2, layers=sys.argv[3])
 shake(policy)
 sampler = sampler_of(policy.lora)
@@ -99,9 +99,8 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    "make", [random_mixtral, pytest.param(random_qwen3_moe, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("make", [random_mixtral, random_qwen3_moe])
 def test_the_base_is_served_and_reloaded_weights_are_not(make: Any, tmp_path: Path) -> None:
     """Once the last line fails, `vllm_settings.check_mixture` can let lora.mode='full' pass."""
     done = run(SERVE_ALL_WEIGHTS, str(make_mixture(make, tmp_path / "m")), str(tmp_path / "v"))

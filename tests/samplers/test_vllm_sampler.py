@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import random
@@ -44,6 +45,7 @@ from rl_lora.samplers.vllm.settings import (
     EngineOptions,
     cpu_cache_bytes,
     engine_settings,
+    graph_sizes,
     lora_settings,
     merges_adapter,
 )
@@ -221,7 +223,7 @@ State = dict[str, Any]  # of the process, before and after an engine was made
 
 @pytest.fixture(
     scope="module",
-    params=["merged", "lora_layers", pytest.param("compiled", marks=pytest.mark.slow)],
+    params=["merged", "lora_layers", pytest.param("compiled", marks=pytest.mark.long)],
 )
 def opened(
     model_dir: Path, vllm_installed: None, request: pytest.FixtureRequest
@@ -656,7 +658,9 @@ def settings_of(
         ("cpu", torch.float32, None, True),
         ("cpu", torch.float32, False, False),
         ("cpu", torch.bfloat16, None, False),
-        ("cuda", torch.float32, None, False),
+        ("cuda", torch.float32, None, True),
+        ("cuda", torch.float32, True, True),
+        ("cuda", torch.bfloat16, None, False),
     ],
 )
 def test_where_adapters_are_merged(
@@ -671,9 +675,33 @@ def test_where_adapters_are_merged(
     assert merges is expected
 
 
-def test_a_merge_that_would_round_is_refused() -> None:
-    with pytest.raises(UserError, match=r"merge_adapter=true with torch.bfloat16 on cpu"):
-        merges_adapter(True, LoraSection(), dtype=torch.bfloat16, device=CPU)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_merge_that_would_round_is_refused(device: str) -> None:
+    with pytest.raises(UserError, match=r"merge_adapter=true with torch.bfloat16: the sum"):
+        merges_adapter(True, LoraSection(), dtype=torch.bfloat16, device=torch.device(device))
+    full = LoraSection(mode="full")
+    assert not merges_adapter(True, full, dtype=torch.bfloat16, device=torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "expected"),
+    [
+        (1, [1, 2]),
+        (6, [1, 2, 4, 6, 8, 12]),
+        (100, [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 100, 112, 128, 160, 192, 200]),
+    ],
+)
+def test_sizes_of_cuda_graphs(num_seqs: int, expected: list[int]) -> None:
+    assert graph_sizes(num_seqs) == expected
+
+
+@pytest.mark.parametrize("num_seqs", [256, 1024])
+def test_a_batch_is_not_filled_up_by_much(num_seqs: int) -> None:
+    sizes = graph_sizes(num_seqs)
+    assert len(sizes) == 21  # vLLM's own list has 51
+    assert sizes[-1] == 512
+    for low, high in itertools.pairwise(sizes):
+        assert high - low <= max(1, low if low < 16 else low / 2 if low < 64 else low / 4)
 
 
 def test_engine_settings(model_dir: Path) -> None:
@@ -687,7 +715,10 @@ def test_engine_settings(model_dir: Path) -> None:
     assert not gpu["enforce_eager"]
     assert gpu["gpu_memory_utilization"] == 0.3
     assert "kv_cache_memory_bytes" not in gpu
-    assert gpu["compilation_config"] == {"cudagraph_specialize_lora": True}
+    assert gpu["compilation_config"] == {
+        "cudagraph_specialize_lora": True,
+        "cudagraph_capture_sizes": graph_sizes(256),
+    }
     assert gpu["enable_sleep_mode"]
     assert "enable_sleep_mode" not in cpu  # which vLLM refuses there
     assert (gpu["max_loras"], gpu["enable_prefix_caching"]) == (1, True)

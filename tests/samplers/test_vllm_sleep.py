@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from rl_lora.adapters.files import save_adapter
 from rl_lora.config import LoraSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.overlap import Batch, Request, RolloutWorker
+from rl_lora.samplers.vllm import merged_weights
 from rl_lora.samplers.vllm import sampler as vllm_sampler
 from rl_lora.samplers.vllm.sampler import VllmSampler
 from rl_lora.samplers.vllm.settings import EngineOptions, memory_fraction, with_memory_fraction
@@ -36,7 +38,7 @@ class RecordingEngine:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings, self.calls = settings, list[str]()
-        self.model = nn.Linear(3, 2)
+        self.model = self.make_model()
         self.slot = torch.zeros(1, 1, 8, 3)  # of the adapter in use
         self.model.lora_a_stacked = (self.slot,)  # type: ignore[assignment]
         self.backup: list[torch.Tensor] | None = None
@@ -44,6 +46,9 @@ class RecordingEngine:
         self.waiting: list[Any] = []
         self.has_room = self.keeps_adapter = True
         self.engine_core = SimpleNamespace(shutdown=lambda: self.calls.append("shutdown"))
+
+    def make_model(self) -> Any:
+        return nn.Linear(3, 2)
 
     def _use(self, call: str | None) -> None:
         assert self.backup is None, f"{call} on a sleeping engine"
@@ -107,9 +112,12 @@ class RecordingEngine:
         return SimpleNamespace(decode=lambda ids, **_: "7", added_tokens_decoder={})
 
 
-@pytest.fixture
-def sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmSampler]:
-    """On a GPU of 80 GiB of which 60 are free, where the learner will take 4 more."""
+@pytest.fixture(params=[torch.bfloat16], ids=str)
+def sampler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[VllmSampler]:
+    """On a GPU of 80 GiB of which 60 are free, where the learner will take 4 more; in float32 the
+    engine has the model itself, and adapters are merged into it."""
     lora = lambda name, number, path: SimpleNamespace(  # noqa: E731
         lora_name=name, lora_int_id=number, path=path
     )
@@ -124,10 +132,17 @@ def sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmSam
         vllm_sampler, "make_engine", lambda _, settings, on_cpu: RecordingEngine(settings)
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GIB, 80 * GIB))
+    model_dir = random_llama(tmp_path / "model")
+    if request.param == torch.float32:
+        layers = lambda model: [n for n in model.named_modules() if "_proj" in n[0]]  # noqa: E731
+        monkeypatch.setattr(merged_weights, "_linear_layers", layers)
+        monkeypatch.setattr(
+            RecordingEngine, "make_model", lambda _: LlamaForCausalLM.from_pretrained(model_dir)
+        )
     policy: Any = SimpleNamespace(
-        model_dir=random_llama(tmp_path / "model"),
+        model_dir=model_dir,
         lora=LoraSection(rank=1),
-        dtype=torch.bfloat16,
+        dtype=request.param,
         device=torch.device("cuda"),
     )
     options = EngineOptions(learner_bytes=4 * GIB)
@@ -184,6 +199,39 @@ def test_an_adapter_survives_a_nap(sampler: VllmSampler, versions: list[Adapter]
     sampler.sample([make_prompt()], PARAMS)
     assert taken(sampler) == [*WAKE, *SAMPLE]
     assert bool((sampler._engine.slot == 1).all())
+
+
+@pytest.mark.parametrize("sampler", [torch.float32], indirect=True, ids=str)
+def test_a_merged_adapter_survives_a_nap_and_is_replaced_after_it(
+    sampler: VllmSampler, versions: list[Adapter]
+) -> None:
+    engine = sampler._engine
+    assert "enable_lora" not in engine.settings
+    assert taken(sampler) == SLEEP
+
+    def assert_is_served(version: int | None) -> None:
+        policy = make_policy(sampler._model_dir)
+        for seed in range(version + 1 if version is not None else 0):
+            shake(policy, seed=seed)
+        ids = torch.arange(5, 15).unsqueeze(0)
+        torch.testing.assert_close(
+            engine.model(input_ids=ids).logits, policy.model(input_ids=ids).logits
+        )
+
+    sampler.set_adapter(versions[0])
+    assert taken(sampler) == []  # nothing is written to a sleeping engine
+    sampler.sample([make_prompt()], PARAMS)
+    assert taken(sampler) == [*WAKE, "reset_prefix_cache", *SAMPLE]
+    assert_is_served(0)
+    sampler.release_memory()
+    sampler.sample([make_prompt()], PARAMS)
+    assert taken(sampler) == [*SLEEP, *WAKE, *SAMPLE]
+    assert_is_served(0)
+    sampler.release_memory()
+    for version in (1, None):
+        sampler.set_adapter(None if version is None else versions[version])
+        sampler.sample([make_prompt()], PARAMS)
+        assert_is_served(version)
 
 
 def test_an_adapter_that_is_lost_in_sleep_is_noticed(

@@ -50,6 +50,8 @@ EXPECTED = {
     "logprobs": "processed_logprobs",
     "attention": "FLASH_ATTN",
     "flash_attention": 3,
+    "num_graph_sizes": 21,
+    "is_merged": True,
     "is_added": True,
     "adapters": [1],
     "unequal": [],

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rl_lora.config import RunConfig, SamplingSection
-from rl_lora.models.device import pick_device
+from rl_lora.models.device import pick_device, pick_dtype
 from rl_lora.samplers.vllm.engine import check_device
 from rl_lora.samplers.vllm.process import import_vllm
 from rl_lora.samplers.vllm.settings import check_mixture, is_worth_compiling, merges_adapter
@@ -23,10 +23,11 @@ def check_vllm(model_dir: Path, config: RunConfig) -> None:
     """
     device = pick_device(config.model.device)
     check_device(device, config.lora, model_dir)
-    check_mixture(model_dir, device)
-    # What dtype "auto" is gets measured later; the sampler checks it again then.
-    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-    merges_adapter(config.sampling.merge_adapter, config.lora, dtype=dtype, device=device)
+    # On a CPU "auto" is decided by a timing, later; the sampler checks it again then.
+    is_open = config.model.dtype == "auto" and device.type == "cpu"
+    dtype = torch.float32 if is_open else pick_dtype(config.model.dtype, device)
+    merges = merges_adapter(config.sampling.merge_adapter, config.lora, dtype=dtype, device=device)
+    check_mixture(model_dir, device, merges=merges)
     # Last: whoever hears to install vLLM can then use it.
     if importlib.util.find_spec("vllm") is None:
         import_vllm(device)  # which says how to get it

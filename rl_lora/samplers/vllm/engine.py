@@ -141,7 +141,8 @@ def merged_weights(engine: Any, model_dir: Path, *, is_required: bool) -> Merged
     except LookupError as error:
         if is_required:
             raise UserError(
-                f"sampling.merge_adapter=true: {error.args[0]}, of {model_dir}; leave it out"
+                f"adapters on {model_dir} cannot be merged into vLLM's weights: {error.args[0]}; "
+                'leave sampling.merge_adapter out on a CPU, set model.dtype="bfloat16" on a GPU'
             ) from error
         warnings.warn(
             f"adapters go through vLLM's LoRA layers, which are slower: {error.args[0]}",

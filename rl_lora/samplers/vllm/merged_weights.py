@@ -1,13 +1,13 @@
-"""Adds the adapter to the engine's own copy of the weights, on a CPU in float32.
+"""Adds the adapter to the engine's own copy of the weights, in float32.
 
-vLLM computes with packed copies of the weights there. For each adapter version they are made again
-from the model's files, as W + scaling * B A: nothing drifts, neither the files nor the learner's
-weights are touched, and decoding is as fast as without an adapter. In a narrower dtype the sum
-would round the adapter away (an update is often below bfloat16's step), so that vLLM's LoRA layers
-are used.
+For each adapter version they are made again from the model's files, as W + scaling * B A: nothing
+drifts, neither the files nor the learner's weights are touched, and decoding is as fast as without
+an adapter. In a narrower dtype the sum would round the adapter away (an update is often below
+bfloat16's step), so that vLLM's LoRA layers are used; on a GPU those take no float32.
 
-The packed copies can be freed while the learner works (`unload`); making them takes half a percent
-of a step (LOG.md).
+On a CPU vLLM computes with packed copies of the weights. They can be freed while the learner works
+(`unload`); making them takes half a percent of a step (LOG.md). On a GPU it computes with the plain
+weights, which are written in place: CUDA graphs read them by their addresses.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read_terms(adapter: Adapter) -> dict[str, LowRank]:
 
 
 class MergedWeights:
-    """The linear layers of an engine's model, packed again from the model's files.
+    """The linear layers of an engine's model, made again from the model's files.
 
     Letters: O outputs, I inputs of one layer in the files; the engine joins q, k and v, or gate and
     up, in one layer.
@@ -62,20 +62,28 @@ class MergedWeights:
         """
         self._files = _files_by_tensor(model_dir)
         self._layers = [
-            (module, [_Part(part, _weight(part, self._files)) for part in parts])
-            for module, parts in (
-                (module, _joined(model, name, self._files))
-                for name, module in _linear_layers(model)
-            )
+            self._layer(module, name, _joined(model, name, self._files))
+            for name, module in _linear_layers(model)
         ]
         if not self._layers:
             raise LookupError("no linear layer")
-        self._weight_of = {part.layer: part.weight for _, parts in self._layers for part in parts}
+        self._weight_of = {part.layer: part.weight for one in self._layers for part in one.parts}
         self._wanted: dict[str, LowRank] = {}
         self._is_loaded = True  # the base, as vLLM loaded it
 
+    def _layer(self, module: Any, name: str, layers: list[str]) -> _Layer:
+        parts = [_Part(layer, _weight(layer, self._files)) for layer in layers]
+        is_packed = hasattr(module, "cpu_linear")
+        if not is_packed:
+            shapes = [self._files[part.weight][1] for part in parts]
+            wanted = (sum(shape[0] for shape in shapes), shapes[0][1])
+            if tuple(module.weight.shape) != wanted:
+                found = tuple(module.weight.shape)
+                raise LookupError(f"{name} has weights of {found}, and the files of {wanted}")
+        return _Layer(module, parts, is_packed)
+
     def set_target(self, terms: dict[str, LowRank]) -> None:
-        """Sets what the next `load` packs.
+        """Sets what the next `load` loads.
 
         Raises:
             UserError: a term for a layer that the model lacks, or of another size.
@@ -85,7 +93,7 @@ class MergedWeights:
         self._wanted = terms
 
     def load(self) -> bool:
-        """Packs the base plus the target's terms unless that is done; returns whether it did."""
+        """Loads the base plus the target's terms unless that is done; returns whether it did."""
         if self._is_loaded:
             return False
         self._load(self._wanted)
@@ -102,24 +110,41 @@ class MergedWeights:
 
     def _load(self, terms: dict[str, LowRank]) -> None:
         self._is_loaded = False
-        for module, parts in self._layers:
-            weights_OI = []
-            for part in parts:
-                # Opened each time: what was read stays resident until the file is closed.
-                with safe_open(self._files[part.weight][0], framework="pt") as opened:
-                    weight_OI = opened.get_tensor(part.weight).float()
-                    if (term := terms.get(part.layer)) is not None:
-                        product = term.b_OR, term.a_RI
-                        weight_OI = torch.addmm(weight_OI, *product, alpha=term.scaling)
-                    weights_OI.append(weight_OI if term is not None else weight_OI.clone())
-            _pack(module, weights_OI[0] if len(weights_OI) == 1 else torch.cat(weights_OI))
+        for module, parts, is_packed in self._layers:
+            if is_packed:
+                weights_OI = [self._merged(part, terms.get(part.layer)) for part in parts]
+                _pack(module, weights_OI[0] if len(weights_OI) == 1 else torch.cat(weights_OI))
+            else:
+                sizes = [self._files[part.weight][1][0] for part in parts]
+                for part, rows_OI in zip(parts, module.weight.data.split(sizes), strict=True):
+                    self._write(rows_OI, part, terms.get(part.layer))
+        if (weight := self._layers[0].module.weight).is_cuda:
+            torch.cuda.synchronize(weight.device)  # the engine may compute on another stream
         self._is_loaded = True
 
+    def _merged(self, part: _Part, term: LowRank | None) -> Tensor:
+        # Opened each time: what was read stays resident until the file is closed.
+        with safe_open(self._files[part.weight][0], framework="pt") as opened:
+            weight_OI = opened.get_tensor(part.weight).float()
+            if term is None:
+                return weight_OI.clone()
+            return torch.addmm(weight_OI, term.b_OR, term.a_RI, alpha=term.scaling)
+
+    @torch.inference_mode()
+    def _write(self, rows_OI: Tensor, part: _Part, term: LowRank | None) -> None:
+        with safe_open(self._files[part.weight][0], framework="pt") as opened:
+            rows_OI.copy_(opened.get_tensor(part.weight))
+        if term is not None:
+            # In float64, for which there is no TF32, and which is rounded once, after the sum.
+            b_OR, a_RI = (factor.to(rows_OI.device).double() for factor in (term.b_OR, term.a_RI))
+            rows_OI.add_(b_OR @ a_RI, alpha=term.scaling)
+
     def unload(self) -> None:
-        """Frees the packed weights; the engine cannot run before the next `load`."""
+        """Frees packed weights; the engine cannot run before the next `load`."""
         self._is_loaded = False
-        for module, _ in self._layers:
-            module.cpu_linear = _refuse
+        for module, _, is_packed in self._layers:
+            if is_packed:
+                module.cpu_linear = _refuse
 
 
 class _Part(NamedTuple):
@@ -127,6 +152,14 @@ class _Part(NamedTuple):
 
     layer: str
     weight: str
+
+
+class _Layer(NamedTuple):
+    """A layer of the engine, and whether it computes with a packed copy of its weights."""
+
+    module: Any
+    parts: list[_Part]
+    is_packed: bool
 
 
 def _joined(model: nn.Module, name: str, files: Container[str]) -> list[str]:
@@ -142,7 +175,8 @@ def _joined(model: nn.Module, name: str, files: Container[str]) -> list[str]:
 
 
 def _linear_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """The engine's layers that compute with a packed weight, including lm_head."""
+    """The engine's linear layers; lm_head only where its weights are packed: else they may be the
+    embedding's."""
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -152,11 +186,12 @@ def _linear_layers(model: nn.Module) -> list[tuple[str, Any]]:
             assert isinstance(module, nn.Module)
             if not isinstance(module.quant_method, UnquantizedLinearMethod):
                 raise LookupError(f"{name} is quantized")
-            if getattr(module, "weight", torch.empty(0)).numel():
+            if hasattr(module, "cpu_linear") and getattr(module, "weight", torch.empty(0)).numel():
                 raise LookupError(f"{name} computes with its plain weight")
             found.append((name, module))
         elif isinstance(module, ParallelLMHead) and name.endswith("lm_head"):
-            found.append((name, module))
+            if hasattr(module, "cpu_linear"):
+                found.append((name, module))
     return found
 
 

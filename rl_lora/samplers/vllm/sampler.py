@@ -102,7 +102,8 @@ class VllmSampler:
         self._on_cpu, self._is_full = device.type == "cpu", lora.mode == "full"
         check_model(model_dir, max_model_len)
         check_device(device, lora, model_dir)
-        check_mixture(model_dir, device)
+        merges = merges_adapter(engine.merge_adapter, lora, dtype=dtype, device=device)
+        check_mixture(model_dir, device, merges=merges)
         self._vllm = import_vllm(device)
         if self._on_cpu:
             check_cpu_heads(model_dir)
@@ -123,8 +124,7 @@ class VllmSampler:
             max_num_seqs=max_num_seqs,
         )
         self._never_compiles = self._on_cpu and settings["enforce_eager"]
-        merges = merges_adapter(engine.merge_adapter, lora, dtype=dtype, device=device)
-        is_required = bool(engine.merge_adapter)
+        is_required = bool(engine.merge_adapter) or not self._on_cpu
         self._open_engine(settings, lora_settings(lora, dtype), merges, is_required=is_required)
         self._tokenizer = self._engine.get_tokenizer()
         if end_token_ids is None:

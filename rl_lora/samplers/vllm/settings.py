@@ -29,6 +29,12 @@ GPU_BATCHED_TOKENS = 2048  # vLLM's minimum per step; it refuses more sequences 
 CPU_BLOCK_SIZE = 32  # tokens of a KV cache block, the unit of prefix caching
 CPU_COMPILED_STEPS = 20_000  # decoding steps above which compiling the model pays on a CPU
 CPU_MEMORY_SHARE = 0.25  # of the free memory, at most, for the KV cache
+# Batch sizes with a CUDA graph; a batch is filled up to the next one (above 64, by a quarter at
+# most). Decoding reads all weights whatever the batch, so that this costs little, and each graph
+# takes a tenth of a second to make (an engine has two of each, with and without an adapter) and
+# some of the GPU's memory. vLLM's own list has 51 sizes up to 512.
+_GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448)
+_MAX_GRAPH_SIZE = 512  # vLLM's
 # Bytes of a GPU that neither the engine nor the learner's weights take while sampling: the learner
 # scores fixed tokens meanwhile, and both allocators have gaps.
 RESERVE = 4 * 2**30
@@ -64,7 +70,7 @@ class EngineOptions:
 
     eager: bool | None = None  # without compilation and CUDA graphs; None: on a CPU
     attention_backend: str | None = None  # on a GPU, e.g. TRITON_ATTN; None: vLLM's choice
-    # Add the adapter to vLLM's own copy of the weights; None: on a CPU in float32.
+    # Add the adapter to vLLM's own copy of the weights; None: in float32.
     merge_adapter: bool | None = None
     # Of the GPU's memory; None: what is free, less learner_bytes and RESERVE.
     memory_fraction: float | None = None
@@ -169,8 +175,11 @@ def engine_settings(
 
 def _gpu_settings(options: EngineOptions, num_seqs: int, device: torch.device) -> dict[str, Any]:
     settings: dict[str, Any] = {
-        # Separate graphs for batches without an adapter, which then skip its kernels.
-        "compilation_config": {"cudagraph_specialize_lora": True},
+        "compilation_config": {
+            # Separate graphs for batches without an adapter, which then skip its kernels.
+            "cudagraph_specialize_lora": True,
+            "cudagraph_capture_sizes": graph_sizes(num_seqs),
+        },
         "enable_sleep_mode": True,  # for `VllmSampler.release_memory`
     }
     if device.index is not None:
@@ -182,6 +191,17 @@ def _gpu_settings(options: EngineOptions, num_seqs: int, device: torch.device) -
     if options.attention_backend is not None:
         settings["attention_backend"] = options.attention_backend
     return settings
+
+
+def graph_sizes(num_seqs: int) -> list[int]:
+    """Tokens of the batches that get a CUDA graph, up to twice num_seqs (for those that also read
+    prompts), as in vLLM; a full batch of num_seqs gets its own.
+
+    Example: graph_sizes(6) == [1, 2, 4, 6, 8, 12]
+    """
+    largest = min(2 * num_seqs, _MAX_GRAPH_SIZE)
+    sizes = {*_GRAPH_SIZES, num_seqs, largest}
+    return sorted(size for size in sizes if size <= largest)
 
 
 def lora_settings(lora: LoraSection, dtype: torch.dtype) -> dict[str, Any]:
@@ -218,17 +238,23 @@ def merges_adapter(
     """Whether the engine adds adapters to its own copy of the weights (`merged_weights`).
 
     Raises:
-        UserError: merge_adapter is true where the sum would round the adapter away, or on a GPU.
+        UserError: merge_adapter is true where the sum would round the adapter away, or false where
+            vLLM's LoRA layers do not compute in the dtype.
     """
     if lora.mode != "lora":
         return False
-    fits = device.type == "cpu" and dtype == torch.float32
-    if merge_adapter and not fits:
+    is_exact = dtype == torch.float32
+    if merge_adapter and not is_exact:
         raise UserError(
-            f"sampling.merge_adapter=true with {dtype} on {device.type}: merging is for float32 on "
-            "a CPU, where it rounds nothing away; leave it out, or set model.dtype='float32'"
+            f"sampling.merge_adapter=true with {dtype}: the sum would round the adapter away; "
+            "leave it out, or set model.dtype='float32'"
         )
-    return fits if merge_adapter is None else merge_adapter
+    if merge_adapter is False and is_exact and device.type != "cpu":
+        raise UserError(
+            f"sampling.merge_adapter=false with {dtype} on {device.type}: vLLM's LoRA kernels for "
+            "GPUs compute in 16 bits only; leave it out, or set model.dtype='bfloat16'"
+        )
+    return is_exact if merge_adapter is None else merge_adapter
 
 
 def cpu_cache_bytes(
@@ -270,19 +296,26 @@ def text_config(model_dir: Path) -> PretrainedConfig:
     return config
 
 
-def check_mixture(model_dir: Path, device: torch.device) -> None:
-    """Raises UserError for a mixture of experts on a CPU.
+def check_mixture(model_dir: Path, device: torch.device, *, merges: bool) -> None:
+    """Raises UserError for a mixture of experts on a CPU, and where adapters are merged.
 
     With LoRA layers vLLM (0.32) computes any mixture's experts by Triton kernels, also those
-    without an adapter, and the first sample ends in an AttributeError within them; without LoRA
-    layers it samples with wrong experts once weights are reloaded. See
-    tests/samplers/test_vllm_experts.py.
+    without an adapter, and on a CPU the first sample ends in an AttributeError within them; without
+    LoRA layers it samples there with wrong experts once weights are reloaded. See
+    tests/samplers/test_vllm_experts.py. Merging knows linear layers only.
     """
-    if device.type == "cpu" and any(read_config(model_dir).get(key) for key in NUM_EXPERTS_KEYS):
+    if not any(read_config(model_dir).get(key) for key in NUM_EXPERTS_KEYS):
+        return
+    if device.type == "cpu":
         raise UserError(
             f"model {model_dir} is a mixture of experts, for which vLLM on a CPU serves neither "
             "adapters (not even on attention only) nor new weights; set "
             'sampling.backend="torch"'
+        )
+    if merges:
+        raise UserError(
+            f"model {model_dir} is a mixture of experts, for which vLLM serves no adapters in "
+            'float32; set model.dtype="bfloat16" or sampling.backend="torch"'
         )
 
 

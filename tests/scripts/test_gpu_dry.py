@@ -102,6 +102,8 @@ def test_the_cuda_path_up_to_the_kernels(tmp_path: Path) -> None:
 def test_the_learner_compiles_for_a_gpu(
     shape: str, rank: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    # Of a layer, forward and backward; above rank 1 each product of A and of B is one more.
+    most_launches = 110 if rank == 1 else 135
     found = found_by(
         "compile_learner",
         shape,
@@ -111,13 +113,13 @@ def test_the_learner_compiles_for_a_gpu(
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path_factory.getbasetemp() / "inductor"),
     )
     print(json.dumps(found))
-    assert found["failed"] == {}, f"of {found['kernels']} kernels"
+    failed = [f"{name}: {error}" for name, error in found["failed"].items()]
+    assert not failed, f"{len(failed)} of {found['kernels']} kernels: " + "\n".join(failed)
     first, *others = found["graphs"]
     assert others == [first] * 3, f"batches of {found['tokens']} tokens compiled again"
-    # A decoder layer's bound; each figure is above 0, so something was compiled and counted.
     layer = [found["forward"], found["backward"]]
-    assert all(part["triton"] and part["products"] and part["attention"] for part in layer)
-    assert sum(part["launches"] for part in layer) <= 110, layer
+    assert all(part["triton"] and part["products"] >= 7 and part["attention"] for part in layer)
+    assert sum(part["launches"] for part in layer) <= most_launches, layer
 
 
 def test_the_other_release_takes_the_same_calls_and_settings(tmp_path: Path) -> None:

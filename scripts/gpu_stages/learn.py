@@ -37,8 +37,9 @@ GROUP = 8  # completions per prompt
 
 
 def smollm2(context: Context) -> dict[str, Any]:
-    """SmolLM2-135M's shape, whole."""
-    return _learn("smollm2-135m", context)
+    """SmolLM2-135M's shape, whole, also in microbatches whose kernels take longer to run than to
+    start."""
+    return _learn("smollm2-135m", context, tokens=(16_384, 65_536))
 
 
 def qwen3_small(context: Context) -> dict[str, Any]:
@@ -69,15 +70,21 @@ ON_CPU = Sizes((256, 1024), prompt=(8, 24), completion=(8, 48), repetitions=2)
 
 
 def _learn(
-    shape: str, context: Context, *, num_layers: int | None = None, whole: int | None = None
+    shape: str,
+    context: Context,
+    *,
+    num_layers: int | None = None,
+    whole: int | None = None,
+    tokens: tuple[int, ...] = ON_GPU.tokens,
 ) -> dict[str, Any]:
     """Figures eager, then with compiled layers, by the microbatch's size; an error at one size
     keeps those of the others. Eager first, as compiling may take all of the time.
 
     whole: the model's full number of layers, where fewer are measured; figures of the full model
-    are extrapolated.
+    are extrapolated. tokens: of a microbatch on a GPU.
     """
     started = time.monotonic()
+    sizes = dataclasses.replace(ON_GPU, tokens=tokens) if context.is_gpu else ON_CPU
     folder = make_model(shape, context, num_layers)
     device = measured_device(context.device)
     figures: dict[str, Any] = {
@@ -91,7 +98,7 @@ def _learn(
         figures["layers"] = policy.model.config.num_hidden_layers
         figures[name] = {}
         _measure(
-            Learner(policy), context, device, whole, figures[name], lambda: context.keep(figures)
+            Learner(policy), sizes, device, whole, figures[name], lambda: context.keep(figures)
         )
         del policy
         _free()
@@ -103,7 +110,7 @@ def _learn(
 
 def _measure(
     learner: Learner,
-    context: Context,
+    sizes: Sizes,
     device: Device,
     whole: int | None,
     figures: dict[str, Any],
@@ -112,7 +119,7 @@ def _measure(
     """Fills in the figures: by the microbatch's size, what `timed` measures; graphs compiled in
     all, launches per layer, and bytes that a token's activations take (the peak's growth from one
     size to the next). keep: called as they become known."""
-    policy, sizes = learner.policy, ON_GPU if context.is_gpu else ON_CPU
+    policy = learner.policy
     layers = policy.model.config.num_hidden_layers
     figures["out_of_memory"] = []
     peaks: list[tuple[int, int]] = []

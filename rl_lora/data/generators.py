@@ -7,6 +7,7 @@ made from templates here. Row k of a seed is always the same problem, whatever t
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -170,8 +171,11 @@ def reasoning_gym_entries(
     name: str, options: dict[str, Any], seed: int
 ) -> Iterator[dict[str, Any]]:
     """Endless entries of a reasoning-gym generator: question, answer, metadata."""
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
+    with warnings.catch_warnings():
+        # Python reports dubious syntax of a module when it is imported for the very first time.
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
         raise UserError(f"data set 'reasoning_gym:{name}' is unknown; {nearest(name, DATASETS)}")

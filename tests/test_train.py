@@ -46,11 +46,13 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "setting",
     [
-        "lora.variant=pissa",
         "lora.variant=dora",
         *(
             pytest.param(setting, marks=pytest.mark.long)
-            for setting in ("lora.variant=rslora", "lora.variant=olora", "optim.lora_plus_ratio=16")
+            for setting in (
+                *(f"lora.variant={name}" for name in ("pissa", "rslora", "olora")),
+                "optim.lora_plus_ratio=16",
+            )
         ),
     ],
 )

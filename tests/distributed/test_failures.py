@@ -172,6 +172,7 @@ def test_a_rank_that_hangs_is_named_with_what_the_others_wait_for(tmp_path: Path
             ["sampling.num_prompts=1"],
             r"2 processes for sampling\.num_prompts=1: each needs a prompt; start 1 or fewer, or "
             r"raise sampling\.num_prompts",
+            marks=pytest.mark.long,
         ),
         pytest.param(
             "1 rl_lora.build:make_sampler 1 mistake",

@@ -102,7 +102,7 @@ def num_graphs() -> int:
     ("make", "lora"),
     [
         (random_llama, {"rank": 1}),
-        pytest.param(random_qwen3, {"rank": 4, "variant": "dora"}, marks=pytest.mark.slow),
+        pytest.param(random_qwen3, {"rank": 4, "variant": "dora"}, marks=pytest.mark.long),
         pytest.param(random_llama, {"rank": 1, "variant": "pissa"}, marks=pytest.mark.long),
     ],
 )

@@ -56,7 +56,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.long), torch.bfloat16]
 )
 def test_a_compiled_head_agrees_with_the_definition_and_the_eager_one(
     dtype: torch.dtype, compiler: None, monkeypatch: pytest.MonkeyPatch

@@ -36,29 +36,38 @@ JOB = """
 """.split()
 
 
+IN_CI = ("full", "lora", "compiled")
+NAMES = [n if n in IN_CI else pytest.param(n, marks=pytest.mark.long) for n in CASES]
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """(folder, {case of num: what it found}) of all cases in one process and in two."""
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """(folder, {case of num: what it found}) of the selected cases in one process and in two."""
+    tests = [test for test in request.session.items if test.path == request.path]
+    selected = {test.callspec.params.get("name") for test in tests if hasattr(test, "callspec")}
+    names = [name for name in CASES if name in selected]
     folder = tmp_path_factory.mktemp("sharded")
-    for name, case in CASES.items():
-        case.make(folder / name)
+    for name in names:
+        CASES[name].make(folder / name)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes
     with eager_kernels():
-        main(folder, list(CASES))
+        main(folder, names)
     torch.set_num_threads(num_threads)
-    program = ["-m", "tests.helpers.sharded_program", str(folder), *CASES]
+    program = ["-m", "tests.helpers.sharded_program", str(folder), *names]
     job = launch(program, folder / "logs")
     assert job.code == 0, job.launcher
     return folder, {
         f"{name} of {num}": torch.load(folder / f"of-{num}" / f"{name}.pt")
-        for name in CASES
+        for name in names
         for num in (1, 2)
     }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_learn_publish_and_sample_as_one(
     outcomes: tuple[Path, dict[str, dict[str, Any]]], name: str
 ) -> None:
@@ -76,7 +85,7 @@ def test_two_processes_learn_publish_and_sample_as_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_does_not_know_how_many_processes_wrote_it(
     outcomes: tuple[Path, dict[str, dict[str, Any]]], name: str
 ) -> None:

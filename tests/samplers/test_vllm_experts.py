@@ -112,7 +112,8 @@ def test_the_base_is_served_and_reloaded_weights_are_not(make: Any, tmp_path: Pa
     assert found["new"] > 0.05
 
 
-@pytest.mark.parametrize("layers", ["all", pytest.param("attention", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("layers", ["all", "attention"])
 def test_adapters_end_in_triton_kernels_that_a_cpu_has_not(layers: str, tmp_path: Path) -> None:
     """Once this fails because vLLM serves them, `vllm_settings.check_mixture` can go."""
     model = make_mixture(random_qwen3_moe, tmp_path / "m")

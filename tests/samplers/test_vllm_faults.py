@@ -90,7 +90,8 @@ def undisturbed(model_dir: Path, adapter: Adapter, **options: Any) -> list[list[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("merge_adapter", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("merge_adapter", [True, False])
 def test_an_engine_that_fails_is_replaced_and_the_samples_are_the_same(
     model_dir: Path, tmp_path: Path, steps: Any, merge_adapter: bool
 ) -> None:

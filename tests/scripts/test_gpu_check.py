@@ -44,6 +44,7 @@ def stage(name: str, limit_s: float = 120) -> Stage:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_however_a_stage_ends_it_is_reported_and_the_others_run(tmp_path: Path) -> None:
     stages = [

@@ -36,7 +36,7 @@ JOB = """
 """.split()
 
 
-IN_CI = ("full", "lora", "compiled")
+IN_CI = ("full", "lora")
 NAMES = [n if n in IN_CI else pytest.param(n, marks=pytest.mark.long) for n in CASES]
 
 

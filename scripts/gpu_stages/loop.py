@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,19 @@ def grpo_overlap(context: Context) -> dict[str, Any]:
     return _run(context, "grpo-overlap", ["sampling.overlap=true", "sampling.memory_fraction=0.45"])
 
 
+def one_rank(context: Context) -> dict[str, Any]:
+    """One launched process with all weights as FSDP2's shards: two steps of full fine-tuning in
+    bfloat16, sampled by PyTorch."""
+    runs = context.work / "runs"
+    shutil.rmtree(runs / "one-rank", ignore_errors=True)  # of an earlier check
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    command += ["-m", "rl_lora", "train", "smoke", f"run.output_dir={runs}", "run.name=one-rank"]
+    command += ["run.num_steps=2", "run.eval_every=0", "data.held_out=16", "lora.mode=full"]
+    command += [f"model.device={context.device}", "model.dtype=bfloat16", "model.shard=true"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return {"steps": _steps(runs / "one-rank")}
+
+
 def _run(context: Context, name: str, overrides: list[str]) -> dict[str, Any]:
     """Phases and KL of two steps in bfloat16; the loop stops if sampler and learner disagree.
 
@@ -76,19 +91,17 @@ def _run(context: Context, name: str, overrides: list[str]) -> dict[str, Any]:
     ]
     shutil.rmtree(context.work / "runs" / name, ignore_errors=True)  # of an earlier check
     outcome = train(load_config(config, settings), quiet=True)
-    rows = [json.loads(line) for line in _lines(outcome.folder / "metrics.jsonl")]
+    return {"model": EMBEDDED if is_real else "tiny", "steps": _steps(outcome.folder)}
+
+
+def _steps(run_folder: Path) -> dict[str, dict[str, float]]:
+    """Times, memory and METRICS of each step."""
+    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {
-        "model": EMBEDDED if is_real else "tiny",
-        "steps": {
-            str(row["step"]): {
-                key: value
-                for key, value in row.items()
-                if key.startswith(("time/", "memory/")) or key in METRICS
-            }
-            for row in rows
-        },
+        str(row["step"]): {
+            key: value
+            for key, value in row.items()
+            if key.startswith(("time/", "memory/")) or key in METRICS
+        }
+        for row in map(json.loads, lines)
     }
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()

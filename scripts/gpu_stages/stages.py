@@ -71,6 +71,7 @@ STAGES = (
     Stage("learn-qwen3-0.6b", 4, "gpu_stages.learn:qwen3_small", 125),
     Stage("cuda-tests", 4, "gpu_stages.cuda_tests:cuda_tests", 120),
     Stage("grpo-overlap", 4, "gpu_stages.loop:grpo_overlap", 130),
+    Stage("one-rank", 4, "gpu_stages.loop:one_rank", 90),
     Stage("decode-base", 4, "gpu_stages.decode:without_lora", 90),
     Stage("decode-dual-stream", 4, "gpu_stages.decode:dual_stream", 110),
     Stage("caches", 4, "gpu_stages.caches:caches", 40),

@@ -71,7 +71,8 @@ class _CompiledForward:
         config = torch._dynamo.config
         if config.recompile_limit < _MAX_GRAPHS:  # newer PyTorch: each thread has its own
             config.recompile_limit = _MAX_GRAPHS
-            config.specialize_float = True  # the adapter's scaling is a constant
+        if not config.specialize_float:  # the adapter's scaling is a constant
+            config.specialize_float = True
         try:
             return self.compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:

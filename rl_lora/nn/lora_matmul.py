@@ -2,9 +2,9 @@
 
 Eagerly one autograd function: the low-rank term is added in place, the backward pass sums the
 input's gradient in one buffer and never forms one of W, and only x and A x are kept for it. In a
-compiled decoder layer (`compiled`) the plain formula: the compiler plans memory and gradients
-itself, and of rank 1 it makes a term of the kernels before and after. Slow references:
-tests/nn/test_fast_paths.py.
+compiled decoder layer (`compiled`) the plain formula, with memory and gradients planned by the
+compiler; of rank 1 `RankOne`. Slow references: tests/nn/test_fast_paths.py, and for compiled layers
+the eager ones.
 
 Letters: T tokens, I inputs, O outputs, R rank.
 """

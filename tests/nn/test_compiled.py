@@ -128,7 +128,7 @@ def test_ten_batches_take_two_graphs_and_agree_with_eager_layers(
 
 @pytest.mark.usefixtures("_without_kernels")
 def test_each_thread_may_compile_all_graphs(tmp_path: Path) -> None:
-    """The learner's microbatches run in threads, and Dynamo's settings are each thread's own."""
+    """Any thread may run a pass, and Dynamo's settings are each thread's own."""
     policy = opened(random_llama(tmp_path / "model"), compiles=True)
 
     def passes() -> int:
@@ -259,7 +259,7 @@ def test_a_layer_takes_few_kernels_and_keeps_little(monkeypatch: pytest.MonkeyPa
         forward, backward = counts
         kept_with_checkpoints = Layer(keeps_activations=False).kept_bytes()
     # Attention is one node in each graph; on a GPU (`flash`) 9 kernels and 14.
-    assert forward + backward + 8 + 13 <= 120
+    assert forward + backward + 8 + 13 <= 117
     assert kept * NUM_LAYERS_OF_SMOLLM2 <= 0.36e6
     assert 576 * 2 <= kept_with_checkpoints < 576 * 2 + 1  # the layer's input, and the layout
 

@@ -118,8 +118,9 @@ class MergedWeights:
                 sizes = [self._files[part.weight][1][0] for part in parts]
                 for part, rows_OI in zip(parts, module.weight.data.split(sizes), strict=True):
                     self._write(rows_OI, part, terms.get(part.layer))
-        if (weight := self._layers[0].module.weight).is_cuda:
-            torch.cuda.synchronize(weight.device)  # the engine may compute on another stream
+        for device in {one.module.weight.device for one in self._layers if not one.is_packed}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # the engine may compute on another stream
         self._is_loaded = True
 
     def _merged(self, part: _Part, term: LowRank | None) -> Tensor:

@@ -44,7 +44,7 @@ RL = ["train", str(SMOKE), *SIZES["rl"], *EVERY, "eval.chunk_samples=2"]
 RL += ["reward.name=tests.helpers.signals:score"]
 COMMANDS = {"rl": RL, "sft": ["sft", str(TINY), *SIZES["sft"], *EVERY, "sft.num_tests=1"]}
 WARM = ["warm_start.num_steps=2", "run.num_steps=1", "run.eval_every=0"]
-OVERLAP = ["sampling.backend=vllm", "sampling.overlap=true"]
+OVERLAP = ["sampling.backend=vllm", "sampling.max_staleness=1"]
 SAMPLING = "rl_lora.samplers.torch_sampler:_record"
 
 

@@ -18,10 +18,13 @@ from rl_lora.config import RunConfig, load_config
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.overlap import Request, RolloutWorker
 from rl_lora.policy import Policy, open_policy
+from rl_lora.runs.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
 from rl_lora.runs.log import RunLog
+from rl_lora.runs.record import read_record
 from rl_lora.sampler import OnGroup
 from rl_lora.samplers.liveness import drop_stale
 from rl_lora.samplers.torch_sampler import TorchSampler
+from rl_lora.storage.jsonl import read_json, write_json
 from rl_lora.train import train
 from rl_lora.types import Adapter, Completion, Prompt, RolloutGroup, SampleParams
 from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt, make_rollout
@@ -147,11 +150,16 @@ def test_a_batch_is_sampled_while_the_one_before_is_learned_from(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("max_staleness", [1, 2])
 def test_a_run_killed_with_a_batch_under_way_ends_where_an_unbroken_one_does(
-    tmp_path: Path, samplers: list[OwnWeights], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    samplers: list[OwnWeights],
+    monkeypatch: pytest.MonkeyPatch,
+    max_staleness: int,
 ) -> None:
     """Step 3 is published and batch 4 is under way when it ends; the checkpoint is of step 2."""
     often = ["run.checkpoint_every=2", "run.eval_every=2"]
+    often += [f"sampling.max_staleness={max_staleness}"]
     train(config(tmp_path, "run.name=whole", *often), quiet=True)
     write = RunLog.write
 
@@ -174,6 +182,32 @@ def test_a_run_killed_with_a_batch_under_way_ends_where_an_unbroken_one_does(
     last, again = (load_tensors(tmp_path / name / "adapter") for name in ("whole", "killed"))
     assert last.keys() == again.keys()
     assert all(torch.equal(last[name], again[name]) for name in last)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("samplers")
+def test_a_run_of_an_earlier_release_with_overlap_resumes(tmp_path: Path) -> None:
+    """To the end of an unbroken one; what the policy said of fixed tokens was not kept then."""
+    train(config(tmp_path, "run.name=whole"), quiet=True)
+    train(config(tmp_path, "run.name=old", "run.num_steps=2"), quiet=True)
+    folder = tmp_path / "old"
+    path = latest_checkpoint(folder)
+    assert path is not None
+    tensors, state = read_checkpoint(path)
+    (before,) = state.pop("older")
+    assert before["version"] == 1
+    state["previous"] = before["fingerprint"]
+    record = read_json(folder / "run.json")
+    for settings in (state["config"]["sampling"], record["config"]["sampling"]):
+        assert settings.pop("max_staleness") == 1
+        settings["overlap"] = True
+    write_checkpoint(folder, 2, tensors, state)
+    write_json(folder / "run.json", record)
+    assert read_record(folder)["config"]["sampling"]["max_staleness"] == 1
+    train(config(tmp_path, "run.name=old"), resume=True, quiet=True)
+    expected, found = (metrics_of(tmp_path / name) for name in ("whole", "old"))
+    del expected[2]["mismatch/live_abs_mean"]
+    assert found == expected
 
 
 def test_an_error_of_the_sampling_thread_is_the_runs(

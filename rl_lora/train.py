@@ -17,6 +17,7 @@ from rl_lora.data.stream import PromptStream
 from rl_lora.evaluation.best import drop_best_after, is_best_step, update_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult
+from rl_lora.export.push import Pushes
 from rl_lora.launchers import interruption
 from rl_lora.overlap import RolloutWorker, requests
 from rl_lora.penalties import penalised_rewards
@@ -64,6 +65,7 @@ class Parts:
     timer: PhaseTimer
     nonfinite: NonfiniteSteps
     inputs: dict[str, Any]  # hashes of base model and data, for the record and checkpoints
+    pushes: Pushes
 
 
 def loop(parts: Parts, state: State) -> None:
@@ -118,6 +120,7 @@ def complete_step(parts: Parts, state: State, meter: MachineMeter) -> None:
         save(parts.job, parts.learner, state, parts.inputs)
     if has_evaluation:
         update_best(config.folder, state.step, parts.display.note)
+    parts.pushes.step(state.adapter)
 
 
 def learn(
@@ -264,10 +267,10 @@ def open_parts(
             check=lambda: check_version(job.policy, job.sampler, probes, max_kl),
         )
         evaluation = make_evaluation(job, display.evaluation)
-        limit, lr = config.optim.max_nonfinite_steps, config.optim.lr
-        nonfinite = NonfiniteSteps(config.run.folder, limit, lr)
+        nonfinite = NonfiniteSteps(config.run.folder, config.optim)
+        pushes = Pushes(config.run, display.warn)
         parts = Parts(
-            job, learner, worker, evaluation, display, log, PhaseTimer(), nonfinite, inputs
+            job, learner, worker, evaluation, display, log, PhaseTimer(), nonfinite, inputs, pushes
         )
         yield parts, prepare(parts, stream, start)
 
@@ -395,3 +398,4 @@ def finish(parts: Parts, state: State) -> None:
     with atomic_directory(folder / "adapter") as scratch:
         last = folder / "adapters" / f"v{state.step:06d}"
         shutil.copytree(last, scratch, dirs_exist_ok=True)
+    parts.pushes.last()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         LoraSection,
         OptimSection,
         RewardSection,
+        RunSection,
         SamplingSection,
     )
 
@@ -77,6 +78,14 @@ def check_penalties(
         raise ValueError(
             f"algorithm.advantage='maxrl' is defined for rewards that are not negative, and {name} "
             "makes them negative; remove it, or set algorithm.advantage='grpo'"
+        )
+
+
+def check_pushes(run: RunSection, lora: LoraSection) -> None:
+    """Raises ValueError for pushes of a run that has no adapters."""
+    if run.push_to is not None and lora.mode == "full":
+        raise ValueError(
+            f"run.push_to={run.push_to!r} pushes adapters, and lora.mode='full' has none; remove it"
         )
 
 

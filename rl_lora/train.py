@@ -396,6 +396,5 @@ def finish(parts: Parts, state: State) -> None:
         return
     draw_figures(folder)
     with atomic_directory(folder / "adapter") as scratch:
-        last = folder / "adapters" / f"v{state.step:06d}"
-        shutil.copytree(last, scratch, dirs_exist_ok=True)
+        shutil.copytree(folder / "adapters" / f"v{state.step:06d}", scratch, dirs_exist_ok=True)
     parts.pushes.last()

@@ -1,4 +1,4 @@
-"""Pushes an adapter with its model card to the hub, also while its run goes on."""
+"""Pushes an adapter with its model card to the hub, also during its run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def push_adapter(
 
 
 class Pushes:
-    """Pushes a run's newest adapters in a thread, while training goes on.
+    """Pushes a run's newest adapters in a thread, while training continues.
 
     While one is uploaded the newest one waits, and replaces an older one that waits. A failed
     upload is a warning: the next one has a newer adapter. Without run.push_to, and in all processes

@@ -105,7 +105,7 @@ def test_a_version_in_memory_gets_the_runs_card(tmp_path: Path) -> None:
         (RuntimeError("a bug"), "run.push_to: RuntimeError: a bug"),
     ],
 )
-def test_a_failed_upload_is_a_warning_and_the_next_one_goes_on(
+def test_a_failed_upload_is_a_warning_and_the_next_one_goes_through(
     tmp_path: Path, error: Exception, line: str
 ) -> None:
     hub: Any = Hub()

@@ -13,6 +13,7 @@ from rl_lora import distributed
 from rl_lora.batches import pack
 from rl_lora.build import RunContext, make_evaluation, make_learner, open_folder, open_run
 from rl_lora.config import RunConfig
+from rl_lora.config.checks import unbounded_staleness
 from rl_lora.data.stream import PromptStream
 from rl_lora.evaluation.best import drop_best_after, is_best_step, update_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
@@ -40,7 +41,7 @@ from rl_lora.samplers.liveness import (
     check_at_start,
     check_step,
     check_version,
-    staleness_metrics,
+    drop_stale,
 )
 from rl_lora.sft.warm_start import has_solutions, warm_start
 from rl_lora.state import State, publish, restore, save, save_once, saved_at_limit, with_handover
@@ -69,7 +70,8 @@ class Parts:
 
 
 def loop(parts: Parts, state: State) -> None:
-    """Step k learns from samples of version k - 1 (with overlap k - 2) and publishes version k.
+    """Step k learns from samples of version k - 1, or older (`sampling.max_staleness`), and
+    publishes version k.
 
     Raises:
         Interrupted: by a signal; what is done is in a checkpoint.
@@ -85,7 +87,7 @@ def loop(parts: Parts, state: State) -> None:
         while state.step < config.num_steps:
             assert state.adapter is not None
             with timer.phase("sample"):
-                batch = worker.next_batch(state.adapter, state.previous)
+                batch = worker.next_batch(state.adapter, state.older)
             with timer.phase("score"):  # of what is not scored yet
                 groups_N = batch.scoring.groups()
             with timer.phase("learn"):
@@ -134,8 +136,7 @@ def learn(
         KlLimitError: the policy is too far from the base (algorithm.max_kl_to_base).
     """
     config, policy = job.config, job.policy
-    max_staleness = int(config.sampling.overlap)
-    staleness = staleness_metrics(groups_N, version, max_staleness=max_staleness)
+    groups_N, staleness = drop_stale(groups_N, version, config.sampling.max_staleness)
     algorithm = config.algorithm
     rewards_N_G, penalties = penalised_rewards(config, learner, groups_N)
     cap = config.sampling.max_tokens
@@ -258,13 +259,12 @@ def open_parts(
             on_note=display.note,
         )
         stream = PromptStream(job.prompts.train, config.run.seed)
-        probes, max_kl = job.prompts.eval[:4], config.sampling.max_kl
         worker = RolloutWorker(
             job.sampler,
             job.reward,
             requests(config, stream, start.state.get("step", 0), display.sampling),
-            overlap=config.sampling.overlap,
-            check=lambda: check_version(job.policy, job.sampler, probes, max_kl),
+            max_staleness=config.sampling.max_staleness,
+            check=partial(check_version, job.sampler),
         )
         evaluation = make_evaluation(job, display.evaluation)
         nonfinite = NonfiniteSteps(config.run.folder, config.optim)
@@ -287,6 +287,8 @@ def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
         + ", ".join(f"{name} {value:.1e}" for name, value in probe.items())
         + " nats"
     )
+    if warning := unbounded_staleness(job.config.algorithm, job.config.sampling):
+        parts.display.warn(warning)
     state = State(stream.state_dict())
     if start.checkpoint is not None:
         if start.has_other_data("eval", parts.inputs) and distributed.is_main():

@@ -183,8 +183,9 @@ class SamplingSection(Section):
     # Sampler-learner mismatch (KL, nats) at which the run stops; none: 1e-4 in float32, 2e-2 in
     # bfloat16.
     max_kl: float | None = Field(None, gt=0)
-    # Sample step k + 1 with adapter version k - 1 while step k learns; for GPUs.
-    overlap: bool = False
+    # By how many adapter versions samples may be older than the policy that learns from them:
+    # sampling runs so many steps ahead while the learner works. 0: they take turns.
+    max_staleness: int = Field(0, ge=0)
     # vLLM gave no token for so many seconds: it hangs, and is started again.
     timeout_s: float = Field(600, gt=0)
     # How often in a row vLLM is started again where it fails or hangs, until the run stops.

@@ -41,6 +41,7 @@ from rl_lora.samplers.liveness import (
     check_at_start,
     check_step,
     check_version,
+    described,
     drop_stale,
 )
 from rl_lora.sft.warm_start import has_solutions, warm_start
@@ -282,11 +283,7 @@ def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
         write_record(job.config, job.policy, parts.inputs)
     max_kl = job.config.sampling.max_kl
     probe = check_at_start(job.policy, job.sampler, job.prompts.eval[:4], folder / "probe", max_kl)
-    parts.display.note(
-        "sampler serves the learner's weights: mean |difference| of log-probs "
-        + ", ".join(f"{name} {value:.1e}" for name, value in probe.items())
-        + " nats"
-    )
+    parts.display.note(described(probe))
     if warning := unbounded_staleness(job.config.algorithm, job.config.sampling):
         parts.display.warn(warning)
     state = State(stream.state_dict())

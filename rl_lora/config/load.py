@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from rl_lora.config.overrides import apply_overrides, is_section
-from rl_lora.config.sections import RunConfig, Section, SourceSection
+from rl_lora.config.section import Section
+from rl_lora.config.sections import RunConfig
 from rl_lora.config.shipped import find_config
 from rl_lora.errors import UserError, nearest
 

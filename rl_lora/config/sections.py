@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rl_lora.config.algorithm import check_algorithm
 from rl_lora.config.checks import (
@@ -21,20 +21,9 @@ from rl_lora.config.checks import (
     check_temperatures,
     check_variant,
 )
+from rl_lora.config.data import DataSection
 from rl_lora.config.presets import with_preset
-
-
-class Section(BaseModel):
-    """A frozen section; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-# Arguments of `apply_chat_template` that prompt rendering sets.
-_TEMPLATE_ARGUMENTS = (
-    "conversation messages add_generation_prompt continue_final_message tokenize padding "
-    "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
-).split()
+from rl_lora.config.section import Section
 
 
 class RunSection(Section):
@@ -89,64 +78,6 @@ class LoraSection(Section):
     lm_head: bool = False  # an adapter on the output layer, too
     # rsLoRA, PiSSA, OLoRA or DoRA instead of plain LoRA (rl_lora.nn.variants).
     variant: Literal["lora", "rslora", "pissa", "olora", "dora"] = "lora"
-
-
-class SourceSection(Section):
-    """One data set: a known name, a file, a folder, a hub id or a generator."""
-
-    name: str  # e.g. gsm8k, math500, aime24, a path, or reasoning_gym:chain_sum
-    split: str | None = None  # of a hub data set; none: the known set's own, else train or test
-    question: str | None = None  # column of the question; none: recognized by the columns
-    answer: str | None = None  # column of the gold answer; `a.b`: field b of column a
-    # Meaning of a list of answers: any of them is right, or all are required. none: all in rows
-    # with is_multiple_answer = true, else any.
-    list_answers: Literal["any", "all"] | None = Field(None, exclude_if=lambda value: value is None)
-    num_rows: int | None = Field(None, ge=1)  # only the first rows; for a generator, rows made
-    seed: int = 0  # a generator's
-    options: dict[str, Any] = Field(default_factory=dict)  # a generator's
-
-
-class SourcesSection(Section):
-    """Data sets for training and evaluation."""
-
-    train: tuple[SourceSection, ...] = ()  # training sets; several are concatenated
-    eval: tuple[SourceSection, ...] = ()  # evaluation sets; empty: held-out training rows
-    # Variables of the chat template, e.g. enable_thinking = false. chat_template replaces the
-    # template, by its text or its name.
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _template_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if taken := [name for name in value if name in _TEMPLATE_ARGUMENTS]:
-            raise ValueError(f"{taken[0]} cannot be set: prompt rendering sets it; remove it")
-        return value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shorthand(cls, value: Any) -> Any:
-        """`data = "path or name"` is short for one training source."""
-        return {"train": value} if isinstance(value, str) else value
-
-    @field_validator("train", "eval", mode="before")
-    @classmethod
-    def _sources(cls, value: Any) -> Any:
-        if isinstance(value, str | dict):
-            value = (value,)
-        return tuple({"name": item} if isinstance(item, str) else item for item in value)
-
-
-class DataSection(SourcesSection):
-    """Data sets and how their problems are rendered."""
-
-    # Rows held out from the training sets for evaluation, if data.eval is empty or contains
-    # "held_out". Several sets in data.eval make one evaluation with a score for each.
-    held_out: int = Field(200, ge=1)
-    template: Literal["chat", "base"] = "chat"  # base: plain text, for models without a template
-    system: str | None = None  # system message (chat template)
-    instruction: str = "Put your final answer within \\boxed{}."  # appended to each question
-    few_shot: str = ""  # text before each question (base template)
-    max_prompt_tokens: int = Field(1024, ge=1)  # a longer prompt is an error; none is truncated
 
 
 class SamplingSection(Section):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from rl_lora.config.overrides import apply_overrides, is_section
+from rl_lora.config.overrides import apply_overrides, is_section, list_item
 from rl_lora.config.section import Section
 from rl_lora.config.sections import RunConfig
 from rl_lora.config.shipped import find_config
@@ -73,9 +73,10 @@ def parse_as(root: type[SomeSection], raw: dict[str, Any], what: str = "config")
 
 
 def _section_at(location: tuple[int | str, ...], root: type[BaseModel]) -> type[BaseModel]:
-    """The section class at a validation error's location; lists are of sources."""
+    """The section class at a validation error's location."""
     section = root
     for part in location:
-        annotation: Any = getattr(section.model_fields.get(str(part)), "annotation", None)
-        section = annotation if is_section(annotation) else SourceSection
+        known = section.model_fields.get(str(part))
+        if known is not None:  # else an index of the list that came before
+            section = next(filter(is_section, (known.annotation, list_item(known.annotation))))
     return section

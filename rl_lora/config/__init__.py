@@ -3,6 +3,7 @@
 
 from rl_lora.config.section import Section as Section
 from rl_lora.config.data import (
+    HELD_OUT as HELD_OUT,
     DataSection as DataSection,
     SourceSection as SourceSection,
     SourcesSection as SourcesSection,
@@ -15,6 +16,7 @@ from rl_lora.config.sections import (
     ModelSection as ModelSection,
     OptimSection as OptimSection,
     RewardSection as RewardSection,
+    RewardTermSection as RewardTermSection,
     RunConfig as RunConfig,
     RunSection as RunSection,
     SamplingSection as SamplingSection,

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from rl_lora.config.algorithm import check_algorithm
 from rl_lora.config.checks import (
     check_backend,
+    check_gdpo,
     check_kl,
     check_penalties,
     check_served,
@@ -117,10 +118,27 @@ class SamplingSection(Section):
         return value
 
 
+class RewardTermSection(Section):
+    """One term of a reward of several."""
+
+    name: str  # math, math_verify, format (1 for an answer in a \\boxed{}), or module:function
+    weight: float = 1.0  # of its values in the sum; 0: it is only logged
+    label: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]+$")  # in metrics; none: from the name
+    sources: tuple[str, ...] = ()  # data sets that it applies to, as metrics call them; empty: all
+
+    @property
+    def key(self) -> str:
+        """What metrics and transcripts call it."""
+        return self.label or self.name.rpartition(":")[2]
+
+
 class RewardSection(Section):
     """The reward of a completion."""
 
-    name: str = "math"  # a built-in reward, or your own as module:function
+    name: str = "math"  # math, math_verify, format, or your own as module:function
+    # Several rewards instead, whose weighted sum is the reward. The first that applies to a problem
+    # says whether its completions are correct.
+    terms: tuple[RewardTermSection, ...] = ()
     policy: str = "default"  # grading rules of the verifier: default, gsm8k, math, deepmath, aime
     format_weight: float = Field(0.0, ge=0, le=1)  # added if the answer is in a \boxed{}
     # DAPO's soft penalty of length: over the last so many tokens before sampling.max_tokens the
@@ -130,6 +148,28 @@ class RewardSection(Section):
     thinking_tags: tuple[tuple[str, str], ...] = ()  # more [opening, closing] pairs to recognize
     num_workers: int = Field(1, ge=1)  # processes for symbolic comparisons
     timeout_s: float = Field(5.0, gt=0)  # seconds for one symbolic comparison
+
+    @field_validator("terms", mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        """A plain string is a term's name."""
+        if isinstance(value, str | dict):
+            value = (value,)
+        return tuple({"name": item} if isinstance(item, str) else item for item in value)
+
+    @model_validator(mode="after")
+    def _term_names(self) -> RewardSection:
+        if self.terms and self.name != "math":
+            raise ValueError(
+                f"name={self.name!r} has no effect with reward.terms; list it there as well, or "
+                "remove one of them"
+            )
+        keys = [term.key for term in self.terms]
+        for key in keys:
+            if keys.count(key) > 1 or key == "mean":
+                why = "is a metric of the whole reward" if key == "mean" else "is there twice"
+                raise ValueError(f"terms: the name {key!r} {why}; set the term's label")
+        return self
 
 
 class AlgorithmSection(Section):
@@ -280,6 +320,7 @@ class RunConfig(Section):
         check_temperatures(self.sampling, self.eval)
         check_kl(self.algorithm)
         check_penalties(self.algorithm, self.reward, self.sampling)
+        check_gdpo(self.algorithm, self.reward)
         check_algorithm(self.algorithm)
         if self.sampling.num_samples < 2:
             raise ValueError(

@@ -21,7 +21,7 @@ from rl_lora.evaluation.scores import EvalResult
 from rl_lora.export.push import Pushes
 from rl_lora.launchers import interruption
 from rl_lora.overlap import RolloutWorker, requests
-from rl_lora.penalties import penalised_rewards
+from rl_lora.penalties import step_advantages
 from rl_lora.prompts import PromptSets
 from rl_lora.report.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.report.run_figures import draw_figures
@@ -97,7 +97,8 @@ def loop(parts: Parts, state: State) -> None:
             state.step, state.position = state.step + 1, batch.position
             with timer.phase("publish"):
                 worker.offer(publish(parts.job, state))
-            state.metrics = rollout_metrics(groups_N) | stats | batch.metrics() | timer.take()
+            state.metrics = rollout_metrics(groups_N, state.position) | stats
+            state.metrics |= batch.metrics() | timer.take()
             parts.log.transcripts(state.step, groups_N)
             parts.nonfinite.keep(state.step, state.metrics, groups_N)
             complete_step(parts, state, meter)
@@ -139,11 +140,11 @@ def learn(
     config, policy = job.config, job.policy
     groups_N, staleness = drop_stale(groups_N, version, config.sampling.max_staleness)
     algorithm = config.algorithm
-    rewards_N_G, penalties = penalised_rewards(config, learner, groups_N)
+    advantages_N_G, penalties = step_advantages(job.algorithm.advantage, config, learner, groups_N)
     cap = config.sampling.max_tokens
     updates = pack(
         groups_N,
-        job.algorithm.advantage(rewards_N_G),
+        advantages_N_G,
         denominator=cap if algorithm.denominator == "max_tokens" else algorithm.denominator,
         microbatch_tokens=learner.microbatch_tokens,
         min_microbatches=distributed.world_size(),
@@ -259,7 +260,7 @@ def open_parts(
             temperature=config.sampling.temperature,
             on_note=display.note,
         )
-        stream = PromptStream(job.prompts.train, config.run.seed)
+        stream = PromptStream(job.prompts.train, config.run.seed, job.prompts.weights)
         worker = RolloutWorker(
             job.sampler,
             job.reward,

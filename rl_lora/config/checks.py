@@ -89,6 +89,22 @@ def check_pushes(run: RunSection, lora: LoraSection) -> None:
         )
 
 
+def check_gdpo(algorithm: AlgorithmSection, reward: RewardSection) -> None:
+    """Raises ValueError for GDPO of one reward, or with one that its weight cannot scale."""
+    if algorithm.advantage != "gdpo":
+        return
+    if max(1, len(reward.terms)) + bool(reward.overlong_tokens) < 2:
+        raise ValueError(
+            "algorithm.advantage='gdpo' normalizes several rewards one by one, and there is only "
+            "one; list them in reward.terms, or set algorithm.advantage='grpo'"
+        )
+    if algorithm.kl == "reward":
+        raise ValueError(
+            "algorithm.advantage='gdpo' normalizes each reward within its group, and "
+            "algorithm.kl='reward' would lose its scale; set algorithm.kl='loss'"
+        )
+
+
 def check_variant(lora: LoraSection, optim: OptimSection) -> None:
     """Raises ValueError for adapter settings with full fine-tuning."""
     if lora.mode == "full" and lora.variant != "lora":

@@ -15,7 +15,7 @@ from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.launchers import interruption
 from rl_lora.launchers.interruption import Interrupted
 from rl_lora.sampler import OnGroup, Sampler
-from rl_lora.scoring import score_best
+from rl_lora.scoring import functions_of, score_best
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, SampleParams
 
 _POLL_S = 0.2  # between two looks for a signal
@@ -104,7 +104,12 @@ def score_groups(
         for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
         for _ in completions_G
     ]
-    scored = score_best(reward, texts, references, _rows(prompts_N, completions_N_G))
+    sources = [
+        prompt.source
+        for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
+        for _ in completions_G
+    ]
+    scored = score_best(reward, texts, references, _rows(prompts_N, completions_N_G), sources)
     for score, reference in zip(scored, references, strict=True):
         if not math.isfinite(score.reward):
             raise UserError(
@@ -137,15 +142,18 @@ def _rows(
     ]
 
 
-def check_reward(reward: Reward, prompt: Prompt, token_ids: Sequence[int]) -> None:
-    """Tries a user's own function on MADE_UP, whose ids are given, twice, before any is sampled.
+def check_reward(reward: Reward, prompts: Sequence[Prompt], token_ids: Sequence[int]) -> None:
+    """Tries a user's own functions on MADE_UP, whose ids are given, twice, before any is sampled,
+    for a problem of each source.
 
     Raises:
-        UserError: the function fails, or returns something else than a reward.
+        UserError: a function fails, or returns something else than a reward.
     """
-    if isinstance(reward, FunctionReward):
-        completion = Completion(tuple(token_ids), MADE_UP, (0.0,) * len(token_ids), False, 0)
-        score_groups([prompt], [[completion, completion]], reward)
+    firsts = {prompt.source: prompt for prompt in reversed(prompts)}
+    if not functions_of(reward):
+        return
+    completion = Completion(tuple(token_ids), MADE_UP, (0.0,) * len(token_ids), False, 0)
+    score_groups([*firsts.values()], [[completion, completion]] * len(firsts), reward)
 
 
 def scoring_thread() -> ThreadPoolExecutor:

@@ -144,12 +144,7 @@ def restore(
     assert start.checkpoint is not None
     config = job.config
     saved = load_checkpoint(start.checkpoint, learner)
-    position, num_prompts = saved["stream"], len(job.prompts.train)
-    if start.has_other_data("train", inputs) and position["num_prompts"] != num_prompts:
-        # The user has accepted other rows: a new epoch begins with them.
-        position |= {"epoch": position["epoch"] + 1, "position": 0, "owed": []}
-        position |= {"num_prompts": num_prompts}
-    stream.load_state_dict(position)
+    stream.load_state_dict(saved["stream"], has_other_rows=start.has_other_data("train", inputs))
     state = State(stream.state_dict(), saved["step"])
     state.metrics = unstored(saved.get("metrics", {}))  # an earlier version has not saved them
     if not switches_while_sampling(job.sampler):  # one that does samples from the newest version

@@ -105,6 +105,11 @@ class RolloutGroup:
         """Rewards in sampling order; never overwritten by advantages or penalties."""
         return [rollout.score.reward for rollout in self.rollouts_G]
 
+    def terms_G(self) -> dict[str, list[float]]:
+        """By term of the reward, its values in sampling order; empty if the reward has no terms."""
+        scores_G = [rollout.score for rollout in self.rollouts_G]
+        return {term: [score.terms[term] for score in scores_G] for term in scores_G[0].terms}
+
 
 @dataclass(frozen=True, slots=True)
 class TrainSample:

@@ -17,10 +17,9 @@ from rl_lora import distributed
 from rl_lora.adapters import files as adapters
 from rl_lora.adapters.resize import common_settings, fitted
 from rl_lora.build import RunContext, check_run_folder, make_evaluation, open_run
-from rl_lora.config import RunConfig, load_config, parse_config
+from rl_lora.config import HELD_OUT, RunConfig, load_config, parse_config
 from rl_lora.config.checks import check_served
 from rl_lora.config.overrides import apply_overrides
-from rl_lora.data.collect import HELD_OUT
 from rl_lora.errors import UserError
 from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.files import SUFFIX

@@ -1,21 +1,25 @@
 """Settings of jobs: sections, checks, and command-line overrides."""
 # ruff: noqa: I001  # imports of many names
 
+from rl_lora.config.section import Section as Section
+from rl_lora.config.data import (
+    HELD_OUT as HELD_OUT,
+    DataSection as DataSection,
+    SourceSection as SourceSection,
+    SourcesSection as SourcesSection,
+)
 from rl_lora.config.sections import (
     VARIANT_NAMES as VARIANT_NAMES,
     AlgorithmSection as AlgorithmSection,
-    DataSection as DataSection,
     EvalSection as EvalSection,
     LoraSection as LoraSection,
     ModelSection as ModelSection,
     OptimSection as OptimSection,
     RewardSection as RewardSection,
+    RewardTermSection as RewardTermSection,
     RunConfig as RunConfig,
     RunSection as RunSection,
     SamplingSection as SamplingSection,
-    Section as Section,
-    SourceSection as SourceSection,
-    SourcesSection as SourcesSection,
     WarmStartSection as WarmStartSection,
 )
 from rl_lora.config.load import (

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         LoraSection,
         OptimSection,
         RewardSection,
+        RunSection,
         SamplingSection,
     )
 
@@ -77,6 +78,30 @@ def check_penalties(
         raise ValueError(
             f"algorithm.advantage='maxrl' is defined for rewards that are not negative, and {name} "
             "makes them negative; remove it, or set algorithm.advantage='grpo'"
+        )
+
+
+def check_pushes(run: RunSection, lora: LoraSection) -> None:
+    """Raises ValueError for pushes of a run that has no adapters."""
+    if run.push_to is not None and lora.mode == "full":
+        raise ValueError(
+            f"run.push_to={run.push_to!r} pushes adapters, and lora.mode='full' has none; remove it"
+        )
+
+
+def check_gdpo(algorithm: AlgorithmSection, reward: RewardSection) -> None:
+    """Raises ValueError for GDPO of one reward, or with one that its weight cannot scale."""
+    if algorithm.advantage != "gdpo":
+        return
+    if max(1, len(reward.terms)) + bool(reward.overlong_tokens) < 2:
+        raise ValueError(
+            "algorithm.advantage='gdpo' normalizes several rewards one by one, and there is only "
+            "one; list them in reward.terms, or set algorithm.advantage='grpo'"
+        )
+    if algorithm.kl == "reward":
+        raise ValueError(
+            "algorithm.advantage='gdpo' normalizes each reward within its group, and "
+            "algorithm.kl='reward' would lose its scale; set algorithm.kl='loss'"
         )
 
 

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from rl_lora.config.overrides import apply_overrides, is_section
-from rl_lora.config.sections import RunConfig, Section, SourceSection
+from rl_lora.config.overrides import apply_overrides, is_section, list_item
+from rl_lora.config.section import Section
+from rl_lora.config.sections import RunConfig
 from rl_lora.config.shipped import find_config
 from rl_lora.errors import UserError, nearest
 
@@ -87,9 +88,10 @@ def with_present_names(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section_at(location: tuple[int | str, ...], root: type[BaseModel]) -> type[BaseModel]:
-    """The section class at a validation error's location; lists are of sources."""
+    """The section class at a validation error's location."""
     section = root
     for part in location:
-        annotation: Any = getattr(section.model_fields.get(str(part)), "annotation", None)
-        section = annotation if is_section(annotation) else SourceSection
+        known = section.model_fields.get(str(part))
+        if known is not None:  # else an index of the list that came before
+            section = next(filter(is_section, (known.annotation, list_item(known.annotation))))
     return section

@@ -287,6 +287,12 @@ def check_at_start(
     return found
 
 
+def described(differences: dict[str, float]) -> str:
+    """One line of what `check_at_start` has found."""
+    found = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    return f"sampler serves the learner's weights: mean |difference| of log-probs {found} nats"
+
+
 @torch.no_grad()
 def _shake(policy: Policy, shift: float) -> None:
     """Random B (or, in full mode, noise on the weights)."""

@@ -50,7 +50,7 @@ class SourceSection(Section):
 class SourcesSection(Section):
     """Data sets for training and evaluation."""
 
-    train: tuple[SourceSection, ...] = ()  # training sets; several are mixed by their weights
+    train: tuple[SourceSection, ...] = ()  # training sets
     eval: tuple[SourceSection, ...] = ()  # evaluation sets; empty: held-out training rows
     # Variables of the chat template, e.g. enable_thinking = false. chat_template replaces the
     # template, by its text or its name.

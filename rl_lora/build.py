@@ -271,11 +271,11 @@ def make_sampler(
 
     sampler_class = load_sampler_class(section.backend)
     has_engine = getattr(sampler_class, "has_own_weights", False)
-    if section.overlap and not has_engine:
+    if section.max_staleness and not has_engine:
         raise UserError(
-            f"sampling.overlap=true: {section.backend} must have its own copy of the weights, as "
-            "the learner changes the policy's meanwhile; declare has_own_weights = True in the "
-            "class, or leave overlap out"
+            f"sampling.max_staleness={section.max_staleness}: {section.backend} must have its own "
+            "copy of the weights, as the learner changes the policy's meanwhile; declare "
+            "has_own_weights = True in the class, or set sampling.max_staleness=0"
         )
     options: dict[str, Any] = {}
     if "engine" in inspect.signature(sampler_class).parameters:

@@ -190,8 +190,7 @@ class Scoring:
             Exception: what scoring an earlier group raised, so that sampling ends at once.
             CancelledError: after `stop`.
         """
-        if self._is_stopped:
-            raise CancelledError("the batch is no longer wanted")
+        self.check_wanted()
         for job in self._jobs:
             if job.done():
                 job.result()
@@ -223,6 +222,11 @@ class Scoring:
     def stop(self) -> None:
         """Ends the sampling at the next group, from another thread."""
         self._is_stopped = True
+
+    def check_wanted(self) -> None:
+        """Raises CancelledError after `stop`."""
+        if self._is_stopped:
+            raise CancelledError("the batch is no longer wanted")
 
     def cancel(self, *, is_waiting: bool = True) -> None:
         """Cancels what is waiting, and returns once the running call of the reward has ended, if

@@ -28,4 +28,5 @@ from rl_lora.config.load import (
     parse_as as parse_as,
     parse_config as parse_config,
     read_settings as read_settings,
+    with_present_names as with_present_names,
 )

@@ -18,6 +18,7 @@ from rl_lora.config.checks import (
     check_gdpo,
     check_kl,
     check_penalties,
+    check_pushes,
     check_served,
     check_temperatures,
     check_variant,
@@ -42,11 +43,24 @@ class RunSection(Section):
     process_timeout_s: float = Field(1800, gt=0)
     # Where metrics go besides metrics.jsonl.
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    # Hub repository, owner/name, that gets the adapter with its model card at the end of an RL run.
+    # One that does not exist yet is made, private.
+    push_to: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    push_every: int = Field(0, ge=0)  # steps between further pushes; 0: only at the end
 
     @property
     def folder(self) -> Path:
         """output_dir/name."""
         return Path(self.output_dir) / self.name
+
+    @model_validator(mode="after")
+    def _target(self) -> RunSection:
+        if self.push_every and self.push_to is None:
+            raise ValueError(
+                f"push_every={self.push_every} has no effect without run.push_to; set it to "
+                "owner/name, or remove push_every"
+            )
+        return self
 
 
 class ModelSection(Section):
@@ -101,8 +115,9 @@ class SamplingSection(Section):
     # Sampler-learner mismatch (KL, nats) at which the run stops; none: 1e-4 in float32, 2e-2 in
     # bfloat16.
     max_kl: float | None = Field(None, gt=0)
-    # Sample step k + 1 with adapter version k - 1 while step k learns; for GPUs.
-    overlap: bool = False
+    # By how many adapter versions samples may be older than the policy that learns from them:
+    # sampling runs so many steps ahead while the learner works. 0: they take turns.
+    max_staleness: int = Field(0, ge=0)
     # vLLM gave no token for so many seconds: it hangs, and is started again.
     timeout_s: float = Field(600, gt=0)
     # How often in a row vLLM is started again where it fails or hangs, until the run stops.
@@ -316,6 +331,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         check_variant(self.lora, self.optim)
+        check_pushes(self.run, self.lora)
         check_served(self.lora, self.sampling)
         check_temperatures(self.sampling, self.eval)
         check_kl(self.algorithm)

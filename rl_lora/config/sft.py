@@ -67,6 +67,11 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> SftConfig:
         check_variant(self.lora, self.optim)
+        if self.run.push_to is not None:
+            raise ValueError(
+                f"run.push_to={self.run.push_to!r} is for RL runs; remove it, and push the "
+                "finished run by `rl-lora export`"
+            )
         if self.optim.schedule == "kl":
             raise ValueError(
                 "optim.schedule='kl' is for RL, where a step has tokens of the policy's own; set "

@@ -181,7 +181,7 @@ def speed_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Tokens per second, from counts and seconds among the metrics.
 
     `speed/sample_tokens_per_s` counts completion tokens, per second of `system/sampler_s` if given
-    (with overlap the sampler's own time, as nothing waits for it), else of `time/sample_s`;
+    (the sampler's own time, whether or not the learner waited for it), else of `time/sample_s`;
     `speed/learn_tokens_per_s` counts `learn/tokens`, the prompt and completion tokens that went
     through the learner.
     """

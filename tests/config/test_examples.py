@@ -29,6 +29,7 @@ METRICS = {
     "data_weights": "data/share/easy",
     "reward_terms": "reward/format/mean",
     "gdpo": "advantage/correlation/overlong",
+    "curriculum": "data/pass_rate",
 }
 
 each_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -162,6 +162,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_with_weights_terms_and_a_curriculum_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,10 @@ COMMANDS = {
     "train": ("train", "train a LoRA policy with reinforcement learning"),
     "sft": ("sft", "fine-tune on chats or prompt-completion pairs (cross-entropy)"),
     "eval": ("eval_options", "evaluate a run's adapter, any adapter or the base model"),
+    "pass-rates": (
+        "pass_rates",
+        "sample the training problems, and write how often each is solved",
+    ),
     "compare": ("compare", "compare two evaluations problem by problem"),
     "grade": ("grade", "grade a file of completions, or regrade an evaluation"),
     "status": ("status", "show the progress, latest metrics and curves of runs"),

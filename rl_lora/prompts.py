@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.config import DataSection, parse_as
+from rl_lora.config import DataSection, RunConfig, parse_as
 from rl_lora.data.chat_template import (
     ChatTemplate,
     check_characters,
@@ -20,8 +20,10 @@ from rl_lora.data.chat_template import (
 )
 from rl_lora.data.chats import finish_solution
 from rl_lora.data.collect import Collected, Item, collect
+from rl_lora.data.curriculum import PassRates
 from rl_lora.data.files import Role
 from rl_lora.data.messages import Message, plain_text, read_tools, with_question
+from rl_lora.data.pass_rates import read_pass_rates, within
 from rl_lora.data.row_formats import DataRow
 from rl_lora.data.stream import PromptStream
 from rl_lora.errors import UserError
@@ -40,6 +42,14 @@ class PromptSets:
     notes: list[str]  # a line per data set: rows kept, and why others were dropped
     # Of the training sources, by `Prompt.source`; empty: their prompts are shuffled together.
     weights: dict[str, float] = field(default_factory=dict)
+    pass_rates: dict[str, float] = field(default_factory=dict)  # by prompt id, of data.pass_rates
+
+    def stream(self, config: RunConfig) -> PromptStream:
+        """The training prompts as the settings mix them. Raises UserError if there are none."""
+        curriculum = None
+        if config.data.curriculum == "pass_rate":
+            curriculum = PassRates(config.sampling.max_staleness, self.pass_rates)
+        return PromptStream(self.train, config.run.seed, self.weights, curriculum)
 
 
 # limits: what a job knows of its data, each from another section
@@ -77,14 +87,17 @@ def load_prompt_sets(
         raise UserError("data.train and data.eval are empty; set data.train, e.g. data.train=gsm8k")
     renderer = _Renderer(data, tokenizer, with_columns=with_columns)
     collected = collect(data, seed)
+    pass_rates = read_pass_rates(data.pass_rates, collected.train) if data.pass_rates else {}
+    train, left_out = within(collected.train, pass_rates, data)
     eval_tokens = max_eval_tokens or max_new_tokens
     asked = [item.row.asked(with_system=True) for item in (*collected.train, *collected.eval)]
     markup = markup_note(asked, tokenizer) if data.template == "chat" else None
     return PromptSets(
-        train=renderer.prompts(collected.train, context_length - max_new_tokens),
+        train=renderer.prompts(train, context_length - max_new_tokens),
         eval=renderer.prompts(collected.eval, context_length - eval_tokens),
-        notes=[*collected.notes(), *([markup] if markup else [])],
+        notes=[*collected.notes(), *left_out, *([markup] if markup else [])],
         weights=collected.weights,
+        pass_rates=pass_rates,
     )
 
 

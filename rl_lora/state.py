@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,29 @@ from rl_lora.runs.log import stored, unstored
 from rl_lora.runs.start import Start
 from rl_lora.sampler import switches_while_sampling
 from rl_lora.samplers.liveness import make_probe
-from rl_lora.types import Adapter, Probe
+from rl_lora.types import Adapter, Probe, RolloutGroup
 
 
 @dataclass
 class State:
     """Where a run is between two steps: with the learner's own state, all that a checkpoint holds.
 
-    Example: State(position={"epoch": 0, "position": 32, ...}, step=2, adapter=Adapter(version=2,
-    ...), older=[Adapter(version=1, ...)])
+    Example: State(stream=PromptStream(...), position={"epoch": 0, "position": 32, ...}, step=2,
+    adapter=Adapter(version=2, ...), older=[Adapter(version=1, ...)])
     """
 
-    position: dict[str, Any]  # of the prompt stream, where the next step's prompts begin
+    stream: PromptStream
+    position: dict[str, Any]  # of the stream, where the next step's prompts begin
     step: int = 0  # steps done, which is also the version of the adapter
     adapter: Adapter | None = None  # the newest version; None: not published yet
     # Those before it: one, or the sampling.max_staleness that batches under way are sampled from.
     older: list[Adapter] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)  # the step's, if its line is to come
+
+    def advance(self, groups_N: Sequence[RolloutGroup], position: dict[str, Any]) -> None:
+        """One more step is done: it has learned from these groups, whose prompts the stream gave
+        up to this position."""
+        self.step, self.position = self.step + 1, self.stream.observe(groups_N, position)
 
 
 @contextlib.contextmanager
@@ -147,7 +153,7 @@ def restore(
     config = job.config
     saved = load_checkpoint(start.checkpoint, learner)
     stream.load_state_dict(saved["stream"], has_other_rows=start.has_other_data("train", inputs))
-    state = State(stream.state_dict(), saved["step"])
+    state = State(stream, stream.state_dict(), saved["step"])
     state.metrics = unstored(saved.get("metrics", {}))  # an earlier version has not saved them
     if not switches_while_sampling(job.sampler):  # one that does samples from the newest version
         state.older = _older(config.run.folder / "adapters", saved)

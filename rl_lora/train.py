@@ -94,7 +94,7 @@ def loop(parts: Parts, state: State) -> None:
             with timer.phase("learn"):
                 check.check(groups_N, state.step, batch.scoring.own)
                 stats = learn(parts.job, parts.learner, groups_N, state.step)
-            state.step, state.position = state.step + 1, batch.position
+            state.advance(groups_N, batch.position)
             with timer.phase("publish"):
                 worker.offer(publish(parts.job, state))
             state.metrics = rollout_metrics(groups_N, state.position) | stats
@@ -260,7 +260,7 @@ def open_parts(
             temperature=config.sampling.temperature,
             on_note=display.note,
         )
-        stream = PromptStream(job.prompts.train, config.run.seed, job.prompts.weights)
+        stream = job.prompts.stream(config)
         worker = RolloutWorker(
             job.sampler,
             job.reward,
@@ -287,7 +287,7 @@ def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
     parts.display.note(described(probe))
     if warning := unbounded_staleness(job.config.algorithm, job.config.sampling):
         parts.display.warn(warning)
-    state = State(stream.state_dict())
+    state = State(stream, stream.state_dict())
     if start.checkpoint is not None:
         if start.has_other_data("eval", parts.inputs) and distributed.is_main():
             set_aside(folder / "eval", start.state["step"])

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rl_lora.advantages import ADVANTAGES
-from rl_lora.config import RunConfig, SourceSection
+from rl_lora.config import RewardTermSection, RunConfig, SourceSection
 from rl_lora.config.sft import SftConfig
 from rl_lora.losses import LOSSES, MASKS
 from rl_lora.studies.config import StudySection
@@ -59,6 +59,10 @@ def page() -> str:
         "## Data sources\n",
         "Each entry of `data.train` and `data.eval`; a plain string is the `name`.\n",
         _table("", SourceSection),
+        "## Terms of a reward\n",
+        "Each entry of `reward.terms`; a plain string is the `name`. See "
+        "[Several rewards](rewards.md#several-rewards).\n",
+        _table("", RewardTermSection),
         "## Supervised jobs: `rl-lora sft`\n",
         "`[run]`, `[model]`, `[lora]` and `[optim]` as above; these sections differ:\n",
         *_tables(SftConfig, without=RunConfig),
@@ -145,7 +149,7 @@ def _type(annotation: Any) -> str:
         return "table"
     names = {str: "text", float: "number", int: "integer", bool: "true or false"}
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "sources" if annotation is SourceSection else "table"
+        return {SourceSection: "sources", RewardTermSection: "terms"}.get(annotation, "table")
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

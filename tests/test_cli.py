@@ -361,4 +361,4 @@ def test_of_several_processes_only_rank_0_runs_what_is_not_divided(
         capsys, "study", "study_rl_rank", f"study.output_dir={tmp_path}"
     )
     divided = [name for name in cli.COMMANDS if getattr(module_of(name), "IS_DIVIDED", False)]
-    assert divided == ["train", "sft", "eval"]
+    assert divided == ["train", "sft", "eval", "pass-rates"]

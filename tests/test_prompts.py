@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rl_lora.config import DataSection
+from rl_lora.config import DataSection, SourceSection
+from rl_lora.config.sft import SftDataSection
 from rl_lora.data.chats import finish_solution
 from rl_lora.data.collect import apportioned
 from rl_lora.data.sources import question_key
@@ -345,15 +346,26 @@ def test_weights_are_by_label(tmp_path: Path) -> None:
     sums = {"name": "generated:chain_sum", "num_rows": 20, "weight": 2}
     message = error_of(train=[sums, {**sums, "seed": 1}], held_out=2)
     assert "called 'chain_sum', and weights are by name; give each its own label" in message
-    assert "no training row of hard is left" in error_of(
-        train=[{"name": one, "weight": 3}, {"name": one, "label": "hard"}], held_out=2
-    )
+    with pytest.raises(UserError, match="no training prompt of 'b' is left: the evaluation, the"):
+        mixed({"a": 2}, {"a": 1.0, "b": 1.0})
 
 
 @pytest.mark.parametrize("key", ["weight", "held_out"])
 def test_keys_of_training_sets_are_refused_in_the_evaluation(key: str) -> None:
     with pytest.raises(ValueError, match=f"{key} of aime24 is a key of training sets; remove it"):
         DataSection.model_validate({"eval": {"name": "aime24", key: 2}})
+
+
+@pytest.mark.parametrize("key", ["label", "weight", "held_out"])
+def test_keys_of_rl_are_refused_in_supervised_jobs(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} of chats is for RL jobs, and .*; remove it"):
+        SftDataSection.model_validate({"train": {"name": "chats", key: "1"}})
+
+
+def test_a_record_without_the_keys_is_that_of_earlier_versions() -> None:
+    """Checkpoints compare whole sources, so that a key with its default must not be there."""
+    dumped = SourceSection(name="gsm8k").model_dump(mode="json")
+    assert not {"label", "weight", "held_out"} & dumped.keys()
 
 
 def test_held_out_must_leave_rows(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,11 +43,18 @@ if TYPE_CHECKING:
     from rl_lora.policy import Policy
 
 
-def evaluation(arguments: Namespace) -> None:
+def evaluation(arguments: Namespace, *, on_training: bool = False) -> Path:
     """Evaluates as `eval_options` says, into RUN/eval/NAME.jsonl.gz (a line per problem) and .json.
 
     An evaluation that was killed resumes. With --against the other policy's evaluation is
     NAME-against, and the comparison RUN/paired/NAME.json.
+
+    Args:
+        arguments: of the command line.
+        on_training: on the training problems instead.
+
+    Returns:
+        The file of NAME's problems.
 
     Raises:
         UserError: no such run, config or adapter, an adapter of another base model, an evaluation
@@ -54,19 +62,20 @@ def evaluation(arguments: Namespace) -> None:
             or processes with different settings or files.
         OtherProcessError: another process of the job failed, died or hangs.
     """
-    config = with_absolute_paths(_settings(arguments.target, arguments.overrides))
+    config = with_absolute_paths(settings_of(arguments.target, arguments.overrides))
     with distributed.joined(config.model.device, config.run.process_timeout_s):
         fix = "start all processes with the same one"
         distributed.check_same(vars(arguments), "command line", fix)
-        _evaluate_all(arguments, config)
+        return _evaluate_all(arguments, config, on_training=on_training)
 
 
-def _evaluate_all(arguments: Namespace, config: RunConfig) -> None:
+def _evaluate_all(arguments: Namespace, config: RunConfig, *, on_training: bool) -> Path:
     target, name = arguments.target, arguments.name
     policies = {name: _choose(target, arguments.adapter)}
     if arguments.against is not None:
         policies = {f"{name}-against": _choose(target, arguments.against), **policies}
-    config = _evaluation_config(config, [path for _, path in policies.values() if path])
+    adapter_dirs = [path for _, path in policies.values() if path]
+    config = _evaluation_config(config, adapter_dirs, keep_training=on_training)
     folder = target if target.is_dir() else config.run.folder
 
     def on_loaded(policy: Policy, prompts: PromptSets) -> None:
@@ -87,6 +96,8 @@ def _evaluate_all(arguments: Namespace, config: RunConfig) -> None:
             on_progress=display.sampling,
         ) as job,
     ):
+        if on_training:
+            job = replace(job, prompts=replace(job.prompts, eval=job.prompts.train))
         results = [
             _evaluate(job, path, folder / "eval" / file, display, label)
             for file, (label, path) in policies.items()
@@ -100,6 +111,7 @@ def _evaluate_all(arguments: Namespace, config: RunConfig) -> None:
             display.note(note)
         for file in policies:
             display.note(f"every completion and verdict: {folder / 'eval' / file}{SUFFIX}")
+    return folder / "eval" / f"{name}{SUFFIX}"
 
 
 @contextlib.contextmanager
@@ -160,7 +172,7 @@ def _compare(folder: Path, policies: Mapping[str, tuple[str, Path | None]]) -> P
     return paired
 
 
-def _settings(target: Path, overrides: list[str]) -> RunConfig:
+def settings_of(target: Path, overrides: list[str]) -> RunConfig:
     """The settings of a run folder, with the run's dtype, or of a config file."""
     if not target.is_dir():
         return load_config(target, overrides)
@@ -228,11 +240,13 @@ def _choose_of_run(target: Path, name: str | None) -> tuple[str, Path]:
     return "last", own
 
 
-def _evaluation_config(config: RunConfig, adapter_dirs: list[Path]) -> RunConfig:
+def _evaluation_config(
+    config: RunConfig, adapter_dirs: list[Path], *, keep_training: bool
+) -> RunConfig:
     """The config with what the adapters need, and without data that the evaluation does not use."""
     update: dict[str, object] = {}
     named = config.data.eval
-    if named and all(source.name != HELD_OUT for source in named):
+    if named and all(source.name != HELD_OUT for source in named) and not keep_training:
         update["data"] = config.data.model_copy(update={"train": ()})
     if lora := common_settings(adapter_dirs):
         update["lora"] = config.lora.model_copy(update=lora)

@@ -50,7 +50,7 @@ class SourceSection(Section):
 class SourcesSection(Section):
     """Data sets for training and evaluation."""
 
-    train: tuple[SourceSection, ...] = ()  # training sets; several are mixed by their weights
+    train: tuple[SourceSection, ...] = ()  # training sets
     eval: tuple[SourceSection, ...] = ()  # evaluation sets; empty: held-out training rows
     # Variables of the chat template, e.g. enable_thinking = false. chat_template replaces the
     # template, by its text or its name.
@@ -83,6 +83,13 @@ class DataSection(SourcesSection):
     # Rows held out from the training sets for evaluation, in proportion to their rows, if data.eval
     # is empty or contains "held_out". Several sets make one evaluation with a score for each.
     held_out: int = Field(200, ge=1)
+    # pass_rate: prompts that are always or never solved are drawn seldom, by running pass rates.
+    curriculum: Literal["none", "pass_rate"] = "none"
+    # A file of `rl-lora pass-rates`, for min_pass_rate and max_pass_rate; a curriculum begins with
+    # its rates. Training prompts that it lacks stay.
+    pass_rates: str | None = None
+    min_pass_rate: float | None = Field(None, ge=0, le=1)  # training prompts below are left out
+    max_pass_rate: float | None = Field(None, ge=0, le=1)  # training prompts above are left out
     template: Literal["chat", "base"] = "chat"  # base: plain text, for models without a template
     system: str | None = None  # system message (chat template)
     instruction: str = "Put your final answer within \\boxed{}."  # appended to each question
@@ -98,4 +105,21 @@ class DataSection(SourcesSection):
                         f"eval: {key} of {source.name} is a key of training sets; remove it, or "
                         "move it to data.train"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_of_pass_rates(self) -> DataSection:
+        low, high = self.min_pass_rate, self.max_pass_rate
+        if self.pass_rates is None and (low, high) != (None, None):
+            raise ValueError(
+                "min_pass_rate and max_pass_rate need the prompts' pass rates; set data.pass_rates "
+                "to a file that `rl-lora pass-rates` has written"
+            )
+        if self.pass_rates is not None and (low, high, self.curriculum) == (None, None, "none"):
+            raise ValueError(
+                "pass_rates has no effect by itself; set data.min_pass_rate, data.max_pass_rate "
+                "or data.curriculum='pass_rate', or remove it"
+            )
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_pass_rate={low:g} is above max_pass_rate={high:g}; swap them")
         return self

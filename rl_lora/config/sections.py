@@ -136,7 +136,7 @@ class SamplingSection(Section):
 class RewardTermSection(Section):
     """One term of a reward of several."""
 
-    name: str  # math, math_verify, format (1 for an answer in a \\boxed{}), or module:function
+    name: str  # math, math_verify, format (1 for an answer in a \boxed{}), or module:function
     weight: float = 1.0  # of its values in the sum; 0: it is only logged
     label: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]+$")  # in metrics; none: from the name
     sources: tuple[str, ...] = ()  # data sets that it applies to, as metrics call them; empty: all

@@ -60,22 +60,16 @@ def _weights(sources: Sequence[SourceSection], collected: Collected) -> dict[str
     """The weights of the training sources by label; empty if none has one.
 
     Raises:
-        UserError: two sources have one label, or a source has no row left.
+        UserError: two sources have one label.
     """
     if len(sources) < 2 or all(source.weight is None for source in sources):
         return {}
     weights: dict[str, float] = {}
-    left = {item.label for item in collected.train}
     for source, label in zip(sources, collected.train_labels, strict=True):
         if label in weights:
             raise UserError(
                 f"two sets of data.train are called {label!r}, and weights are by name; give each "
                 'its own label, e.g. label = "easy"'
-            )
-        if label not in left:
-            raise UserError(
-                f"no training row of {label} is left, as the other sets or the evaluation have all "
-                "of its questions; remove it from data.train"
             )
         weights[label] = 1.0 if source.weight is None else source.weight
     return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -30,7 +31,8 @@ _PHASE_COLORS = dict(zip(_PHASES, ("c0", "c1", "c2", "c3", "c4", "c5"), strict=T
 def make_sections(runs: Sequence[RunRecord]) -> list[Section]:
     """All figures that the records have numbers for, in four sections."""
     learning = [
-        reward_figure(runs), *evaluation_figures(runs), _reward_by_source(runs), _warm_start(runs)
+        reward_figure(runs), *evaluation_figures(runs), _reward_by_source(runs),
+        _reward_by_term(runs), _warm_start(runs),
     ]  # fmt: skip
     parts = [
         ("learning", "Does it learn?", learning),
@@ -64,16 +66,24 @@ def _warm_start(runs: Sequence[RunRecord]) -> Figure | None:
 
 
 def _reward_by_source(runs: Sequence[RunRecord]) -> Figure | None:
-    prefix = "reward/mean/"
-    keys = sorted({key for run in runs for r in run.steps for key in r if key.startswith(prefix)})
-    if len(runs) > 1 or not 2 <= len(keys) <= 20:  # several runs would hide each other
+    return _rewards(runs, r"reward/mean/(.+)", "reward_by_source", "Reward by source")
+
+
+def _reward_by_term(runs: Sequence[RunRecord]) -> Figure | None:
+    return _rewards(runs, r"reward/([^/]+)/mean", "reward_by_term", "Terms of the reward")
+
+
+def _rewards(runs: Sequence[RunRecord], pattern: str, figure_id: str, title: str) -> Figure | None:
+    """The metrics whose keys match the pattern, of one run; its group is a curve's name."""
+    keys = {key for run in runs for record in run.steps for key in record}
+    names = {key: found[1] for key in sorted(keys) if (found := re.fullmatch(pattern, key))}
+    if len(runs) > 1 or not 2 <= len(names) <= 20:  # several runs would hide each other
         return None
     curves = [
-        Series(key, key.removeprefix(prefix), color(i), DASHES[i % len(DASHES)], has_band=i < 4)
-        for i, key in enumerate(keys)
+        Series(key, name, color(i), DASHES[i % len(DASHES)], has_band=i < 4)
+        for i, (key, name) in enumerate(names.items())
     ]
-    form = layout("mean reward")
-    return metric_figure("reward_by_source", "Reward by source", runs, curves, form)
+    return metric_figure(figure_id, title, runs, curves, layout("mean reward"))
 
 
 def length_figure(runs: Sequence[RunRecord]) -> Figure | None:

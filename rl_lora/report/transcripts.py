@@ -28,6 +28,7 @@ MAX_STRATUM = 60  # from one step or evaluation
 HEAD_CHARS, TAIL_CHARS = 2400, 1600  # kept of a completion
 QUESTION_CHARS = 2000
 FIELD_CHARS = 200  # of an answer, a reference, a name
+MAX_TERMS = 20  # of a reward
 
 Record = dict[str, Any]
 
@@ -181,12 +182,20 @@ def _record(raw: Record, source: _Source, step: float | None) -> Record:
         "completion": CutText(str(raw.get("completion", ""))).cut(HEAD_CHARS, TAIL_CHARS),
         "answer": _field(raw.get("answer")),
         "reward": number(raw.get("reward")),
+        "terms": _terms(raw.get("terms")),
         "correct": raw.get("correct") is True,
         "format": raw.get("has_format") is True,
         "status": _field(raw.get("status")) or "unknown",
         "tokens": 0 if tokens is None else int(tokens),
         "truncated": raw.get("truncated") is True,
     }
+
+
+def _terms(value: Any) -> list[tuple[str, float]]:
+    """The values of the reward's terms; a few at most, as the file may be anyone's."""
+    items = list(value.items())[:MAX_TERMS] if isinstance(value, dict) else []
+    found = [(printable(name, FIELD_CHARS), number(one)) for name, one in items]
+    return [(name, one) for name, one in found if one is not None]
 
 
 def _field(value: Any) -> str | None:

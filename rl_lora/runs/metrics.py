@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rl_lora.data.curriculum import draw_weight
 from rl_lora.evaluation.scores import key_part
 from rl_lora.types import Rollout, RolloutGroup
 
@@ -37,7 +38,8 @@ def rollout_metrics(
         groups_N: the step's groups.
         position: of the prompt stream after the step's prompts. Where its sources have weights,
             `data/share/SOURCE` is the step's share of prompts, and `data/epochs/SOURCE` the passes
-            over the source so far.
+            over the source so far. With a curriculum `data/num_rated` counts the prompts with a
+            pass rate, and `data/pass_rate` and `data/draw_weight` are their means.
 
     Raises:
         ValueError: no group, or a group without rollouts.
@@ -64,7 +66,7 @@ def rollout_metrics(
     metrics |= _term_metrics(groups_N) | _group_metrics(groups_N) | _length_metrics(rollouts)
     statuses = Counter(rollout.score.status for rollout in rollouts)
     metrics |= {f"score/{key_part(status)}": count for status, count in sorted(statuses.items())}
-    return metrics | _mixture_metrics(groups_N, position or {})
+    return metrics | _data_metrics(groups_N, position or {})
 
 
 def _term_metrics(groups_N: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -81,7 +83,7 @@ def _term_metrics(groups_N: Sequence[RolloutGroup]) -> dict[str, float]:
     return {key: _mean(found) for key, found in sorted((values | stds).items())}
 
 
-def _mixture_metrics(
+def _data_metrics(
     groups_N: Sequence[RolloutGroup], position: Mapping[str, Any]
 ) -> dict[str, float]:
     counts = Counter(group.prompt.source for group in groups_N)
@@ -90,6 +92,12 @@ def _mixture_metrics(
         metrics[f"data/share/{key_part(source)}"] = counts[source] / len(groups_N)
         passes = state["epoch"] + state["position"] / state["num_prompts"]
         metrics[f"data/epochs/{key_part(source)}"] = passes
+    if (curriculum := position.get("curriculum")) is not None:
+        rates = [*curriculum["rates"].values()]
+        metrics["data/num_rated"] = len(rates)
+        if rates:
+            metrics["data/pass_rate"] = _mean(rates)
+            metrics["data/draw_weight"] = _mean([draw_weight(rate) for rate in rates])
     return metrics
 
 

@@ -111,6 +111,8 @@ def with_absolute_paths(config: SomeSection) -> SomeSection:
     raw["model"]["name"] = absolute_model(raw["model"]["name"])
     for key in ("train", "eval"):
         raw["data"][key] = _by_path("data", raw["data"][key])
+    if raw["data"].get("pass_rates"):
+        raw["data"]["pass_rates"] = absolute_source(raw["data"]["pass_rates"])
     return type(config).model_validate(raw)
 
 

@@ -26,6 +26,10 @@ METRICS = {
     "kl_k2": "loss/kl",
     "overlong_penalty": "reward/overlong_penalty",
     "kl_schedule": "learn/step_kl",
+    "data_weights": "data/share/easy",
+    "reward_terms": "reward/format/mean",
+    "gdpo": "advantage/correlation/overlong",
+    "curriculum": "data/pass_rate",
 }
 
 each_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -50,7 +54,7 @@ def test_an_example_is_the_smoke_job_with_a_few_settings_more(path: Path) -> Non
     assert found.pop("run.name") == path.stem
     assert 0 < len(found) <= 6, found
     assert {key.partition(".")[0] for key in found} <= set(
-        "model sampling reward algorithm optim".split()
+        "model data sampling reward algorithm optim".split()
     )
 
 

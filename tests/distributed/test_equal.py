@@ -90,6 +90,7 @@ def train_here(folder: Path, name: str, *more: str, resume: bool = False) -> Non
 TERMS = """
     optim.schedule=kl optim.target_kl=1e-3 optim.num_updates=2 algorithm.mask=sequence
     algorithm.entropy_weight=0.01 algorithm.mask_truncated=true reward.overlong_tokens=16
+    algorithm.advantage=gdpo reward.terms=["math","format"] data.curriculum=pass_rate
 """.split()
 
 

@@ -26,7 +26,14 @@ from rl_lora.report.records import read_run, read_runs, thinned
 from rl_lora.report.summary import make_tiles, settings_section
 from rl_lora.report.text import Formulas, segments, visible
 from rl_lora.report.transcripts import CutText, sample_transcripts, stream_objects
-from tests.helpers.report_runs import SCRIPT, transcript, write_evaluation, write_lines, write_run
+from tests.helpers.report_runs import (
+    SCRIPT,
+    step_metrics,
+    transcript,
+    write_evaluation,
+    write_lines,
+    write_run,
+)
 
 
 def figures_of(*folders: Path) -> dict[str, Any]:
@@ -64,6 +71,23 @@ def test_every_figure_is_valid_for_plotly(tmp_path: Path) -> None:
     assert set(both) == wanted - left_out | by_source
     for figure in [*single.values(), *both.values()]:
         plotly.graph_objects.Figure(plain(figure.data), plain(figure.layout))  # raises on errors
+
+
+def test_the_terms_of_a_reward_are_curves_and_part_of_a_transcript(tmp_path: Path) -> None:
+    terms = {"reward/math/mean": 0.5, "reward/short/mean": -2.0, "reward/short/mean/sums": -3.0}
+    folder = write_run(tmp_path / "a")
+    records = [{**step_metrics(step), **terms} for step in (1, 2)]
+    write_lines(folder / "metrics.jsonl", records)
+    figure = figures_of(folder)["reward_by_term"]
+    assert [(trace["name"], trace["y"]) for trace in figure.data] == [
+        ("math", [0.5, 0.5]),
+        ("short", [-2.0, -2.0]),
+    ]
+    scored = {"math": 1.0, "short": -2.0, "x\n": None, "y": [3], **dict.fromkeys(range(99), 1)}
+    write_lines(folder / "transcripts.jsonl", [transcript(1, 0, "so 3", terms=scored)])
+    (record,) = [r for r in sample_transcripts([read_run(folder)]).records if r["step"] == 1][:1]
+    assert record["terms"][:2] == [("math", 1.0), ("short", -2.0)]
+    assert len(record["terms"]) == 18  # of the first 20, those that are numbers
 
 
 def test_evaluation_figure_has_the_results_and_their_intervals(tmp_path: Path) -> None:

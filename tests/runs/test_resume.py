@@ -152,6 +152,32 @@ def test_a_run_killed_before_its_first_periodic_checkpoint_resumes(
     assert result(tmp_path / "killed") == whole(arm)
 
 
+SUMS = 'name="generated:chain_sum", num_rows=12'
+MIXED = [
+    f'data.train=[{{{SUMS}, label="easy", weight=3, options={{max_terms=2, max_digits=1}}}}, '
+    f'{{{SUMS}, label="hard", options={{min_terms=3, max_terms=3, max_digits=1}}}}]',
+    'reward.terms=[{name="math"}, {name="format", weight=0.5, sources=["hard"]}]',
+    *"algorithm.advantage=gdpo reward.overlong_tokens=8 data.curriculum=pass_rate".split(),
+    *"sampling.num_prompts=5 run.num_steps=6 run.checkpoint_every=2".split(),
+]
+
+
+@pytest.mark.slow
+def test_a_run_with_weights_terms_and_a_curriculum_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("rl", tmp_path, "run.name=whole", *MIXED)
+    kill_at(monkeypatch, "4", "rl", tmp_path, "run.name=killed", *MIXED)
+    run("rl", tmp_path, "run.name=killed", *MIXED, resume=True)
+    assert result(tmp_path / "killed") == result(tmp_path / "whole")
+    last = result(tmp_path / "whole")[0][-1]
+    # 30 prompts, 22 or 23 of them of the easy set, which has 10 left by held-out rows of 4.
+    assert last["data/epochs/easy"] > 2
+    assert last["data/num_rated"] > 10
+    assert last["data/draw_weight"] < 1
+    assert last["reward/format/mean"] == last["reward/format/mean/hard"]
+
+
 def test_a_warm_start_that_was_killed_begins_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,8 @@ function textNode(segments, className, isRaw) {
 function transcriptCard(t) {
   const origin = t.origin === "training" ? `step ${t.step ?? "?"}` : t.origin;
   const words = [transcripts.runs.length > 1 ? transcripts.runs[t.run] : null, origin, t.source,
-    `${t.tokens.toLocaleString("en")} tokens`, t.reward === null ? null : `reward ${t.reward.toFixed(2)}`];
+    `${t.tokens.toLocaleString("en")} tokens`, t.reward === null ? null : `reward ${t.reward.toFixed(2)}`,
+    ...t.terms.map(([name, value]) => `${name} ${value.toFixed(2)}`)];
   const meta = element("div", "meta", element("span", "verdict", t.correct ? "✓ correct" : "✗ wrong"),
     ...words.filter(Boolean).map((word) => element("span", "", word)));
   if (t.truncated) meta.append(element("span", "warn", "truncated"));

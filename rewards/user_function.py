@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
@@ -26,7 +27,8 @@ _LARGEST = 1e18  # its square is still a float32
 
 
 class FunctionReward(Reward):
-    """A user's function, called in this process. A number of at least 1 counts as correct."""
+    """A user's function, called in this process, from one thread at a time. A number of at least 1
+    counts as correct."""
 
     def __init__(self, name: str, function: UserFunction) -> None:
         """Raises ValueError if the function's arguments match neither form."""
@@ -37,6 +39,7 @@ class FunctionReward(Reward):
         except (TypeError, ValueError):  # built-in without a signature
             parameters = {}
         self.is_batch = "completions" in parameters
+        self._is_called = threading.Lock()  # a batch and an evaluation may be scored at once
         self._runner: asyncio.Runner | None = None
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._named = [p.name for p in parameters.values() if p.kind in _BY_NAME]
@@ -74,11 +77,12 @@ class FunctionReward(Reward):
             f"completion {_shown(completion)} and reference {_shown(reference)}"
             for completion, reference in zip(completions, references, strict=True)
         ]
-        if self.is_batch:
-            results = self._call_at_once(completions, references, rows)
-        else:
-            pairs = zip(got, completions, references, strict=True)
-            results = self._awaited([self._call(*pair) for pair in pairs], got[0])
+        with self._is_called:
+            if self.is_batch:
+                results = self._call_at_once(completions, references, rows)
+            else:
+                pairs = zip(got, completions, references, strict=True)
+                results = self._awaited([self._call(*pair) for pair in pairs], got[0])
         return [self._score(result, text) for result, text in zip(results, got, strict=True)]
 
     def _call_at_once(

@@ -188,6 +188,8 @@ class RolloutWorker:
         """Switches the sampler to this version, or to the base, once it is free."""
         self.wait()
         self._sampler.set_adapter(adapter)
+        if self._max_staleness and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the thread that samples has another stream
         self._in_use = adapter
 
     def ensure_adapter(self, adapter: Adapter | None) -> None:
@@ -231,7 +233,7 @@ class RolloutWorker:
         if isinstance(error, EngineError) and not self._switches:
             # Those after it fail as well, and must have before there is another engine.
             futures.wait([later.sampled for later in self._under_way])
-            job.scoring = self._job(job.request, job.adapter).scoring
+            job.scoring = self._scoring(job.request)
             error = None
             job.sampled = Future()  # the exception's frames hold the old engine
             job.sampled.cancel()
@@ -244,13 +246,13 @@ class RolloutWorker:
             self._has_version = self._switching.submit(self._sampler.set_adapter, adapter)
 
     def _job(self, request: Request, adapter: Adapter) -> _Job:
-        scoring = Scoring(request.prompts_N, self._reward, self._scorer)
-        return _Job(request, adapter, scoring, self._has_version, Future())
+        return _Job(request, adapter, self._scoring(request), self._has_version, Future())
+
+    def _scoring(self, request: Request) -> Scoring:
+        return Scoring(request.prompts_N, self._reward, self._scorer)
 
     def _sample(self, job: _Job) -> _Sampled:
         """Any thread's; checks the version of a sampler that runs ahead in this process."""
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # another thread's stream may still load a version
         version: int | None = job.adapter.version
         checks: dict[str, float] = {}
         if self._switches:

@@ -21,9 +21,10 @@ class Sampler(Protocol):
     """Samples completions from the base model with the adapter that was set last.
 
     One with an engine raises EngineError where that is unusable (`samplers.restarts`). One whose
-    class says switches_while_sampling = True takes `sample` from several threads at once and
-    `set_adapter` meanwhile, in another one: each group is wholly of one version, the newest where
-    it is sampled, and is never of an older one than was set when its `sample` began.
+    class says has_own_weights = True may be called from another thread than the main one, but from
+    one at a time. One that says switches_while_sampling = True takes `sample` from several threads
+    at once and `set_adapter` meanwhile, in another one: each group is wholly of one version, the
+    newest where it is sampled, and is never of an older one than was set when its `sample` began.
     """
 
     def set_adapter(self, adapter: Adapter | None) -> None:

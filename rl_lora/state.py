@@ -40,7 +40,7 @@ class State:
     position: dict[str, Any]  # of the stream, where the next step's prompts begin
     step: int = 0  # steps done, which is also the version of the adapter
     adapter: Adapter | None = None  # the newest version; None: not published yet
-    # Those before it that batches under way are sampled from, at most sampling.max_staleness.
+    # Those before it: one, or the sampling.max_staleness that batches under way are sampled from.
     older: list[Adapter] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)  # the step's, if its line is to come
 
@@ -74,12 +74,11 @@ def publish(job: RunContext, state: State) -> Adapter:
         run_name=job.config.run.name,
         on_each_node=job.handover is not None,
     )
-    max_staleness = job.config.sampling.max_staleness
-    if max_staleness or switches_while_sampling(job.sampler):
+    if job.config.sampling.max_staleness or switches_while_sampling(job.sampler):
         probe = make_probe(job.policy, job.prompts.eval[:4], job.config.sampling.max_kl)
         adapter = replace(adapter, probe=probe)
-    if max_staleness and state.adapter is not None:
-        state.older = [*state.older, state.adapter][-max_staleness:]
+    if state.adapter is not None:
+        state.older = [*state.older, state.adapter][-_num_older(job) :]
     state.adapter = adapter
     if is_writer(on_each_node=job.handover is not None):
         _remove_old(job, adapters, state.step)
@@ -117,9 +116,12 @@ def save(job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]
     more: dict[str, Any] = {"stream": state.position, "inputs": inputs}
     more["metrics"] = stored(state.metrics)
     more["older"] = [
-        {"version": one.version, "fingerprint": one.fingerprint, "probe": asdict(one.probe)}
-        for one in state.older
-        if one.probe is not None
+        {
+            "version": one.version,
+            "fingerprint": one.fingerprint,
+            "probe": one.probe and asdict(one.probe),
+        }
+        for one in (state.older if job.config.sampling.max_staleness else [])
     ]
     save_checkpoint(state.step, learner, job.config, **more)
 

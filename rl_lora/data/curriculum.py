@@ -7,9 +7,8 @@ from typing import Any
 
 from rl_lora.types import RolloutGroup
 
-FLOOR = (
-    0.1  # of the weight: prompts that are always or never solved come back, in every tenth epoch
-)
+# Of the weight: prompts that are always or never solved come back, in every tenth epoch.
+FLOOR = 0.1
 
 
 def draw_weight(rate: float | None) -> float:

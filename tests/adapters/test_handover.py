@@ -43,9 +43,9 @@ def test_without_room_or_memory_there_is_none(
     with memory_folder(tmp_path, 1, tmp_path / "absent") as folder:
         assert folder is None
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=399))
-    with memory_folder(tmp_path, 100, tmp_path) as folder:
+    with memory_folder(tmp_path, 400, tmp_path) as folder:
         assert folder is None
-    with memory_folder(tmp_path, 99, tmp_path) as folder:
+    with memory_folder(tmp_path, 399, tmp_path) as folder:
         assert folder is not None
 
 
@@ -71,7 +71,7 @@ def test_adapters_of_a_gpu_are_handed_over_in_memory(
     parts: list[Any] = [config, None, None, None, policy, None, None]
     with run_state.with_handover(RunContext(*parts)) as job:
         assert job.handover == (tmp_path if is_used else None)
-    assert sizes == ([24] if is_used else [])
+    assert sizes == ([4 * 24] if is_used else [])  # room for four versions
 
 
 def test_a_run_with_versions_in_memory_keeps_those_of_checkpoints(

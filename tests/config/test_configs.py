@@ -373,7 +373,7 @@ def test_a_retired_setting_names_the_present_one(overrides: list[str]) -> None:
 
 
 def test_the_record_of_an_earlier_release_has_the_present_names() -> None:
-    old = {"sampling": {"overlap": True, "num_prompts": 4}, "optim": {"lr": 1e-3}}
+    old: dict[str, Any] = {"sampling": {"overlap": True, "num_prompts": 4}, "optim": {"lr": 1e-3}}
     new = {"sampling": {"max_staleness": 1, "num_prompts": 4}, "optim": {"lr": 1e-3}}
     assert with_present_names(old) == new == with_present_names(new)
     assert old["sampling"]["overlap"]  # as it was

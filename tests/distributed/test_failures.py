@@ -154,6 +154,22 @@ def test_a_rank_that_hangs_is_named_with_what_the_others_wait_for(tmp_path: Path
     assert job.left == []
 
 
+@pytest.mark.long
+def test_ranks_that_sample_ahead_agree_on_versions_and_resume(tmp_path: Path) -> None:
+    """Each has its own engine; rank 1 dies in the thread that samples, two steps ahead."""
+    ahead = ["sampling.backend=tests.helpers.own_copy:OwnCopy", "sampling.max_staleness=2"]
+    assert train(tmp_path / "whole", *ahead).code == 0
+    expected = result(tmp_path / "whole" / "smoke")
+    lines = (tmp_path / "whole/smoke/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["rollouts/staleness_max"] for line in lines] == [0, 1, 2, 2]
+    fault = "1 rl_lora.overlap:sample_and_score 4 kill"
+    killed = train(tmp_path / "parts", *ahead, faults=fault)
+    assert killed.codes == {0: 3, 1: -9}
+    resumed = train(tmp_path / "parts", *ahead, "--resume")
+    assert (resumed.code, resumed.lines(), resumed.left) == (0, [], [])
+    assert result(tmp_path / "parts" / "smoke") == expected
+
+
 # --- wrong launches -------------------------------------------------------------------------------
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -148,6 +150,21 @@ def completions_of(*texts: str) -> list[Completion]:
     return [Completion(ids[text], text, (0.0,), False, 0) for text in texts]
 
 
+def test_two_threads_call_the_function_one_after_the_other() -> None:
+    """Calls at the same time would meet."""
+    meeting = threading.Barrier(2)
+
+    async def judge(completion: str, reference: str) -> float:
+        with pytest.raises(threading.BrokenBarrierError):
+            meeting.wait(0.05)
+        meeting.reset()
+        return 1.0
+
+    with FunctionReward("m:f", judge) as reward, ThreadPoolExecutor(2) as threads:
+        scored = list(threads.map(reward.score_batch, [["a"], ["b"]], [["7"], ["7"]]))
+    assert [score.reward for scores in scored for score in scores] == [1.0, 1.0]
+
+
 def test_the_data_sets_columns_reach_a_function_of_the_batch() -> None:
     plain = prompt_of(question="q", level=3, topic="sums")
     chat = prompt_of(prompt=[{"role": "user", "content": "q"}], ground_truth="7")
@@ -196,10 +213,10 @@ def test_only_a_users_function_is_checked_with_a_sample_completion() -> None:
         seen.append((completion, reference))
         return 0.0
 
-    check_reward(FunctionReward("m:f", keep), prompt_of(), (1, 2))
+    check_reward(FunctionReward("m:f", keep), [prompt_of()], (1, 2))
     assert set(seen) == {("The answer is \\boxed{0}.", "7")}
     with load_reward("math") as reward:
-        check_reward(reward, prompt_of(), (1, 2))
+        check_reward(reward, [prompt_of()], (1, 2))
 
 
 FUNCTIONS = """

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rl_lora.advantages import TermRewards, takes_terms
 from rl_lora.config import load_config
 from rl_lora.config.algorithm import load_algorithm, user_code
 from rl_lora.errors import UserError
@@ -21,6 +22,7 @@ SMOKE = Path(__file__).resolve().parents[1] / "configs" / "smoke.toml"
 MODULE = """
 from pydantic import PositiveFloat
 
+from rl_lora.advantages import group_mean
 from rl_lora.losses import needs
 
 
@@ -48,6 +50,10 @@ def without_gradient(x):
 
 def undeclared(x):
     return x.log_ratio_to_old().sum(), 0
+
+
+def first_term(rewards_N_G, terms_K):
+    return group_mean(terms_K[0].rewards_N_G)
 
 
 def too_short(rewards_N_G):
@@ -89,6 +95,15 @@ def test_the_options_are_bound_and_the_needs_seen_through_the_binding() -> None:
     assert needs_of(loss).old_logprobs
     assert terms["mask"] is None
     assert advantage([[1.0, 0.0]]) == [[0.5, -0.5]]
+
+
+@pytest.mark.usefixtures("_module")
+def test_an_advantage_may_take_several_rewards_one_by_one() -> None:
+    section = load_config(None, ["algorithm.advantage=my_losses:first_term"]).algorithm
+    advantage = load_algorithm(section).advantage
+    assert takes_terms(advantage)
+    terms_K = [TermRewards("a", 1.0, [[1.0, 0.0]]), TermRewards("b", 1.0, [[0.0, 1.0]])]
+    assert advantage([[1.0, 1.0]], terms_K) == [[0.5, -0.5]]
 
 
 @pytest.mark.usefixtures("_module")

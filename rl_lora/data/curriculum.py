@@ -7,7 +7,7 @@ from typing import Any
 
 from rl_lora.types import RolloutGroup
 
-# Of the weight: prompts that are always or never solved come back, in every tenth epoch.
+# Prompts that are always or never solved are drawn in one epoch of ten.
 FLOOR = 0.1
 
 
@@ -23,12 +23,12 @@ def draw_weight(rate: float | None) -> float:
 class PassRates:
     """The running pass rate of each prompt that has been sampled.
 
-    A prompt's rate is the share of correct completions in its first group; each later group counts
-    half, and all before it the other half.
+    A prompt's rate is the share of correct completions in its first group, and after each later
+    group the mean of that group's share and the rate before it.
 
-    Where sampling runs ahead of the learner, results come later than the draws that they could
-    count for, how much later depending on timing. So that draws do not, those of step k know the
-    results of steps up to k - 1 - `delay`, whatever else is there.
+    Where sampling runs ahead of the learner, it depends on timing which results are there when
+    prompts are drawn. The draw of step k therefore uses those of steps up to k - 1 - `delay`, also
+    where later ones are there.
 
     Args:
         delay: the largest number of steps that sampling is ahead (`sampling.max_staleness`).

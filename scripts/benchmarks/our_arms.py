@@ -41,7 +41,7 @@ def whole_step(size: Size) -> Built:
         tempfile.TemporaryDirectory() as folder,
         open_run(config(size, **{"run.output_dir": folder})) as job,
     ):
-        settings, state = job.config, State(position={})
+        settings, state = job.config, State(job.prompts.stream(job.config), position={})
         learner = make_learner(
             job.policy,
             settings.optim,

@@ -83,7 +83,8 @@ def test_the_terms_of_a_reward_are_curves_and_part_of_a_transcript(tmp_path: Pat
         ("math", [0.5, 0.5]),
         ("short", [-2.0, -2.0]),
     ]
-    scored = {"math": 1.0, "short": -2.0, "x\n": None, "y": [3], **dict.fromkeys(range(99), 1)}
+    scored: dict[str, Any] = {"math": 1.0, "short": -2.0, "x\n": None, "y": [3]}
+    scored |= {str(number): 1 for number in range(99)}
     write_lines(folder / "transcripts.jsonl", [transcript(1, 0, "so 3", terms=scored)])
     (record,) = [r for r in sample_transcripts([read_run(folder)]).records if r["step"] == 1][:1]
     assert record["terms"][:2] == [("math", 1.0), ("short", -2.0)]

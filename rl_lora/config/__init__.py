@@ -9,6 +9,7 @@ from rl_lora.config.sections import (
     LoraSection as LoraSection,
     ModelSection as ModelSection,
     OptimSection as OptimSection,
+    ResourcesSection as ResourcesSection,
     RewardSection as RewardSection,
     RunConfig as RunConfig,
     RunSection as RunSection,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         EvalSection,
         LoraSection,
         OptimSection,
+        ResourcesSection,
         RewardSection,
         SamplingSection,
     )
@@ -94,15 +95,53 @@ def check_variant(lora: LoraSection, optim: OptimSection) -> None:
         )
 
 
-def check_served(lora: LoraSection, sampling: SamplingSection) -> None:
+def check_resources(
+    resources: ResourcesSection, lora: LoraSection, sampling: SamplingSection
+) -> None:
+    """Raises ValueError for samplers in two places, or servers that cannot serve the policy."""
+    if resources.gpus_per_sampler is not None and not resources.uses_ray:
+        raise ValueError(
+            f"resources.gpus_per_sampler={resources.gpus_per_sampler} is of samplers in Ray, and "
+            "this job has none; set resources.samplers to 2 or more, or resources.ray_address, or "
+            "remove it"
+        )
+    if not resources.servers:
+        return
+    if resources.uses_ray:
+        given = "samplers" if resources.samplers > 1 else "ray_address"
+        raise ValueError(
+            f"resources.servers: the samplers run either on these servers or in Ray "
+            f"(resources.{given}={getattr(resources, given)!r}); remove one of the two"
+        )
+    for url in resources.servers:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"resources.servers: {url!r} is not an address; write http://HOST:PORT"
+            )
+    if len(set(resources.servers)) < len(resources.servers):
+        raise ValueError("resources.servers has an address twice; each is one engine: remove one")
+    if sampling.backend != "vllm":
+        raise ValueError(
+            f"resources.servers are vLLM's, and sampling.backend={sampling.backend!r}; set "
+            'sampling.backend="vllm", or remove resources.servers'
+        )
+    if lora.mode == "full":
+        raise ValueError(
+            "resources.servers take adapters, and lora.mode='full' trains the whole model; set "
+            "lora.mode='lora', or resources.samplers instead of resources.servers"
+        )
+
+
+def check_served(lora: LoraSection, sampling: SamplingSection, resources: ResourcesSection) -> None:
     """Raises ValueError for adapters that the sampler cannot serve, or overlap without vLLM."""
     no_overlap = " and sampling.overlap=false" if sampling.overlap else ""
-    if sampling.overlap and sampling.backend == "torch":
+    if sampling.overlap and sampling.backend == "torch" and not resources.is_remote:
         # vLLM serves no DoRA adapters.
         other = "" if lora.variant == "dora" else ', or sampling.backend="vllm"'
         raise ValueError(
             "sampling.overlap=true: the torch sampler uses the weights that the learner is "
-            f"updating at the same time; set sampling.overlap=false{other}"
+            f"updating at the same time; set sampling.overlap=false{other}, or give it weights "
+            "elsewhere by resources.samplers=2"
         )
     if sampling.backend != "vllm" or lora.mode == "full":
         return

@@ -1,0 +1,58 @@
+"""Where sampling runs: what [resources] takes, and which combinations it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rl_lora.config import parse_config
+from rl_lora.errors import UserError
+
+SERVERS = ["http://one:8000", "http://two:8000"]
+
+
+@pytest.mark.parametrize(
+    ("resources", "uses_ray", "is_remote"),
+    [
+        ({}, False, False),
+        ({"samplers": 2}, True, True),
+        ({"ray_address": "auto"}, True, True),
+        ({"samplers": 3, "gpus_per_sampler": 0, "ray_address": "local"}, True, True),
+        ({"servers": SERVERS}, False, True),
+    ],
+)
+def test_where_sampling_runs(resources: dict[str, Any], uses_ray: bool, is_remote: bool) -> None:
+    found = parse_config({"resources": resources}).resources
+    assert (found.uses_ray, found.is_remote) == (uses_ray, is_remote)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ({"resources": {"samplers": 2, "servers": SERVERS}}, r"resources\.samplers=2.*remove one"),
+        (
+            {"resources": {"ray_address": "auto", "servers": SERVERS}},
+            r"resources\.ray_address='auto'",
+        ),
+        ({"resources": {"servers": ["one:8000"]}}, r"'one:8000' is not an address"),
+        ({"resources": {"servers": [SERVERS[0]] * 2}}, "twice"),
+        ({"resources": {"gpus_per_sampler": 1}}, r"set resources\.samplers to 2 or more"),
+        (
+            {"resources": {"servers": SERVERS}, "sampling": {"backend": "torch"}},
+            r'set sampling\.backend="vllm"',
+        ),
+        ({"resources": {"servers": SERVERS}, "lora": {"mode": "full"}}, r"set lora\.mode='lora'"),
+        ({"resources": {"samplers": 0}}, "greater than or equal to 1"),
+    ],
+)
+def test_contradictions_are_named(raw: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        parse_config(raw)
+
+
+def test_torch_samplers_elsewhere_may_run_ahead() -> None:
+    ahead = {"backend": "torch", "overlap": True}
+    with pytest.raises(UserError, match=r"resources\.samplers=2"):
+        parse_config({"sampling": ahead})
+    parse_config({"sampling": ahead, "resources": {"samplers": 2}})

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewards import FunctionReward, Reward, load_reward
+from rewards import Reward
 from rl_lora import distributed
 from rl_lora.config import ModelSection, OptimSection, RunConfig, SamplingSection
 from rl_lora.config.algorithm import Algorithm, imported, load_algorithm, user_code
@@ -20,6 +20,7 @@ from rl_lora.config.checks import SAMPLERS
 from rl_lora.errors import UserError
 from rl_lora.launchers.environment import num_restarts
 from rl_lora.launchers.interruption import Interrupted
+from rl_lora.scoring import check_sources, functions_of, make_reward
 from rl_lora.seeds import mix_seed
 from rl_lora.storage.directories import disk_errors
 from rl_lora.types import SampleParams
@@ -154,11 +155,12 @@ def _load_prompts(
         config.sampling.max_tokens,
         config.run.seed,
         max_eval_tokens=config.eval.max_tokens,
-        with_columns=isinstance(reward, FunctionReward) and reward.is_batch,
+        with_columns=any(function.is_batch for function in functions_of(reward)),
     )
     problems = (*prompts.train, *prompts.eval)
     check_rows((prompt.token_ids for prompt in problems), tokenizer, model_dir)
-    check_reward(reward, problems[0], tokenizer.encode(MADE_UP, add_special_tokens=False))
+    check_sources(reward, *({one.source for one in part} for part in (prompts.train, prompts.eval)))
+    check_reward(reward, problems, tokenizer.encode(MADE_UP, add_special_tokens=False))
     return prompts
 
 
@@ -226,22 +228,6 @@ def make_learner(
     )
 
 
-def make_reward(config: RunConfig) -> Reward:
-    """The reward of the config. Raises UserError if its name or policy is unknown."""
-    section = config.reward
-    try:
-        return load_reward(
-            section.name,
-            format_weight=section.format_weight,
-            num_workers=section.num_workers,
-            timeout_s=section.timeout_s,
-            rules=section.policy,
-            thinking_tags=section.thinking_tags,
-        )
-    except ValueError as error:
-        raise UserError(f"config: reward: {error}") from error
-
-
 def load_sampler_class(backend: str) -> Callable[..., Sampler]:
     """The class of `sampling.backend`: a row of SAMPLERS, or the user's own "module:Class".
 
@@ -285,11 +271,11 @@ def make_sampler(
 
     sampler_class = load_sampler_class(section.backend)
     has_engine = getattr(sampler_class, "has_own_weights", False)
-    if section.overlap and not has_engine:
+    if section.max_staleness and not has_engine:
         raise UserError(
-            f"sampling.overlap=true: {section.backend} must have its own copy of the weights, as "
-            "the learner changes the policy's meanwhile; declare has_own_weights = True in the "
-            "class, or leave overlap out"
+            f"sampling.max_staleness={section.max_staleness}: {section.backend} must have its own "
+            "copy of the weights, as the learner changes the policy's meanwhile; declare "
+            "has_own_weights = True in the class, or set sampling.max_staleness=0"
         )
     options: dict[str, Any] = {}
     if "engine" in inspect.signature(sampler_class).parameters:
@@ -331,6 +317,7 @@ def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None
         "reward_policy": reward.policy,
         "format_weight": reward.format_weight,
     }
+    more = {"thinking_tags": tags, "reward_terms": [one.model_dump() for one in reward.terms]}
     return Evaluation(
         prompts_N=prompts_N,
         reward=job.reward,
@@ -343,7 +330,7 @@ def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None
             seed=mix_seed(config.run.seed, "exam"),  # another label, other samples
         ),
         chunk_samples=config.eval.chunk_samples,
-        identity=identity | ({"thinking_tags": tags} if tags else {}),
+        identity=identity | {key: value for key, value in more.items() if value},
         notes=contamination_notes(config.model, (prompt.source for prompt in prompts_N)),
         on_progress=on_progress,
     )

@@ -15,7 +15,7 @@ from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.launchers import interruption
 from rl_lora.launchers.interruption import Interrupted
 from rl_lora.sampler import OnGroup, Sampler
-from rl_lora.scoring import score_best
+from rl_lora.scoring import functions_of, score_best
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, SampleParams
 
 _POLL_S = 0.2  # between two looks for a signal
@@ -104,7 +104,12 @@ def score_groups(
         for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
         for _ in completions_G
     ]
-    scored = score_best(reward, texts, references, _rows(prompts_N, completions_N_G))
+    sources = [
+        prompt.source
+        for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
+        for _ in completions_G
+    ]
+    scored = score_best(reward, texts, references, _rows(prompts_N, completions_N_G), sources)
     for score, reference in zip(scored, references, strict=True):
         if not math.isfinite(score.reward):
             raise UserError(
@@ -137,15 +142,18 @@ def _rows(
     ]
 
 
-def check_reward(reward: Reward, prompt: Prompt, token_ids: Sequence[int]) -> None:
-    """Tries a user's own function on MADE_UP, whose ids are given, twice, before any is sampled.
+def check_reward(reward: Reward, prompts: Sequence[Prompt], token_ids: Sequence[int]) -> None:
+    """Tries a user's own functions on MADE_UP, whose ids are given, twice, before any is sampled,
+    for a problem of each source.
 
     Raises:
-        UserError: the function fails, or returns something else than a reward.
+        UserError: a function fails, or returns something else than a reward.
     """
-    if isinstance(reward, FunctionReward):
-        completion = Completion(tuple(token_ids), MADE_UP, (0.0,) * len(token_ids), False, 0)
-        score_groups([prompt], [[completion, completion]], reward)
+    firsts = {prompt.source: prompt for prompt in reversed(prompts)}
+    if not functions_of(reward):
+        return
+    completion = Completion(tuple(token_ids), MADE_UP, (0.0,) * len(token_ids), False, 0)
+    score_groups([*firsts.values()], [[completion, completion]] * len(firsts), reward)
 
 
 def scoring_thread() -> ThreadPoolExecutor:
@@ -182,8 +190,7 @@ class Scoring:
             Exception: what scoring an earlier group raised, so that sampling ends at once.
             CancelledError: after `stop`.
         """
-        if self._is_stopped:
-            raise CancelledError("the batch is no longer wanted")
+        self.check_wanted()
         for job in self._jobs:
             if job.done():
                 job.result()
@@ -215,6 +222,11 @@ class Scoring:
     def stop(self) -> None:
         """Ends the sampling at the next group, from another thread."""
         self._is_stopped = True
+
+    def check_wanted(self) -> None:
+        """Raises CancelledError after `stop`."""
+        if self._is_stopped:
+            raise CancelledError("the batch is no longer wanted")
 
     def cancel(self, *, is_waiting: bool = True) -> None:
         """Cancels what is waiting, and returns once the running call of the reward has ended, if

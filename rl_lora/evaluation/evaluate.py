@@ -162,7 +162,7 @@ def problem_record(group: RolloutGroup, seconds: float = 0.0) -> ProblemRecord:
                 "completion": rollout.completion.text,
                 "tokens": len(rollout.completion.token_ids),
                 "truncated": rollout.completion.is_truncated,
-                **asdict(rollout.score),
+                **rollout.score.to_row(),
             }
             for rollout in group.rollouts_G
         ],

@@ -86,7 +86,7 @@ class FleetSampler:
         """
         started = time.monotonic()
         files = None if adapter is None else AdapterFiles.read(adapter)
-        target = Target(adapter, files, self._prover.expected(adapter))
+        target = Target(adapter, files, self._prover.probe(adapter))
         self._wait(self._dispatcher.set_target(target))
         counters = self._dispatcher.counters
         counters.handover_bytes = 0 if files is None else files.num_bytes

@@ -1,0 +1,408 @@
+"""A `Replica` on a running `vllm serve`, for those who have a fleet of their own.
+
+Token ids go in; token ids with log-probs come out (`/inference/v1/generate`), one request per
+sample, each with its own seed. An adapter goes through a folder that the server sees as well
+(`SharedVersions`), under a name that is never used again: vLLM's prefix cache is keyed by names.
+Each answer says which model it is from, and one from another is an error: while an adapter is not
+loaded, servers have been seen to sample from the base in silence. Everything runs in one event loop
+in a thread of the replica's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import threading
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rl_lora.config.checks import MIN_TEMPERATURE
+from rl_lora.errors import UserError
+from rl_lora.sampler import BASE_VERSION, Stops, check_lengths
+from rl_lora.samplers.fleet.replica import AdapterFiles, GroupRequest, Proof, ReplicaError
+from rl_lora.samplers.fleet.server_checks import (
+    GENERATE,
+    LOAD,
+    UNLOAD,
+    ServerFacts,
+    check_server,
+    missing,
+    sampled,
+    scored,
+    tokens_so_far,
+)
+from rl_lora.samplers.fleet.server_client import LOAD_S, Answer, ServerClient
+from rl_lora.samplers.fleet.shared_versions import SharedVersion, SharedVersions
+from rl_lora.types import Adapter, Completion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+_POLL_S = 1.0  # between questions to a server whether it works, or is back
+_CLOSE_S = 5.0  # for taking leave of a server
+_FINAL_ONLY = 2  # vLLM's RequestOutputKind: the whole answer at the end
+_TOKEN_BYTES, _ANSWER_BYTES = 512, 2**16  # of an answer, at most: for each token, and besides
+
+
+@dataclass(frozen=True, slots=True)
+class ServedJob:
+    """What a job's replicas on servers have in common.
+
+    Example: ServedJob(tokenizer=..., end_token_ids=(2,), max_model_len=2048, max_samples=256,
+    rank=1, wait_s=600.0, versions=SharedVersions(Path("/mnt/runs/q/served")))
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    end_token_ids: tuple[int, ...]  # that end a completion
+    max_model_len: int  # tokens of the longest prompt with its longest completion
+    max_samples: int  # sent to a server at once
+    rank: int  # for --max-lora-rank
+    wait_s: float  # for a server that has gone to come back
+    versions: SharedVersions
+
+
+@dataclass(slots=True, eq=False)
+class _Loaded:
+    """What a server has loaded, and the samples that are under way from it."""
+
+    model: str  # the server's name for it
+    version: int
+    shared: SharedVersion | None = None  # None: the base model
+    num_open: int = 0
+
+
+@dataclass(slots=True)
+class _Server:
+    """A server that was found to be up, until it is started again."""
+
+    client: ServerClient
+    facts: ServerFacts
+    loaded: list[_Loaded] = field(default_factory=list)  # the newest is the last
+
+
+class HttpReplica:
+    """See `Replica`. `start` only looks whether the server is there: it is not ours.
+
+    Args:
+        url: http://HOST:PORT of a `vllm serve`.
+        job: what it serves.
+    """
+
+    def __init__(self, url: str, job: ServedJob) -> None:
+        self.name, self.max_samples = url, job.max_samples
+        self._job = job
+        self._server: _Server | None = None
+        self._newest: Future[_Loaded] | None = None  # of the last `load`
+        self._was_up = self._has_loaded = False
+        self._num_done, self._num_tokens = 0, 0.0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=url, daemon=True)
+        self._thread.start()
+
+    def start(self) -> Future[None]:
+        """The first time, the server has to be there; later it is waited for.
+
+        Raises:
+            UserError: it is not, or lacks something that it needs (by the future).
+        """
+        self._newest = None
+        return self._submit(self._start())
+
+    def load(
+        self,
+        adapter: Adapter | None,
+        files: AdapterFiles | None,
+        probes_N: Sequence[Sequence[int]],
+    ) -> Future[Proof]:
+        """As `Replica.load`."""
+        newest: Future[_Loaded] = Future()
+        self._newest = newest
+        return self._submit(self._load(adapter, files, probes_N, newest))
+
+    def sample(self, group: GroupRequest) -> Future[list[Completion]]:
+        """As `Replica.sample`."""
+        params = group.params
+        if 0 < params.temperature < (lowest := MIN_TEMPERATURE["vllm"]):
+            raise UserError(
+                f"temperature {params.temperature} is below {lowest}, which vLLM would use "
+                "instead; use 0 (greedy) or a higher one"
+            )
+        check_lengths([group.prompt], params.max_tokens, self._job.max_model_len)
+        return self._submit(self._sample(group, self._newest))
+
+    def token_logprobs(self, token_ids_N: Sequence[Sequence[int]]) -> Future[list[list[float]]]:
+        """As `Replica.token_logprobs`."""
+        return self._submit(self._token_logprobs(token_ids_N, self._newest))
+
+    def progress(self) -> object:
+        """Finished calls, and the tokens that the server has counted, for anyone."""
+        return self._num_done, self._num_tokens
+
+    def close(self) -> None:
+        """Unloads what was loaded, if the server still answers."""
+        if self._loop.is_closed():
+            return
+        with contextlib.suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._leave(), self._loop).result(2 * _CLOSE_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _submit(self, call: Coroutine[Any, Any, T]) -> Future[T]:
+        if self._loop.is_closed():
+            call.close()
+            raise RuntimeError(f"the replica {self.name} is closed")
+
+        async def counted() -> T:
+            task = asyncio.current_task()
+            assert task is not None
+            self._tasks.add(task)
+            try:
+                return await call
+            finally:
+                self._tasks.discard(task)
+                self._num_done += 1
+
+        return asyncio.run_coroutine_threadsafe(counted(), self._loop)
+
+    # In the loop's thread ------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        await self._drop(asyncio.current_task())
+        client = ServerClient(self.name)
+        try:
+            facts = await self._found(client)
+        except BaseException:
+            await client.close()
+            raise
+        self._server, self._was_up = _Server(client, facts), True
+        self._tasks.add(asyncio.create_task(self._watch(self._server)))
+
+    async def _found(self, client: ServerClient) -> ServerFacts:
+        try:
+            async with asyncio.timeout(self._job.wait_s):
+                while True:
+                    try:
+                        answer = await client.get("/health")
+                        if not answer.is_ok:
+                            raise ReplicaError(f"{answer.url} answered {answer.described()}")
+                        return await check_server(client, self._job.max_model_len)
+                    except ReplicaError as error:
+                        if not self._was_up:
+                            raise UserError(
+                                f"resources.servers: {error}; start `vllm serve` there first, or "
+                                "correct the address"
+                            ) from error
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError as error:
+            raise ReplicaError(
+                f"{self.name} did not come back for {self._job.wait_s:g} s (sampling.timeout_s)"
+            ) from error
+        except UserError as error:
+            raise self._refusal(error, has_worked=self._was_up) from error
+
+    async def _drop(self, keep: asyncio.Task[Any] | None) -> None:
+        """Ends everything that is under way, and forgets what was loaded."""
+        tasks = [task for task in self._tasks if task is not keep]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks.difference_update(tasks)
+        if (server := self._server) is not None:
+            self._server = None
+            for loaded in server.loaded:
+                self._release(loaded)
+            await server.client.close()
+
+    async def _leave(self) -> None:
+        server = self._server
+        with contextlib.suppress(ReplicaError, TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                for loaded in list(server.loaded) if server else []:
+                    if server and loaded.shared is not None:
+                        await server.client.post(UNLOAD, {"lora_name": loaded.model})
+        await self._drop(asyncio.current_task())
+
+    async def _watch(self, server: _Server) -> None:
+        """Counts the server's tokens while something is under way. A server that does not answer
+        makes no progress, and whoever waits for it acts on that."""
+        while True:
+            await asyncio.sleep(_POLL_S)
+            if len(self._tasks) > 1:
+                with contextlib.suppress(ReplicaError):
+                    self._num_tokens = await tokens_so_far(server.client) or 0.0
+
+    async def _load(
+        self,
+        adapter: Adapter | None,
+        files: AdapterFiles | None,
+        probes_N: Sequence[Sequence[int]],
+        newest: Future[_Loaded],
+    ) -> Proof:
+        try:
+            server = self._live()
+            loaded = await self._loaded(server, adapter, files)
+            server.loaded.append(loaded)
+            logprobs_N = await self._scores(server, loaded, probes_N)
+            await self._unload_old(server)
+        except BaseException as error:
+            newest.set_exception(
+                error
+                if isinstance(error, Exception)
+                else ReplicaError(f"{self.name}: loading an adapter was given up")
+            )
+            raise
+        newest.set_result(loaded)
+        found = "" if loaded.shared is None else loaded.shared.fingerprint
+        return Proof(loaded.version, found, logprobs_N)
+
+    async def _loaded(
+        self, server: _Server, adapter: Adapter | None, files: AdapterFiles | None
+    ) -> _Loaded:
+        if adapter is None:
+            return _Loaded(server.facts.model, BASE_VERSION)
+        assert files is not None
+        versions = self._job.versions
+        shared = await asyncio.to_thread(versions.hold, adapter, files)
+        model = f"{adapter.name}-{secrets.token_hex(8)}"
+        try:
+            body = {"lora_name": model, "lora_path": str(shared.path)}
+            answer = await server.client.post(LOAD, body, limit_s=LOAD_S)
+            if not answer.is_ok:
+                error = self._load_error(answer, adapter, shared)
+                raise self._refusal(error, has_worked=self._has_loaded)
+        except BaseException:
+            versions.release(shared)
+            raise
+        self._has_loaded = True
+        return _Loaded(model, adapter.version, shared)
+
+    def _load_error(self, answer: Answer, adapter: Adapter, shared: SharedVersion) -> UserError:
+        reason = answer.described()
+        if "max_lora_rank" in reason:
+            what = f"does not take adapters of rank {adapter.rank} ({reason})"
+            return missing(self.name, what, f"--max-lora-rank {self._job.rank}")
+        if answer.status == 404:
+            return UserError(
+                f"resources.servers: {self.name} finds no adapter in {shared.path} ({reason}); "
+                "let it see the run's folder under the same path, or set "
+                "resources.servers_folder to a folder that both see"
+            )
+        return UserError(
+            f"resources.servers: {self.name} does not load adapter {shared.path}: {reason}"
+        )
+
+    def _refusal(self, error: UserError, *, has_worked: bool) -> UserError | ReplicaError:
+        """A server that has worked before and does not now is one that fails; others may work."""
+        return ReplicaError(str(error)) if has_worked else error
+
+    async def _unload_old(self, server: _Server) -> None:
+        """What nothing is sampled from any more, but for the newest."""
+        for loaded in server.loaded[:-1]:
+            if loaded.num_open:
+                continue
+            if loaded.shared is not None:
+                answer = await server.client.post(UNLOAD, {"lora_name": loaded.model})
+                if answer.status not in (200, 404):  # 404: the server has been started again
+                    raise ReplicaError(f"{answer.url} answered {answer.described()}")
+            server.loaded.remove(loaded)
+            self._release(loaded)
+
+    def _release(self, loaded: _Loaded) -> None:
+        if loaded.shared is not None:
+            self._job.versions.release(loaded.shared)
+
+    async def _sample(
+        self, group: GroupRequest, newest: Future[_Loaded] | None
+    ) -> list[Completion]:
+        server, loaded = self._live(), await self._awaited(newest)
+        stops = Stops.of(group.params.stop, self._job.tokenizer)
+        loaded.num_open += len(group.seeds_G)
+        samples = [
+            asyncio.create_task(self._one(server, loaded, group, stops, seed))
+            for seed in group.seeds_G
+        ]
+        try:
+            return list(await asyncio.gather(*samples))
+        finally:
+            for sample in samples:  # the others, if one has failed
+                sample.cancel()
+            loaded.num_open -= len(group.seeds_G)
+
+    async def _one(
+        self, server: _Server, loaded: _Loaded, group: GroupRequest, stops: Stops, seed: int
+    ) -> Completion:
+        params = group.params
+        sampling = {  # as `VllmSampler`'s
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": -1,
+            "max_tokens": params.max_tokens,
+            "stop": list(stops.texts) or None,
+            "stop_token_ids": [*self._job.end_token_ids, *stops.token_ids],
+            "skip_special_tokens": not stops.in_special,
+            "ignore_eos": True,
+            "seed": seed,
+            "logprobs": 0,
+            "detokenize": bool(stops.texts),
+            "output_kind": _FINAL_ONLY,
+        }
+        answer = await self._generate(
+            server, loaded, group.prompt.token_ids, sampling, params.max_tokens
+        )
+        token_ids, logprobs_T, is_truncated = sampled(answer, loaded.model, params.max_tokens)
+        text = self._job.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        self._num_done += 1
+        return Completion(token_ids, text, logprobs_T, is_truncated, loaded.version)
+
+    async def _generate(
+        self,
+        server: _Server,
+        loaded: _Loaded,
+        token_ids: Sequence[int],
+        sampling: dict[str, Any],
+        num_answered: int,
+    ) -> Answer:
+        body = {"model": loaded.model, "token_ids": list(token_ids), "sampling_params": sampling}
+        max_bytes = _ANSWER_BYTES + _TOKEN_BYTES * num_answered
+        return await server.client.post(GENERATE, body, limit_s=None, max_bytes=max_bytes)
+
+    async def _token_logprobs(
+        self, token_ids_N: Sequence[Sequence[int]], newest: Future[_Loaded] | None
+    ) -> list[list[float]]:
+        return await self._scores(self._live(), await self._awaited(newest), token_ids_N)
+
+    async def _scores(
+        self, server: _Server, loaded: _Loaded, token_ids_N: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        logprobs_N = []
+        for token_ids in token_ids_N:
+            if len(token_ids) >= server.facts.max_model_len:  # one token is sampled as well
+                raise UserError(
+                    f"a sequence of {len(token_ids)} tokens leaves no room in the "
+                    f"{server.facts.max_model_len} of {self.name}; raise its --max-model-len"
+                )
+            if len(token_ids) < 2:
+                logprobs_N.append([])
+                continue
+            sampling = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
+            sampling |= {"ignore_eos": True, "detokenize": False}
+            answer = await self._generate(server, loaded, token_ids, sampling, len(token_ids))
+            logprobs_N.append(scored(answer, loaded.model, tuple(token_ids)))
+        return logprobs_N
+
+    def _live(self) -> _Server:
+        if self._server is None:
+            raise ReplicaError(f"{self.name} was not found to be up")
+        return self._server
+
+    async def _awaited(self, newest: Future[_Loaded] | None) -> _Loaded:
+        if newest is None:
+            return _Loaded(self._live().facts.model, BASE_VERSION)
+        return await asyncio.shield(asyncio.wrap_future(newest))

@@ -122,8 +122,9 @@ class Replica(Protocol):
         one. The proof contains log-probs of the probes (token ids) under what was loaded.
         """
 
-    def sample(self, group: GroupRequest) -> Future[list[Completion]]:
-        """[G] completions, all of the version that was loaded last when this was called."""
+    def sample(self, groups: Sequence[GroupRequest]) -> list[Future[list[Completion]]]:
+        """For each group its [G] completions, all of the version that was loaded last when this was
+        called. Each group answers as soon as it is complete."""
 
     def token_logprobs(self, token_ids_N: Sequence[Sequence[int]]) -> Future[list[list[float]]]:
         """As `Sampler.token_logprobs`."""

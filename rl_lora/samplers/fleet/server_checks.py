@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from rl_lora.errors import UserError
 from rl_lora.samplers.fleet.replica import ReplicaError
-from rl_lora.samplers.fleet.server_client import API_KEY, Answer, ServerClient
+from rl_lora.samplers.fleet.server_client import API_KEY, ServerClient
+from rl_lora.samplers.fleet.server_messages import GENERATE, sampled, scored, scoring_settings
 from rl_lora.samplers.vllm.process import VERSIONS
 
-GENERATE = "/inference/v1/generate"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 # Fixed tokens that every vocabulary has, and how many more are sampled.
 _PROBE, _NUM_SAMPLED = (0, 1, 2, 3, 4, 5, 6, 7), 8
@@ -131,13 +131,15 @@ async def _check_adapters(client: ServerClient) -> None:
 
 async def _check_sampling(client: ServerClient, facts: ServerFacts) -> None:
     """By greedy tokens: with top_k=1 the distribution sampled from has one token, of log-prob 0."""
-    sampling = {"temperature": 1.0, "top_k": 1, "max_tokens": _NUM_SAMPLED, "logprobs": 0}
-    sampling |= {"prompt_logprobs": 0, "ignore_eos": True, "detokenize": False}
+    sampling = scoring_settings() | {"temperature": 1.0, "top_k": 1, "logprobs": 0}
+    sampling["max_tokens"] = _NUM_SAMPLED
     body = {"model": facts.model, "token_ids": list(_PROBE), "sampling_params": sampling}
     answer = await client.post(GENERATE, body)
     if answer.status in (403, 404, 405):
         raise missing(
-            client.url, f"has no {GENERATE} ({answer.described()})", "--enable-scale-out (vLLM 0.32)"
+            client.url,
+            f"has no {GENERATE} ({answer.described()})",
+            "--enable-scale-out (vLLM 0.32)",
         )
     if answer.status == 400:
         raise UserError(
@@ -151,71 +153,3 @@ async def _check_sampling(client: ServerClient, facts: ServerFacts) -> None:
             "gives log-probs of another distribution than the one that it samples from",
             "--logprobs-mode processed_logprobs",
         )
-
-
-def sampled(
-    answer: Answer, model: str, max_tokens: int
-) -> tuple[tuple[int, ...], tuple[float, ...], bool]:
-    """An answer's completion: token ids, their log-probs in nats, and whether it is truncated.
-
-    Raises:
-        ReplicaError: the answer is an error, or makes no sense.
-    """
-    found = answer.json()
-    _check_model(answer, found, model)
-    try:
-        (choice,) = found["choices"]
-        reason, token_ids = choice["finish_reason"], tuple(choice["token_ids"])
-        content = choice["logprobs"]["content"] if token_ids else []
-        logprobs_T = tuple(float(token["logprob"]) for token in content)
-        scored_ids = tuple(_token_id(token) for token in content)
-    except (LookupError, TypeError, ValueError) as error:
-        raise _nonsense(answer, "without token ids and their log-probs") from error
-    if reason not in ("stop", "length"):
-        raise ReplicaError(f"{answer.url} ended a sample with {str(reason)[:40]!r}")
-    is_truncated = reason == "length"
-    if scored_ids != token_ids or not all(type(token) is int for token in token_ids):
-        raise _nonsense(answer, "whose log-probs are of other tokens")
-    if len(token_ids) > max_tokens or (is_truncated and len(token_ids) < max_tokens):
-        raise _nonsense(answer, f"of {len(token_ids)} tokens, where {max_tokens} were asked for,")
-    if not all(-9999 < logprob < 1e-3 for logprob in logprobs_T):  # vLLM's mark for "none" or NaN
-        raise _nonsense(answer, "with log-probs that are no numbers: the policy may have diverged,")
-    return token_ids, logprobs_T, is_truncated
-
-
-def scored(answer: Answer, model: str, token_ids: tuple[int, ...]) -> list[float]:
-    """An answer's log-probs of tokens 1, 2, ... of the prompt.
-
-    Raises:
-        ReplicaError: the answer is an error, or makes no sense.
-    """
-    found = answer.json()
-    _check_model(answer, found, model)
-    try:
-        rows = found["prompt_logprobs"][1:]
-        return [
-            float(row[str(token)]["logprob"])
-            for row, token in zip(rows, token_ids[1:], strict=True)
-        ]
-    except (LookupError, TypeError, ValueError) as error:
-        raise _nonsense(answer, "without log-probs of the prompt") from error
-
-
-def _check_model(answer: Answer, found: dict[str, object], model: str) -> None:
-    if found.get("model") != model:
-        raise ReplicaError(
-            f"{answer.url} answered for model {str(found.get('model'))[:80]!r}, and {model!r} was "
-            "asked for"
-        )
-
-
-def _token_id(token: dict[str, object]) -> int:
-    """vLLM 0.32 gives a token's number, 0.26 the text "token_id:17"."""
-    number = token.get("token_id")
-    if number is None:
-        number = str(token["token"]).removeprefix("token_id:")
-    return int(str(number))
-
-
-def _nonsense(answer: Answer, what: str) -> ReplicaError:
-    return ReplicaError(f"{answer.url} gave an answer {what}: {answer.shown()}")

@@ -24,17 +24,22 @@ from rl_lora.errors import UserError
 from rl_lora.sampler import BASE_VERSION, Stops, check_lengths
 from rl_lora.samplers.fleet.replica import AdapterFiles, GroupRequest, Proof, ReplicaError
 from rl_lora.samplers.fleet.server_checks import (
-    GENERATE,
     LOAD,
     UNLOAD,
     ServerFacts,
     check_server,
     missing,
-    sampled,
-    scored,
     tokens_so_far,
 )
 from rl_lora.samplers.fleet.server_client import LOAD_S, Answer, ServerClient
+from rl_lora.samplers.fleet.server_messages import (
+    GENERATE,
+    max_answer_bytes,
+    sampled,
+    sampling_settings,
+    scored,
+    scoring_settings,
+)
 from rl_lora.samplers.fleet.shared_versions import SharedVersion, SharedVersions
 from rl_lora.types import Adapter, Completion
 
@@ -45,8 +50,6 @@ T = TypeVar("T")
 
 _POLL_S = 1.0  # between questions to a server whether it works, or is back
 _CLOSE_S = 5.0  # for taking leave of a server
-_FINAL_ONLY = 2  # vLLM's RequestOutputKind: the whole answer at the end
-_TOKEN_BYTES, _ANSWER_BYTES = 512, 2**16  # of an answer, at most: for each token, and besides
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +128,9 @@ class HttpReplica:
         self._newest = newest
         return self._submit(self._load(adapter, files, probes_N, newest))
 
-    def sample(self, group: GroupRequest) -> Future[list[Completion]]:
+    def sample(self, groups: Sequence[GroupRequest]) -> list[Future[list[Completion]]]:
         """As `Replica.sample`."""
-        params = group.params
-        if 0 < params.temperature < (lowest := MIN_TEMPERATURE["vllm"]):
-            raise UserError(
-                f"temperature {params.temperature} is below {lowest}, which vLLM would use "
-                "instead; use 0 (greedy) or a higher one"
-            )
-        check_lengths([group.prompt], params.max_tokens, self._job.max_model_len)
-        return self._submit(self._sample(group, self._newest))
+        return [self._submit(self._sample(group, self._newest)) for group in groups]
 
     def token_logprobs(self, token_ids_N: Sequence[Sequence[int]]) -> Future[list[list[float]]]:
         """As `Replica.token_logprobs`."""
@@ -321,8 +317,15 @@ class HttpReplica:
     async def _sample(
         self, group: GroupRequest, newest: Future[_Loaded] | None
     ) -> list[Completion]:
+        params = group.params
+        if 0 < params.temperature < (lowest := MIN_TEMPERATURE["vllm"]):
+            raise UserError(
+                f"temperature {params.temperature} is below {lowest}, which vLLM would use "
+                "instead; use 0 (greedy) or a higher one"
+            )
+        check_lengths([group.prompt], params.max_tokens, self._job.max_model_len)
         server, loaded = self._live(), await self._awaited(newest)
-        stops = Stops.of(group.params.stop, self._job.tokenizer)
+        stops = Stops.of(params.stop, self._job.tokenizer)
         loaded.num_open += len(group.seeds_G)
         samples = [
             asyncio.create_task(self._one(server, loaded, group, stops, seed))
@@ -339,20 +342,7 @@ class HttpReplica:
         self, server: _Server, loaded: _Loaded, group: GroupRequest, stops: Stops, seed: int
     ) -> Completion:
         params = group.params
-        sampling = {  # as `VllmSampler`'s
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": -1,
-            "max_tokens": params.max_tokens,
-            "stop": list(stops.texts) or None,
-            "stop_token_ids": [*self._job.end_token_ids, *stops.token_ids],
-            "skip_special_tokens": not stops.in_special,
-            "ignore_eos": True,
-            "seed": seed,
-            "logprobs": 0,
-            "detokenize": bool(stops.texts),
-            "output_kind": _FINAL_ONLY,
-        }
+        sampling = sampling_settings(params, stops, seed, self._job.end_token_ids)
         answer = await self._generate(
             server, loaded, group.prompt.token_ids, sampling, params.max_tokens
         )
@@ -370,7 +360,7 @@ class HttpReplica:
         num_answered: int,
     ) -> Answer:
         body = {"model": loaded.model, "token_ids": list(token_ids), "sampling_params": sampling}
-        max_bytes = _ANSWER_BYTES + _TOKEN_BYTES * num_answered
+        max_bytes = max_answer_bytes(num_answered)
         return await server.client.post(GENERATE, body, limit_s=None, max_bytes=max_bytes)
 
     async def _token_logprobs(
@@ -391,9 +381,9 @@ class HttpReplica:
             if len(token_ids) < 2:
                 logprobs_N.append([])
                 continue
-            sampling = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
-            sampling |= {"ignore_eos": True, "detokenize": False}
-            answer = await self._generate(server, loaded, token_ids, sampling, len(token_ids))
+            answer = await self._generate(
+                server, loaded, token_ids, scoring_settings(), len(token_ids)
+            )
             logprobs_N.append(scored(answer, loaded.model, tuple(token_ids)))
         return logprobs_N
 

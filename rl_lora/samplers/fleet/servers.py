@@ -57,14 +57,14 @@ class ServedJob:
     """What a job's replicas on servers have in common.
 
     Example: ServedJob(tokenizer=..., end_token_ids=(2,), max_model_len=2048, max_samples=256,
-    rank=1, wait_s=600.0, versions=SharedVersions(Path("/mnt/runs/q/served")))
+    max_lora_rank=1, wait_s=600.0, versions=SharedVersions(Path("/mnt/runs/q/served")))
     """
 
     tokenizer: PreTrainedTokenizerBase
     end_token_ids: tuple[int, ...]  # that end a completion
     max_model_len: int  # tokens of the longest prompt with its longest completion
     max_samples: int  # sent to a server at once
-    rank: int  # for --max-lora-rank
+    max_lora_rank: int  # that a server needs
     wait_s: float  # for a server that has gone to come back
     versions: SharedVersions
 
@@ -182,7 +182,7 @@ class HttpReplica:
 
     async def _found(self, client: ServerClient) -> ServerFacts:
         try:
-            async with asyncio.timeout(self._job.wait_s):
+            async with asyncio.timeout(self._job.wait_s if self._was_up else None):
                 while True:
                     try:
                         answer = await client.get("/health")
@@ -283,7 +283,7 @@ class HttpReplica:
         reason = answer.described()
         if "max_lora_rank" in reason:
             what = f"does not take adapters of rank {adapter.rank} ({reason})"
-            return missing(self.name, what, f"--max-lora-rank {self._job.rank}")
+            return missing(self.name, what, f"--max-lora-rank {self._job.max_lora_rank}")
         if answer.status == 404:
             return UserError(
                 f"resources.servers: {self.name} finds no adapter in {shared.path} ({reason}); "

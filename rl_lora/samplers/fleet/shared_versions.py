@@ -22,7 +22,8 @@ from rl_lora.types import Adapter
 class SharedVersion:
     """A version in the folder.
 
-    Example: SharedVersion(path=Path("/mnt/runs/q/served/v000003-5e1c..."), fingerprint="9f2c...")
+    Example: SharedVersion(path=Path("/mnt/q/served/rl-lora-node1-712/v000003-5e1c"),
+    fingerprint="9f2c...")
     """
 
     path: Path
@@ -37,11 +38,11 @@ class SharedVersions:
     """
 
     def __init__(self, root: Path) -> None:
-        host = socket.gethostname()
-        self._root, self._lock = root.absolute() / f"{host}-{os.getpid()}", threading.Lock()
+        prefix = f"rl-lora-{socket.gethostname()}-"
+        self._root, self._lock = root.absolute() / f"{prefix}{os.getpid()}", threading.Lock()
         self._held: dict[Path, tuple[SharedVersion, int]] = {}  # and how many servers hold it
-        for folder in root.glob(f"{glob.escape(host)}-*"):
-            number = folder.name.rpartition("-")[2]
+        for folder in root.glob(f"{glob.escape(prefix)}*"):
+            number = folder.name.removeprefix(prefix)
             if number.isdecimal() and not psutil.pid_exists(int(number)):
                 shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
 

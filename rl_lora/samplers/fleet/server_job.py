@@ -19,6 +19,7 @@ from rl_lora.samplers.fleet.servers import HttpReplica, ServedJob
 from rl_lora.samplers.fleet.shared_versions import SharedVersions
 from rl_lora.samplers.vllm.settings import (
     CPU_BATCHED_TOKENS,
+    CPU_BLOCK_SIZE,
     CPU_NUM_SEQS,
     GPU_NUM_SEQS,
     ServedPolicy,
@@ -59,10 +60,10 @@ def server_command(config: RunConfig, model_dir: Path, port: int) -> str:
     words += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out"]
     if has_own_head(model_dir, model_config):
         words += ["--hf-overrides", json.dumps({"tie_word_embeddings": False})]
-    if device.type == "cpu":  # as `engine_settings`: prompts must not be split there
+    if device.type == "cpu":  # as `engine_settings`, which says why
         num_batched = max(CPU_BATCHED_TOKENS, num_seqs, longest)
-        words += ["--enforce-eager", "--no-enable-chunked-prefill"]
-        words += ["--max-num-batched-tokens", str(num_batched)]
+        words += ["--enforce-eager", "--block-size", str(CPU_BLOCK_SIZE)]
+        words += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(num_batched)]
     return f"{RUNTIME_LORA} {shlex.join(words)}"
 
 

@@ -78,9 +78,9 @@ def sampled(
     if scored_ids != token_ids or not all(type(token) is int for token in token_ids):
         raise _nonsense(answer, "whose log-probs are of other tokens")
     if len(token_ids) > max_tokens or (is_truncated and len(token_ids) < max_tokens):
-        raise _nonsense(answer, f"of {len(token_ids)} tokens, where {max_tokens} were asked for,")
+        raise _nonsense(answer, f"of {len(token_ids)} tokens, where {max_tokens} were asked for")
     if not all(_NO_LOGPROB < logprob < 1e-3 for logprob in logprobs_T):  # NaN neither
-        raise _nonsense(answer, "with log-probs that are no numbers: the policy may have diverged,")
+        raise _nonsense(answer, "with log-probs that are no numbers (has the policy diverged?)")
     return token_ids, logprobs_T, is_truncated
 
 

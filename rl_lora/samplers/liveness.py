@@ -190,10 +190,10 @@ def check_version(
     Raises:
         StaleAdapterError: it exceeds its tolerance.
     """
-    token_ids_N = [prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts]
+    token_ids_N = probe_tokens(prompts)
     _, limit = tolerances(policy.dtype, max_kl)
     served = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
-    found = _distance(served, _policy_logprobs(policy, token_ids_N))
+    found = distance(served, policy_logprobs(policy, token_ids_N))
     if not found < limit:
         raise StaleAdapterError(
             f"sampler and policy disagree on fixed tokens: mean |difference| {found:.2e} nats "
@@ -216,15 +216,15 @@ def check_at_start(
     Raises:
         StaleAdapterError: a side disagrees, or the probe changes nothing.
     """
-    token_ids_N = [prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts]
+    token_ids_N = probe_tokens(prompts)
     _, limit = tolerances(policy.dtype, max_kl)
     weights = [local_part(parameter.detach()) for parameter in policy.trainable().values()]
     saved = [weight.clone() for weight in weights]
-    base_policy = _policy_logprobs(policy, token_ids_N, adapter_off=True)
+    base_policy = policy_logprobs(policy, token_ids_N, adapter_off=True)
     for shift in _PROBE_SHIFTS:  # the probe must be far above the limit, which is wide in bfloat16
         torch._foreach_copy_(weights, saved)
         _shake(policy, shift)
-        if _distance(_policy_logprobs(policy, token_ids_N), base_policy) > 5 * limit:
+        if distance(policy_logprobs(policy, token_ids_N), base_policy) > 5 * limit:
             break
     probe = save_adapter(policy, folder, version=PROBE_VERSION, run_name="probe")
     with contextlib.ExitStack() as at_end:
@@ -233,14 +233,14 @@ def check_at_start(
         at_end.callback(torch._foreach_copy_, weights, saved)
         sampler.set_adapter(probe)
         probe_sampler = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
-        probe_policy = _policy_logprobs(policy, token_ids_N)
+        probe_policy = policy_logprobs(policy, token_ids_N)
         distributed.gather(None, "the probe of the sampler")  # all have read its files
-    found = {"probe": _distance(probe_sampler, probe_policy)}
+    found = {"probe": distance(probe_sampler, probe_policy)}
     if policy.has_base:
         sampler.set_adapter(None)
         base_sampler = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
-        found["base"] = _distance(base_sampler, base_policy)
-    found["control"] = _distance(probe_policy, base_policy)
+        found["base"] = distance(base_sampler, base_policy)
+    found["control"] = distance(probe_policy, base_policy)
     if found["control"] < 5 * limit:
         raise StaleAdapterError(
             f"the probe adapter changes the policy too little for a check: {found}"
@@ -281,8 +281,13 @@ def _shake(policy: Policy, shift: float) -> None:
             matrix.copy_(noise * size * (shift * (3 / rank) ** 0.5 / experts.scaling))
 
 
+def probe_tokens(prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+    """The fixed tokens that both sides score: the end of each prompt."""
+    return [prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts]
+
+
 @torch.no_grad()
-def _policy_logprobs(
+def policy_logprobs(
     policy: Policy, token_ids_N: Sequence[tuple[int, ...]], *, adapter_off: bool = False
 ) -> torch.Tensor:
     """Log-probs of tokens 1, 2, ... of each sequence, concatenated, nats."""
@@ -296,7 +301,8 @@ def _policy_logprobs(
     return torch.cat(out).cpu()
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean |difference|; not a number where there is nothing to compare."""
     return float((a.double() - b.double()).abs().mean())
 
 

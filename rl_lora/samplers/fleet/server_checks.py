@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from rl_lora.errors import UserError
 from rl_lora.samplers.fleet.replica import ReplicaError
-from rl_lora.samplers.fleet.server_client import API_KEY, ServerClient
+from rl_lora.samplers.fleet.server_client import API_KEY, Answer, ServerClient
 from rl_lora.samplers.fleet.server_messages import GENERATE, sampled, scored, scoring_settings
 from rl_lora.samplers.vllm.process import VERSIONS
 
@@ -72,6 +73,27 @@ async def tokens_so_far(client: ServerClient) -> float | None:
         return sum(map(float, found)) if answer.is_ok and found else None
     except ValueError as error:
         raise ReplicaError(f"{answer.url} answered no metrics: {found[0][:40]!r}") from error
+
+
+def load_error(url: str, answer: Answer, path: Path, max_lora_rank: int) -> UserError:
+    """The error for a server that refuses the adapter in a folder.
+
+    Args:
+        url: of the server.
+        answer: its refusal.
+        path: of the adapter.
+        max_lora_rank: that the job needs.
+    """
+    reason = answer.described()
+    if "max_lora_rank" in reason:
+        what = f"takes only adapters of lower ranks ({reason})"
+        return missing(url, what, f"--max-lora-rank {max_lora_rank}")
+    if answer.status == 404:
+        return UserError(
+            f"resources.servers: {url} finds no adapter in {path} ({reason}); let it see the run's "
+            "folder under the same path, or set resources.servers_folder to one that both see"
+        )
+    return UserError(f"resources.servers: {url} does not load adapter {path}: {reason}")
 
 
 async def _check_version(client: ServerClient) -> None:

@@ -28,7 +28,7 @@ from rl_lora.samplers.fleet.server_checks import (
     UNLOAD,
     ServerFacts,
     check_server,
-    missing,
+    load_error,
     tokens_so_far,
 )
 from rl_lora.samplers.fleet.server_client import LOAD_S, Answer, ServerClient
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _POLL_S = 1.0  # between questions to a server whether it works, or is back
-_CLOSE_S = 5.0  # for taking leave of a server
+_CLOSE_S = 2.0  # for taking leave of a server
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ class _Server:
     client: ServerClient
     facts: ServerFacts
     loaded: list[_Loaded] = field(default_factory=list)  # the newest is the last
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)  # one after another
 
 
 class HttpReplica:
@@ -243,10 +244,11 @@ class HttpReplica:
     ) -> Proof:
         try:
             server = self._live()
-            loaded = await self._loaded(server, adapter, files)
-            server.loaded.append(loaded)
-            logprobs_N = await self._scores(server, loaded, probes_N)
-            await self._unload_old(server)
+            async with server.loading:
+                loaded = await self._loaded(server, adapter, files)
+                server.loaded.append(loaded)
+                logprobs_N = await self._scores(server, loaded, probes_N)
+                await self._unload_old(server)
         except BaseException as error:
             newest.set_exception(
                 error
@@ -264,35 +266,20 @@ class HttpReplica:
         if adapter is None:
             return _Loaded(server.facts.model, BASE_VERSION)
         assert files is not None
-        versions = self._job.versions
+        client, versions = server.client, self._job.versions
         shared = await asyncio.to_thread(versions.hold, adapter, files)
         model = f"{adapter.name}-{secrets.token_hex(8)}"
         try:
             body = {"lora_name": model, "lora_path": str(shared.path)}
-            answer = await server.client.post(LOAD, body, limit_s=LOAD_S)
+            answer = await client.post(LOAD, body, limit_s=LOAD_S)
             if not answer.is_ok:
-                error = self._load_error(answer, adapter, shared)
+                error = load_error(client.url, answer, shared.path, self._job.max_lora_rank)
                 raise self._refusal(error, has_worked=self._has_loaded)
         except BaseException:
             versions.release(shared)
             raise
         self._has_loaded = True
         return _Loaded(model, adapter.version, shared)
-
-    def _load_error(self, answer: Answer, adapter: Adapter, shared: SharedVersion) -> UserError:
-        reason = answer.described()
-        if "max_lora_rank" in reason:
-            what = f"does not take adapters of rank {adapter.rank} ({reason})"
-            return missing(self.name, what, f"--max-lora-rank {self._job.max_lora_rank}")
-        if answer.status == 404:
-            return UserError(
-                f"resources.servers: {self.name} finds no adapter in {shared.path} ({reason}); "
-                "let it see the run's folder under the same path, or set "
-                "resources.servers_folder to a folder that both see"
-            )
-        return UserError(
-            f"resources.servers: {self.name} does not load adapter {shared.path}: {reason}"
-        )
 
     def _refusal(self, error: UserError, *, has_worked: bool) -> UserError | ReplicaError:
         """A server that has worked before and does not now is one that fails; others may work."""

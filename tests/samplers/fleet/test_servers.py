@@ -226,7 +226,7 @@ def test_an_adapter_of_too_high_a_rank_or_out_of_sight_is_refused_by_name(
 ) -> None:
     server = FakeServer(max_lora_rank=0)
     replica = started(stack, server, tmp_path, max_lora_rank=8)
-    with pytest.raises(UserError, match=r"rank 1 .* start it with --max-lora-rank 8"):
+    with pytest.raises(UserError, match=r"lower ranks .* start it with --max-lora-rank 8 "):
         load(replica, versions[1])
     server.lacks["max_lora_rank"] = 8
     monkeypatch.setattr(Path, "is_dir", lambda path: False)
@@ -379,6 +379,18 @@ def test_samples_under_way_keep_their_version_while_the_next_is_loaded(
     assert old.result(LIMIT_S) == expected(versions[1])
     load(replica, None)
     assert server.unloaded == server.names
+
+
+def test_loads_that_come_at_once_are_done_in_their_order(
+    stack: ExitStack, tmp_path: Path, versions: list[Adapter]
+) -> None:
+    server = FakeServer()
+    replica = started(stack, server, tmp_path)
+    order = [versions[1], versions[0], versions[2]]
+    proofs = [replica.load(adapter, AdapterFiles.read(adapter), PROBES_N) for adapter in order]
+    assert [proof.result(LIMIT_S).version for proof in proofs] == [1, 0, 2]
+    assert sample(replica) == expected(versions[2])
+    assert server.unloaded == server.names[:2]
 
 
 def test_bad_input_leaves_the_replica_usable(

@@ -267,9 +267,9 @@ def serving(server: FakeServer, port: int = 0) -> Iterator[str]:
         try:
             yield f"http://127.0.0.1:{listening.server_port}"
         finally:
-            server.release.set()
             listening.shutdown()
             thread.join()
             for connection in connections:
                 with suppress(OSError):  # one that is closed already
                     connection.shutdown(socket.SHUT_RDWR)
+            server.release.set()

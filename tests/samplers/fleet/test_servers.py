@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +15,8 @@ from typing import Any
 
 import pytest
 
-from rl_lora.adapters.files import save_adapter
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import Stops
-from rl_lora.samplers.fleet import servers
 from rl_lora.samplers.fleet.replica import AdapterFiles, GroupRequest, ReplicaError
 from rl_lora.samplers.fleet.server_messages import sampling_settings
 from rl_lora.samplers.fleet.servers import HttpReplica, ServedJob
@@ -27,7 +25,6 @@ from rl_lora.samplers.vllm.sampler import VllmSampler
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 from tests.helpers import fake_server
 from tests.helpers.fake_server import BASE, FakeServer, serving
-from tests.helpers.tiny_models import make_policy, random_llama, shake
 
 LIMIT_S = 30.0  # of every wait here
 PROBES_N = [(3, 4, 5, 6), (7, 8), (9,)]
@@ -43,26 +40,6 @@ class Tokenizer:
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         assert skip_special_tokens
         return " ".join(map(str, token_ids))
-
-
-@pytest.fixture(scope="module")
-def versions(tmp_path_factory: pytest.TempPathFactory) -> list[Adapter]:
-    """Versions 0, 1 and 2 of a tiny policy, each with other weights."""
-    folder = tmp_path_factory.mktemp("versions")
-    policy = make_policy(random_llama(folder / "model"))
-    found = []
-    for version in range(3):
-        shake(policy, seed=version)
-        found.append(save_adapter(policy, folder, version=version, run_name="run"))
-    return found
-
-
-@pytest.fixture
-def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
-    monkeypatch.setattr(servers, "_POLL_S", 0.01)
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    with ExitStack() as opened:
-        yield opened
 
 
 def make_job(folder: Path, **options: Any) -> ServedJob:

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import secrets
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -71,10 +71,11 @@ class ServedJob:
 
 @dataclass(slots=True, eq=False)
 class _Loaded:
-    """What a server has loaded, and the samples that are under way from it."""
+    """What a server has loaded, or will have, and the samples that are under way from it."""
 
-    model: str  # the server's name for it
     version: int
+    ready: Future[None] = field(default_factory=Future)
+    model: str = ""  # the server's name for it, once it is ready
     shared: SharedVersion | None = None  # None: the base model
     num_open: int = 0
 
@@ -101,7 +102,7 @@ class HttpReplica:
         self.name, self.max_samples = url, job.max_samples
         self._job = job
         self._server: _Server | None = None
-        self._newest: Future[_Loaded] | None = None  # of the last `load`
+        self._newest: _Loaded | None = None  # by the last `load`
         self._was_up = self._has_loaded = False
         self._num_done, self._num_tokens = 0, 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -125,9 +126,8 @@ class HttpReplica:
         probes_N: Sequence[Sequence[int]],
     ) -> Future[Proof]:
         """As `Replica.load`."""
-        newest: Future[_Loaded] = Future()
-        self._newest = newest
-        return self._submit(self._load(adapter, files, probes_N, newest))
+        self._newest = _Loaded(BASE_VERSION if adapter is None else adapter.version)
+        return self._submit(self._load(self._newest, adapter, files, probes_N))
 
     def sample(self, groups: Sequence[GroupRequest]) -> list[Future[list[Completion]]]:
         """As `Replica.sample`."""
@@ -237,40 +237,39 @@ class HttpReplica:
 
     async def _load(
         self,
+        loaded: _Loaded,
         adapter: Adapter | None,
         files: AdapterFiles | None,
         probes_N: Sequence[Sequence[int]],
-        newest: Future[_Loaded],
     ) -> Proof:
         try:
             server = self._live()
             async with server.loading:
-                loaded = await self._loaded(server, adapter, files)
+                loaded.model = server.facts.model
+                if adapter is not None and files is not None:
+                    await self._load_adapter(server.client, loaded, adapter, files)
                 server.loaded.append(loaded)
                 logprobs_N = await self._scores(server, loaded, probes_N)
                 await self._unload_old(server)
         except BaseException as error:
-            newest.set_exception(
+            loaded.ready.set_exception(
                 error
                 if isinstance(error, Exception)
                 else ReplicaError(f"{self.name}: loading an adapter was given up")
             )
             raise
-        newest.set_result(loaded)
+        loaded.ready.set_result(None)
         found = "" if loaded.shared is None else loaded.shared.fingerprint
         return Proof(loaded.version, found, logprobs_N)
 
-    async def _loaded(
-        self, server: _Server, adapter: Adapter | None, files: AdapterFiles | None
-    ) -> _Loaded:
-        if adapter is None:
-            return _Loaded(server.facts.model, BASE_VERSION)
-        assert files is not None
-        client, versions = server.client, self._job.versions
+    async def _load_adapter(
+        self, client: ServerClient, loaded: _Loaded, adapter: Adapter, files: AdapterFiles
+    ) -> None:
+        versions = self._job.versions
         shared = await asyncio.to_thread(versions.hold, adapter, files)
-        model = f"{adapter.name}-{secrets.token_hex(8)}"
+        loaded.model = f"{adapter.name}-{secrets.token_hex(8)}"
         try:
-            body = {"lora_name": model, "lora_path": str(shared.path)}
+            body = {"lora_name": loaded.model, "lora_path": str(shared.path)}
             answer = await client.post(LOAD, body, limit_s=LOAD_S)
             if not answer.is_ok:
                 error = load_error(client.url, answer, shared.path, self._job.max_lora_rank)
@@ -278,8 +277,7 @@ class HttpReplica:
         except BaseException:
             versions.release(shared)
             raise
-        self._has_loaded = True
-        return _Loaded(model, adapter.version, shared)
+        loaded.shared, self._has_loaded = shared, True
 
     def _refusal(self, error: UserError, *, has_worked: bool) -> UserError | ReplicaError:
         """A server that has worked before and does not now is one that fails; others may work."""
@@ -301,9 +299,7 @@ class HttpReplica:
         if loaded.shared is not None:
             self._job.versions.release(loaded.shared)
 
-    async def _sample(
-        self, group: GroupRequest, newest: Future[_Loaded] | None
-    ) -> list[Completion]:
+    async def _sample(self, group: GroupRequest, loaded: _Loaded | None) -> list[Completion]:
         params = group.params
         if 0 < params.temperature < (lowest := MIN_TEMPERATURE["vllm"]):
             raise UserError(
@@ -311,19 +307,31 @@ class HttpReplica:
                 "instead; use 0 (greedy) or a higher one"
             )
         check_lengths([group.prompt], params.max_tokens, self._job.max_model_len)
-        server, loaded = self._live(), await self._awaited(newest)
+        server = self._live()
         stops = Stops.of(params.stop, self._job.tokenizer)
-        loaded.num_open += len(group.seeds_G)
-        samples = [
-            asyncio.create_task(self._one(server, loaded, group, stops, seed))
-            for seed in group.seeds_G
-        ]
+        async with self._using(server, loaded) as ready:
+            samples = [
+                asyncio.create_task(self._one(server, ready, group, stops, seed))
+                for seed in group.seeds_G
+            ]
+            try:
+                return list(await asyncio.gather(*samples))
+            finally:
+                for sample in samples:  # the others, if one has failed
+                    sample.cancel()
+
+    @contextlib.asynccontextmanager
+    async def _using(self, server: _Server, loaded: _Loaded | None) -> AsyncIterator[_Loaded]:
+        """What to sample from, once it is ready; it is not unloaded inside. None: the base."""
+        if loaded is None:
+            loaded = _Loaded(BASE_VERSION, model=server.facts.model)
+            loaded.ready.set_result(None)
+        loaded.num_open += 1
         try:
-            return list(await asyncio.gather(*samples))
+            await asyncio.shield(asyncio.wrap_future(loaded.ready))
+            yield loaded
         finally:
-            for sample in samples:  # the others, if one has failed
-                sample.cancel()
-            loaded.num_open -= len(group.seeds_G)
+            loaded.num_open -= 1
 
     async def _one(
         self, server: _Server, loaded: _Loaded, group: GroupRequest, stops: Stops, seed: int
@@ -351,9 +359,11 @@ class HttpReplica:
         return await server.client.post(GENERATE, body, limit_s=None, max_bytes=max_bytes)
 
     async def _token_logprobs(
-        self, token_ids_N: Sequence[Sequence[int]], newest: Future[_Loaded] | None
+        self, token_ids_N: Sequence[Sequence[int]], loaded: _Loaded | None
     ) -> list[list[float]]:
-        return await self._scores(self._live(), await self._awaited(newest), token_ids_N)
+        server = self._live()
+        async with self._using(server, loaded) as ready:
+            return await self._scores(server, ready, token_ids_N)
 
     async def _scores(
         self, server: _Server, loaded: _Loaded, token_ids_N: Sequence[Sequence[int]]
@@ -378,8 +388,3 @@ class HttpReplica:
         if self._server is None:
             raise ReplicaError(f"{self.name} was not found to be up")
         return self._server
-
-    async def _awaited(self, newest: Future[_Loaded] | None) -> _Loaded:
-        if newest is None:
-            return _Loaded(self._live().facts.model, BASE_VERSION)
-        return await asyncio.shield(asyncio.wrap_future(newest))

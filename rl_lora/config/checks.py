@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from rl_lora.errors import nearest
 
@@ -131,6 +132,11 @@ def check_resources(
             "remove it"
         )
     if not resources.servers:
+        if resources.servers_folder is not None:
+            raise ValueError(
+                "resources.servers_folder is where resources.servers read adapters, and there are "
+                "none; remove it"
+            )
         return
     if resources.uses_ray:
         given = "samplers" if resources.samplers > 1 else "ray_address"
@@ -139,10 +145,7 @@ def check_resources(
             f"(resources.{given}={getattr(resources, given)!r}); remove one of the two"
         )
     for url in resources.servers:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(
-                f"resources.servers: {url!r} is not an address; write http://HOST:PORT"
-            )
+        _check_server_address(url)
     if len(set(resources.servers)) < len(resources.servers):
         raise ValueError("resources.servers has an address twice; each is one engine: remove one")
     if sampling.backend != "vllm":
@@ -155,6 +158,37 @@ def check_resources(
             "resources.servers take adapters, and lora.mode='full' trains the whole model; set "
             "lora.mode='lora', or resources.samplers instead of resources.servers"
         )
+    if lora.lm_head:
+        raise ValueError(
+            "lora.lm_head=true with resources.servers: vLLM's servers on CPUs add the output "
+            "layer's adapter to the base model as well, and on GPUs leave it out of the log-probs "
+            "of given tokens (vllm#51594); set lora.lm_head=false"
+        )
+    for name in ("eager", "attention_backend", "merge_adapter", "memory_fraction"):
+        if getattr(sampling, name) is not None:
+            raise ValueError(
+                f"sampling.{name} has no effect on resources.servers, which are started with flags "
+                "of their own; remove it"
+            )
+
+
+def _check_server_address(url: str) -> None:
+    """Raises ValueError for one that is not http(s)://HOST[:PORT][/PATH]. A password is not shown:
+    addresses are in records and messages."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_address = is_address and parts.port != 0 and not (parts.query or parts.fragment)
+        is_address = is_address and url.isascii() and url.isprintable() and " " not in url
+    except ValueError:  # a port that is no number, or brackets of IPv6 that do not close
+        is_address = False
+    if "@" in url:
+        raise ValueError(
+            "resources.servers: an address with a user or password would be in the run's records; "
+            "leave them out, and set the environment variable VLLM_API_KEY to the server's key"
+        )
+    if not is_address:
+        raise ValueError(f"resources.servers: {url!r} is not an address; write http://HOST:PORT")
 
 
 def check_served(lora: LoraSection, sampling: SamplingSection, resources: ResourcesSection) -> None:

@@ -327,6 +327,9 @@ class ResourcesSection(Section):
     # cluster's address. none: local if there are several samplers.
     ray_address: str | None = Field(None, min_length=1)
     servers: tuple[str, ...] = ()  # addresses of running `vllm serve`, each http://HOST:PORT
+    # A folder that this machine and the servers see under the same path, through which they get the
+    # adapters; none: the run's folder.
+    servers_folder: str | None = Field(None, min_length=1)
 
     @property
     def uses_ray(self) -> bool:

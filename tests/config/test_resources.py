@@ -43,12 +43,36 @@ def test_where_sampling_runs(resources: dict[str, Any], uses_ray: bool, is_remot
             r'set sampling\.backend="vllm"',
         ),
         ({"resources": {"servers": SERVERS}, "lora": {"mode": "full"}}, r"set lora\.mode='lora'"),
+        ({"resources": {"servers": SERVERS}, "lora": {"lm_head": True}}, "vllm#51594"),
+        (
+            {"resources": {"servers": SERVERS}, "sampling": {"memory_fraction": 0.5}},
+            r"sampling\.memory_fraction has no effect on resources\.servers",
+        ),
+        ({"resources": {"servers_folder": "/mnt"}}, "and there are none; remove it"),
         ({"resources": {"samplers": 0}}, "greater than or equal to 1"),
     ],
 )
 def test_contradictions_are_named(raw: dict[str, Any], text: str) -> None:
     with pytest.raises(UserError, match=text):
         parse_config(raw)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["ftp://one", "http://", "http:one", "http://one:x", "http://one:0", "http://one/?a=b", "http://[",
+     "http://one two", "http://one\n", "", "http://ünï"],
+)  # fmt: skip
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(UserError, match="is not an address; write http://HOST:PORT"):
+        parse_config({"resources": {"servers": [address]}})
+
+
+def test_addresses_and_a_password_in_one() -> None:
+    good = ["http://one", "https://two:8000/vllm", "http://[::1]:8000", "http://10.0.0.1:8000/"]
+    assert parse_config({"resources": {"servers": good}}).resources.servers == tuple(good)
+    with pytest.raises(UserError, match="VLLM_API_KEY") as caught:
+        parse_config({"resources": {"servers": ["http://me:s3cret@one:8000"]}})
+    assert "s3cret" not in str(caught.value)
 
 
 def test_torch_samplers_elsewhere_may_run_ahead() -> None:

@@ -40,7 +40,7 @@ from rl_lora.data.stream import PromptStream
 from rl_lora.errors import EngineError
 from rl_lora.launchers import interruption
 from rl_lora.rollouts import Scoring, sample_and_score, scoring_thread
-from rl_lora.sampler import OnProgress, Sampler, switches_while_sampling
+from rl_lora.sampler import OnProgress, Sampler, is_on_rank_0, switches_while_sampling
 from rl_lora.seeds import mix_seed
 from rl_lora.types import Adapter, Prompt, SampleParams
 
@@ -244,7 +244,12 @@ class RolloutWorker:
             self._has_version = self._switching.submit(self._sampler.set_adapter, adapter)
 
     def _job(self, request: Request, adapter: Adapter) -> _Job:
-        scoring = Scoring(request.prompts_N, self._reward, self._scorer)
+        scoring = Scoring(
+            request.prompts_N,
+            self._reward,
+            self._scorer,
+            is_on_rank_0=is_on_rank_0(self._sampler),
+        )
         return _Job(request, adapter, scoring, self._has_version, Future())
 
     def _sample(self, job: _Job) -> _Sampled:

@@ -53,8 +53,8 @@ async def check_server(client: ServerClient, max_model_len: int) -> ServerFacts:
     facts = await _facts(client, max_model_len)
     if await tokens_so_far(client) is None:
         raise UserError(
-            f"resources.servers: {client.url} does not count its tokens, and a slow server could "
-            "not be told from one that hangs; start it without --disable-log-stats"
+            f"resources.servers: {client.url} does not count its tokens, and a slow server "
+            "cannot be distinguished from one that hangs; start it without --disable-log-stats"
         )
     await _check_adapters(client)
     await _check_sampling(client, facts)

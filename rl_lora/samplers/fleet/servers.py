@@ -1,4 +1,4 @@
-"""A `Replica` on a running `vllm serve`, for those who have a fleet of their own.
+"""A `Replica` on a running `vllm serve`, for those who run their own fleet.
 
 Token ids go in; token ids with log-probs come out (`/inference/v1/generate`), one request per
 sample, each with its own seed. An adapter goes through a folder that the server sees as well

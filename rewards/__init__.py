@@ -1,5 +1,6 @@
 """Rule-based verification of maths answers. Imports neither torch nor rl_lora."""
 
+from rewards.combined import CombinedReward, Term
 from rewards.grading import Grader, score, score_batch, verify
 from rewards.load import REWARDS, load_reward
 from rewards.rules import RULES, GradingRules, load_rules
@@ -10,6 +11,7 @@ __all__ = [
     "REWARDS",
     "RULES",
     "STATUSES",
+    "CombinedReward",
     "FunctionReward",
     "Grader",
     "GradingRules",
@@ -17,6 +19,7 @@ __all__ = [
     "RewardError",
     "Score",
     "Status",
+    "Term",
     "Verdict",
     "load_reward",
     "load_rules",

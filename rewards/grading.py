@@ -119,6 +119,31 @@ class Grader(Reward):
         self.pool.close()
 
 
+class FormatReward(Reward):
+    """1.0 for a final answer in a balanced, non-empty ``\\boxed{}``, right or wrong; else 0.0."""
+
+    def __init__(self, thinking_tags: ExtraTags = ()) -> None:
+        self._thinking_tags = thinking_tags
+
+    def score_batch(
+        self, completions: Sequence[str], references: Sequence[str | None]
+    ) -> list[Score]:
+        """One Score per completion, in order; `correct` says whether the format is right."""
+        return [
+            Score(
+                reward=float(found.has_format),
+                correct=found.has_format,
+                status="no_answer" if found.answer is None else "ok",
+                answer=found.answer,
+                has_format=found.has_format,
+            )
+            for found in (extract(text, self._thinking_tags) for text in completions)
+        ]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def _read_verdict(response: dict[str, Any]) -> Verdict:
     if "error" in response:
         raise RuntimeError(f"reward worker: {response['error']}")

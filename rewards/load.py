@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 from rewards.extraction.thinking import ExtraTags, check_tags
-from rewards.grading import Grader
+from rewards.grading import FormatReward, Grader
 from rewards.rules import load_rules
 from rewards.types import Reward
 from rewards.user_function import FunctionReward, UserFunction
 
-# Name -> the engine that decides what the fast tiers leave open.
-REWARDS: dict[str, str] = {"math": "verify", "math_verify": "math_verify"}
+# Name -> the engine that decides what the fast tiers leave open; None: no answer is verified.
+REWARDS: dict[str, str | None] = {"math": "verify", "math_verify": "math_verify", "format": None}
 
 
 def load_reward(
@@ -50,9 +50,12 @@ def load_reward(
         raise ValueError(
             "reward 'math_verify' needs the optional package: pip install 'rl-lora[math-verify]'"
         )
+    engine = REWARDS[name]
+    if engine is None:
+        return FormatReward(thinking_tags)
     grader = Grader(
         known,
-        engine=REWARDS[name],
+        engine=engine,
         num_workers=num_workers,
         timeout_s=timeout_s,
         thinking_tags=thinking_tags,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, Self, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol, Self, get_args
 
 Status = Literal[
     "ok",  # graded; `correct` says whether it is right
@@ -41,7 +41,8 @@ class Score:
     """Reward of one completion.
 
     `reward` is what the trainer uses: 1.0 for a correct answer, else 0.0, plus the format weight if
-    `has_format` (the final answer is in a balanced, non-empty ``\\boxed{}``). Example::
+    `has_format` (the final answer is in a balanced, non-empty ``\\boxed{}``). `terms` are, by name,
+    the values of a `CombinedReward`'s terms before their weights; others have none. Example::
 
         Score(reward=1.0, correct=True, status="ok", answer="42", has_format=True)
     """
@@ -51,6 +52,14 @@ class Score:
     status: Status
     answer: str | None
     has_format: bool
+    terms: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def to_row(self) -> dict[str, Any]:
+        """The fields as JSON has them; without `terms` if there are none."""
+        row = asdict(self)
+        if not self.terms:
+            del row["terms"]
+        return row
 
 
 class RewardError(ValueError):

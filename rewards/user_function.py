@@ -169,6 +169,11 @@ class FunctionReward(Reward):
                 f"reward {self.name} returned {value:g} for {got}; "
                 f"it must return a finite number of at most {_LARGEST:g}"
             )
+        if score is not None and score.terms:
+            raise RewardError(
+                f"reward {self.name} returned a Score with terms for {got}; return the sum without "
+                "them, or list a function for each in reward.terms"
+            )
         return score or Score(value, value >= 1.0, "ok", answer=None, has_format=False)
 
     def close(self) -> None:

@@ -1,20 +1,24 @@
 """Rewards to advantages: one pure function each, over the N groups of G rewards of a step.
 
 Every function takes rewards_N_G (a list of groups; groups may differ in size) and returns
-advantages_N_G of the same shape; keywords are its options, as with losses. A group whose rewards
+advantages_N_G of the same shape; keywords are its options, as with losses. A function with a second
+argument `terms_K` also gets the K rewards that make up the sum, one by one. A group whose rewards
 are all equal gets exact zeros: it carries no signal, and rounding errors must not reach the
 optimizer.
 """
 
 from __future__ import annotations
 
+import inspect
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from rl_lora.errors import UserError
 
 Groups = Sequence[Sequence[float]]
-AdvantageFn = Callable[..., list[list[float]]]  # of rewards_N_G and the function's own keywords
+# Of rewards_N_G, terms_K if it has such an argument, and the function's own keywords.
+AdvantageFn = Callable[..., list[list[float]]]
 _STD_EPS = 1e-6  # keeps a division finite; far below any std of 0/1 rewards
 
 
@@ -86,12 +90,59 @@ def maxrl(rewards_N_G: Groups) -> list[list[float]]:
     return _by_group(rewards_N_G, of_group)
 
 
+@dataclass(frozen=True, slots=True)
+class TermRewards:
+    """One of several rewards over a step's groups.
+
+    Example: TermRewards("format", weight=0.5, rewards_N_G=[[1.0, 0.0], [0.0, 0.0]])
+    """
+
+    name: str
+    weight: float  # in the sum of rewards
+    rewards_N_G: Groups  # before the weight; zeros in groups that it does not apply to
+
+
+def gdpo(rewards_N_G: Groups, terms_K: Sequence[TermRewards]) -> list[list[float]]:
+    """GDPO (arXiv 2601.05242, section 3.1, equations 4 to 6): each reward is normalized within its
+    group as in `grpo`, their weighted sum (section 3.2, equation 7) is divided by its population
+    std over the whole step (its mean is zero, as each group's is).
+
+    A sum of rewards is dominated by the one that varies most; here a weight says how much a reward
+    counts, whatever its scale. `rewards_N_G`, the sum, gives only the shape.
+    """
+    summed_N_G = [[0.0] * len(group) for group in rewards_N_G]
+    for term in terms_K:
+        for summed_G, normalized_G in zip(summed_N_G, grpo(term.rewards_N_G), strict=True):
+            for index, advantage in enumerate(normalized_G):
+                summed_G[index] += term.weight * advantage
+    std = statistics.pstdev(advantage for group in summed_N_G for advantage in group)
+    return [[advantage / (std + _STD_EPS) for advantage in group] for group in summed_N_G]
+
+
+def takes_terms(advantage: AdvantageFn) -> bool:
+    """Whether the function has an argument `terms_K`."""
+    return "terms_K" in inspect.signature(advantage).parameters
+
+
+def correlations(advantages_N_G: Groups, terms_K: Sequence[TermRewards]) -> dict[str, float]:
+    """By term, Pearson's correlation over the step of the advantages with the term's rewards less
+    their group's mean: which of the rewards is followed. Without terms that do not vary."""
+    found = {}
+    advantages = [advantage for group in advantages_N_G for advantage in group]
+    for term in terms_K:
+        centred = [value for group in group_mean(term.rewards_N_G) for value in group]
+        if any(centred) and any(advantages):
+            found[term.name] = statistics.correlation(advantages, centred)
+    return found
+
+
 ADVANTAGES: dict[str, AdvantageFn] = {
     "group_mean": group_mean,
     "grpo": grpo,
     "rloo": rloo,
     "reinforce_pp": reinforce_pp,
     "maxrl": maxrl,
+    "gdpo": gdpo,
 }
 
 

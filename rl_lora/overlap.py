@@ -1,24 +1,36 @@
-"""One batch of scored rollouts per step; with overlap it is sampled while the learner works.
+"""One batch of scored rollouts per step; with staleness it is sampled while the learner works.
 
-One-step off-policy (`sampling.overlap`): while the learner works on step k, a thread samples the
-batch of step k + 1 from version k - 1, the newest there is. The losses stay as they are: importance
-sampling uses the ratio of the policy to the sampler's own log-probs, whichever version the sampler
-had. PPO, GSPO and CISPO bound how far the policy moves within the step, and their truncated weight
-accounts for the version in between. (The KL to the base, `algorithm.kl`, remains an average over
-the sampler's tokens, as it is with several updates per batch.)
+`sampling.max_staleness` = s lets sampling run ahead of the learner by up to s batches. They stay
+whole and in order: step k learns from the k-th prompts, and its batch may be started as soon as
+version k - 1 - s is there, so that no sample is more than s versions old. The losses stay as they
+are: importance sampling uses the ratio of the policy to the sampler's own log-probs, whichever
+version the sampler had. PPO, GSPO and CISPO bound how far the policy moves within the step, and
+their truncated weight accounts for the versions in between. (The KL to the base, `algorithm.kl`,
+remains an average over the sampler's tokens, as it is with several updates per batch.)
 
-The sampler belongs to one thread at a time: before anything else uses it (`set_adapter`, an
-evaluation, `release_memory`), `wait` waits for the batch being sampled. The thread has its own
-gradient mode, switches and, on a GPU, stream; it leaves PyTorch's random state to the main thread.
+A sampler in the learner's process samples one batch after another, in one thread that also switches
+its version between them; anything else that uses it (`set_adapter`, an evaluation,
+`release_memory`) waits for the batches under way. Step k samples from version k - 1 - s, or 0, also
+where a newer one is there: which one is there depends on timing, and so would the samples. As it
+is, a run repeats, resumes exactly (a checkpoint needs the versions of the batches under way), and
+is the same in all processes. The thread has its own gradient mode, switches and, on a GPU, stream;
+it leaves PyTorch's random state to the main thread.
+
+A sampler that switches while it samples (`sampler.switches_while_sampling`) gets a new version as
+soon as it is published, and up to s + 1 batches at once. Their groups are of the newest version
+where they are sampled, so what a run samples depends on timing; a resumed one samples the batches
+under way again, from the newest version.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,9 +40,13 @@ from rl_lora.data.stream import PromptStream
 from rl_lora.errors import EngineError
 from rl_lora.launchers import interruption
 from rl_lora.rollouts import Scoring, sample_and_score, scoring_thread
-from rl_lora.sampler import OnProgress, Sampler
+from rl_lora.sampler import OnProgress, Sampler, is_on_rank_0, switches_while_sampling
 from rl_lora.seeds import mix_seed
 from rl_lora.types import Adapter, Prompt, SampleParams
+
+T = TypeVar("T")
+
+_POLL_S = 0.2  # between two looks whether a batch is still wanted
 
 
 @dataclass(frozen=True)
@@ -49,22 +65,38 @@ class Request:
 class Batch:
     """One step's completions; some may still be waiting for their scores.
 
-    Example: Batch(version=3, scoring=Scoring(...), position={"epoch": 0, ...}, sampler_s=12.5)
+    Example: Batch(scoring=Scoring(...), position={"epoch": 0, ...}, own={"system/sampler_s": 12.5})
     """
 
-    version: int  # of the adapter that sampled it
     scoring: Scoring
     position: dict[str, Any]  # of the prompt stream, after this batch's prompts
-    sampler_s: float  # the sampler's own seconds, whether or not anyone waited for it
-    checks: dict[str, float] = field(default_factory=dict)  # metrics of the check of the sampler
+    own: dict[str, float]  # metrics of the sampling and of the checks of the sampler
 
     def metrics(self) -> dict[str, float]:
         """Seconds that the sampler and the scoring thread worked, the restarts of engines if there
         were any, and the checks; once the groups are there."""
-        own = {"system/sampler_s": self.sampler_s, "system/scorer_s": self.scoring.seconds}
+        own = self.own | {"system/scorer_s": self.scoring.seconds}
         if self.scoring.num_restarts:
             own["system/engine_restarts"] = float(self.scoring.num_restarts)
-        return own | self.checks
+        return own
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    begin_s: float  # of time.perf_counter
+    end_s: float
+    checks: dict[str, float]  # metrics
+
+
+@dataclass
+class _Job:
+    """A batch under way."""
+
+    request: Request
+    adapter: Adapter  # it is sampled from this version, or from a newer one
+    scoring: Scoring
+    has_version: Future[None]  # of a sampler that switches while it samples
+    sampled: Future[_Sampled]
 
 
 class RolloutWorker:
@@ -73,9 +105,10 @@ class RolloutWorker:
     Args:
         sampler: this worker's from now on: everything else goes through `set_adapter` or `wait`.
         reward: scores the completions, in its own thread.
-        requests: one per step, drawn when its sampling starts.
-        overlap: sample the next step's batch while the caller learns from this one.
-        check: with overlap, called when the sampler has the newest version; returns metrics.
+        requests: one per step, drawn when its batch is started.
+        max_staleness: how many batches sampling may be ahead of the caller, who learns meanwhile.
+        check: compares a sampler that runs ahead in this process with the policy of its version,
+            before each batch; returns metrics.
     """
 
     def __init__(
@@ -84,121 +117,181 @@ class RolloutWorker:
         reward: Reward,
         requests: Iterator[Request],
         *,
-        overlap: bool = False,
-        check: Callable[[], dict[str, float]] = dict,
+        max_staleness: int = 0,
+        check: Callable[[Adapter], dict[str, float]] = lambda adapter: {},
     ) -> None:
         self._sampler, self._reward, self._requests = sampler, reward, requests
-        self._overlap, self._check = overlap, check
+        self._max_staleness, self._check = max_staleness, check
+        self._switches = max_staleness > 0 and switches_while_sampling(sampler)
         self._scorer = scoring_thread()
         gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        self._thread = ThreadPoolExecutor(
-            1, "sampler", initializer=_set_up_thread, initargs=(torch.get_num_threads(), gpu)
+        self._threads = ThreadPoolExecutor(
+            max_staleness + 1 if self._switches else 1,
+            "sampler",
+            initializer=_set_up_thread,
+            initargs=(torch.get_num_threads(), gpu),
         )
+        self._switching = ThreadPoolExecutor(1, "switching")
         self._in_use: Adapter | None = None  # None: the base, or unknown
-        self._under_way: Future[Batch] | None = None
-        self._started: tuple[Request, int] | None = None  # what was started last, of which version
-        self._scoring: Scoring | None = None
+        self._has_version = _done(None)  # when the sampler has `_in_use`, if it switches
+        self._under_way: deque[_Job] = deque()
+        self._last_end_s: float | None = None  # of the batches so far
         self._num_restarts = 0  # of the sampler's engine, until the newest batch
 
     def __enter__(self) -> RolloutWorker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._scoring is not None:
-            self._scoring.stop()
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._scorer.shutdown(wait=True, cancel_futures=True)
+        for job in self._under_way:
+            job.scoring.stop()
+        for threads in (self._threads, self._switching, self._scorer):
+            threads.shutdown(wait=True, cancel_futures=True)
 
-    def next_batch(self, adapter: Adapter, previous: Adapter | None = None) -> Batch:
-        """The next step's batch, sampled from `adapter`.
+    def next_batch(self, adapter: Adapter, older: Sequence[Adapter] = ()) -> Batch:
+        """The next step's batch, sampled from `adapter` or, where sampling runs ahead, from a
+        version before; the one that may now be sampled from `adapter` is started.
 
-        With overlap it was sampled from `previous` (from `adapter` if there is none), and sampling
-        of the one after it, from `adapter`, starts now.
+        Args:
+            adapter: the newest version.
+            older: the `max_staleness` versions before it, if there are so many. The first batches
+                of this process are sampled from them.
 
         Raises:
             StaleAdapterError: the sampler had another version.
             Exception: whatever sampling or scoring raised.
         """
-        if not self._overlap:
+        if not self._max_staleness:
             self.ensure_adapter(adapter)
-            request = next(self._requests)
-            batch = self._make(request, self._new_scoring(request), adapter.version)
+            job = self._job(next(self._requests), adapter)
+            batch = self._batch(job, self._sample(job))
             self._sampler.release_memory()  # for the learner
             return batch
-        if self._under_way is None:  # the first in this process; a resumed run samples it again
-            oldest = previous or adapter
-            self.ensure_adapter(oldest)
-            self.start(oldest.version)  # in the thread as well: it would round differently here
+        versions = [adapter]
+        if not self._under_way:  # the first in this process
+            known = [adapter] if self._switches else [*older, adapter]
+            versions = [*known[:1] * self._max_staleness, *known][-self._max_staleness - 1 :]
+        for version in versions:
+            self.start(version)
         batch = self.pop()
-        self.ensure_adapter(adapter)
-        batch = replace(batch, checks=self._check())
-        if not self.start(adapter.version):
+        if not self._under_way:
             self._sampler.release_memory()
         return batch
 
     def offer(self, adapter: Adapter) -> None:
-        """Switches the sampler to this version unless it is sampling; `next_batch` does it then."""
-        if self._under_way is None:
+        """Switches the sampler to a new version, if it can; `next_batch` does it otherwise."""
+        if self._switches:
+            self._switch(adapter)
+        elif not self._under_way:
             self.ensure_adapter(adapter)
 
     def set_adapter(self, adapter: Adapter | None) -> None:
-        """Switches the sampler to this version, or to the base, once it has finished its batch."""
+        """Switches the sampler to this version, or to the base, once it is free."""
         self.wait()
         self._sampler.set_adapter(adapter)
         self._in_use = adapter
 
     def ensure_adapter(self, adapter: Adapter | None) -> None:
         """As `set_adapter`, which is skipped if the sampler has this version already."""
+        self.wait()
         if adapter is None or adapter != self._in_use:
             self.set_adapter(adapter)
 
-    def start(self, version: int) -> bool:
-        """Starts sampling the next request from the version in use; False: there is none left."""
-        assert self._under_way is None, "one batch at a time"
+    def start(self, adapter: Adapter) -> bool:
+        """Starts the next request's batch from this version; False: there is none left."""
         if (request := next(self._requests, None)) is None:
             return False
-        self._scoring, self._started = self._new_scoring(request), (request, version)
-        self._under_way = self._thread.submit(self._make, request, self._scoring, version)
+        if self._switches:
+            self._switch(adapter)
+        job = self._job(request, adapter)
+        job.sampled = self._threads.submit(self._sample, job)
+        self._under_way.append(job)
         return True
 
     def wait(self) -> None:
-        """Waits until the sampler is free. Raises what sampling raised.
-
-        A batch whose engine failed is sampled again here: only this thread makes a new engine.
-        """
-        if self._under_way is None:
+        """Waits until the sampler is free for another caller: with all batches under way, or, one
+        that switches while it samples, with its present version. Raises what sampling raised."""
+        if self._switches:
+            with interruption.abandonable():
+                self._has_version.result()
             return
-        with interruption.abandonable():
-            error = self._under_way.exception()
-        if not isinstance(error, EngineError):
-            self._under_way.result()
-            return
-        assert self._started is not None
-        request, version = self._started
-        error = self._under_way = None  # the exception's frames hold the old engine
-        again: Future[Batch] = Future()
-        again.set_result(self._make(request, self._new_scoring(request), version))
-        self._under_way = again
+        for job in self._under_way:
+            self._result(job)
 
     def pop(self) -> Batch:
-        """The batch that was started, once it is sampled. Raises as `next_batch`."""
-        self.wait()
-        assert self._under_way is not None, "no batch was started"
-        batch, self._under_way = self._under_way.result(), None
-        return batch
+        """The oldest batch that was started, once it is sampled. Raises as `next_batch`."""
+        job = self._under_way[0]
+        sampled = self._result(job)
+        self._under_way.popleft()
+        return self._batch(job, sampled)
 
-    def _new_scoring(self, request: Request) -> Scoring:
-        return Scoring(request.prompts_N, self._reward, self._scorer)
+    def _result(self, job: _Job) -> _Sampled:
+        """A batch whose engine failed is sampled again here: only this thread makes a new one."""
+        with interruption.abandonable():
+            error = job.sampled.exception()
+        if isinstance(error, EngineError) and not self._switches:
+            # Those after it fail as well, and must have before there is another engine.
+            futures.wait([later.sampled for later in self._under_way])
+            job.scoring = self._job(job.request, job.adapter).scoring
+            error = None
+            job.sampled = Future()  # the exception's frames hold the old engine
+            job.sampled.cancel()
+            job.sampled = _done(self._sample(job))
+        return job.sampled.result()
 
-    def _make(self, request: Request, scoring: Scoring, version: int) -> Batch:
+    def _switch(self, adapter: Adapter) -> None:
+        if adapter != self._in_use:
+            self._in_use = adapter
+            self._has_version = self._switching.submit(self._sampler.set_adapter, adapter)
+
+    def _job(self, request: Request, adapter: Adapter) -> _Job:
+        scoring = Scoring(
+            request.prompts_N,
+            self._reward,
+            self._scorer,
+            is_on_rank_0=is_on_rank_0(self._sampler),
+        )
+        return _Job(request, adapter, scoring, self._has_version, Future())
+
+    def _sample(self, job: _Job) -> _Sampled:
+        """Any thread's; checks the version of a sampler that runs ahead in this process."""
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # the version was loaded on another thread's stream
-        start = time.perf_counter()
-        sample_and_score(self._sampler, scoring, request.params, version=version)
+            torch.cuda.synchronize()  # another thread's stream may still load a version
+        version: int | None = job.adapter.version
+        checks: dict[str, float] = {}
+        if self._switches:
+            version = None  # `liveness.drop_stale` looks at each sample
+            while not futures.wait([job.has_version], timeout=_POLL_S).done:
+                job.scoring.check_wanted()
+            job.has_version.result()
+        elif self._max_staleness:
+            if job.adapter != self._in_use:
+                self._sampler.set_adapter(job.adapter)
+                self._in_use = job.adapter
+            checks = self._check(job.adapter)
+        begin_s = time.perf_counter()
+        sample_and_score(self._sampler, job.scoring, job.request.params, version=version)
+        return _Sampled(begin_s, time.perf_counter(), checks)
+
+    def _batch(self, job: _Job, sampled: _Sampled) -> Batch:
         num_restarts = getattr(self._sampler, "num_restarts", 0)
-        scoring.num_restarts = num_restarts - self._num_restarts
+        job.scoring.num_restarts = num_restarts - self._num_restarts
         self._num_restarts = num_restarts
-        return Batch(version, scoring, request.position, time.perf_counter() - start)
+        own = sampled.checks | {"system/sampler_s": sampled.end_s - sampled.begin_s}
+        if self._max_staleness:
+            last_s = sampled.begin_s if self._last_end_s is None else self._last_end_s
+            self._last_end_s = max(last_s, sampled.end_s)
+            # Where several are under way at a time, they share the seconds.
+            own["system/sampler_s"] = self._last_end_s - max(last_s, sampled.begin_s)
+            own["system/sampler_idle_s"] = max(0.0, sampled.begin_s - last_s)
+        if switches_while_sampling(self._sampler):
+            own |= getattr(self._sampler, "metrics", dict)()
+        return Batch(job.scoring, job.request.position, own)
+
+
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
 
 
 def requests(

@@ -1,5 +1,5 @@
-"""Penalties on rewards before advantages are taken: the KL to the base model, and length; and the
-limit of that KL (algorithm.max_kl_to_base).
+"""From rewards to a step's advantages, less the penalties: the KL to the base model, and length.
+Also the limit of that KL (algorithm.max_kl_to_base).
 
 The groups' own rewards stay as they are.
 """
@@ -12,12 +12,52 @@ import numpy as np
 import torch
 
 from rl_lora import distributed
+from rl_lora.advantages import AdvantageFn, TermRewards, correlations, takes_terms
 from rl_lora.batches import make_samples, pack_samples, to_device
 from rl_lora.config import RunConfig
 from rl_lora.errors import KlLimitError
 from rl_lora.learner import Learner, own_share
 from rl_lora.losses import k3
 from rl_lora.types import RolloutGroup, TrainSample
+
+
+def step_advantages(
+    advantage: AdvantageFn, config: RunConfig, learner: Learner, groups_N: Sequence[RolloutGroup]
+) -> tuple[list[list[float]], dict[str, float]]:
+    """advantages_N_G of the penalized rewards, and metrics: those of `penalised_rewards`, and of
+    several rewards advantage/correlation/TERM (`advantages.correlations`).
+
+    Raises:
+        KlLimitError: the KL to the base is over algorithm.max_kl_to_base.
+    """
+    rewards_N_G, metrics = penalised_rewards(config, learner, groups_N)
+    terms_K = term_rewards(config, groups_N)
+    if takes_terms(advantage):
+        advantages_N_G = advantage(rewards_N_G, terms_K)
+    else:
+        advantages_N_G = advantage(rewards_N_G)
+    if len(terms_K) > 1:
+        for name, correlation in correlations(advantages_N_G, terms_K).items():
+            metrics[f"advantage/correlation/{name}"] = correlation
+    return advantages_N_G, metrics
+
+
+def term_rewards(config: RunConfig, groups_N: Sequence[RolloutGroup]) -> list[TermRewards]:
+    """The rewards that the settings sum up: reward.terms, or the one reward; and the penalty of
+    length as a reward that is never positive."""
+    found = [
+        TermRewards(
+            term.key,
+            term.weight,
+            [group.terms_G().get(term.key, [0.0] * len(group.rollouts_G)) for group in groups_N],
+        )
+        for term in config.reward.terms
+    ] or [TermRewards("reward", 1.0, [group.rewards_G for group in groups_N])]
+    if config.reward.overlong_tokens:
+        penalty_N_G = overlong_penalties(config, groups_N)
+        negative_N_G = [[-penalty for penalty in penalty_G] for penalty_G in penalty_N_G]
+        found.append(TermRewards("overlong", config.reward.overlong_weight, negative_N_G))
+    return found
 
 
 def penalised_rewards(
@@ -34,14 +74,11 @@ def penalised_rewards(
     penalties: dict[str, list[list[float]]] = {}
     if config.algorithm.kl == "reward":
         penalties["kl"], metrics = kl_penalties(learner, groups_N, config.algorithm.kl_weight)
-    if (within := config.reward.overlong_tokens) > 0:
-        weight, max_tokens = config.reward.overlong_weight, config.sampling.max_tokens
+    if config.reward.overlong_tokens:
+        weight = config.reward.overlong_weight
         penalties["overlong"] = [
-            [
-                weight * overlong_penalty(len(rollout.completion.token_ids), max_tokens, within)
-                for rollout in group.rollouts_G
-            ]
-            for group in groups_N
+            [weight * penalty for penalty in penalty_G]
+            for penalty_G in overlong_penalties(config, groups_N)
         ]
     for name, penalty_N_G in penalties.items():
         flat = [penalty for penalty_G in penalty_N_G for penalty in penalty_G]
@@ -67,6 +104,18 @@ def kl_to_base(learner: Learner, groups_N: Sequence[RolloutGroup]) -> float:
     there is none. A job's processes divide the work."""
     samples = make_samples(groups_N, [[1.0] * len(group.rollouts_G) for group in groups_N])
     return _sequence_kls(learner, samples)[1] if samples else 0.0
+
+
+def overlong_penalties(config: RunConfig, groups_N: Sequence[RolloutGroup]) -> list[list[float]]:
+    """[N][G]: `overlong_penalty` of each completion, by the settings."""
+    max_tokens, within = config.sampling.max_tokens, config.reward.overlong_tokens
+    return [
+        [
+            overlong_penalty(len(rollout.completion.token_ids), max_tokens, within)
+            for rollout in group.rollouts_G
+        ]
+        for group in groups_N
+    ]
 
 
 def overlong_penalty(num_tokens: int, max_tokens: int, within: int) -> float:

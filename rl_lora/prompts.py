@@ -7,7 +7,7 @@ dropped.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rl_lora.config import DataSection, parse_as
@@ -38,6 +38,8 @@ class PromptSets:
     train: list[Prompt]
     eval: list[Prompt]
     notes: list[str]  # a line per data set: rows kept, and why others were dropped
+    # Of the training sources, by `Prompt.source`; empty: their prompts are shuffled together.
+    weights: dict[str, float] = field(default_factory=dict)
 
 
 # limits: what a job knows of its data, each from another section
@@ -54,7 +56,8 @@ def load_prompt_sets(
     """Loads, cleans, splits and renders all data sets of a job.
 
     Without data.eval, the evaluation is `data.held_out` rows, drawn by seed from the test parts of
-    training sources that have one, and from the training rows of the others. A source named
+    training sources that have one, and from the training rows of the others; of several sources, in
+    proportion to their rows, or as many as a source's own held_out says. A source named
     "held_out" in data.eval adds these rows to the other sets.
 
     Args:
@@ -81,6 +84,7 @@ def load_prompt_sets(
         train=renderer.prompts(collected.train, context_length - max_new_tokens),
         eval=renderer.prompts(collected.eval, context_length - eval_tokens),
         notes=[*collected.notes(), *([markup] if markup else [])],
+        weights=collected.weights,
     )
 
 

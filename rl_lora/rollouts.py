@@ -14,8 +14,8 @@ from rl_lora import distributed
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.launchers import interruption
 from rl_lora.launchers.interruption import Interrupted
-from rl_lora.sampler import OnGroup, Sampler
-from rl_lora.scoring import score_best
+from rl_lora.sampler import OnGroup, Sampler, is_on_rank_0
+from rl_lora.scoring import functions_of, score_best
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, SampleParams
 
 _POLL_S = 0.2  # between two looks for a signal
@@ -59,7 +59,9 @@ def rollout(
     with scoring_thread() as thread:
         if not hasattr(reward, "score_batch"):
             reward = FunctionReward(getattr(reward, "__name__", "reward"), reward)
-        scoring = Scoring(prompts_N, cast("Reward", reward), thread)
+        scoring = Scoring(
+            prompts_N, cast("Reward", reward), thread, is_on_rank_0=is_on_rank_0(sampler)
+        )
         groups_N = sample_and_score(sampler, scoring, params, version=None).groups()
     sampler.release_memory()
     return groups_N
@@ -104,7 +106,12 @@ def score_groups(
         for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
         for _ in completions_G
     ]
-    scored = score_best(reward, texts, references, _rows(prompts_N, completions_N_G))
+    sources = [
+        prompt.source
+        for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
+        for _ in completions_G
+    ]
+    scored = score_best(reward, texts, references, _rows(prompts_N, completions_N_G), sources)
     for score, reference in zip(scored, references, strict=True):
         if not math.isfinite(score.reward):
             raise UserError(
@@ -137,15 +144,18 @@ def _rows(
     ]
 
 
-def check_reward(reward: Reward, prompt: Prompt, token_ids: Sequence[int]) -> None:
-    """Tries a user's own function on MADE_UP, whose ids are given, twice, before any is sampled.
+def check_reward(reward: Reward, prompts: Sequence[Prompt], token_ids: Sequence[int]) -> None:
+    """Tries a user's own functions on MADE_UP, whose ids are given, twice, before any is sampled,
+    for a problem of each source.
 
     Raises:
-        UserError: the function fails, or returns something else than a reward.
+        UserError: a function fails, or returns something else than a reward.
     """
-    if isinstance(reward, FunctionReward):
-        completion = Completion(tuple(token_ids), MADE_UP, (0.0,) * len(token_ids), False, 0)
-        score_groups([prompt], [[completion, completion]], reward)
+    firsts = {prompt.source: prompt for prompt in reversed(prompts)}
+    if not functions_of(reward):
+        return
+    completion = Completion(tuple(token_ids), MADE_UP, (0.0,) * len(token_ids), False, 0)
+    score_groups([*firsts.values()], [[completion, completion]] * len(firsts), reward)
 
 
 def scoring_thread() -> ThreadPoolExecutor:
@@ -162,14 +172,22 @@ class Scoring:
         prompts_N: of the whole batch, the same on all ranks.
         reward: scores the completions.
         thread: an executor with one worker: batches that share it are scored one after another.
+        is_on_rank_0: rank 0 samples and scores all prompts.
     """
 
-    def __init__(self, prompts_N: Sequence[Prompt], reward: Reward, thread: Executor) -> None:
+    def __init__(
+        self,
+        prompts_N: Sequence[Prompt],
+        reward: Reward,
+        thread: Executor,
+        *,
+        is_on_rank_0: bool = False,
+    ) -> None:
         self.seconds = 0.0  # of work by the thread on this batch
         # Of the sampler's engine since the batch before; after `groups` those of all ranks.
         self.num_restarts = 0
         self.prompts_N, self._reward, self._thread = prompts_N, reward, thread
-        self.own = own_share(prompts_N)
+        self.own = own_share(prompts_N, is_on_rank_0=is_on_rank_0)
         self._waiting: deque[tuple[int, list[Completion]]] = deque()
         self._jobs: list[Future[None]] = []
         self._groups: dict[int, RolloutGroup] = {}
@@ -182,8 +200,7 @@ class Scoring:
             Exception: what scoring an earlier group raised, so that sampling ends at once.
             CancelledError: after `stop`.
         """
-        if self._is_stopped:
-            raise CancelledError("the batch is no longer wanted")
+        self.check_wanted()
         for job in self._jobs:
             if job.done():
                 job.result()
@@ -216,6 +233,11 @@ class Scoring:
         """Ends the sampling at the next group, from another thread."""
         self._is_stopped = True
 
+    def check_wanted(self) -> None:
+        """Raises CancelledError after `stop`."""
+        if self._is_stopped:
+            raise CancelledError("the batch is no longer wanted")
+
     def cancel(self, *, is_waiting: bool = True) -> None:
         """Cancels what is waiting, and returns once the running call of the reward has ended, if
         `is_waiting`."""
@@ -238,12 +260,12 @@ class Scoring:
         self.seconds += time.perf_counter() - start
 
 
-def own_share(prompts_N: Sequence[Prompt]) -> list[int]:
+def own_share(prompts_N: Sequence[Prompt], *, is_on_rank_0: bool = False) -> list[int]:
     """Indices of the prompts that this process samples: the ranks get equally many, and long ones
     are dealt out evenly. A prompt that occurs twice stays with one rank, which counts its
     occurrences for the seeds."""
-    if distributed.world_size() == 1:
-        return list(range(len(prompts_N)))
+    if distributed.world_size() == 1 or is_on_rank_0:
+        return list(range(len(prompts_N))) if distributed.is_main() else []
     places: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts_N):
         places.setdefault(prompt.prompt_id, []).append(index)

@@ -20,7 +20,10 @@ OnProgress = Callable[[int, int, int], None]  # completions done, in all, tokens
 class Sampler(Protocol):
     """Samples completions from the base model with the adapter that was set last.
 
-    One with an engine raises EngineError where that is unusable (`samplers.restarts`).
+    One with an engine raises EngineError where that is unusable (`samplers.restarts`). One whose
+    class says switches_while_sampling = True takes `sample` from several threads at once and
+    `set_adapter` meanwhile, in another one: each group is wholly of one version, the newest where
+    it is sampled, and is never of an older one than was set when its `sample` began.
     """
 
     def set_adapter(self, adapter: Adapter | None) -> None:
@@ -48,6 +51,16 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Frees the engine; a second call does nothing."""
+
+
+def is_on_rank_0(sampler: Sampler) -> bool:
+    """Whether rank 0 samples for all ranks; else each samples its share."""
+    return getattr(sampler, "is_on_rank_0", False)
+
+
+def switches_while_sampling(sampler: Sampler) -> bool:
+    """Whether the sampler's version may change between the groups of a batch."""
+    return getattr(sampler, "switches_while_sampling", False)
 
 
 def check_lengths(prompts_N: Sequence[Prompt], max_tokens: int, max_model_len: int) -> None:

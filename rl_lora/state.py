@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from rl_lora.runs.checkpoint import (
 )
 from rl_lora.runs.log import stored, unstored
 from rl_lora.runs.start import Start
-from rl_lora.types import Adapter
+from rl_lora.sampler import switches_while_sampling
+from rl_lora.samplers.liveness import make_probe
+from rl_lora.types import Adapter, Probe
 
 
 @dataclass
@@ -31,13 +33,14 @@ class State:
     """Where a run is between two steps: with the learner's own state, all that a checkpoint holds.
 
     Example: State(position={"epoch": 0, "position": 32, ...}, step=2, adapter=Adapter(version=2,
-    ...), previous=Adapter(version=1, ...))
+    ...), older=[Adapter(version=1, ...)])
     """
 
     position: dict[str, Any]  # of the prompt stream, where the next step's prompts begin
     step: int = 0  # steps done, which is also the version of the adapter
     adapter: Adapter | None = None  # the newest version; None: not published yet
-    previous: Adapter | None = None  # the version before it, which overlap samples from
+    # Those before it that batches under way are sampled from, at most sampling.max_staleness.
+    older: list[Adapter] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)  # the step's, if its line is to come
 
 
@@ -50,7 +53,8 @@ def with_handover(job: RunContext) -> Iterator[RunContext]:
         return
     tensors = job.policy.published_tensors().values()
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    with memory_folder(job.config.run.folder, num_bytes) as folder:
+    num_versions = 3 + _num_older(job)
+    with memory_folder(job.config.run.folder, num_versions * num_bytes) as folder:
         yield replace(job, handover=folder)
 
 
@@ -64,8 +68,12 @@ def publish(job: RunContext, state: State) -> Adapter:
         run_name=job.config.run.name,
         on_each_node=job.handover is not None,
     )
-    if state.adapter is not None:
-        state.previous = state.adapter
+    max_staleness = job.config.sampling.max_staleness
+    if max_staleness or switches_while_sampling(job.sampler):
+        probe = make_probe(job.policy, job.prompts.eval[:4], job.config.sampling.max_kl)
+        adapter = replace(adapter, probe=probe)
+    if max_staleness and state.adapter is not None:
+        state.older = [*state.older, state.adapter][-max_staleness:]
     state.adapter = adapter
     if is_writer(on_each_node=job.handover is not None):
         _remove_old(job, adapters, state.step)
@@ -73,11 +81,17 @@ def publish(job: RunContext, state: State) -> Adapter:
 
 
 def _remove_old(job: RunContext, adapters: Path, step: int) -> None:
-    """Deletes versions other than the last two and those that a resumed run needs."""
-    keep = {step, step - 1}
-    if job.config.sampling.overlap:  # resumed from a checkpoint, it samples the version before
-        keep |= {saved - 1 for saved in checkpoint_steps(job.config.run.folder)}
+    """Deletes versions that neither this process nor a resumed run needs."""
+    keep = set(range(step - _num_older(job), step + 1))
+    if max_staleness := job.config.sampling.max_staleness:
+        for saved in checkpoint_steps(job.config.run.folder):
+            keep |= set(range(saved - max_staleness, saved))
     remove_old(adapters, keep=keep)
+
+
+def _num_older(job: RunContext) -> int:
+    """Versions that are kept next to the newest one: an engine may not have loaded it yet."""
+    return max(1, job.config.sampling.max_staleness)
 
 
 def save(job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]) -> None:
@@ -91,12 +105,16 @@ def save(job: RunContext, learner: Learner, state: State, inputs: dict[str, Any]
     """
     if job.handover is not None and distributed.is_main():
         adapters = job.config.run.folder / "adapters"
-        for adapter in filter(None, (state.previous, state.adapter)):
+        for adapter in (*state.older, *filter(None, [state.adapter])):
             keep_version(adapter, adapters)
         _remove_old(job, adapters, state.step)
-    previous = state.previous and state.previous.fingerprint
-    more = {"previous": previous, "stream": state.position, "inputs": inputs}
+    more: dict[str, Any] = {"stream": state.position, "inputs": inputs}
     more["metrics"] = stored(state.metrics)
+    more["older"] = [
+        {"version": one.version, "fingerprint": one.fingerprint, "probe": asdict(one.probe)}
+        for one in state.older
+        if one.probe is not None
+    ]
     save_checkpoint(state.step, learner, job.config, **more)
 
 
@@ -126,15 +144,28 @@ def restore(
     assert start.checkpoint is not None
     config = job.config
     saved = load_checkpoint(start.checkpoint, learner)
-    position, num_prompts = saved["stream"], len(job.prompts.train)
-    if start.has_other_data("train", inputs) and position["num_prompts"] != num_prompts:
-        # The user has accepted other rows: a new epoch begins with them.
-        position |= {"epoch": position["epoch"] + 1, "position": 0, "owed": []}
-        position |= {"num_prompts": num_prompts}
-    stream.load_state_dict(position)
+    stream.load_state_dict(saved["stream"], has_other_rows=start.has_other_data("train", inputs))
     state = State(stream.state_dict(), saved["step"])
     state.metrics = unstored(saved.get("metrics", {}))  # an earlier version has not saved them
-    if config.sampling.overlap and state.step:
-        before = config.run.folder / "adapters" / f"v{state.step - 1:06d}"
-        state.previous = saved_version(before, saved["previous"])
+    if not switches_while_sampling(job.sampler):  # one that does samples from the newest version
+        state.older = _older(config.run.folder / "adapters", saved)
     return state
+
+
+def _older(adapters: Path, saved: dict[str, Any]) -> list[Adapter]:
+    """The older versions that a checkpoint names. Raises UserError as `saved_version`."""
+    older = saved.get("older")
+    if older is None:  # an earlier release: the version before, if sampling overlapped learning
+        is_needed = saved["config"]["sampling"].get("overlap") and saved["step"]
+        before = {"version": saved["step"] - 1, "fingerprint": saved["previous"], "probe": None}
+        older = [before] if is_needed else []
+    found = []
+    for one in older:
+        adapter = saved_version(adapters / f"v{one['version']:06d}", one["fingerprint"])
+        found.append(replace(adapter, probe=one["probe"] and _probe(**one["probe"])))
+    return found
+
+
+def _probe(token_ids_N: list[list[int]], logprobs_N: list[list[float]], limit: float) -> Probe:
+    """A probe as JSON keeps it."""
+    return Probe(tuple(map(tuple, token_ids_N)), tuple(map(tuple, logprobs_N)), limit)

@@ -13,13 +13,15 @@ from rl_lora import distributed
 from rl_lora.batches import pack
 from rl_lora.build import RunContext, make_evaluation, make_learner, open_folder, open_run
 from rl_lora.config import RunConfig
+from rl_lora.config.checks import unbounded_staleness
 from rl_lora.data.stream import PromptStream
 from rl_lora.evaluation.best import drop_best_after, is_best_step, update_best
 from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_after, set_aside
 from rl_lora.evaluation.scores import EvalResult
+from rl_lora.export.push import Pushes
 from rl_lora.launchers import interruption
 from rl_lora.overlap import RolloutWorker, requests
-from rl_lora.penalties import penalised_rewards
+from rl_lora.penalties import step_advantages
 from rl_lora.prompts import PromptSets
 from rl_lora.report.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.report.run_figures import draw_figures
@@ -39,7 +41,8 @@ from rl_lora.samplers.liveness import (
     check_at_start,
     check_step,
     check_version,
-    staleness_metrics,
+    described,
+    drop_stale,
 )
 from rl_lora.sft.warm_start import has_solutions, warm_start
 from rl_lora.state import State, publish, restore, save, save_once, saved_at_limit, with_handover
@@ -64,10 +67,12 @@ class Parts:
     timer: PhaseTimer
     nonfinite: NonfiniteSteps
     inputs: dict[str, Any]  # hashes of base model and data, for the record and checkpoints
+    pushes: Pushes
 
 
 def loop(parts: Parts, state: State) -> None:
-    """Step k learns from samples of version k - 1 (with overlap k - 2) and publishes version k.
+    """Step k learns from samples of version k - 1, or older (`sampling.max_staleness`), and
+    publishes version k.
 
     Raises:
         Interrupted: by a signal; what is done is in a checkpoint.
@@ -83,7 +88,7 @@ def loop(parts: Parts, state: State) -> None:
         while state.step < config.num_steps:
             assert state.adapter is not None
             with timer.phase("sample"):
-                batch = worker.next_batch(state.adapter, state.previous)
+                batch = worker.next_batch(state.adapter, state.older)
             with timer.phase("score"):  # of what is not scored yet
                 groups_N = batch.scoring.groups()
             with timer.phase("learn"):
@@ -92,7 +97,8 @@ def loop(parts: Parts, state: State) -> None:
             state.step, state.position = state.step + 1, batch.position
             with timer.phase("publish"):
                 worker.offer(publish(parts.job, state))
-            state.metrics = rollout_metrics(groups_N) | stats | batch.metrics() | timer.take()
+            state.metrics = rollout_metrics(groups_N, state.position) | stats
+            state.metrics |= batch.metrics() | timer.take()
             parts.log.transcripts(state.step, groups_N)
             parts.nonfinite.keep(state.step, state.metrics, groups_N)
             complete_step(parts, state, meter)
@@ -118,6 +124,7 @@ def complete_step(parts: Parts, state: State, meter: MachineMeter) -> None:
         save(parts.job, parts.learner, state, parts.inputs)
     if has_evaluation:
         update_best(config.folder, state.step, parts.display.note)
+    parts.pushes.step(state.adapter)
 
 
 def learn(
@@ -131,14 +138,13 @@ def learn(
         KlLimitError: the policy is too far from the base (algorithm.max_kl_to_base).
     """
     config, policy = job.config, job.policy
-    max_staleness = int(config.sampling.overlap)
-    staleness = staleness_metrics(groups_N, version, max_staleness=max_staleness)
+    groups_N, staleness = drop_stale(groups_N, version, config.sampling.max_staleness)
     algorithm = config.algorithm
-    rewards_N_G, penalties = penalised_rewards(config, learner, groups_N)
+    advantages_N_G, penalties = step_advantages(job.algorithm.advantage, config, learner, groups_N)
     cap = config.sampling.max_tokens
     updates = pack(
         groups_N,
-        job.algorithm.advantage(rewards_N_G),
+        advantages_N_G,
         denominator=cap if algorithm.denominator == "max_tokens" else algorithm.denominator,
         microbatch_tokens=learner.microbatch_tokens,
         min_microbatches=distributed.world_size(),
@@ -254,20 +260,19 @@ def open_parts(
             temperature=config.sampling.temperature,
             on_note=display.note,
         )
-        stream = PromptStream(job.prompts.train, config.run.seed)
-        probes, max_kl = job.prompts.eval[:4], config.sampling.max_kl
+        stream = PromptStream(job.prompts.train, config.run.seed, job.prompts.weights)
         worker = RolloutWorker(
             job.sampler,
             job.reward,
             requests(config, stream, start.state.get("step", 0), display.sampling),
-            overlap=config.sampling.overlap,
-            check=lambda: check_version(job.policy, job.sampler, probes, max_kl),
+            max_staleness=config.sampling.max_staleness,
+            check=partial(check_version, job.sampler),
         )
         evaluation = make_evaluation(job, display.evaluation)
-        limit, lr = config.optim.max_nonfinite_steps, config.optim.lr
-        nonfinite = NonfiniteSteps(config.run.folder, limit, lr)
+        nonfinite = NonfiniteSteps(config.run.folder, config.optim)
+        pushes = Pushes(config.run, display.warn)
         parts = Parts(
-            job, learner, worker, evaluation, display, log, PhaseTimer(), nonfinite, inputs
+            job, learner, worker, evaluation, display, log, PhaseTimer(), nonfinite, inputs, pushes
         )
         yield parts, prepare(parts, stream, start)
 
@@ -279,11 +284,9 @@ def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
         write_record(job.config, job.policy, parts.inputs)
     max_kl = job.config.sampling.max_kl
     probe = check_at_start(job.policy, job.sampler, job.prompts.eval[:4], folder / "probe", max_kl)
-    parts.display.note(
-        "sampler serves the learner's weights: mean |difference| of log-probs "
-        + ", ".join(f"{name} {value:.1e}" for name, value in probe.items())
-        + " nats"
-    )
+    parts.display.note(described(probe))
+    if warning := unbounded_staleness(job.config.algorithm, job.config.sampling):
+        parts.display.warn(warning)
     state = State(stream.state_dict())
     if start.checkpoint is not None:
         if start.has_other_data("eval", parts.inputs) and distributed.is_main():
@@ -393,5 +396,5 @@ def finish(parts: Parts, state: State) -> None:
         return
     draw_figures(folder)
     with atomic_directory(folder / "adapter") as scratch:
-        last = folder / "adapters" / f"v{state.step:06d}"
-        shutil.copytree(last, scratch, dirs_exist_ok=True)
+        shutil.copytree(folder / "adapters" / f"v{state.step:06d}", scratch, dirs_exist_ok=True)
+    parts.pushes.last()

@@ -21,6 +21,7 @@ __all__ = [
     "Adapter",
     "Completion",
     "Microbatch",
+    "Probe",
     "Prompt",
     "Rollout",
     "RolloutGroup",
@@ -115,6 +116,11 @@ class RolloutGroup:
         """Rewards in sampling order; never overwritten by advantages or penalties."""
         return [rollout.score.reward for rollout in self.rollouts_G]
 
+    def terms_G(self) -> dict[str, list[float]]:
+        """By term of the reward, its values in sampling order; empty if the reward has no terms."""
+        scores_G = [rollout.score for rollout in self.rollouts_G]
+        return {term: [score.terms[term] for score in scores_G] for term in scores_G[0].terms}
+
 
 @dataclass(frozen=True, slots=True)
 class TrainSample:
@@ -169,6 +175,19 @@ class Microbatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """Fixed tokens, and the policy's log-probs of them under one adapter version.
+
+    Example: Probe(token_ids_N=((1, 5, 6),), logprobs_N=((-0.5, -1.25),), limit=2e-3)
+    """
+
+    token_ids_N: tuple[tuple[int, ...], ...]
+    # Nats at temperature 1, of tokens 1, 2, ... of each sequence given those before.
+    logprobs_N: tuple[tuple[float, ...], ...]
+    limit: float  # nats; the mean |difference| of a healthy sampler is below
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """A published version of the policy's weights, as `Sampler.set_adapter` takes it.
 
@@ -181,6 +200,8 @@ class Adapter:
     path: Path  # PEFT directory, or for full fine-tuning a safetensors directory
     fingerprint: str  # sha256 over names and bytes of the tensors
     rank: int  # 0 for full fine-tuning
+    # What a sampler with this version must answer; None: it is compared in another way, or not.
+    probe: Probe | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_full(self) -> bool:

@@ -95,7 +95,7 @@ _SMALL_RL_STUDY = [
 
 def vllm_jobs(bench: Bench, folder: Path) -> list[Job]:
     more = ("sampling.backend=vllm", "run.eval_every=2")
-    jobs = [rl("vLLM", *more), rl("vLLM, overlap", *more, "sampling.overlap=true")]
+    jobs = [rl("vLLM", *more), rl("vLLM, stale", *more, "sampling.max_staleness=2")]
     return [replace(job, can_fork=False) for job in jobs]
 
 

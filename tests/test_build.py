@@ -106,10 +106,10 @@ def test_an_unknown_sampler_is_reported_at_once(tmp_path: Path, backend: str, to
         pass
 
 
-def test_overlap_needs_a_sampler_that_says_it_has_its_own_weights(tmp_path: Path) -> None:
+def test_staleness_needs_a_sampler_that_says_it_has_its_own_weights(tmp_path: Path) -> None:
     own = "sampling.backend=rl_lora.samplers.torch_sampler:TorchSampler"
     with (
-        pytest.raises(UserError, match=r"sampling\.overlap=true: .*has_own_weights"),
-        job.open_run(smoke(tmp_path, own, "sampling.overlap=true")),
+        pytest.raises(UserError, match=r"sampling\.max_staleness=1: .*has_own_weights"),
+        job.open_run(smoke(tmp_path, own, "sampling.max_staleness=1")),
     ):
         pass

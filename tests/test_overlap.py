@@ -18,13 +18,16 @@ from rl_lora.config import RunConfig, load_config
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.overlap import Request, RolloutWorker
 from rl_lora.policy import Policy, open_policy
+from rl_lora.runs.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
 from rl_lora.runs.log import RunLog
+from rl_lora.runs.record import read_record
 from rl_lora.sampler import OnGroup
-from rl_lora.samplers.liveness import staleness_metrics
+from rl_lora.samplers.liveness import drop_stale
 from rl_lora.samplers.torch_sampler import TorchSampler
+from rl_lora.storage.jsonl import read_json, write_json
 from rl_lora.train import train
 from rl_lora.types import Adapter, Completion, Prompt, RolloutGroup, SampleParams
-from tests.helpers.fakes import FakeReward, FakeSampler, make_group, make_prompt, make_rollout
+from tests.helpers.fakes import FakeReward, FakeSampler, make_prompt, make_rollout
 from tests.test_train import SMOKE, metrics_of
 
 SHORT = ["run.num_steps=4", "data.held_out=4", "sampling.num_prompts=3", "sampling.max_tokens=12"]
@@ -38,7 +41,7 @@ def one_request() -> Iterator[Request]:
 
 
 def config(folder: Path, *overrides: str) -> RunConfig:
-    settings = [*SHORT, "sampling.backend=vllm", "sampling.overlap=true", *overrides]
+    settings = [*SHORT, "sampling.backend=vllm", "sampling.max_staleness=1", *overrides]
     return load_config(SMOKE, [f"run.output_dir={folder}", *settings])
 
 
@@ -147,11 +150,16 @@ def test_a_batch_is_sampled_while_the_one_before_is_learned_from(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("max_staleness", [1, 2])
 def test_a_run_killed_with_a_batch_under_way_ends_where_an_unbroken_one_does(
-    tmp_path: Path, samplers: list[OwnWeights], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    samplers: list[OwnWeights],
+    monkeypatch: pytest.MonkeyPatch,
+    max_staleness: int,
 ) -> None:
     """Step 3 is published and batch 4 is under way when it ends; the checkpoint is of step 2."""
     often = ["run.checkpoint_every=2", "run.eval_every=2"]
+    often += [f"sampling.max_staleness={max_staleness}"]
     train(config(tmp_path, "run.name=whole", *often), quiet=True)
     write = RunLog.write
 
@@ -174,6 +182,32 @@ def test_a_run_killed_with_a_batch_under_way_ends_where_an_unbroken_one_does(
     last, again = (load_tensors(tmp_path / name / "adapter") for name in ("whole", "killed"))
     assert last.keys() == again.keys()
     assert all(torch.equal(last[name], again[name]) for name in last)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("samplers")
+def test_a_run_of_an_earlier_release_with_overlap_resumes(tmp_path: Path) -> None:
+    """To the end of an unbroken one; what the policy said of fixed tokens was not kept then."""
+    train(config(tmp_path, "run.name=whole"), quiet=True)
+    train(config(tmp_path, "run.name=old", "run.num_steps=2"), quiet=True)
+    folder = tmp_path / "old"
+    path = latest_checkpoint(folder)
+    assert path is not None
+    tensors, state = read_checkpoint(path)
+    (before,) = state.pop("older")
+    assert before["version"] == 1
+    state["previous"] = before["fingerprint"]
+    record = read_json(folder / "run.json")
+    for settings in (state["config"]["sampling"], record["config"]["sampling"]):
+        assert settings.pop("max_staleness") == 1
+        settings["overlap"] = True
+    write_checkpoint(folder, 2, tensors, state)
+    write_json(folder / "run.json", record)
+    assert read_record(folder)["config"]["sampling"]["max_staleness"] == 1
+    train(config(tmp_path, "run.name=old"), resume=True, quiet=True)
+    expected, found = (metrics_of(tmp_path / name) for name in ("whole", "old"))
+    del expected[2]["mismatch/live_abs_mean"]
+    assert found == expected
 
 
 def test_an_error_of_the_sampling_thread_is_the_runs(
@@ -218,10 +252,14 @@ class Endless(FakeSampler):
             self.was_ended = True
 
 
+def adapter(version: int) -> Adapter:
+    return Adapter(version, f"v{version}", Path("none"), f"hash {version}", 1)
+
+
 def test_the_end_of_a_run_ends_the_sampling() -> None:
     sampler = Endless(lambda prompt, index: "7")
-    with RolloutWorker(sampler, FakeReward(), one_request()) as worker:
-        assert worker.start(-1)
+    with RolloutWorker(sampler, FakeReward(), one_request(), max_staleness=1) as worker:
+        assert worker.start(adapter(0))
         while not sampler.calls:
             time.sleep(0.01)
     assert sampler.was_ended
@@ -229,8 +267,9 @@ def test_the_end_of_a_run_ends_the_sampling() -> None:
 
 def test_a_batch_of_another_version_is_refused_whoever_waits_for_it() -> None:
     sampler = FakeSampler(lambda prompt, index: "7")
-    with RolloutWorker(sampler, FakeReward(), one_request()) as worker:
-        assert worker.start(5)
+    sampler.set_adapter = lambda adapter: None  # type: ignore[method-assign]
+    with RolloutWorker(sampler, FakeReward(), one_request(), max_staleness=1) as worker:
+        assert worker.start(adapter(5))
         with pytest.raises(StaleAdapterError, match="version 5 was asked for"):
             worker.wait()
         with pytest.raises(StaleAdapterError):
@@ -239,31 +278,57 @@ def test_a_batch_of_another_version_is_refused_whoever_waits_for_it() -> None:
 
 def test_the_worker_stops_where_the_requests_do() -> None:
     sampler = FakeSampler(lambda prompt, index: "7")
-    with RolloutWorker(sampler, FakeReward(), one_request()) as worker:
-        assert worker.start(-1)
+    with RolloutWorker(sampler, FakeReward(), one_request(), max_staleness=1) as worker:
+        assert worker.start(adapter(0))
         assert worker.pop().position == {"position": 1}
-        assert not worker.start(-1)
+        assert not worker.start(adapter(0))
     assert len(sampler.calls) == 1
 
 
+def group_of(*versions: int) -> RolloutGroup:
+    rollouts = tuple(make_rollout(1.0, adapter_version=version) for version in versions)
+    return RolloutGroup(make_prompt(), rollouts)
+
+
 def test_staleness_is_counted_and_limited() -> None:
-    old, new = (make_rollout(1.0, adapter_version=version) for version in (3, 4))
-    group = RolloutGroup(make_group([0.0]).prompt, (old, new, new, new))
-    assert staleness_metrics([group], 4, max_staleness=1) == {
+    group = group_of(3, 4, 4, 4)
+    kept, metrics = drop_stale([group], 4, 1)
+    assert kept == [group]
+    assert metrics == {
         "rollouts/staleness_mean": 0.25,
         "rollouts/staleness_max": 1.0,
+        "rollouts/num_versions": 2.0,
+        "rollouts/stale_groups": 0.0,
     }
-    told = "staleness 0 to 1 for policy version 4, and staleness 0 to 0 is allowed"
-    with pytest.raises(StaleAdapterError, match=told):
-        staleness_metrics([group], 4, max_staleness=0)
-    with pytest.raises(StaleAdapterError, match="staleness 1 to 2 for policy version 5"):
-        staleness_metrics([group], 5, max_staleness=1)
+    assert drop_stale([group_of(4, 4)], 4, 0)[1] == {
+        "rollouts/staleness_mean": 0.0,
+        "rollouts/staleness_max": 0.0,
+    }
+    allowed = "staleness 0 to 1 for policy version 4, and staleness 0 to 0 is allowed"
+    with pytest.raises(StaleAdapterError, match=allowed):
+        drop_stale([group_of(4, 4), group], 4, 0)
     with pytest.raises(StaleAdapterError, match="staleness -1 to 0 for policy version 3"):
-        staleness_metrics([group], 3, max_staleness=1)
+        drop_stale([group, group_of(3, 3)], 3, 1)
 
 
-def test_overlap_needs_a_sampler_with_its_own_weights(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'sampling\.overlap=true: .* sampling\.backend="vllm"'):
+def test_groups_that_are_too_old_are_left_out_and_counted() -> None:
+    """One sample that is too old is enough; at least one group must be left."""
+    groups = [group_of(3, 3), group_of(2, 3), group_of(4, 5), group_of(1, 1)]
+    kept, metrics = drop_stale(groups, 5, 2)
+    assert kept == [groups[0], groups[2]]
+    assert metrics == {
+        "rollouts/staleness_mean": 1.25,
+        "rollouts/staleness_max": 2.0,
+        "rollouts/num_versions": 3.0,
+        "rollouts/stale_groups": 2.0,
+    }
+    with pytest.raises(StaleAdapterError, match="staleness 2 to 4 for policy version 5"):
+        drop_stale([groups[1], groups[3]], 5, 1)
+
+
+def test_staleness_needs_a_sampler_with_its_own_weights(tmp_path: Path) -> None:
+    told = r'sampling\.max_staleness=1: .* sampling\.backend="vllm"'
+    with pytest.raises(UserError, match=told):
         config(tmp_path, "sampling.backend=torch")
 
 
@@ -274,7 +339,7 @@ def test_real_vllm_samples_while_the_learner_learns_and_resumes(
     pytest.importorskip("vllm")
     if torch.cuda.is_available():
         pytest.skip("rounding on a GPU depends on the batch")
-    make, has_drawn = RolloutWorker._make, []
+    make, has_drawn = RolloutWorker._sample, []
 
     def make_and_look(*args: Any) -> Any:
         """The thread does not touch PyTorch's random state, which nothing in it puts back."""
@@ -283,7 +348,7 @@ def test_real_vllm_samples_while_the_learner_learns_and_resumes(
         has_drawn.append(not torch.equal(torch.get_rng_state(), before))
         return batch
 
-    monkeypatch.setattr(RolloutWorker, "_make", make_and_look)
+    monkeypatch.setattr(RolloutWorker, "_sample", make_and_look)
     options = ["sampling.max_num_seqs=16", "sampling.max_tokens=24"]
     train(config(tmp_path, "run.num_steps=3", "run.name=whole", *options), quiet=True)
     assert has_drawn == [False] * 3

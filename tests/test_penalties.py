@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from rewards import Score
+from rl_lora.advantages import gdpo
 from rl_lora.batches import make_samples, pack
 from rl_lora.config import load_config
 from rl_lora.errors import UserError
-from rl_lora.penalties import overlong_penalty, penalised_rewards
+from rl_lora.penalties import overlong_penalty, penalised_rewards, step_advantages, term_rewards
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup
 
 RIGHT = Score(reward=1.0, correct=True, status="ok", answer="1", has_format=True)
@@ -49,6 +50,32 @@ def test_rewards_lose_the_penalty_and_the_groups_keep_theirs() -> None:
     assert groups[0].rewards_G == [1.0, 1.0, 1.0]
 
 
+def test_gdpo_gets_the_penalty_as_a_reward_with_its_weight() -> None:
+    overrides = ["sampling.max_tokens=20", "reward.overlong_tokens=8", "reward.overlong_weight=0.5"]
+    config = load_config(None, [*overrides, "algorithm.advantage=gdpo"])
+    groups = [group_of([4, 16, 20])]
+    terms = {term.name: (term.weight, term.rewards_N_G) for term in term_rewards(config, groups)}
+    assert terms == {"reward": (1.0, [[1.0, 1.0, 1.0]]), "overlong": (0.5, [[0.0, -0.5, -1.0]])}
+    # Only the length varies: (0, -0.5, -1) normalized, whatever the weight.
+    (advantages,), metrics = step_advantages(gdpo, config, NO_LEARNER, groups)
+    assert advantages == pytest.approx([1.5**0.5, 0.0, -(1.5**0.5)], abs=1e-5)
+    assert metrics["advantage/correlation/overlong"] == pytest.approx(1)
+    assert "advantage/correlation/reward" not in metrics
+
+
+def test_a_term_that_does_not_apply_to_a_group_is_zero_there() -> None:
+    config = load_config(None, ['reward.terms=["math", "format"]'])
+    with_both = Score(1.5, True, "ok", "1", has_format=True, terms={"math": 1.0, "format": 1.0})
+    only_math = Score(0.0, False, "ok", "1", has_format=True, terms={"math": 0.0})
+    completion = Completion((7,), "", (-1.0,), is_truncated=False, adapter_version=0)
+    groups = [
+        RolloutGroup(Prompt("p", "s", "q", "1", (1, 2)), (Rollout(completion, score),) * 2)
+        for score in (with_both, only_math)
+    ]
+    found = {term.name: term.rewards_N_G for term in term_rewards(config, groups)}
+    assert found == {"math": [[1.0, 1.0], [0.0, 0.0]], "format": [[1.0, 1.0], [0.0, 0.0]]}
+
+
 def test_without_a_penalty_there_is_no_metric_of_one() -> None:
     rewards_N_G, metrics = penalised_rewards(load_config(None), NO_LEARNER, [group_of([4, 20])])
     assert (rewards_N_G, metrics) == ([[1.0, 1.0]], {})
@@ -70,6 +97,16 @@ def test_a_completion_that_is_cut_off_is_in_neither_the_samples_nor_the_denomina
         (
             ["algorithm.kl=reward", "algorithm.kl_weight=1", "algorithm.advantage=maxrl"],
             "and algorithm.kl='reward' makes them negative; remove it, or set .*='grpo'",
+        ),
+        (["algorithm.advantage=gdpo"], "only one; list them in reward.terms, or set .*='grpo'"),
+        (
+            [
+                "algorithm.advantage=gdpo",
+                'reward.terms=["math", "format"]',
+                "algorithm.kl=reward",
+                "algorithm.kl_weight=1",
+            ],
+            "'reward' would lose its scale; set algorithm.kl='loss'",
         ),
     ],
 )

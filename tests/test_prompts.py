@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rl_lora.config import DataSection
 from rl_lora.data.chats import finish_solution
+from rl_lora.data.collect import apportioned
 from rl_lora.data.sources import question_key
 from rl_lora.data.stream import PromptStream
 from rl_lora.errors import UserError
@@ -285,6 +288,74 @@ def test_held_out_rows_with_a_named_evaluation(tmp_path: Path) -> None:
         load(eval=["held_out"])
 
 
+def test_held_out_rows_are_drawn_from_each_source_in_proportion(tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", numbered(30, "one"))
+    two = write_rows(tmp_path / "two.jsonl", numbered(10, "two"))
+    sets = load(train=[one, two], held_out=8)
+    assert Counter(prompt.source for prompt in sets.eval) == {"one": 6, "two": 2}
+    # A source's own number is left out of what the others share.
+    own = load(train=[one, {"name": two, "held_out": 5}, numbered_file(tmp_path)], held_out=8)
+    assert Counter(prompt.source for prompt in own.eval) == {"one": 6, "two": 5, "three": 2}
+    none = load(train=[one, {"name": two, "held_out": 0}], held_out=8)
+    assert Counter(prompt.source for prompt in none.eval) == {"one": 8}
+    assert not keys(own.train) & keys(own.eval)
+    assert load(train=[one, two], held_out=8, seed=1).eval != sets.eval
+
+
+def numbered_file(folder: Path) -> str:
+    return write_rows(folder / "three.jsonl", numbered(10, "three"))
+
+
+@pytest.mark.parametrize(
+    ("total", "sizes", "expected"),
+    [
+        (10, [60, 25, 15], [6, 3, 1]),  # 6, 2.5, 1.5: of equal remainders the first
+        (1, [1, 5], [0, 1]),
+        (5, [1, 1, 7], [0, 0, 5]),  # 0.6, 0.6, 3.9, and the small ones keep their row
+    ],
+)
+def test_apportioned(total: int, sizes: list[int], expected: list[int]) -> None:
+    assert apportioned(total, sizes) == expected
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.data())
+def test_apportioned_adds_up_and_leaves_each_a_row(sizes: list[int], data: st.DataObject) -> None:
+    most = sum(max(size - 1, 0) for size in sizes)
+    if most == 0:
+        return
+    total = data.draw(st.integers(1, most))
+    parts = apportioned(total, sizes)
+    assert sum(parts) == total
+    assert all(0 <= part <= max(size - 1, 0) for part, size in zip(parts, sizes, strict=True))
+
+
+def test_held_out_of_a_source_must_leave_rows(tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", numbered(5))
+    assert "held_out=5 of" in error_of(train={"name": one, "held_out": 5})
+    assert "every training set has held_out=0" in error_of(train={"name": one, "held_out": 0})
+
+
+def test_weights_are_by_label(tmp_path: Path) -> None:
+    one, two = (write_rows(tmp_path / f"{name}.jsonl", numbered(6, name)) for name in "ab")
+    sets = load(train=[{"name": one, "weight": 3}, {"name": two, "label": "hard"}], held_out=2)
+    assert sets.weights == {"a": 3.0, "hard": 1.0}
+    assert {prompt.source for prompt in [*sets.train, *sets.eval]} == {"a", "hard"}
+    assert load(train=[one, two], held_out=2).weights == {}
+    assert load(train={"name": one, "weight": 3}, held_out=2).weights == {}  # of one: none
+    sums = {"name": "generated:chain_sum", "num_rows": 20, "weight": 2}
+    message = error_of(train=[sums, {**sums, "seed": 1}], held_out=2)
+    assert "called 'chain_sum', and weights are by name; give each its own label" in message
+    assert "no training row of hard is left" in error_of(
+        train=[{"name": one, "weight": 3}, {"name": one, "label": "hard"}], held_out=2
+    )
+
+
+@pytest.mark.parametrize("key", ["weight", "held_out"])
+def test_keys_of_training_sets_are_refused_in_the_evaluation(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} of aime24 is a key of training sets; remove it"):
+        DataSection.model_validate({"eval": {"name": "aime24", key: 2}})
+
+
 def test_held_out_must_leave_rows(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "m.jsonl", numbered(5))
     message = error_of(train=path, held_out=5)
@@ -364,6 +435,86 @@ def test_stream_of_other_data_is_not_resumed() -> None:
 def test_stream_without_prompts() -> None:
     with pytest.raises(UserError, match="no training prompts"):
         stream_of(0)
+
+
+def mixed(counts: dict[str, int], weights: dict[str, float], seed: int = 0) -> PromptStream:
+    prompts = [
+        Prompt(f"{source}/{i}", source, "q", "a", (1,))
+        for source, count in counts.items()
+        for i in range(count)
+    ]
+    return PromptStream(prompts, seed, weights)
+
+
+def test_turns_follow_the_weights_without_chance() -> None:
+    # Credits before each turn: (3, 1), (2, 2), (1, 3), (4, 0), and from then on the same again.
+    stream = mixed({"a": 100, "b": 100}, {"a": 3.0, "b": 1.0})
+    assert [prompt.source for prompt in stream.take(8)] == list("aabaaaba")
+
+
+@pytest.mark.parametrize("weights", [(2, 1), (1, 1, 1), (0.7, 0.2, 0.1), (5, 3, 1, 1)])
+def test_counts_are_close_to_the_weights_at_any_time(weights: tuple[float, ...]) -> None:
+    by_source = dict(zip("abcd", weights, strict=False))
+    stream = mixed(dict.fromkeys(by_source, 50), by_source)
+    counts: Counter[str] = Counter()
+    for num in range(1, 500):
+        counts.update(prompt.source for prompt in stream.take(1))
+        for source, weight in by_source.items():
+            assert abs(counts[source] - num * weight / sum(weights)) <= 1.2
+
+
+def test_every_source_has_its_own_epochs() -> None:
+    stream = mixed({"a": 6, "b": 3}, {"a": 1.0, "b": 1.0})
+    taken = ids([prompt for _ in range(3) for prompt in stream.take(4)])
+    assert sorted(one for one in taken if one[0] == "a") == [f"a/{i}" for i in range(6)]
+    assert Counter(one for one in taken if one[0] == "b") == {f"b/{i}": 2 for i in range(3)}
+    assert stream.epoch == 0  # the larger one is just done
+    assert stream.take(1)
+    assert stream.epoch == 1
+
+
+def test_a_take_repeats_only_prompts_of_a_source_with_too_few() -> None:
+    stream = mixed({"a": 7, "b": 2}, {"a": 1.0, "b": 1.0})
+    for _ in range(50):
+        counts = Counter(ids(stream.take(12)))
+        assert max(count for one, count in counts.items() if one[0] == "a") == 1
+        assert {count for one, count in counts.items() if one[0] == "b"} == {3}
+
+
+def test_a_stream_with_weights_resumes_exactly() -> None:
+    weights = {"a": 0.7, "b": 0.2, "c": 0.1}
+    stream = mixed({"a": 11, "b": 4, "c": 3}, weights)
+    for _ in range(7):
+        stream.take(5)
+    state = json.loads(json.dumps(stream.state_dict()))
+    expected = [ids(stream.take(5)) for _ in range(30)]
+    resumed = mixed({"a": 11, "b": 4, "c": 3}, weights)
+    resumed.load_state_dict(state)
+    assert [ids(resumed.take(5)) for _ in range(30)] == expected
+    with pytest.raises(UserError, match="num_prompts=18, this job 19"):
+        mixed({"a": 12, "b": 4, "c": 3}, weights).load_state_dict(state)
+
+
+def test_accepted_rows_of_one_source_begin_a_new_epoch_of_it() -> None:
+    weights = {"a": 1.0, "b": 1.0}
+    stream = mixed({"a": 5, "b": 5}, weights)
+    stream.take(4)
+    resumed = mixed({"a": 5, "b": 8}, weights)
+    resumed.load_state_dict(stream.state_dict(), has_other_rows=True)
+    sources = resumed.state_dict()["sources"]
+    assert (sources["a"]["epoch"], sources["a"]["position"]) == (0, 2)
+    assert (sources["b"]["epoch"], sources["b"]["position"]) == (1, 0)
+
+
+def test_without_weights_the_order_is_that_of_earlier_versions() -> None:
+    # Taken with the version before weights.
+    stream = stream_of(7)
+    assert [ids(stream.take(5)) for _ in range(3)] == [
+        ["3", "0", "5", "2", "6"],
+        ["4", "1", "6", "2", "5"],
+        ["1", "0", "4", "3", "6"],
+    ]
+    assert stream.state_dict().keys() == {"epoch", "position", "owed", "seed", "num_prompts"}
 
 
 # --- real files -----------------------------------------------------------------------------------

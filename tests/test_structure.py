@@ -27,7 +27,9 @@ RANKS = """
     step_stats schedule learner penalties samplers runs report export planning build sft state train
     studies commands cli __main__
 """.split()
-REWARD_RANKS = "types rules parsing extraction equality workers grading user_function load".split()
+REWARD_RANKS = (
+    "types rules parsing extraction equality workers grading user_function combined load".split()
+)
 VLLM_ROOM = "rl_lora.samplers.vllm."
 EAGER_VLLM = {VLLM_ROOM + "cpu_lora", VLLM_ROOM + "cpu_sampling"}  # imported when an engine starts
 MAX_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 20, 400, 60, 6

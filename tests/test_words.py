@@ -24,6 +24,7 @@ RETIRED = {
     r"\bnll\.py\b": "held_out_loss",
     r"\bBatches\b|\bahead\.py\b|\brl_lora\.ahead\b": "RolloutWorker, overlap",
     r"\bmax_age\b|\brollouts/age": "staleness",
+    r"\bsampling\.overlap\b": "sampling.max_staleness",
     r"\.(rest|settle|serve)\(|\bnum_rests\b": "set_adapter, wait, release_memory",
     r"\bChoice\b|\bresults\.Split\b": "BestCheckpoint, OutcomeStats",
     r"\bequality[./](forms|regions|decide|worked_out|words)\b": "answer_shape, tiers, ...",
@@ -54,6 +55,8 @@ ALLOWED = [
     ("rl_lora/report/records.py", "rollouts/age_"),
     ("rl_lora/runs/record.py", "rollouts/age_"),
     ("rl_lora/runs/record.py", '"exam"'),
+    ("rl_lora/config/load.py", '"sampling.overlap"'),
+    ("tests/config/test_configs.py", "sampling.overlap"),
     # The hub's own names.
     ("tests/data/test_data_faults.py", '"snapshots"'),
     ("tests/evaluation/test_paired.py", '"exam"'),

@@ -37,15 +37,16 @@ train() {
 }
 
 # SLURM's notice, 120 s before the time limit: all processes write a checkpoint and end.
-is_over=
-trap 'is_over=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+is_over='' is_interrupted=''
+trap 'is_over=yes is_interrupted=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
-# bash runs a trap during `wait`, which then ends early, and not while a command runs.
+# bash runs a trap during `wait`, which then ends early, and not while a command runs. A second
+# `wait` gives the launcher's exit code, also when it has ended meanwhile.
 run() {
   local launcher code
   train "$@" &
   launcher=$!
-  while wait "$launcher"; code=$?; kill -0 "$launcher" 2>/dev/null; do :; done
+  while is_interrupted=''; wait "$launcher"; code=$?; [[ $is_interrupted ]]; do :; done
   return "$code"
 }
 

@@ -279,8 +279,8 @@ def saved_version(path: Path, expected: str) -> Adapter:
     tensors, manifest = load_tensors(path), read_manifest(path)
     if fingerprint(tensors) != expected:
         raise UserError(
-            f"adapter {path} is not the one that the run sampled from, and a run with "
-            "sampling.overlap cannot resume without it; start a new run under another run.name"
+            f"adapter {path} is not the one that the run sampled from, and sampling.max_staleness "
+            "needs it to resume; start a new run under another run.name"
         )
     return Adapter(
         version=int(manifest["version"]),

@@ -17,16 +17,16 @@ from rl_lora.types import Adapter
 def memory_folder(
     run_folder: Path, num_bytes: int, shared_memory: Path = Path("/dev/shm")
 ) -> Iterator[Path | None]:
-    """A folder in memory for a run's versions of num_bytes each, deleted at the end.
+    """A folder in memory for a run's versions of num_bytes in all, deleted at the end.
 
-    None if there is no room for four of them. The name follows from the run's folder, which one job
+    None if there is no room for them. The name follows from the run's folder, which one job
     at a time may use, so that a resumed run replaces what a killed one left. Of a job's processes
     the first of each node makes it; None for all if one node lacks room.
     """
     name = hashlib.sha256(str(run_folder.resolve()).encode()).hexdigest()[:16]
     folder = shared_memory / f"rl-lora-{name}"
     is_maker = distributed.local_rank() == 0
-    has_room = _make(folder, 4 * num_bytes) if is_maker else True
+    has_room = _make(folder, num_bytes) if is_maker else True
     try:
         yield folder if all(distributed.gather(has_room, "the start")) else None
     finally:

@@ -15,7 +15,7 @@ from rl_lora.adapters.peft_files import (
     peft_variants,
     read_manifest,
 )
-from rl_lora.config import VARIANT_NAMES, RunConfig, parse_as, parse_config
+from rl_lora.config import VARIANT_NAMES, RunConfig, parse_as, parse_config, with_present_names
 from rl_lora.config.sft import SftConfig
 from rl_lora.data.sources import LOADERS
 from rl_lora.errors import UserError
@@ -56,7 +56,7 @@ def run_config(adapter_dir: Path) -> RunConfig | SftConfig | None:
     run_folder = _run_folder(adapter_dir)
     if run_folder is None:
         return None
-    raw = read_json(run_folder / "run.json").get("config", {})
+    raw = with_present_names(read_json(run_folder / "run.json").get("config", {}))
     return parse_as(SftConfig, raw) if "sft" in raw else parse_config(raw)
 
 

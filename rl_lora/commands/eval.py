@@ -17,10 +17,9 @@ from rl_lora import distributed
 from rl_lora.adapters import files as adapters
 from rl_lora.adapters.resize import common_settings, fitted
 from rl_lora.build import RunContext, check_run_folder, make_evaluation, open_run
-from rl_lora.config import RunConfig, load_config, parse_config
+from rl_lora.config import HELD_OUT, RunConfig, load_config, parse_config
 from rl_lora.config.checks import check_served
 from rl_lora.config.overrides import apply_overrides
-from rl_lora.data.collect import HELD_OUT
 from rl_lora.errors import UserError
 from rl_lora.evaluation.evaluate import evaluate
 from rl_lora.evaluation.files import SUFFIX
@@ -239,7 +238,7 @@ def _evaluation_config(config: RunConfig, adapter_dirs: list[Path]) -> RunConfig
         update["lora"] = config.lora.model_copy(update=lora)
     config = config.model_copy(update=update)
     try:
-        check_served(config.lora, config.sampling)
+        check_served(config.lora, config.sampling, config.resources)
     except ValueError as error:
         raise UserError(f"adapter {adapter_dirs[0]}: {error}") from error
     return config

@@ -113,7 +113,8 @@ def print_plan(
     console.print(time_table(config, found, card, largest, num_ranks, gpu_price))
     if num_ranks > 1:
         work = step_work(config, model_config, counts, card)
-        splits = [best_split(work, cache, num_ranks, bound) for bound in STALENESS]
+        bounds = sorted({*STALENESS, config.sampling.max_staleness})
+        splits = [best_split(work, cache, num_ranks, bound) for bound in bounds]
         console.print(split_table(config, splits, gpu_price))
 
 

@@ -125,7 +125,7 @@ def time_table(
     sampling, num_steps = config.sampling, config.run.num_steps
     rate = sampling.num_prompts * sampling.num_samples * found.mean_tokens / found.sample_s
     learn_s = found.learn_s + found.all_reduce_s
-    seconds = max(found.sample_s, learn_s) if sampling.overlap else found.total_s
+    seconds = max(found.sample_s, learn_s) if sampling.max_staleness else found.total_s
     hours = seconds * num_steps / 3600
     rows = {
         "completions": f"{found.mean_tokens:,.0f} tokens on average, assumed of "
@@ -147,7 +147,7 @@ def time_table(
         rows["run"] += f"; {hours * num_ranks:,.1f} GPU hours"
     if gpu_price is not None:
         rows["run"] += f"; costs {hours * num_ranks * gpu_price:,.2f} at {gpu_price:g} a GPU hour"
-    if sampling.overlap:
+    if sampling.max_staleness:
         del rows["sleep and wake"]
     for name, text in rows.items():
         table.add_row(name, f"{text}; estimated")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from rl_lora.advantages import ADVANTAGES, AdvantageFn
+from rl_lora.advantages import ADVANTAGES, AdvantageFn, TermRewards, takes_terms
 from rl_lora.errors import UserError, nearest
 from rl_lora.losses import LOSSES, MASKS, LossFn, LossInputs, needs_of
 
@@ -113,6 +113,7 @@ def user_code(config: RunConfig) -> Iterator[str]:
         "algorithm.loss": config.algorithm.loss,
         "algorithm.advantage": config.algorithm.advantage,
         "sampling.backend": config.sampling.backend,
+        **{f"reward.terms {term.key}": term.name for term in config.reward.terms},
     }
     for key, name in names.items():
         if ":" in name:
@@ -230,7 +231,9 @@ def _try_loss(name: str, loss: LossFn) -> None:
 def _try_advantage(name: str, advantage: AdvantageFn) -> None:
     """Calls a user's advantage on a group with signal and a tied one."""
     rewards_N_G = [[1.0, 0.0, 0.0], [1.0, 1.0]]
-    found = _called("advantage", name, advantage, rewards_N_G)
+    made_up = TermRewards("made-up", 1.0, rewards_N_G)
+    arguments = (rewards_N_G, [made_up]) if takes_terms(advantage) else (rewards_N_G,)
+    found = _called("advantage", name, advantage, *arguments)
     try:
         is_like = [len(group) for group in found] == [3, 2]
         is_finite = all(math.isfinite(value) for group in found for value in group)
@@ -243,9 +246,9 @@ def _try_advantage(name: str, advantage: AdvantageFn) -> None:
         )
 
 
-def _called(kind: str, name: str, function: Callable[..., Any], argument: Any) -> Any:
+def _called(kind: str, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        return function(argument)
+        return function(*arguments)
     except Exception as error:  # the user's own code: any
         raise UserError(
             f"algorithm.{kind}={name!r} raised {type(error).__name__}: {error} when it was "

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         OptimSection,
         ResourcesSection,
         RewardSection,
+        RunSection,
         SamplingSection,
     )
 
@@ -79,6 +80,30 @@ def check_penalties(
         raise ValueError(
             f"algorithm.advantage='maxrl' is defined for rewards that are not negative, and {name} "
             "makes them negative; remove it, or set algorithm.advantage='grpo'"
+        )
+
+
+def check_pushes(run: RunSection, lora: LoraSection) -> None:
+    """Raises ValueError for pushes of a run that has no adapters."""
+    if run.push_to is not None and lora.mode == "full":
+        raise ValueError(
+            f"run.push_to={run.push_to!r} pushes adapters, and lora.mode='full' has none; remove it"
+        )
+
+
+def check_gdpo(algorithm: AlgorithmSection, reward: RewardSection) -> None:
+    """Raises ValueError for GDPO of one reward, or with one that its weight cannot scale."""
+    if algorithm.advantage != "gdpo":
+        return
+    if max(1, len(reward.terms)) + bool(reward.overlong_tokens) < 2:
+        raise ValueError(
+            "algorithm.advantage='gdpo' normalizes several rewards one by one, and there is only "
+            "one; list them in reward.terms, or set algorithm.advantage='grpo'"
+        )
+    if algorithm.kl == "reward":
+        raise ValueError(
+            "algorithm.advantage='gdpo' normalizes each reward within its group, and "
+            "algorithm.kl='reward' would lose its scale; set algorithm.kl='loss'"
         )
 
 
@@ -167,28 +192,28 @@ def _check_server_address(url: str) -> None:
 
 
 def check_served(lora: LoraSection, sampling: SamplingSection, resources: ResourcesSection) -> None:
-    """Raises ValueError for adapters that the sampler cannot serve, or overlap without vLLM."""
-    no_overlap = " and sampling.overlap=false" if sampling.overlap else ""
-    if sampling.overlap and sampling.backend == "torch" and not resources.is_remote:
+    """Raises ValueError for adapters that the sampler cannot serve, or staleness without vLLM."""
+    in_turns = _in_turns(sampling)
+    if sampling.max_staleness and sampling.backend == "torch" and not resources.is_remote:
         # vLLM serves no DoRA adapters.
         other = "" if lora.variant == "dora" else ', or sampling.backend="vllm"'
         raise ValueError(
-            "sampling.overlap=true: the torch sampler uses the weights that the learner is "
-            f"updating at the same time; set sampling.overlap=false{other}, or give it weights "
-            "elsewhere by resources.samplers=2"
+            f"sampling.max_staleness={sampling.max_staleness}: the torch sampler uses the weights "
+            f"that the learner is updating at the same time; set sampling.max_staleness=0{other}, "
+            "or give it weights elsewhere by resources.samplers=2"
         )
     if sampling.backend != "vllm" or lora.mode == "full":
         return
     if lora.variant == "dora":
         raise ValueError(
             "lora.variant='dora': vLLM serves no DoRA adapters; set sampling.backend=\"torch\""
-            + no_overlap
+            + in_turns
         )
     if lora.variant in ("pissa", "olora") and lora.rank > _MAX_SERVED_RANK // 2:
         raise ValueError(
             f"lora.variant={lora.variant!r} is served as an adapter of twice its rank, and vLLM "
             f"takes ranks up to {_MAX_SERVED_RANK}: lower lora.rank={lora.rank} to "
-            f'{_MAX_SERVED_RANK // 2}, or set sampling.backend="torch"{no_overlap}'
+            f'{_MAX_SERVED_RANK // 2}, or set sampling.backend="torch"{in_turns}'
         )
 
 
@@ -201,9 +226,26 @@ def check_temperatures(sampling: SamplingSection, evaluation: EvalSection) -> No
     ):
         if 0 < value < lowest:
             is_torch_able = sampling.backend == "vllm" and value >= MIN_TEMPERATURE["torch"]
-            no_overlap = " and sampling.overlap=false" if sampling.overlap else ""
-            other = f', or set sampling.backend="torch"{no_overlap}' if is_torch_able else ""
+            torch = f', or set sampling.backend="torch"{_in_turns(sampling)}'
+            other = torch if is_torch_able else ""
             raise ValueError(
                 f"{section}.temperature={value:g} is below the minimum of the {sampling.backend} "
                 f"sampler; set {greedy}{lowest:g} or more{other}"
             )
+
+
+def _in_turns(sampling: SamplingSection) -> str:
+    """What the torch sampler also needs, as the end of a sentence."""
+    return " and sampling.max_staleness=0" if sampling.max_staleness else ""
+
+
+def unbounded_staleness(algorithm: AlgorithmSection, sampling: SamplingSection) -> str | None:
+    """A warning where samples may be several versions old and nothing bounds their ratios."""
+    is_bounded = algorithm.loss != "importance_sampling" or algorithm.mask != "none"
+    if sampling.max_staleness < 2 or is_bounded:
+        return None
+    return (
+        f"sampling.max_staleness={sampling.max_staleness}: algorithm.loss='importance_sampling' "
+        "does not bound the ratios of old samples; 'truncated_importance_sampling' and 'cispo' do "
+        "(algorithm.ratio_cap), or algorithm.mask='token' leaves out tokens that are far off"
+    )

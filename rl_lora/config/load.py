@@ -12,12 +12,18 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from rl_lora.config.overrides import apply_overrides, is_section
-from rl_lora.config.sections import RunConfig, Section, SourceSection
+from rl_lora.config.overrides import apply_overrides, is_section, list_item
+from rl_lora.config.section import Section
+from rl_lora.config.sections import RunConfig
 from rl_lora.config.shipped import find_config
 from rl_lora.errors import UserError, nearest
 
 SomeSection = TypeVar("SomeSection", bound=Section)
+
+# Settings of earlier releases, and what is set instead.
+_RETIRED = {
+    "sampling.overlap": "set sampling.max_staleness instead: 1 for overlap=true, 0 for false",
+}
 
 
 def load_config(path: Path | None, overrides: list[str] | None = None) -> RunConfig:
@@ -65,16 +71,27 @@ def parse_as(root: type[SomeSection], raw: dict[str, Any], what: str = "config")
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            hint = nearest(str(first["loc"][-1]), _section_at(first["loc"][:-1], root).model_fields)
+            hint = _RETIRED.get(key) or nearest(
+                str(first["loc"][-1]), _section_at(first["loc"][:-1], root).model_fields
+            )
             raise UserError(f"{what}: unknown key {key!r}; {hint}") from error
         where = f"{key} = {first['input']!r}: " if key else ""
         raise UserError(f"{what}: {where}{first['msg'].removeprefix('Value error, ')}") from error
 
 
+def with_present_names(raw: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run's record, which an earlier release may have written."""
+    sampling = dict(raw.get("sampling", {}))
+    if "overlap" not in sampling:
+        return raw
+    return raw | {"sampling": {"max_staleness": int(sampling.pop("overlap")), **sampling}}
+
+
 def _section_at(location: tuple[int | str, ...], root: type[BaseModel]) -> type[BaseModel]:
-    """The section class at a validation error's location; lists are of sources."""
+    """The section class at a validation error's location."""
     section = root
     for part in location:
-        annotation: Any = getattr(section.model_fields.get(str(part)), "annotation", None)
-        section = annotation if is_section(annotation) else SourceSection
+        known = section.model_fields.get(str(part))
+        if known is not None:  # else an index of the list that came before
+            section = next(filter(is_section, (known.annotation, list_item(known.annotation))))
     return section

@@ -72,7 +72,7 @@ def _table(value: Any, field: Any) -> Any:
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
     if isinstance(value, str):
-        if _item(field) is not None:
+        if list_item(field) is not None:
             return {"name": value}
         if isinstance(field, type) and "train" in getattr(field, "model_fields", {}):
             return {"train": value}
@@ -81,7 +81,7 @@ def _table(value: Any, field: Any) -> Any:
 
 def _field(field: Any, key: str) -> Any:
     """The annotation of a section's key; Any for an unknown key."""
-    section = next((one for one in (field, _item(field)) if is_section(one)), None)
+    section = next((one for one in (field, list_item(field)) if is_section(one)), None)
     known = section.model_fields.get(key) if section is not None else None
     return Any if known is None else known.annotation
 
@@ -91,7 +91,7 @@ def is_section(field: Any) -> bool:
     return isinstance(field, type) and issubclass(field, BaseModel)
 
 
-def _item(field: Any) -> Any:
+def list_item(field: Any) -> Any:
     """The item type of a list field, X of tuple[X, ...]; None for other fields."""
     is_list = get_origin(field) in (tuple, list) and get_args(field)[1:] in ((), (...,))
     return get_args(field)[0] if is_list else None
@@ -113,7 +113,7 @@ def parse_value(text: str, field: Any) -> Any:
     Example: parse_value("71e2", str) == "71e2", parse_value("71e2", float) == 7100.0.
     """
     plain = _toml(text)
-    item = _item(field)
+    item = list_item(field)
     if item is not None and _is_text(item):
         return _texts(text, plain, item)
     if isinstance(plain, str):

@@ -10,32 +10,23 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rl_lora.config.algorithm import check_algorithm
 from rl_lora.config.checks import (
     check_backend,
+    check_gdpo,
     check_kl,
     check_penalties,
+    check_pushes,
     check_resources,
     check_served,
     check_temperatures,
     check_variant,
 )
+from rl_lora.config.data import DataSection
 from rl_lora.config.presets import with_preset
-
-
-class Section(BaseModel):
-    """A frozen section; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-# Arguments of `apply_chat_template` that prompt rendering sets.
-_TEMPLATE_ARGUMENTS = (
-    "conversation messages add_generation_prompt continue_final_message tokenize padding "
-    "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
-).split()
+from rl_lora.config.section import Section
 
 
 class RunSection(Section):
@@ -53,11 +44,24 @@ class RunSection(Section):
     process_timeout_s: float = Field(1800, gt=0)
     # Where metrics go besides metrics.jsonl.
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    # Hub repository, owner/name, that gets the adapter with its model card at the end of an RL run.
+    # One that does not exist yet is made, private.
+    push_to: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    push_every: int = Field(0, ge=0)  # steps between further pushes; 0: only at the end
 
     @property
     def folder(self) -> Path:
         """output_dir/name."""
         return Path(self.output_dir) / self.name
+
+    @model_validator(mode="after")
+    def _target(self) -> RunSection:
+        if self.push_every and self.push_to is None:
+            raise ValueError(
+                f"push_every={self.push_every} has no effect without run.push_to; set it to "
+                "owner/name, or remove push_every"
+            )
+        return self
 
 
 class ModelSection(Section):
@@ -92,64 +96,6 @@ class LoraSection(Section):
     variant: Literal["lora", "rslora", "pissa", "olora", "dora"] = "lora"
 
 
-class SourceSection(Section):
-    """One data set: a known name, a file, a folder, a hub id or a generator."""
-
-    name: str  # e.g. gsm8k, math500, aime24, a path, or reasoning_gym:chain_sum
-    split: str | None = None  # of a hub data set; none: the known set's own, else train or test
-    question: str | None = None  # column of the question; none: recognized by the columns
-    answer: str | None = None  # column of the gold answer; `a.b`: field b of column a
-    # Meaning of a list of answers: any of them is right, or all are required. none: all in rows
-    # with is_multiple_answer = true, else any.
-    list_answers: Literal["any", "all"] | None = Field(None, exclude_if=lambda value: value is None)
-    num_rows: int | None = Field(None, ge=1)  # only the first rows; for a generator, rows made
-    seed: int = 0  # a generator's
-    options: dict[str, Any] = Field(default_factory=dict)  # a generator's
-
-
-class SourcesSection(Section):
-    """Data sets for training and evaluation."""
-
-    train: tuple[SourceSection, ...] = ()  # training sets; several are concatenated
-    eval: tuple[SourceSection, ...] = ()  # evaluation sets; empty: held-out training rows
-    # Variables of the chat template, e.g. enable_thinking = false. chat_template replaces the
-    # template, by its text or its name.
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _template_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if taken := [name for name in value if name in _TEMPLATE_ARGUMENTS]:
-            raise ValueError(f"{taken[0]} cannot be set: prompt rendering sets it; remove it")
-        return value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shorthand(cls, value: Any) -> Any:
-        """`data = "path or name"` is short for one training source."""
-        return {"train": value} if isinstance(value, str) else value
-
-    @field_validator("train", "eval", mode="before")
-    @classmethod
-    def _sources(cls, value: Any) -> Any:
-        if isinstance(value, str | dict):
-            value = (value,)
-        return tuple({"name": item} if isinstance(item, str) else item for item in value)
-
-
-class DataSection(SourcesSection):
-    """Data sets and how their problems are rendered."""
-
-    # Rows held out from the training sets for evaluation, if data.eval is empty or contains
-    # "held_out". Several sets in data.eval make one evaluation with a score for each.
-    held_out: int = Field(200, ge=1)
-    template: Literal["chat", "base"] = "chat"  # base: plain text, for models without a template
-    system: str | None = None  # system message (chat template)
-    instruction: str = "Put your final answer within \\boxed{}."  # appended to each question
-    few_shot: str = ""  # text before each question (base template)
-    max_prompt_tokens: int = Field(1024, ge=1)  # a longer prompt is an error; none is truncated
-
-
 class SamplingSection(Section):
     """Rollouts. Always top_p = 1 and no top_k: importance ratios need the whole distribution."""
 
@@ -170,8 +116,9 @@ class SamplingSection(Section):
     # Sampler-learner mismatch (KL, nats) at which the run stops; none: 1e-4 in float32, 2e-2 in
     # bfloat16.
     max_kl: float | None = Field(None, gt=0)
-    # Sample step k + 1 with adapter version k - 1 while step k learns; for GPUs.
-    overlap: bool = False
+    # By how many adapter versions samples may be older than the policy that learns from them:
+    # sampling runs so many steps ahead while the learner works. 0: they take turns.
+    max_staleness: int = Field(0, ge=0)
     # vLLM gave no token for so many seconds: it hangs, and is started again.
     timeout_s: float = Field(600, gt=0)
     # How often in a row vLLM is started again where it fails or hangs, until the run stops.
@@ -187,10 +134,27 @@ class SamplingSection(Section):
         return value
 
 
+class RewardTermSection(Section):
+    """One term of a reward of several."""
+
+    name: str  # math, math_verify, format (1 for an answer in a \\boxed{}), or module:function
+    weight: float = 1.0  # of its values in the sum; 0: it is only logged
+    label: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]+$")  # in metrics; none: from the name
+    sources: tuple[str, ...] = ()  # data sets that it applies to, as metrics call them; empty: all
+
+    @property
+    def key(self) -> str:
+        """What metrics and transcripts call it."""
+        return self.label or self.name.rpartition(":")[2]
+
+
 class RewardSection(Section):
     """The reward of a completion."""
 
-    name: str = "math"  # a built-in reward, or your own as module:function
+    name: str = "math"  # math, math_verify, format, or your own as module:function
+    # Several rewards instead, whose weighted sum is the reward. The first that applies to a problem
+    # says whether its completions are correct.
+    terms: tuple[RewardTermSection, ...] = ()
     policy: str = "default"  # grading rules of the verifier: default, gsm8k, math, deepmath, aime
     format_weight: float = Field(0.0, ge=0, le=1)  # added if the answer is in a \boxed{}
     # DAPO's soft penalty of length: over the last so many tokens before sampling.max_tokens the
@@ -200,6 +164,28 @@ class RewardSection(Section):
     thinking_tags: tuple[tuple[str, str], ...] = ()  # more [opening, closing] pairs to recognize
     num_workers: int = Field(1, ge=1)  # processes for symbolic comparisons
     timeout_s: float = Field(5.0, gt=0)  # seconds for one symbolic comparison
+
+    @field_validator("terms", mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        """A plain string is a term's name."""
+        if isinstance(value, str | dict):
+            value = (value,)
+        return tuple({"name": item} if isinstance(item, str) else item for item in value)
+
+    @model_validator(mode="after")
+    def _term_names(self) -> RewardSection:
+        if self.terms and self.name != "math":
+            raise ValueError(
+                f"name={self.name!r} has no effect with reward.terms; list it there as well, or "
+                "remove one of them"
+            )
+        keys = [term.key for term in self.terms]
+        for key in keys:
+            if keys.count(key) > 1 or key == "mean":
+                why = "is a metric of the whole reward" if key == "mean" else "is there twice"
+                raise ValueError(f"terms: the name {key!r} {why}; set the term's label")
+        return self
 
 
 class AlgorithmSection(Section):
@@ -375,10 +361,12 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         check_resources(self.resources, self.lora, self.sampling)
         check_variant(self.lora, self.optim)
+        check_pushes(self.run, self.lora)
         check_served(self.lora, self.sampling, self.resources)
         check_temperatures(self.sampling, self.eval)
         check_kl(self.algorithm)
         check_penalties(self.algorithm, self.reward, self.sampling)
+        check_gdpo(self.algorithm, self.reward)
         check_algorithm(self.algorithm)
         if self.sampling.num_samples < 2:
             raise ValueError(

@@ -33,6 +33,17 @@ class SftDataSection(SourcesSection):
     learn_on: Literal["all", "last"] = "all"  # assistant messages of a chat that are trained on
     max_tokens: int = Field(2048, ge=2)  # per sequence; longer completions are truncated
 
+    @model_validator(mode="after")
+    def _keys_of_rl(self) -> SftDataSection:
+        for source in (*self.train, *self.eval):
+            for key in ("label", "weight", "held_out"):
+                if getattr(source, key) is not None:
+                    raise ValueError(
+                        f"{key} of {source.name} is for RL jobs, and a supervised job reads all "
+                        "rows of its sets; remove it (num_rows takes a part of a set)"
+                    )
+        return self
+
 
 class SftSection(Section):
     """Batch size and test losses."""
@@ -56,6 +67,11 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> SftConfig:
         check_variant(self.lora, self.optim)
+        if self.run.push_to is not None:
+            raise ValueError(
+                f"run.push_to={self.run.push_to!r} is for RL runs; remove it, and push the "
+                "finished run by `rl-lora export`"
+            )
         if self.optim.schedule == "kl":
             raise ValueError(
                 "optim.schedule='kl' is for RL, where a step has tokens of the policy's own; set "

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from rl_lora.config import DataSection, SourceSection
+from rl_lora.config import HELD_OUT, DataSection, SourceSection
 from rl_lora.data.references import alternatives
 from rl_lora.data.row_formats import DataRow
 from rl_lora.data.sources import LoadedSet, Role, has_eval_part, load_source, question_key
 from rl_lora.errors import UserError
 from rl_lora.seeds import mix_seed
-
-HELD_OUT = "held_out"  # in data.eval: rows held out from the training sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +40,45 @@ def collect(data: DataSection, seed: int) -> Collected:
     for source in named:
         collected.add(source, "eval")
     eval_keys = {item.key for item in collected.eval}
-    pool: list[Item] = []
+    pools: list[list[Item]] = []  # by training source, what its held-out rows are drawn from
     for source in data.train:
         rows = collected.add(source, "train", exclude=eval_keys)
         if has_held_out and has_eval_part(source):
             # num_rows applies to the training rows.
-            pool += collected.read(source.model_copy(update={"num_rows": None}), "eval")
-        elif has_held_out:
-            pool += rows
-    if pool:
+            rows = collected.read(source.model_copy(update={"num_rows": None}), "eval")
+        pools.append(rows)
+    if has_held_out:
         # A problem that is also in a named set is asked once.
-        drawn = _held_out(pool, data.held_out, seed)
+        drawn = _held_out(pools, data, seed)
         collected.eval = [*(i for i in drawn if i.key not in eval_keys), *collected.eval]
     collected.drop_overlap()
+    collected.weights = _weights(data.train, collected)
     return collected
+
+
+def _weights(sources: Sequence[SourceSection], collected: Collected) -> dict[str, float]:
+    """The weights of the training sources by label; empty if none has one.
+
+    Raises:
+        UserError: two sources have one label, or a source has no row left.
+    """
+    if len(sources) < 2 or all(source.weight is None for source in sources):
+        return {}
+    weights: dict[str, float] = {}
+    left = {item.label for item in collected.train}
+    for source, label in zip(sources, collected.train_labels, strict=True):
+        if label in weights:
+            raise UserError(
+                f"two sets of data.train are called {label!r}, and weights are by name; give each "
+                'its own label, e.g. label = "easy"'
+            )
+        if label not in left:
+            raise UserError(
+                f"no training row of {label} is left, as the other sets or the evaluation have all "
+                "of its questions; remove it from data.train"
+            )
+        weights[label] = 1.0 if source.weight is None else source.weight
+    return weights
 
 
 class Collected:
@@ -64,9 +87,15 @@ class Collected:
     def __init__(self) -> None:
         self.train: list[Item] = []
         self.eval: list[Item] = []
+        self.weights: dict[str, float] = {}  # of the training sources by label; empty: none
         self._accounts: list[tuple[str, LoadedSet, list[Item]]] = []
         self._prefixes: Counter[str] = Counter()
         self._seen: set[str] = set()  # questions of the training sources
+
+    @property
+    def train_labels(self) -> list[str]:
+        """Of the training sources, in their order."""
+        return [loaded.label for role, loaded, _ in self._accounts if role == "train"]
 
     def add(self, source: SourceSection, role: Role, exclude: Collection[str] = ()) -> list[Item]:
         """Adds a source's rows to the training or evaluation rows and returns them."""
@@ -77,7 +106,7 @@ class Collected:
     def read(self, source: SourceSection, role: Role, exclude: Collection[str] = ()) -> list[Item]:
         """Items with unique ids, without training questions of an earlier set."""
         loaded = load_source(source, role, exclude)
-        label = loaded.label
+        label = loaded.label = source.label or loaded.label
         base = label if role == "train" else f"{label}-eval"
         self._prefixes[base] += 1
         prefix = base if self._prefixes[base] == 1 else f"{base}.{self._prefixes[base]}"
@@ -132,12 +161,50 @@ class Collected:
         return lines
 
 
-def _held_out(pool: list[Item], num_rows: int, seed: int) -> list[Item]:
-    if len(pool) <= num_rows:
-        fix = "lower it, or set data.eval" if len(pool) > 1 else "set data.eval"
+def _held_out(pools: list[list[Item]], data: DataSection, seed: int) -> list[Item]:
+    """The rows that are held out of each training source, drawn by seed; one per question."""
+    drawn = []
+    for number, (pool, num_rows) in enumerate(zip(pools, _num_held_out(pools, data), strict=True)):
+        parts = [number] if len(pools) > 1 else []
+        rng = random.Random(mix_seed("held_out", seed, *parts))
+        drawn += [pool[index] for index in sorted(rng.sample(range(len(pool)), num_rows))]
+    return list({item.full_key: item for item in drawn}.values())
+
+
+def _num_held_out(pools: list[list[Item]], data: DataSection) -> list[int]:
+    """By training source: its own number, or else its part of data.held_out, in proportion to its
+    rows (by largest remainders, leaving each source a row)."""
+    numbers = [source.held_out for source in data.train]
+    for source, pool in zip(data.train, pools, strict=True):
+        if source.held_out and source.held_out >= len(pool):
+            raise UserError(
+                f"held_out={source.held_out} of {source.name} leaves none of its {len(pool)} rows "
+                "for training; lower it"
+            )
+    sharing = [index for index, number in enumerate(numbers) if number is None]
+    sizes = [len(pools[index]) for index in sharing]
+    num_shared = data.held_out if sharing else 0
+    if sum(max(size - 1, 0) for size in sizes) < num_shared:
+        num = sum(sizes)
+        fix = "lower it, or set data.eval" if num > len(sizes) else "set data.eval"
         raise UserError(
-            f"data.held_out={num_rows} leaves none of the {len(pool)} rows for training; {fix}"
+            f"data.held_out={data.held_out} leaves none of the {num} rows for training; {fix}"
         )
-    drawn = random.Random(mix_seed("held_out", seed)).sample(range(len(pool)), num_rows)
-    unique = {pool[index].full_key: pool[index] for index in sorted(drawn)}
-    return list(unique.values())
+    for index, number in zip(sharing, apportioned(num_shared, sizes), strict=True):
+        numbers[index] = number
+    found = [number or 0 for number in numbers]
+    if not any(found):
+        raise UserError("every training set has held_out=0; raise one, or set data.eval")
+    return found
+
+
+def apportioned(total: int, sizes: Sequence[int]) -> list[int]:
+    """`total` in proportion to the sizes, in whole numbers by largest remainders; each part stays
+    below its size. Example: apportioned(10, [60, 25, 15]) == [6, 3, 1]."""
+    parts = [total * size // sum(sizes) for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % sum(sizes)))
+    while sum(parts) < total:
+        for index in order:
+            if sum(parts) < total and parts[index] < sizes[index] - 1:
+                parts[index] += 1
+    return parts

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rl_lora.errors import UserError
@@ -15,18 +16,36 @@ class PromptStream:
     """Endless prompts, reshuffled every epoch by seed; one take never repeats a prompt.
 
     (A take of more prompts than there are must repeat; then each full round is distinct.)
+
+    With weights every source has its own epochs, and turns go round by smooth weighted round robin:
+    at each turn a source earns its weight, and the one with the most credit is drawn from and pays
+    the sum of the weights. No chance is involved, and the counts are at any time as close to the
+    weights as whole prompts allow. Only a source of fewer prompts than its turns in a take repeats
+    any.
+
+    Args:
+        prompts: of all sources.
+        seed: of the order.
+        weights: by `Prompt.source`, of all sources; none: the prompts are one shuffled set.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], seed: int, weights: Mapping[str, float] | None = None
+    ) -> None:
         if not prompts:
             raise UserError("there are no training prompts; set data.train")
         self._prompts = list(prompts)
         self._seed = seed
-        self._epoch = 0
-        self._position = 0  # in the epoch's order
-        # Rows of this epoch skipped by a take across its start, which already had them.
-        self._owed: list[int] = []
-        self._order = self._shuffled()
+        self._weights = dict(weights or {})
+        self._all = _Epochs(self._prompts, seed)
+        self._sources = {
+            source: _Epochs(
+                [prompt for prompt in prompts if prompt.source == source],
+                mix_seed("source", seed, source),
+            )
+            for source in self._weights
+        }
+        self._credit = dict.fromkeys(self._weights, 0.0)
 
     @property
     def prompts_N(self) -> list[Prompt]:
@@ -35,11 +54,79 @@ class PromptStream:
 
     @property
     def epoch(self) -> int:
-        """Number of full passes over the prompts so far."""
-        return self._epoch
+        """Number of full passes over the prompts so far; with weights, over every source."""
+        return min(one.epoch for one in (self._sources.values() or [self._all]))
 
     def take(self, num_prompts: int) -> list[Prompt]:
         """The next prompts, across the end of an epoch if necessary."""
+        if not self._weights:
+            return self._all.take(num_prompts)
+        turns = [self._next_source() for _ in range(num_prompts)]
+        taken = {
+            source: iter(self._sources[source].take(count))
+            for source, count in Counter(turns).items()
+        }
+        return [next(taken[source]) for source in turns]
+
+    def _next_source(self) -> str:
+        for source, weight in self._weights.items():
+            self._credit[source] += weight
+        chosen = max(self._credit, key=self._credit.__getitem__)
+        self._credit[chosen] -= sum(self._weights.values())
+        return chosen
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the stream, for a checkpoint."""
+        if not self._weights:
+            return {**self._all.state_dict(), "seed": self._seed}
+        return {
+            "seed": self._seed,
+            "num_prompts": len(self._prompts),
+            "credit": dict(self._credit),
+            "sources": {source: one.state_dict() for source, one in self._sources.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, has_other_rows: bool = False) -> None:
+        """Continues exactly where `state_dict` was taken.
+
+        Args:
+            state: what it returned.
+            has_other_rows: the user has accepted other rows; where their number differs, a new
+                epoch begins with them.
+
+        Raises:
+            UserError: the checkpoint is of another seed or another number of prompts.
+        """
+        now = {"seed": self._seed}
+        if not has_other_rows:
+            now["num_prompts"] = len(self._prompts)
+        for key, value in now.items():
+            if state[key] != value:
+                raise UserError(
+                    f"the checkpoint's prompt stream has {key}={state[key]}, this job {value}; "
+                    "resume with the run's original data and seed settings"
+                )
+        if not self._weights:
+            self._all.load_state_dict(state)
+            return
+        self._credit = dict(state["credit"])
+        for source, one in self._sources.items():
+            one.load_state_dict(state["sources"][source])
+
+
+class _Epochs:
+    """The prompts of one set, shuffled again for every epoch."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        self._prompts = prompts
+        self._seed = seed
+        self.epoch = 0
+        self._position = 0  # in the epoch's order
+        # Rows of this epoch skipped by a take across its start, which already had them.
+        self._owed: list[int] = []
+        self._order = self._shuffled()
+
+    def take(self, num_prompts: int) -> list[Prompt]:
         taken: list[Prompt] = []
         seen: set[int] = set()
         while len(taken) < num_prompts:
@@ -51,34 +138,23 @@ class PromptStream:
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream, for a checkpoint."""
         return {
-            "epoch": self._epoch,
+            "epoch": self.epoch,
             "position": self._position,
             "owed": list(self._owed),
-            "seed": self._seed,
             "num_prompts": len(self._prompts),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues exactly where `state_dict` was taken.
-
-        Raises:
-            UserError: the checkpoint is of another seed or another number of prompts.
-        """
-        for key, now in (("seed", self._seed), ("num_prompts", len(self._prompts))):
-            if state[key] != now:
-                raise UserError(
-                    f"the checkpoint's prompt stream has {key}={state[key]}, this job {now}; "
-                    "resume with the run's original data and seed settings"
-                )
-        self._epoch, self._position = state["epoch"], state["position"]
-        self._owed = list(state["owed"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self._position, self._owed = state["epoch"], state["position"], state["owed"]
+        if state["num_prompts"] != len(self._prompts):
+            self.epoch, self._position, self._owed = self.epoch + 1, 0, []
+        self._owed = list(self._owed)
         self._order = self._shuffled()
 
     def _shuffled(self) -> list[int]:
         order = list(range(len(self._prompts)))
-        random.Random(mix_seed("epoch", self._seed, self._epoch)).shuffle(order)
+        random.Random(mix_seed("epoch", self._seed, self.epoch)).shuffle(order)
         return order
 
     def _next(self, seen: set[int]) -> int:
@@ -87,7 +163,7 @@ class PromptStream:
                 return self._owed.pop(place)
         while True:
             if self._position == len(self._order):
-                self._epoch, self._position = self._epoch + 1, 0
+                self.epoch, self._position = self.epoch + 1, 0
                 self._order = self._shuffled()
             index = self._order[self._position]
             self._position += 1

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +35,10 @@ class SampleRecord:
     has_format: bool
     num_tokens: Annotated[int, Field(alias="tokens")]  # the alias is the key in the file
     is_truncated: Annotated[bool, Field(alias="truncated")]  # stopped by the token limit
+    # The values of the reward's terms, if it has any.
+    terms: Annotated[dict[str, float], Field(exclude_if=lambda terms: not terms)] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,7 @@ class EvaluationScores:
     pass_at: dict[str, Estimate] | None = None  # "1", "2", "4", ..., "k": unbiased pass@k
     correct: OutcomeStats | None = None  # None: no completion was correct
     wrong: OutcomeStats | None = None  # None: no completion was wrong
+    terms: dict[str, float] | None = None  # of the reward -> mean; None: it has no terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +248,7 @@ def evaluation_scores(problems_N: Sequence[ProblemRecord]) -> EvaluationScores:
         pass_at=_pass_curve(problems_N, k),
         correct=_outcome_stats([sample for sample in samples if sample.correct]),
         wrong=_outcome_stats([sample for sample in samples if not sample.correct]),
+        terms=_term_means(samples) or None,
     )
 
 
@@ -263,6 +269,15 @@ def _pass_curve(problems_N: Sequence[ProblemRecord], num_samples: int) -> dict[s
         low, high = clustered_interval(estimates_N, num_samples // size)
         curve[str(size)] = Estimate(math.fsum(estimates_N) / len(estimates_N), low, high)
     return curve
+
+
+def _term_means(samples: Sequence[SampleRecord]) -> dict[str, float]:
+    """The mean of each term of the reward, over the completions that it applies to."""
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        for term, value in sample.terms.items():
+            values[term].append(value)
+    return {term: _mean(found) for term, found in values.items()}
 
 
 def _outcome_stats(samples: Sequence[SampleRecord]) -> OutcomeStats | None:
@@ -307,6 +322,7 @@ def _flat(scores: EvaluationScores, suffix: str) -> dict[str, float]:
             numbers[f"pass_at_{k}"] = estimate.value
             numbers[f"pass_at_{k}_low"] = estimate.low
             numbers[f"pass_at_{k}_high"] = estimate.high
+    numbers |= {f"reward/{term}": mean for term, mean in (scores.terms or {}).items()}
     return {
         f"eval/{name}{suffix}": number for name, number in numbers.items() if number is not None
     }

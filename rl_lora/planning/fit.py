@@ -40,7 +40,7 @@ _SETTINGS = {
     _SEQUENCES: None,
     "optim.checkpoint_activations": "true",
     "model.shard": "true",
-    "sampling.overlap": "false",
+    "sampling.max_staleness": "0",
 }
 
 
@@ -154,7 +154,7 @@ def _can_save(job: Job, key: str) -> bool:
         "sampling.memory_fraction": config.sampling.memory_fraction is not None,
         _SEQUENCES: config.sampling.backend == "torch",
         "model.shard": job.num_ranks > 1 and shards(config, job.num_ranks) == 1,
-        "sampling.overlap": config.sampling.overlap,
+        "sampling.max_staleness": config.sampling.max_staleness > 0,
     }[key]
 
 

@@ -2,7 +2,7 @@
 
 They take turns, so each has its own peak: the sampler's KV cache and copy of the weights leave the
 GPU while the learner works, and the learner's activations are gone while sampling. With
-`sampling.overlap` both work at once, and everything adds up.
+`sampling.max_staleness` both work at once, and everything adds up.
 
 With several processes the plan is for one of them, which has its own GPU and engine, with
 a whole copy of the base (tensor parallel size 1). Its learner holds another copy, or with
@@ -137,7 +137,7 @@ def _memory_plan(
     learner = learner_memory(config, model_config, *counts, num_tokens, num_ranks)
     if plan_device(config.model.device) == "cuda":
         learner.append(MemoryItem("CUDA", _CONTEXT_BYTES, "estimate, context and libraries"))
-    is_turns = not config.sampling.overlap
+    is_turns = not config.sampling.max_staleness
     held = peak(learner, "sampling" if is_turns else "learning")
     parts = learner + _sampler_memory(config, model_config, counts, held, total, num_ranks)
     return parts if is_turns else [replace(part, phases=PHASES) for part in parts]
@@ -173,9 +173,10 @@ def bytes_to_come(
 ) -> int:
     """What a learner whose weights are loaded will still take, and hold while sampling.
 
-    Gradients and optimizer; with overlap, which learns meanwhile, activations and logits too.
+    Gradients and optimizer; where it learns meanwhile (`sampling.max_staleness`), activations and
+    logits too.
     """
-    phase: Phase = "learning" if config.sampling.overlap else "sampling"
+    phase: Phase = "learning" if config.sampling.max_staleness else "sampling"
     tokens = microbatch_tokens(config)
     parts = learner_memory(config, model_config, num_base, num_trainable, tokens, num_ranks)
     return peak((part for part in parts if part.part not in LOADED), phase)
@@ -283,13 +284,15 @@ def _sampler_memory(
         if (local := min(num_ranks, GPUS_PER_NODE)) > 1:
             host += f", {bytes_text(local * weights.num_bytes)} for the {local} of a node"
         parts = [
-            replace(weights, note="vLLM's copy" if sampling.overlap else f"vLLM's copy, {host}"),
+            replace(
+                weights, note="vLLM's copy" if sampling.max_staleness else f"vLLM's copy, {host}"
+            ),
             MemoryItem("adapter slot", slot_bytes, f"vLLM's, rank {slot}"),
             MemoryItem("vLLM", _ENGINE_BYTES, "estimate, activations and CUDA graphs"),
         ]
         parts = [replace(part, phases=("sampling",)) for part in parts if part.num_bytes]
         limit = taken = max(0, int(fraction * total) - peak(parts, "sampling"))
-        if not sampling.overlap:
+        if not sampling.max_staleness:
             asleep = "estimate, CUDA graphs of the sleeping engine"
             parts.append(MemoryItem("vLLM, asleep", _ASLEEP_BYTES, asleep, ("learning",)))
         note = f"rest of vLLM's {fraction:.0%} of the GPU ({how}); {note}"

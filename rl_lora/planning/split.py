@@ -1,7 +1,7 @@
 """GPUs divided into samplers and learners, with bounded staleness: an estimate.
 
-The product does not do this yet. In a job of several processes each one samples and learns, and
-`sampling.overlap` runs both at once on the same GPU. scripts/scaling simulates the same design
+The product does not do this yet. In a job of several processes each one samples and learns, with
+`sampling.max_staleness` both at once on the same GPU. scripts/scaling simulates the same design
 with samples that differ in length and machines that fail.
 
 The learner takes batches in order. A group of batch b may be sampled once version b - k is

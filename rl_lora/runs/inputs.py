@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.data.collect import HELD_OUT
+from rl_lora.config import HELD_OUT
 from rl_lora.errors import UserError
 
 if TYPE_CHECKING:

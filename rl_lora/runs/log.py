@@ -12,7 +12,6 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -140,7 +139,7 @@ class RunLog:
                 "question": group.prompt.question,
                 "reference": group.prompt.reference,
                 "completion": completion.text,
-                **asdict(score),
+                **score.to_row(),
                 "tokens": len(completion.token_ids),
                 "truncated": completion.is_truncated,
                 "adapter_version": completion.adapter_version,

@@ -1,6 +1,7 @@
 """Metrics of one step: rollout statistics, seconds by phase, speed and peak memory.
 
-Keys are grouped by slashes: `reward/`, `groups/`, `cot/`, `score/`, `time/`, `speed/`, `memory/`.
+Keys are grouped by slashes: `reward/`, `groups/`, `cot/`, `score/`, `data/`, `time/`, `speed/`,
+`memory/`.
 A number that is undefined (the length of correct answers when none is correct) has no key.
 """
 
@@ -12,6 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +22,22 @@ from rl_lora.evaluation.scores import key_part
 from rl_lora.types import Rollout, RolloutGroup
 
 
-def rollout_metrics(groups_N: Sequence[RolloutGroup]) -> dict[str, float]:
+def rollout_metrics(
+    groups_N: Sequence[RolloutGroup], position: Mapping[str, Any] | None = None
+) -> dict[str, float]:
     """Statistics of one step's N groups; a pure function.
 
     `groups/*` count groups, `groups/*_rate` are their share of all N: solved_all (every sample
     correct), solved_none, mixed (some correct), tied (all rewards equal, so no gradient).
     `cot/tokens_*` are completion lengths in tokens, end token included; quantiles are interpolated
-    linearly. `score/STATUS` counts rollouts by the verifier's status.
+    linearly. `score/STATUS` counts rollouts by the verifier's status. Of a reward of several terms,
+    `reward/TERM/*` are the term's own values, before its weight.
+
+    Args:
+        groups_N: the step's groups.
+        position: of the prompt stream after the step's prompts. Where its sources have weights,
+            `data/share/SOURCE` is the step's share of prompts, and `data/epochs/SOURCE` the passes
+            over the source so far.
 
     Raises:
         ValueError: no group, or a group without rollouts.
@@ -50,9 +61,35 @@ def rollout_metrics(groups_N: Sequence[RolloutGroup]) -> dict[str, float]:
     }
     for source, rewards in sorted(rewards_by_source.items()):
         metrics[f"reward/mean/{source}"] = _mean(rewards)
-    metrics |= _group_metrics(groups_N) | _length_metrics(rollouts)
+    metrics |= _term_metrics(groups_N) | _group_metrics(groups_N) | _length_metrics(rollouts)
     statuses = Counter(rollout.score.status for rollout in rollouts)
     metrics |= {f"score/{key_part(status)}": count for status, count in sorted(statuses.items())}
+    return metrics | _mixture_metrics(groups_N, position or {})
+
+
+def _term_metrics(groups_N: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Of each term of the reward, over the groups that it applies to: its mean, also by source, and
+    the mean over groups of its standard deviation within a group."""
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    stds: defaultdict[str, list[float]] = defaultdict(list)
+    for group in groups_N:
+        source = key_part(group.prompt.source)
+        for term, values_G in group.terms_G().items():
+            values[f"reward/{term}/mean"] += values_G
+            values[f"reward/{term}/mean/{source}"] += values_G
+            stds[f"reward/{term}/std_in_group"].append(float(np.std(values_G)))
+    return {key: _mean(found) for key, found in sorted((values | stds).items())}
+
+
+def _mixture_metrics(
+    groups_N: Sequence[RolloutGroup], position: Mapping[str, Any]
+) -> dict[str, float]:
+    counts = Counter(group.prompt.source for group in groups_N)
+    metrics: dict[str, float] = {}
+    for source, state in position.get("sources", {}).items():
+        metrics[f"data/share/{key_part(source)}"] = counts[source] / len(groups_N)
+        passes = state["epoch"] + state["position"] / state["num_prompts"]
+        metrics[f"data/epochs/{key_part(source)}"] = passes
     return metrics
 
 
@@ -144,7 +181,7 @@ def speed_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Tokens per second, from counts and seconds among the metrics.
 
     `speed/sample_tokens_per_s` counts completion tokens, per second of `system/sampler_s` if given
-    (with overlap the sampler's own time, as nothing waits for it), else of `time/sample_s`;
+    (the sampler's own time, whether or not the learner waited for it), else of `time/sample_s`;
     `speed/learn_tokens_per_s` counts `learn/tokens`, the prompt and completion tokens that went
     through the learner.
     """

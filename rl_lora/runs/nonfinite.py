@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rl_lora import distributed
+from rl_lora.config import OptimSection
 from rl_lora.runs.log import METRICS_FILE
 from rl_lora.storage import jsonl
 from rl_lora.types import RolloutGroup
@@ -18,12 +19,11 @@ class NonfiniteSteps:
 
     Args:
         run_folder: RUN/nonfinite/step_000012.jsonl gets the rollouts of step 12, one a line.
-        limit: steps in a row at which the run ends.
-        lr: the learning rate, for the message.
+        optim: how many in a row end the run, and the learning rate, for the message.
     """
 
-    def __init__(self, run_folder: Path, limit: int, lr: float) -> None:
-        self._folder, self._limit, self._lr = run_folder / FOLDER, limit, lr
+    def __init__(self, run_folder: Path, optim: OptimSection) -> None:
+        self._folder, self._optim = run_folder / FOLDER, optim
         self._metrics = run_folder / METRICS_FILE
 
     def keep(
@@ -55,11 +55,11 @@ class NonfiniteSteps:
         if not metrics["learn/nonfinite_updates"]:
             return
         num = distributed.from_main(lambda: _num_at_end(self._metrics), "a step's end")
-        if num >= self._limit:
+        if num >= self._optim.max_nonfinite_steps:
             raise FloatingPointError(
                 f"the gradient of {num} steps in a row was not finite (their rollouts "
                 f"are in {self._folder}): start again under another run.name with a lower optim.lr "
-                f"(now {self._lr:g}), or with algorithm.loss='truncated_importance_sampling'"
+                f"(now {self._optim.lr:g}), or with algorithm.loss='truncated_importance_sampling'"
             )
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.config import RunConfig, SomeSection
+from rl_lora.config import RunConfig, SomeSection, with_present_names
 from rl_lora.errors import UserError
 from rl_lora.runs.inputs import absolute_model, absolute_source
 from rl_lora.runs.log import RECORD_FILE
@@ -76,7 +76,7 @@ def read_record(
             f"{folder} was made by a later version (format {found}, this one reads {FORMAT}); "
             f"update rl-lora, or {fix}"
         )
-    return record
+    return record | {"config": with_present_names(record.get("config", {}))}
 
 
 def check_same_job(
@@ -87,6 +87,7 @@ def check_same_job(
     A key that the checkpoint lacks counts as its default; a file or folder may be named by another
     path; model.dtype="auto" counts as `dtype`, what the checkpoint's job computes in.
     """
+    old = with_present_names(old)
     new, default = config.model_dump(mode="json"), type(config)().model_dump(mode="json")
     for section, values in new.items():
         if not isinstance(values, dict):

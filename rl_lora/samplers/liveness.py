@@ -4,8 +4,9 @@ The most common failure of such systems is silent: the engine keeps using the ba
 adapter. There are three checks. At the start both sides score fixed tokens under a probe adapter
 that really changes the model (a fresh one does not: its B is zero), and under the base model. At
 each step the sampler's log-probs of the rollouts are compared with the policy's, or, where sampling
-overlaps learning, those of fixed tokens. A fixed limit misses small errors, such as an adapter that
-is one step old, so the rollouts are also compared with the version before (`VersionCheck`).
+runs ahead, those of fixed tokens under each version. A fixed limit misses small errors, such as an
+adapter that is one step old, so the rollouts are also compared with the version before
+(`VersionCheck`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rl_lora.nn.lora import lora_layers
 from rl_lora.nn.sharded import gathered, local_part, own_part
 from rl_lora.policy import Policy
 from rl_lora.sampler import Sampler
-from rl_lora.types import Adapter, Microbatch, Prompt, RolloutGroup, TrainSample
+from rl_lora.types import Adapter, Microbatch, Probe, Prompt, RolloutGroup, TrainSample
 
 PROBE_VERSION = 10**6 - 1  # never reached by training steps; its name is never reused either
 _PROBE_TOKENS = 48  # of each fixed prompt
@@ -61,30 +62,41 @@ def check_step(metrics: dict[str, float], dtype: torch.dtype, max_kl: float | No
         )
 
 
-def staleness_metrics(
-    groups_N: Sequence[RolloutGroup], version: int, *, max_staleness: int
-) -> dict[str, float]:
-    """rollouts/staleness_*: how many versions the learning policy is ahead of the sampler.
+def drop_stale(
+    groups_N: Sequence[RolloutGroup], version: int, max_staleness: int
+) -> tuple[list[RolloutGroup], dict[str, float]]:
+    """The groups to learn from, and rollouts/staleness_*: how many versions the learning policy is
+    ahead of the sampler.
+
+    Where sampling runs ahead, groups with a sample older than allowed are left out and counted.
 
     Args:
         groups_N: the step's rollouts.
         version: of the policy that will learn from them.
-        max_staleness: 0, or 1 with sampling.overlap.
+        max_staleness: `sampling.max_staleness`.
 
     Raises:
-        StaleAdapterError: a sample is older than that, or from a future version.
+        StaleAdapterError: a sample is from a future version; or too old, and none may be, or no
+            group is left.
     """
-    staleness = [version - r.completion.adapter_version for g in groups_N for r in g.rollouts_G]
-    if not all(0 <= age <= max_staleness for age in staleness):
+    ages_N = [[version - r.completion.adapter_version for r in g.rollouts_G] for g in groups_N]
+    ages = [age for ages_G in ages_N for age in ages_G]
+    kept = [n for n, ages_G in enumerate(ages_N) if max(ages_G) <= max_staleness]
+    has_too_few = len(kept) < (1 if max_staleness else len(groups_N))
+    if min(ages) < 0 or has_too_few:
         raise StaleAdapterError(
-            f"samples have staleness {min(staleness)} to {max(staleness)} for policy "
-            f"version {version}, and staleness 0 to {max_staleness} is allowed: the sampler uses a "
-            "stale or wrong adapter"
+            f"samples have staleness {min(ages)} to {max(ages)} for policy version {version}, and "
+            f"staleness 0 to {max_staleness} is allowed: the sampler uses a stale or wrong adapter"
         )
-    return {
-        "rollouts/staleness_mean": sum(staleness) / len(staleness),
-        "rollouts/staleness_max": float(max(staleness)),
+    ages = [age for n in kept for age in ages_N[n]]
+    metrics = {
+        "rollouts/staleness_mean": sum(ages) / len(ages),
+        "rollouts/staleness_max": float(max(ages)),
     }
+    if max_staleness:
+        metrics["rollouts/num_versions"] = float(len(set(ages)))
+        metrics["rollouts/stale_groups"] = float(len(groups_N) - len(kept))
+    return [groups_N[n] for n in kept], metrics
 
 
 class VersionCheck:
@@ -176,30 +188,65 @@ def _first(group: RolloutGroup, version: int) -> TrainSample | None:
     return TrainSample(tuple(group.prompt.token_ids), ids, logprobs, 1.0, version)
 
 
-def check_version(
-    policy: Policy, sampler: Sampler, prompts: Sequence[Prompt], max_kl: float | None
-) -> dict[str, float]:
-    """Compares fixed tokens under the current version: `check_step` for overlapped sampling.
+def make_probe(policy: Policy, prompts: Sequence[Prompt], max_kl: float | None) -> Probe:
+    """The policy's log-probs of the ends of these prompts, under the version that it has now.
 
-    Rollouts of the version before differ from the policy by its last step, which has no known
-    bound; on the same version both sides must agree.
+    Samples of older versions differ from the policy by its steps in between, which have no known
+    bound; on fixed tokens, under the same version, both sides must agree.
+    """
+    return _probe(policy, prompts, max_kl, adapter_off=False)
 
-    Returns:
-        mismatch/live_abs_mean: mean |difference| in nats per token.
+
+def base_probe(policy: Policy, prompts: Sequence[Prompt], max_kl: float | None) -> Probe:
+    """As `make_probe`, of the base model under the adapter."""
+    return _probe(policy, prompts, max_kl, adapter_off=True)
+
+
+def _probe(
+    policy: Policy, prompts: Sequence[Prompt], max_kl: float | None, *, adapter_off: bool
+) -> Probe:
+    token_ids_N = tuple(_probe_tokens(prompts))
+    logprobs_N = tuple(
+        tuple(_policy_logprobs(policy, [ids], adapter_off=adapter_off).tolist())
+        for ids in token_ids_N
+    )
+    return Probe(token_ids_N, logprobs_N, tolerances(policy.dtype, max_kl)[1])
+
+
+def compare(probe: Probe, logprobs_N: Sequence[Sequence[float]]) -> float:
+    """Mean |difference| of a sampler's log-probs from the policy's, in nats per token.
 
     Raises:
-        StaleAdapterError: it exceeds its tolerance.
+        StaleAdapterError: it exceeds its limit.
     """
-    token_ids_N = probe_tokens(prompts)
-    _, limit = tolerances(policy.dtype, max_kl)
-    served = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
-    found = distance(served, policy_logprobs(policy, token_ids_N))
-    if not found < limit:
+    served, expected = (
+        torch.tensor([logprob for one in side for logprob in one])
+        for side in (logprobs_N, probe.logprobs_N)
+    )
+    found = _distance(served, expected)
+    if not found < probe.limit:
         raise StaleAdapterError(
             f"sampler and policy disagree on fixed tokens: mean |difference| {found:.2e} nats "
-            f"(limit {limit:.0e}); the sampler uses a stale or wrong adapter, or rounds more than "
-            "sampling.max_kl allows"
+            f"(limit {probe.limit:.0e}); the sampler uses a stale or wrong adapter, or rounds more "
+            "than sampling.max_kl allows"
         )
+    return found
+
+
+def check_version(sampler: Sampler, adapter: Adapter) -> dict[str, float]:
+    """Compares the sampler with the policy of the version that it has been given: `check_step`
+    where sampling runs ahead.
+
+    Returns:
+        mismatch/live_abs_mean: mean |difference| in nats per token; nothing without a probe, as in
+        a checkpoint of an earlier release.
+
+    Raises:
+        StaleAdapterError: it exceeds its limit.
+    """
+    if adapter.probe is None:
+        return {}
+    found = compare(adapter.probe, sampler.token_logprobs(adapter.probe.token_ids_N))
     return {"mismatch/live_abs_mean": found}
 
 
@@ -216,15 +263,15 @@ def check_at_start(
     Raises:
         StaleAdapterError: a side disagrees, or the probe changes nothing.
     """
-    token_ids_N = probe_tokens(prompts)
+    token_ids_N = _probe_tokens(prompts)
     _, limit = tolerances(policy.dtype, max_kl)
     weights = [local_part(parameter.detach()) for parameter in policy.trainable().values()]
     saved = [weight.clone() for weight in weights]
-    base_policy = policy_logprobs(policy, token_ids_N, adapter_off=True)
+    base_policy = _policy_logprobs(policy, token_ids_N, adapter_off=True)
     for shift in _PROBE_SHIFTS:  # the probe must be far above the limit, which is wide in bfloat16
         torch._foreach_copy_(weights, saved)
         _shake(policy, shift)
-        if distance(policy_logprobs(policy, token_ids_N), base_policy) > 5 * limit:
+        if _distance(_policy_logprobs(policy, token_ids_N), base_policy) > 5 * limit:
             break
     probe = save_adapter(policy, folder, version=PROBE_VERSION, run_name="probe")
     with contextlib.ExitStack() as at_end:
@@ -233,14 +280,14 @@ def check_at_start(
         at_end.callback(torch._foreach_copy_, weights, saved)
         sampler.set_adapter(probe)
         probe_sampler = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
-        probe_policy = policy_logprobs(policy, token_ids_N)
+        probe_policy = _policy_logprobs(policy, token_ids_N)
         distributed.gather(None, "the probe of the sampler")  # all have read its files
-    found = {"probe": distance(probe_sampler, probe_policy)}
+    found = {"probe": _distance(probe_sampler, probe_policy)}
     if policy.has_base:
         sampler.set_adapter(None)
         base_sampler = torch.cat([torch.tensor(x) for x in sampler.token_logprobs(token_ids_N)])
-        found["base"] = distance(base_sampler, base_policy)
-    found["control"] = distance(probe_policy, base_policy)
+        found["base"] = _distance(base_sampler, base_policy)
+    found["control"] = _distance(probe_policy, base_policy)
     if found["control"] < 5 * limit:
         raise StaleAdapterError(
             f"the probe adapter changes the policy too little for a check: {found}"
@@ -252,6 +299,12 @@ def check_at_start(
             f"fixed tokens {found} nats, limit {limit:.0e}"
         )
     return found
+
+
+def described(differences: dict[str, float]) -> str:
+    """One line of what `check_at_start` has found."""
+    found = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    return f"sampler serves the learner's weights: mean |difference| of log-probs {found} nats"
 
 
 @torch.no_grad()
@@ -281,13 +334,13 @@ def _shake(policy: Policy, shift: float) -> None:
             matrix.copy_(noise * size * (shift * (3 / rank) ** 0.5 / experts.scaling))
 
 
-def probe_tokens(prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+def _probe_tokens(prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
     """The fixed tokens that both sides score: the end of each prompt."""
     return [prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts]
 
 
 @torch.no_grad()
-def policy_logprobs(
+def _policy_logprobs(
     policy: Policy, token_ids_N: Sequence[tuple[int, ...]], *, adapter_off: bool = False
 ) -> torch.Tensor:
     """Log-probs of tokens 1, 2, ... of each sequence, concatenated, nats."""
@@ -301,7 +354,7 @@ def policy_logprobs(
     return torch.cat(out).cpu()
 
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Mean |difference|; not a number where there is nothing to compare."""
     return float((a.double() - b.double()).abs().mean())
 

@@ -25,8 +25,8 @@ class RestartingSampler:
     again when they are loaded, and the completions name the version that they are from.
 
     Engines are made in the main thread only: making one changes much in the process, also what
-    other threads work with. A call from another thread that fails raises EngineError, and the main
-    thread's next call makes the new engine.
+    other threads work with. A call from another thread that fails raises EngineError, as do calls
+    from there after it, and the main thread's next call makes the new engine.
 
     Args:
         make: makes a sampler that raises EngineError where its engine is unusable. If it has a
@@ -119,13 +119,12 @@ class RestartingSampler:
                 return result
             except (EngineError, Hang) as error:
                 self._failure = self._described(error)
-                is_main = threading.current_thread() is threading.main_thread()
-                if self._num_in_row >= self._max_restarts or not is_main:
+                if self._num_in_row >= self._max_restarts or not _is_main_thread():
                     raise EngineError(self._last_words()) from (error.__cause__ or error)
 
     def _restart(self, adapter: Adapter | None) -> None:
-        if self._num_in_row >= self._max_restarts:
-            raise EngineError(self._failure)  # it failed in another thread
+        if self._num_in_row >= self._max_restarts or not _is_main_thread():
+            raise EngineError(self._failure)  # it failed in another thread, or in a call before
         self._num_in_row += 1
         self.num_restarts += 1
         told = f"{self._failure}; a new engine continues with the same seeds"
@@ -161,6 +160,10 @@ class RestartingSampler:
     def _progress(self) -> object:
         progress = getattr(self._sampler, "progress", object)  # each object() is another
         return self.num_restarts, progress()
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _first_line(error: Exception) -> str:

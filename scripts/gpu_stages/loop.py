@@ -49,7 +49,8 @@ def grpo(context: Context) -> dict[str, Any]:
 
 def grpo_overlap(context: Context) -> dict[str, Any]:
     """The same, sampling the next step while learning from this one, with memory for both."""
-    return _run(context, "grpo-overlap", ["sampling.overlap=true", "sampling.memory_fraction=0.45"])
+    overrides = ["sampling.max_staleness=1", "sampling.memory_fraction=0.45"]
+    return _run(context, "grpo-overlap", overrides)
 
 
 def one_rank(context: Context) -> dict[str, Any]:

@@ -122,12 +122,16 @@ while true; do sleep 0.01; done
 """
 
 
+@pytest.mark.parametrize("when", ["after scancel", "during scancel"])
 def test_slurms_notice_ends_all_processes_and_the_job_is_queued_again(
-    path_of_commands: Path, tmp_path: Path
+    path_of_commands: Path, tmp_path: Path, when: str
 ) -> None:
     """The notice comes while the job runs, which ends by SIGTERM and not by itself."""
+    end = 'kill "$launcher"'
+    if when == "during scancel":
+        end += '; while kill -0 "$launcher"; do sleep 0.01; done 2>/dev/null'
     scripts = {
-        "scancel": f'echo "scancel $*" >>{tmp_path}/calls; kill "$(<{tmp_path}/launcher)"',
+        "scancel": f'echo "scancel $*" >>{tmp_path}/calls; launcher=$(<{tmp_path}/launcher); {end}',
         "scontrol": f'test "$1" = show && echo node1 || echo "scontrol $*" >>{tmp_path}/calls',
     }
     for name, text in scripts.items():

@@ -15,8 +15,14 @@ from rich.console import Console
 
 from rewards import load_reward
 from rl_lora.commands.plan import print_plan
-from rl_lora.config import RunConfig, SourceSection, load_config, parse_config
-from rl_lora.config.checks import MIN_TEMPERATURE
+from rl_lora.config import (
+    RunConfig,
+    SourceSection,
+    load_config,
+    parse_config,
+    with_present_names,
+)
+from rl_lora.config.checks import MIN_TEMPERATURE, unbounded_staleness
 from rl_lora.config.sft import load_sft_config
 from rl_lora.data.generators import generated_rows
 from rl_lora.data.sources import LOADERS
@@ -289,16 +295,16 @@ def test_temperatures_that_a_back_end_refuses_are_refused_here_with_a_fix_that_w
 @pytest.mark.parametrize(
     ("backend", "lora", "fix"),
     [
-        ("vllm", {"variant": "dora"}, {"backend": "torch", "overlap": False}),
-        ("vllm", {"variant": "pissa", "rank": 300}, {"backend": "torch", "overlap": False}),
-        ("torch", {"variant": "dora"}, {"overlap": False}),  # not backend="vllm"
+        ("vllm", {"variant": "dora"}, {"backend": "torch", "max_staleness": 0}),
+        ("vllm", {"variant": "pissa", "rank": 300}, {"backend": "torch", "max_staleness": 0}),
+        ("torch", {"variant": "dora"}, {"max_staleness": 0}),  # not backend="vllm"
         ("torch", {}, {"backend": "vllm"}),
     ],
 )
-def test_advice_on_overlap_and_variants_does_not_go_round_in_circles(
+def test_advice_on_staleness_and_variants_does_not_go_round_in_circles(
     backend: str, lora: dict[str, Any], fix: dict[str, Any]
 ) -> None:
-    raw: dict[str, Any] = {"lora": lora, "sampling": {"backend": backend, "overlap": True}}
+    raw: dict[str, Any] = {"lora": lora, "sampling": {"backend": backend, "max_staleness": 1}}
     with pytest.raises(UserError) as caught:
         parse_config(raw)
     named = str(caught.value).rpartition("set ")[2]
@@ -354,3 +360,44 @@ def test_broken_toml_names_the_file(tmp_path: Path, content: bytes) -> None:
 def test_a_config_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         RunConfig().lora.rank = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("overrides", [["sampling.overlap=true"], ["sampling.overlap=false"]])
+def test_a_retired_setting_names_the_present_one(overrides: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(None, overrides)
+    assert str(caught.value) == (
+        "config: unknown key 'sampling.overlap'; set sampling.max_staleness instead: 1 for "
+        "overlap=true, 0 for false"
+    )
+
+
+def test_the_record_of_an_earlier_release_has_the_present_names() -> None:
+    old = {"sampling": {"overlap": True, "num_prompts": 4}, "optim": {"lr": 1e-3}}
+    new = {"sampling": {"max_staleness": 1, "num_prompts": 4}, "optim": {"lr": 1e-3}}
+    assert with_present_names(old) == new == with_present_names(new)
+    assert old["sampling"]["overlap"]  # as it was
+    assert with_present_names({"sampling": {"overlap": False}})["sampling"] == {"max_staleness": 0}
+    parse_config(new)
+
+
+@pytest.mark.parametrize(
+    ("max_staleness", "algorithm", "is_warned"),
+    [
+        (2, {}, True),
+        (1, {}, False),
+        (2, {"loss": "truncated_importance_sampling"}, False),
+        (2, {"loss": "cispo", "clip_low": 1.0, "clip_high": 0.28}, False),
+        (3, {"mask": "token"}, False),
+    ],
+)
+def test_unbounded_ratios_of_old_samples_are_warned_of(
+    max_staleness: int, algorithm: dict[str, Any], is_warned: bool
+) -> None:
+    """The advice is followed in the other cases."""
+    sampling = {"max_staleness": max_staleness}
+    config = parse_config({"sampling": sampling, "algorithm": algorithm})
+    warning = unbounded_staleness(config.algorithm, config.sampling)
+    assert (warning is not None) == is_warned
+    if warning is not None:
+        assert warning.startswith(f"sampling.max_staleness={max_staleness}: ")

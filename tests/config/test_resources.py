@@ -76,7 +76,7 @@ def test_addresses_and_a_password_in_one() -> None:
 
 
 def test_torch_samplers_elsewhere_may_run_ahead() -> None:
-    ahead = {"backend": "torch", "overlap": True}
+    ahead = {"backend": "torch", "max_staleness": 1}
     with pytest.raises(UserError, match=r"resources\.samplers=2"):
         parse_config({"sampling": ahead})
     parse_config({"sampling": ahead, "resources": {"samplers": 2}})

@@ -82,7 +82,7 @@ def test_settings_in_the_text_exist(page: Path) -> None:
 def _value_is_of_its_field(key: str, value: str) -> None:
     partners = {"algorithm.kl": ["algorithm.kl_weight=0.1"], "lora.mode": ["model.dtype=float32"]}
     overrides = [f"{key}={value}", *partners.get(key, [])]
-    if "overlap" not in key:
+    if "staleness" not in key:
         overrides.append("sampling.backend=torch")
     load_config(None, overrides)
 

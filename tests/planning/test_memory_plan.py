@@ -176,9 +176,9 @@ def test_memory_plan_adds_up_by_hand() -> None:
     assert largest_microbatch(parts, 4096, room) == 8192
     assert largest_microbatch(parts, 4096, activations) == 0
     # The engine is asked for what is left when the learner's weights are loaded already: gradients
-    # and optimizer come later, and with overlap activations and logits too.
+    # and optimizer come later, and if it learns meanwhile activations and logits too.
     assert bytes_to_come(config, LLAMA_8B, counts.base, counts.trainable) == 12 * 2_621_440
-    overlap = {"sampling": config.sampling.model_copy(update={"overlap": True})}
+    overlap = {"sampling": config.sampling.model_copy(update={"max_staleness": 1})}
     both = config.model_copy(update=overlap)
     come = bytes_to_come(both, LLAMA_8B, counts.base, counts.trainable)
     assert come == 12 * 2_621_440 + 12 * 2**24 + activations

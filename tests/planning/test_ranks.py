@@ -190,7 +190,7 @@ LONG = {"max_tokens": 2048, "num_prompts": 64}
         ),
         ({"sampling": {"memory_fraction": 0.9}}, 80, 1, r"sampling\.memory_fraction=none"),
         ({"sampling": {"memory_fraction": 0.2}}, 80, 1, r"sampling\.memory_fraction=none"),
-        ({"sampling": {"overlap": True}}, 50, 1, r"optim.checkpoint_activations=true"),
+        ({"sampling": {"max_staleness": 1}}, 50, 1, r"optim.checkpoint_activations=true"),
         ({"model": QWEN_30B, "lora": {"rank": 8}}, 80, 8, r"model\.shard=true"),
         (
             {"sampling": {"backend": "torch", "max_num_seqs": 1024, **LONG, "num_samples": 32}},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rl_lora.config import OptimSection
 from rl_lora.runs.nonfinite import NonfiniteSteps
 
 FINITE, TIED, NAN = (
@@ -30,7 +31,7 @@ def test_so_many_without_a_finite_one_between_them_end_the_run(
     tmp_path: Path, steps: list[dict[str, float]], is_end: bool
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    steps_so_far = NonfiniteSteps(tmp_path, limit=2, lr=1e-4)
+    steps_so_far = NonfiniteSteps(tmp_path, OptimSection(max_nonfinite_steps=2, lr=1e-4))
     if is_end:
         with pytest.raises(FloatingPointError, match=r"gradient of 2 steps .* lower optim\.lr"):
             steps_so_far.check(steps[-1])

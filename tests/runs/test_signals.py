@@ -44,7 +44,7 @@ RL = ["train", str(SMOKE), *SIZES["rl"], *EVERY, "eval.chunk_samples=2"]
 RL += ["reward.name=tests.helpers.signals:score"]
 COMMANDS = {"rl": RL, "sft": ["sft", str(TINY), *SIZES["sft"], *EVERY, "sft.num_tests=1"]}
 WARM = ["warm_start.num_steps=2", "run.num_steps=1", "run.eval_every=0"]
-OVERLAP = ["sampling.backend=vllm", "sampling.overlap=true"]
+AHEAD = ["sampling.backend=vllm", "sampling.max_staleness=2"]
 SAMPLING = "rl_lora.samplers.torch_sampler:_record"
 
 
@@ -63,7 +63,7 @@ def prepare() -> None:
 
     patch.setattr(checkpoints, "write_checkpoint", write_once)
     patch.setattr("rl_lora.train.draw_figures", lambda folder: [])
-    if any(word in OVERLAP for word in sys.argv):
+    if any(word in AHEAD for word in sys.argv):
         patch.setattr("rl_lora.build.make_sampler", make)
         patch.setattr("rl_lora.samplers.vllm.checks.check_vllm", lambda *_: None)
 
@@ -239,10 +239,10 @@ def test_what_hangs_does_not_keep_the_process(
 def test_the_thread_that_samples_ahead_ends_too(
     tmp_path: Path, whole: Callable[..., Any], where: str
 ) -> None:
-    ending = run("rl", tmp_path, *OVERLAP, at=(Signal(where, after(tmp_path, 2)),))
+    ending = run("rl", tmp_path, *AHEAD, at=(Signal(where, after(tmp_path, 2)),))
     assert ending == Ending(143, [f"rl-lora: stopped by SIGTERM after step 2{HINT}"])
-    assert run("rl", tmp_path, *OVERLAP, "--resume") == Ending(0)
-    assert outcome(tmp_path / "x") == whole("rl", *OVERLAP)
+    assert run("rl", tmp_path, *AHEAD, "--resume") == Ending(0)
+    assert outcome(tmp_path / "x") == whole("rl", *AHEAD)
 
 
 @pytest.mark.slow
@@ -298,7 +298,7 @@ def test_ctrl_c_at_a_terminal_leaves_no_worker(tmp_path: Path) -> None:
 def test_a_run_with_vllm_ends_in_the_same_way(tmp_path: Path) -> None:
     """One thread samples ahead in it while the other learns."""
     command = [sys.executable, "-m", "rl_lora", "train", str(SMOKE), f"run.output_dir={tmp_path}"]
-    command += [*OVERLAP, "run.transcripts_per_step=0"]
+    command += [*AHEAD, "run.transcripts_per_step=0"]
     file = tmp_path / "smoke/metrics.jsonl"
     code, errors = send_at_line(command, file, 2, signal.SIGTERM)
     step = num_lines(file)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from rl_lora.errors import EngineError, StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION
@@ -18,7 +17,7 @@ from rl_lora.samplers.fleet.fleet import FleetSampler
 from rl_lora.samplers.fleet.proofs import Prover
 from rl_lora.samplers.fleet.replica import AdapterFiles, GroupRequest, Proof, ReplicaError
 from rl_lora.seeds import sample_seeds
-from rl_lora.types import Adapter, Completion, Prompt, SampleParams
+from rl_lora.types import Adapter, Completion, Probe, Prompt, SampleParams
 
 PARAMS = SampleParams(num_samples=2, max_tokens=4, temperature=1.0, seed=5)
 FOREVER_S = 600.0
@@ -28,10 +27,11 @@ class FakeProver(Prover):
     """The policy scores its one probe token as -version."""
 
     def __init__(self) -> None:
-        self.probes_N, self._limit = [(1, 2)], 1e-4
+        pass
 
-    def expected(self, adapter: Adapter | None) -> torch.Tensor | None:
-        return torch.tensor([-float(BASE_VERSION if adapter is None else adapter.version)])
+    def probe(self, adapter: Adapter | None) -> Probe | None:
+        version = BASE_VERSION if adapter is None else adapter.version
+        return Probe(((1, 2),), ((-float(version),),), limit=1e-4)
 
 
 class FakeReplica:
@@ -60,7 +60,7 @@ class FakeReplica:
         self, adapter: Adapter | None, files: AdapterFiles | None, probes_N: Sequence[Sequence[int]]
     ) -> Future[Proof]:
         version = BASE_VERSION if adapter is None else adapter.version
-        assert probes_N == [(1, 2)]
+        assert probes_N == ((1, 2),)
         future: Future[Proof] = Future()
 
         def load() -> None:
@@ -404,9 +404,8 @@ def test_a_false_proof(tmp_path: Path, num_false: int) -> None:
     assert metrics["fleet/false_proofs"] == num_false
     assert metrics["fleet/left_out"] == (num_false == 2)
     assert a.prompts == [] or num_false == 1
-    assert (
-        "a: its log-probs of fixed tokens are not the policy's: mean |difference| 1.0"
-        in (warnings[0])
+    assert warnings[0].startswith(
+        "a: sampler and policy disagree on fixed tokens: mean |difference| 1.00e+00 nats"
     )
 
 

@@ -297,8 +297,9 @@ def requests() -> Iterator[Request]:
     return iter([Request([make_prompt(name)], PARAMS) for name in "abc"])
 
 
-@pytest.mark.parametrize("max_restarts", [0, 1])
-def test_only_the_main_thread_makes_a_new_engine(max_restarts: int) -> None:
+@pytest.mark.parametrize(("max_restarts", "max_staleness"), [(0, 1), (1, 1), (0, 2), (1, 2)])
+def test_only_the_main_thread_makes_a_new_engine(max_restarts: int, max_staleness: int) -> None:
+    """Nor do the batches that are under way after the one whose engine failed."""
     threads: list[Any] = []
     engines = Engines(fails())
     made = engines.make
@@ -310,7 +311,7 @@ def test_only_the_main_thread_makes_a_new_engine(max_restarts: int) -> None:
     sampler = RestartingSampler(
         make, max_restarts=max_restarts, timeout_s=LONG_S, on_restart=engines.warnings.append
     )
-    with RolloutWorker(sampler, FakeReward(), requests(), overlap=True) as worker:
+    with RolloutWorker(sampler, FakeReward(), requests(), max_staleness=max_staleness) as worker:
         if not max_restarts:
             with pytest.raises(EngineError, match="failed at 0"):
                 worker.next_batch(ADAPTER)

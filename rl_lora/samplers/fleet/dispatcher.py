@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from rl_lora.errors import EngineError, StaleAdapterError, UserError
 from rl_lora.sampler import BASE_VERSION
 from rl_lora.samplers.fleet.members import Answers, Condition, Counters, Member, Task
 from rl_lora.samplers.fleet.proofs import Prover
 from rl_lora.samplers.fleet.replica import AdapterFiles, Proof, Replica
-from rl_lora.types import Adapter
+from rl_lora.types import Adapter, Probe
 
 _MAX_FALSE_PROOFS = 2  # in a row, after which a replica is left out
 _TICK_S = 1.0  # between two looks at the replicas' progress
@@ -33,12 +31,12 @@ _TICK_S = 1.0  # between two looks at the replicas' progress
 class Target:
     """The version that every replica is to have.
 
-    Example: Target(adapter=Adapter(version=3, ...), files=AdapterFiles(...), expected=None)
+    Example: Target(adapter=Adapter(version=3, ...), files=AdapterFiles(...), probe=Probe(...))
     """
 
     adapter: Adapter | None  # None: the base model
     files: AdapterFiles | None
-    expected: torch.Tensor | None  # the policy's log-probs of the probes; None: unknown
+    probe: Probe | None  # the policy's log-probs; None: unknown
 
     @property
     def version(self) -> int:
@@ -176,7 +174,8 @@ class Dispatcher:
         target = self._target
         assert target is not None
         member.condition = Condition.LOADING
-        load = partial(member.replica.load, target.adapter, target.files, self._prover.probes_N)
+        probes_N = () if target.probe is None else target.probe.token_ids_N
+        load = partial(member.replica.load, target.adapter, target.files, probes_N)
         self._follow(member, load, partial(self._on_proof, target))
 
     def _follow(
@@ -216,7 +215,7 @@ class Dispatcher:
         self._review()
 
     def _on_proof(self, target: Target, member: Member, proof: Proof) -> None:
-        if fault := self._prover.fault(proof, target.adapter, target.expected):
+        if fault := self._prover.fault(proof, target.adapter, target.probe):
             self._on_false_proof(member, fault)
             return
         member.condition, member.version = Condition.READY, target.version

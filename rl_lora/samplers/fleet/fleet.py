@@ -38,6 +38,7 @@ class FleetSampler:
         timeout_s: without a token, after which a replica hangs; also the time for starting one.
         on_warning: called with one line where a replica failed, in another thread.
         on_progress: called with (completions done, in all, tokens sampled).
+        at_end: called once when all replicas are closed.
 
     Raises:
         UserError: the job's samplers cannot be started.
@@ -57,8 +58,9 @@ class FleetSampler:
         timeout_s: float,
         on_warning: Callable[[str], None],
         on_progress: OnProgress | None = None,
+        at_end: Callable[[], None] | None = None,
     ) -> None:
-        self._prover, self._on_progress = prover, on_progress
+        self._prover, self._on_progress, self._at_end = prover, on_progress, at_end
         self._dispatcher = Dispatcher(
             replicas,
             prover,
@@ -86,7 +88,7 @@ class FleetSampler:
         """
         started = time.monotonic()
         files = None if adapter is None else AdapterFiles.read(adapter)
-        target = Target(adapter, files, self._prover.expected(adapter))
+        target = Target(adapter, files, self._prover.probe(adapter))
         self._wait(self._dispatcher.set_target(target))
         counters = self._dispatcher.counters
         counters.handover_bytes = 0 if files is None else files.num_bytes
@@ -151,6 +153,9 @@ class FleetSampler:
     def close(self) -> None:
         """Closes all replicas; a second call does nothing."""
         self._dispatcher.close()
+        if self._at_end is not None:
+            self._at_end()
+            self._at_end = None
 
     def _wait(self, answers: Answers, check: Callable[[], None] = lambda: None) -> Any:
         def check_both() -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from rl_lora import distributed
+from rl_lora.errors import StaleAdapterError
 from rl_lora.policy import Policy
 from rl_lora.sampler import BASE_VERSION
 from rl_lora.samplers.fleet.replica import Proof
-from rl_lora.samplers.liveness import distance, policy_logprobs, probe_tokens, tolerances
-from rl_lora.types import Adapter, Prompt
+from rl_lora.samplers.liveness import base_probe, compare, make_probe
+from rl_lora.types import Adapter, Probe, Prompt
 
 
 class Prover:
@@ -24,38 +23,39 @@ class Prover:
     """
 
     def __init__(self, policy: Policy, prompts: Sequence[Prompt], max_kl: float | None) -> None:
-        self.policy = policy
-        self.probes_N = probe_tokens(prompts)
-        _, self._limit = tolerances(policy.dtype, max_kl)
+        self._policy, self._prompts, self._max_kl = policy, prompts, max_kl
 
-    def expected(self, adapter: Adapter | None) -> torch.Tensor | None:
-        """The policy's log-probs of the probes, one after another, in nats; None where it no longer
-        has this version. If the policy is sharded, all ranks call it."""
-        policy = self.policy
+    def probe(self, adapter: Adapter | None) -> Probe | None:
+        """The policy's log-probs under this version; None where they can no longer be had.
+
+        Where the version does not bring them along, the policy computes them, in the main thread
+        and on all ranks.
+        """
+        policy, prompts, max_kl = self._policy, self._prompts, self._max_kl
         if adapter is None:
-            if not policy.has_base:
-                return None
-            return policy_logprobs(policy, self.probes_N, adapter_off=True)
+            return base_probe(policy, prompts, max_kl) if policy.has_base else None
+        if adapter.probe is not None:
+            return adapter.probe
         has_version = policy.fingerprint() == adapter.fingerprint
-        if policy.is_sharded:  # only rank 0 may have gathered the weights
-            has_version = distributed.gather(has_version, f"the proof of {adapter.name}")[0]
-        return policy_logprobs(policy, self.probes_N) if has_version else None
+        # Of a sharded policy only rank 0 has gathered the weights.
+        if distributed.gather(has_version, f"the proof of {adapter.name}")[0]:
+            return make_probe(policy, prompts, max_kl)
+        return None
 
-    def fault(self, proof: Proof, adapter: Adapter | None, expected: torch.Tensor | None) -> str:
+    def fault(self, proof: Proof, adapter: Adapter | None, probe: Probe | None) -> str:
         """What is wrong with a proof; empty: nothing."""
         version = BASE_VERSION if adapter is None else adapter.version
         if proof.version != version:
             return f"it answered with adapter version {proof.version}, and {version} was sent"
         if adapter is not None and proof.fingerprint != adapter.fingerprint:
             return f"it loaded other weights than those of {adapter.name}"
-        if expected is None:
+        if probe is None:
             return ""
-        found = torch.tensor([value for logprobs in proof.logprobs_N for value in logprobs])
-        if found.shape != expected.shape:
-            return f"it scored {len(found)} fixed tokens of {len(expected)}"
-        if (apart := distance(found, expected)) < self._limit:
-            return ""
-        return (
-            f"its log-probs of fixed tokens are not the policy's: mean |difference| {apart:.2e} "
-            f"nats, limit {self._limit:.0e}"
-        )
+        expected = [len(logprobs) for logprobs in probe.logprobs_N]
+        if (lengths := [len(logprobs) for logprobs in proof.logprobs_N]) != expected:
+            return f"it scored {lengths} fixed tokens of {expected}"
+        try:
+            compare(probe, proof.logprobs_N)
+        except StaleAdapterError as error:
+            return str(error)
+        return ""

@@ -56,7 +56,7 @@ def server_command(config: RunConfig, model_dir: Path, port: int) -> str:
     words += ["--max-num-seqs", str(num_seqs), "--enable-lora"]
     words += ["--max-lora-rank", str(lora_settings(config.lora, dtype)["max_lora_rank"])]
     # The versions that samples are under way from, the newest, and the one that replaces it.
-    words += ["--max-loras", str(int(config.sampling.overlap) + 2)]
+    words += ["--max-loras", str(config.sampling.max_staleness + 2)]
     words += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out"]
     if has_own_head(model_dir, model_config):
         words += ["--hf-overrides", json.dumps({"tie_word_embeddings": False})]

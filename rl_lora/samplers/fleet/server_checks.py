@@ -6,6 +6,7 @@ All is found out by asking: a server tells its flags only in its development mod
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,7 +168,7 @@ async def _check_sampling(client: ServerClient, facts: ServerFacts) -> None:
         raise UserError(
             f"resources.servers: {client.url} refuses log-probs: {answer.described()} ({HINT})"
         )
-    _, logprobs_T, _ = sampled(answer, facts.model, _NUM_SAMPLED)
+    _, logprobs_T, _ = sampled(answer, facts.model, _NUM_SAMPLED, sys.maxsize)
     scored(answer, facts.model, _PROBE)
     if any(logprobs_T):
         raise missing(

@@ -167,8 +167,8 @@ def check_resources(
     for name in ("eager", "attention_backend", "merge_adapter", "memory_fraction"):
         if getattr(sampling, name) is not None:
             raise ValueError(
-                f"sampling.{name} has no effect on resources.servers, which are started with flags "
-                "of their own; remove it"
+                f"sampling.{name} has no effect on resources.servers, which have their own flags; "
+                "remove it"
             )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rl_lora.config import parse_config
 from rl_lora.errors import UserError
+from rl_lora.runs.record import check_same_job
 
 SERVERS = ["http://one:8000", "http://two:8000"]
 
@@ -73,6 +75,13 @@ def test_addresses_and_a_password_in_one() -> None:
     with pytest.raises(UserError, match="VLLM_API_KEY") as caught:
         parse_config({"resources": {"servers": ["http://me:s3cret@one:8000"]}})
     assert "s3cret" not in str(caught.value)
+
+
+def test_a_resumed_job_may_sample_elsewhere() -> None:
+    old = parse_config({"resources": {"samplers": 2}}).model_dump(mode="json")
+    servers = parse_config({"resources": {"servers": SERVERS, "servers_folder": "/mnt"}})
+    check_same_job(old, servers, Path("step_000001"), "float32")
+    check_same_job(old, parse_config({}), Path("step_000001"), "float32")
 
 
 def test_torch_samplers_elsewhere_may_run_ahead() -> None:

@@ -207,6 +207,8 @@ class FakeServer:
                 del choice["token_ids"][1:], choice["logprobs"]["content"][1:]
             case "text tokens":
                 choice["token_ids"] = [str(token) for token in choice["token_ids"]]
+            case "unknown token":
+                choice["token_ids"][0] = choice["logprobs"]["content"][0]["token_id"] = VOCAB
             case "aborted":
                 choice["finish_reason"] = "abort"
             case "no choice":

@@ -17,7 +17,7 @@ import httpx
 
 from rl_lora.commands.serve_command import job_lines
 
-START_S = 300.0
+START_S = 600.0
 
 
 def free_port() -> int:

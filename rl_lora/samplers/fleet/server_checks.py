@@ -6,6 +6,7 @@ All is found out by asking: a server tells its flags only in its development mod
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,8 @@ async def check_server(client: ServerClient, max_model_len: int) -> ServerFacts:
     facts = await _facts(client, max_model_len)
     if await tokens_so_far(client) is None:
         raise UserError(
-            f"resources.servers: {client.url} does not count its tokens, and a slow server could "
-            "not be told from one that hangs; start it without --disable-log-stats"
+            f"resources.servers: {client.url} does not count its tokens, and a slow server "
+            "cannot be distinguished from one that hangs; start it without --disable-log-stats"
         )
     await _check_adapters(client)
     await _check_sampling(client, facts)
@@ -167,7 +168,7 @@ async def _check_sampling(client: ServerClient, facts: ServerFacts) -> None:
         raise UserError(
             f"resources.servers: {client.url} refuses log-probs: {answer.described()} ({HINT})"
         )
-    _, logprobs_T, _ = sampled(answer, facts.model, _NUM_SAMPLED)
+    _, logprobs_T, _ = sampled(answer, facts.model, _NUM_SAMPLED, sys.maxsize)
     scored(answer, facts.model, _PROBE)
     if any(logprobs_T):
         raise missing(

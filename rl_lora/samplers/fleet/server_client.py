@@ -14,7 +14,8 @@ import httpx
 from rl_lora.samplers.fleet.replica import ReplicaError
 
 API_KEY = "VLLM_API_KEY"  # environment variable, also vLLM's own
-CONNECT_S = 10.0  # until a connection is there
+# A busy learner may not get to see for seconds that a connection is there.
+CONNECT_S = 60.0
 CONTROL_S = 60.0  # for an answer about the server itself
 LOAD_S = 600.0  # for reading an adapter from a shared file system
 CONTROL_BYTES = 4 * 2**20  # of an answer about the server itself

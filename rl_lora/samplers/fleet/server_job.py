@@ -24,6 +24,7 @@ from rl_lora.samplers.vllm.settings import (
     GPU_NUM_SEQS,
     ServedPolicy,
     lora_settings,
+    text_config,
 )
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def server_replicas(
         tokenizer=tokenizer,
         end_token_ids=end_token_ids,
         max_model_len=max_model_len,
+        vocab_size=text_config(policy.model_dir).vocab_size,
         max_samples=max_num_seqs(sampling, policy.device),
         max_lora_rank=lora_settings(policy.lora, policy.dtype)["max_lora_rank"],
         wait_s=sampling.timeout_s,

@@ -55,7 +55,7 @@ def scoring_settings() -> dict[str, Any]:
 
 
 def sampled(
-    answer: Answer, model: str, max_tokens: int
+    answer: Answer, model: str, max_tokens: int, vocab_size: int
 ) -> tuple[tuple[int, ...], tuple[float, ...], bool]:
     """An answer's completion: token ids, their log-probs in nats, and whether it is truncated.
 
@@ -75,8 +75,10 @@ def sampled(
     if reason not in ("stop", "length"):
         raise ReplicaError(f"{answer.url} ended a sample with {str(reason)[:40]!r}")
     is_truncated = reason == "length"
-    if scored_ids != token_ids or not all(type(token) is int for token in token_ids):
+    if scored_ids != token_ids:
         raise _nonsense(answer, "whose log-probs are of other tokens")
+    if not all(type(token) is int and 0 <= token < vocab_size for token in token_ids):
+        raise _nonsense(answer, "with tokens that the model does not have")
     if len(token_ids) > max_tokens or (is_truncated and len(token_ids) < max_tokens):
         raise _nonsense(answer, f"of {len(token_ids)} tokens, where {max_tokens} were asked for")
     if not all(_NO_LOGPROB < logprob < 1e-3 for logprob in logprobs_T):  # NaN neither

@@ -1,4 +1,4 @@
-"""A `Replica` on a running `vllm serve`, for those who have a fleet of their own.
+"""A `Replica` on a running `vllm serve`, for those who run their own fleet.
 
 Token ids go in; token ids with log-probs come out (`/inference/v1/generate`), one request per
 sample, each with its own seed. An adapter goes through a folder that the server sees as well
@@ -56,13 +56,14 @@ _CLOSE_S = 2.0  # for taking leave of a server
 class ServedJob:
     """What a job's replicas on servers have in common.
 
-    Example: ServedJob(tokenizer=..., end_token_ids=(2,), max_model_len=2048, max_samples=256,
-    max_lora_rank=1, wait_s=600.0, versions=SharedVersions(Path("/mnt/runs/q/served")))
+    Example: ServedJob(tokenizer=..., end_token_ids=(2,), max_model_len=2048, vocab_size=32000,
+    max_samples=256, max_lora_rank=1, wait_s=600.0, versions=SharedVersions(Path("/mnt/q/served")))
     """
 
     tokenizer: PreTrainedTokenizerBase
     end_token_ids: tuple[int, ...]  # that end a completion
     max_model_len: int  # tokens of the longest prompt with its longest completion
+    vocab_size: int
     max_samples: int  # sent to a server at once
     max_lora_rank: int  # that a server needs
     wait_s: float  # for a server that has gone to come back
@@ -341,7 +342,9 @@ class HttpReplica:
         answer = await self._generate(
             server, loaded, group.prompt.token_ids, sampling, params.max_tokens
         )
-        token_ids, logprobs_T, is_truncated = sampled(answer, loaded.model, params.max_tokens)
+        token_ids, logprobs_T, is_truncated = sampled(
+            answer, loaded.model, params.max_tokens, self._job.vocab_size
+        )
         text = self._job.tokenizer.decode(list(token_ids), skip_special_tokens=True)
         self._num_done += 1
         return Completion(token_ids, text, logprobs_T, is_truncated, loaded.version)

@@ -43,7 +43,8 @@ class Tokenizer:
 
 
 def make_job(folder: Path, **options: Any) -> ServedJob:
-    options = {"max_model_len": 32, "max_samples": 8, "max_lora_rank": 1, "wait_s": 20.0} | options
+    options = {"vocab_size": 50, "max_samples": 8, "max_lora_rank": 1, "wait_s": 20.0} | options
+    options = {"max_model_len": 32} | options
     versions = SharedVersions(folder / "served")
     return ServedJob(Tokenizer(), (2, 7), versions=versions, **options)  # type: ignore[arg-type]
 
@@ -233,6 +234,7 @@ FAULTS = {
     "too many tokens": "of 54 tokens, where 6 were asked for",
     "too few tokens": "of 1 tokens, where 6 were asked for",
     "text tokens": "log-probs are of other tokens",
+    "unknown token": "with tokens that the model does not have",
     "aborted": "ended a sample with 'abort'",
     "no choice": "without token ids",
     "two choices": "without token ids",

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from pathlib import Path
 
 import pytest
-import torch
 
 from rl_lora.errors import EngineError, UserError
 from rl_lora.samplers.fleet.fleet import FleetSampler
@@ -16,7 +14,7 @@ from rl_lora.samplers.fleet.proofs import Prover
 from rl_lora.samplers.fleet.replica import GroupRequest
 from rl_lora.samplers.fleet.servers import HttpReplica
 from rl_lora.seeds import sample_seeds
-from rl_lora.types import Adapter, Completion, Prompt
+from rl_lora.types import Adapter, Completion, Probe, Prompt
 from tests.helpers.fake_server import FakeServer, serving
 from tests.samplers.fleet.test_servers import (
     LIMIT_S,
@@ -35,10 +33,11 @@ class HashProver(Prover):
     """Whose policy is the stand-in's hash."""
 
     def __init__(self) -> None:
-        self.probes_N, self._limit = PROBES_N, 1e-6
+        pass
 
-    def expected(self, adapter: Adapter | None) -> torch.Tensor | None:
-        return torch.tensor(list(chain(*expected_scores(adapter))))
+    def probe(self, adapter: Adapter | None) -> Probe | None:
+        logprobs_N = tuple(tuple(logprobs) for logprobs in expected_scores(adapter))
+        return Probe(tuple(PROBES_N), logprobs_N, limit=1e-6)
 
 
 def expected_groups(adapter: Adapter | None) -> list[list[Completion]]:
@@ -124,7 +123,7 @@ def test_a_server_that_computes_with_an_old_adapter_is_left_out(
     fleet.set_adapter(versions[2])
     stale.fault = "" if fleet.metrics()["fleet/left_out"] else "stale"
     assert fleet.sample(PROMPTS, PARAMS) == expected_groups(versions[2])
-    assert f"{urls[1]}: its log-probs of fixed tokens are not the policy's" in told[0]
+    assert f"{urls[1]}: sampler and policy disagree on fixed tokens" in told[0]
 
 
 @pytest.mark.faults

@@ -23,6 +23,7 @@ from rl_lora.samplers.fleet.shared_versions import SharedVersions
 from rl_lora.samplers.vllm.sampler import VllmSampler
 from rl_lora.seeds import sample_seeds
 from rl_lora.types import Adapter, Completion
+from tests.helpers.tiny_models import VOCAB
 from tests.helpers.vllm_servers import free_port, kill, vllm_server
 from tests.samplers.test_vllm_sampler import (
     CONTEXT,
@@ -36,7 +37,7 @@ from tests.samplers.test_vllm_sampler import (
     publish,
 )
 
-LIMIT_S = 300.0
+LIMIT_S = 600.0
 PROBES_N = [tuple(range(20, 60)), (5, 6, 7)]
 # On a CPU the engine in the process draws by other numbers than vLLM's sampler; greedy samples and
 # log-probs do not depend on them.
@@ -44,7 +45,7 @@ GREEDY = replace(PARAMS, temperature=0.0, num_samples=1)
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.usefixtures("vllm_installed"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a server on the CPU"),
 ]
@@ -121,7 +122,7 @@ def test_a_server_samples_as_the_engine_in_the_process_and_is_proved_after_a_res
     job_file, port, log = tmp_path / "job.toml", free_port(), tmp_path / "server.log"
     job_file.write_text(JOB.format(model=model_dir, prompt=CONTEXT - 12))
     job = ServedJob(
-        AutoTokenizer.from_pretrained(model_dir), (END,), CONTEXT, 16, 1, LIMIT_S,
+        AutoTokenizer.from_pretrained(model_dir), (END,), CONTEXT, VOCAB, 16, 1, LIMIT_S,
         SharedVersions(tmp_path / "served"),
     )  # fmt: skip
     with ExitStack() as stack:

@@ -8,6 +8,7 @@ the wrong version, and one that Ray restarts by itself would have the base model
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -35,9 +36,9 @@ class EngineActor:
         self._host = Host(spec, folder, num_threads)
         self._turn, self._turns = 0, asyncio.Condition()
 
-    async def start(self) -> int:
-        """`Replica.max_samples`, once the engine is there."""
-        return await asyncio.wrap_future(self._host.started)
+    async def start(self) -> tuple[int, int]:
+        """`Replica.max_samples`, once the engine is there, and the process's number."""
+        return await asyncio.wrap_future(self._host.started), os.getpid()
 
     async def load(
         self,
@@ -84,7 +85,7 @@ class RayReplica:
     def __init__(
         self, name: str, cluster: RayCluster, spec: EngineSpec, shipped: ShippedFiles
     ) -> None:
-        self.name, self.max_samples = name, 0
+        self.name, self.max_samples, self.process_id = name, 0, 0
         self._cluster, self._spec, self._shipped = cluster, spec, shipped
         self._actor: Any = None
         self._num_calls = 0
@@ -146,8 +147,8 @@ class RayReplica:
         self._num_calls += 1
         return self._num_calls - 1
 
-    def _on_started(self, max_samples: int) -> None:
-        self.max_samples = max_samples
+    def _on_started(self, found: tuple[int, int]) -> None:
+        self.max_samples, self.process_id = found
 
     def _end(self) -> None:
         if self._actor is None:

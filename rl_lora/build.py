@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import Reward
 from rl_lora import distributed
 from rl_lora.config import ModelSection, OptimSection, RunConfig, SamplingSection
-from rl_lora.config.algorithm import Algorithm, imported, load_algorithm, user_code
-from rl_lora.config.checks import SAMPLERS
+from rl_lora.config.algorithm import Algorithm, load_algorithm, user_code
 from rl_lora.errors import UserError
 from rl_lora.launchers.environment import num_restarts
 from rl_lora.launchers.interruption import Interrupted
+from rl_lora.samplers.make import has_own_weights, load_sampler_class, sampler_maker
 from rl_lora.scoring import check_sources, functions_of, make_reward
 from rl_lora.seeds import mix_seed
 from rl_lora.storage.directories import disk_errors
@@ -89,7 +87,7 @@ def open_run(
 
         load_sampler_class(config.sampling.backend)
         model_dir, tokenizer, context = open_model(config.model, on_note)
-        if config.sampling.backend == "vllm":
+        if config.sampling.backend == "vllm" and not config.resources.servers:
             check_vllm(model_dir, config)
         prompts = _load_prompts(config, reward, model_dir, tokenizer, context)
         for note in (*user_code(config), *prompts.notes):
@@ -105,15 +103,22 @@ def open_run(
         on_loaded(policy, prompts)
         template = config.data.template, config.data.chat_template_kwargs
         num_steps = config.run.num_steps if num_steps is None else num_steps
-        sampler = make_sampler(
-            with_compilation(config.sampling, policy.device, num_steps, on_note),
-            policy,
-            end_token_ids=end_token_ids(model_dir, tokenizer, *template),
-            max_model_len=min(context, _longest(config, prompts)),
-            on_warning=on_warning,
-            on_progress=on_progress,
-            learner_bytes=_bytes_to_come(config, policy),
-        )
+        sampling = config.sampling
+        if not config.resources.servers:
+            sampling = with_compilation(sampling, policy.device, num_steps, on_note)
+        options: dict[str, Any] = {
+            "end_token_ids": end_token_ids(model_dir, tokenizer, *template),
+            "max_model_len": min(context, _longest(config, prompts)),
+            "on_warning": on_warning,
+            "on_progress": on_progress,
+        }
+        if config.resources.is_remote:
+            from rl_lora.samplers.fleet.job import make_fleet
+
+            sampler = make_fleet(config, policy, prompts.eval, sampling=sampling, **options)
+        else:
+            options["learner_bytes"] = _bytes_to_come(config, policy)
+            sampler = make_sampler(sampling, policy, **options)
         stack.callback(sampler.close)
         yield RunContext(config, tokenizer, prompts, reward, policy, algorithm, sampler)
 
@@ -228,15 +233,6 @@ def make_learner(
     )
 
 
-def load_sampler_class(backend: str) -> Callable[..., Sampler]:
-    """The class of `sampling.backend`: a row of SAMPLERS, or the user's own "module:Class".
-
-    Raises:
-        UserError: no such module, or no such class in it.
-    """
-    return imported(SAMPLERS.get(backend, backend), "sampling.backend")
-
-
 # limits: what samplers are made with, as keywords
 def make_sampler(
     section: SamplingSection,
@@ -267,27 +263,21 @@ def make_sampler(
         UserError: it cannot be used.
     """
     from rl_lora.samplers.restarts import RestartingSampler
-    from rl_lora.samplers.vllm.settings import engine_options
 
-    sampler_class = load_sampler_class(section.backend)
-    has_engine = getattr(sampler_class, "has_own_weights", False)
+    has_engine = has_own_weights(section.backend)
     if section.max_staleness and not has_engine:
         raise UserError(
             f"sampling.max_staleness={section.max_staleness}: {section.backend} must have its own "
             "copy of the weights, as the learner changes the policy's meanwhile; declare "
             "has_own_weights = True in the class, or set sampling.max_staleness=0"
         )
-    options: dict[str, Any] = {}
-    if "engine" in inspect.signature(sampler_class).parameters:
-        options["engine"] = engine_options(section, policy.device, learner_bytes)
-    make = partial(
-        sampler_class,
+    make = sampler_maker(
+        section,
         policy,
         end_token_ids=end_token_ids,
         max_model_len=max_model_len,
-        max_num_seqs=section.max_num_seqs,
         on_progress=on_progress,
-        **options,
+        learner_bytes=learner_bytes,
     )
     if not has_engine:
         return make()

@@ -40,7 +40,7 @@ from rl_lora.data.stream import PromptStream
 from rl_lora.errors import EngineError
 from rl_lora.launchers import interruption
 from rl_lora.rollouts import Scoring, sample_and_score, scoring_thread
-from rl_lora.sampler import OnProgress, Sampler, switches_while_sampling
+from rl_lora.sampler import OnProgress, Sampler, is_on_rank_0, switches_while_sampling
 from rl_lora.seeds import mix_seed
 from rl_lora.types import Adapter, Prompt, SampleParams
 
@@ -249,7 +249,8 @@ class RolloutWorker:
         return _Job(request, adapter, self._scoring(request), self._has_version, Future())
 
     def _scoring(self, request: Request) -> Scoring:
-        return Scoring(request.prompts_N, self._reward, self._scorer)
+        on_rank_0 = is_on_rank_0(self._sampler)
+        return Scoring(request.prompts_N, self._reward, self._scorer, is_on_rank_0=on_rank_0)
 
     def _sample(self, job: _Job) -> _Sampled:
         """Any thread's; checks the version of a sampler that runs ahead in this process."""

@@ -14,7 +14,7 @@ from rl_lora import distributed
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.launchers import interruption
 from rl_lora.launchers.interruption import Interrupted
-from rl_lora.sampler import OnGroup, Sampler
+from rl_lora.sampler import OnGroup, Sampler, is_on_rank_0
 from rl_lora.scoring import functions_of, score_best
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, SampleParams
 
@@ -59,7 +59,9 @@ def rollout(
     with scoring_thread() as thread:
         if not hasattr(reward, "score_batch"):
             reward = FunctionReward(getattr(reward, "__name__", "reward"), reward)
-        scoring = Scoring(prompts_N, cast("Reward", reward), thread)
+        scoring = Scoring(
+            prompts_N, cast("Reward", reward), thread, is_on_rank_0=is_on_rank_0(sampler)
+        )
         groups_N = sample_and_score(sampler, scoring, params, version=None).groups()
     sampler.release_memory()
     return groups_N
@@ -170,14 +172,22 @@ class Scoring:
         prompts_N: of the whole batch, the same on all ranks.
         reward: scores the completions.
         thread: an executor with one worker: batches that share it are scored one after another.
+        is_on_rank_0: rank 0 samples and scores all prompts.
     """
 
-    def __init__(self, prompts_N: Sequence[Prompt], reward: Reward, thread: Executor) -> None:
+    def __init__(
+        self,
+        prompts_N: Sequence[Prompt],
+        reward: Reward,
+        thread: Executor,
+        *,
+        is_on_rank_0: bool = False,
+    ) -> None:
         self.seconds = 0.0  # of work by the thread on this batch
         # Of the sampler's engine since the batch before; after `groups` those of all ranks.
         self.num_restarts = 0
         self.prompts_N, self._reward, self._thread = prompts_N, reward, thread
-        self.own = own_share(prompts_N)
+        self.own = own_share(prompts_N, is_on_rank_0=is_on_rank_0)
         self._waiting: deque[tuple[int, list[Completion]]] = deque()
         self._jobs: list[Future[None]] = []
         self._groups: dict[int, RolloutGroup] = {}
@@ -250,12 +260,12 @@ class Scoring:
         self.seconds += time.perf_counter() - start
 
 
-def own_share(prompts_N: Sequence[Prompt]) -> list[int]:
+def own_share(prompts_N: Sequence[Prompt], *, is_on_rank_0: bool = False) -> list[int]:
     """Indices of the prompts that this process samples: the ranks get equally many, and long ones
     are dealt out evenly. A prompt that occurs twice stays with one rank, which counts its
     occurrences for the seeds."""
-    if distributed.world_size() == 1:
-        return list(range(len(prompts_N)))
+    if distributed.world_size() == 1 or is_on_rank_0:
+        return list(range(len(prompts_N))) if distributed.is_main() else []
     places: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts_N):
         places.setdefault(prompt.prompt_id, []).append(index)

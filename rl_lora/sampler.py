@@ -54,6 +54,11 @@ class Sampler(Protocol):
         """Frees the engine; a second call does nothing."""
 
 
+def is_on_rank_0(sampler: Sampler) -> bool:
+    """Whether rank 0 samples for all ranks; else each samples its share."""
+    return getattr(sampler, "is_on_rank_0", False)
+
+
 def switches_while_sampling(sampler: Sampler) -> bool:
     """Whether the sampler's version may change between the groups of a batch."""
     return getattr(sampler, "switches_while_sampling", False)

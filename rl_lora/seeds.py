@@ -31,7 +31,10 @@ def sample_seed(batch_seed: int, prompt_id: str, sample_index: int, occurrence: 
 
 def sample_seeds(prompts_N: Sequence[Prompt], params: SampleParams) -> list[list[int]]:
     """[N][G] seeds of a whole batch. A prompt that occurs twice gets other samples the second time;
-    apart from that, a prompt's seeds do not depend on the rest of the batch."""
+    apart from that, a prompt's seeds do not depend on the rest of the batch. Those of
+    `types.SeededParams` are given."""
+    if given := getattr(params, "seeds_N_G", ()):
+        return [list(seeds_G) for _, seeds_G in zip(prompts_N, given, strict=True)]
     seen: Counter[str] = Counter()
     seeds_N_G = []
     for prompt in prompts_N:

@@ -27,6 +27,7 @@ __all__ = [
     "RolloutGroup",
     "SampleParams",
     "Score",
+    "SeededParams",
     "TrainSample",
 ]
 
@@ -62,6 +63,16 @@ class SampleParams:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()  # strings that end a completion
     seed: int = 0  # of this batch; `seeds.sample_seeds` derives each sample's from it
+
+
+@dataclass(frozen=True, slots=True)
+class SeededParams(SampleParams):
+    """Of a call in which each sample's seed is given; `seed` is then not used.
+
+    Example: SeededParams(num_samples=2, max_tokens=96, temperature=1.0, seeds_N_G=((17, 4093),))
+    """
+
+    seeds_N_G: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

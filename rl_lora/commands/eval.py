@@ -252,7 +252,7 @@ def _evaluation_config(
         update["lora"] = config.lora.model_copy(update=lora)
     config = config.model_copy(update=update)
     try:
-        check_served(config.lora, config.sampling)
+        check_served(config.lora, config.sampling, config.resources)
     except ValueError as error:
         raise UserError(f"adapter {adapter_dirs[0]}: {error}") from error
     return config

@@ -1,13 +1,15 @@
-"""`rl-lora serve-command`: the lines that serve an adapter with vLLM, and load it with PEFT."""
+"""`rl-lora serve-command`: the lines that serve an adapter with vLLM, and load it with PEFT; for a
+job's config, the line of a server that the job can sample from (`resources.servers`)."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rl_lora.commands.job_arguments import add_source
+from rl_lora.commands.job_arguments import add_overrides, add_source
 from rl_lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "rl-lora serve-command runs/quickstart",
     "rl-lora serve-command runs/quickstart/best --port 8001",
+    "rl-lora serve-command job.toml lora.rank=8",
 )
 _PEFT = """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,17 +30,52 @@ model = PeftModel.from_pretrained(base, {adapter!r})"""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.description = "Print the lines that serve an adapter with vLLM, and load it with PEFT."
+    parser.description = (
+        "Print the lines that serve an adapter with vLLM, and load it with PEFT; for a job's "
+        "config (JOB.toml), the line that starts a server for resources.servers."
+    )
     add_source(parser)
+    add_overrides(parser, example="lora.rank=8, of a job's config")
     parser.add_argument("--port", type=int, default=8000, help="of the server (default: 8000)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the lines. Raises UserError for a bad adapter, or one without a base model."""
+    """Prints the lines. Raises UserError for a bad adapter, one without a base model, or a bad
+    config."""
     from rl_lora.commands.served import read_served
 
-    print("\n".join(lines(read_served(arguments.source, arguments.base), arguments.port)))
+    source, overrides = arguments.source, arguments.overrides
+    if source.suffix == ".toml":
+        print("\n".join(job_lines(source, overrides, arguments.port)))
+        return 0
+    if overrides:
+        raise UserError(
+            f"{overrides[0]} is a job's setting, and {source} is no job's config (JOB.toml); "
+            "remove it"
+        )
+    print("\n".join(lines(read_served(source, arguments.base), arguments.port)))
     return 0
+
+
+def job_lines(path: Path, overrides: list[str], port: int) -> list[str]:
+    """What is printed for a job: how to start a server, and how to train with it.
+
+    Raises UserError for a bad config, or one that vLLM's servers cannot sample for.
+    """
+    from rl_lora.config import load_config
+    from rl_lora.models.resolve import resolve_model
+    from rl_lora.samplers.fleet.server_job import server_command
+
+    address = f'resources.servers=["http://localhost:{port}"]'
+    config = load_config(path, [*overrides, address])
+    train = ["rl-lora", "train", str(path), *overrides, address]
+    return [
+        f"# one server for each engine; each sees {config.run.folder} under the same path, or",
+        "# resources.servers_folder (vLLM 0.26: without --enable-scale-out)",
+        server_command(config, resolve_model(config.model), port),
+        "# then, with the addresses of all servers",
+        shlex.join(train),
+    ]
 
 
 def lines(served: Served, port: int) -> list[str]:

@@ -15,6 +15,7 @@ from rl_lora.config.sections import (
     LoraSection as LoraSection,
     ModelSection as ModelSection,
     OptimSection as OptimSection,
+    ResourcesSection as ResourcesSection,
     RewardSection as RewardSection,
     RewardTermSection as RewardTermSection,
     RunConfig as RunConfig,

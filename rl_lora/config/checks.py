@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from rl_lora.errors import nearest
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
         EvalSection,
         LoraSection,
         OptimSection,
+        ResourcesSection,
         RewardSection,
         RunSection,
         SamplingSection,
@@ -119,15 +121,86 @@ def check_variant(lora: LoraSection, optim: OptimSection) -> None:
         )
 
 
-def check_served(lora: LoraSection, sampling: SamplingSection) -> None:
+def check_resources(
+    resources: ResourcesSection, lora: LoraSection, sampling: SamplingSection
+) -> None:
+    """Raises ValueError for samplers in two places, or servers that cannot serve the policy."""
+    if resources.gpus_per_sampler is not None and not resources.uses_ray:
+        raise ValueError(
+            f"resources.gpus_per_sampler={resources.gpus_per_sampler} is of samplers in Ray, and "
+            "this job has none; set resources.samplers to 2 or more, or resources.ray_address, or "
+            "remove it"
+        )
+    if not resources.servers:
+        if resources.servers_folder is not None:
+            raise ValueError(
+                "resources.servers_folder is where resources.servers read adapters, and there are "
+                "none; remove it"
+            )
+        return
+    if resources.uses_ray:
+        given = "samplers" if resources.samplers > 1 else "ray_address"
+        raise ValueError(
+            f"resources.servers: the samplers run either on these servers or in Ray "
+            f"(resources.{given}={getattr(resources, given)!r}); remove one of the two"
+        )
+    for url in resources.servers:
+        _check_server_address(url)
+    if len(set(resources.servers)) < len(resources.servers):
+        raise ValueError("resources.servers has an address twice; each is one engine: remove one")
+    if sampling.backend != "vllm":
+        raise ValueError(
+            f"resources.servers are vLLM's, and sampling.backend={sampling.backend!r}; set "
+            'sampling.backend="vllm", or remove resources.servers'
+        )
+    if lora.mode == "full":
+        raise ValueError(
+            "resources.servers take adapters, and lora.mode='full' trains the whole model; set "
+            "lora.mode='lora', or resources.samplers instead of resources.servers"
+        )
+    if lora.lm_head:
+        raise ValueError(
+            "lora.lm_head=true with resources.servers: vLLM's servers on CPUs add the output "
+            "layer's adapter to the base model as well, and on GPUs leave it out of the log-probs "
+            "of given tokens (vllm#51594); set lora.lm_head=false"
+        )
+    for name in ("eager", "attention_backend", "merge_adapter", "memory_fraction"):
+        if getattr(sampling, name) is not None:
+            raise ValueError(
+                f"sampling.{name} has no effect on resources.servers, which have their own flags; "
+                "remove it"
+            )
+
+
+def _check_server_address(url: str) -> None:
+    """Raises ValueError for one that is not http(s)://HOST[:PORT][/PATH]. A password is not shown:
+    addresses are in records and messages."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_address = is_address and parts.port != 0 and not (parts.query or parts.fragment)
+        is_address = is_address and url.isascii() and url.isprintable() and " " not in url
+    except ValueError:  # a port that is no number, or brackets of IPv6 that do not close
+        is_address = False
+    if "@" in url:
+        raise ValueError(
+            "resources.servers: an address with a user or password would be in the run's records; "
+            "leave them out, and set the environment variable VLLM_API_KEY to the server's key"
+        )
+    if not is_address:
+        raise ValueError(f"resources.servers: {url!r} is not an address; write http://HOST:PORT")
+
+
+def check_served(lora: LoraSection, sampling: SamplingSection, resources: ResourcesSection) -> None:
     """Raises ValueError for adapters that the sampler cannot serve, or staleness without vLLM."""
     in_turns = _in_turns(sampling)
-    if sampling.max_staleness and sampling.backend == "torch":
+    if sampling.max_staleness and sampling.backend == "torch" and not resources.is_remote:
         # vLLM serves no DoRA adapters.
         other = "" if lora.variant == "dora" else ', or sampling.backend="vllm"'
         raise ValueError(
             f"sampling.max_staleness={sampling.max_staleness}: the torch sampler uses the weights "
-            f"that the learner is updating at the same time; set sampling.max_staleness=0{other}"
+            f"that the learner is updating at the same time; set sampling.max_staleness=0{other}, "
+            "or give it weights elsewhere by resources.samplers=2"
         )
     if sampling.backend != "vllm" or lora.mode == "full":
         return

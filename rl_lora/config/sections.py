@@ -19,6 +19,7 @@ from rl_lora.config.checks import (
     check_kl,
     check_penalties,
     check_pushes,
+    check_resources,
     check_served,
     check_temperatures,
     check_variant,
@@ -314,6 +315,33 @@ class EvalSection(Section):
         return self
 
 
+class ResourcesSection(Section):
+    """Where sampling runs: in the learner's process, in Ray actors, or on servers."""
+
+    # Engines. More than one run in Ray actors (extra `ray`), started by the job itself unless
+    # ray_address says otherwise.
+    samplers: int = Field(1, ge=1)
+    # GPUs of each of Ray's engines, 0 or 1; none: 1 if the learner has a GPU.
+    gpus_per_sampler: int | None = Field(None, ge=0, le=1)
+    # local: a Ray of this job on this machine; auto: the cluster that this machine belongs to; or a
+    # cluster's address. none: local if there are several samplers.
+    ray_address: str | None = Field(None, min_length=1)
+    servers: tuple[str, ...] = ()  # addresses of running `vllm serve`, each http://HOST:PORT
+    # A folder that this machine and the servers see under the same path, through which they get the
+    # adapters; none: the run's folder.
+    servers_folder: str | None = Field(None, min_length=1)
+
+    @property
+    def uses_ray(self) -> bool:
+        """Whether sampling runs in Ray actors."""
+        return self.samplers > 1 or self.ray_address is not None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether sampling runs outside the learner's process."""
+        return self.uses_ray or bool(self.servers)
+
+
 class RunConfig(Section):
     """An RL job."""
 
@@ -327,12 +355,14 @@ class RunConfig(Section):
     optim: OptimSection = OptimSection()
     warm_start: WarmStartSection = WarmStartSection()
     eval: EvalSection = EvalSection()
+    resources: ResourcesSection = ResourcesSection()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        check_resources(self.resources, self.lora, self.sampling)
         check_variant(self.lora, self.optim)
         check_pushes(self.run, self.lora)
-        check_served(self.lora, self.sampling)
+        check_served(self.lora, self.sampling, self.resources)
         check_temperatures(self.sampling, self.eval)
         check_kl(self.algorithm)
         check_penalties(self.algorithm, self.reward, self.sampling)

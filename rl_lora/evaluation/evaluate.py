@@ -26,7 +26,7 @@ from rl_lora.evaluation.scores import (
     scores_by_source,
 )
 from rl_lora.rollouts import Scoring, sample_and_score, scoring_thread
-from rl_lora.sampler import Sampler
+from rl_lora.sampler import Sampler, is_on_rank_0
 from rl_lora.storage import jsonl
 from rl_lora.types import Prompt, RolloutGroup, SampleParams
 
@@ -133,7 +133,9 @@ def _evaluate_missing(
         evaluation.on_progress(len(done), len(prompts_N), len(prompts))
         start = time.perf_counter()
         with scoring_thread() as thread:
-            scoring = Scoring(prompts, evaluation.reward, thread)
+            scoring = Scoring(
+                prompts, evaluation.reward, thread, is_on_rank_0=is_on_rank_0(sampler)
+            )
             groups = sample_and_score(sampler, scoring, params, version=None).groups()
         versions |= {r.completion.adapter_version for g in groups for r in g.rollouts_G}
         if len(versions) > 1:

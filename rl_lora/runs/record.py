@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl_lora.config import RunConfig, SomeSection, with_present_names
+from rl_lora.config import ResourcesSection, RunConfig, SomeSection, with_present_names
 from rl_lora.errors import UserError
 from rl_lora.runs.inputs import absolute_model, absolute_source
 from rl_lora.runs.log import RECORD_FILE
@@ -33,6 +33,7 @@ _FREE_KEYS = {
     "algorithm": {"max_kl_to_base"},
     "optim": {"max_nonfinite_steps"},
     "eval": {"chunk_samples"},
+    "resources": set(ResourcesSection.model_fields),
 }
 
 

@@ -194,8 +194,22 @@ def make_probe(policy: Policy, prompts: Sequence[Prompt], max_kl: float | None) 
     Samples of older versions differ from the policy by its steps in between, which have no known
     bound; on fixed tokens, under the same version, both sides must agree.
     """
-    token_ids_N = tuple(prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts)
-    logprobs_N = tuple(tuple(_policy_logprobs(policy, [ids]).tolist()) for ids in token_ids_N)
+    return _probe(policy, prompts, max_kl, adapter_off=False)
+
+
+def base_probe(policy: Policy, prompts: Sequence[Prompt], max_kl: float | None) -> Probe:
+    """As `make_probe`, of the base model under the adapter."""
+    return _probe(policy, prompts, max_kl, adapter_off=True)
+
+
+def _probe(
+    policy: Policy, prompts: Sequence[Prompt], max_kl: float | None, *, adapter_off: bool
+) -> Probe:
+    token_ids_N = tuple(_probe_tokens(prompts))
+    logprobs_N = tuple(
+        tuple(_policy_logprobs(policy, [ids], adapter_off=adapter_off).tolist())
+        for ids in token_ids_N
+    )
     return Probe(token_ids_N, logprobs_N, tolerances(policy.dtype, max_kl)[1])
 
 
@@ -249,7 +263,7 @@ def check_at_start(
     Raises:
         StaleAdapterError: a side disagrees, or the probe changes nothing.
     """
-    token_ids_N = [prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts]
+    token_ids_N = _probe_tokens(prompts)
     _, limit = tolerances(policy.dtype, max_kl)
     weights = [local_part(parameter.detach()) for parameter in policy.trainable().values()]
     saved = [weight.clone() for weight in weights]
@@ -320,6 +334,11 @@ def _shake(policy: Policy, shift: float) -> None:
             matrix.copy_(noise * size * (shift * (3 / rank) ** 0.5 / experts.scaling))
 
 
+def _probe_tokens(prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+    """The fixed tokens that both sides score: the end of each prompt."""
+    return [prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts]
+
+
 @torch.no_grad()
 def _policy_logprobs(
     policy: Policy, token_ids_N: Sequence[tuple[int, ...]], *, adapter_off: bool = False
@@ -336,6 +355,7 @@ def _policy_logprobs(
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean |difference|; not a number where there is nothing to compare."""
     return float((a.double() - b.double()).abs().mean())
 
 

@@ -63,7 +63,12 @@ class TorchSampler:
         self.max_model_len = max_model_len or context_length(policy.model.config)
         self.max_num_seqs = max_num_seqs or _SEQUENCES_AT_ONCE
         self.on_progress = on_progress
+        self.num_steps = 0  # decoding steps so far
         self._version = BASE_VERSION
+
+    def progress(self) -> int:
+        """Another value after every token, for any thread."""
+        return self.num_steps
 
     def set_adapter(self, adapter: Adapter | None) -> None:
         """Notes the version; the weights are the policy's own.
@@ -221,6 +226,7 @@ def _decode(
     logits_SV = logits_NV.repeat_interleave(params.num_samples, 0)
     for step in range(params.max_tokens):
         interruption.check()
+        sampler.num_steps += 1
         token_S, logprob_S = _draw(logits_SV, rows.uniforms_ST[:, step], params)
         _record(sampler, rows, token_S.tolist(), logprob_S.tolist(), stops)
         num_live = sum(rows.live)

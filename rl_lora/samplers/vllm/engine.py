@@ -22,7 +22,7 @@ from rl_lora.samplers.vllm.merged_weights import MergedWeights
 from rl_lora.samplers.vllm.own_group import keep_job_groups, own_group
 from rl_lora.samplers.vllm.process import keep_compiled_apart, keep_float32_exact, process_kept
 from rl_lora.samplers.vllm.settings import text_config
-from rl_lora.types import Adapter
+from rl_lora.types import Adapter, Completion
 
 _NO_LORA_TYPES = ("gpt2",)  # model types whose class in vLLM (0.32) has no LoRA layers
 
@@ -216,3 +216,19 @@ def one_line(error: ValueError) -> str:
     """The error's first sentence; for a validation error, that of its first error."""
     text = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
     return " ".join(text.removeprefix("Value error, ").split()).split(". ")[0]
+
+
+def completion_of(output: Any, tokenizer: Any, version: int) -> Completion:
+    """The record of a finished request. Raises EngineError where it was not ended by sampling."""
+    answer = output.outputs[0]
+    if answer.finish_reason not in ("stop", "length"):
+        raise EngineError(f"vLLM ended a sample with {answer.finish_reason!r}")
+    token_ids = tuple(answer.token_ids)
+    assert answer.logprobs.token_ids == list(token_ids)
+    return Completion(
+        token_ids=token_ids,
+        text=tokenizer.decode(list(token_ids), skip_special_tokens=True),
+        sampler_logprobs_T=tuple(answer.logprobs.logprobs),
+        is_truncated=answer.finish_reason == "length",
+        adapter_version=version,
+    )

@@ -28,6 +28,7 @@ from rl_lora.samplers.vllm.engine import (
     check_device,
     check_files,
     compiler_stance,
+    completion_of,
     engine_errors,
     load_lora,
     load_weights,
@@ -347,8 +348,12 @@ class VllmSampler:
         requests: dict[str, _Request],
         on_progress: OnProgress | None,
         on_output: Callable[[Any], None] | None = None,
+        more: Callable[[], dict[str, _Request]] = dict,
     ) -> dict[str, Any]:
-        """The final output of each request, checked to come from the adapter that was set."""
+        """The final output of each request, checked to come from the adapter that was set.
+
+        more: called before every step; its requests are sampled as well.
+        """
         engine = self._live_engine()
         with engine_errors():
             self._wake()
@@ -358,14 +363,14 @@ class VllmSampler:
         num_tokens = 0
         try:
             with compiler_stance(self._never_compiles), torch_random_state_kept(), unbroken():
-                with engine_errors():
-                    for key, (token_ids, params) in requests.items():
-                        tokens = self._vllm.tokens_input(list(token_ids))
-                        engine.add_request(key, tokens, params, lora_request=lora)
-                while engine.has_unfinished_requests():
+                new = requests
+                while new or engine.has_unfinished_requests():
                     if on_output is not None:
                         check()  # for signals: what is sampled can be abandoned
                     with engine_errors():
+                        for key, (token_ids, params) in new.items():
+                            tokens = self._vllm.tokens_input(list(token_ids))
+                            engine.add_request(key, tokens, params, lora_request=lora)
                         step = engine.step()
                     for output in step:
                         if not output.finished:
@@ -378,6 +383,7 @@ class VllmSampler:
                             on_progress(len(outputs), len(requests), num_tokens)
                         if on_output is not None:
                             on_output(output)
+                    requests |= (new := more())
         except (EngineError, Hang):
             raise  # the engine is not used again
         except BaseException:
@@ -386,15 +392,5 @@ class VllmSampler:
         return outputs
 
     def _completion(self, output: Any) -> Completion:
-        answer = output.outputs[0]
-        if answer.finish_reason not in ("stop", "length"):
-            raise EngineError(f"vLLM ended a sample with {answer.finish_reason!r}")
-        token_ids = tuple(answer.token_ids)
-        assert answer.logprobs.token_ids == list(token_ids)
-        return Completion(
-            token_ids=token_ids,
-            text=self._tokenizer.decode(list(token_ids), skip_special_tokens=True),
-            sampler_logprobs_T=tuple(answer.logprobs.logprobs),
-            is_truncated=answer.finish_reason == "length",
-            adapter_version=BASE_VERSION if self._adapter is None else self._adapter.version,
-        )
+        version = BASE_VERSION if self._adapter is None else self._adapter.version
+        return completion_of(output, self._tokenizer, version)

@@ -1,0 +1,1 @@
+"""Engines outside the learner's process: one sampler over many of them."""

@@ -20,6 +20,7 @@ from rl_lora.samplers.fleet.ray_start import RayCluster
 from rl_lora.samplers.fleet.replica import AdapterFiles, GroupRequest, Proof, ReplicaError
 from rl_lora.types import Adapter, Completion
 
+_WATCH = "watch"
 _CLOSE_S = 2.0  # for an actor to delete its files, before it is ended in any case
 
 
@@ -94,12 +95,12 @@ class RayReplica:
         """A new process, and in it a new engine."""
         self._end()
         cluster = self._cluster
-        actor_class = cluster.ray.remote(EngineActor).options(
+        actor_class = cluster.ray.remote(
             num_cpus=1,
             num_gpus=cluster.gpus_per_sampler,
             scheduling_strategy="SPREAD",
-            concurrency_groups={"watch": 1},
-        )
+            concurrency_groups={_WATCH: 1},  # which answer whatever the others do
+        )(EngineActor)
         self._num_calls, self._poll = 0, None
         self._actor = actor_class.remote(self._spec, cluster.folder, cluster.num_threads)
         return self._answer(self._actor.start.remote(), self._on_started)
@@ -133,7 +134,7 @@ class RayReplica:
                 self._seen = object() if found is None else found
             self._poll = None
         if self._poll is None:
-            watch = self._actor.progress.options(concurrency_group="watch")
+            watch = self._actor.progress.options(concurrency_group=_WATCH)
             self._poll = watch.remote().future()
         return self._seen
 
@@ -152,7 +153,7 @@ class RayReplica:
         if self._actor is None:
             return
         ray, actor, self._actor = self._cluster.ray, self._actor, None
-        watch = actor.close.options(concurrency_group="watch")
+        watch = actor.close.options(concurrency_group=_WATCH)
         ray.wait([watch.remote()], timeout=_CLOSE_S)
         ray.kill(actor)
 

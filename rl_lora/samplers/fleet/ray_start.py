@@ -15,12 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from rl_lora.errors import UserError
 
 # Before Ray is imported: no usage report, and a Ray of this machine only (its node then has the
 # address 127.0.0.1, to which its servers bind, where it would be reachable from outside).
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+
+
+_QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
+_ATTEMPTS = 3  # to start a Ray on this machine
 
 
 @dataclass
@@ -41,7 +47,7 @@ class RayCluster:
         with _signals_kept():
             self.ray.shutdown()
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _remove(self.folder)
 
 
 def join_ray(
@@ -71,19 +77,21 @@ def join_ray(
         ) from error
     if ray.is_initialized():
         raise UserError("this process already uses Ray; call ray.shutdown() first")
-    folder = Path(tempfile.mkdtemp(prefix="rl-lora-ray-")) if is_local else None
-    options: dict[str, Any] = {"address": address}
-    if folder is not None:
-        gpus = num_samplers * gpus_per_sampler
-        options |= {"num_cpus": num_samplers, "num_gpus": gpus, "include_dashboard": False}
-        options |= {"_temp_dir": str(folder)}
-    try:
-        with _signals_kept(), _learners_gpus_hidden(num_learner_gpus if is_local else 0):
-            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(_no_cluster(address, error)) from error
+    folder = None
+    if is_local:
+        num_gpus = num_samplers * gpus_per_sampler
+        with _learners_gpus_hidden(num_learner_gpus):
+            folder = _start_local(ray, num_samplers, num_gpus)
+    else:
+        try:
+            with _signals_kept():
+                ray.init(address=address, **_QUIET)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"resources.ray_address={address!r}: there is no Ray cluster "
+                f"({_first_line(error)}); start one on this machine with `ray start --head`, or "
+                'set resources.ray_address="local"'
+            ) from error
     _keep_quiet(ray)
     cores = len(os.sched_getaffinity(0))
     cluster = RayCluster(
@@ -99,14 +107,51 @@ def join_ray(
     return cluster
 
 
-def _no_cluster(address: str, error: Exception) -> str:
-    reason = str(error).strip().partition("\n")[0]
-    if address == "local":
-        return f"resources.samplers: Ray does not start on this machine ({reason})"
-    return (
-        f"resources.ray_address={address!r}: there is no Ray cluster ({reason}); start one on this "
-        'machine with `ray start --head`, or set resources.ray_address="local"'
-    )
+def _start_local(ray: Any, num_cpus: int, num_gpus: int) -> Path:
+    """Starts a Ray on this machine; returns the folder of its files.
+
+    On a machine that is busy its processes may be late for Ray's own limit of 30 s.
+    """
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        folder = Path(tempfile.mkdtemp(prefix="rl-lora-ray-"))
+        try:
+            with _signals_kept():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    num_gpus=num_gpus,
+                    include_dashboard=False,
+                    _temp_dir=str(folder),
+                    **_QUIET,
+                )
+            return folder
+        except BaseException as error:
+            with _signals_kept():
+                ray.shutdown()
+            _remove(folder)
+            if not isinstance(error, Exception):
+                raise
+            if not attempts_left:
+                raise UserError(
+                    f"resources.samplers: Ray does not start on this machine "
+                    f"({_first_line(error)}); use a machine with free cores and memory, or remove "
+                    "the section [resources]"
+                ) from error
+    raise AssertionError
+
+
+def _remove(folder: Path) -> None:
+    """Ends what is left of a Ray of this job (of one that did not start, Ray itself ends nothing),
+    and deletes its files."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if str(folder) in " ".join(child.cmdline()):
+                child.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 @contextlib.contextmanager

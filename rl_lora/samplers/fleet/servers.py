@@ -345,7 +345,7 @@ class HttpReplica:
         token_ids, logprobs_T, is_truncated = sampled(
             answer, loaded.model, params.max_tokens, self._job.vocab_size
         )
-        text: Any = self._job.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        text = str(self._job.tokenizer.decode(list(token_ids), skip_special_tokens=True))
         self._num_done += 1
         return Completion(token_ids, text, logprobs_T, is_truncated, loaded.version)
 

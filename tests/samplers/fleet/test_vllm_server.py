@@ -38,8 +38,6 @@ from tests.samplers.test_vllm_sampler import (
 
 LIMIT_S = 600.0
 PROBES_N = [tuple(range(20, 60)), (5, 6, 7)]
-# On a CPU the engine in the process draws by other numbers than vLLM's sampler; greedy samples and
-# log-probs do not depend on them.
 GREEDY = replace(PARAMS, temperature=0.0, num_samples=1)
 
 pytestmark = [

@@ -103,9 +103,7 @@ def open_run(
         on_loaded(policy, prompts)
         template = config.data.template, config.data.chat_template_kwargs
         num_steps = config.run.num_steps if num_steps is None else num_steps
-        sampling = config.sampling
-        if not config.resources.servers:
-            sampling = with_compilation(sampling, policy.device, num_steps, on_note)
+        sampling = with_compilation(config, policy.device, num_steps, on_note)
         options: dict[str, Any] = {
             "end_token_ids": end_token_ids(model_dir, tokenizer, *template),
             "max_model_len": min(context, _longest(config, prompts)),

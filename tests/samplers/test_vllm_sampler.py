@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from rl_lora.adapters.files import fingerprint, save_adapter
-from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.config import LoraSection, ResourcesSection, RunConfig, SamplingSection
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.launchers import interruption
 from rl_lora.launchers.interruption import Interrupted
@@ -774,7 +774,8 @@ def test_a_job_asks_for_compilation_once_and_only_where_the_config_leaves_it_ope
     long = SamplingSection(max_tokens=1000)
 
     def eager(section: SamplingSection, device: str, num_steps: int = 1000) -> bool | None:
-        return with_compilation(section, torch.device(device), num_steps, notes.append).eager
+        job = RunConfig(sampling=section)
+        return with_compilation(job, torch.device(device), num_steps, notes.append).eager
 
     assert eager(long, "cpu") is False
     assert len(notes) == 1
@@ -783,6 +784,8 @@ def test_a_job_asks_for_compilation_once_and_only_where_the_config_leaves_it_ope
     assert eager(long, "cuda") is None
     assert eager(long.model_copy(update={"eager": True}), "cpu") is True
     assert eager(long.model_copy(update={"backend": "torch"}), "cpu") is None
+    elsewhere = RunConfig(sampling=long, resources=ResourcesSection(servers=("http://one",)))
+    assert with_compilation(elsewhere, torch.device("cpu"), 1000, notes.append).eager is None
     assert len(notes) == 1
 
 

@@ -345,7 +345,7 @@ class HttpReplica:
         token_ids, logprobs_T, is_truncated = sampled(
             answer, loaded.model, params.max_tokens, self._job.vocab_size
         )
-        text = self._job.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        text = str(self._job.tokenizer.decode(list(token_ids), skip_special_tokens=True))
         self._num_done += 1
         return Completion(token_ids, text, logprobs_T, is_truncated, loaded.version)
 
@@ -371,7 +371,7 @@ class HttpReplica:
     async def _scores(
         self, server: _Server, loaded: _Loaded, token_ids_N: Sequence[Sequence[int]]
     ) -> list[list[float]]:
-        logprobs_N = []
+        logprobs_N: list[list[float]] = []
         for token_ids in token_ids_N:
             if len(token_ids) >= server.facts.max_model_len:  # one token is sampled as well
                 raise UserError(

@@ -34,12 +34,15 @@ def check_vllm(model_dir: Path, config: RunConfig) -> None:
 
 
 def with_compilation(
-    section: SamplingSection,
+    config: RunConfig,
     device: torch.device,
     num_steps: int,
     on_note: Callable[[str], None],
 ) -> SamplingSection:
-    """With sampling.eager=false if the config leaves it open and the job is long, on a CPU."""
+    """[sampling], with eager=false if the config leaves it open and the job is long, on a CPU."""
+    section = config.sampling
+    if config.resources.servers:
+        return section
     is_open = section.backend == "vllm" and section.eager is None and device.type == "cpu"
     if not (is_open and is_worth_compiling(section, num_steps)):
         return section

@@ -110,15 +110,25 @@ def open_run(
             "on_warning": on_warning,
             "on_progress": on_progress,
         }
-        if config.resources.is_remote:
-            from rl_lora.samplers.fleet.job import make_fleet
-
-            sampler = make_fleet(config, policy, prompts.eval, sampling=sampling, **options)
-        else:
-            options["learner_bytes"] = _bytes_to_come(config, policy)
-            sampler = make_sampler(sampling, policy, **options)
+        sampler = _sampler(config, policy, prompts, sampling, options)
         stack.callback(sampler.close)
         yield RunContext(config, tokenizer, prompts, reward, policy, algorithm, sampler)
+
+
+def _sampler(
+    config: RunConfig,
+    policy: Policy,
+    prompts: PromptSets,
+    sampling: SamplingSection,
+    options: dict[str, Any],
+) -> Sampler:
+    """The job's, in this process or where [resources] says."""
+    if config.resources.is_remote:
+        from rl_lora.samplers.fleet.job import make_fleet
+
+        return make_fleet(config, policy, prompts.eval, sampling=sampling, **options)
+    learner_bytes = _bytes_to_come(config, policy)
+    return make_sampler(sampling, policy, learner_bytes=learner_bytes, **options)
 
 
 def _bytes_to_come(config: RunConfig, policy: Policy) -> int:

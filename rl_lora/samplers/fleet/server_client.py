@@ -19,8 +19,6 @@ CONNECT_S = 60.0
 CONTROL_S = 60.0  # for an answer about the server itself
 LOAD_S = 600.0  # for reading an adapter from a shared file system
 CONTROL_BYTES = 4 * 2**20  # of an answer about the server itself
-# The server closes a connection that was idle for 5 s; one that it is just closing fails.
-_IDLE_S = 2.0
 _MAX_SHOWN = 300  # characters of what a server says
 
 
@@ -85,7 +83,8 @@ class ServerClient:
             headers={"Accept-Encoding": "identity"}
             | ({"Authorization": f"Bearer {key}"} if key else {}),
             timeout=httpx.Timeout(None, connect=CONNECT_S),
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_S),
+            # Each connection is used once: a kept one fails where the server is just closing it.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,
             verify=ssl.create_default_context() if url.startswith("https:") else False,
         )

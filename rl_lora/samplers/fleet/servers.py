@@ -105,6 +105,7 @@ class HttpReplica:
         self._server: _Server | None = None
         self._newest: _Loaded | None = None  # by the last `load`
         self._was_up = self._has_loaded = False
+        self._left: list[str] = []  # names on the server of what it had loaded before it failed
         self._num_done, self._num_tokens = 0, 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
@@ -180,6 +181,8 @@ class HttpReplica:
             await client.close()
             raise
         self._server, self._was_up = _Server(client, facts), True
+        while self._left:  # 404 where the server has been started again
+            await client.post(UNLOAD, {"lora_name": self._left.pop()})
         self._tasks.add(asyncio.create_task(self._watch(self._server)))
 
     async def _found(self, client: ServerClient) -> ServerFacts:
@@ -215,6 +218,8 @@ class HttpReplica:
         if (server := self._server) is not None:
             self._server = None
             for loaded in server.loaded:
+                if loaded.shared is not None:
+                    self._left.append(loaded.model)
                 self._release(loaded)
             await server.client.close()
 

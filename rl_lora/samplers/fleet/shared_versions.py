@@ -39,6 +39,7 @@ class SharedVersions:
 
     def __init__(self, root: Path) -> None:
         prefix = f"rl-lora-{socket.gethostname()}-"
+        self._is_ours = not root.exists()
         self._root, self._lock = root.absolute() / f"{prefix}{os.getpid()}", threading.Lock()
         self._held: dict[Path, tuple[SharedVersion, int]] = {}  # and how many servers hold it
         for folder in root.glob(f"{glob.escape(prefix)}*"):
@@ -76,3 +77,5 @@ class SharedVersions:
             shutil.rmtree(version.path, ignore_errors=True)
             if not self._held:
                 shutil.rmtree(self._root, ignore_errors=True)
+                if self._is_ours and not any(self._root.parent.iterdir()):
+                    self._root.parent.rmdir()

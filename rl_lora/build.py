@@ -112,15 +112,24 @@ def open_run(
             "on_warning": on_warning,
             "on_progress": on_progress,
         }
-        if config.resources.is_remote:
-            from rl_lora.samplers.fleet.job import make_fleet
-
-            sampler = make_fleet(config, policy, prompts.eval, sampling=sampling, **options)
-        else:
-            options["learner_bytes"] = _bytes_to_come(config, policy)
-            sampler = make_sampler(sampling, policy, **options)
+        sampler = _open_sampler(config, sampling, policy, prompts, options)
         stack.callback(sampler.close)
         yield RunContext(config, tokenizer, prompts, reward, policy, algorithm, sampler)
+
+
+def _open_sampler(
+    config: RunConfig,
+    sampling: SamplingSection,
+    policy: Policy,
+    prompts: PromptSets,
+    options: dict[str, Any],
+) -> Sampler:
+    """In this process, or where [resources] says; `options` are what both are made with."""
+    if config.resources.is_remote:
+        from rl_lora.samplers.fleet.job import make_fleet
+
+        return make_fleet(config, policy, prompts.eval, sampling=sampling, **options)
+    return make_sampler(sampling, policy, learner_bytes=_bytes_to_come(config, policy), **options)
 
 
 def _bytes_to_come(config: RunConfig, policy: Policy) -> int:

@@ -83,7 +83,7 @@ def open_run(
         stack.callback(reward.close)
         from rl_lora.policy import open_policy
         from rl_lora.samplers.end_tokens import end_token_ids
-        from rl_lora.samplers.vllm.checks import check_vllm, with_compilation
+        from rl_lora.samplers.vllm.checks import check_vllm
 
         load_sampler_class(config.sampling.backend)
         model_dir, tokenizer, context = open_model(config.model, on_note)
@@ -102,32 +102,34 @@ def open_run(
         )
         on_loaded(policy, prompts)
         template = config.data.template, config.data.chat_template_kwargs
-        num_steps = config.run.num_steps if num_steps is None else num_steps
-        sampling = config.sampling
-        if not config.resources.servers:
-            sampling = with_compilation(sampling, policy.device, num_steps, on_note)
         options: dict[str, Any] = {
             "end_token_ids": end_token_ids(model_dir, tokenizer, *template),
             "max_model_len": min(context, _longest(config, prompts)),
             "on_warning": on_warning,
             "on_progress": on_progress,
         }
-        sampler = _open_sampler(config, sampling, policy, prompts, options)
+        num_steps = config.run.num_steps if num_steps is None else num_steps
+        sampler = _open_sampler(config, policy, prompts, num_steps, on_note, options)
         stack.callback(sampler.close)
         yield RunContext(config, tokenizer, prompts, reward, policy, algorithm, sampler)
 
 
 def _open_sampler(
     config: RunConfig,
-    sampling: SamplingSection,
     policy: Policy,
     prompts: PromptSets,
+    num_steps: int,
+    on_note: Callable[[str], None],
     options: dict[str, Any],
 ) -> Sampler:
     """In this process, or where [resources] says; `options` are what both are made with."""
-    if config.resources.is_remote:
-        from rl_lora.samplers.fleet.job import make_fleet
+    from rl_lora.samplers.fleet.job import make_fleet
+    from rl_lora.samplers.vllm.checks import with_compilation
 
+    sampling = config.sampling
+    if not config.resources.servers:
+        sampling = with_compilation(sampling, policy.device, num_steps, on_note)
+    if config.resources.is_remote:
         return make_fleet(config, policy, prompts.eval, sampling=sampling, **options)
     return make_sampler(sampling, policy, learner_bytes=_bytes_to_come(config, policy), **options)
 

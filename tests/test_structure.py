@@ -148,6 +148,13 @@ def test_vllm_is_imported_lazily_and_in_one_package() -> None:
         assert not EAGER_VLLM & imports_of(module, lazy=False)
 
 
+def test_ray_is_imported_lazily_and_in_one_place() -> None:
+    assert {m for m in MODULES if "ray" in top(imports_of(m))} == {
+        "rl_lora.samplers.fleet.ray_start"
+    }
+    assert "ray" not in top(imports_of("rl_lora.samplers.fleet.ray_start", lazy=False))
+
+
 def test_types_imports_only_the_record_of_the_rewards_and_the_layout_of_a_row() -> None:
     own = {name for name in imports_of("rl_lora.types") if top({name}) <= {"rl_lora", "rewards"}}
     assert own == {"rewards", "rl_lora.nn.segments"}
@@ -196,7 +203,7 @@ def test_the_command_line_starts_without_heavy_libraries() -> None:
         "    rl_lora.cli.main(['train', '--help'])\n"
         "import rl_lora.config, rl_lora.commands.status\n"
         "print(*(set(sys.modules) & {'torch', 'transformers', 'vllm', 'peft', 'datasets', 'sympy', "
-        "'mpmath', 'matplotlib', 'reasoning_gym'}))"
+        "'mpmath', 'matplotlib', 'reasoning_gym', 'ray'}))"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True

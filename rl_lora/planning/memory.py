@@ -133,10 +133,13 @@ def _memory_plan(
     total: int,
     num_ranks: int,
 ) -> list[MemoryItem]:
-    """With microbatches of num_tokens; counts and total as `_sampler_memory`'s."""
+    """With microbatches of num_tokens; counts and total as `_sampler_memory`'s. A GPU whose
+    samplers are elsewhere has the learner only."""
     learner = learner_memory(config, model_config, *counts, num_tokens, num_ranks)
     if plan_device(config.model.device) == "cuda":
         learner.append(MemoryItem("CUDA", _CONTEXT_BYTES, "estimate, context and libraries"))
+        if config.resources.is_remote:
+            return learner
     is_turns = not config.sampling.max_staleness
     held = peak(learner, "sampling" if is_turns else "learning")
     parts = learner + _sampler_memory(config, model_config, counts, held, total, num_ranks)

@@ -82,6 +82,40 @@ def test_the_slurm_job_launches_all_gpus_of_its_nodes(
     ]
 
 
+def test_the_ray_job_starts_a_head_without_gpus_workers_and_one_learner(
+    path_of_commands: Path, tmp_path: Path
+) -> None:
+    calls = tmp_path / "calls"
+    stand_ins = {
+        "srun": f'while [[ $1 == --* ]]; do echo "$1" >>{calls}; shift; done; "$@"',
+        "ray": f'echo "ray $*" >>{calls}',
+        "rl-lora": f'printf "%s\\n" rl-lora "$@" >>{calls}',
+        "od": "echo aa bb",
+    }
+    for name, text in stand_ins.items():
+        (path_of_commands / name).write_text(f"#!/bin/bash\n{text}\n")
+        (path_of_commands / name).chmod(0o755)
+    more = {"SLURM_JOB_NUM_NODES": "4", "PATH": f"{path_of_commands}:{os.environ['PATH']}"}
+    subprocess.run(
+        ["bash", str(CLUSTER / "ray.sh"), "deepmath_qwen3_8b", "run.output_dir=/shared/my runs"],
+        env=ONE_NODE | more,
+        check=True,
+    )
+    lines = calls.read_text().splitlines()
+    (head,) = [line for line in lines if line.startswith("ray start --head")]
+    assert "--num-gpus=0" in head
+    assert "--exclude=a" in lines
+    assert "--nodes=3" in lines
+    learner = lines[lines.index("rl-lora") :]
+    assert learner[:5] == [
+        "rl-lora",
+        "train",
+        "deepmath_qwen3_8b",
+        "run.output_dir=/shared/my runs",
+        "resources.ray_address=a:20001",
+    ]
+
+
 ONE_NODE = {
     "SLURM_JOB_NUM_NODES": "1",
     "SLURM_GPUS_ON_NODE": "8",

@@ -1,4 +1,4 @@
-"""The engine of a replica, in a process of its own: a sampler, and the thread that it belongs to.
+"""The engine of a replica, in its own process: a sampler, and the thread that it belongs to.
 
 This module knows nothing of how requests come to it.
 """

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_Z
 _LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 
 
-_QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
+_QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 _ATTEMPTS = 3  # to start a Ray on this machine
 
 
@@ -65,9 +66,12 @@ def join_ray(
         UserError: Ray is not installed, there is no cluster, or it has too few GPUs.
     """
     is_local = address == "local"
-    os.environ.update(_ENVIRONMENT)
-    if is_local:
-        os.environ.update(_LOCAL_ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    if "ray" not in sys.modules:  # it reads these once
+        own = _ENVIRONMENT | (_LOCAL_ENVIRONMENT if is_local else {})
+        if is_local:
+            own |= {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        for name, value in own.items():
+            os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError as error:

@@ -83,7 +83,7 @@ def open_run(
         stack.callback(reward.close)
         from rl_lora.policy import open_policy
         from rl_lora.samplers.end_tokens import end_token_ids
-        from rl_lora.samplers.vllm.checks import check_vllm
+        from rl_lora.samplers.vllm.checks import check_vllm, with_compilation
 
         load_sampler_class(config.sampling.backend)
         model_dir, tokenizer, context = open_model(config.model, on_note)

@@ -341,7 +341,7 @@ def test_a_shipped_config_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match="did you mean 'quickstart'"):
         load_config(Path("quickstrt"))
     with pytest.raises(UserError, match=r"did you mean 'examples/dapo'\?"):
-        load_config(Path("examples/dpo"))
+        load_config(Path("examples/dap"))
     with pytest.raises(UserError, match="other/smoke does not exist"):
         load_config(Path("other/smoke"))
     Path("smoke").write_text("run.num_steps = 7")  # the user's own file comes first

@@ -522,7 +522,7 @@ def watch(replica: FakeReplica, event: threading.Event) -> None:
             event.set()
         return future
 
-    replica.load = watched  # type: ignore[method-assign]
+    replica.load = watched  # type: ignore[method-assign, assignment]
 
 
 def test_what_on_group_raises_ends_the_call_and_drops_what_is_not_sent() -> None:

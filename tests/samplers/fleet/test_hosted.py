@@ -127,10 +127,12 @@ def test_a_host_proves_what_it_has_loaded_and_keeps_one_version(tmp_path: Path) 
     (folder := tmp_path / "there").mkdir()
     host = Host(spec, folder, num_threads=1)
     assert host.started.result(300) == 8
+    adapters = []
     for version in (1, 2):
         shake(policy, seed=version)
-        adapter = save_adapter(policy, tmp_path, version=version, run_name="r")
-        files = AdapterFiles.read(adapter)
+        adapters.append(save_adapter(policy, tmp_path, version=version, run_name="r"))
+    for adapter in adapters:
+        version, files = adapter.version, AdapterFiles.read(adapter)
         # It says what arrived, and not what it was asked for.
         asked = replace(adapter, version=7, path=Path("/nowhere"))
         proof = host.load(asked, files, [(1, 2, 3)]).result(300)
@@ -138,8 +140,9 @@ def test_a_host_proves_what_it_has_loaded_and_keeps_one_version(tmp_path: Path) 
         assert len(proof.logprobs_N[0]) == 2
     (own,) = folder.iterdir()
     assert [path.name for path in own.iterdir()] == ["000002"]
+    files = AdapterFiles.read(adapters[-1])
     damaged = AdapterFiles({**files.contents, "adapter_model.safetensors": b"x"}, files.sha256)
     with pytest.raises(StaleAdapterError, match="on their way"):
-        host.load(adapter, damaged, []).result(300)
+        host.load(adapters[-1], damaged, []).result(300)
     host.close()
     assert list(folder.iterdir()) == []

@@ -173,12 +173,9 @@ def _sampling_rows(found: StepTime) -> dict[str, str]:
 def split_table(
     config: RunConfig, splits: Sequence[Split], gpu_price: float | None = None
 ) -> Table:
-    """The best splits into samplers and learners, a row for each bound on staleness.
-
-    A process of today samples and learns, so that this is a prospect.
-    """
+    """The best splits into samplers and learners, a row for each bound on staleness."""
     num_gpus = splits[0].num_samplers + splits[0].num_learners
-    title = f"{num_gpus} GPUs divided into samplers and learners: not in the product yet; estimated"
+    title = f"{num_gpus} GPUs divided into samplers (resources.samplers) and learners; estimated"
     columns = ["max. staleness", "samplers", "learners", "step", "bound by", "run"]
     if gpu_price is not None:
         columns.append("cost")

@@ -279,7 +279,7 @@ def test_the_plan_of_several_gpus() -> None:
     assert "GPU hours" in text
 
 
-def test_the_plan_names_phases_bottleneck_and_cost_and_marks_what_is_a_prospect() -> None:
+def test_the_plan_names_phases_bottleneck_and_cost_and_the_best_splits() -> None:
     config = load_config(CONFIGS / "deepmath_qwen3_8b.toml")
     text = printed(config, 64, card=find_card("h100"), gpu_price=2.5)
     for phase in ("decoding, bound by bandwidth", "decoding, launches", "long tail", "hand-over"):
@@ -288,7 +288,7 @@ def test_the_plan_names_phases_bottleneck_and_cost_and_marks_what_is_a_prospect(
     found = re.search(r"([\d.]+) GPU hours; costs ([\d.]+) at 2\.5 a GPU hour", text)
     assert found is not None
     assert float(found[2]) == pytest.approx(2.5 * float(found[1]), rel=1e-3)
-    assert "64 GPUs divided into samplers and learners: not in the product yet" in text
+    assert "64 GPUs divided into samplers (resources.samplers) and learners; estimated" in text
     rows = re.findall(r"│ (\d) +│ (\d+) +│ (\d+) +│ +[\d.]+ s", text)
     assert [row[0] for row in rows] == ["0", "1", "2", "4"]
     assert {int(samplers) + int(learners) for _, samplers, learners in rows} == {64}

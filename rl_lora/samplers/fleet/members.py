@@ -138,7 +138,7 @@ class Counters:
         elapsed_s = max(now - self.since, 1e-9)
         busy = sum(m.busy_s for m in live) / (elapsed_s * len(live)) if live else 0.0
         metrics = {
-            "fleet/live": float(sum(m.condition is Condition.READY for m in members)),
+            "fleet/live": float(sum(m.condition is not Condition.STARTING for m in live)),
             "fleet/left_out": float(len(members) - len(live)),
             "fleet/restarts": float(self.restarts - self.told_restarts),
             "fleet/false_proofs": float(self.false_proofs),

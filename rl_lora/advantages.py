@@ -103,9 +103,9 @@ class TermRewards:
 
 
 def gdpo(rewards_N_G: Groups, terms_K: Sequence[TermRewards]) -> list[list[float]]:
-    """GDPO (arXiv 2601.05242, section 3.1, equations 4 to 6): each reward is normalized within its
-    group as in `grpo`, their weighted sum (section 3.2, equation 7) is divided by its population
-    std over the whole step (its mean is zero, as each group's is).
+    """GDPO (arXiv 2601.05242): each reward is normalized within its group as in `grpo`, and their
+    weighted sum is divided by its population std over the whole step (its mean is zero, as each
+    group's is).
 
     A sum of rewards is dominated by the one that varies most; here a weight says how much a reward
     counts, whatever its scale. `rewards_N_G`, the sum, gives only the shape.

@@ -66,9 +66,9 @@ def load_prompt_sets(
     """Loads, cleans, splits and renders all data sets of a job.
 
     Without data.eval, the evaluation is `data.held_out` rows, drawn by seed from the test parts of
-    training sources that have one, and from the training rows of the others; of several sources, in
-    proportion to their rows, or as many as a source's own held_out says. A source named
-    "held_out" in data.eval adds these rows to the other sets.
+    training sources that have one, and from the training rows of the others. Where a source has a
+    weight or its own held_out, each gives rows in proportion, or as many as its held_out says. A
+    source named "held_out" in data.eval adds these rows to the other sets.
 
     Args:
         data: sources and rendering.

@@ -292,7 +292,8 @@ def test_held_out_rows_with_a_named_evaluation(tmp_path: Path) -> None:
 def test_held_out_rows_are_drawn_from_each_source_in_proportion(tmp_path: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", numbered(30, "one"))
     two = write_rows(tmp_path / "two.jsonl", numbered(10, "two"))
-    sets = load(train=[one, two], held_out=8)
+    weighted = [{"name": one, "weight": 1}, two]
+    sets = load(train=weighted, held_out=8)
     assert Counter(prompt.source for prompt in sets.eval) == {"one": 6, "two": 2}
     # A source's own number is left out of what the others share.
     own = load(train=[one, {"name": two, "held_out": 5}, numbered_file(tmp_path)], held_out=8)
@@ -300,7 +301,19 @@ def test_held_out_rows_are_drawn_from_each_source_in_proportion(tmp_path: Path) 
     none = load(train=[one, {"name": two, "held_out": 0}], held_out=8)
     assert Counter(prompt.source for prompt in none.eval) == {"one": 8}
     assert not keys(own.train) & keys(own.eval)
-    assert load(train=[one, two], held_out=8, seed=1).eval != sets.eval
+    assert load(train=weighted, held_out=8, seed=1).eval != sets.eval
+
+
+def test_held_out_rows_of_plain_sources_are_drawn_from_all_together(tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", numbered(30, "one"))
+    two = write_rows(tmp_path / "two.jsonl", numbered(10, "two"))
+    both = write_rows(tmp_path / "both.jsonl", [*numbered(30, "one"), *numbered(10, "two")])
+    drawn = [load(train=[one, two], held_out=8, seed=seed) for seed in range(8)]
+    of_one_file = load(train=both, held_out=8, seed=3)
+    assert [p.question for p in drawn[3].eval] == [p.question for p in of_one_file.eval]
+    counts = {Counter(prompt.source for prompt in sets.eval)["two"] for sets in drawn}
+    assert len(counts) > 1  # chance, not proportion
+    assert "data.held_out=40 leaves none of the 40" in error_of(train=[one, two], held_out=40)
 
 
 def numbered_file(folder: Path) -> str:

@@ -80,8 +80,9 @@ class SourcesSection(Section):
 class DataSection(SourcesSection):
     """Data sets and how their problems are rendered."""
 
-    # Rows held out from the training sets for evaluation, in proportion to their rows, if data.eval
-    # is empty or contains "held_out". Several sets make one evaluation with a score for each.
+    # Rows held out from the training sets for evaluation, if data.eval is empty or contains
+    # "held_out"; from each set in proportion where one has a weight or its own number. Several sets
+    # make one evaluation with a score for each.
     held_out: int = Field(200, ge=1)
     # pass_rate: prompts that are always or never solved are drawn seldom, by running pass rates.
     curriculum: Literal["none", "pass_rate"] = "none"

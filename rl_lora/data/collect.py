@@ -156,9 +156,16 @@ class Collected:
 
 
 def _held_out(pools: list[list[Item]], data: DataSection, seed: int) -> list[Item]:
-    """The rows that are held out of each training source, drawn by seed; one per question."""
+    """The rows that are held out of the training sources, drawn by seed, one per question: of each
+    source where one has a weight or a number of held-out rows, and otherwise of all together."""
+    numbers = [data.held_out]
+    if any(source.weight is not None or source.held_out is not None for source in data.train):
+        numbers = _num_held_out(pools, data)
+    else:
+        pools = [[item for pool in pools for item in pool]]
+        _check_held_out(data.held_out, [len(pools[0])])
     drawn = []
-    for number, (pool, num_rows) in enumerate(zip(pools, _num_held_out(pools, data), strict=True)):
+    for number, (pool, num_rows) in enumerate(zip(pools, numbers, strict=True)):
         parts = [number] if len(pools) > 1 else []
         rng = random.Random(mix_seed("held_out", seed, *parts))
         drawn += [pool[index] for index in sorted(rng.sample(range(len(pool)), num_rows))]
@@ -178,18 +185,23 @@ def _num_held_out(pools: list[list[Item]], data: DataSection) -> list[int]:
     sharing = [index for index, number in enumerate(numbers) if number is None]
     sizes = [len(pools[index]) for index in sharing]
     num_shared = data.held_out if sharing else 0
-    if sum(max(size - 1, 0) for size in sizes) < num_shared:
-        num = sum(sizes)
-        fix = "lower it, or set data.eval" if num > len(sizes) else "set data.eval"
-        raise UserError(
-            f"data.held_out={data.held_out} leaves none of the {num} rows for training; {fix}"
-        )
+    _check_held_out(num_shared, sizes)
     for index, number in zip(sharing, apportioned(num_shared, sizes), strict=True):
         numbers[index] = number
     found = [number or 0 for number in numbers]
     if not any(found):
         raise UserError("every training set has held_out=0; raise one, or set data.eval")
     return found
+
+
+def _check_held_out(num_rows: int, sizes: Sequence[int]) -> None:
+    """Raises UserError if so many rows leave none of a source's for training."""
+    if sum(max(size - 1, 0) for size in sizes) < num_rows:
+        num = sum(sizes)
+        fix = "lower it, or set data.eval" if num > len(sizes) else "set data.eval"
+        raise UserError(
+            f"data.held_out={num_rows} leaves none of the {num} rows for training; {fix}"
+        )
 
 
 def apportioned(total: int, sizes: Sequence[int]) -> list[int]:

@@ -6,6 +6,7 @@ The model is built on PyTorch's meta device, so no weight is read and 8 B parame
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from rl_lora.commands.plan_tables import (
     time_table,
 )
 from rl_lora.config import LoraSection, ModelSection, RunConfig
+from rl_lora.config.sections import ResourcesSection
 from rl_lora.config.sft import SftConfig
 from rl_lora.errors import UserError
 from rl_lora.models.device import pick_dtype
@@ -44,7 +46,7 @@ from rl_lora.planning.memory import (
     plan_device,
 )
 from rl_lora.planning.speed import step_time, step_work
-from rl_lora.planning.split import STALENESS, best_split
+from rl_lora.planning.split import STALENESS, best_split, split_time
 
 SomeConfig = TypeVar("SomeConfig", RunConfig, SftConfig)
 
@@ -107,13 +109,19 @@ def print_plan(
     if card is None:
         console.print("For the time of a step name the GPU, e.g. --gpu h100.")
         return
-    cache = sum(part.num_bytes for part in parts if part.part == "KV cache")
+    # Of an engine that shares its GPU; one of [resources] has more.
+    in_turns = replace(job, config=config.model_copy(update={"resources": ResourcesSection()}))
+    cache = sum(part.num_bytes for part in in_turns.parts() if part.part == "KV cache")
+    work = step_work(config, model_config, counts, card)
+    bounds = sorted({*STALENESS, config.sampling.max_staleness})
+    if (num_samplers := config.resources.num_elsewhere) > 0:
+        splits = [split_time(work, cache, num_samplers, num_ranks, bound) for bound in bounds]
+        console.print(split_table(config, splits, gpu_price))
+        return
     found = step_time(config, model_config, counts, cache, card, num_ranks)
     largest = largest_microbatch(parts, microbatch_tokens(config), available)
     console.print(time_table(config, found, card, largest, num_ranks, gpu_price))
     if num_ranks > 1:
-        work = step_work(config, model_config, counts, card)
-        bounds = sorted({*STALENESS, config.sampling.max_staleness})
         splits = [best_split(work, cache, num_ranks, bound) for bound in bounds]
         console.print(split_table(config, splits, gpu_price))
 
@@ -138,11 +146,17 @@ def _placed(config: SomeConfig, *, is_for_gpus: bool = False) -> SomeConfig:
 
 
 def _checked_number(config: RunConfig, num_gpus: int | None) -> int:
-    num_prompts = config.sampling.num_prompts
+    """Of the learner's processes."""
+    num_prompts, num_samplers = config.sampling.num_prompts, config.resources.num_elsewhere
     if num_gpus is None:
         return 1
-    if num_gpus < 1:
-        raise UserError(f"--gpus {num_gpus}: a job has at least one, --gpus 1")
+    if num_gpus < 1 + num_samplers:
+        raise UserError(
+            f"--gpus {num_gpus}: a job has at least one"
+            + (f" and those of its {num_samplers} samplers" if num_samplers else "")
+            + f", --gpus {1 + num_samplers}"
+        )
+    num_gpus -= num_samplers
     if num_gpus > num_prompts:
         raise UserError(
             f"--gpus {num_gpus}: more processes than prompts (sampling.num_prompts={num_prompts}), "

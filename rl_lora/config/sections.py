@@ -341,6 +341,11 @@ class ResourcesSection(Section):
         """Whether sampling runs outside the learner's process."""
         return self.uses_ray or bool(self.servers)
 
+    @property
+    def num_elsewhere(self) -> int:
+        """Engines outside the learner's process."""
+        return len(self.servers) or (self.samplers if self.uses_ray else 0)
+
 
 class RunConfig(Section):
     """An RL job."""

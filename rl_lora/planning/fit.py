@@ -89,7 +89,10 @@ def misfits(job: Job) -> list[str]:
     ]
     config = job.config
     if isinstance(config, RunConfig) and config.sampling.backend == "vllm":
-        dtype = pick_dtype(config.model.dtype, torch.device(plan_device(config.model.device)))
+        device = plan_device(config.model.device)
+        if config.resources.is_remote and device == "cuda":
+            return lines  # the engines have other GPUs
+        dtype = pick_dtype(config.model.dtype, torch.device(device))
         length = longest_sequence(config)
         one = kv_bytes_per_token(job.model_config, dtype) * (length + 1)
         if _size(parts, "KV cache") < one:

@@ -353,3 +353,22 @@ def test_a_recipe_fits_the_gpus_that_it_names(name: str) -> None:
         assert number == 8
         half = planned(config, H100, 4)
         assert misfits(half)
+
+
+def test_a_plan_with_samplers_elsewhere_has_the_learners_gpu_and_the_split_of_the_job() -> None:
+    config = load_config(CONFIGS / "deepmath_qwen3_8b.toml", ["resources.samplers=7"])
+    text = printed(config, 8, card=find_card("h100"))
+    assert "KV cache" not in text
+    assert "does not fit" not in text
+    rows = re.findall(r"│ (\d) +│ (\d+) +│ (\d+) +│ +([\d.,]+) s", text)
+    assert [row[:3] for row in rows] == [(bound, "7", "1") for bound in "0124"]
+    # As the best split of as many GPUs, where that is into 7 and 1, or slower.
+    plain = load_config(CONFIGS / "deepmath_qwen3_8b.toml")
+    best = re.findall(
+        r"│ (\d) +│ (\d+) +│ (\d+) +│ +([\d.,]+) s", printed(plain, 8, card=find_card("h100"))
+    )
+    for own, other in zip(rows, best, strict=True):
+        seconds = [float(row[3].replace(",", "")) for row in (own, other)]
+        assert seconds[0] == seconds[1] if own[1] == other[1] else seconds[0] > seconds[1]
+    with pytest.raises(UserError, match="--gpus 7: a job has at least one and those of its 7"):
+        printed(config, 7, card=find_card("h100"))

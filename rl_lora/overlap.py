@@ -236,7 +236,7 @@ class RolloutWorker:
             job.scoring = self._scoring(job.request)
             error = None
             job.sampled = Future()  # the exception's frames hold the old engine
-            job.sampled.cancel()
+            job.sampled.cancel()  # so that nobody waits for it if this fails, too
             job.sampled = _done(self._sample(job))
         return job.sampled.result()
 

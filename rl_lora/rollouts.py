@@ -101,16 +101,12 @@ def score_groups(
         UserError: the reward failed, or returned a number that is not finite.
     """
     texts = [c.text for completions_G in completions_N_G for c in completions_G]
-    references = [
-        prompt.reference
+    asked = [
+        prompt
         for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
         for _ in completions_G
     ]
-    sources = [
-        prompt.source
-        for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
-        for _ in completions_G
-    ]
+    references, sources = [one.reference for one in asked], [one.source for one in asked]
     scored = score_best(reward, texts, references, _rows(prompts_N, completions_N_G), sources)
     for score, reference in zip(scored, references, strict=True):
         if not math.isfinite(score.reward):
@@ -151,9 +147,9 @@ def check_reward(reward: Reward, prompts: Sequence[Prompt], token_ids: Sequence[
     Raises:
         UserError: a function fails, or returns something else than a reward.
     """
-    firsts = {prompt.source: prompt for prompt in reversed(prompts)}
     if not functions_of(reward):
         return
+    firsts = {prompt.source: prompt for prompt in reversed(prompts)}
     completion = Completion(tuple(token_ids), MADE_UP, (0.0,) * len(token_ids), False, 0)
     score_groups([*firsts.values()], [[completion, completion]] * len(firsts), reward)
 

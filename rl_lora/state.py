@@ -75,7 +75,7 @@ def publish(job: RunContext, state: State) -> Adapter:
         on_each_node=job.handover is not None,
     )
     if job.config.sampling.max_staleness or switches_while_sampling(job.sampler):
-        probe = make_probe(job.policy, job.prompts.eval[:4], job.config.sampling.max_kl)
+        probe = make_probe(job.policy, job.prompts.eval, job.config.sampling.max_kl)
         adapter = replace(adapter, probe=probe)
     if state.adapter is not None:
         state.older = [*state.older, state.adapter][-_num_older(job) :]

@@ -283,7 +283,7 @@ def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
     if distributed.is_main():
         write_record(job.config, job.policy, parts.inputs)
     max_kl = job.config.sampling.max_kl
-    probe = check_at_start(job.policy, job.sampler, job.prompts.eval[:4], folder / "probe", max_kl)
+    probe = check_at_start(job.policy, job.sampler, job.prompts.eval, folder / "probe", max_kl)
     parts.display.note(described(probe))
     if warning := unbounded_staleness(job.config.algorithm, job.config.sampling):
         parts.display.warn(warning)

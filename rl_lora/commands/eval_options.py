@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from rl_lora.commands.job_arguments import RERUN_HINT, add_changed_data, add_overrides
+from rl_lora.commands.job_arguments import RERUN_HINT, add_changed_data, add_evaluated
 
 EXAMPLES = (
     "rl-lora eval runs/smoke",
@@ -20,19 +19,7 @@ IS_DIVIDED = True  # among a job's processes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument(
-        "target",
-        type=Path,
-        metavar="RUN_OR_CONFIG",
-        help="a run folder, a TOML file, or a shipped config's name",
-    )
-    add_overrides(parser)
-    parser.add_argument(
-        "--adapter",
-        metavar="ADAPTER",
-        help="adapter directory or hub id, 'best' or 'last' of the run, or 'base' for the base "
-        "model (default: the run's last adapter; the base model for a config)",
-    )
+    add_evaluated(parser)
     parser.add_argument(
         "--against",
         metavar="ADAPTER",

@@ -45,6 +45,23 @@ def add_overrides(
     )
 
 
+def add_evaluated(parser: argparse.ArgumentParser) -> None:
+    """What is evaluated: a run or a config, its overrides, and `--adapter`."""
+    parser.add_argument(
+        "target",
+        type=Path,
+        metavar="RUN_OR_CONFIG",
+        help="a run folder, a TOML file, or a shipped config's name",
+    )
+    add_overrides(parser)
+    parser.add_argument(
+        "--adapter",
+        metavar="ADAPTER",
+        help="adapter directory or hub id, 'best' or 'last' of the run, or 'base' for the base "
+        "model (default: the run's last adapter; the base model for a config)",
+    )
+
+
 def add_changed_data(parser: argparse.ArgumentParser) -> None:
     """`--accept-changed-data`."""
     parser.add_argument(

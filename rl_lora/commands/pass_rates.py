@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rl_lora.commands.job_arguments import RERUN_HINT, add_changed_data, add_overrides
+from rl_lora.commands.job_arguments import RERUN_HINT, add_changed_data, add_evaluated
 
 EXAMPLES = (
     "rl-lora pass-rates smoke --samples 8 --out rates.jsonl",
@@ -20,24 +20,12 @@ IS_DIVIDED = True  # among a job's processes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument(
-        "target",
-        type=Path,
-        metavar="RUN_OR_CONFIG",
-        help="a run folder, a TOML file, or a shipped config's name",
-    )
-    add_overrides(parser)
+    add_evaluated(parser)
     parser.add_argument(
         "--samples", type=int, default=8, metavar="K", help="completions per problem (default: 8)"
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write"
-    )
-    parser.add_argument(
-        "--adapter",
-        metavar="ADAPTER",
-        help="adapter directory or hub id, 'best' or 'last' of the run, or 'base' (default: the "
-        "run's last adapter; the base model for a config)",
     )
     parser.add_argument(
         "--overwrite",

@@ -6,6 +6,7 @@ The model is built on PyTorch's meta device, so no weight is read and 8 B parame
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -39,6 +40,7 @@ from rl_lora.planning.counts import (
 )
 from rl_lora.planning.fit import Change, Job, misfits, what_fits
 from rl_lora.planning.memory import (
+    MemoryItem,
     gpu_memory,
     largest_microbatch,
     machine_bytes,
@@ -109,21 +111,26 @@ def print_plan(
     if card is None:
         console.print("For the time of a step name the GPU, e.g. --gpu h100.")
         return
-    # Of an engine that shares its GPU; one of [resources] has more.
-    in_turns = replace(job, config=config.model_copy(update={"resources": ResourcesSection()}))
-    cache = sum(part.num_bytes for part in in_turns.parts() if part.part == "KV cache")
     work = step_work(config, model_config, counts, card)
     bounds = sorted({*STALENESS, config.sampling.max_staleness})
     if (num_samplers := config.resources.num_elsewhere) > 0:
+        # An engine that shares its GPU has this cache; one of [resources] has more.
+        shared = replace(job, config=config.model_copy(update={"resources": ResourcesSection()}))
+        cache = _cache_bytes(shared.parts())
         splits = [split_time(work, cache, num_samplers, num_ranks, bound) for bound in bounds]
         console.print(split_table(config, splits, gpu_price))
         return
+    cache = _cache_bytes(parts)
     found = step_time(config, model_config, counts, cache, card, num_ranks)
     largest = largest_microbatch(parts, microbatch_tokens(config), available)
     console.print(time_table(config, found, card, largest, num_ranks, gpu_price))
     if num_ranks > 1:
         splits = [best_split(work, cache, num_ranks, bound) for bound in bounds]
         console.print(split_table(config, splits, gpu_price))
+
+
+def _cache_bytes(parts: Sequence[MemoryItem]) -> int:
+    return sum(part.num_bytes for part in parts if part.part == "KV cache")
 
 
 def _placed(config: SomeConfig, *, is_for_gpus: bool = False) -> SomeConfig:

@@ -339,7 +339,7 @@ class ResourcesSection(Section):
     @property
     def is_remote(self) -> bool:
         """Whether sampling runs outside the learner's process."""
-        return self.uses_ray or bool(self.servers)
+        return self.num_elsewhere > 0
 
     @property
     def num_elsewhere(self) -> int:

@@ -75,8 +75,8 @@ class Pushes:
         self, section: RunSection, on_warning: Callable[[str], None], api: HfApi | None = None
     ) -> None:
         self._section, self._on_warning = section, on_warning
-        self._repo_id = section.push_to if distributed.is_main() else None
-        if self._repo_id is None:
+        self._repo_id = (section.push_to or "") if distributed.is_main() else ""  # "": none
+        if not self._repo_id:
             return
         self._api = api or HfApi()
         _make_repository(self._api, self._repo_id, private=True)
@@ -92,7 +92,7 @@ class Pushes:
         """Uploads a step's adapter soon, if it is due; it may be deleted after this call. That of
         the last step waits for `last`: its model card has the last evaluation."""
         every, num_steps = self._section.push_every, self._section.num_steps
-        if self._repo_id is None or adapter is None or not every:
+        if not self._repo_id or adapter is None or not every:
             return
         if adapter.version % every == 0 and adapter.version != num_steps:
             folder = self._section.folder / "adapters"
@@ -101,7 +101,7 @@ class Pushes:
 
     def last(self) -> None:
         """Uploads RUN/adapter, and waits for it, for at most ten minutes."""
-        if self._repo_id is None:
+        if not self._repo_id:
             return
         self._offer(self._section.folder / "adapter")
         with self._changed:
@@ -131,7 +131,7 @@ class Pushes:
                 (folder, message), self._waiting, self._is_busy = self._waiting, None, True
             with folder:
                 try:
-                    _upload(self._api, self._repo_id or "", Path(folder.name), message)
+                    _upload(self._api, self._repo_id, Path(folder.name), message)
                 except UserError as error:
                     self._failures.append(str(error))
                 except Exception as error:  # noqa: BLE001 (none ends a run)

@@ -32,8 +32,7 @@ from rl_lora.nn.variants import is_shifted, served_rank
 from rl_lora.planning.cards import CARDS
 from rl_lora.samplers.vllm.settings import (
     CPU_MEMORY_SHARE,
-    CPU_NUM_SEQS,
-    GPU_NUM_SEQS,
+    decoded_at_once,
     lora_settings,
     memory_fraction,
     merges_adapter,
@@ -41,8 +40,6 @@ from rl_lora.samplers.vllm.settings import (
 
 Phase = Literal["sampling", "learning"]
 PHASES: tuple[Phase, ...] = ("sampling", "learning")
-# Sequences that the engine decodes at once if sampling.max_num_seqs is not set.
-_NUM_SEQS = {"cpu": CPU_NUM_SEQS, "cuda": GPU_NUM_SEQS}
 _LOGITS_ELEMENTS = 2**24  # one chunk of logits in `policy`
 _LOGITS_COPIES = 3  # logits, log-probs, gradient
 # Tokens of a microbatch if optim.microbatch_tokens is not set; on a GPU, the most.
@@ -157,7 +154,8 @@ def sequences_at_once(config: RunConfig, num_ranks: int = 1) -> int:
     """Sequences that a rank's sampler decodes together at most."""
     sampling = config.sampling
     in_step = math.ceil(sampling.num_prompts / num_ranks) * sampling.num_samples
-    return min(sampling.max_num_seqs or _NUM_SEQS[plan_device(config.model.device)], in_step)
+    at_once = decoded_at_once(sampling.max_num_seqs, plan_device(config.model.device))
+    return min(at_once, in_step)
 
 
 def microbatch_tokens(config: RunConfig | SftConfig) -> int:

@@ -29,7 +29,7 @@ from rl_lora.sampler import Sampler
 from rl_lora.types import Adapter, Microbatch, Probe, Prompt, RolloutGroup, TrainSample
 
 PROBE_VERSION = 10**6 - 1  # never reached by training steps; its name is never reused either
-_PROBE_TOKENS = 48  # of each fixed prompt
+_PROBE_PROMPTS, _PROBE_TOKENS = 4, 48  # fixed prompts, and tokens of each
 # Rough relative change of a layer's output by the probe; the first that is large enough is used.
 _PROBE_SHIFTS = (0.05, 0.1, 0.2, 0.4, 0.8)
 _CHECKED_ROLLOUTS, _CHECKED_TOKENS = 4, 64  # of a step, and of each completion
@@ -336,7 +336,7 @@ def _shake(policy: Policy, shift: float) -> None:
 
 def _probe_tokens(prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
     """The fixed tokens that both sides score: the end of each prompt."""
-    return [prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts]
+    return [prompt.token_ids[-_PROBE_TOKENS:] for prompt in prompts[:_PROBE_PROMPTS]]
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import queue
 import shutil
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from rl_lora.policy import Policy, open_policy
 from rl_lora.sampler import BASE_VERSION, Sampler
 from rl_lora.samplers.fleet.replica import AdapterFiles, GroupRequest, Proof
 from rl_lora.samplers.make import has_own_weights, sampler_maker
-from rl_lora.samplers.vllm.settings import CPU_NUM_SEQS, GPU_NUM_SEQS, ServedPolicy
+from rl_lora.samplers.vllm.settings import ServedPolicy, decoded_at_once
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams, SeededParams
 
 
@@ -91,8 +90,7 @@ def max_samples(spec: EngineSpec, sampler: Sampler) -> int:
     With continuous batching twice as many as it decodes at once, since a group's shorter samples
     leave room long before the group is complete; without, no more than that.
     """
-    default = CPU_NUM_SEQS if pick_device(spec.model.device).type == "cpu" else GPU_NUM_SEQS
-    at_once = spec.sampling.max_num_seqs or default
+    at_once = decoded_at_once(spec.sampling.max_num_seqs, pick_device(spec.model.device).type)
     return 2 * at_once if has_stream(sampler) else at_once
 
 
@@ -278,9 +276,8 @@ class Host:
 
 
 def has_stream(sampler: Sampler) -> bool:
-    """Whether it takes groups while it samples others: vLLM, once that has been imported."""
-    module = sys.modules.get("rl_lora.samplers.vllm.sampler")
-    return module is not None and isinstance(sampler, module.VllmSampler)
+    """Whether it takes groups while it samples others (`samplers.vllm.stream`)."""
+    return getattr(sampler, "batches_continuously", False)
 
 
 def _group(job: _Job) -> GroupRequest:

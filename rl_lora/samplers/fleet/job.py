@@ -18,8 +18,6 @@ from rl_lora.types import Prompt
 if TYPE_CHECKING:
     from rl_lora.samplers.fleet.ray_start import RayCluster
 
-_NUM_PROBES = 4  # as the check at the start
-
 
 # limits: what samplers are made with, as keywords
 def make_fleet(
@@ -49,7 +47,7 @@ def make_fleet(
         UserError: they cannot be used.
         EngineError: none could be started.
     """
-    prover = Prover(policy, prompts_N[:_NUM_PROBES], sampling.max_kl)
+    prover = Prover(policy, prompts_N, sampling.max_kl)
     fleet: FleetSampler | None = None
     if distributed.is_main():
         at_end: Callable[[], None] | None = None

@@ -20,9 +20,8 @@ from rl_lora.samplers.fleet.shared_versions import SharedVersions
 from rl_lora.samplers.vllm.settings import (
     CPU_BATCHED_TOKENS,
     CPU_BLOCK_SIZE,
-    CPU_NUM_SEQS,
-    GPU_NUM_SEQS,
     ServedPolicy,
+    decoded_at_once,
     lora_settings,
     text_config,
 )
@@ -51,7 +50,7 @@ def server_command(config: RunConfig, model_dir: Path, port: int) -> str:
     longest = config.data.max_prompt_tokens
     longest += max(config.sampling.max_tokens, config.eval.max_tokens or 0)
     longest = min(longest, context_length(model_config))
-    num_seqs = max_num_seqs(config.sampling, device)
+    num_seqs = decoded_at_once(config.sampling.max_num_seqs, device.type)
     words = ["vllm", "serve", str(model_dir), "--port", str(port)]
     words += ["--dtype", str(dtype).removeprefix("torch."), "--max-model-len", str(longest)]
     words += ["--max-num-seqs", str(num_seqs), "--enable-lora"]
@@ -66,11 +65,6 @@ def server_command(config: RunConfig, model_dir: Path, port: int) -> str:
         words += ["--enforce-eager", "--block-size", str(CPU_BLOCK_SIZE)]
         words += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(num_batched)]
     return f"{RUNTIME_LORA} {shlex.join(words)}"
-
-
-def max_num_seqs(sampling: SamplingSection, device: torch.device) -> int:
-    """Sequences that a server decodes at once."""
-    return sampling.max_num_seqs or (CPU_NUM_SEQS if device.type == "cpu" else GPU_NUM_SEQS)
 
 
 # limits: what samplers are made with
@@ -105,7 +99,7 @@ def server_replicas(
         end_token_ids=end_token_ids,
         max_model_len=max_model_len,
         vocab_size=text_config(policy.model_dir).vocab_size,
-        max_samples=max_num_seqs(sampling, policy.device),
+        max_samples=decoded_at_once(sampling.max_num_seqs, policy.device.type),
         max_lora_rank=lora_settings(policy.lora, policy.dtype)["max_lora_rank"],
         wait_s=sampling.timeout_s,
         versions=SharedVersions(root),

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from rl_lora.sampler import Stops
 from rl_lora.samplers.fleet.replica import ReplicaError
 from rl_lora.samplers.fleet.server_client import Answer
-from rl_lora.types import SampleParams
+from rl_lora.samplers.vllm.requests import FINAL_ONLY
 
 GENERATE = "/inference/v1/generate"
-_FINAL_ONLY = 2  # vLLM's RequestOutputKind: the whole answer at the end
 _NO_LOGPROB = -9999.0  # vLLM's mark
 _TOKEN_BYTES, _ANSWER_BYTES = 512, 2**16  # of an answer, at most: for each token, and besides
 
@@ -19,27 +16,6 @@ _TOKEN_BYTES, _ANSWER_BYTES = 512, 2**16  # of an answer, at most: for each toke
 def max_answer_bytes(num_tokens: int) -> int:
     """Of an answer with log-probs of so many tokens."""
     return _ANSWER_BYTES + _TOKEN_BYTES * num_tokens
-
-
-def sampling_settings(
-    params: SampleParams, stops: Stops, seed: int, end_token_ids: Sequence[int]
-) -> dict[str, Any]:
-    """vLLM's SamplingParams of one sample, as `VllmSampler`'s; they are complete, so that the
-    server's own defaults (generation_config.json) play no part."""
-    return {
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "top_k": -1,
-        "max_tokens": params.max_tokens,
-        "stop": list(stops.texts) or None,
-        "stop_token_ids": [*end_token_ids, *stops.token_ids],
-        "skip_special_tokens": not stops.in_special,  # in the text searched for stops
-        "ignore_eos": True,  # it is among stop_token_ids
-        "seed": seed,
-        "logprobs": 0,
-        "detokenize": bool(stops.texts),
-        "output_kind": _FINAL_ONLY,
-    }
 
 
 def scoring_settings() -> dict[str, Any]:
@@ -50,7 +26,7 @@ def scoring_settings() -> dict[str, Any]:
         "prompt_logprobs": 0,
         "ignore_eos": True,
         "detokenize": False,
-        "output_kind": _FINAL_ONLY,
+        "output_kind": FINAL_ONLY,
     }
 
 

@@ -19,9 +19,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rl_lora.config.checks import MIN_TEMPERATURE
 from rl_lora.errors import UserError
-from rl_lora.sampler import BASE_VERSION, Stops, check_lengths
+from rl_lora.sampler import BASE_VERSION, Stops
 from rl_lora.samplers.fleet.replica import AdapterFiles, GroupRequest, Proof, ReplicaError
 from rl_lora.samplers.fleet.server_checks import (
     LOAD,
@@ -36,11 +35,11 @@ from rl_lora.samplers.fleet.server_messages import (
     GENERATE,
     max_answer_bytes,
     sampled,
-    sampling_settings,
     scored,
     scoring_settings,
 )
 from rl_lora.samplers.fleet.shared_versions import SharedVersion, SharedVersions
+from rl_lora.samplers.vllm.requests import check_request, sampling_settings
 from rl_lora.types import Adapter, Completion
 
 if TYPE_CHECKING:
@@ -307,12 +306,7 @@ class HttpReplica:
 
     async def _sample(self, group: GroupRequest, loaded: _Loaded | None) -> list[Completion]:
         params = group.params
-        if 0 < params.temperature < (lowest := MIN_TEMPERATURE["vllm"]):
-            raise UserError(
-                f"temperature {params.temperature} is below {lowest}, which vLLM would use "
-                "instead; use 0 (greedy) or a higher one"
-            )
-        check_lengths([group.prompt], params.max_tokens, self._job.max_model_len)
+        check_request([group.prompt], params, self._job.max_model_len)
         server = self._live()
         stops = Stops.of(params.stop, self._job.tokenizer)
         async with self._using(server, loaded) as ready:

@@ -16,11 +16,10 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig
 
-from rl_lora.config.checks import MIN_TEMPERATURE
 from rl_lora.errors import EngineError, StaleAdapterError, UserError
 from rl_lora.launchers.interruption import check, unbroken
 from rl_lora.models.resolve import context_length
-from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, OnProgress, Stops, check_lengths
+from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, OnProgress, Stops
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.end_tokens import end_token_ids as model_end_token_ids
 from rl_lora.samplers.vllm.engine import (
@@ -44,6 +43,7 @@ from rl_lora.samplers.vllm.process import (
     process_kept,
     torch_random_state_kept,
 )
+from rl_lora.samplers.vllm.requests import check_request, sampling_settings
 from rl_lora.samplers.vllm.settings import (
     EngineOptions,
     ServedPolicy,
@@ -69,6 +69,7 @@ class VllmSampler:
     """A `Sampler` on an in-process vLLM engine; only one may be open at a time."""
 
     has_own_weights = True
+    batches_continuously = True  # `stream`
     _rests = False  # while the learner works
     _num_finished = 0  # requests, of all calls
     _open: ClassVar[weakref.ref[VllmSampler] | None] = None  # vLLM's state is one per process
@@ -198,7 +199,7 @@ class VllmSampler:
             StaleAdapterError: vLLM answered with another adapter than the one that was set.
             EngineError: the engine failed.
         """
-        self._check_request(prompts_N, params)
+        check_request(prompts_N, params, self.max_model_len)
         stops = Stops.of(params.stop, self._tokenizer)
         requests: dict[str, _Request] = {}
         for prompt, seeds_G in zip(prompts_N, sample_seeds(prompts_N, params), strict=True):
@@ -318,30 +319,10 @@ class VllmSampler:
         if not self._engine.reset_prefix_cache():
             raise StaleAdapterError("vLLM kept its prefix cache although the weights changed")
 
-    def _check_request(self, prompts_N: Sequence[Prompt], params: SampleParams) -> None:
-        if 0 < params.temperature < (lowest := MIN_TEMPERATURE["vllm"]):
-            raise UserError(
-                f"temperature {params.temperature} is below {lowest}, which vLLM would use "
-                "instead; use 0 (greedy) or a higher one"
-            )
-        check_lengths(prompts_N, params.max_tokens, self.max_model_len)
-
     def _sampling_params(self, params: SampleParams, stops: Stops, seed: int) -> Any:
-        return self._vllm.SamplingParams(
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=-1,
-            max_tokens=params.max_tokens,
-            stop=list(stops.texts) or None,
-            stop_token_ids=[*self._end_token_ids, *stops.token_ids],
-            skip_special_tokens=not stops.in_special,  # in the text searched for stops
-            ignore_eos=True,  # it is among stop_token_ids
-            seed=seed,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=bool(stops.texts),
-            output_kind=self._vllm.RequestOutputKind.FINAL_ONLY,
-        )
+        settings = sampling_settings(params, stops, seed, self._end_token_ids)
+        settings["output_kind"] = self._vllm.RequestOutputKind.FINAL_ONLY
+        return self._vllm.SamplingParams(**settings, flat_logprobs=True)
 
     def _run(
         self,

@@ -122,6 +122,11 @@ def memory_fraction(total: int, taken: int) -> float:
     return min(MAX_MEMORY_FRACTION, (total - taken - RESERVE) / total)
 
 
+def decoded_at_once(max_num_seqs: int | None, device_type: str) -> int:
+    """Sequences that an engine decodes at once: so many, or what suits a device of this type."""
+    return max_num_seqs or (CPU_NUM_SEQS if device_type == "cpu" else GPU_NUM_SEQS)
+
+
 def engine_settings(
     model_dir: Path,
     options: EngineOptions,
@@ -137,7 +142,7 @@ def engine_settings(
         UserError: not even one sequence of max_model_len tokens fits into memory (CPU).
     """
     on_cpu = device.type == "cpu"
-    num_seqs = max_num_seqs or (CPU_NUM_SEQS if on_cpu else GPU_NUM_SEQS)
+    num_seqs = decoded_at_once(max_num_seqs, device.type)
     settings: dict[str, Any] = {
         "model": str(model_dir),
         "dtype": str(dtype).removeprefix("torch."),

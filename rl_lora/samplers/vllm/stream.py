@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from rl_lora.errors import UserError
-from rl_lora.sampler import Stops
+from rl_lora.sampler import Groups, Stops
+from rl_lora.samplers.vllm.requests import check_request
 from rl_lora.samplers.vllm.sampler import VllmSampler
 from rl_lora.types import Completion, Prompt, SeededParams
 
@@ -31,17 +33,15 @@ def sample_stream(
     Raises:
         EngineError, StaleAdapterError: as `VllmSampler.sample`.
     """
-    found: list[dict[int, Completion]] = []  # by group
-    sizes: list[int] = []
+    found: list[Groups] = []  # of one group each
 
     def requests_of(new: Sequence[Group]) -> dict[str, Any]:
         requests: dict[str, Any] = {}
         for prompt, params in new:
             number, (seeds_G,) = len(found), params.seeds_N_G
-            found.append({})
-            sizes.append(len(seeds_G))
+            found.append(Groups(1, len(seeds_G), partial(answer, number)))
             try:
-                sampler._check_request([prompt], params)
+                check_request([prompt], params, sampler.max_model_len)
             except UserError as error:
                 on_answer(number, error)
                 continue
@@ -51,11 +51,11 @@ def sample_stream(
                 requests[f"{number}/{sample}"] = (prompt.token_ids, options)
         return requests
 
+    def answer(number: int, _: int, completions_G: list[Completion]) -> None:
+        on_answer(number, completions_G)
+
     def on_output(output: Any) -> None:
         number, sample = map(int, output.request_id.split("/"))
-        found[number][sample] = sampler._completion(output)
-        if len(found[number]) == sizes[number]:
-            done = found[number]
-            on_answer(number, [done[index] for index in range(sizes[number])])
+        found[number].add(sample, sampler._completion(output))
 
     sampler._run(requests_of(groups), None, on_output, lambda: requests_of(more()))

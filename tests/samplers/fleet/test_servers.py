@@ -18,9 +18,9 @@ import pytest
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.sampler import Stops
 from rl_lora.samplers.fleet.replica import AdapterFiles, GroupRequest, ReplicaError
-from rl_lora.samplers.fleet.server_messages import sampling_settings
 from rl_lora.samplers.fleet.servers import HttpReplica, ServedJob
 from rl_lora.samplers.fleet.shared_versions import SharedVersions
+from rl_lora.samplers.vllm.requests import sampling_settings
 from rl_lora.samplers.vllm.sampler import VllmSampler
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 from tests.helpers import fake_server

@@ -274,8 +274,16 @@ def test_a_run_that_ends_does_not_wait_for_a_version() -> None:
         worker.next_batch(adapter(0))
         worker.offer(adapter(1))
         worker.next_batch(adapter(1))
-        waiting = worker._under_way[-1].sampled
+        job, has_polled = worker._under_way[-1], threading.Event()
+        check_wanted, waiting = job.scoring.check_wanted, job.sampled
+
+        def check() -> None:
+            has_polled.set()
+            check_wanted()
+
+        job.scoring.check_wanted = check  # type: ignore[method-assign]
         waiting.add_done_callback(lambda _: fleet.may_switch.set())  # only the worker's end ends it
+        assert has_polled.wait(WAIT_S)  # or the batch may not have begun, and is cancelled at once
     with pytest.raises(CancelledError, match="no longer wanted"):
         waiting.result()
 

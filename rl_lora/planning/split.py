@@ -1,8 +1,9 @@
 """GPUs divided into samplers and learners, with bounded staleness: an estimate.
 
-The product does not do this yet. In a job of several processes each one samples and learns, with
-`sampling.max_staleness` both at once on the same GPU. scripts/scaling simulates the same design
-with samples that differ in length and machines that fail.
+Samplers apart from learners are those of `[resources]` (docs/samplers.md). Without it each process
+of a job samples and learns, with `sampling.max_staleness` both at once on the same GPU.
+scripts/scaling simulates this design with samples that differ in length and machines that fail, and
+compares it with jobs on a CPU.
 
 The learner takes batches in order. A group of batch b may be sampled once version b - k is
 published, k being the bound on staleness, so that it is at most k versions old when it is learned

@@ -3,9 +3,10 @@
     python scripts/scaling/simulate.py curve      # minutes; a figure, a table and JSON
     python scripts/scaling/simulate.py failures   # what samplers that fail cost
     python scripts/scaling/simulate.py cpu        # estimated and measured steps of a small model
+    python scripts/scaling/simulate.py fleet      # the same of jobs with samplers in Ray actors
     python scripts/scaling/simulate.py lengths runs/mine/transcripts.jsonl   # fits their spread
 
-Separate samplers and learners are a prospect: today each process of a job samples and learns.
+What `cpu` and `fleet` measure is only as good as the cores are free.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def main() -> int:
         one.add_argument("--out", type=Path, default=Path("runs/scaling"))
     commands.choices["curve"].add_argument("--largest", type=int, default=4096, metavar="GPUS")
     commands.choices["failures"].add_argument("--gpus", type=int, default=64)
-    commands.add_parser("cpu").add_argument("--out", type=Path, default=Path("runs/scaling"))
+    for name in ("cpu", "fleet"):
+        commands.add_parser(name).add_argument("--out", type=Path, default=Path("runs/scaling"))
     commands.add_parser("lengths").add_argument("transcripts", type=Path)
     options = parser.parse_args()
     if options.command == "lengths":
@@ -52,6 +54,10 @@ def main() -> int:
         from scaling.cpu_check import check
 
         return check(options.out)
+    if options.command == "fleet":
+        from scaling.fleet_check import check as check_fleet
+
+        return check_fleet(options.out)
     scenario = load_scenario(find_config(options.config), find_card(options.gpu), options.spread)
     if options.command == "curve":
         own, grown = curve(scenario, options.largest)

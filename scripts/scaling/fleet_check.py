@@ -1,0 +1,230 @@
+"""Predicted and measured steps of a small job with 1 and 2 samplers in Ray actors on this CPU.
+
+The job in one process gives the rates: seconds of a decoding step and of all that is not sampling.
+From them the simulation predicts the job with samplers elsewhere, from the recorded lengths, and
+the plan's estimate, which knows their mean only. A sampler decodes one group at a time, on a core
+and a thread that it shares with nothing but the learner.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rl_lora.config import load_config
+from rl_lora.config.shipped import find_config
+from rl_lora.models.shapes import build_on_meta, known_config
+from rl_lora.planning.counts import parameter_counts
+from rl_lora.planning.roofline import Assumptions
+from rl_lora.planning.speed import StepWork, step_work
+from rl_lora.planning.split import split_time
+from scaling.cpu_check import ALLOWED, CARD
+from scaling.simulation import Design, simulate
+
+NUM_STEPS, NUM_FIRST = 14, 2  # the first ones are not measured
+FLEETS = ((1, 0), (2, 0), (2, 1))  # (samplers, bound on staleness)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of the job in one process.
+
+    Example: Rates(token_s=0.0016, other_s=0.18, lengths=[[[15, 9], [20, 11]], ...])
+    """
+
+    token_s: float  # one decoding step of a group, its prompt's share included
+    other_s: float  # of a step: all but sampling
+    lengths: list[list[list[int]]]  # [step][prompt][sample], tokens
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job with samplers elsewhere.
+
+    Example: Row(num_samplers=2, max_staleness=0, step_s=0.77, simulated_s=0.75, estimated_s=0.7,
+    idle=0.27, simulated_idle=0.25)
+    """
+
+    num_samplers: int
+    max_staleness: int
+    step_s: float  # median
+    simulated_s: float
+    estimated_s: float
+    idle: float  # share of the samplers' time without anything to sample; median
+    simulated_idle: float
+
+    @property
+    def is_predicted(self) -> bool:
+        """Whether the step is simulated within ALLOWED, and the idle share within that, too."""
+        is_near = abs(self.simulated_s / self.step_s - 1) <= ALLOWED
+        return is_near and abs(self.simulated_idle - self.idle) <= ALLOWED
+
+
+def check(folder: Path) -> int:
+    """Runs the jobs, prints and writes a table; 1 if a prediction is off by over ALLOWED."""
+    with tempfile.TemporaryDirectory(prefix="jobs-", dir=folder) as scratch:
+        runs = Path(scratch)
+        found = rates(measured(runs, "in-process", 1, "run.transcripts_per_step=1000000"))
+        rows = []
+        for num_samplers, bound in FLEETS:
+            name = f"samplers-{num_samplers}-staleness-{bound}"
+            run = measured(runs, name, num_samplers, *elsewhere(num_samplers, bound))
+            rows.append(row(found, num_samplers, bound, read_metrics(run)))
+    Console(width=120).print(table(rows))
+    result = {"token_s": found.token_s, "other_s": found.other_s, "rows": [*map(asdict, rows)]}
+    (folder / "fleet.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    off = [(one.num_samplers, one.max_staleness) for one in rows if not one.is_predicted]
+    print(f"off by over {ALLOWED:.0%}: {off}" if off else f"all within {ALLOWED:.0%}")
+    return 1 if off else 0
+
+
+def elsewhere(num_samplers: int, max_staleness: int) -> list[str]:
+    """The settings that differ."""
+    own = [f"resources.samplers={num_samplers}", f"sampling.max_staleness={max_staleness}"]
+    return [*own, 'resources.ray_address="local"']
+
+
+def measured(folder: Path, name: str, num_cores: int, *settings: str) -> Path:
+    """Runs the job on so many cores; returns its folder."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < num_cores:
+        raise SystemExit(f"{num_cores} samplers need as many cores; this machine has {len(cores)}")
+    own = ["run.eval_every=0", "data.held_out=8", "sampling.max_num_seqs=8", *settings]
+    where = [f"run.num_steps={NUM_STEPS}", f"run.output_dir={folder}", f"run.name={name}"]
+    os.sched_setaffinity(0, cores[:num_cores])
+    try:
+        subprocess.run(
+            [sys.executable, "-m", "rl_lora", "train", "smoke", *own, *where],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+    finally:
+        os.sched_setaffinity(0, cores)
+    return folder / name
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The steps that count."""
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines][NUM_FIRST:]
+
+
+def rates(run: Path) -> Rates:
+    """Of a run in one process, with all of its transcripts."""
+    rows = [json.loads(line) for line in (run / "transcripts.jsonl").open(encoding="utf-8")]
+    lengths = [
+        [
+            [one["tokens"] for one in of_prompt]
+            for _, of_prompt in itertools.groupby(of_step, lambda one: one["prompt_id"])
+        ]
+        for _, of_step in itertools.groupby(rows, lambda one: one["step"])
+    ]
+    metrics = read_metrics(run)
+    decoded = [sum(map(max, step)) for step in lengths[NUM_FIRST:]]  # steps of the engine
+    sampled = zip(metrics, decoded, strict=True)
+    return Rates(
+        token_s=statistics.median(one["system/sampler_s"] / steps for one, steps in sampled),
+        other_s=statistics.median(one["time/step_s"] - one["time/sample_s"] for one in metrics),
+        lengths=lengths,
+    )
+
+
+def row(
+    found: Rates, num_samplers: int, max_staleness: int, metrics: Sequence[dict[str, float]]
+) -> Row:
+    """What was predicted and measured."""
+    steps, num_samples = found.lengths, len(found.lengths[0][0])
+    design = Design(
+        num_samplers=num_samplers,
+        num_prompts=len(steps[0]),
+        num_samples=num_samples,
+        max_staleness=max_staleness,
+        num_slots=num_samples,
+        learn_s=found.other_s,
+        lengths=lambda batch, group: steps[batch % len(steps)][group],
+        decode_s=lambda number, age: found.token_s,
+    )
+    simulated = simulate(design, NUM_STEPS)
+    busy = simulated.busy_s / (simulated.ends[-1] * num_samplers)
+    return Row(
+        num_samplers,
+        max_staleness,
+        step_s=statistics.median(one["time/step_s"] for one in metrics),
+        simulated_s=simulated.step_s(NUM_FIRST),
+        estimated_s=estimated_s(found, num_samplers, max_staleness),
+        idle=statistics.median(one["fleet/idle_share"] for one in metrics),
+        simulated_idle=1 - busy,
+    )
+
+
+def estimated_s(found: Rates, num_samplers: int, max_staleness: int) -> float:
+    """The plan's estimate from the same rates and the lengths' mean."""
+    work = plan_work(found)
+    return split_time(work, 2**50, num_samplers, 1, max_staleness).seconds
+
+
+def plan_work(found: Rates) -> StepWork:
+    """A step of the job as the plan sees it, with the rates in place of a data sheet's."""
+    config = load_config(find_config(Path("smoke")), ["sampling.max_num_seqs=8"])
+    shape = known_config(config.model.name)
+    assert shape is not None
+    assumed = Assumptions(
+        products=1e9,
+        bandwidth=1e9,
+        attention_forward=1e9,
+        attention_backward=1e9,
+        learner=1.0,
+        engine_step_s=found.token_s,
+        lora_layer_s=0.0,
+        hand_over_s=0.0,
+        mean_share=_mean_share(found, config.sampling.max_tokens),
+        prompt_tokens=1,
+        number_bytes=4,
+    )
+    work = step_work(config, shape, parameter_counts(build_on_meta(shape), config.lora), CARD)
+    work = replace(work, assumed=assumed)
+    return replace(work, assumed=replace(assumed, learner=work.learn_s() / found.other_s))
+
+
+def _mean_share(found: Rates, limit: int) -> float:
+    """Of the limit, the exponential distribution's mean that is cut to the recorded one."""
+    tokens = [length for step in found.lengths for group in step for length in group]
+    mean = statistics.mean(tokens) / limit
+    low, high = mean, 1e3
+    for _ in range(100):
+        middle = (low + high) / 2
+        is_low = middle * (1 - math.exp(-1 / middle)) < mean
+        low, high = (middle, high) if is_low else (low, middle)
+    return low
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """A row for each job."""
+    found = Table("samplers", "staleness", "step", "simulated", "ratio", "estimated", "ratio")
+    found.add_column("samplers idle")
+    found.add_column("simulated")
+    for one in rows:
+        found.add_row(
+            f"{one.num_samplers}",
+            f"{one.max_staleness}",
+            f"{one.step_s:.2f} s",
+            f"{one.simulated_s:.2f} s",
+            f"{one.simulated_s / one.step_s:.2f}",
+            f"{one.estimated_s:.2f} s",
+            f"{one.estimated_s / one.step_s:.2f}",
+            f"{one.idle:.0%}",
+            f"{one.simulated_idle:.0%}",
+        )
+    return found

@@ -26,7 +26,7 @@ from rl_lora.prompts import PromptSets
 from rl_lora.report.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.report.run_figures import draw_figures
 from rl_lora.report.terminal import Display
-from rl_lora.runs.checkpoint import drop_after
+from rl_lora.runs.checkpoint import clean
 from rl_lora.runs.inputs import base_inputs, prompt_inputs
 from rl_lora.runs.log import RunLog
 from rl_lora.runs.machine import MachineMeter
@@ -297,7 +297,7 @@ def prepare(parts: Parts, stream: PromptStream, start: Start) -> State:
         parts.display.note(f"resumed from {start.checkpoint}")
     kept = -1 if start.checkpoint is None else state.step
     if distributed.is_main():
-        drop_after(folder, kept)  # the steps after it are repeated, maybe with other results
+        clean(folder, kept, job.config.run.keep_last)  # later steps may come out otherwise now
         remove_results_after(folder / "eval", kept)
         drop_best_after(folder, kept)
     if start.checkpoint is None:

@@ -183,8 +183,7 @@ def write_checkpoint(
     json.dumps(document, allow_nan=False)  # before anything is written
     final = checkpoint_path(run_folder, step)
     try:
-        for path in final.parent.glob(".step_*"):  # what a kill left of a save or a deletion
-            shutil.rmtree(path)
+        _remove_leftovers(run_folder)
         with atomic_directory(final, is_durable=True) as scratch:
             file = scratch / TENSORS_FILE
             save_file(_storable(tensors), file)
@@ -267,6 +266,14 @@ def has_checkpoint(run_folder: Path, step: int) -> bool:
     return step in steps
 
 
+def clean(run_folder: Path, step: int, keep_last: int) -> None:
+    """What a run that resumes from `step` calls first: none of later steps stays, of the others the
+    newest `keep_last`, and nothing that a kill has left of a save or a deletion."""
+    drop_after(run_folder, step)
+    prune(run_folder, keep_last)
+    _remove_leftovers(run_folder)
+
+
 def prune(run_folder: Path, keep_last: int) -> list[Path]:
     """Deletes all but the newest `keep_last` (1 or more) checkpoints; returns what was deleted."""
     return _remove(_checkpoints(run_folder / FOLDER)[:-keep_last])
@@ -275,8 +282,8 @@ def prune(run_folder: Path, keep_last: int) -> list[Path]:
 def drop_after(run_folder: Path, step: int) -> list[Path]:
     """Deletes the checkpoints of later steps, intact or not; returns what was deleted.
 
-    A run that resumes from `step` calls this first: it takes those steps again, and `prune` and
-    `latest_checkpoint` go by the step's number.
+    A run that resumes from `step` takes those steps again, and `prune` and `latest_checkpoint` go
+    by the step's number.
     """
     return _remove([p for p in _checkpoints(run_folder / FOLDER) if _step_of(p) > step])
 
@@ -355,6 +362,12 @@ def _remove(paths: list[Path]) -> list[Path]:
         path.rename(hidden)
         shutil.rmtree(hidden)
     return paths
+
+
+def _remove_leftovers(run_folder: Path) -> None:
+    """Deletes what a kill has left of a save or a deletion."""
+    for path in (run_folder / FOLDER).glob(".step_*"):
+        shutil.rmtree(path)
 
 
 def _sha256(path: Path) -> str:

@@ -22,7 +22,7 @@ from rl_lora.launchers import interruption
 from rl_lora.models.resolve import check_rows
 from rl_lora.report.terminal import Display
 from rl_lora.runs.checkpoint import (
-    drop_after,
+    clean,
     has_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -146,7 +146,7 @@ def _run(
             state = _restore(job, start.checkpoint)
             display.note(f"resumed from {start.checkpoint}")
         if distributed.is_main():
-            drop_after(folder, start.state.get("step", -1))
+            clean(folder, start.state.get("step", -1), config.run.keep_last)
         if start.checkpoint is None:
             log.write(0, _test(job))
             _save(job, state)

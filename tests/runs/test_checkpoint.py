@@ -22,6 +22,7 @@ from rl_lora.runs.checkpoint import (
     STATE_FILE,
     TENSORS_FILE,
     checkpoint_path,
+    clean,
     drop_after,
     flatten_optimizer,
     latest_checkpoint,
@@ -112,6 +113,18 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     assert prune(tmp_path, 2) == paths[:2]
     assert sorted((tmp_path / "checkpoints").iterdir()) == paths[2:]
     assert prune(tmp_path, 2) == []
+
+
+def test_a_resumed_run_deletes_what_a_kill_has_kept_from_it(tmp_path: Path) -> None:
+    """The kill came after the save of step 4: steps 1 and 2 were to go, and 2 is half gone."""
+    paths = [save(tmp_path, step) for step in (1, 2, 3, 4)]
+    paths[1].rename(paths[1].with_name(".step_000002.deleted"))
+    paths[0].with_name(".step_000005.4711").mkdir()  # another one, in a save
+    clean(tmp_path, 4, 2)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == paths[2:]
+    clean(tmp_path, 3, 2)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == paths[2:3]
+    clean(tmp_path / "absent", -1, 2)
 
 
 def test_drop_after_forgets_the_steps_that_are_run_again(tmp_path: Path) -> None:

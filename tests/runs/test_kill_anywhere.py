@@ -5,10 +5,13 @@ A small choice of what scripts/crash_test.py does.
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from rl_lora.runs.checkpoint import checkpoint_steps, prune
 from tests.helpers.crashes import Bench, load_libraries, rl, sft
 from tests.helpers.kills import Kill
 from tests.helpers.run_files import difference, run_files
@@ -44,6 +47,28 @@ def test_a_kill_at_any_moment_leaves_a_run_that_resumes_to_the_same_end(
         assert len(crash.kills) == 1
         assert not crash.error
         assert bench.difference(job, crash) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rl", "sft"])
+def test_a_kill_before_the_last_deletion_leaves_no_checkpoint_too_many(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A run that resumes at its last step saves no checkpoint, after which it would delete."""
+    job, is_killed = JOBS[name], tmp_path / "killed"
+    bench.whole(job)
+
+    def killed_once(run_folder: Path, keep_last: int) -> list[Path]:
+        if 4 in checkpoint_steps(run_folder) and not is_killed.exists():
+            is_killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return prune(run_folder, keep_last)
+
+    monkeypatch.setattr("rl_lora.runs.checkpoint.prune", killed_once)
+    crash = bench.crash(job, [Kill()])
+    assert is_killed.exists()
+    assert not crash.error
+    assert bench.difference(job, crash) == ""
 
 
 @pytest.mark.slow

@@ -134,6 +134,9 @@ def _print_results(display: Display, study: Any, rows: Sequence[Mapping[str, Any
     failed = [row for row in rows if row["error"]]
     for row in failed[:10]:
         display.note(f"{row['status']}: {row_text(row)}: {row['error']}")
+    if num_crashed := sum(row["status"] == "crashed" for row in failed):
+        refined = ", and refines their sweeps then" if study.study.refine_rounds else ""
+        display.note(f"--retry runs the {num_crashed} crashed cells again{refined}")
     display.note(f"the table is {study.folder / TABLE_FILE}")
 
 

@@ -187,13 +187,19 @@ def pending_cells(cells: Sequence[Cell], done: set[str]) -> list[Cell]:
 
 
 def refined_cells(study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Any]) -> list[Cell]:
-    """Cells at rates around each condition's best, by the rows of `cells`."""
+    """Cells at rates around each condition's best, by the rows of `cells`.
+
+    A condition of which a cell has crashed is not refined yet: with the cell's result the best rate
+    may be another one, and a study whose processes are killed would end with other cells.
+    """
     keys = {cell.key for cell in cells}
+    crashed = {row["cell"] for row in rows if row["status"] == "crashed"}
+    waiting = {cell.condition for cell in cells if cell.key in crashed}
     table = results_by_rate([row for row in rows if row["cell"] in keys])
     further: dict[str, Cell] = {}
     for condition, by_rate in table.items():
         result = sweep(by_rate, GOALS[study.study.arm])
-        if result is None:
+        if result is None or condition in waiting:
             continue
         some = {c.config.run.seed: c for c in cells if c.condition == condition}
         for rate in refined_rates(list(by_rate), result.best_rate):

@@ -136,13 +136,16 @@ def test_refinement_waits_for_the_grid_and_goes_round_the_best(tmp_path: Path) -
             "lr": cell.config.optim.lr,
             "seed": 0,
             "result": result,
+            "status": "diverged" if result is None else "done",
             **cell.condition._asdict(),
         }
 
     rows = [row(cells[0], 2.0), row(cells[1], 1.0)]
     assert all_cells(study, rows) == cells  # one cell of the grid is not done
     assert pending_cells(cells, {r["cell"] for r in rows}) == [cells[2]]
-    rows.append(row(cells[2], None))  # it failed
+    rows.append({**row(cells[2], None), "status": "crashed"})
+    assert all_cells(study, rows) == cells  # with its result another rate may be the best
+    rows[-1] = row(cells[2], None)  # it diverged
     further = refined_cells(study, cells, rows)
     assert [cell.config.optim.lr for cell in further] == [3.16e-3, 3.16e-2]
     assert all_cells(study, rows) == [*cells, *further]

@@ -14,6 +14,7 @@ from rewards import Reward
 from rl_lora import distributed
 from rl_lora.config import ModelSection, OptimSection, RunConfig, SamplingSection
 from rl_lora.config.algorithm import Algorithm, load_algorithm, user_code
+from rl_lora.environments.load import environment_maker, episodes_by
 from rl_lora.errors import UserError
 from rl_lora.launchers.environment import num_restarts
 from rl_lora.launchers.interruption import Interrupted
@@ -86,7 +87,9 @@ def open_run(
         from rl_lora.samplers.vllm.checks import check_vllm, with_compilation
 
         load_sampler_class(config.sampling.backend)
+        make = None if config.environment.name is None else environment_maker(config)
         model_dir, tokenizer, context = open_model(config.model, on_note)
+        as_episodes = None if make is None else episodes_by(make, config, tokenizer)
         if config.sampling.backend == "vllm" and not config.resources.servers:
             check_vllm(model_dir, config)
         prompts = _load_prompts(config, reward, model_dir, tokenizer, context)
@@ -111,6 +114,8 @@ def open_run(
             "on_progress": on_progress,
         }
         sampler = _sampler(config, policy, prompts, sampling, options)
+        if as_episodes is not None:
+            sampler = as_episodes(sampler)
         stack.callback(sampler.close)
         yield RunContext(config, tokenizer, prompts, reward, policy, algorithm, sampler)
 
@@ -316,6 +321,7 @@ def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None
         "format_weight": reward.format_weight,
     }
     more = {"thinking_tags": tags, "reward_terms": [one.model_dump() for one in reward.terms]}
+    more["environment"] = config.environment.name and config.environment.model_dump()
     return Evaluation(
         prompts_N=prompts_N,
         reward=job.reward,

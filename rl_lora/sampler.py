@@ -64,9 +64,14 @@ def switches_while_sampling(sampler: Sampler) -> bool:
     return getattr(sampler, "switches_while_sampling", False)
 
 
-def check_lengths(prompts_N: Sequence[Prompt], max_tokens: int, max_model_len: int) -> None:
-    """Raises UserError if a prompt with max_tokens more exceeds max_model_len."""
-    for prompt in prompts_N:
+def max_tokens_of(prompts_N: Sequence[Prompt], params: SampleParams) -> list[int]:
+    """[N]: longest completion of each prompt; those of `types.SeededParams` are given."""
+    return list(getattr(params, "max_tokens_N", ())) or [params.max_tokens] * len(prompts_N)
+
+
+def check_lengths(prompts_N: Sequence[Prompt], params: SampleParams, max_model_len: int) -> None:
+    """Raises UserError if a prompt with its longest completion exceeds max_model_len."""
+    for prompt, max_tokens in zip(prompts_N, max_tokens_of(prompts_N, params), strict=True):
         if len(prompt.token_ids) + max_tokens > max_model_len:
             raise UserError(
                 f"prompt {prompt.prompt_id!r} has {len(prompt.token_ids)} tokens, and with "

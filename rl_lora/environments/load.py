@@ -47,14 +47,17 @@ def environment_maker(config: RunConfig) -> Callable[[], Environment]:
 
 
 def episodes_by(
-    make: Callable[[], Environment], config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[Sampler], EpisodeSampler]:
-    """What makes the job's sampler one of episodes.
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Sampler], EpisodeSampler] | None:
+    """What makes the job's sampler one of episodes; None: the job has no environment.
 
     Raises:
-        UserError: the chat template cannot render an observation.
+        UserError: as `environment_maker`; or the chat template cannot render an observation.
     """
     section, data = config.environment, config.data
+    if section.name is None:
+        return None
+    make = environment_maker(config)
     bridge = Bridge(tokenizer, data.template, data.chat_template_kwargs, section.role)
 
     def as_episodes(sampler: Sampler) -> EpisodeSampler:

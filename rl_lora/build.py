@@ -88,7 +88,7 @@ def open_run(
 
         load_sampler_class(config.sampling.backend)
         model_dir, tokenizer, context = open_model(config.model, on_note)
-        as_episodes = episodes_by(config, tokenizer)
+        as_episodes = episodes_by(config, tokenizer, reward)
         if config.sampling.backend == "vllm" and not config.resources.servers:
             check_vllm(model_dir, config)
         prompts = _load_prompts(config, reward, model_dir, tokenizer, context)

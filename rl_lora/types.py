@@ -88,7 +88,7 @@ class Episode:
 
     texts: tuple[str, ...]  # of the policy, the environment, ..., the policy
     is_sampled_T: tuple[bool, ...]  # one per token of the completion; False: the environment's
-    score: Score | None  # the environment's own; None: the reward's, of the last text
+    score: Score | None  # None: the reward scores the last text
 
     @property
     def num_turns(self) -> int:
@@ -126,7 +126,7 @@ class Completion:
 
     @property
     def own_score(self) -> Score | None:
-        """The environment's; None: the reward scores the text."""
+        """The episode's; None: the reward scores the text."""
         return None if self.episode is None else self.episode.score
 
 

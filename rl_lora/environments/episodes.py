@@ -33,8 +33,8 @@ class EpisodeSampler:
         make_environment: makes one per episode.
         bridge: renders observations.
         max_turns: of the policy.
-        reward: scores the turns of environments that are graded; closed with this sampler. It is
-            called in the thread of `sample`, while another one may score finished groups.
+        reward: the job's, for environments that are graded. It scores their turns in the thread of
+            `sample`, and is not called for their episodes again.
     """
 
     def __init__(
@@ -137,9 +137,7 @@ class EpisodeSampler:
         self._sampler.release_memory()
 
     def close(self) -> None:
-        """As the sampler's own; also ends the processes of the reward."""
-        if self._reward is not None:
-            self._reward.close()
+        """As the sampler's own."""
         self._sampler.close()
 
 
@@ -182,7 +180,7 @@ class _Running:
                 f"environment.name: step returned {type(step).__name__}; it must return a "
                 "rl_lora.environments.protocol.Step"
             )
-        self.score = step.score
+        self.score = step.score or score
         self.is_truncated = self.is_over = answer.is_truncated
         if step.observation is None or bridge is None or self.is_over:
             self.is_over = True

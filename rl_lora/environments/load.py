@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from rewards import Reward
 from rl_lora.config import RunConfig
 from rl_lora.config.algorithm import imported
 from rl_lora.config.checks import ENVIRONMENTS
@@ -14,7 +15,6 @@ from rl_lora.environments.episodes import EpisodeSampler
 from rl_lora.environments.protocol import Environment
 from rl_lora.errors import UserError
 from rl_lora.sampler import Sampler
-from rl_lora.scoring import make_reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ def environment_maker(config: RunConfig) -> Callable[[], Environment]:
 
 
 def episodes_by(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, reward: Reward
 ) -> Callable[[Sampler], EpisodeSampler] | None:
     """What makes the job's sampler one of episodes; None: the job has no environment.
 
@@ -59,10 +59,5 @@ def episodes_by(
         return None
     make = environment_maker(config)
     bridge = Bridge(tokenizer, data.template, data.chat_template_kwargs, section.role)
-
-    def as_episodes(sampler: Sampler) -> EpisodeSampler:
-        # Not the job's own reward, which another thread calls.
-        reward = make_reward(config) if make().is_graded else None
-        return EpisodeSampler(sampler, make, bridge, max_turns=section.max_turns, reward=reward)
-
-    return as_episodes
+    max_turns = section.max_turns
+    return lambda sampler: EpisodeSampler(sampler, make, bridge, max_turns=max_turns, reward=reward)

@@ -29,7 +29,7 @@ class Step:
     """
 
     observation: str | None = None  # what the policy reads before its next turn; None: it is over
-    # Of the whole episode, if it ends here; None: the job's reward scores the last turn's text.
+    # Of the whole episode, if it ends here; None: the job's reward, of the last turn's text.
     score: Score | None = None
 
 

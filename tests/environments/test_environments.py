@@ -19,7 +19,7 @@ from rl_lora.environments.retry import Retry
 from rl_lora.errors import UserError
 from rl_lora.runs.metrics import rollout_metrics
 from rl_lora.types import Completion, Episode, Rollout, RolloutGroup
-from tests.helpers.fakes import make_prompt
+from tests.helpers.fakes import make_group, make_prompt
 
 
 def config(**environment: Any) -> RunConfig:
@@ -141,6 +141,10 @@ def test_metrics_count_what_was_sampled() -> None:
     assert metrics["episode/turns_mean"] == 1.5
     assert metrics["episode/several_turns_rate"] == 0.5
     assert metrics["episode/observation_tokens"] == 1.5
+
+
+def test_metrics_of_other_jobs_say_nothing_of_episodes() -> None:
+    assert not [key for key in rollout_metrics([make_group([1.0, 0.0])]) if "episode" in key]
 
 
 def test_the_public_name() -> None:

@@ -198,6 +198,18 @@ def test_retry_scores_each_turn_and_the_last_one_counts() -> None:
     assert reward.num_scored == 5  # not again
 
 
+def test_a_graded_environment_without_its_own_score_has_the_rewards() -> None:
+    class Once(Calculator):
+        is_graded: ClassVar[bool] = True
+
+    reward = FakeReward()
+    episodes = EpisodeSampler(Scripted(trying), Once, Bridge(TOKENIZER), reward=reward)
+    groups = episodes.sample(PROMPTS[:1], PARAMS)
+    assert groups[0][0].own_score == Score(0.0, False, "ok", "0", True)
+    score_groups(PROMPTS[:1], groups, reward)
+    assert reward.num_scored == 2  # never in the thread that scores groups
+
+
 def test_a_calculators_answer_is_scored_by_the_jobs_reward() -> None:
     groups = EpisodeSampler(Scripted(calling), Calculator, Bridge(TOKENIZER)).sample(
         PROMPTS, PARAMS

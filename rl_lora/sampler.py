@@ -38,7 +38,8 @@ class Sampler(Protocol):
     ) -> list[list[Completion]]:
         """[N][G] completions, in the prompts' order.
 
-        Log-probs are those of the distribution sampled from: at params.temperature, in nats.
+        Seeds and longest completions are those of `sample_seeds` and `max_tokens_of`. Log-probs
+        are those of the distribution sampled from: at params.temperature, in nats.
         `on_group` is called once per prompt as soon as its group is complete, in any order, in
         the thread of this call; what it raises ends the sampling and is raised here.
         """

@@ -262,6 +262,16 @@ def test_a_sampler_that_ignores_the_limit_of_a_turn_is_refused() -> None:
         ).sample(PROMPTS, limited)
 
 
+def test_all_processes_make_the_same_number_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler of sharded weights gathers them in each call."""
+    monkeypatch.setattr("rl_lora.distributed.world_size", lambda: 2)
+    for prompts in ([], PROMPTS):
+        sampler = Scripted(calling)
+        episodes = EpisodeSampler(sampler, Calculator, Bridge(TOKENIZER), max_turns=4)
+        assert len(episodes.sample(prompts, PARAMS)) == len(prompts)
+        assert len(sampler.calls) == 4
+
+
 def test_an_engine_that_fails_in_a_later_turn_samples_the_same_again() -> None:
     """A new engine gets only what is missing of the turn, with its seeds and limits."""
 
@@ -279,10 +289,9 @@ def test_an_engine_that_fails_in_a_later_turn_samples_the_same_again() -> None:
                     on_group(n, group)
             return groups
 
-    found = []
+    found, warnings = [], list[str]()
     for has_failed in ([], [True]):  # noqa: B007  # what Failing reads
         engine = Failing(calling)
-        warnings: list[str] = []
         restarting = RestartingSampler(
             lambda engine=engine: engine,  # type: ignore[misc]
             max_restarts=1,
@@ -317,7 +326,7 @@ class IdTokenizer:
         return " ".join(f"t{i}" for i in ids)
 
     def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
-        return {"input_ids": [[int(word[1:]) for word in text.split()] for text in texts]}
+        return {"input_ids": [[int(word.strip("t")) for word in text.split()] for text in texts]}
 
 
 def test_the_learner_scores_an_episode_as_it_was_sampled(tmp_path: Path) -> None:
@@ -327,8 +336,7 @@ def test_the_learner_scores_an_episode_as_it_was_sampled(tmp_path: Path) -> None
     # Every 4th token ends a turn.
     sampler = TorchSampler(policy, tokenizer=tokenizer, end_token_ids=range(2, 97, 4))
     sampler.set_adapter(save_adapter(policy, tmp_path / "adapters", version=4, run_name="r"))
-    bridge = Bridge.__new__(Bridge)
-    bridge.token_ids = lambda text, last_id: tuple(tokenizer([text])["input_ids"][0])  # type: ignore[method-assign]
+    bridge = Bridge(tokenizer, "base")
     episodes = EpisodeSampler(sampler, Thrice, bridge, max_turns=4)
     params = SampleParams(num_samples=3, max_tokens=40, temperature=0.8, seed=1)
     groups = episodes.sample(PROMPTS, params)

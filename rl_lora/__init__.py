@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rl_lora.advantages import group_mean, grpo, reinforce_pp, rloo
     from rl_lora.batches import pack
     from rl_lora.config import RunConfig, load_config
+    from rl_lora.environments.protocol import Environment
     from rl_lora.errors import UserError
     from rl_lora.evaluation.evaluate import Evaluation, evaluate
     from rl_lora.learner import Learner
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "Completion",
+    "Environment",
     "Evaluation",
     "Learner",
     "Policy",
@@ -74,6 +76,7 @@ _NAMES_BY_MODULE = {
     "rl_lora.advantages": ("group_mean", "grpo", "reinforce_pp", "rloo"),
     "rl_lora.batches": ("pack",),
     "rl_lora.config": ("RunConfig", "load_config"),
+    "rl_lora.environments.protocol": ("Environment",),
     "rl_lora.errors": ("UserError",),
     "rl_lora.evaluation.evaluate": ("Evaluation", "evaluate"),
     "rl_lora.learner": ("Learner",),

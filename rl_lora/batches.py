@@ -42,6 +42,7 @@ def make_samples(
             sampler_logprobs_T=rollout.completion.sampler_logprobs_T,
             advantage=advantage,
             adapter_version=rollout.completion.adapter_version,
+            is_sampled_T=rollout.completion.is_sampled_T,
         )
         for group, advantages_G in zip(groups_N, advantages_N_G, strict=True)
         for rollout, advantage in zip(group.rollouts_G, advantages_G, strict=True)
@@ -90,9 +91,9 @@ def pack_samples(
 
     Args:
         samples: sequences to learn from.
-        denominator: "tokens": completion tokens of the update; "sequences": its sequences times the
-            sequence's own length; a number: its sequences times that number (Dr. GRPO, with the cap
-            on a completion's tokens).
+        denominator: "tokens": sampled tokens of the update; "sequences": its sequences times the
+            sequence's own length, in sampled tokens; a number: its sequences times that number (Dr.
+            GRPO, with the cap on a completion's tokens).
         microbatch_tokens: limit on a microbatch's size with padding; a longer sequence gets one to
             itself.
         min_microbatches: makes them so small that an update has about as many at least, for
@@ -132,7 +133,7 @@ def halves(batch: Microbatch) -> list[Microbatch]:
         return [batch]
     tokens_S = [batch.sequence_C == number for number in range(batch.num_sequences)]
     weight_of = {
-        len(sample.completion_ids): float(batch.weights_C[tokens_C][0])
+        sample.num_sampled: float(batch.weights_C[tokens_C][0])
         for sample, tokens_C in zip(batch.samples_S, tokens_S, strict=True)
     }
     middle = batch.num_sequences // 2
@@ -232,8 +233,8 @@ def _pieces(family: _Row, budget: int) -> Iterator[_Row]:
 
 
 def _weights(samples: Sequence[TrainSample], denominator: str | int) -> dict[int, float]:
-    """Weight of one token, by the length of its completion."""
-    lengths = [len(sample.completion_ids) for sample in samples]
+    """Weight of one token, by the number of sampled tokens of its completion."""
+    lengths = [sample.num_sampled for sample in samples]
     if not lengths:
         return {}
     if denominator == "tokens":
@@ -278,7 +279,7 @@ def _microbatch(rows: Sequence[_Row], weight_of: dict[int, float], *, is_flat: b
             end = start + count
             token_ids_BT[row, start:end] = torch.tensor(sample.completion_ids)
             position_BT[row, start:end] = torch.arange(num_prompt, num_prompt + count)
-            scored.add(sample, row, prompt_end - 1, start, weight_of[count])
+            scored.add(sample, row, prompt_end - 1, start, weight_of[sample.num_sampled])
             start = end
         first = prompt_end
     completion_lengths = [[len(s.completion_ids) for s in family.samples] for family in rows]
@@ -315,11 +316,13 @@ class _Scored:
         self, sample: TrainSample, row: int, prompt_end: int, start: int, weight: float
     ) -> None:
         """A completion that begins at column start, after a prompt whose last column is given."""
-        count = len(sample.completion_ids)
+        count = sample.num_sampled
+        columns = [prompt_end, *range(start, start + len(sample.completion_ids) - 1)]
+        is_sampled_T = sample.is_sampled_T or (True,) * count
         self.row += [row] * count
-        self.column += [prompt_end, *range(start, start + count - 1)]  # one before the token's own
-        self.target += sample.completion_ids
-        self.sampler += sample.sampler_logprobs_T
+        self.column += itertools.compress(columns, is_sampled_T)  # one before the token's own
+        self.target += itertools.compress(sample.completion_ids, is_sampled_T)
+        self.sampler += itertools.compress(sample.sampler_logprobs_T, is_sampled_T)
         self.advantage += [sample.advantage] * count
         self.weight += [weight] * count
         self.sequence += [self._num_sequences] * count

@@ -14,6 +14,7 @@ from rewards import Reward
 from rl_lora import distributed
 from rl_lora.config import ModelSection, OptimSection, RunConfig, SamplingSection
 from rl_lora.config.algorithm import Algorithm, load_algorithm, user_code
+from rl_lora.environments.load import episodes_by
 from rl_lora.errors import UserError
 from rl_lora.launchers.environment import num_restarts
 from rl_lora.launchers.interruption import Interrupted
@@ -87,6 +88,7 @@ def open_run(
 
         load_sampler_class(config.sampling.backend)
         model_dir, tokenizer, context = open_model(config.model, on_note)
+        as_episodes = episodes_by(config, tokenizer, reward)
         if config.sampling.backend == "vllm" and not config.resources.servers:
             check_vllm(model_dir, config)
         prompts = _load_prompts(config, reward, model_dir, tokenizer, context)
@@ -110,7 +112,7 @@ def open_run(
             "on_warning": on_warning,
             "on_progress": on_progress,
         }
-        sampler = _sampler(config, policy, prompts, sampling, options)
+        sampler = _sampler(config, policy, prompts, sampling, options, as_episodes)
         stack.callback(sampler.close)
         yield RunContext(config, tokenizer, prompts, reward, policy, algorithm, sampler)
 
@@ -121,14 +123,16 @@ def _sampler(
     prompts: PromptSets,
     sampling: SamplingSection,
     options: dict[str, Any],
+    as_episodes: Callable[[Sampler], Sampler] | None,
 ) -> Sampler:
-    """The job's, in this process or where [resources] says."""
+    """The job's, in this process or where [resources] says; as_episodes: with its environment."""
     if config.resources.is_remote:
         from rl_lora.samplers.fleet.job import make_fleet
 
         return make_fleet(config, policy, prompts.eval, sampling=sampling, **options)
     learner_bytes = _bytes_to_come(config, policy)
-    return make_sampler(sampling, policy, learner_bytes=learner_bytes, **options)
+    sampler = make_sampler(sampling, policy, learner_bytes=learner_bytes, **options)
+    return sampler if as_episodes is None else as_episodes(sampler)
 
 
 def _bytes_to_come(config: RunConfig, policy: Policy) -> int:
@@ -316,6 +320,7 @@ def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None
         "format_weight": reward.format_weight,
     }
     more = {"thinking_tags": tags, "reward_terms": [one.model_dump() for one in reward.terms]}
+    more["environment"] = config.environment.name and config.environment.model_dump()
     return Evaluation(
         prompts_N=prompts_N,
         reward=job.reward,

@@ -16,7 +16,7 @@ from rl_lora.launchers import interruption
 from rl_lora.launchers.interruption import Interrupted
 from rl_lora.sampler import OnGroup, Sampler, is_on_rank_0
 from rl_lora.scoring import functions_of, score_best
-from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, SampleParams
+from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup, SampleParams, Score
 
 _POLL_S = 0.2  # between two looks for a signal
 
@@ -100,19 +100,19 @@ def score_groups(
     Raises:
         UserError: the reward failed, or returned a number that is not finite.
     """
-    texts = [c.text for completions_G in completions_N_G for c in completions_G]
-    asked = [
-        prompt
+    pairs = [
+        (prompt, completion)
         for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
-        for _ in completions_G
+        for completion in completions_G
     ]
-    references, sources = [one.reference for one in asked], [one.source for one in asked]
-    scored = score_best(reward, texts, references, _rows(prompts_N, completions_N_G), sources)
-    for score, reference in zip(scored, references, strict=True):
+    by_reward = [pair for pair in pairs if pair[1].own_score is None]
+    found = iter(_scores(by_reward, reward) if by_reward else ())
+    scored = [completion.own_score or next(found) for _, completion in pairs]
+    for score, (prompt, _) in zip(scored, pairs, strict=True):
         if not math.isfinite(score.reward):
             raise UserError(
-                f"the reward returned {score.reward} for an answer to reference {reference!r}; it "
-                "must return a finite number"
+                f"the reward returned {score.reward} for an answer to reference "
+                f"{prompt.reference!r}; it must return a finite number"
             )
     scores = iter(scored)
     return [
@@ -121,12 +121,10 @@ def score_groups(
     ]
 
 
-def _rows(
-    prompts_N: Sequence[Prompt], completions_N_G: Sequence[Sequence[Completion]]
-) -> list[Mapping[str, Any]]:
-    """One row of columns per completion, for a user's function; the data set's own columns replace
-    those that every problem has."""
-    return [
+def _scores(pairs: Sequence[tuple[Prompt, Completion]], reward: Reward) -> list[Score]:
+    """The reward's. A user's function gets a row of columns per completion; the data set's own
+    columns replace those that every problem has."""
+    rows: list[Mapping[str, Any]] = [
         {
             "question": prompt.question,
             "answer": prompt.reference,
@@ -135,9 +133,11 @@ def _rows(
             "prompts": prompt.columns.get("prompt", prompt.question),
             "completion_ids": list(completion.token_ids),
         }
-        for prompt, completions_G in zip(prompts_N, completions_N_G, strict=True)
-        for completion in completions_G
+        for prompt, completion in pairs
     ]
+    texts = [completion.text for _, completion in pairs]
+    references, sources = zip(*((one.reference, one.source) for one, _ in pairs), strict=True)
+    return score_best(reward, texts, references, rows, sources)
 
 
 def check_reward(reward: Reward, prompts: Sequence[Prompt], token_ids: Sequence[int]) -> None:

@@ -38,7 +38,8 @@ class Sampler(Protocol):
     ) -> list[list[Completion]]:
         """[N][G] completions, in the prompts' order.
 
-        Log-probs are those of the distribution sampled from: at params.temperature, in nats.
+        Seeds and longest completions are those of `sample_seeds` and `max_tokens_of`. Log-probs
+        are those of the distribution sampled from: at params.temperature, in nats.
         `on_group` is called once per prompt as soon as its group is complete, in any order, in
         the thread of this call; what it raises ends the sampling and is raised here.
         """
@@ -64,9 +65,14 @@ def switches_while_sampling(sampler: Sampler) -> bool:
     return getattr(sampler, "switches_while_sampling", False)
 
 
-def check_lengths(prompts_N: Sequence[Prompt], max_tokens: int, max_model_len: int) -> None:
-    """Raises UserError if a prompt with max_tokens more exceeds max_model_len."""
-    for prompt in prompts_N:
+def max_tokens_of(prompts_N: Sequence[Prompt], params: SampleParams) -> list[int]:
+    """[N]: longest completion of each prompt; those of `types.SeededParams` are given."""
+    return list(getattr(params, "max_tokens_N", ())) or [params.max_tokens] * len(prompts_N)
+
+
+def check_lengths(prompts_N: Sequence[Prompt], params: SampleParams, max_model_len: int) -> None:
+    """Raises UserError if a prompt with its longest completion exceeds max_model_len."""
+    for prompt, max_tokens in zip(prompts_N, max_tokens_of(prompts_N, params), strict=True):
         if len(prompt.token_ids) + max_tokens > max_model_len:
             raise UserError(
                 f"prompt {prompt.prompt_id!r} has {len(prompt.token_ids)} tokens, and with "

@@ -20,6 +20,7 @@ from rl_lora.nn.segments import AttentionLayout
 __all__ = [
     "Adapter",
     "Completion",
+    "Episode",
     "Microbatch",
     "Probe",
     "Prompt",
@@ -73,11 +74,34 @@ class SeededParams(SampleParams):
     """
 
     seeds_N_G: tuple[tuple[int, ...], ...] = ()
+    # Longest completion of each prompt, at most max_tokens; empty: max_tokens.
+    max_tokens_N: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """What several turns with an environment add to a completion (`rl_lora.environments`).
+
+    Example: Episode(texts=("<calc>4+3</calc>", "7", "So \\boxed{7}."), is_sampled_T=(True, False,
+    True), score=None)
+    """
+
+    texts: tuple[str, ...]  # of the policy, the environment, ..., the policy
+    is_sampled_T: tuple[bool, ...]  # one per token of the completion; False: the environment's
+    score: Score | None  # None: the reward scores the last text
+
+    @property
+    def num_turns(self) -> int:
+        """Of the policy."""
+        return len(self.texts) // 2 + 1
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled answer.
+
+    Of an episode of several turns, `token_ids` are those of all turns and of what the environment
+    said in between, whose log-probs are 0, and `text` is the last turn's.
 
     Example: Completion(token_ids=(7, 2), text="7", sampler_logprobs_T=(-0.1, -0.7),
     is_truncated=False, adapter_version=3)
@@ -88,6 +112,22 @@ class Completion:
     sampler_logprobs_T: tuple[float, ...]  # nats, at the sampling temperature, one per token
     is_truncated: bool  # ended by the token cap, not by an end token
     adapter_version: int  # the version that sampled it; -1: the base model without adapter
+    episode: Episode | None = None  # None: one turn, and every token was sampled
+
+    @property
+    def is_sampled_T(self) -> tuple[bool, ...]:
+        """As in `TrainSample`."""
+        return () if self.episode is None else self.episode.is_sampled_T
+
+    @property
+    def num_sampled(self) -> int:
+        """Its sampled tokens."""
+        return sum(self.is_sampled_T) if self.is_sampled_T else len(self.token_ids)
+
+    @property
+    def own_score(self) -> Score | None:
+        """The episode's; None: the reward scores the text."""
+        return None if self.episode is None else self.episode.score
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +175,14 @@ class TrainSample:
     sampler_logprobs_T: tuple[float, ...]  # nats; zeros in supervised fine-tuning (unused there)
     advantage: float  # of every token of the sequence; 1.0 in supervised fine-tuning
     adapter_version: int
+    # One per token of the completion. False: an environment's, which is seen but not scored, and
+    # counts in no denominator. Empty: every one was sampled.
+    is_sampled_T: tuple[bool, ...] = ()
+
+    @property
+    def num_sampled(self) -> int:
+        """Its sampled tokens."""
+        return sum(self.is_sampled_T) if self.is_sampled_T else len(self.completion_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +194,9 @@ class Microbatch:
     themselves (`layout`); or each row is a prompt with one completion, right-padded, under plain
     causal attention. Token c is predicted by the hidden state at [row_C[c], column_C[c]], the one
     before its own (for a completion's first token: the prompt's last): `batches` makes this shift,
-    and nothing else does. `weights_C` holds the mask and the step-wide denominator: a loss is
-    sum(weights_C * loss_C), and microbatch losses add up to the whole batch's loss.
+    and nothing else does. Tokens that were not sampled have no c. `weights_C` holds the mask and
+    the step-wide denominator: a loss is sum(weights_C * loss_C), and microbatch losses add up to
+    the whole batch's loss.
 
     Example: one sequence of prompt (1, 5) and completion (7, 2): token_ids_BT=[[1, 5, 7, 2]],
     row_C=[0, 0], column_C=[1, 2], target_ids_C=[7, 2], sequence_C=[0, 0].

@@ -1,8 +1,10 @@
 """The shift, the masks and the denominators."""
 
+from dataclasses import replace
+
 import pytest
 
-from rl_lora.batches import pack_samples
+from rl_lora.batches import halves, pack_samples
 from rl_lora.nn.segments import AttentionLayout, make_buckets
 from rl_lora.types import Microbatch, TrainSample
 
@@ -75,6 +77,60 @@ def test_updates_split_round_robin_with_their_own_denominators() -> None:
     first, second = pack_samples(samples, microbatch_tokens=64, num_updates=2)
     assert sorted(set(first[0].weights_C.tolist())) == pytest.approx([1 / 4])
     assert sorted(set(second[0].weights_C.tolist())) == pytest.approx([1 / 6])
+
+
+def episode(num_prompt: int, is_sampled: str, advantage: float = 1.0) -> TrainSample:
+    """A sample whose tokens were sampled where the text has an s."""
+    plain = sample(num_prompt, len(is_sampled), advantage)
+    return replace(plain, is_sampled_T=tuple(one == "s" for one in is_sampled))
+
+
+def test_an_environments_tokens_are_seen_and_not_scored() -> None:
+    (batch,) = pack_one([episode(2, "ss--s"), sample(1, 1, -2.0)])
+    assert batch.token_ids_BT.tolist() == [[10, 20, 0, 0, 0, 0, 0], [10, 11, 20, 21, 22, 23, 24]]
+    assert batch.row_C.tolist() == [0, 1, 1, 1]
+    assert batch.column_C.tolist() == [0, 1, 2, 5]  # 24 is predicted where 23 stands
+    assert batch.target_ids_C.tolist() == [20, 20, 21, 24]
+    assert batch.sampler_logprobs_C.tolist() == pytest.approx([-0.1, -0.1, -0.2, -0.5])
+    assert batch.advantages_C.tolist() == [-2.0, 1.0, 1.0, 1.0]
+    assert batch.sequence_C.tolist() == [0, 1, 1, 1]
+    assert batch.num_tokens == 9
+
+
+def test_an_environments_tokens_are_in_a_shared_row_too() -> None:
+    samples = [episode(2, "s-s"), sample(2, 2), episode(2, "s---s")]
+    (batch,) = pack_one(samples, share_prompts=True)
+    assert batch.token_ids_BT.tolist() == [[10, 11, 20, 21, 22, 20, 21, 20, 21, 22, 23, 24]]
+    assert batch.position_BT is not None
+    assert batch.position_BT.tolist() == [[0, 1, 2, 3, 4, 2, 3, 2, 3, 4, 5, 6]]
+    assert batch.column_C.tolist() == [1, 3, 1, 5, 1, 10]
+    assert batch.target_ids_C.tolist() == [20, 22, 20, 21, 20, 24]
+    assert batch.layout is not None
+    assert seen_by_token(batch.layout, 12)[4] == {0, 1, 2, 3, 4}
+    assert seen_by_token(batch.layout, 12)[11] == {0, 1, 7, 8, 9, 10, 11}
+
+
+def test_denominators_count_what_was_sampled() -> None:
+    samples = [episode(1, "s-s"), episode(1, "s----sss"), sample(1, 4, 0.0)]
+
+    def weights(denominator: str | int) -> list[float]:
+        (batch,) = pack_one(samples, denominator=denominator)
+        return [float(batch.weights_C[batch.sequence_C == n][0]) for n in (0, 1)]
+
+    assert weights("tokens") == pytest.approx([1 / 10, 1 / 10])
+    assert weights("sequences") == pytest.approx([1 / 6, 1 / 12])
+    assert weights(8) == pytest.approx([1 / 24, 1 / 24])
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_halves_of_episodes_have_the_weights_of_the_whole(share_prompts: bool) -> None:
+    samples = [episode(2, "s-s"), episode(2, "s----sss"), episode(1, "s--s"), sample(1, 4)]
+    (whole,) = pack_one(samples, denominator="sequences", share_prompts=share_prompts)
+    parts = halves(whole)
+    assert [part.num_sequences for part in parts] == [2, 2]
+    for name in ("target_ids_C", "sampler_logprobs_C", "weights_C"):
+        found = [value for part in parts for value in getattr(part, name).tolist()]
+        assert found == getattr(whole, name).tolist(), name
 
 
 def test_unknown_denominator_is_an_error() -> None:

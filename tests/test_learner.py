@@ -78,6 +78,43 @@ def test_accumulation_equals_one_big_batch(
         assert torch.allclose(tensor, after[1][1][name], atol=1e-5), name
 
 
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_an_episodes_loss_and_gradient_are_those_of_its_sampled_tokens(
+    tmp_path: Path, share_prompts: bool
+) -> None:
+    """Worked out token by token on one whole sequence; the environment's tokens have no term."""
+    policy = make_policy(random_llama(tmp_path / "model"))
+    shake(policy)
+    prompt, completion, sampled = (5, 6, 7), (30, 31, 40, 41, 42, 32), (0, 1, 5)
+    is_sampled_T = tuple(place in sampled for place in range(6))
+    episode = TrainSample(prompt, completion, (-2.0, -3.0, 0, 0, 0, -4.0), 0.5, 0, is_sampled_T)
+    other = TrainSample(prompt, (33, 34), (-1.0, -1.5), -1.0, 0)  # shares the prompt, or fills up
+
+    def found() -> dict[str, torch.Tensor]:
+        return {name: one.grad for name, one in policy.trainable().items() if one.grad is not None}
+
+    expected = torch.zeros(())
+    for one, places in ((episode, sampled), (other, (0, 1))):
+        ids = torch.tensor([[*one.prompt_ids, *one.completion_ids]])
+        logprobs_TV = policy.model(input_ids=ids).logits[0].log_softmax(-1)
+        for place in places:
+            logprob = logprobs_TV[2 + place, one.completion_ids[place]]
+            ratio = (logprob - one.sampler_logprobs_T[place]).exp()
+            expected = expected - one.advantage * ratio / 5  # 3 + 2 sampled tokens
+    expected.backward()
+    by_hand = {name: grad.clone() for name, grad in found().items()}
+    policy.model.zero_grad()
+    ((batch,),) = pack_samples([episode, other], share_prompts=share_prompts)
+    logprobs_C, _ = policy.token_logprobs(batch, 1.0)
+    loss, _ = LOSSES["importance_sampling"](loss_inputs(batch, logprobs_C))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+    assert by_hand.keys() == found().keys()
+    for name, grad in found().items():
+        torch.testing.assert_close(grad, by_hand[name], atol=1e-6, rtol=1e-4)
+    assert any(grad.abs().max() > 1e-3 for grad in by_hand.values())
+
+
 def test_a_step_raises_the_good_and_lowers_the_bad(tmp_path: Path) -> None:
     policy = make_policy(random_llama(tmp_path / "model"))
     samples = samples_of(policy, (1.0, -1.0))

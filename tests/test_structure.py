@@ -23,7 +23,7 @@ MODULES = {
 # Who may import whom: a package or module imports none that stands after it.
 RANKS = """
     errors launchers distributed seeds advantages losses config nn types storage data
-    sampler prompts scoring rollouts overlap batches evaluation models adapters policy
+    sampler prompts scoring rollouts environments overlap batches evaluation models adapters policy
     step_stats schedule learner penalties samplers runs report export planning build sft state train
     studies commands cli __main__
 """.split()

@@ -149,6 +149,8 @@ def _table(adapter_dir: Path, config: RunConfig | SftConfig | None) -> dict[str,
         "reward": f"{reward.name}, policy {reward.policy}, format weight {reward.format_weight:g}",
         **last,
     }
+    if config.environment.name is not None:
+        rows["environment"] = f"{config.environment.name}, {config.environment.max_turns} turns"
     if config.warm_start.num_steps:
         rows["warm start"] = f"{config.warm_start.num_steps} supervised steps before"
     return rows

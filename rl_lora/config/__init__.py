@@ -11,6 +11,7 @@ from rl_lora.config.data import (
 from rl_lora.config.sections import (
     VARIANT_NAMES as VARIANT_NAMES,
     AlgorithmSection as AlgorithmSection,
+    EnvironmentSection as EnvironmentSection,
     EvalSection as EvalSection,
     LoraSection as LoraSection,
     ModelSection as ModelSection,

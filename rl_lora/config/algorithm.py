@@ -113,6 +113,7 @@ def user_code(config: RunConfig) -> Iterator[str]:
         "algorithm.loss": config.algorithm.loss,
         "algorithm.advantage": config.algorithm.advantage,
         "sampling.backend": config.sampling.backend,
+        "environment.name": config.environment.name or "",
         **{f"reward.terms {term.key}": term.name for term in config.reward.terms},
     }
     for key, name in names.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -10,6 +11,7 @@ from rl_lora.errors import nearest
 if TYPE_CHECKING:
     from rl_lora.config import (
         AlgorithmSection,
+        EnvironmentSection,
         EvalSection,
         LoraSection,
         OptimSection,
@@ -28,16 +30,45 @@ SAMPLERS = {
     "vllm": "rl_lora.samplers.vllm.sampler:VllmSampler",
     "torch": "rl_lora.samplers.torch_sampler:TorchSampler",
 }
+# environment.name -> likewise.
+ENVIRONMENTS = {
+    "calculator": "rl_lora.environments.calculator:Calculator",
+    "retry": "rl_lora.environments.retry:Retry",
+}
 
 
 def check_backend(backend: str) -> str:
     """The name. Raises ValueError if it is neither a row of SAMPLERS nor "module:Class"."""
-    module, _, name = backend.partition(":")
-    if backend in SAMPLERS or (
-        all(map(str.isidentifier, module.split("."))) and name.isidentifier()
-    ):
-        return backend
-    raise ValueError(f"{nearest(backend, SAMPLERS)}, or your own as 'module:Class'")
+    return _known_or_own(backend, SAMPLERS)
+
+
+def _known_or_own(given: str, table: Mapping[str, str]) -> str:
+    module, _, name = given.partition(":")
+    if given in table or (all(map(str.isidentifier, module.split("."))) and name.isidentifier()):
+        return given
+    raise ValueError(f"{nearest(given, table)}, or your own as 'module:Class'")
+
+
+def check_environment_name(name: str | None) -> str | None:
+    """The name. Raises ValueError if it is neither a row of ENVIRONMENTS nor "module:Class"."""
+    return None if name is None else _known_or_own(name, ENVIRONMENTS)
+
+
+def check_environment(environment: EnvironmentSection, resources: ResourcesSection) -> None:
+    """Raises ValueError for settings without an environment, or turns that several samplers with
+    different adapter versions would take."""
+    if environment.name is None:
+        if environment != type(environment)():
+            raise ValueError(
+                "[environment] has no effect without environment.name; set it to calculator, retry "
+                "or your own module:Class, or remove the section"
+            )
+    elif resources.is_remote:
+        raise ValueError(
+            f"environment.name={environment.name!r}: all turns of a sample must come from one "
+            "adapter version, and samplers elsewhere switch in between; remove "
+            "resources.samplers, resources.ray_address and resources.servers"
+        )
 
 
 def check_kl(algorithm: AlgorithmSection) -> None:

@@ -15,6 +15,8 @@ from pydantic import Field, field_validator, model_validator
 from rl_lora.config.algorithm import check_algorithm
 from rl_lora.config.checks import (
     check_backend,
+    check_environment,
+    check_environment_name,
     check_gdpo,
     check_kl,
     check_penalties,
@@ -102,7 +104,7 @@ class SamplingSection(Section):
     backend: str = "vllm"  # vllm, torch, or your own as module:Class (rl_lora.build.make_sampler)
     num_prompts: int = Field(16, ge=1)  # prompts per step
     num_samples: int = Field(8, ge=1)  # completions per prompt, the group size G
-    max_tokens: int = Field(256, ge=1)  # longest completion
+    max_tokens: int = Field(256, ge=1)  # longest completion; of an environment, a whole episode
     temperature: float = Field(1.0, gt=0)  # at least 0.01 with vllm, 1e-6 with torch
     stop: tuple[str, ...] = ()  # strings that end a completion (base models with few-shot prompts)
     # Sequences decoded at once; none: chosen for the machine.
@@ -132,6 +134,18 @@ class SamplingSection(Section):
         if "" in value:
             raise ValueError("an empty string matches everywhere; remove it")
         return value
+
+
+class EnvironmentSection(Section):
+    """Several turns: what answers the policy after each one (rl_lora.environments)."""
+
+    # calculator, retry, or your own as module:Class; none: a completion is one turn.
+    name: str | None = None
+    max_turns: int = Field(4, ge=1)  # of the policy, in one episode
+    role: Literal["user", "tool"] = "user"  # of its messages in the chat template
+    options: dict[str, Any] = Field(default_factory=dict)  # keywords of the class
+
+    _known_name = field_validator("name")(check_environment_name)
 
 
 class RewardTermSection(Section):
@@ -355,6 +369,7 @@ class RunConfig(Section):
     lora: LoraSection = LoraSection()
     data: DataSection = DataSection()
     sampling: SamplingSection = SamplingSection()
+    environment: EnvironmentSection = EnvironmentSection()
     reward: RewardSection = RewardSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     optim: OptimSection = OptimSection()
@@ -365,6 +380,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         check_resources(self.resources, self.lora, self.sampling)
+        check_environment(self.environment, self.resources)
         check_variant(self.lora, self.optim)
         check_pushes(self.run, self.lora)
         check_served(self.lora, self.sampling, self.resources)

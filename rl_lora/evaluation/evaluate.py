@@ -162,9 +162,10 @@ def problem_record(group: RolloutGroup, seconds: float = 0.0) -> ProblemRecord:
         "samples": [
             {
                 "completion": rollout.completion.text,
-                "tokens": len(rollout.completion.token_ids),
+                "tokens": rollout.completion.num_sampled,
                 "truncated": rollout.completion.is_truncated,
                 **rollout.score.to_row(),
+                "turns": () if (episode := rollout.completion.episode) is None else episode.texts,
             }
             for rollout in group.rollouts_G
         ],

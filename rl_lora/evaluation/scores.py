@@ -39,6 +39,8 @@ class SampleRecord:
     terms: Annotated[dict[str, float], Field(exclude_if=lambda terms: not terms)] = field(
         default_factory=dict
     )
+    # Of the policy, the environment, ..., the policy, if the job has an environment.
+    turns: Annotated[tuple[str, ...], Field(exclude_if=lambda turns: not turns)] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,7 @@ def _record(raw: Record, source: _Source, step: float | None) -> Record:
         "problem": _field(raw.get("prompt_id")) or "",
         "question": CutText(str(raw.get("question", ""))).cut(QUESTION_CHARS, 0),
         "reference": _field(raw.get("reference")),
-        "completion": CutText(str(raw.get("completion", ""))).cut(HEAD_CHARS, TAIL_CHARS),
+        "completion": CutText(_shown(raw)).cut(HEAD_CHARS, TAIL_CHARS),
         "answer": _field(raw.get("answer")),
         "reward": number(raw.get("reward")),
         "terms": _terms(raw.get("terms")),
@@ -189,6 +189,17 @@ def _record(raw: Record, source: _Source, step: float | None) -> Record:
         "tokens": 0 if tokens is None else int(tokens),
         "truncated": raw.get("truncated") is True,
     }
+
+
+def _shown(raw: Record) -> str:
+    """The completion; of an episode all its turns, each under a line that says whose it is."""
+    turns = raw.get("turns")
+    if not isinstance(turns, list) or len(turns) < 2:
+        return str(raw.get("completion", ""))
+    texts = [str(turn) for turn in turns]
+    texts[1::2] = [f"[environment]\n{text}" for text in texts[1::2]]
+    texts[0::2] = [f"[turn {place}]\n{text}" for place, text in enumerate(texts[0::2], 1)]
+    return "\n\n".join(texts)
 
 
 def _terms(value: Any) -> list[tuple[str, float]]:

@@ -140,10 +140,12 @@ class RunLog:
                 "reference": group.prompt.reference,
                 "completion": completion.text,
                 **score.to_row(),
-                "tokens": len(completion.token_ids),
+                "tokens": completion.num_sampled,
                 "truncated": completion.is_truncated,
                 "adapter_version": completion.adapter_version,
             }
+            if completion.episode is not None:
+                record["turns"] = completion.episode.texts
             self._transcripts.write(jsonl.to_line(record))
         self._transcripts.flush()
 

@@ -20,7 +20,7 @@ import torch
 
 from rl_lora.data.curriculum import draw_weight
 from rl_lora.evaluation.scores import key_part
-from rl_lora.types import Rollout, RolloutGroup
+from rl_lora.types import Completion, Rollout, RolloutGroup
 
 
 def rollout_metrics(
@@ -30,9 +30,11 @@ def rollout_metrics(
 
     `groups/*` count groups, `groups/*_rate` are their share of all N: solved_all (every sample
     correct), solved_none, mixed (some correct), tied (all rewards equal, so no gradient).
-    `cot/tokens_*` are completion lengths in tokens, end token included; quantiles are interpolated
-    linearly. `score/STATUS` counts rollouts by the verifier's status. Of a reward of several terms,
-    `reward/TERM/*` are the term's own values, before its weight.
+    `cot/tokens_*` are completion lengths in sampled tokens, end token included; quantiles are
+    interpolated linearly. `episode/*` are of episodes of several turns: the mean number of turns,
+    the share with more than one, and the mean number of the environment's tokens. `score/STATUS`
+    counts rollouts by the verifier's status. Of a reward of several terms, `reward/TERM/*` are the
+    term's own values, before its weight.
 
     Args:
         groups_N: the step's groups.
@@ -54,7 +56,7 @@ def rollout_metrics(
     metrics: dict[str, float] = {
         "rollouts/num": num_rollouts,
         "rollouts/prompt_tokens": sum(len(group.prompt.token_ids) for group in groups_N),
-        "rollouts/completion_tokens": sum(len(r.completion.token_ids) for r in rollouts),
+        "rollouts/completion_tokens": sum(r.completion.num_sampled for r in rollouts),
         "reward/mean": _mean([rollout.score.reward for rollout in rollouts]),
         "reward/correct_mean": _mean([rollout.score.correct for rollout in rollouts]),
         "reward/format_mean": _mean([rollout.score.has_format for rollout in rollouts]),
@@ -64,6 +66,7 @@ def rollout_metrics(
     for source, rewards in sorted(rewards_by_source.items()):
         metrics[f"reward/mean/{source}"] = _mean(rewards)
     metrics |= _term_metrics(groups_N) | _group_metrics(groups_N) | _length_metrics(rollouts)
+    metrics |= _episode_metrics([rollout.completion for rollout in rollouts])
     statuses = Counter(rollout.score.status for rollout in rollouts)
     metrics |= {f"score/{key_part(status)}": count for status, count in sorted(statuses.items())}
     return metrics | _data_metrics(groups_N, position or {})
@@ -117,7 +120,7 @@ def _group_metrics(groups_N: Sequence[RolloutGroup]) -> dict[str, float]:
 
 
 def _length_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+    lengths = [rollout.completion.num_sampled for rollout in rollouts]
     p10, p50, p90 = (float(quantile) for quantile in np.quantile(lengths, (0.1, 0.5, 0.9)))
     metrics: dict[str, float] = {
         "cot/tokens_mean": _mean(lengths),
@@ -128,10 +131,23 @@ def _length_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "cot/truncated_rate": _mean([rollout.completion.is_truncated for rollout in rollouts]),
     }
     for name, wanted in (("correct", True), ("wrong", False)):
-        lengths_of = [len(r.completion.token_ids) for r in rollouts if r.score.correct is wanted]
+        lengths_of = [r.completion.num_sampled for r in rollouts if r.score.correct is wanted]
         if lengths_of:
             metrics[f"cot/tokens_{name}_mean"] = _mean(lengths_of)
     return metrics
+
+
+def _episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    turns = [one.episode.num_turns for one in completions if one.episode is not None]
+    if not turns:
+        return {}
+    return {
+        "episode/turns_mean": _mean(turns),
+        "episode/several_turns_rate": _mean([num > 1 for num in turns]),
+        "episode/observation_tokens": _mean(
+            [len(one.token_ids) - one.num_sampled for one in completions]
+        ),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

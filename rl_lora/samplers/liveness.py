@@ -185,7 +185,8 @@ def _first(group: RolloutGroup, version: int) -> TrainSample | None:
         return None
     ids = completion.token_ids[:_CHECKED_TOKENS]
     logprobs = completion.sampler_logprobs_T[:_CHECKED_TOKENS]
-    return TrainSample(tuple(group.prompt.token_ids), ids, logprobs, 1.0, version)
+    is_sampled_T = completion.is_sampled_T[:_CHECKED_TOKENS]
+    return TrainSample(group.prompt.token_ids, ids, logprobs, 1.0, version, is_sampled_T)
 
 
 def make_probe(policy: Policy, prompts: Sequence[Prompt], max_kl: float | None) -> Probe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from rl_lora import distributed
 from rl_lora.errors import EngineError, UserError
 from rl_lora.sampler import OnGroup, Sampler
 from rl_lora.samplers.watchdog import Hang, watched
-from rl_lora.types import Adapter, Completion, Prompt, SampleParams
+from rl_lora.types import Adapter, Completion, Prompt, SampleParams, SeededParams
 
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ class RestartingSampler:
                     if on_group is not None:
                         on_group(number, completions_G)
 
-            sampler.sample([prompts_N[n] for n in chosen], params, deliver)
+            sampler.sample([prompts_N[n] for n in chosen], _of_some(params, chosen), deliver)
 
         self._call(sample_missing, self._adapter)
         return [done[n] for n in range(len(prompts_N))]
@@ -160,6 +161,18 @@ class RestartingSampler:
     def _progress(self) -> object:
         progress = getattr(self._sampler, "progress", object)  # each object() is another
         return self.num_restarts, progress()
+
+
+def _of_some(params: SampleParams, chosen: Sequence[int]) -> SampleParams:
+    """The params of a call for some of its prompts."""
+    if not isinstance(params, SeededParams):
+        return params
+    seeds_N_G, caps_N = params.seeds_N_G, params.max_tokens_N
+    return replace(
+        params,
+        seeds_N_G=tuple(seeds_N_G[n] for n in chosen if seeds_N_G),
+        max_tokens_N=tuple(caps_N[n] for n in chosen if caps_N),
+    )
 
 
 def _is_main_thread() -> bool:

@@ -19,7 +19,7 @@ from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.launchers import interruption
 from rl_lora.models.resolve import context_length
 from rl_lora.policy import Policy
-from rl_lora.sampler import BASE_VERSION, OnGroup, OnProgress, Stops, check_lengths
+from rl_lora.sampler import BASE_VERSION, OnGroup, OnProgress, Stops, check_lengths, max_tokens_of
 from rl_lora.samplers.end_tokens import end_token_ids as model_end_token_ids
 from rl_lora.samplers.kv_cache import KvCache, front
 from rl_lora.seeds import sample_seeds
@@ -98,17 +98,19 @@ class TorchSampler:
             UserError: a prompt leaves no room for max_tokens.
             torch.OutOfMemoryError: even the samples of one prompt take too much.
         """
-        check_lengths(prompts_N, params.max_tokens, self.max_model_len)
+        check_lengths(prompts_N, params, self.max_model_len)
         at_once = max(1, self.max_num_seqs // params.num_samples)
         out: list[list[Completion]] = []
         num_tokens = 0
         cache = KvCache(self.policy.model.config)  # its buffers serve all chunks
-        seeds_N_G = sample_seeds(prompts_N, params)
+        seeds_N_G, caps_N = sample_seeds(prompts_N, params), max_tokens_of(prompts_N, params)
         with self._weights():
             while len(out) < len(prompts_N):
                 chunk = slice(len(out), len(out) + at_once)
                 try:
-                    rows = _Rows(prompts_N[chunk], seeds_N_G[chunk], params, self.policy.device)
+                    rows = _Rows(
+                        prompts_N[chunk], seeds_N_G[chunk], caps_N[chunk], self.policy.device
+                    )
                     done = _decode(self, rows, params, cache)
                 except torch.OutOfMemoryError:
                     done, at_once = [], len(prompts_N[chunk]) // 2
@@ -173,10 +175,11 @@ class _Rows:
         self,
         prompts: Sequence[Prompt],
         seeds_N_G: Sequence[Sequence[int]],
-        params: SampleParams,
+        max_tokens_N: Sequence[int],
         device: torch.device,
     ) -> None:
-        num, group = len(prompts), params.num_samples
+        num, group, self.max_tokens = len(prompts), len(seeds_N_G[0]), max(max_tokens_N)
+        self.caps = [cap for cap in max_tokens_N for _ in range(group)]  # by sample
         self.width = max(len(p.token_ids) for p in prompts)
         ids_NP = torch.zeros(num, self.width, dtype=torch.int64)
         mask_NP = torch.zeros(num, self.width, dtype=torch.int64)
@@ -186,7 +189,7 @@ class _Rows:
         self.ids_NP, self.mask_NP = ids_NP.to(device), mask_NP.to(device)
         # Every row's later tokens count, so the mask is written once for the longest row.
         mask_SP = self.mask_NP.repeat_interleave(group, 0)
-        self.mask_ST = torch.nn.functional.pad(mask_SP, (0, params.max_tokens), value=1)
+        self.mask_ST = torch.nn.functional.pad(mask_SP, (0, self.max_tokens), value=1)
         self.position_S = mask_SP.sum(-1)  # position of the next token
         self.index = list(range(num * group))  # row -> its sample's number
         self.token_ids: list[list[int]] = [[] for _ in self.index]
@@ -194,7 +197,7 @@ class _Rows:
         self.stopped = [False] * len(self.index)
         self.live = [True] * len(self.index)
         self.uniforms_ST = torch.stack(
-            [_uniforms(seed, params.max_tokens) for seeds_G in seeds_N_G for seed in seeds_G]
+            [_uniforms(seed, self.max_tokens) for seeds_G in seeds_N_G for seed in seeds_G]
         ).to(device)
 
     def keep(self, rows: list[int]) -> Tensor:
@@ -213,7 +216,7 @@ def _decode(
     """Prefill each prompt once, copy its keys and values to its samples, then decode."""
     model = sampler.policy.model
     stops = Stops.of(params.stop, sampler.tokenizer)
-    cache.begin(longest=rows.width + params.max_tokens)
+    cache.begin(longest=rows.width + rows.max_tokens)
     positions_NP = (rows.mask_NP.cumsum(-1) - 1).clamp(min=0)
     logits_NV = model(
         input_ids=rows.ids_NP,
@@ -224,13 +227,13 @@ def _decode(
     ).logits[:, -1]
     cache.batch_repeat_interleave(params.num_samples)
     logits_SV = logits_NV.repeat_interleave(params.num_samples, 0)
-    for step in range(params.max_tokens):
+    for step in range(rows.max_tokens):
         interruption.check()
         sampler.num_steps += 1
         token_S, logprob_S = _draw(logits_SV, rows.uniforms_ST[:, step], params)
         _record(sampler, rows, token_S.tolist(), logprob_S.tolist(), stops)
         num_live = sum(rows.live)
-        if not num_live or step == params.max_tokens - 1:
+        if not num_live or step == rows.max_tokens - 1:
             break
         if num_live < _COMPACT_BELOW * len(rows.live):
             live = front(rows.live)
@@ -244,8 +247,10 @@ def _decode(
         ).logits[:, -1]
         rows.position_S = rows.position_S + 1
     done = [
-        sampler.completion(ids, logprobs, params.max_tokens, stopped)
-        for ids, logprobs, stopped in zip(rows.token_ids, rows.logprobs, rows.stopped, strict=True)
+        sampler.completion(ids, logprobs, cap, stopped)
+        for ids, logprobs, cap, stopped in zip(
+            rows.token_ids, rows.logprobs, rows.caps, rows.stopped, strict=True
+        )
     ]
     group = params.num_samples
     return [done[start : start + group] for start in range(0, len(done), group)]
@@ -275,6 +280,8 @@ def _record(
             )
             if any(stop in text for stop in stops.texts):
                 rows.live[row], rows.stopped[sample] = False, True
+        if len(rows.token_ids[sample]) == rows.caps[sample]:
+            rows.live[row] = False
 
 
 def _draw(logits_SV: Tensor, uniform_S: Tensor, params: SampleParams) -> tuple[Tensor, Tensor]:

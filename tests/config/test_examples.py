@@ -30,6 +30,8 @@ METRICS = {
     "reward_terms": "reward/format/mean",
     "gdpo": "advantage/correlation/overlong",
     "curriculum": "data/pass_rate",
+    "retry": "episode/several_turns_rate",
+    "calculator": "episode/turns_mean",
 }
 
 each_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -54,7 +56,7 @@ def test_an_example_is_the_smoke_job_with_a_few_settings_more(path: Path) -> Non
     assert found.pop("run.name") == path.stem
     assert 0 < len(found) <= 6, found
     assert {key.partition(".")[0] for key in found} <= set(
-        "model data sampling reward algorithm optim".split()
+        "model data sampling environment reward algorithm optim".split()
     )
 
 

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import docs_configuration
 import pytest
@@ -154,6 +156,17 @@ def test_the_example_loss_trains(write_module: Callable[[str, str], Path]) -> No
     loss = load_algorithm(section).loss  # tried out there
     assert isinstance(loss, partial)
     assert loss.keywords == {"scale": 0.5}
+
+
+def test_the_example_environment_answers() -> None:
+    (example,) = blocks((ROOT / "docs" / "environments.md").read_text(), "python")
+    names: dict[str, Any] = {}
+    exec(compile(example, "docs/environments.md", "exec"), names)  # noqa: S102 - our own page
+    environment, turn = names["HigherOrLower"](), names["Turn"]
+    environment.reset(SimpleNamespace(reference="7"), 0)
+    steps = [environment.step(turn(text, None, False)) for text in ("9", "7 or so", "3", "7")]
+    assert [step.observation for step in steps] == ["lower", "Give a number.", "higher", None]
+    assert steps[-1].score.reward == pytest.approx(0.8)
 
 
 def test_the_configuration_page_is_current() -> None:

@@ -245,6 +245,33 @@ def test_evaluation_rows_of_both_kinds_are_read(tmp_path: Path) -> None:
     assert sorted(found, key=str) == [("base", None)] * 2 + [("step_000010", 10)] * 2
 
 
+def test_an_episodes_turns_are_shown_one_under_the_other(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    hostile = "[environment]\n<script>x</script>\x1b[2J"
+    turns: list[Any] = [
+        ["<calc>1+2</calc>", "<result>3</result>", "So 3."],
+        ["So 3."],  # as without an environment
+        "no list",
+        [hostile, 7, "a" * 999_999],
+    ]
+    rows = [transcript(1, i, "So 3.", turns=one) for i, one in enumerate(turns)]
+    write_lines(folder / "transcripts.jsonl", rows)
+    found = [r["completion"] for r in sample_transcripts([read_run(folder)]).records]
+    shown = [text for text in found if "turn 1" in text.head]
+    assert (
+        CutText(
+            "[turn 1]\n<calc>1+2</calc>\n\n[environment]\n<result>3</result>\n\n[turn 2]\nSo 3."
+        )
+        in shown
+    )
+    assert found.count(CutText("So 3.")) >= 2
+    (long,) = (text for text in shown if text.num_cut)
+    assert long.head.startswith(f"[turn 1]\n{hostile}\n\n[environment]\n7\n\n[turn 2]\naaa")
+    page = write_report([folder]).read_text()
+    assert "<script>x" not in page
+    assert "\x1b" not in page
+
+
 def test_long_texts_keep_both_ends() -> None:
     text = CutText("a" * 10 + "b" * 999_980 + "c" * 10)
     cut = text.cut(10, 10)

@@ -26,7 +26,7 @@ from rl_lora.samplers.end_tokens import end_token_ids
 from rl_lora.samplers.liveness import check_at_start, check_step, tolerances
 from rl_lora.samplers.torch_sampler import TorchSampler, _draw
 from rl_lora.seeds import mix_seed, sample_seed, sample_seeds
-from rl_lora.types import Completion, Prompt, SampleParams
+from rl_lora.types import Completion, Prompt, SampleParams, SeededParams
 from tests.helpers.fakes import render_text
 from tests.helpers.tiny_models import make_policy, random_llama, shake
 
@@ -125,6 +125,24 @@ def test_samples_do_not_depend_on_the_batch_they_are_in(tmp_path: Path) -> None:
     ids = [[c.token_ids for c in group] for group in together]
     assert [[c.token_ids for c in group] for group in one_by_one] == ids
     assert [[c.token_ids for c in group] for group in small] == ids
+
+
+def test_a_prompts_own_limit_cuts_the_same_samples(tmp_path: Path) -> None:
+    params = SampleParams(num_samples=2, max_tokens=10, temperature=1.0, seed=3)
+    sampler = make(tmp_path, end_ids=())
+    free = sampler.sample(PROMPTS, params)
+    seeds_N_G = tuple(tuple(seeds_G) for seeds_G in sample_seeds(PROMPTS, params))
+    limited = SeededParams(2, 10, 1.0, seeds_N_G=seeds_N_G, max_tokens_N=(3, 7, 1))
+    small = make(tmp_path / "again", end_ids=(), max_num_seqs=2)  # a prompt at a time
+    for found in (sampler.sample(PROMPTS, limited), small.sample(PROMPTS, limited)):
+        for group, whole, cap in zip(found, free, (3, 7, 1), strict=True):
+            for one, all_of_it in zip(group, whole, strict=True):
+                assert one.token_ids == all_of_it.token_ids[:cap]
+                assert one.is_truncated
+    room = 64 - len(PROMPTS[2].token_ids)
+    sampler.sample(PROMPTS, replace(limited, max_tokens=99, max_tokens_N=(3, 7, room)))
+    with pytest.raises(UserError, match=r"'p/2' has 6 tokens, and with sampling\.max_tokens=59"):
+        sampler.sample(PROMPTS, replace(limited, max_tokens_N=(3, 7, room + 1)))
 
 
 def test_a_prompt_that_is_twice_in_a_batch_gets_other_samples(tmp_path: Path) -> None:

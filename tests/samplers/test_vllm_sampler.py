@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pytest
@@ -27,6 +27,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFa
 
 from rl_lora.adapters.files import fingerprint, save_adapter
 from rl_lora.config import LoraSection, ResourcesSection, RunConfig, SamplingSection
+from rl_lora.environments.bridge import Bridge
+from rl_lora.environments.episodes import EpisodeSampler
+from rl_lora.environments.protocol import Step, Turn
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.launchers import interruption
 from rl_lora.launchers.interruption import Interrupted
@@ -516,6 +519,38 @@ def test_ends_caps_stops_and_progress(sampler: VllmSampler) -> None:
     assert not stopped.is_truncated
     assert len(stopped.token_ids) <= 5
     assert capped[0].token_ids[: len(stopped.token_ids)] == stopped.token_ids
+
+
+class TwoWords:
+    """Answers each of two turns with a word."""
+
+    is_graded: ClassVar[bool] = False
+
+    def reset(self, prompt: Prompt, seed: int) -> None:
+        self.words = iter([f"t{seed % 50 + 7}", "t8", None])
+
+    def step(self, turn: Turn) -> Step:
+        return Step(next(self.words))
+
+
+@pytest.mark.slow
+def test_episodes_of_several_turns(sampler: VllmSampler, model_dir: Path, tmp_path: Path) -> None:
+    """Their log-probs are those of transformers on the whole episode; each turn has its cap."""
+    adapter = publish(model_dir, tmp_path, 80)
+    sampler.set_adapter(adapter)
+    bridge = Bridge(sampler._tokenizer, "base")
+    episodes = EpisodeSampler(sampler, TwoWords, bridge)
+    params = replace(PARAMS, max_tokens=20, stop=tuple(f"t{n}" for n in range(3, 97, 9)))
+    groups = episodes.sample(PROMPTS, params)
+    assert [_ids(group) for group in episodes.sample(PROMPTS, params)] == list(map(_ids, groups))
+    assert any(one.episode and one.episode.num_turns == 3 for group in groups for one in group)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for one in group:
+            assert len(one.token_ids) <= 20
+            ids = [*prompt.token_ids, *one.token_ids]
+            expected = expected_logprobs(model_dir, adapter, ids, params.temperature)
+            off = expected[len(prompt.token_ids) - 1 :] - torch.tensor(one.sampler_logprobs_T)
+            assert off[torch.tensor(one.is_sampled_T)].abs().max() < 1e-4
 
 
 def test_special_tokens_stop_by_their_id(sampler: VllmSampler) -> None:

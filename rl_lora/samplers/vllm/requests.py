@@ -41,4 +41,4 @@ def check_request(prompts_N: Sequence[Prompt], params: SampleParams, max_model_l
             f"temperature {params.temperature} is below {lowest}, which vLLM would use "
             "instead; use 0 (greedy) or a higher one"
         )
-    check_lengths(prompts_N, params.max_tokens, max_model_len)
+    check_lengths(prompts_N, params, max_model_len)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from transformers import AutoConfig
 from rl_lora.errors import EngineError, StaleAdapterError, UserError
 from rl_lora.launchers.interruption import check, unbroken
 from rl_lora.models.resolve import context_length
-from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, OnProgress, Stops
+from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, OnProgress, Stops, max_tokens_of
 from rl_lora.samplers import cpu_memory
 from rl_lora.samplers.end_tokens import end_token_ids as model_end_token_ids
 from rl_lora.samplers.vllm.engine import (
@@ -202,9 +203,11 @@ class VllmSampler:
         check_request(prompts_N, params, self.max_model_len)
         stops = Stops.of(params.stop, self._tokenizer)
         requests: dict[str, _Request] = {}
-        for prompt, seeds_G in zip(prompts_N, sample_seeds(prompts_N, params), strict=True):
+        seeds_N_G, caps_N = sample_seeds(prompts_N, params), max_tokens_of(prompts_N, params)
+        for prompt, seeds_G, cap in zip(prompts_N, seeds_N_G, caps_N, strict=True):
+            own = replace(params, max_tokens=cap)
             for seed in seeds_G:
-                options = self._sampling_params(params, stops, seed)
+                options = self._sampling_params(own, stops, seed)
                 requests[str(len(requests))] = (prompt.token_ids, options)
         groups = Groups(len(prompts_N), params.num_samples, on_group)
 

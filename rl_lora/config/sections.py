@@ -25,6 +25,7 @@ from rl_lora.config.checks import (
     check_variant,
 )
 from rl_lora.config.data import DataSection
+from rl_lora.config.dynamic import check_dynamic
 from rl_lora.config.presets import with_preset
 from rl_lora.config.section import Section
 
@@ -102,6 +103,12 @@ class SamplingSection(Section):
     backend: str = "vllm"  # vllm, torch, or your own as module:Class (rl_lora.build.make_sampler)
     num_prompts: int = Field(16, ge=1)  # prompts per step
     num_samples: int = Field(8, ge=1)  # completions per prompt, the group size G
+    # Dynamic sampling (DAPO): groups without signal are left out and replaced by those of further
+    # prompts, until num_prompts have signal, in so many rounds of sampling at most.
+    max_rounds: int = Field(1, ge=1)
+    # Prompts of each round, as a multiple of the groups with signal that are missing. What then is
+    # too many is not learned from. 1 with max_rounds = 1: all groups are learned from.
+    oversample: float = Field(1.0, ge=1, le=100)
     max_tokens: int = Field(256, ge=1)  # longest completion
     temperature: float = Field(1.0, gt=0)  # at least 0.01 with vllm, 1e-6 with torch
     stop: tuple[str, ...] = ()  # strings that end a completion (base models with few-shot prompts)
@@ -372,6 +379,7 @@ class RunConfig(Section):
         check_kl(self.algorithm)
         check_penalties(self.algorithm, self.reward, self.sampling)
         check_gdpo(self.algorithm, self.reward)
+        check_dynamic(self.sampling)
         check_algorithm(self.algorithm)
         if self.sampling.num_samples < 2:
             raise ValueError(

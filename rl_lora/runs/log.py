@@ -143,6 +143,7 @@ class RunLog:
                 "tokens": len(completion.token_ids),
                 "truncated": completion.is_truncated,
                 "adapter_version": completion.adapter_version,
+                **({"left_out": group.left_out} if group.left_out else {}),
             }
             self._transcripts.write(jsonl.to_line(record))
         self._transcripts.flush()

@@ -1,12 +1,14 @@
 """From rewards to a step's advantages, less the penalties: the KL to the base model, and length.
-Also the limit of that KL (algorithm.max_kl_to_base).
+Also the limit of that KL (algorithm.max_kl_to_base), and the floor of the entropy.
 
 The groups' own rewards stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,6 +143,30 @@ def kl_to_base(learner: Learner, groups_N: Sequence[RolloutGroup]) -> float:
     there is none. A job's processes divide the work."""
     samples = make_samples(groups_N, [[1.0] * len(group.rollouts_G) for group in groups_N])
     return _sequence_kls(learner, samples)[1] if samples else 0.0
+
+
+def loss_terms(
+    config: RunConfig, terms: Mapping[str, Any], groups_N: Sequence[RolloutGroup]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The keywords of `Learner.update` for a step: `terms`, without the entropy bonus where the
+    samples have an entropy of algorithm.entropy_floor or more (Skywork-OR1, arXiv 2505.22312, with
+    a constant coefficient).
+
+    The entropy is estimated without a pass: the mean of -log p_sampler over all completion tokens,
+    in nats, is in expectation that of the entropies of the distributions that they are drawn from.
+    It depends on the groups only.
+
+    Returns:
+        The keywords, and with a floor as metrics entropy/sampled and entropy/weight.
+    """
+    if (floor := config.algorithm.entropy_floor) is None:
+        return dict(terms), {}
+    rollouts = [rollout for group in groups_N for rollout in group.rollouts_G]
+    logprobs = [value for rollout in rollouts for value in rollout.completion.sampler_logprobs_T]
+    sampled = -math.fsum(logprobs) / max(1, len(logprobs))
+    weight = terms["entropy_weight"] if sampled < floor else 0.0
+    metrics = {"entropy/sampled": sampled, "entropy/weight": weight}
+    return {**terms, "entropy_weight": weight}, metrics
 
 
 def overlong_penalties(config: RunConfig, groups_N: Sequence[RolloutGroup]) -> list[list[float]]:

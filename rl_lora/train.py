@@ -21,7 +21,7 @@ from rl_lora.evaluation.scores import EvalResult
 from rl_lora.export.push import Pushes
 from rl_lora.launchers import interruption
 from rl_lora.overlap import RolloutWorker, make_request, requests
-from rl_lora.penalties import step_advantages
+from rl_lora.penalties import loss_terms, step_advantages
 from rl_lora.prompts import PromptSets
 from rl_lora.report.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.report.run_figures import draw_figures
@@ -135,10 +135,10 @@ def learn(
         StaleAdapterError: the rollouts are not from the version that they should be from.
         KlLimitError: the policy is too far from the base (algorithm.max_kl_to_base).
     """
-    config, policy = job.config, job.policy
+    config, policy, algorithm = job.config, job.policy, job.config.algorithm
     groups_N, staleness = drop_stale(groups_N, version, config.sampling.max_staleness)
-    algorithm = config.algorithm
     advantages_N_G, penalties = step_advantages(job.algorithm.advantage, config, learner, groups_N)
+    terms, entropy = loss_terms(config, job.algorithm.terms, groups_N)
     cap = config.sampling.max_tokens
     updates = pack(
         groups_N,
@@ -148,17 +148,17 @@ def learn(
         min_microbatches=distributed.world_size(),
         num_updates=config.optim.num_updates,
         share_prompts=config.optim.share_prompts and policy.can_share_prompts,
-        keep_zero_advantage=algorithm.kl == "loss" or algorithm.entropy_weight > 0,
+        keep_zero_advantage=algorithm.kl == "loss" or terms["entropy_weight"] > 0,
         skip_truncated=algorithm.mask_truncated,
     )
-    metrics = learner.update(updates, job.algorithm.loss, **job.algorithm.terms)
+    metrics = learner.update(updates, job.algorithm.loss, **terms)
     cpu_memory.trim()
     # The worker has checked the sampler of older ones. There is nothing to compare where every
     # completion is empty, or the policy itself gives no numbers.
     is_newest = not staleness["rollouts/staleness_max"]
     if is_newest and "mismatch/kl" in metrics and not metrics["learn/nonfinite_updates"]:
         check_step(metrics, policy.dtype, config.sampling.max_kl)
-    return metrics | penalties | staleness
+    return metrics | penalties | staleness | entropy
 
 
 def train(

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from rl_lora.config.algorithm import check_algorithm
 from rl_lora.config.checks import (
     check_backend,
+    check_entropy,
     check_gdpo,
     check_kl,
     check_penalties,
@@ -217,6 +218,8 @@ class AlgorithmSection(Section):
     # it is that of KL(policy || base)), and k1 in the reward.
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     entropy_weight: float = Field(0.0, ge=0)  # factor of the policy's entropy, which is raised
+    # Nats a token: the entropy is raised only in steps whose samples have less; none: in all steps.
+    entropy_floor: float | None = Field(None, gt=0)
     # Nothing is learned from completions that sampling.max_tokens has cut off; their rewards still
     # count in their group's advantages.
     mask_truncated: bool = False
@@ -377,6 +380,7 @@ class RunConfig(Section):
         check_served(self.lora, self.sampling, self.resources)
         check_temperatures(self.sampling, self.eval)
         check_kl(self.algorithm)
+        check_entropy(self.algorithm)
         check_penalties(self.algorithm, self.reward, self.sampling)
         check_gdpo(self.algorithm, self.reward)
         check_dynamic(self.sampling)

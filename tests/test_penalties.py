@@ -159,6 +159,6 @@ def test_a_step_above_the_floor_is_one_without_the_bonus(
         train(smoke(tmp_path, f"run.name={name}", "data.held_out=2", *more), quiet=True)
     rows = metrics_of(tmp_path / "above")
     for row in rows:
-        assert row.pop("entropy/sampled") == pytest.approx(row["entropy/mean"], rel=0.2)
+        assert row.pop("entropy/sampled") == pytest.approx(row["entropy/mean"], rel=0.5)
         assert row.pop("entropy/weight") == 0
     assert rows == metrics_of(tmp_path / "without")

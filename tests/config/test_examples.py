@@ -30,6 +30,8 @@ METRICS = {
     "reward_terms": "reward/format/mean",
     "gdpo": "advantage/correlation/overlong",
     "curriculum": "data/pass_rate",
+    "dynamic_sampling": "rollouts/rejected_groups",
+    "entropy_floor": "entropy/weight",
 }
 
 each_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

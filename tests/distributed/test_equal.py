@@ -95,9 +95,11 @@ TERMS = """
 """.split()
 
 
-@pytest.mark.parametrize(
-    "more", [[], [*DYNAMIC, "run.num_steps=3"], pytest.param(TERMS, marks=pytest.mark.long)]
-)
+# Two or three rounds a step. At a low temperature rounding would be larger.
+ROUNDS = [*DYNAMIC, *"sampling.oversample=1 sampling.temperature=1 run.num_steps=4".split()]
+
+
+@pytest.mark.parametrize("more", [[], ROUNDS, pytest.param(TERMS, marks=pytest.mark.long)])
 def test_reinforcement_learning_on_two_processes_is_the_same(
     more: list[str], tmp_path: Path, no_figures: None
 ) -> None:

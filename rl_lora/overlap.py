@@ -36,6 +36,7 @@ import torch
 
 from rewards import Reward
 from rl_lora.config import RunConfig
+from rl_lora.config.dynamic import round_size
 from rl_lora.data.stream import PromptStream
 from rl_lora.errors import EngineError
 from rl_lora.launchers import interruption
@@ -147,7 +148,9 @@ class RolloutWorker:
         for threads in (self._threads, self._switching, self._scorer):
             threads.shutdown(wait=True, cancel_futures=True)
 
-    def next_batch(self, adapter: Adapter, older: Sequence[Adapter] = ()) -> Batch:
+    def next_batch(
+        self, adapter: Adapter, older: Sequence[Adapter] = (), *, is_last: bool = True
+    ) -> Batch:
         """The next step's batch, sampled from `adapter` or, where sampling runs ahead, from a
         version before; the one that may now be sampled from `adapter` is started.
 
@@ -155,17 +158,38 @@ class RolloutWorker:
             adapter: the newest version.
             older: the `max_staleness` versions before it, if there are so many. The first batches
                 of this process are sampled from them.
+            is_last: no `sample` may follow in this step.
 
         Raises:
             StaleAdapterError: the sampler had another version.
             Exception: whatever sampling or scoring raised.
         """
         if not self._max_staleness:
-            self.ensure_adapter(adapter)
-            job = self._job(next(self._requests), adapter)
-            batch = self._batch(job, self._sample(job))
-            self._sampler.release_memory()  # for the learner
-            return batch
+            batch = self.sample(next(self._requests), adapter, is_last=is_last)
+        else:
+            batch = self._next_of_many(adapter, older)
+        if switches_while_sampling(self._sampler):
+            batch.own.update(getattr(self._sampler, "metrics", dict)())
+        return batch
+
+    def sample(self, request: Request, adapter: Adapter, *, is_last: bool = True) -> Batch:
+        """A batch of the present step, where sampling and learning take turns.
+
+        is_last: the learner is next, and gets the memory that only sampling needs.
+        """
+        self.ensure_adapter(adapter)
+        job = self._job(request, adapter)
+        batch = self._batch(job, self._sample(job))
+        if is_last:
+            self._sampler.release_memory()
+        return batch
+
+    def release_memory(self) -> None:
+        """Frees the memory that only sampling needs, after batches none of which was the last."""
+        self._sampler.release_memory()
+
+    def _next_of_many(self, adapter: Adapter, older: Sequence[Adapter]) -> Batch:
+        """`next_batch` where sampling runs ahead."""
         versions = [adapter]
         if not self._under_way:  # the first in this process
             known = [adapter] if self._switches else [*older, adapter]
@@ -281,8 +305,6 @@ class RolloutWorker:
             # Where several are under way at a time, they share the seconds.
             own["system/sampler_s"] = self._last_end_s - max(last_s, sampled.begin_s)
             own["system/sampler_idle_s"] = max(0.0, sampled.begin_s - last_s)
-        if switches_while_sampling(self._sampler):
-            own |= getattr(self._sampler, "metrics", dict)()
         return Batch(job.scoring, job.request.position, own)
 
 
@@ -292,25 +314,47 @@ def _done(value: T) -> Future[T]:
     return future
 
 
-def requests(
-    config: RunConfig, stream: PromptStream, num_done: int, on_progress: OnProgress
-) -> Iterator[Request]:
-    """What steps num_done + 1, num_done + 2, ... sample, each drawn from the stream when needed."""
-    for step in range(num_done + 1, config.run.num_steps + 1):
-        prompts_N = stream.take(config.sampling.num_prompts)
-        on_progress(0, len(prompts_N) * config.sampling.num_samples, 0)
-        yield Request(prompts_N, step_params(config, step), stream.state_dict())
+def requests(draw: Callable[[int], Request], num_done: int, num_steps: int) -> Iterator[Request]:
+    """What steps num_done + 1, ..., num_steps sample first, each drawn when it is needed."""
+    return map(draw, range(num_done + 1, num_steps + 1))
 
 
-def step_params(config: RunConfig, step: int) -> SampleParams:
-    """How step `step` samples; its seed is derived from the run's seed and the step."""
+# limits: the job, and which round of which step
+def make_request(
+    config: RunConfig,
+    stream: PromptStream,
+    on_progress: OnProgress,
+    step: int,
+    num_rounds: int = 0,
+    num_missing: int | None = None,
+) -> Request:
+    """What a step samples next, drawn from the stream.
+
+    Args:
+        config: the job.
+        stream: of its prompts.
+        on_progress: is called with the number of completions that there will be.
+        step: the step's number.
+        num_rounds: of the step before this one.
+        num_missing: groups with signal that it still lacks; None: all.
+    """
+    num_prompts = round_size(config.sampling, num_missing)
+    prompts_N = stream.take(num_prompts, is_same_step=num_rounds > 0)
+    on_progress(0, num_prompts * config.sampling.num_samples, 0)
+    return Request(prompts_N, step_params(config, step, num_rounds), stream.state_dict())
+
+
+def step_params(config: RunConfig, step: int, num_rounds: int = 0) -> SampleParams:
+    """How step `step` samples after so many rounds; its seed is derived from the run's seed, the
+    step and that number, so that a prompt that comes up again gets other samples."""
     sampling = config.sampling
+    rounds = ("round", num_rounds) if num_rounds else ()
     return SampleParams(
         num_samples=sampling.num_samples,
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         stop=sampling.stop,
-        seed=mix_seed(config.run.seed, "step", step),
+        seed=mix_seed(config.run.seed, "step", step, *rounds),
     )
 
 

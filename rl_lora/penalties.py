@@ -1,12 +1,14 @@
 """From rewards to a step's advantages, less the penalties: the KL to the base model, and length.
-Also the limit of that KL (algorithm.max_kl_to_base).
+Also the limit of that KL (algorithm.max_kl_to_base), and the floor of the entropy.
 
 The groups' own rewards stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,14 +34,43 @@ def step_advantages(
     """
     rewards_N_G, metrics = penalised_rewards(config, learner, groups_N)
     terms_K = term_rewards(config, groups_N)
-    if takes_terms(advantage):
-        advantages_N_G = advantage(rewards_N_G, terms_K)
-    else:
-        advantages_N_G = advantage(rewards_N_G)
+    advantages_N_G = _advantages(advantage, rewards_N_G, terms_K)
     if len(terms_K) > 1:
         for name, correlation in correlations(advantages_N_G, terms_K).items():
             metrics[f"advantage/correlation/{name}"] = correlation
     return advantages_N_G, metrics
+
+
+def _advantages(
+    advantage: AdvantageFn, rewards_N_G: list[list[float]], terms_K: list[TermRewards]
+) -> list[list[float]]:
+    if takes_terms(advantage):
+        return advantage(rewards_N_G, terms_K)
+    return advantage(rewards_N_G)
+
+
+def have_signal(
+    advantage: AdvantageFn, config: RunConfig, groups_N: Sequence[RolloutGroup]
+) -> list[bool]:
+    """[N]: whether anything is to be learned from a group, that is whether a completion of it that
+    is learned from has another advantage than 0.
+
+    Completions without tokens are not learned from, nor with algorithm.mask_truncated those that
+    were cut off. The KL in rewards (algorithm.kl = "reward"), which differs in every group, does
+    not count, nor does what a KL in the loss or an entropy bonus would teach.
+    """
+    rewards_N_G = [group.rewards_G for group in groups_N]
+    if config.reward.overlong_tokens:
+        rewards_N_G = _less(rewards_N_G, _weighted_overlong(config, groups_N))
+    advantages_N_G = _advantages(advantage, rewards_N_G, term_rewards(config, groups_N))
+    skip_truncated = config.algorithm.mask_truncated
+    return [
+        any(
+            sample.advantage
+            for sample in make_samples([group], [advantages_G], skip_truncated=skip_truncated)
+        )
+        for group, advantages_G in zip(groups_N, advantages_N_G, strict=True)
+    ]
 
 
 def term_rewards(config: RunConfig, groups_N: Sequence[RolloutGroup]) -> list[TermRewards]:
@@ -75,18 +106,11 @@ def penalised_rewards(
     if config.algorithm.kl == "reward":
         penalties["kl"], metrics = kl_penalties(learner, groups_N, config.algorithm.kl_weight)
     if config.reward.overlong_tokens:
-        weight = config.reward.overlong_weight
-        penalties["overlong"] = [
-            [weight * penalty for penalty in penalty_G]
-            for penalty_G in overlong_penalties(config, groups_N)
-        ]
+        penalties["overlong"] = _weighted_overlong(config, groups_N)
     for name, penalty_N_G in penalties.items():
         flat = [penalty for penalty_G in penalty_N_G for penalty in penalty_G]
         metrics[f"reward/{name}_penalty"] = sum(flat) / len(flat)
-        rewards_N_G = [
-            [reward - penalty for reward, penalty in zip(*pair, strict=True)]
-            for pair in zip(rewards_N_G, penalty_N_G, strict=True)
-        ]
+        rewards_N_G = _less(rewards_N_G, penalty_N_G)
     if (limit := config.algorithm.max_kl_to_base) is None:
         return rewards_N_G, metrics
     kl = metrics["reward/kl"] if "reward/kl" in metrics else kl_to_base(learner, groups_N)
@@ -99,11 +123,50 @@ def penalised_rewards(
     return rewards_N_G, metrics | {"policy/kl_to_base": kl}
 
 
+def _weighted_overlong(config: RunConfig, groups_N: Sequence[RolloutGroup]) -> list[list[float]]:
+    weight = config.reward.overlong_weight
+    return [
+        [weight * penalty for penalty in penalty_G]
+        for penalty_G in overlong_penalties(config, groups_N)
+    ]
+
+
+def _less(rewards_N_G: list[list[float]], penalty_N_G: list[list[float]]) -> list[list[float]]:
+    return [
+        [reward - penalty for reward, penalty in zip(*pair, strict=True)]
+        for pair in zip(rewards_N_G, penalty_N_G, strict=True)
+    ]
+
+
 def kl_to_base(learner: Learner, groups_N: Sequence[RolloutGroup]) -> float:
     """The k3 estimate of KL(sampler || base) in nats, the mean over all completion tokens; 0 where
     there is none. A job's processes divide the work."""
     samples = make_samples(groups_N, [[1.0] * len(group.rollouts_G) for group in groups_N])
     return _sequence_kls(learner, samples)[1] if samples else 0.0
+
+
+def loss_terms(
+    config: RunConfig, terms: Mapping[str, Any], groups_N: Sequence[RolloutGroup]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The keywords of `Learner.update` for a step: `terms`, without the entropy bonus where the
+    samples have an entropy of algorithm.entropy_floor or more (Skywork-OR1, arXiv 2505.22312, with
+    a constant coefficient).
+
+    The entropy is estimated without a pass: the mean of -log p_sampler over all completion tokens,
+    in nats, is in expectation that of the entropies of the distributions that they are drawn from.
+    It depends on the groups only.
+
+    Returns:
+        The keywords, and with a floor as metrics entropy/sampled and entropy/weight.
+    """
+    if (floor := config.algorithm.entropy_floor) is None:
+        return dict(terms), {}
+    rollouts = [rollout for group in groups_N for rollout in group.rollouts_G]
+    logprobs = [value for rollout in rollouts for value in rollout.completion.sampler_logprobs_T]
+    sampled = -math.fsum(logprobs) / max(1, len(logprobs))
+    weight = terms["entropy_weight"] if sampled < floor else 0.0
+    metrics = {"entropy/sampled": sampled, "entropy/weight": weight}
+    return {**terms, "entropy_weight": weight}, metrics
 
 
 def overlong_penalties(config: RunConfig, groups_N: Sequence[RolloutGroup]) -> list[list[float]]:

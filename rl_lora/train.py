@@ -20,8 +20,8 @@ from rl_lora.evaluation.evaluate import Evaluation, evaluate, remove_results_aft
 from rl_lora.evaluation.scores import EvalResult
 from rl_lora.export.push import Pushes
 from rl_lora.launchers import interruption
-from rl_lora.overlap import RolloutWorker, requests
-from rl_lora.penalties import step_advantages
+from rl_lora.overlap import RolloutWorker, make_request, requests
+from rl_lora.penalties import loss_terms, step_advantages
 from rl_lora.prompts import PromptSets
 from rl_lora.report.outcome import Outcome, evaluation_name, finished, result_of, summary
 from rl_lora.report.run_figures import draw_figures
@@ -36,6 +36,7 @@ from rl_lora.runs.processes import check_same_inputs
 from rl_lora.runs.record import with_absolute_paths, write_record
 from rl_lora.runs.start import Start
 from rl_lora.samplers import cpu_memory
+from rl_lora.samplers.dynamic import StepSampler
 from rl_lora.samplers.liveness import (
     VersionCheck,
     check_at_start,
@@ -60,7 +61,7 @@ class Parts:
 
     job: RunContext
     learner: Learner
-    worker: RolloutWorker
+    rounds: StepSampler
     evaluation: Evaluation
     display: Display
     log: RunLog
@@ -77,7 +78,7 @@ def loop(parts: Parts, state: State) -> None:
     Raises:
         Interrupted: by a signal; what is done is in a checkpoint.
     """
-    config, worker, timer = parts.job.config.run, parts.worker, parts.timer
+    config, worker, timer = parts.job.config.run, parts.rounds.worker, parts.timer
     parts.display.stage("training", config.num_steps, state.step)
     check = VersionCheck(parts.job.policy, parts.job.config.sampling.temperature)
     timer.take()
@@ -87,20 +88,17 @@ def loop(parts: Parts, state: State) -> None:
             complete_step(parts, state, meter)
         while state.step < config.num_steps:
             assert state.adapter is not None
-            with timer.phase("sample"):
-                batch = worker.next_batch(state.adapter, state.older)
-            with timer.phase("score"):  # of what is not scored yet
-                groups_N = batch.scoring.groups()
+            found = parts.rounds.sample(state.step + 1, state.adapter, state.older)
             with timer.phase("learn"):
-                check.check(groups_N, state.step, batch.scoring.own)
-                stats = learn(parts.job, parts.learner, groups_N, state.step)
-            state.advance(groups_N, batch.position)
+                check.check(found.groups_N, state.step, found.own)
+                stats = learn(parts.job, parts.learner, found.learned_N, state.step)
+            state.advance(found.groups_N, found.position)
             with timer.phase("publish"):
                 worker.offer(publish(parts.job, state))
-            state.metrics = rollout_metrics(groups_N, state.position) | stats
-            state.metrics |= batch.metrics() | timer.take()
-            parts.log.transcripts(state.step, groups_N)
-            parts.nonfinite.keep(state.step, state.metrics, groups_N)
+            state.metrics = rollout_metrics(found.groups_N, state.position) | stats
+            state.metrics |= found.metrics | timer.take()
+            parts.log.transcripts(state.step, found.groups_N)
+            parts.nonfinite.keep(state.step, state.metrics, found.learned_N)
             complete_step(parts, state, meter)
         distributed.agree_to_stop("the end of the steps")
 
@@ -137,10 +135,10 @@ def learn(
         StaleAdapterError: the rollouts are not from the version that they should be from.
         KlLimitError: the policy is too far from the base (algorithm.max_kl_to_base).
     """
-    config, policy = job.config, job.policy
+    config, policy, algorithm = job.config, job.policy, job.config.algorithm
     groups_N, staleness = drop_stale(groups_N, version, config.sampling.max_staleness)
-    algorithm = config.algorithm
     advantages_N_G, penalties = step_advantages(job.algorithm.advantage, config, learner, groups_N)
+    terms, entropy = loss_terms(config, job.algorithm.terms, groups_N)
     cap = config.sampling.max_tokens
     updates = pack(
         groups_N,
@@ -150,17 +148,17 @@ def learn(
         min_microbatches=distributed.world_size(),
         num_updates=config.optim.num_updates,
         share_prompts=config.optim.share_prompts and policy.can_share_prompts,
-        keep_zero_advantage=algorithm.kl == "loss" or algorithm.entropy_weight > 0,
+        keep_zero_advantage=algorithm.kl == "loss" or terms["entropy_weight"] > 0,
         skip_truncated=algorithm.mask_truncated,
     )
-    metrics = learner.update(updates, job.algorithm.loss, **job.algorithm.terms)
+    metrics = learner.update(updates, job.algorithm.loss, **terms)
     cpu_memory.trim()
     # The worker has checked the sampler of older ones. There is nothing to compare where every
     # completion is empty, or the policy itself gives no numbers.
     is_newest = not staleness["rollouts/staleness_max"]
     if is_newest and "mismatch/kl" in metrics and not metrics["learn/nonfinite_updates"]:
         check_step(metrics, policy.dtype, config.sampling.max_kl)
-    return metrics | penalties | staleness
+    return metrics | penalties | staleness | entropy
 
 
 def train(
@@ -260,19 +258,21 @@ def open_parts(
             temperature=config.sampling.temperature,
             on_note=display.note,
         )
-        stream = job.prompts.stream(config)
+        stream, timer = job.prompts.stream(config), PhaseTimer()
+        draw = partial(make_request, config, stream, display.sampling)
         worker = RolloutWorker(
             job.sampler,
             job.reward,
-            requests(config, stream, start.state.get("step", 0), display.sampling),
+            requests(draw, start.state.get("step", 0), config.run.num_steps),
             max_staleness=config.sampling.max_staleness,
             check=partial(check_version, job.sampler),
         )
+        rounds = StepSampler(config, job.algorithm.advantage, worker, draw, timer.phase)
         evaluation = make_evaluation(job, display.evaluation)
         nonfinite = NonfiniteSteps(config.run.folder, config.optim)
         pushes = Pushes(config.run, display.warn)
         parts = Parts(
-            job, learner, worker, evaluation, display, log, PhaseTimer(), nonfinite, inputs, pushes
+            job, learner, rounds, evaluation, display, log, timer, nonfinite, inputs, pushes
         )
         yield parts, prepare(parts, stream, start)
 
@@ -352,10 +352,10 @@ def evaluate_policy(parts: Parts, state: State, *, is_base: bool = False) -> Eva
     if result is not None:
         return result
     if is_base:
-        parts.worker.set_adapter(None)
+        parts.rounds.worker.set_adapter(None)
     else:
         with parts.timer.phase("sample"):
-            parts.worker.ensure_adapter(state.adapter)
+            parts.rounds.worker.ensure_adapter(state.adapter)
     with parts.timer.phase("eval"):
         result = evaluate(
             parts.job.sampler,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rewards import Score
 
@@ -150,6 +150,9 @@ class RolloutGroup:
 
     prompt: Prompt
     rollouts_G: tuple[Rollout, ...]
+    # Why nothing is learned from it: it has no signal, or others have filled the step; empty: it is
+    # learned from (rl_lora.samplers.dynamic).
+    left_out: Literal["", "rejected", "surplus"] = ""
 
     @property
     def rewards_G(self) -> list[float]:

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from tests.helpers.crashes import ROOT, Bench, Job, draw_kills, load_libraries, rl, sft
+from tests.helpers.crashes import DYNAMIC, ROOT, Bench, Job, draw_kills, load_libraries, rl, sft
 
 CONFIGS = ROOT / "configs"
 WHOLE_PROCESS_EVERY = 10  # runs: it takes seconds to load its libraries
@@ -48,6 +48,7 @@ def rl_jobs(bench: Bench, folder: Path) -> list[Job]:
         rl("before the first checkpoint", "run.checkpoint_every=50", "run.eval_every=2"),
         rl("warm start", "warm_start.num_steps=2", "run.checkpoint_every=2"),
         rl("ppo, two updates, KL", *more.split(), "run.checkpoint_every=3"),
+        rl("dynamic sampling", *DYNAMIC, "run.checkpoint_every=2"),
         rl("full fine-tuning", "lora.mode=full", "optim.lr=1e-5", "run.eval_every=1"),
         rl("DoRA, all evaluated", "lora.variant=dora", "run.eval_every=1", "eval.chunk_samples=2"),
     ]

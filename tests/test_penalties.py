@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +11,19 @@ import pytest
 from rewards import Score
 from rl_lora.advantages import gdpo
 from rl_lora.batches import make_samples, pack
-from rl_lora.config import load_config
+from rl_lora.config import RunConfig, load_config
+from rl_lora.config.algorithm import load_algorithm
 from rl_lora.errors import UserError
-from rl_lora.penalties import overlong_penalty, penalised_rewards, step_advantages, term_rewards
+from rl_lora.penalties import (
+    loss_terms,
+    overlong_penalty,
+    penalised_rewards,
+    step_advantages,
+    term_rewards,
+)
+from rl_lora.train import train
 from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup
+from tests.test_train import metrics_of, smoke
 
 RIGHT = Score(reward=1.0, correct=True, status="ok", answer="1", has_format=True)
 NO_LEARNER: Any = SimpleNamespace()
@@ -108,8 +118,47 @@ def test_a_completion_that_is_cut_off_is_in_neither_the_samples_nor_the_denomina
             ],
             "'reward' would lose its scale; set algorithm.kl='loss'",
         ),
+        (["algorithm.entropy_floor=0.3"], "has no effect with entropy_weight=0; set algorithm.ent"),
     ],
 )
 def test_penalties_that_make_no_sense_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(None, overrides)
+
+
+def test_the_entropy_is_raised_only_where_the_samples_have_less_than_the_floor() -> None:
+    def config(*more: str) -> RunConfig:
+        return load_config(None, ["algorithm.entropy_weight=0.1", *more])
+
+    groups = [sampled_at([-0.5, -1.0]), sampled_at([], [-0.3])]  # mean 0.6 nats
+    terms = load_algorithm(config().algorithm).terms
+    assert loss_terms(config(), terms, groups) == (terms, {})
+    for floor, weight in ((0.61, 0.1), (0.59, 0.0)):
+        found, metrics = loss_terms(config(f"algorithm.entropy_floor={floor}"), terms, groups)
+        assert found == {**terms, "entropy_weight": weight}
+        assert metrics == {"entropy/sampled": pytest.approx(0.6), "entropy/weight": weight}
+    assert terms["entropy_weight"] == 0.1
+
+
+def sampled_at(*logprobs_G: list[float]) -> RolloutGroup:
+    """A group of completions whose tokens the sampler gave these log-probs."""
+    rollouts_G = [
+        Rollout(Completion(tuple(range(len(one))), "", tuple(one), False, 0), RIGHT)
+        for one in logprobs_G
+    ]
+    return RolloutGroup(Prompt("p", "s", "q", "1", (1, 2)), tuple(rollouts_G))
+
+
+@pytest.mark.slow
+def test_a_step_above_the_floor_is_one_without_the_bonus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rl_lora.train.draw_figures", lambda folder: None)
+    floor = ["algorithm.entropy_weight=0.5", "algorithm.entropy_floor=1e-6"]
+    for name, more in (("without", []), ("above", floor)):
+        train(smoke(tmp_path, f"run.name={name}", "data.held_out=2", *more), quiet=True)
+    rows = metrics_of(tmp_path / "above")
+    for row in rows:
+        assert row.pop("entropy/sampled") == pytest.approx(row["entropy/mean"], rel=0.5)
+        assert row.pop("entropy/weight") == 0
+    assert rows == metrics_of(tmp_path / "without")

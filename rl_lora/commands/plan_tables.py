@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rl_lora.config import LoraSection, ModelSection, RunConfig, Section
+from rl_lora.config.dynamic import round_size
 from rl_lora.planning.cards import Card
 from rl_lora.planning.counts import MatmulCounts, ParameterCounts
 from rl_lora.planning.memory import (
@@ -123,7 +124,7 @@ def time_table(
     title = f"Time on {where}, estimated (assumptions: rl_lora/planning/roofline.py)"
     table = Table(title=title, title_justify="left", show_header=False)
     sampling, num_steps = config.sampling, config.run.num_steps
-    rate = sampling.num_prompts * sampling.num_samples * found.mean_tokens / found.sample_s
+    rate = round_size(sampling) * sampling.num_samples * found.mean_tokens / found.sample_s
     learn_s = found.learn_s + found.all_reduce_s
     seconds = max(found.sample_s, learn_s) if sampling.max_staleness else found.total_s
     hours = seconds * num_steps / 3600
@@ -200,7 +201,7 @@ def _rows_of_several(
     config: RunConfig, found: StepTime, num_ranks: int, rows: dict[str, str]
 ) -> dict[str, str]:
     """The rows with those that several GPUs have besides, in order."""
-    num_prompts = math.ceil(config.sampling.num_prompts / num_ranks)
+    num_prompts = math.ceil(round_size(config.sampling) / num_ranks)
     num = num_prompts * config.sampling.num_samples
     if found.all_reduce_bytes:
         size = bytes_text(found.all_reduce_bytes)

@@ -96,6 +96,15 @@ def check_kl(algorithm: AlgorithmSection) -> None:
         )
 
 
+def check_entropy(algorithm: AlgorithmSection) -> None:
+    """Raises ValueError for a floor of an entropy that nothing raises."""
+    if algorithm.entropy_floor is not None and algorithm.entropy_weight == 0:
+        raise ValueError(
+            f"algorithm.entropy_floor={algorithm.entropy_floor:g} has no effect with "
+            "entropy_weight=0; set algorithm.entropy_weight, or remove it"
+        )
+
+
 def check_penalties(
     algorithm: AlgorithmSection, reward: RewardSection, sampling: SamplingSection
 ) -> None:

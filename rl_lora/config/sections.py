@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from rl_lora.config.algorithm import check_algorithm
 from rl_lora.config.checks import (
     check_backend,
+    check_entropy,
     check_environment,
     check_environment_name,
     check_gdpo,
@@ -27,7 +28,9 @@ from rl_lora.config.checks import (
     check_variant,
 )
 from rl_lora.config.data import DataSection
+from rl_lora.config.dynamic import check_dynamic
 from rl_lora.config.presets import with_preset
+from rl_lora.config.resources import ResourcesSection
 from rl_lora.config.section import Section
 
 
@@ -104,6 +107,12 @@ class SamplingSection(Section):
     backend: str = "vllm"  # vllm, torch, or your own as module:Class (rl_lora.build.make_sampler)
     num_prompts: int = Field(16, ge=1)  # prompts per step
     num_samples: int = Field(8, ge=1)  # completions per prompt, the group size G
+    # Dynamic sampling (DAPO): groups without signal are left out and replaced by those of further
+    # prompts, until num_prompts have signal, in so many rounds of sampling at most.
+    max_rounds: int = Field(1, ge=1)
+    # Prompts of each round, as a multiple of the groups with signal that are missing. What then is
+    # too many is not learned from. 1 with max_rounds = 1: all groups are learned from.
+    oversample: float = Field(1.0, ge=1, le=100)
     max_tokens: int = Field(256, ge=1)  # longest completion; of an environment, a whole episode
     temperature: float = Field(1.0, gt=0)  # at least 0.01 with vllm, 1e-6 with torch
     stop: tuple[str, ...] = ()  # strings that end a completion (base models with few-shot prompts)
@@ -224,6 +233,8 @@ class AlgorithmSection(Section):
     # it is that of KL(policy || base)), and k1 in the reward.
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     entropy_weight: float = Field(0.0, ge=0)  # factor of the policy's entropy, which is raised
+    # Nats a token: the entropy is raised only in steps whose samples have less; none: in all steps.
+    entropy_floor: float | None = Field(None, gt=0)
     # Nothing is learned from completions that sampling.max_tokens has cut off; their rewards still
     # count in their group's advantages.
     mask_truncated: bool = False
@@ -329,38 +340,6 @@ class EvalSection(Section):
         return self
 
 
-class ResourcesSection(Section):
-    """Where sampling runs: in the learner's process, in Ray actors, or on servers."""
-
-    # Engines. More than one run in Ray actors (extra `ray`), started by the job itself unless
-    # ray_address says otherwise.
-    samplers: int = Field(1, ge=1)
-    # GPUs of each of Ray's engines, 0 or 1; none: 1 if the learner has a GPU.
-    gpus_per_sampler: int | None = Field(None, ge=0, le=1)
-    # local: a Ray of this job on this machine; auto: the cluster that this machine belongs to; or a
-    # cluster's address. none: local if there are several samplers.
-    ray_address: str | None = Field(None, min_length=1)
-    servers: tuple[str, ...] = ()  # addresses of running `vllm serve`, each http://HOST:PORT
-    # A folder that this machine and the servers see under the same path, through which they get the
-    # adapters; none: the run's folder.
-    servers_folder: str | None = Field(None, min_length=1)
-
-    @property
-    def uses_ray(self) -> bool:
-        """Whether sampling runs in Ray actors."""
-        return self.samplers > 1 or self.ray_address is not None
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether sampling runs outside the learner's process."""
-        return self.num_elsewhere > 0
-
-    @property
-    def num_elsewhere(self) -> int:
-        """Engines outside the learner's process."""
-        return len(self.servers) or (self.samplers if self.uses_ray else 0)
-
-
 class RunConfig(Section):
     """An RL job."""
 
@@ -386,8 +365,10 @@ class RunConfig(Section):
         check_served(self.lora, self.sampling, self.resources)
         check_temperatures(self.sampling, self.eval)
         check_kl(self.algorithm)
+        check_entropy(self.algorithm)
         check_penalties(self.algorithm, self.reward, self.sampling)
         check_gdpo(self.algorithm, self.reward)
+        check_dynamic(self.sampling)
         check_algorithm(self.algorithm)
         if self.sampling.num_samples < 2:
             raise ValueError(

@@ -73,9 +73,13 @@ class PromptStream:
         """Number of full passes over the prompts so far; with weights, over every source."""
         return min(one.epoch for one in (self._sources.values() or [self._all]))
 
-    def take(self, num_prompts: int) -> list[Prompt]:
-        """The next step's prompts, across the end of an epoch if necessary."""
-        if self._curriculum is not None:
+    def take(self, num_prompts: int, *, is_same_step: bool = False) -> list[Prompt]:
+        """The next step's prompts, across the end of an epoch if necessary.
+
+        is_same_step: they are further ones for the step before. A curriculum draws them by the same
+        rates; they may repeat some of the step's where an epoch ends.
+        """
+        if self._curriculum is not None and not is_same_step:
             self._curriculum.begin_draw()
         if not self._weights:
             return self._all.take(num_prompts)

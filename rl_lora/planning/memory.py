@@ -25,6 +25,7 @@ import torch
 from transformers import PretrainedConfig
 
 from rl_lora.config import RunConfig
+from rl_lora.config.dynamic import round_size
 from rl_lora.config.sft import SftConfig
 from rl_lora.models.device import pick_dtype
 from rl_lora.models.shapes import attention_widths, kv_bytes_per_token, mlp_width
@@ -153,7 +154,7 @@ def longest_sequence(config: RunConfig | SftConfig) -> int:
 def sequences_at_once(config: RunConfig, num_ranks: int = 1) -> int:
     """Sequences that a rank's sampler decodes together at most."""
     sampling = config.sampling
-    in_step = math.ceil(sampling.num_prompts / num_ranks) * sampling.num_samples
+    in_step = math.ceil(round_size(sampling) / num_ranks) * sampling.num_samples
     at_once = decoded_at_once(sampling.max_num_seqs, plan_device(config.model.device))
     return min(at_once, in_step)
 

@@ -19,6 +19,7 @@ import torch
 from transformers import PretrainedConfig
 
 from rl_lora.config import RunConfig
+from rl_lora.config.dynamic import round_size
 from rl_lora.models.shapes import kv_bytes_per_token
 from rl_lora.planning.cards import Card
 from rl_lora.planning.counts import ParameterCounts
@@ -215,8 +216,8 @@ class StepWork:
 
     @property
     def num_prompts(self) -> int:
-        """Of the rank with most of them."""
-        return math.ceil(self.config.sampling.num_prompts / self.num_ranks)
+        """That the rank with most of them samples in a step's first round."""
+        return math.ceil(round_size(self.config.sampling) / self.num_ranks)
 
     @property
     def is_reduced(self) -> bool:
@@ -295,7 +296,7 @@ class StepWork:
         # (tokens of every sequence, sequences, context): first the queue, at full batch; then
         # nothing is left to start and sequences end one after the other, the longest of all ranks
         # last.
-        in_step = sampling.num_prompts * sampling.num_samples
+        in_step = round_size(sampling) * sampling.num_samples
         width = self.longest_tokens(min(at_once * self.num_ranks, in_step)) / _POINTS
         ages = [(point + 0.5) * width for point in range(_POINTS)]
         stretches = [((num - at_once) * mean / at_once, float(at_once), prompt + mean)]
@@ -317,7 +318,7 @@ class StepWork:
     def longest_s(self) -> float:
         """The step's longest completion, decoded by itself."""
         sampling = self.config.sampling
-        tokens = self.longest_tokens(sampling.num_prompts * sampling.num_samples)
+        tokens = self.longest_tokens(round_size(sampling) * sampling.num_samples)
         return tokens * self.decode(1, self.prompt_tokens + tokens / 2).total_s
 
     def learn_s(self) -> float:

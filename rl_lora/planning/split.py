@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from rl_lora.config.dynamic import round_size
 from rl_lora.planning.links import broadcast_s
 from rl_lora.planning.speed import StepWork
 
@@ -88,8 +89,8 @@ def _sampling_bound(
     largest with which the longest completion still ends in time.
     """
     sampling, context = work.config.sampling, work.prompt_tokens + work.mean_tokens
-    in_step = sampling.num_prompts * sampling.num_samples
-    prefill_s = work.prefill_s(sampling.num_prompts) / num_samplers
+    in_step = round_size(sampling) * sampling.num_samples
+    prefill_s = work.prefill_s(round_size(sampling)) / num_samplers
     tokens, longest = in_step * work.mean_tokens / num_samplers, work.longest_tokens(in_step)
     found = []
     for batch in range(1, work.num_slots(cache_bytes) + 1):

@@ -143,6 +143,7 @@ class RunLog:
                 "tokens": completion.num_sampled,
                 "truncated": completion.is_truncated,
                 "adapter_version": completion.adapter_version,
+                **({"left_out": group.left_out} if group.left_out else {}),
             }
             if completion.episode is not None:
                 record["turns"] = completion.episode.texts

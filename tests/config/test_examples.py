@@ -32,6 +32,8 @@ METRICS = {
     "curriculum": "data/pass_rate",
     "retry": "episode/several_turns_rate",
     "calculator": "episode/turns_mean",
+    "dynamic_sampling": "rollouts/rejected_groups",
+    "entropy_floor": "entropy/weight",
 }
 
 each_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

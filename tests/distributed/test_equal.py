@@ -15,6 +15,7 @@ from rl_lora.config import load_config
 from rl_lora.config.sft import load_sft_config
 from rl_lora.sft.train import fine_tune
 from rl_lora.train import train
+from tests.helpers.crashes import DYNAMIC
 from tests.helpers.processes import LIMIT_S, ROOT, Job, launch, result
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * LIMIT_S)]
@@ -94,7 +95,11 @@ TERMS = """
 """.split()
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(TERMS, marks=pytest.mark.long)])
+# Two or three rounds a step. At a low temperature rounding would be larger.
+ROUNDS = [*DYNAMIC, *"sampling.oversample=1 sampling.temperature=1 run.num_steps=4".split()]
+
+
+@pytest.mark.parametrize("more", [[], ROUNDS, pytest.param(TERMS, marks=pytest.mark.long)])
 def test_reinforcement_learning_on_two_processes_is_the_same(
     more: list[str], tmp_path: Path, no_figures: None
 ) -> None:

@@ -27,6 +27,9 @@ RL_SMALL = [
     *_SMALL,
     *("sampling.num_prompts=2", "sampling.max_tokens=16", "sampling.num_samples=4"),
 ]
+# Most groups are tied, and steps have several rounds.
+DYNAMIC = ["sampling.max_rounds=3", "sampling.oversample=1.5", "sampling.temperature=0.3"]
+DYNAMIC += ["data.curriculum=pass_rate"]
 SFT_SMALL = [*_SMALL, "sft.batch_size=4"]
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from rl_lora import distributed
 from rl_lora.config import LoraSection, SamplingSection
+from rl_lora.config.dynamic import round_size
 from rl_lora.errors import UserError
 from rl_lora.models.shapes import has_own_head, kv_bytes_per_token
 from rl_lora.nn.experts import NUM_EXPERTS_KEYS
@@ -229,7 +230,7 @@ def is_worth_compiling(sampling: SamplingSection, num_steps: int) -> bool:
     start 75 s longer: 7,500 decoding steps make up for that (LOG.md). Both grow with the number of
     layers, not with their width. Compiling needs a C++ compiler and Python's headers.
     """
-    num_sequences = sampling.num_prompts * sampling.num_samples
+    num_sequences = round_size(sampling) * sampling.num_samples
     num_batches = -(-num_sequences // (sampling.max_num_seqs or CPU_NUM_SEQS))
     is_long = num_steps * num_batches * sampling.max_tokens >= CPU_COMPILED_STEPS
     has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None

@@ -189,6 +189,7 @@ def open_model(
 
     from rl_lora.models.architectures import check_architecture
     from rl_lora.models.resolve import context_length, is_at_hand, load_tokenizer, resolve_model
+    from rl_lora.nn.quantized import check_quantizable
 
     if not is_at_hand(section.name):
         on_note(f"model {section.name}: fetched or made once, then kept; a minute or so")
@@ -196,6 +197,8 @@ def open_model(
         model_dir = resolve_model(section)
     config = AutoConfig.from_pretrained(model_dir)
     check_architecture(config, model_dir)
+    if section.quantize is not None:
+        check_quantizable(config)
     return model_dir, load_tokenizer(model_dir), context_length(config)
 
 
@@ -316,6 +319,7 @@ def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None
         "format_weight": reward.format_weight,
     }
     more = {"thinking_tags": tags, "reward_terms": [one.model_dump() for one in reward.terms]}
+    more |= {"quantize": config.model.quantize}
     return Evaluation(
         prompts_N=prompts_N,
         reward=job.reward,

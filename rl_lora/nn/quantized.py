@@ -1,7 +1,7 @@
 """A frozen base in 8 or 4 bits (QLoRA, Dettmers et al., arXiv 2305.14314), by bitsandbytes.
 
     int8   each row by its largest absolute value (LLM.int8(), arXiv 2208.07339, of weights only)
-    nf4    blocks of 64 in the 16 values of NormalFloat, their scales in 8 bits (double quantization)
+    nf4    blocks of 64 in NormalFloat's 16 values, the scales in 8 bits (double quantization)
 
 Quantized are the linear layers except lm_head, whether or not they have an adapter; embedding,
 norms and biases stay as they are. A `QuantizedWeight` stands in for a layer's weight: any product
@@ -52,7 +52,7 @@ class QuantizedWeight(Tensor):
     parts: tuple[Tensor, ...]
     stored_shape: tuple[int, ...]
     is_transposed: bool
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     # limits: what a tensor is made of
     @staticmethod
@@ -64,7 +64,7 @@ class QuantizedWeight(Tensor):
         dtype: torch.dtype,
         is_transposed: bool = False,
     ) -> Self:
-        self: Self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: Self = torch.Tensor._make_wrapper_subclass(
             cls,
             shape[::-1] if is_transposed else shape,
             strides=(1, shape[1]) if is_transposed else (shape[1], 1),
@@ -102,11 +102,11 @@ class QuantizedWeight(Tensor):
         return QuantizedWeight(self.kind, parts, self.stored_shape, self.dtype, is_transposed)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         if func in (_aten.t.default, _aten.permute.default):  # of two axes, permuted: `.T`
             return first._like(first.parts, transposes=True)
         if func is _aten.detach.default:
@@ -123,10 +123,11 @@ class QuantizedWeight(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         raise NotImplementedError("compiled layers do not take a quantized base")
 
-    def __tensor_unflatten__(*_: Any) -> Any:  # noqa: N805  # PyTorch's signature
+    @staticmethod
+    def __tensor_unflatten__(*_: Any) -> Any:
         raise NotImplementedError("compiled layers do not take a quantized base")
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantizedWeight({self.kind}, {list(self.shape)}, {self.dtype})"
 
 
@@ -138,7 +139,7 @@ def check_quantizable(config: PretrainedConfig) -> None:
     _library()
 
 
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     """The layers of a model without an adapter that `quantize_layers` quantizes, with their names.
 
     Raises:
@@ -150,6 +151,15 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
             yield name, module
+
+
+def quantized_shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """(outputs, inputs) of `quantized_layers`."""
+    shapes = []
+    for _, layer in quantized_layers(model):
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        shapes.append((int(weight.shape[0]), int(weight.shape[1])))
+    return shapes
 
 
 def quantize_layers(model: nn.Module, kind: str) -> None:

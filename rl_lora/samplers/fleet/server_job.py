@@ -12,8 +12,8 @@ from transformers import AutoConfig
 
 from rl_lora.config import ResourcesSection, RunConfig, SamplingSection
 from rl_lora.errors import UserError
-from rl_lora.models.device import pick_device, pick_dtype
 from rl_lora.models.dequantized import dequantized_dir
+from rl_lora.models.device import pick_device, pick_dtype
 from rl_lora.models.resolve import context_length
 from rl_lora.models.shapes import has_own_head
 from rl_lora.samplers.fleet.servers import HttpReplica, ServedJob

@@ -27,7 +27,7 @@ IDS = tuple(range(3, 40))
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compares float32 of vLLM's CPU back end")
-@pytest.mark.parametrize("merges", [True, False])
+@pytest.mark.parametrize("merges", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_logprobs_are_the_learners(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merges: bool
 ) -> None:

@@ -15,7 +15,7 @@ from rl_lora.nn.quantized import quantized_shapes, stored_bytes
 class QuantizedBase:
     """Bytes of a base with model.quantize.
 
-    Example, SmolLM2-135M in nf4 and float32: QuantizedBase(num_bytes=168176488, layer=3538944)
+    Example, SmolLM2-135M in nf4 and float32: QuantizedBase(num_bytes=168156792, layer=3538944)
     """
 
     num_bytes: int  # quantized layers with their scales, and all else in the model's dtype

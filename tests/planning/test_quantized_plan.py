@@ -49,12 +49,10 @@ def test_bytes_are_those_of_the_tensors(tmp_path: Path, make: Any, kind: Any, dt
 
 
 def test_a_plan_by_hand() -> None:
-    raw = {
-        "model": {"name": "meta-llama/Llama-3.1-8B", "device": "cuda", "dtype": "bfloat16"},
-        "sampling": {"max_tokens": 256, "num_prompts": 4, "num_samples": 8},
-    }
-    raw["model"]["quantize"] = "nf4"
-    config, shape = parse_config(raw), known_config("meta-llama/Llama-3.1-8B")
+    model = {"name": "meta-llama/Llama-3.1-8B", "device": "cuda", "dtype": "bfloat16"}
+    sampling = {"max_tokens": 256, "num_prompts": 4, "num_samples": 8}
+    config = parse_config({"model": model | {"quantize": "nf4"}, "sampling": sampling})
+    shape = known_config("meta-llama/Llama-3.1-8B")
     assert shape is not None
     counts = parameter_counts(build_on_meta(shape), config.lora)
     parts = memory_plan(config, shape, counts.base, counts.trainable, 64 * 2**30)

@@ -92,6 +92,7 @@ class Policy(ABC):
             compile_layers(self.model, keeps_activations=not checkpoint_activations)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
+    # limits: what most programs set of [model] and [lora]
     @staticmethod
     def load(
         name: str,

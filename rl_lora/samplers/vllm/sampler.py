@@ -98,9 +98,8 @@ class VllmSampler:
         Raises:
             UserError: vLLM is missing, for another device, or does not serve the model or context.
         """
-        lora, device, dtype = policy.lora, policy.device, policy.dtype
-        model_dir = dequantized_dir(policy.model_dir, policy.quantize, dtype)
-        engine = engine or EngineOptions()
+        lora, device, engine = policy.lora, policy.device, engine or EngineOptions()
+        model_dir = dequantized_dir(policy.model_dir, policy.quantize, dtype := policy.dtype)
         if max_model_len is None:
             max_model_len = min(_CONTEXT, context_length(AutoConfig.from_pretrained(model_dir)))
         self._on_cpu, self._is_full = device.type == "cpu", lora.mode == "full"

@@ -6,6 +6,7 @@ The public names below are loaded when they are first used: `import rl_lora` loa
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from rl_lora.types import Adapter, Completion, Prompt, RolloutGroup, SampleParams
 
 __version__ = "0.1.0"
+
+# At its import, which is PEFT's too, it warns that an optional kernel is missing; none is used.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __all__ = [
     "Adapter",

@@ -193,6 +193,7 @@ def open_model(
 
     from rl_lora.models.architectures import check_architecture
     from rl_lora.models.resolve import context_length, is_at_hand, load_tokenizer, resolve_model
+    from rl_lora.nn.quantized import check_quantizable
 
     if not is_at_hand(section.name):
         on_note(f"model {section.name}: fetched or made once, then kept; a minute or so")
@@ -200,6 +201,8 @@ def open_model(
         model_dir = resolve_model(section)
     config = AutoConfig.from_pretrained(model_dir)
     check_architecture(config, model_dir)
+    if section.quantize is not None:
+        check_quantizable(config)
     return model_dir, load_tokenizer(model_dir), context_length(config)
 
 
@@ -321,6 +324,7 @@ def make_evaluation(job: RunContext, on_progress: Callable[[int, int, int], None
     }
     more = {"thinking_tags": tags, "reward_terms": [one.model_dump() for one in reward.terms]}
     more["environment"] = config.environment.name and config.environment.model_dump()
+    more["quantize"] = config.model.quantize
     return Evaluation(
         prompts_N=prompts_N,
         reward=job.reward,

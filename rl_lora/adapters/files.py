@@ -125,6 +125,9 @@ def write_adapter(adapter: Adapter, tensors: dict[str, Tensor], policy: Policy) 
         "is_full": adapter.is_full,
         "trained_as": {"variant": policy.lora.variant, "rank": policy.lora.rank},
     }
+    if policy.quantize is not None:
+        dtype = str(policy.dtype).removeprefix("torch.")
+        manifest["trained_as"] |= {"quantize": policy.quantize, "dtype": dtype}
     try:
         with atomic_directory(adapter.path) as scratch:
             if adapter.is_full:

@@ -14,6 +14,7 @@ from rl_lora.adapters.peft_files import (
     peft_settings,
     peft_variants,
     read_manifest,
+    trained_on,
 )
 from rl_lora.config import VARIANT_NAMES, RunConfig, parse_as, parse_config, with_present_names
 from rl_lora.config.sft import SftConfig
@@ -33,6 +34,20 @@ _USE = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "THIS_REPOSITORY")"""
+_USE_NF4 = """import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.{dtype},
+)
+base = AutoModelForCausalLM.from_pretrained(
+    "{base}", dtype=torch.{dtype}, quantization_config=nf4
+)
 model = PeftModel.from_pretrained(base, "THIS_REPOSITORY")"""
 _USE_MERGED = """from transformers import AutoModelForCausalLM
 
@@ -87,8 +102,10 @@ def card_text(adapter_dir: Path, *, merged: bool = False) -> str:
         *_evaluation_lines(adapter_dir),
         *("", "## Use", ""),
     ]
+    trained = trained_on(adapter_dir)
+    use = _USE_MERGED if merged else _USE_NF4 if trained.quantize == "nf4" else _USE
     if merged or is_peft_loadable(adapter_dir):
-        lines += ["```python", (_USE_MERGED if merged else _USE).format(base=base), "```", ""]
+        lines += ["```python", use.format(base=base, dtype=trained.dtype), "```", ""]
     else:
         lines += [_NOT_PEFT, ""]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines)))
@@ -120,6 +137,12 @@ def _table(adapter_dir: Path, config: RunConfig | SftConfig | None) -> dict[str,
         }.get(
             variant,
             f": trained at rank {trained.get('rank')}, its start subtracted; served as plain LoRA",
+        )
+    if (quantize := trained_on(adapter_dir).quantize) is not None:
+        rows["base in training"] = (
+            f"quantized to {quantize} (bitsandbytes), all linear layers but lm_head; on "
+            "unquantized weights this adapter gives other log-probs. `rl-lora export --merged` "
+            "adds it to the dequantized ones"
         )
     modules = peft["target_modules"]
     rows["adapted layers"] = modules if isinstance(modules, str) else ", ".join(sorted(modules))

@@ -18,6 +18,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
+from rl_lora.config import ModelSection, parse_as
 from rl_lora.errors import UserError
 from rl_lora.nn.variants import scaling_of
 from rl_lora.storage.jsonl import read_json
@@ -155,6 +156,18 @@ def named_base(adapter_dir: Path) -> str | None:
     if not name and (adapter_dir / "adapter_config.json").is_file():
         name = peft_settings(adapter_dir).get("base_model_name_or_path")
     return str(name) if name else None
+
+
+def trained_on(adapter_dir: Path) -> ModelSection:
+    """The adapter's base as it was in training; quantize is None if it was not quantized, or for
+    adapters of other tools.
+
+    Raises:
+        UserError: the manifest has no such quantization.
+    """
+    trained = read_manifest(adapter_dir).get("trained_as", {})
+    given = {key: trained[key] for key in ("quantize", "dtype") if key in trained}
+    return parse_as(ModelSection, given)
 
 
 def layer_scalings(path: Path) -> Callable[[str, int], float]:

@@ -45,12 +45,16 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: as `export_merged` and `push_adapter`, or an adapter that names no base model.
     """
+    import torch
+
     from rl_lora.adapters.files import find_adapter
     from rl_lora.adapters.model_card import write_card
-    from rl_lora.adapters.peft_files import named_base
+    from rl_lora.adapters.peft_files import named_base, trained_on
     from rl_lora.config import ModelSection
     from rl_lora.export.merge import export_merged
     from rl_lora.export.push import push_adapter
+    from rl_lora.models.dequantized import dequantized_dir
+    from rl_lora.models.device import pick_dtype
     from rl_lora.models.resolve import resolve_model
 
     adapter_dir = find_adapter(arguments.source)
@@ -58,7 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
         base = arguments.base or named_base(adapter_dir)
         if base is None:
             raise UserError(f"{adapter_dir} names no base model; give --base")
-        model_dir = resolve_model(ModelSection(name=base))
+        model_dir, trained = resolve_model(ModelSection(name=base)), trained_on(adapter_dir)
+        if trained.quantize is not None:
+            print(f"base: dequantized from {trained.quantize}, as in training")
+            dtype = pick_dtype(trained.dtype, torch.device("cpu"))
+            model_dir = dequantized_dir(model_dir, trained.quantize, dtype)
+            base = str(model_dir)
         # A directory may be a copy of the named base: then only the layers' shapes are checked.
         base_name = None if Path(base).is_dir() else base
         export_merged(

@@ -84,6 +84,7 @@ def lines(served: Served, port: int) -> list[str]:
     Raises UserError for a whole model, which has no adapter.
     """
     from rl_lora.adapters.peft_files import is_peft_loadable, read_manifest
+    from rl_lora.models.dequantized import dequantized_dir
     from rl_lora.models.device import pick_device, pick_dtype
     from rl_lora.models.resolve import resolve_model
     from rl_lora.samplers.vllm.settings import lora_settings
@@ -92,8 +93,9 @@ def lines(served: Served, port: int) -> list[str]:
     merge = merged.format(shlex.quote(str(adapter_dir)))
     if served.lora.mode == "full":
         raise UserError(f"{adapter_dir} is a whole model; write it to a directory by {merge}")
-    base = str(resolve_model(served.model))
     dtype = pick_dtype(served.model.dtype, pick_device(served.model.device))
+    quantize = served.model.quantize
+    base = str(dequantized_dir(resolve_model(served.model), quantize, dtype))
     dtype_name = str(dtype).removeprefix("torch.")
     name = str(read_manifest(adapter_dir).get("name", adapter_dir.name))
     rank = lora_settings(served.lora, dtype)["max_lora_rank"]
@@ -101,7 +103,9 @@ def lines(served: Served, port: int) -> list[str]:
     serve += ["--max-lora-rank", str(rank), "--lora-modules", f"{name}={adapter_dir}"]
     is_served, is_loadable = served.lora.variant != "dora", is_peft_loadable(adapter_dir)
     peft = _PEFT.format(base=base, adapter=str(adapter_dir), dtype=dtype_name)
+    note = f"# the base has the weights dequantized from {quantize} that the adapter was trained on"
     return [
+        *([note] if quantize else []),
         "# vLLM: a server with OpenAI's API",
         shlex.join(serve) if is_served else f"# it does not serve DoRA: {merge}",
         "# a question to it, as in training",

@@ -8,7 +8,7 @@ from typing import Any
 
 from rl_lora.adapters.files import find_adapter
 from rl_lora.adapters.model_card import run_config
-from rl_lora.adapters.peft_files import named_base
+from rl_lora.adapters.peft_files import named_base, trained_on
 from rl_lora.adapters.resize import common_settings
 from rl_lora.config import LoraSection, ModelSection, parse_as
 from rl_lora.data.chat_template import ChatTemplate, check_plain
@@ -63,7 +63,9 @@ def read_served(source: Path, base: str | None = None) -> Served:
         name = base or named_base(adapter_dir)
         if name is None:
             raise UserError(f"{adapter_dir} names no base model; give --base")
-        model = parse_as(ModelSection, {"name": name})
+        trained = trained_on(adapter_dir)
+        own = {"quantize": trained.quantize, "dtype": trained.dtype}
+        model = parse_as(ModelSection, {"name": name, **own})
     lora = LoraSection(mode="full") if config and config.lora.mode == "full" else LoraSection()
     lora = lora.model_copy(update=common_settings([adapter_dir]))
     data = None if config is None else config.data

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         EnvironmentSection,
         EvalSection,
         LoraSection,
+        ModelSection,
         OptimSection,
         ResourcesSection,
         RewardSection,
@@ -158,6 +159,28 @@ def check_variant(lora: LoraSection, optim: OptimSection) -> None:
         raise ValueError(
             f"optim.lora_plus_ratio={optim.lora_plus_ratio:g} sets the learning rate of the "
             "adapter's B, and lora.mode='full' has no adapter; remove one of them"
+        )
+
+
+def check_quantize(model: ModelSection, lora: LoraSection) -> None:
+    """Raises ValueError for a quantized base that is trained, sharded or compiled."""
+    if model.quantize is None:
+        return
+    setting = f"model.quantize={model.quantize!r}"
+    if lora.mode == "full":
+        raise ValueError(
+            f"{setting} is of a frozen base, and lora.mode='full' trains all weights; set "
+            "lora.mode='lora', or remove model.quantize"
+        )
+    if model.shard:
+        raise ValueError(
+            f"{setting}: quantized weights are not divided among processes; set model.shard=false, "
+            "or remove model.quantize"
+        )
+    if model.compile:
+        raise ValueError(
+            f"{setting}: compiled layers do not take quantized weights; set model.compile=false, "
+            "or remove model.quantize"
         )
 
 

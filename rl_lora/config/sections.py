@@ -22,6 +22,7 @@ from rl_lora.config.checks import (
     check_kl,
     check_penalties,
     check_pushes,
+    check_quantize,
     check_resources,
     check_served,
     check_temperatures,
@@ -83,6 +84,8 @@ class ModelSection(Section):
     compile: bool | None = None  # the learner's layers and head are compiled; none: on a GPU
     # Each process holds a share of the weights (FSDP2); none: of several with lora.mode="full".
     shard: bool | None = None
+    # The frozen base in 8 or 4 bits (QLoRA; extra `quant`): int8, nf4; none: in dtype.
+    quantize: Literal["int8", "nf4"] | None = None
 
 
 # As their papers spell them; plain LoRA is not a variant.
@@ -361,6 +364,7 @@ class RunConfig(Section):
         check_resources(self.resources, self.lora, self.sampling)
         check_environment(self.environment, self.resources)
         check_variant(self.lora, self.optim)
+        check_quantize(self.model, self.lora)
         check_pushes(self.run, self.lora)
         check_served(self.lora, self.sampling, self.resources)
         check_temperatures(self.sampling, self.eval)

@@ -17,7 +17,7 @@ from rl_lora.config import (
     parse_as,
     read_settings,
 )
-from rl_lora.config.checks import check_variant
+from rl_lora.config.checks import check_quantize, check_variant
 
 
 class SftDataSection(SourcesSection):
@@ -67,6 +67,7 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> SftConfig:
         check_variant(self.lora, self.optim)
+        check_quantize(self.model, self.lora)
         if self.run.push_to is not None:
             raise ValueError(
                 f"run.push_to={self.run.push_to!r} is for RL runs; remove it, and push the "

@@ -81,7 +81,7 @@ def resolve_model(section: ModelSection) -> Path:
     """
     name = section.name
     if entry := _find(name):
-        return _made(entry, entry.build)
+        return made(entry, entry.build)
     path = Path(name).expanduser()
     if path.exists():
         check_model_dir(path)
@@ -103,7 +103,7 @@ def convert_embedded(gguf: Path) -> Path:
     _check_sha256(gguf, _GGUF_SHA256, f"give the one in the wheel {_WHEEL}")
     entry = _find(EMBEDDED)
     assert entry is not None
-    return _made(entry, partial(_convert_gguf, gguf))
+    return made(entry, partial(_convert_gguf, gguf))
 
 
 def is_at_hand(name: str) -> bool:
@@ -213,7 +213,9 @@ def _find(name: str) -> ModelEntry | None:
     return next((entry for entry in list_models() if entry.name == name), None)
 
 
-def _made(entry: ModelEntry, build: Callable[[Path], object]) -> Path:
+def made(entry: ModelEntry, build: Callable[[Path], object]) -> Path:
+    """The entry's directory; `build` fills it unless it is there. Raises UserError where it cannot
+    be written."""
     if entry.path is not None:
         return entry.path
     from filelock import FileLock

@@ -31,6 +31,7 @@ from rl_lora.models.device import pick_dtype
 from rl_lora.models.shapes import attention_widths, kv_bytes_per_token, mlp_width
 from rl_lora.nn.variants import is_shifted, served_rank
 from rl_lora.planning.cards import CARDS
+from rl_lora.planning.quantized import quantized_base
 from rl_lora.samplers.vllm.settings import (
     CPU_MEMORY_SHARE,
     decoded_at_once,
@@ -209,11 +210,17 @@ def learner_memory(
     base_bytes, trained = num_base * dtype.itemsize // num_shards, "float32"
     if is_full:
         num_trainable, trained = num_trainable // num_shards, f"float32{share}"
+    layer_bytes = 0
+    if model.quantize is not None:
+        quantized = quantized_base(model_config, num_base, model.quantize, dtype)
+        base_bytes, layer_bytes = quantized.num_bytes, quantized.layer
     if is_full and num_shards > 1:  # the shares are their own masters
         parts = [MemoryItem("base weights", num_base // num_shards * 4, f"learner, {trained}")]
     else:
-        name = str(dtype).removeprefix("torch.")
+        name = model.quantize or str(dtype).removeprefix("torch.")
         parts = [MemoryItem("base weights", base_bytes, f"learner, {name}{share}")]
+    if layer_bytes:
+        parts.append(MemoryItem("dequantized layer", layer_bytes, "the largest, for one product"))
     if num_shards > 1:
         parts += _gathered_weights(config, model_config, num_base, dtype)
     if not is_full:
@@ -267,7 +274,8 @@ def _sampler_memory(
     if sampling.backend == "torch":
         return [MemoryItem("KV cache", wanted, note, ("sampling",))]
     num_base, num_trainable = counts
-    weights = MemoryItem("base weights", num_base * dtype.itemsize, "vLLM's copy")
+    copy = "vLLM's copy, dequantized" if config.model.quantize else "vLLM's copy"
+    weights = MemoryItem("base weights", num_base * dtype.itemsize, copy)
     merges = merges_adapter(
         sampling.merge_adapter, config.lora, dtype=dtype, device=torch.device(device)
     )
@@ -286,9 +294,7 @@ def _sampler_memory(
         if (local := min(num_ranks, GPUS_PER_NODE)) > 1:
             host += f", {bytes_text(local * weights.num_bytes)} for the {local} of a node"
         parts = [
-            replace(
-                weights, note="vLLM's copy" if sampling.max_staleness else f"vLLM's copy, {host}"
-            ),
+            replace(weights, note=copy if sampling.max_staleness else f"{copy}, {host}"),
             MemoryItem("adapter slot", slot_bytes, f"vLLM's, rank {slot}"),
             MemoryItem("vLLM", _ENGINE_BYTES, "estimate, activations and CUDA graphs"),
         ]

@@ -29,7 +29,12 @@ def fitting_tokens(policy: Policy, optim: OptimSection, most: int, free_bytes: i
     and activations have free_bytes to share; from _STEP to `most` tokens."""
     dtype = str(policy.dtype).removeprefix("torch.")
     job = SftConfig(
-        model=ModelSection(device=str(policy.device), dtype=dtype, shard=policy.is_sharded),
+        model=ModelSection(
+            device=str(policy.device),
+            dtype=dtype,
+            shard=policy.is_sharded,
+            quantize=policy.quantize,
+        ),
         lora=policy.lora,
         optim=optim,
     )

@@ -17,6 +17,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_lora import distributed
 from rl_lora.config import LoraSection, ModelSection, parse_as
+from rl_lora.config.checks import check_quantize
+from rl_lora.errors import UserError
 from rl_lora.models.architectures import check_architecture
 from rl_lora.models.device import pick_device, pick_dtype
 from rl_lora.models.forward import can_share_prompts, token_logprobs
@@ -28,6 +30,7 @@ from rl_lora.nn.deterministic import deterministic, fix_num_threads
 from rl_lora.nn.experts import check_rank
 from rl_lora.nn.model_state import check_shapes
 from rl_lora.nn.optimized import Optimized
+from rl_lora.nn.quantized import check_quantizable, quantize_layers
 from rl_lora.nn.sharded import is_to_be_sharded, whole_weights
 from rl_lora.types import Adapter, Microbatch
 
@@ -65,8 +68,13 @@ class Policy(ABC):
         config = AutoConfig.from_pretrained(model_dir)
         check_architecture(config, model_dir)
         check_rank(config, lora)
+        self.quantize = model.quantize
+        if self.quantize is not None:
+            check_quantizable(config)
         self.is_sharded = is_to_be_sharded(model, lora)  # whether a rank holds a share of the base
         self.model: PreTrainedModel = load_model(model_dir, self.dtype)
+        if self.quantize is not None:
+            quantize_layers(self.model, self.quantize)
         if not self.is_sharded:
             self.model.to(self.device)  # type: ignore[arg-type]  # its stubs know no device
         self.target_names: list[str] = []  # layers with an adapter
@@ -78,11 +86,13 @@ class Policy(ABC):
         self._has_checkpoints = checkpoint_activations
         if checkpoint_activations:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.is_compiled = self.device.type == "cuda" if model.compile is None else model.compile
+        compiles = self.device.type == "cuda" and self.quantize is None
+        self.is_compiled = compiles if model.compile is None else model.compile
         if self.is_compiled:
             compile_layers(self.model, keeps_activations=not checkpoint_activations)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
+    # limits: what most programs set of [model] and [lora]
     @staticmethod
     def load(
         name: str,
@@ -91,6 +101,7 @@ class Policy(ABC):
         seed: int = 0,
         device: str = "auto",
         dtype: str = "auto",
+        quantize: str | None = None,
         **lora: Any,
     ) -> Policy:
         """A policy by its base model's name.
@@ -99,7 +110,7 @@ class Policy(ABC):
             name: the embedded model, a local directory or a hub id, as `model.name`.
             rank: of the adapter.
             seed: of the adapter's start.
-            device, dtype: as `model.device` and `model.dtype`.
+            device, dtype, quantize: as in [model].
             lora: further keys of [lora], e.g. alpha=16 or mode="full".
 
         Raises:
@@ -107,8 +118,13 @@ class Policy(ABC):
         """
         from rl_lora.policy import open_policy
 
-        model = parse_as(ModelSection, {"name": name, "device": device, "dtype": dtype})
+        own = {"name": name, "device": device, "dtype": dtype, "quantize": quantize}
+        model = parse_as(ModelSection, own)
         section = parse_as(LoraSection, {"rank": rank, **lora})
+        try:
+            check_quantize(model, section)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         return open_policy(resolve_model(model), model, section, seed=seed)
 
     @cached_property

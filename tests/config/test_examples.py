@@ -73,6 +73,8 @@ def test_every_row_has_an_example() -> None:
 @pytest.mark.long
 @each_example
 def test_an_example_trains_and_shows_its_metric(path: Path, tmp_path: Path) -> None:
+    if path.stem == "qlora":
+        pytest.importorskip("bitsandbytes")
     short = ["run.num_steps=2", "data.held_out=4", f"run.output_dir={tmp_path}"]
     train(load_config(path, short), quiet=True)
     rows = [json.loads(line) for line in (tmp_path / path.stem / "metrics.jsonl").open()]

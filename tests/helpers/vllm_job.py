@@ -35,6 +35,7 @@ def open_sampler(model_dir: Path) -> VllmSampler:
     policy: Any = SimpleNamespace(
         model_dir=model_dir,
         lora=LoraSection(rank=1),
+        quantize=None,
         dtype=pick_dtype("float32", torch.device("cpu")),
         device=pick_device("cpu"),
     )

@@ -44,7 +44,7 @@ ids = tuple(range(3, 40))
 
 def sampler_of(lora):
     policy = SimpleNamespace(model_dir=model, lora=lora, dtype=torch.float32,
-        device=torch.device("cpu"))
+        device=torch.device("cpu"), quantize=None)
     return VllmSampler(policy, max_num_seqs=4, max_model_len=64, end_token_ids=[2])
 
 def difference(sampler, policy):

@@ -92,7 +92,9 @@ def make_sampler(model_dir: Path, **options: Any) -> VllmSampler:
 
 def served(model_dir: Path, lora: LoraSection, device: torch.device = CPU) -> Any:
     """What the sampler looks at in a policy."""
-    return SimpleNamespace(model_dir=model_dir, lora=lora, dtype=torch.float32, device=device)
+    return SimpleNamespace(
+        model_dir=model_dir, lora=lora, dtype=torch.float32, device=device, quantize=None
+    )
 
 
 def publish(model_dir: Path, folder: Path, version: int, **lora: Any) -> Adapter:

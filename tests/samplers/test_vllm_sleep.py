@@ -142,6 +142,7 @@ def sampler(
     policy: Any = SimpleNamespace(
         model_dir=model_dir,
         lora=LoraSection(rank=1),
+        quantize=None,
         dtype=request.param,
         device=torch.device("cuda"),
     )

@@ -55,6 +55,7 @@ class RemotePolicy:
     lora: LoraSection
     dtype: torch.dtype
     device: torch.device
+    quantize: str | None = None
 
 
 def make_engine(spec: EngineSpec) -> tuple[Sampler, Policy | None]:
@@ -68,7 +69,7 @@ def make_engine(spec: EngineSpec) -> tuple[Sampler, Policy | None]:
     device = pick_device(spec.model.device)
     policy: Policy | None = None
     dtype = pick_dtype(spec.model.dtype, device)
-    served: ServedPolicy = RemotePolicy(model_dir, spec.lora, dtype, device)
+    served: ServedPolicy = RemotePolicy(model_dir, spec.lora, dtype, device, spec.model.quantize)
     if not has_own_weights(spec.sampling.backend):
         lora = spec.lora
         if is_shifted(lora.variant):

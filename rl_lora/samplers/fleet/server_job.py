@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from rl_lora.config import ResourcesSection, RunConfig, SamplingSection
 from rl_lora.errors import UserError
+from rl_lora.models.dequantized import dequantized_dir
 from rl_lora.models.device import pick_device, pick_dtype
 from rl_lora.models.resolve import context_length
 from rl_lora.models.shapes import has_own_head
@@ -46,6 +47,7 @@ def server_command(config: RunConfig, model_dir: Path, port: int) -> str:
     device = pick_device(config.model.device)
     dtype = pick_dtype(config.model.dtype, device)
     _check_dtype(dtype, device)
+    model_dir = dequantized_dir(model_dir, config.model.quantize, dtype)
     model_config = AutoConfig.from_pretrained(model_dir)
     longest = config.data.max_prompt_tokens
     longest += max(config.sampling.max_tokens, config.eval.max_tokens or 0)

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from rl_lora.errors import EngineError, StaleAdapterError, UserError
 from rl_lora.launchers.interruption import check, unbroken
+from rl_lora.models.dequantized import dequantized_dir
 from rl_lora.models.resolve import context_length
 from rl_lora.sampler import BASE_VERSION, Groups, OnGroup, OnProgress, Stops, max_tokens_of
 from rl_lora.samplers import cpu_memory
@@ -98,8 +99,8 @@ class VllmSampler:
         Raises:
             UserError: vLLM is missing, for another device, or does not serve the model or context.
         """
-        model_dir, lora, device = policy.model_dir, policy.lora, policy.device
-        dtype, engine = policy.dtype, engine or EngineOptions()
+        lora, device, engine = policy.lora, policy.device, engine or EngineOptions()
+        model_dir = dequantized_dir(policy.model_dir, policy.quantize, dtype := policy.dtype)
         if max_model_len is None:
             max_model_len = min(_CONTEXT, context_length(AutoConfig.from_pretrained(model_dir)))
         self._on_cpu, self._is_full = device.type == "cpu", lora.mode == "full"

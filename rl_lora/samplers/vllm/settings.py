@@ -58,6 +58,10 @@ class ServedPolicy(Protocol):
         """Of the base weights, and in the engine also of KV cache and adapter."""
 
     @property
+    def quantize(self) -> str | None:
+        """As `model.quantize`: an engine gets the dequantized weights."""
+
+    @property
     def device(self) -> torch.device:
         """cpu, or this process's GPU."""
 

@@ -1,9 +1,10 @@
 """Predicted and measured steps of a small job with 1 and 2 samplers in Ray actors on this CPU.
 
-The job in one process gives the rates: seconds of a decoding step and of all that is not sampling.
-From them the simulation predicts the job with samplers elsewhere, from the recorded lengths, and
-the plan's estimate, which knows their mean only. A sampler decodes one group at a time, on a core
-and a thread that it shares with nothing but the learner.
+The job with one sampler gives the rates: seconds of a decoding step, with its share of what Ray
+takes to send a group, and of all that is not sampling. From them the simulation predicts the other
+jobs, with the recorded lengths, and so does the plan's estimate, which knows their mean only. A
+sampler decodes one group at a time, with one thread. There are as many cores as samplers: with
+staleness they also do the learner's work, which bounds a step from below.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ from scaling.cpu_check import ALLOWED, CARD
 from scaling.simulation import Design, simulate
 
 NUM_STEPS, NUM_FIRST = 14, 2  # the first ones are not measured
-FLEETS = ((1, 0), (2, 0), (2, 1))  # (samplers, bound on staleness)
+FLEETS = ((1, 0), (2, 0), (2, 1))  # (samplers, bound on staleness); the first gives the rates
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of the job in one process.
+    """Of the job with one sampler.
 
     Example: Rates(token_s=0.0016, other_s=0.18, lengths=[[[15, 9], [20, 11]], ...])
     """
 
-    token_s: float  # one decoding step of a group, its prompt's share included
+    token_s: float  # one decoding step of a group, with its share of the prompt and of Ray's work
     other_s: float  # of a step: all but sampling
     lengths: list[list[list[int]]]  # [step][prompt][sample], tokens
 
@@ -76,12 +77,11 @@ def check(folder: Path) -> int:
     """Runs the jobs, prints and writes a table; 1 if a prediction is off by over ALLOWED."""
     with tempfile.TemporaryDirectory(prefix="jobs-", dir=folder) as scratch:
         runs = Path(scratch)
-        found = rates(measured(runs, "in-process", 1, "run.transcripts_per_step=1000000"))
-        rows = []
-        for num_samplers, bound in FLEETS:
-            name = f"samplers-{num_samplers}-staleness-{bound}"
-            run = measured(runs, name, num_samplers, *elsewhere(num_samplers, bound))
-            rows.append(row(found, num_samplers, bound, read_metrics(run)))
+        jobs = [measured(runs, *fleet) for fleet in FLEETS]
+        found = rates(jobs[0])
+        rows = [
+            row(found, *fleet, read_metrics(run)) for fleet, run in zip(FLEETS, jobs, strict=True)
+        ]
     Console(width=120).print(table(rows))
     result = {"token_s": found.token_s, "other_s": found.other_s, "rows": [*map(asdict, rows)]}
     (folder / "fleet.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
@@ -90,23 +90,27 @@ def check(folder: Path) -> int:
     return 1 if off else 0
 
 
-def elsewhere(num_samplers: int, max_staleness: int) -> list[str]:
-    """The settings that differ."""
-    own = [f"resources.samplers={num_samplers}", f"sampling.max_staleness={max_staleness}"]
-    return [*own, 'resources.ray_address="local"']
-
-
-def measured(folder: Path, name: str, num_cores: int, *settings: str) -> Path:
-    """Runs the job on so many cores; returns its folder."""
+def measured(folder: Path, num_samplers: int, max_staleness: int) -> Path:
+    """Runs a job on as many cores as it has samplers; returns its folder."""
     cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < num_cores:
-        raise SystemExit(f"{num_cores} samplers need as many cores; this machine has {len(cores)}")
-    own = ["run.eval_every=0", "data.held_out=8", "sampling.max_num_seqs=8", *settings]
-    where = [f"run.num_steps={NUM_STEPS}", f"run.output_dir={folder}", f"run.name={name}"]
-    os.sched_setaffinity(0, cores[:num_cores])
+    if len(cores) < num_samplers:
+        raise SystemExit(f"{num_samplers} samplers need as many cores; there are {len(cores)}")
+    name = f"samplers-{num_samplers}-staleness-{max_staleness}"
+    settings = [
+        f"resources.samplers={num_samplers}",
+        'resources.ray_address="local"',
+        "sampling.max_num_seqs=8",
+        f"sampling.max_staleness={max_staleness}",
+        "data.held_out=8",
+        f"run.num_steps={NUM_STEPS}",
+        f"run.output_dir={folder}",
+        f"run.name={name}",
+        "run.transcripts_per_step=1000000",
+    ]
+    os.sched_setaffinity(0, cores[:num_samplers])
     try:
         subprocess.run(
-            [sys.executable, "-m", "rl_lora", "train", "smoke", *own, *where],
+            [sys.executable, "-m", "rl_lora", "train", "smoke", *settings],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=True,
         )
@@ -122,7 +126,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def rates(run: Path) -> Rates:
-    """Of a run in one process, with all of its transcripts."""
+    """Of a run with one sampler and all of its transcripts."""
     rows = [json.loads(line) for line in (run / "transcripts.jsonl").open(encoding="utf-8")]
     lengths = [
         [
@@ -157,16 +161,23 @@ def row(
         decode_s=lambda number, age: found.token_s,
     )
     simulated = simulate(design, NUM_STEPS)
+    least_s = cores_s(found, num_samplers) if max_staleness else 0.0
     busy = simulated.busy_s / (simulated.ends[-1] * num_samplers)
     return Row(
         num_samplers,
         max_staleness,
         step_s=statistics.median(one["time/step_s"] for one in metrics),
-        simulated_s=simulated.step_s(NUM_FIRST),
-        estimated_s=estimated_s(found, num_samplers, max_staleness),
+        simulated_s=max(simulated.step_s(NUM_FIRST), least_s),
+        estimated_s=max(estimated_s(found, num_samplers, max_staleness), least_s),
         idle=statistics.median(one["fleet/idle_share"] for one in metrics),
-        simulated_idle=1 - busy,
+        simulated_idle=max(0.0, 1 - busy),
     )
+
+
+def cores_s(found: Rates, num_cores: int) -> float:
+    """All work of a step, divided by the cores."""
+    steps = statistics.mean(sum(map(max, step)) for step in found.lengths)
+    return (steps * found.token_s + found.other_s) / num_cores
 
 
 def estimated_s(found: Rates, num_samplers: int, max_staleness: int) -> float:

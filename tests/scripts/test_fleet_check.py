@@ -18,7 +18,7 @@ STEADY = Rates(token_s=0.1, other_s=1.0, lengths=[[[10, 5]] * 4] * 3)
         (1, 0, 4 + 1, 1 / 5),
         (2, 0, 2 + 1, 1 / 3),
         (4, 0, 1 + 1, 1 / 2),
-        (2, 1, 2, 0),  # the learner works meanwhile
+        (2, 1, (4 + 1) / 2, 0),  # all work, on two cores
     ],
 )
 def test_steps_of_equal_groups(

@@ -152,8 +152,8 @@ def loss_terms(
     samples have an entropy of algorithm.entropy_floor or more (Skywork-OR1, arXiv 2505.22312, with
     a constant coefficient).
 
-    The entropy is estimated without a pass: the mean of -log p_sampler over all completion tokens,
-    in nats, is in expectation that of the entropies of the distributions that they are drawn from.
+    The entropy is estimated without a pass: the mean of -log p_sampler over all sampled tokens, in
+    nats, is in expectation that of the entropies of the distributions that they are drawn from.
     It depends on the groups only.
 
     Returns:
@@ -161,9 +161,10 @@ def loss_terms(
     """
     if (floor := config.algorithm.entropy_floor) is None:
         return dict(terms), {}
-    rollouts = [rollout for group in groups_N for rollout in group.rollouts_G]
-    logprobs = [value for rollout in rollouts for value in rollout.completion.sampler_logprobs_T]
-    sampled = -math.fsum(logprobs) / max(1, len(logprobs))
+    completions = [rollout.completion for group in groups_N for rollout in group.rollouts_G]
+    # An environment's tokens have log-probs of 0 and do not count.
+    total = math.fsum(value for one in completions for value in one.sampler_logprobs_T)
+    sampled = -total / max(1, sum(one.num_sampled for one in completions))
     weight = terms["entropy_weight"] if sampled < floor else 0.0
     metrics = {"entropy/sampled": sampled, "entropy/weight": weight}
     return {**terms, "entropy_weight": weight}, metrics

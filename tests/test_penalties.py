@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from rl_lora.penalties import (
     term_rewards,
 )
 from rl_lora.train import train
-from rl_lora.types import Completion, Prompt, Rollout, RolloutGroup
+from rl_lora.types import Completion, Episode, Prompt, Rollout, RolloutGroup
 from tests.test_train import metrics_of, smoke
 
 RIGHT = Score(reward=1.0, correct=True, status="ok", answer="1", has_format=True)
@@ -131,6 +132,10 @@ def test_the_entropy_is_raised_only_where_the_samples_have_less_than_the_floor()
         return load_config(None, ["algorithm.entropy_weight=0.1", *more])
 
     groups = [sampled_at([-0.5, -1.0]), sampled_at([], [-0.3])]  # mean 0.6 nats
+    rollout, turns = groups[0].rollouts_G[0], Episode(("", "", ""), (True, False, True), None)
+    answer = replace(rollout.completion, token_ids=(0, 1, 2), episode=turns)
+    answer = replace(answer, sampler_logprobs_T=(-0.5, 0.0, -1.0))  # 0: an environment's token
+    groups[0] = replace(groups[0], rollouts_G=(replace(rollout, completion=answer),))
     terms = load_algorithm(config().algorithm).terms
     assert loss_terms(config(), terms, groups) == (terms, {})
     for floor, weight in ((0.61, 0.1), (0.59, 0.0)):

@@ -217,8 +217,8 @@ def _library() -> Any:
     """bitsandbytes.functional. Raises UserError where it is missing."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            "model.quantize needs bitsandbytes, which is not installed: install rl_lora[quant], or "
-            "remove model.quantize"
+            "model.quantize needs bitsandbytes, which is not installed; install it (pip install "
+            "'rl-lora[quant]'), or remove model.quantize"
         )
     return importlib.import_module("bitsandbytes.functional")
 

@@ -283,7 +283,7 @@ def test_without_bitsandbytes_the_extra_is_named(
 ) -> None:
     monkeypatch.setattr(quantizing.importlib.util, "find_spec", lambda name: None)
     quantizing._library.cache_clear()
-    with pytest.raises(UserError, match=r"install rl_lora\[quant\]"):
+    with pytest.raises(UserError, match=r"pip install 'rl-lora\[quant\]'"):
         quantized_policy(random_llama(tmp_path / "model"), "nf4", rank=1)
 
 

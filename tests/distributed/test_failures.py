@@ -143,7 +143,8 @@ def test_rank_0_killed_in_a_checkpoint_is_named_by_another_and_leaves_the_older_
 def test_a_rank_that_hangs_is_named_with_what_the_others_wait_for(tmp_path: Path) -> None:
     fault = "1 rl_lora.overlap:sample_and_score 2 hang"
     job = train(tmp_path, "run.process_timeout_s=20", faults=fault)
-    assert job.codes == {0: 3, 1: 3}
+    assert job.codes[0] == 3
+    assert job.codes[1] in (3, -9)  # it ends by itself, or the launcher is faster
     ((rank, line),) = job.lines()
     assert rank == 0
     assert re.fullmatch(

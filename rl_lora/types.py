@@ -77,6 +77,26 @@ class SeededParams(SampleParams):
     # Longest completion of each prompt, at most max_tokens; empty: max_tokens.
     max_tokens_N: tuple[int, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        params: SampleParams,
+        seeds_N_G: tuple[tuple[int, ...], ...],
+        *,
+        num_samples: int | None = None,
+        max_tokens_N: tuple[int, ...] = (),
+    ) -> SeededParams:
+        """The params with seeds; num_samples: another one than theirs."""
+        return cls(
+            num_samples or params.num_samples,
+            params.max_tokens,
+            params.temperature,
+            params.top_p,
+            params.stop,
+            seeds_N_G=seeds_N_G,
+            max_tokens_N=max_tokens_N,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Episode:
@@ -122,12 +142,16 @@ class Completion:
     @property
     def num_sampled(self) -> int:
         """Its sampled tokens."""
-        return sum(self.is_sampled_T) if self.is_sampled_T else len(self.token_ids)
+        return _num_sampled(self.token_ids, self.is_sampled_T)
 
     @property
     def own_score(self) -> Score | None:
         """The episode's; None: the reward scores the text."""
         return None if self.episode is None else self.episode.score
+
+
+def _num_sampled(token_ids: tuple[int, ...], is_sampled_T: tuple[bool, ...]) -> int:
+    return sum(is_sampled_T) if is_sampled_T else len(token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +209,7 @@ class TrainSample:
     @property
     def num_sampled(self) -> int:
         """Its sampled tokens."""
-        return sum(self.is_sampled_T) if self.is_sampled_T else len(self.completion_ids)
+        return _num_sampled(self.completion_ids, self.is_sampled_T)
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,13 +113,10 @@ class EpisodeSampler:
         self, running: Sequence[_Running], params: SampleParams, turn: int
     ) -> list[Completion]:
         """One sample of each conversation."""
-        seeded = SeededParams(
-            1,
-            params.max_tokens,
-            params.temperature,
-            params.top_p,
-            params.stop,
-            seeds_N_G=tuple((mix_seed(one.seed, "turn", turn),) for one in running),
+        seeded = SeededParams.of(
+            params,
+            tuple((mix_seed(one.seed, "turn", turn),) for one in running),
+            num_samples=1,
             max_tokens_N=tuple(params.max_tokens - len(one.token_ids) for one in running),
         )
         prompts = [

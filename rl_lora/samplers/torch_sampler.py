@@ -233,7 +233,7 @@ def _decode(
         token_S, logprob_S = _draw(logits_SV, rows.uniforms_ST[:, step], params)
         _record(sampler, rows, token_S.tolist(), logprob_S.tolist(), stops)
         num_live = sum(rows.live)
-        if not num_live or step == rows.max_tokens - 1:
+        if not num_live:
             break
         if num_live < _COMPACT_BELOW * len(rows.live):
             live = front(rows.live)

@@ -35,6 +35,19 @@ from rl_lora.types import Prompt, SampleParams
 
 ALLOWED = 0.25  # difference of estimate and measurement
 CARD = Card("this CPU", 1, tflops=1, terabytes_s=1, link_gb_s=1e12)  # rates are in Assumptions
+UNIT = Assumptions(  # before anything is measured
+    products=1.0,
+    bandwidth=1e9,
+    attention_forward=1.0,
+    attention_backward=1.0,
+    learner=1.0,
+    engine_step_s=0.0,
+    lora_layer_s=0.0,
+    hand_over_s=0.0,
+    mean_share=1e6,
+    prompt_tokens=1,
+    number_bytes=4,
+)
 
 
 @dataclass(frozen=True)
@@ -113,19 +126,7 @@ def calibrated(policy: Policy, prompts: list[Prompt], base: list[Measured]) -> A
     is unknown. Bytes take no time: small batches read the weights within a step's seconds.
     """
     num_tokens = sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
-    unit = Assumptions(
-        products=1.0,
-        bandwidth=1e9,
-        attention_forward=1.0,
-        attention_backward=1.0,
-        learner=1.0,
-        engine_step_s=0.0,
-        lora_layer_s=0.0,
-        hand_over_s=0.0,
-        mean_share=1e6,
-        prompt_tokens=round(num_tokens),
-        number_bytes=4,
-    )
+    unit = replace(UNIT, prompt_tokens=round(num_tokens))
     small, large = base
     work_small, work_large = (estimate(policy, one.size, unit).sample_s for one in base)
     steps = small.size.max_tokens  # the same in both

@@ -23,15 +23,15 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from scipy.optimize import brentq
 
 from rl_lora.config import load_config
 from rl_lora.config.shipped import find_config
 from rl_lora.models.shapes import build_on_meta, known_config
 from rl_lora.planning.counts import parameter_counts
-from rl_lora.planning.roofline import Assumptions
 from rl_lora.planning.speed import StepWork, step_work
 from rl_lora.planning.split import split_time
-from scaling.cpu_check import ALLOWED, CARD
+from scaling.cpu_check import ALLOWED, CARD, UNIT
 from scaling.simulation import Design, simulate
 
 NUM_STEPS, NUM_FIRST = 14, 2  # the first ones are not measured
@@ -191,19 +191,8 @@ def plan_work(found: Rates) -> StepWork:
     config = load_config(find_config(Path("smoke")), ["sampling.max_num_seqs=8"])
     shape = known_config(config.model.name)
     assert shape is not None
-    assumed = Assumptions(
-        products=1e9,
-        bandwidth=1e9,
-        attention_forward=1e9,
-        attention_backward=1e9,
-        learner=1.0,
-        engine_step_s=found.token_s,
-        lora_layer_s=0.0,
-        hand_over_s=0.0,
-        mean_share=_mean_share(found, config.sampling.max_tokens),
-        prompt_tokens=1,
-        number_bytes=4,
-    )
+    share = _mean_share(found, config.sampling.max_tokens)
+    assumed = replace(UNIT, products=1e9, engine_step_s=found.token_s, mean_share=share)
     work = step_work(config, shape, parameter_counts(build_on_meta(shape), config.lora), CARD)
     work = replace(work, assumed=assumed)
     return replace(work, assumed=replace(assumed, learner=work.learn_s() / found.other_s))
@@ -213,12 +202,7 @@ def _mean_share(found: Rates, limit: int) -> float:
     """Of the limit, the exponential distribution's mean that is cut to the recorded one."""
     tokens = [length for step in found.lengths for group in step for length in group]
     mean = statistics.mean(tokens) / limit
-    low, high = mean, 1e3
-    for _ in range(100):
-        middle = (low + high) / 2
-        is_low = middle * (1 - math.exp(-1 / middle)) < mean
-        low, high = (middle, high) if is_low else (low, middle)
-    return low
+    return float(brentq(lambda share: share * (1 - math.exp(-1 / share)) - mean, mean, 1e3))
 
 
 def table(rows: Sequence[Row]) -> Table:

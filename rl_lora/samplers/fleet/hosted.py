@@ -250,7 +250,7 @@ class Host:
             jobs[index].future.set_result(completions_G)
 
         prompts_N = [_group(job).prompt for job in jobs]
-        self._made.sample(prompts_N, _seeded(params, seeds_N_G), deliver)
+        self._made.sample(prompts_N, SeededParams.of(params, seeds_N_G), deliver)
 
     def _stream(self, jobs: list[_Job]) -> None:
         """Continuous batching. `jobs` grows while it runs."""
@@ -258,7 +258,7 @@ class Host:
 
         def as_request(job: _Job) -> tuple[Prompt, SeededParams]:
             group = _group(job)
-            return group.prompt, _seeded(group.params, (group.seeds_G,))
+            return group.prompt, SeededParams.of(group.params, (group.seeds_G,))
 
         def more() -> list[tuple[Prompt, SeededParams]]:
             new = self._arrived()
@@ -284,14 +284,3 @@ def has_stream(sampler: Sampler) -> bool:
 def _group(job: _Job) -> GroupRequest:
     assert job.group is not None
     return job.group
-
-
-def _seeded(params: SampleParams, seeds_N_G: tuple[tuple[int, ...], ...]) -> SeededParams:
-    return SeededParams(
-        params.num_samples,
-        params.max_tokens,
-        params.temperature,
-        params.top_p,
-        params.stop,
-        seeds_N_G=seeds_N_G,
-    )

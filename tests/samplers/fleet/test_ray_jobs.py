@@ -12,19 +12,12 @@ from typing import Any
 import pytest
 
 from rl_lora.adapters.files import save_adapter
-from rl_lora.config import ModelSection
-from rl_lora.models.resolve import resolve_model
 from rl_lora.runs.checkpoint import latest_checkpoint, read_checkpoint
-from rl_lora.samplers.fleet.fleet import FleetSampler
-from rl_lora.samplers.fleet.proofs import Prover
-from rl_lora.samplers.fleet.ray_replica import RayReplica, ShippedFiles
-from rl_lora.samplers.fleet.ray_start import join_ray
 from tests.distributed.test_equal import check_equal
 from tests.distributed.test_failures import RESUME, SETTINGS
-from tests.helpers.host_replicas import torch_spec
 from tests.helpers.processes import LIMIT_S, Job, faulty, launch, result
 from tests.helpers.tiny_models import make_policy, shake
-from tests.samplers.fleet.test_ray import PARAMS, PROMPTS, expected_of
+from tests.samplers.fleet.test_ray import MODEL, PARAMS, PROMPTS, expected_of, ray_fleet
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray"),
@@ -107,28 +100,14 @@ def test_a_node_of_a_cluster_dies(tmp_path: Path) -> None:
     """Its sampler is started again on the other node, which has room for both."""
     from ray.cluster_utils import Cluster
 
-    model = resolve_model(ModelSection(name="tiny-noisy"))
-    policy = make_policy(model)
+    policy = make_policy(MODEL)
     shake(policy)
     adapter = save_adapter(policy, tmp_path, version=1, run_name="r")
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    warnings: list[str] = []
     try:
         first, _ = nodes.add_node(num_cpus=2), nodes.add_node(num_cpus=2)
         nodes.wait_for_nodes()
-        cluster = join_ray(nodes.address, num_samplers=2, gpus_per_sampler=0, num_learner_gpus=0)
-        cluster.num_threads = 1
-        spec, shipped = torch_spec(model, max_num_seqs=4), ShippedFiles()
-        replicas = [RayReplica(f"sampler {n}", cluster, spec, shipped) for n in (1, 2)]
-        sampler = FleetSampler(
-            replicas,
-            Prover(policy, PROMPTS[:4], None),
-            max_restarts=2,
-            timeout_s=300,
-            on_warning=warnings.append,
-            at_end=cluster.close,
-        )
-        try:
+        with ray_fleet(policy, address=nodes.address) as (sampler, _, warnings):
             sampler.set_adapter(adapter)
             seen: list[int] = []
 
@@ -143,8 +122,6 @@ def test_a_node_of_a_cluster_dies(tmp_path: Path) -> None:
             sampler.set_adapter(adapter)
             assert sampler.num_restarts == 1
             again = sampler.sample(PROMPTS, PARAMS)
-        finally:
-            sampler.close()
     finally:
         nodes.shutdown()
     assert found == again == expected_of(policy, adapter, PARAMS, 64)

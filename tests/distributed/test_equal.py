@@ -88,6 +88,7 @@ def train_here(folder: Path, name: str, *more: str, resume: bool = False) -> Non
 
 
 # What a step takes into account besides the loss; the rate is steered by a KL over all processes.
+# Two updates a step amplify rounding: on a processor with AVX512 1e-5 after ten steps.
 TERMS = """
     optim.schedule=kl optim.target_kl=1e-3 optim.num_updates=2 algorithm.mask=sequence
     algorithm.entropy_weight=0.01 algorithm.mask_truncated=true reward.overlong_tokens=16
@@ -113,9 +114,8 @@ def test_reinforcement_learning_on_two_processes_is_the_same(
 ) -> None:
     train_here(tmp_path, "one", *more)
     start("train smoke", tmp_path, 2, *RL, *more, "run.name=two", launcher="accelerate")
-    # Two updates a step, or turns that the base has never seen: rounding grows faster. With AVX512
-    # it was 2e-6 after some steps of TERMS, and 1e-5 after ten.
-    limit = 1e-5 if more in (TERMS, EPISODES) else 1e-6
+    # Turns that the base has never seen have unlikely tokens, whose gradients round more.
+    limit = 1e-5 if more is EPISODES else 1e-6
     check_equal(result(tmp_path / "two"), result(tmp_path / "one"), limit)
     assert len(evaluations(tmp_path / "one")) == 2
     assert evaluations(tmp_path / "two") == evaluations(tmp_path / "one")

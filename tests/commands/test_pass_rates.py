@@ -36,11 +36,12 @@ def test_pass_rates_are_written_and_used(
     monkeypatch.setattr("rl_lora.samplers.torch_sampler.TorchSampler.sample", None)
     assert main(command) == 0
     assert [json.loads(line) for line in Path("rates.jsonl").read_text().splitlines()] == rates
-    # Used by a job: those that were solved are left out.
-    more = ["data.pass_rates=rates.jsonl", "data.max_pass_rate=0"]
+    # Used by a job: only those that were solved most seldom are left.
+    lowest = min(one["num_correct"] for one in rates)
+    more = ["data.pass_rates=rates.jsonl", f"data.max_pass_rate={lowest / 3 + 0.01}"]
     with open_run(load_config(Path("smoke"), [*settings, *more]), num_steps=0) as job:
         kept = {prompt.prompt_id for prompt in job.prompts.train}
-    assert kept == {one["prompt_id"] for one in rates if one["num_correct"] == 0}
+    assert kept == {one["prompt_id"] for one in rates if one["num_correct"] == lowest}
     assert 0 < len(kept) < 8
 
 

@@ -39,8 +39,10 @@ pytestmark = pytest.mark.faults
 
 # --- in an engine ---------------------------------------------------------------------------------
 
-# At this rate a step moves the log-probs by less than the fixed limits allow.
+# A step moves the log-probs by less than the fixed limits allow: on the tiny models of different
+# processors, whose weights differ, by up to 3e-3 nats of 6e-3.
 SETTINGS = ["run.num_steps=3", "lora.rank=2", "optim.lr=2e-4", "data.held_out=2", "run.loggers=[]"]
+SETTINGS += ["sampling.max_kl=1e-3"]
 SETTINGS += ["sampling.num_prompts=4", "sampling.num_samples=4", "sampling.max_tokens=24"]
 FAULTY_VERSION = 2  # which step 3 samples from
 
@@ -165,7 +167,7 @@ def test_a_run_stops_at_the_step_of_a_stale_adapter_and_only_by_this_check(
     assert [row["step"] for row in metrics_of(tmp_path / "stale")] == [1, 2]
     monkeypatch.setattr(Kept, "check", lambda *_: None)
     run(tmp_path, "run.name=unnoticed")
-    assert 1e-8 < metrics_of(tmp_path / "unnoticed")[2]["mismatch/kl"] < 1e-4
+    assert 1e-8 < metrics_of(tmp_path / "unnoticed")[2]["mismatch/kl"] < 1e-3
 
 
 def run(folder: Path, *overrides: str) -> None:

@@ -106,6 +106,7 @@ def joined(device: str = "auto", timeout_s: float = 1800) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
+        _ignore_launcher()
         cause = _who_ended(error)
         tell(cause or error)
         if cause is not None:
@@ -153,27 +154,17 @@ def tell(error: BaseException) -> None:
     import torch.distributed as dist
 
     _job.is_ending = True
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it would change the exit code
+    _ignore_launcher()
     alive = set(range(world_size())) - set(_gone())
     try:
         if not isinstance(error, OtherProcessError):
-            _store().set(f"failure/{rank()}", json.dumps(_code_and_text(error)))
+            _store().set(f"failure/{rank()}", json.dumps(interruption.code_and_text(error)))
         dist.destroy_process_group(_job.control)
         _job.control = None  # closes the connections, which wakes the ranks that wait for this one
         has_main_spoken = not is_main() and _has(["left/0"], _HEAR_S)
         _job.is_speaker = not has_main_spoken and _store().add("speakers", 1) == 1
     except RuntimeError:  # rank 0 is gone, and the store with it
         _job.is_speaker = rank() == min(alive)
-
-
-def _code_and_text(error: BaseException) -> tuple[int, str]:
-    """The exit code and the line of an error, as other ranks report it."""
-    if isinstance(error, UserError):
-        return 2, str(error)
-    if isinstance(error, interruption.Interrupted):
-        return error.code, str(error)
-    code = 130 if isinstance(error, KeyboardInterrupt) else 3
-    return code, f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def is_speaker() -> bool:
@@ -202,6 +193,12 @@ def _who_ended(error: BaseException) -> OtherProcessError | None:
     return None
 
 
+def _ignore_launcher() -> None:
+    """Its SIGTERM, which follows the end of any rank, would replace this one's line and code."""
+    if _job is not None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def leave() -> None:
     """Lets the others go: the launcher ends all processes once one that has failed is gone. Called
     at exit; a child of `multiprocessing`, which runs no exit functions, calls it itself."""
@@ -209,7 +206,7 @@ def leave() -> None:
 
     if _job is None or not dist.is_initialized():
         return
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _ignore_launcher()
     if not _job.is_ending:
         return dist.destroy_process_group()
     with contextlib.suppress(RuntimeError):  # rank 0 is gone, and the store with it

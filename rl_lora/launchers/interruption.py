@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from rl_lora.errors import UserError
+
 # SIGUSR1: SLURM's notice (--signal=USR1@90); SIGHUP: the terminal or its connection is gone.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
@@ -48,6 +50,16 @@ class Interrupted(KeyboardInterrupt):
 
     def __str__(self) -> str:
         return f"{self.args[0]}{self.progress}"
+
+
+def code_and_text(error: BaseException) -> tuple[int, str]:
+    """The exit code and the line of an error, as other ranks report it."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, Interrupted):
+        return error.code, str(error)
+    code = 130 if isinstance(error, KeyboardInterrupt) else 3
+    return code, f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,10 +28,10 @@ PHASES = {
 }
 
 
-def train(folder: Path, *more: str, faults: str = "", max_restarts: int = 0) -> Job:
+def train(folder: Path, *more: str, faults: str = "", **options: Any) -> Job:
     command = ["train", "smoke", f"run.output_dir={folder}", *SETTINGS, *more]
     logs = folder / "logs" / str(len(list(folder.glob("logs/*"))))
-    return launch(faulty(command, faults), logs, max_restarts=max_restarts)
+    return launch(faulty(command, faults), logs, **options)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,17 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_it(
     resumed = train(tmp_path, "--resume")
     assert (resumed.code, resumed.lines(), resumed.left) == (0, [], [])
     assert result(tmp_path / "smoke") == result(whole)
+
+
+@pytest.mark.long
+def test_the_launchers_signal_does_not_hide_who_ended(tmp_path: Path) -> None:
+    """It comes while rank 0 finds out: here from itself, as the launcher's would be too early."""
+    faults = "1 rl_lora.train:publish 3 kill, 0 rl_lora.distributed:_who_ended 1 signal"
+    killed = train(tmp_path, faults=faults, notices_s=5)
+    assert killed.codes == {0: 3, 1: -9}
+    ((rank, line),) = killed.lines()
+    assert rank == 0
+    assert line.startswith("the run stopped: rank 1 on ")
 
 
 @pytest.mark.long

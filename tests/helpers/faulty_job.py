@@ -2,8 +2,8 @@
 
     python -m tests.helpers.faulty_job '1 rl_lora.train:publish 2 kill' train smoke ...
 
-Several faults are separated by ";": one for each start by the launcher, the first for the first. A
-start without a fault is an ordinary run. Figures are left out, as they take longer than such runs.
+Starts by the launcher are separated by ";", the faults of one start by ",". A start without a fault
+is an ordinary run. Figures are left out, as they take longer than such runs.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     rl_lora.train.draw_figures = lambda run_folder: []
     faults = sys.argv[1].split(";")
     start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    if start < len(faults) and faults[start].strip():
-        number, place, nth, kind = faults[start].split()
+    for fault in filter(str.strip, faults[start].split(",") if start < len(faults) else []):
+        number, place, nth, kind = fault.split()
         inject(int(number), place, int(nth), kind)
     sys.exit(main(sys.argv[2:]))

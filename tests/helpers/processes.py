@@ -66,6 +66,7 @@ def launch(
     *,
     launcher: str = "torchrun",
     max_restarts: int = 0,
+    notices_s: float = 0.05,
 ) -> Job:
     """Runs a job to its end.
 
@@ -75,6 +76,7 @@ def launch(
         num_processes: how many ranks.
         launcher: of LAUNCHERS.
         max_restarts: how often the launcher starts all ranks again after a failure.
+        notices_s: how often the launcher looks whether a rank has ended, and ends the others.
 
     Raises:
         TimeoutError: it does not end; it is killed.
@@ -82,7 +84,7 @@ def launch(
     mark = uuid.uuid4().hex
     size = "--nproc_per_node" if launcher == "torchrun" else "--num_processes"
     options = [size, str(num_processes), "--max_restarts", str(max_restarts)]
-    options += ["--log_dir", str(logs), "--tee", "3", "--monitor_interval", "0.05"]
+    options += ["--log_dir", str(logs), "--tee", "3", "--monitor_interval", str(notices_s)]
     command = [sys.executable, "-m", *LAUNCHERS[launcher], *options, *program]
     paths = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
     environment = {**os.environ, _MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}

@@ -30,6 +30,7 @@ from rl_lora.schedule import Schedule
 from rl_lora.step_stats import PassStats, StepStats, quantiles
 from rl_lora.types import Completion, Microbatch, Prompt, Rollout, RolloutGroup, TrainSample
 from tests.helpers.tiny_models import make_policy, random_llama, shake
+from tests.nn.test_optimized import distance
 
 
 def samples_of(
@@ -334,8 +335,9 @@ def test_where_memory_runs_out_microbatches_are_halved_to_the_same_result(
     assert max(sizes) > limit
     assert halved["grad/norm"] == pytest.approx(whole["grad/norm"], rel=1e-5)
     assert halved["loss/policy"] == pytest.approx(whole["loss/policy"], rel=1e-5, abs=1e-7)
-    for name, tensor in halved_tensors.items():
-        assert torch.allclose(tensor, whole_tensors[name], atol=1e-6), name
+    # Adam moves an element whose gradient is nearly 0 by what rounding makes of it.
+    start = make_policy(path, mode=mode).published_tensors()
+    assert distance(halved_tensors, whole_tensors, start) < 1e-3
     limit = 3  # less than any sequence has
     with pytest.raises(torch.OutOfMemoryError):
         make_learner(policy).update([[batch]])

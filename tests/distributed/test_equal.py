@@ -47,7 +47,9 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Every process has a microbatch: prompts are shared, and rows padded, within each.
 LAYOUT = {"learn/tokens", "learn/padding_fraction"}
-ROUNDING = ("mismatch/", "ratio/")  # differences of log-probs that are equal but for rounding
+# Differences of log-probs that are equal but for rounding, and sums of terms of both signs: on
+# processors with AVX2 only, the gradient's norm differs by 2.5e-6 in a late step.
+ROUNDING = ("mismatch/", "ratio/", "grad/")
 
 
 def check_equal(found: dict[str, Any], expected: dict[str, Any], limit: float = 1e-6) -> None:

@@ -26,6 +26,8 @@ from rl_lora.planning.memory import (
 from rl_lora.planning.speed import StepTime
 from rl_lora.planning.split import Split
 
+_LEFT: Any = {"title_justify": "left", "caption_justify": "left"}
+
 
 def settings_table(config: Section, default: Section) -> Table:
     """Every setting; non-default ones are bold and marked with *."""
@@ -122,7 +124,7 @@ def time_table(
     """
     where = f"one {card.name}" if num_ranks == 1 else f"{num_ranks} x {card.name}"
     title = f"Time on {where}, estimated (assumptions: rl_lora/planning/roofline.py)"
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=title, show_header=False, caption=_not_counted(config), **_LEFT)
     sampling, num_steps = config.sampling, config.run.num_steps
     rate = round_size(sampling) * sampling.num_samples * found.mean_tokens / found.sample_s
     learn_s = found.learn_s + found.all_reduce_s
@@ -171,6 +173,19 @@ def _sampling_rows(found: StepTime) -> dict[str, str]:
     return rows
 
 
+def _not_counted(config: RunConfig) -> str | None:
+    """What a job does that the estimates leave out, or None."""
+    environment = config.environment
+    parts = []
+    if config.model.quantize is not None:
+        parts.append(f"dequantization (model.quantize={config.model.quantize})")
+    if environment.name is not None and environment.max_turns > 1:
+        parts.append("an environment's turns after the first, each of which waits for the longest")
+    if config.sampling.max_rounds > 1:
+        parts.append("further rounds of dynamic sampling (sampling.max_rounds)")
+    return f"not counted: {'; '.join(parts)}" if parts else None
+
+
 def split_table(
     config: RunConfig, splits: Sequence[Split], gpu_price: float | None = None
 ) -> Table:
@@ -180,7 +195,7 @@ def split_table(
     columns = ["max. staleness", "samplers", "learners", "step", "bound by", "run"]
     if gpu_price is not None:
         columns.append("cost")
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(*columns, title=title, caption=_not_counted(config), **_LEFT)
     for split in splits:
         hours = split.seconds * config.run.num_steps / 3600
         cells = [

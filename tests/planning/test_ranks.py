@@ -295,6 +295,22 @@ def test_the_plan_names_phases_bottleneck_and_cost_and_the_best_splits() -> None
     assert "costs" not in printed(config, 8, card=find_card("h100"))
 
 
+def test_a_plan_says_what_its_times_do_not_count() -> None:
+    plain = load_config(CONFIGS / "deepmath_qwen3_8b.toml", ["model.device=cuda"])
+    assert "not counted" not in printed(plain, 8, card=find_card("h100"))
+    turns, rounds = {"name": "retry", "max_turns": 3}, {"max_rounds": 3}
+    changed_config = plain.model_copy(
+        update={
+            "environment": plain.environment.model_copy(update=turns),
+            "sampling": plain.sampling.model_copy(update=rounds),
+        }
+    )
+    text = " ".join(printed(changed_config, 8, card=find_card("h100")).split())
+    assert text.count("not counted: an environment's turns after the first") == 2  # both tables
+    assert "further rounds of dynamic sampling (sampling.max_rounds)" in text
+    assert "dequantization" not in text
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -129,9 +129,10 @@ def _sampler(
     if config.resources.is_remote:
         from rl_lora.samplers.fleet.job import make_fleet
 
-        return make_fleet(config, policy, prompts.eval, sampling=sampling, **options)
-    learner_bytes = _bytes_to_come(config, policy)
-    sampler = make_sampler(sampling, policy, learner_bytes=learner_bytes, **options)
+        sampler: Sampler = make_fleet(config, policy, prompts.eval, sampling=sampling, **options)
+    else:
+        learner_bytes = _bytes_to_come(config, policy)
+        sampler = make_sampler(sampling, policy, learner_bytes=learner_bytes, **options)
     return sampler if as_episodes is None else as_episodes(sampler)
 
 

@@ -65,6 +65,10 @@ class SampleParams:
     stop: tuple[str, ...] = ()  # strings that end a completion
     seed: int = 0  # of this batch; `seeds.sample_seeds` derives each sample's from it
 
+    def plain(self, max_tokens: int) -> SampleParams:
+        """With another limit, and without seeds."""
+        return SampleParams(self.num_samples, max_tokens, self.temperature, self.top_p, self.stop)
+
 
 @dataclass(frozen=True, slots=True)
 class SeededParams(SampleParams):

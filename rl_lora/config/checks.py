@@ -55,20 +55,22 @@ def check_environment_name(name: str | None) -> str | None:
     return None if name is None else _known_or_own(name, ENVIRONMENTS)
 
 
-def check_environment(environment: EnvironmentSection, resources: ResourcesSection) -> None:
-    """Raises ValueError for settings without an environment, or turns that several samplers with
-    different adapter versions would take."""
+def check_environment(
+    environment: EnvironmentSection, resources: ResourcesSection, max_staleness: int
+) -> None:
+    """Raises ValueError for settings without an environment, or turns of one sample that samplers
+    elsewhere would take with different adapter versions."""
     if environment.name is None:
         if environment != type(environment)():
             raise ValueError(
                 "[environment] has no effect without environment.name; set it to calculator, retry "
                 "or your own module:Class, or remove the section"
             )
-    elif resources.is_remote:
+    elif resources.is_remote and max_staleness:
         raise ValueError(
             f"environment.name={environment.name!r}: all turns of a sample must come from one "
-            "adapter version, and samplers elsewhere switch in between; remove "
-            "resources.samplers, resources.ray_address and resources.servers"
+            f"adapter version, and samplers elsewhere switch in between with "
+            f"sampling.max_staleness={max_staleness}; set it to 0"
         )
 
 

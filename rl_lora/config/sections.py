@@ -362,7 +362,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         check_resources(self.resources, self.lora, self.sampling)
-        check_environment(self.environment, self.resources)
+        check_environment(self.environment, self.resources, self.sampling.max_staleness)
         check_variant(self.lora, self.optim)
         check_quantize(self.model, self.lora)
         check_pushes(self.run, self.lora)

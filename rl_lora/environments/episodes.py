@@ -1,8 +1,8 @@
-"""Takes turns: the policy's are sampled by any sampler in this process, an environment answers.
+"""Takes turns: the policy's are sampled by any sampler, an environment in this process answers.
 
 All samples take their turns together: the first one of a prompt's G samples in one call, each later
-one as a prompt that is the conversation so far, with one sample. So the sampler can reuse what it
-has computed of the turns before (vLLM's prefix cache).
+one as a prompt that is the conversation so far, with one sample. So an engine can reuse what it has
+computed of the turns before (vLLM's prefix cache).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rl_lora.environments.bridge import Bridge
 from rl_lora.environments.protocol import Environment, Step, Turn
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.rollouts import score_groups
-from rl_lora.sampler import Groups, OnGroup, Sampler
+from rl_lora.sampler import Groups, OnGroup, Sampler, is_on_rank_0, switches_while_sampling
 from rl_lora.seeds import mix_seed, sample_seeds
 from rl_lora.types import Adapter, Completion, Episode, Prompt, SampleParams, Score, SeededParams
 
@@ -29,7 +29,7 @@ class EpisodeSampler:
     truncated where a turn reaches that, or where an observation leaves no room for a turn.
 
     Args:
-        sampler: in this process, and of one adapter version during a call.
+        sampler: of one adapter version during a call.
         make_environment: makes one per episode.
         bridge: renders observations.
         max_turns: of the policy.
@@ -53,6 +53,20 @@ class EpisodeSampler:
     def num_restarts(self) -> int:
         """Of the sampler's engine."""
         return int(getattr(self._sampler, "num_restarts", 0))
+
+    @property
+    def is_on_rank_0(self) -> bool:
+        """As the sampler says."""
+        return is_on_rank_0(self._sampler)
+
+    @property
+    def switches_while_sampling(self) -> bool:
+        """As the sampler says."""
+        return switches_while_sampling(self._sampler)
+
+    def metrics(self) -> dict[str, float]:
+        """The sampler's own."""
+        return dict(getattr(self._sampler, "metrics", dict)())
 
     def set_adapter(self, adapter: Adapter | None) -> None:
         """As the sampler's own."""

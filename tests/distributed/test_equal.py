@@ -64,6 +64,7 @@ def check_equal(found: dict[str, Any], expected: dict[str, Any], limit: float = 
         assert row.keys() == other.keys()
         for name in row.keys() - LAYOUT:
             allowed = max(limit, 1e-5) if name.startswith(ROUNDING) else limit
+            allowed = max(limit, 1e-4) if name == "mismatch/abs_max" else allowed  # one token's
             assert row[name] == pytest.approx(other[name], rel=allowed, abs=allowed), name
     tensors, others = load(found["adapter"]), load(expected["adapter"])
     assert tensors.keys() == others.keys()

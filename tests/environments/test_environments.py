@@ -107,12 +107,12 @@ def test_environments_by_name(write_module: Callable[[str, str], Path]) -> None:
         ({"environment": {"max_turns": 2}}, r"no effect without environment\.name"),
         ({"environment": {"name": "retry", "max_turns": 0}}, r"environment\.max_turns"),
         (
-            {"environment": {"name": "retry"}, "resources": {"samplers": 2}},
-            "must come from one adapter version",
-        ),
-        (
-            {"environment": {"name": "retry"}, "resources": {"servers": ["http://a:8000"]}},
-            r"remove resources\.samplers, resources\.ray_address and resources\.servers",
+            {
+                "environment": {"name": "retry"},
+                "resources": {"samplers": 2},
+                "sampling": {"max_staleness": 2},
+            },
+            r"one adapter version, .* sampling\.max_staleness=2; set it to 0",
         ),
     ],
 )

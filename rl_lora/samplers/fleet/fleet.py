@@ -17,8 +17,7 @@ from rl_lora.sampler import OnGroup, OnProgress
 from rl_lora.samplers.fleet.dispatcher import Dispatcher, Target
 from rl_lora.samplers.fleet.members import Answers, Task
 from rl_lora.samplers.fleet.proofs import Prover
-from rl_lora.samplers.fleet.replica import AdapterFiles, GroupRequest, Replica
-from rl_lora.seeds import sample_seeds
+from rl_lora.samplers.fleet.replica import AdapterFiles, Replica, group_requests
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
 _POLL_S = 0.2  # between two looks for a signal
@@ -106,11 +105,8 @@ class FleetSampler:
             UserError: a prompt is too long.
             EngineError: no replica is left.
         """
-        seeds_N_G = sample_seeds(prompts_N, params)
-        tasks = [
-            Task(index, len(seeds_G), GroupRequest(prompt, params, tuple(seeds_G)).to_send())
-            for index, (prompt, seeds_G) in enumerate(zip(prompts_N, seeds_N_G, strict=True))
-        ]
+        requests = group_requests(prompts_N, params)
+        tasks = [Task(index, len(one.seeds_G), one) for index, one in enumerate(requests)]
         found: dict[int, list[Completion]] = {}
         num_tokens = 0
         answers = self._dispatcher.submit(tasks)

@@ -239,18 +239,22 @@ class Host:
             return
         by_params: dict[SampleParams, list[_Job]] = {}
         for job in (*jobs, *self._arrived()):
-            by_params.setdefault(_group(job).params, []).append(job)
+            params = _group(job).params  # alike but for each prompt's longest completion
+            by_params.setdefault(params.plain(0), []).append(job)
         for params, alike in by_params.items():
             self._finish(alike, partial(self._sample_together, params, alike))
 
     def _sample_together(self, params: SampleParams, jobs: list[_Job]) -> None:
         seeds_N_G = tuple(_group(job).seeds_G for job in jobs)
+        max_tokens_N = tuple(_group(job).params.max_tokens for job in jobs)
+        params = params.plain(max(max_tokens_N))
 
         def deliver(index: int, completions_G: list[Completion]) -> None:
             jobs[index].future.set_result(completions_G)
 
         prompts_N = [_group(job).prompt for job in jobs]
-        self._made.sample(prompts_N, SeededParams.of(params, seeds_N_G), deliver)
+        seeded = SeededParams.of(params, seeds_N_G, max_tokens_N=max_tokens_N)
+        self._made.sample(prompts_N, seeded, deliver)
 
     def _stream(self, jobs: list[_Job]) -> None:
         """Continuous batching. `jobs` grows while it runs."""

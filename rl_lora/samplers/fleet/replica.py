@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from rl_lora.errors import EngineError, StaleAdapterError
+from rl_lora.sampler import max_tokens_of
+from rl_lora.seeds import sample_seeds
 from rl_lora.types import Adapter, Completion, Prompt, SampleParams
 
 
@@ -89,9 +91,15 @@ class GroupRequest:
     params: SampleParams
     seeds_G: tuple[int, ...]  # one per sample; params.seed is not used
 
-    def to_send(self) -> GroupRequest:
-        """Without the data set's own columns, which sampling does not need."""
-        return replace(self, prompt=replace(self.prompt, columns={}))
+
+def group_requests(prompts_N: Sequence[Prompt], params: SampleParams) -> list[GroupRequest]:
+    """What each prompt's group is sampled with; without the data set's own columns, which sampling
+    does not need."""
+    seeds_N_G, max_tokens_N = sample_seeds(prompts_N, params), max_tokens_of(prompts_N, params)
+    return [
+        GroupRequest(replace(prompt, columns={}), params.plain(max_tokens), tuple(seeds_G))
+        for prompt, seeds_G, max_tokens in zip(prompts_N, seeds_N_G, max_tokens_N, strict=True)
+    ]
 
 
 class Replica(Protocol):

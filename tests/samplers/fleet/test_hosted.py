@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from rl_lora.adapters.files import save_adapter
 from rl_lora.config import ModelSection
+from rl_lora.environments.bridge import Bridge
+from rl_lora.environments.episodes import EpisodeSampler
+from rl_lora.environments.protocol import Step, Turn
 from rl_lora.errors import StaleAdapterError, UserError
 from rl_lora.models.resolve import resolve_model
 from rl_lora.policy import Policy
@@ -88,6 +93,40 @@ def test_two_engines_sample_what_one_does_to_the_bit(
         assert sampler.num_restarts == len(warnings) == (num_groups is not None)
 
 
+class Twice:
+    """Two observations, the second one longer."""
+
+    is_graded = False
+
+    def reset(self, prompt: Prompt, seed: int) -> None:
+        self.num_turns = 0
+
+    def step(self, turn: Turn) -> Step:
+        self.num_turns += 1
+        return Step(observation=None if self.num_turns == 3 else "1 + 2" * self.num_turns)
+
+
+def test_episodes_of_two_engines_are_those_of_one(tmp_path: Path, one_thread: None) -> None:
+    policy = make_policy(MODEL)
+    shake(policy)
+    adapter = save_adapter(policy, tmp_path, version=1, run_name="r")
+    bridge = Bridge(AutoTokenizer.from_pretrained(MODEL))
+    params = replace(PARAMS, max_tokens=40)
+    ends = tuple(range(64))  # so that turns end before the limit
+    one = TorchSampler(policy, end_token_ids=ends, max_model_len=64, max_num_seqs=4)
+    spec = replace(torch_spec(MODEL, max_num_seqs=4), end_token_ids=ends)
+    found = []
+    with fleet_of(policy, HostReplica("a", spec), HostReplica("b", spec)) as (sampler, _):
+        for each in (sampler, one):
+            each.set_adapter(adapter)
+            found.append(EpisodeSampler(each, Twice, bridge).sample(PROMPTS, params))
+    pairs = list(zip(*(itertools.chain.from_iterable(groups) for groups in found), strict=True))
+    assert max(first.episode.num_turns for first, _ in pairs if first.episode) == 3
+    for first, other in pairs:
+        assert replace(first, sampler_logprobs_T=()) == replace(other, sampler_logprobs_T=())
+        assert first.sampler_logprobs_T == pytest.approx(other.sampler_logprobs_T, abs=1e-5)
+
+
 def test_the_checks_at_the_start_pass_and_tell_the_probe_from_the_base(tmp_path: Path) -> None:
     policy = make_policy(MODEL)
     spec = torch_spec(MODEL, max_num_seqs=64)
@@ -111,9 +150,12 @@ def test_groups_that_are_sent_together_are_decoded_together(
     monkeypatch.setattr(TorchSampler, "sample", noted)
     host = Host(torch_spec(MODEL, max_num_seqs=64), num_threads=1)
     groups = [GroupRequest(prompt, PARAMS, (1, 2, 3, 4)) for prompt in PROMPTS[:3]]
+    groups[1] = replace(groups[1], params=PARAMS.plain(5))  # its own limit
     futures = [host.sample(group, 2 - place) for place, group in enumerate(groups)]
     assert [len(future.result(300)) for future in futures] == [4, 4, 4]
     assert calls == [["p/0", "p/1", "p/0"]]
+    assert max(len(one.token_ids) for one in futures[0].result()) == PARAMS.max_tokens
+    assert max(len(one.token_ids) for one in futures[1].result()) == 5
     for first, other in zip(futures[0].result(), futures[2].result(), strict=True):
         assert first.token_ids == other.token_ids  # of the same prompt and seeds
         # Rows of a product may be rounded by their place.

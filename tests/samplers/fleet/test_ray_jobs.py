@@ -13,7 +13,7 @@ import pytest
 
 from rl_lora.adapters.files import save_adapter
 from rl_lora.runs.checkpoint import latest_checkpoint, read_checkpoint
-from tests.distributed.test_equal import check_equal
+from tests.distributed.test_equal import EPISODES, check_equal
 from tests.distributed.test_failures import RESUME, SETTINGS
 from tests.helpers.processes import LIMIT_S, Job, faulty, launch, result
 from tests.helpers.tiny_models import make_policy, shake
@@ -59,6 +59,18 @@ def test_where_a_job_samples_changes_nothing(
     job = run(tmp_path, num_processes, *RAY)
     assert (job.code, job.lines(), job.left) == (0, [], [])
     check_equal(without_fleet(result(tmp_path / "x")), whole)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_episodes_are_the_same_wherever_their_turns_are_sampled(
+    tmp_path: Path, num_processes: int
+) -> None:
+    """In turns after the first, samples of several prompts are decoded together."""
+    for name, num, more in (("here", 1, []), ("there", num_processes, RAY)):
+        job = run(tmp_path, num, *EPISODES, *more, f"run.name={name}")
+        assert (job.code, job.lines(), job.left) == (0, [], [])
+    found, expected = (without_fleet(result(tmp_path / name)) for name in ("there", "here"))
+    check_equal(found, expected, 1e-5)
 
 
 @pytest.mark.faults

@@ -147,6 +147,8 @@ class RolloutWorker:
             job.scoring.stop()
         for threads in (self._threads, self._switching, self._scorer):
             threads.shutdown(wait=True, cancel_futures=True)
+        if self._has_version.cancelled():  # the evaluation at the end may need it
+            self._in_use, self._has_version = None, _done(None)
 
     def next_batch(
         self, adapter: Adapter, older: Sequence[Adapter] = (), *, is_last: bool = True

@@ -288,6 +288,17 @@ def test_a_run_that_ends_does_not_wait_for_a_version() -> None:
         waiting.result()
 
 
+def test_a_version_that_a_run_no_longer_waited_for_is_set_for_the_evaluation_at_its_end() -> None:
+    fleet = SlowToSwitch()
+    with RolloutWorker(fleet, FakeReward(), requests(), max_staleness=1) as worker:
+        worker.next_batch(adapter(0))
+        worker.offer(adapter(1))  # under way
+        worker.offer(adapter(2))  # waits for it, and is cancelled by the worker's end
+        worker._has_version.add_done_callback(lambda _: fleet.may_switch.set())
+    worker.ensure_adapter(adapter(2))
+    assert fleet.adapter_version == 2
+
+
 def test_what_a_fleet_raises_at_a_version_is_the_runs() -> None:
     fleet = Fleet()
 

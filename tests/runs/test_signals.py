@@ -264,7 +264,13 @@ def send_at_line(command: list[str], file: Path, wanted: int, number: int) -> tu
     """(exit code, stderr) of a command line whose whole process group gets the signal, as from a
     terminal, once the file has so many lines; no process of it is left."""
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        process_group=0,
+        # A shell that runs the tests in the background lets them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     while process.poll() is None and num_lines(file) < wanted:
         time.sleep(0.01)

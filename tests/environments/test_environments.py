@@ -121,6 +121,11 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
         parse_config(settings)
 
 
+@pytest.mark.parametrize("resources", [{"samplers": 2}, {"servers": ["http://a:8000"]}])
+def test_turns_may_be_sampled_elsewhere(resources: dict[str, Any]) -> None:
+    assert parse_config({"environment": {"name": "retry"}, "resources": resources})
+
+
 def test_a_record_without_an_environment_reads_back() -> None:
     plain = parse_config({})
     assert parse_config(plain.model_dump()) == plain

@@ -10,7 +10,6 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from rl_lora.config import LoraSection
 from rl_lora.errors import StaleAdapterError
 from rl_lora.losses import k3
 from rl_lora.policy import Policy
+from rl_lora.samplers.fleet.hosted import RemotePolicy
 from rl_lora.samplers.liveness import check_at_start, check_step, tolerances
 from rl_lora.samplers.vllm.sampler import EngineOptions, VllmSampler
 from rl_lora.step_stats import PassStats, StepStats
@@ -48,9 +48,8 @@ def make_sampler(
     folder: Path, context: Context, dtype: torch.dtype, *, lora: LoraSection, eager: bool | None
 ) -> VllmSampler:
     """An engine for 1,024 tokens; the environment's GPU_CHECK_ATTENTION names its kernels."""
-    policy: Any = SimpleNamespace(model_dir=folder, lora=lora, dtype=dtype, device=context.device)
     return VllmSampler(
-        policy,
+        RemotePolicy(folder, lora, dtype, context.device),
         max_model_len=1024 if context.is_gpu else 128,
         max_num_seqs=256 if context.is_gpu else 16,
         end_token_ids=[END],

@@ -122,7 +122,7 @@ def print_plan(
         return
     cache = _cache_bytes(parts)
     found = step_time(config, model_config, counts, cache, card, num_ranks)
-    largest = largest_microbatch(parts, microbatch_tokens(config), available)
+    largest = largest_microbatch(parts, microbatch_tokens(config, model_config), available)
     console.print(time_table(config, found, card, largest, num_ranks, gpu_price))
     if num_ranks > 1:
         splits = [best_split(work, cache, num_ranks, bound) for bound in bounds]

@@ -286,8 +286,8 @@ class OptimSection(Section):
     # Optimizer steps per batch. Above 1 the bounds of ppo, gspo and cispo take effect; these then
     # score the later updates' tokens once more before the first step.
     num_updates: int = Field(1, ge=1)
-    # Padded tokens in one forward and backward pass; none: 4,096 on a CPU, and on a GPU 16,384 or
-    # what fits its free memory.
+    # Padded tokens in one forward and backward pass; none: 4,096 on a CPU, and on a GPU 16,384 (of
+    # smaller models up to 65,536), or what fits its free memory.
     microbatch_tokens: int | None = Field(None, ge=1)
     share_prompts: bool = True  # a prompt is computed once for its completions, to the same result
     checkpoint_activations: bool = False  # recompute activations: less memory, more time

@@ -1,9 +1,9 @@
 """Attention over completions that share their prompt, in one row of tokens without padding.
 
-`rl_lora::attend` is one operator with an implementation by device and dtype: two calls of the flash
-kernel (`flash`); plain products over short blocks, on a CPU in float32 (`block_attention`); else
-SDPA over padded blocks (`segments.make_buckets`). To autograd and the compiler it is one opaque
-node, whatever the lengths.
+`attend` has an implementation by device and dtype: two calls of the flash kernel (`flash`); plain
+products over short blocks, on a CPU in float32 (`block_attention`); else SDPA over padded blocks
+(`segments.make_buckets`). To autograd and the compiler each is an opaque node, whatever the
+lengths, and so are flash's two calls.
 
 Models call it through transformers' attention interface under `NAME`. They are given the row's
 layout as a keyword, `model(..., layout=layout)`, which they hand on to every layer. Without a
@@ -26,7 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rl_lora.nn import block_attention, flash
 from rl_lora.nn.block_attention import Blocks
-from rl_lora.nn.segments import AttentionLayout, Buckets, Sizes, make_buckets
+from rl_lora.nn.segments import AttentionLayout, Buckets, make_buckets
 
 NAME = "rl_lora_shared_prompt"
 
@@ -34,8 +34,7 @@ Made = TypeVar("Made")
 _MADE = WeakTensorKeyDictionary()  # by a layout's first tensor: what was made of the layout
 
 
-# limits: an operator takes tensors and numbers only, so it gets a layout's fields one by one
-@torch.library.custom_op("rl_lora::attend", mutates_args=())
+# limits: as the operator
 def attend(
     query_THD: Tensor,
     key_TJD: Tensor,
@@ -44,44 +43,47 @@ def attend(
     families_N: Tensor,
     sizes: Sequence[int],
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Outputs [T, H, D] of a row whose layout has these fields; J key heads, each serving H / J
-    query heads. Also the log-sums [H, T] of the logits; none, [0], if the backward pass recomputes
-    everything from the inputs."""
-    inputs = query_THD, key_TJD, value_TJD
+    query heads."""
+    inputs = query_THD, key_TJD, value_TJD, starts_S, families_N
     if flash.can_run(query_THD):
-        layout = AttentionLayout(starts_S, families_N, Sizes(*sizes))
-        out_THD, lse_HT = flash.attend(*inputs, layout, scale)
-        return out_THD.contiguous(), lse_HT
+        out_THD: Tensor = flash.FlashAttention.apply(*inputs, sizes, scale)
+        return out_THD
+    return attend_in_blocks(*inputs, scale)
+
+
+# limits: an operator takes tensors and numbers only, so it gets a layout's fields one by one
+@torch.library.custom_op("rl_lora::attend", mutates_args=())
+def attend_in_blocks(
+    query_THD: Tensor,
+    key_TJD: Tensor,
+    value_TJD: Tensor,
+    starts_S: Tensor,
+    families_N: Tensor,
+    scale: float,
+) -> Tensor:
+    """`attend` by `block_attention`, or else SDPA."""
+    inputs = query_THD, key_TJD, value_TJD
     blocks = _blocks(query_THD, key_TJD, starts_S, families_N)
     if blocks is not None:
-        out_THD = block_attention.attend(*inputs, blocks, scale)
-    else:
-        out_THD = attend_in_buckets(*inputs, _buckets(starts_S, families_N), scale)
-    return out_THD, query_THD.new_empty(0, dtype=torch.float32)
+        return block_attention.attend(*inputs, blocks, scale)
+    return attend_in_buckets(*inputs, _buckets(starts_S, families_N), scale)
 
 
-# limits: as `attend`
+# limits: as `attend_in_blocks`
 @torch.library.custom_op("rl_lora::attend_backward", mutates_args=())
 def attend_backward(
     grad_THD: Tensor,
     query_THD: Tensor,
     key_TJD: Tensor,
     value_TJD: Tensor,
-    out_THD: Tensor,
-    lse_HT: Tensor,
     starts_S: Tensor,
     families_N: Tensor,
-    sizes: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values; out_THD is read only where there are log-sums."""
+    """Gradients of queries, keys and values."""
     inputs = query_THD, key_TJD, value_TJD
-    if flash.can_run(query_THD):
-        layout = AttentionLayout(starts_S, families_N, Sizes(*sizes))
-        gradients = flash.attend_backward(grad_THD, *inputs, out_THD, lse_HT, layout, scale)
-        query_THD, key_TJD, value_TJD = (gradient.contiguous() for gradient in gradients)
-        return query_THD, key_TJD, value_TJD
     blocks = _blocks(query_THD, key_TJD, starts_S, families_N)
     if blocks is not None:
         return block_attention.attend_backward(*inputs, grad_THD, blocks, scale)
@@ -100,12 +102,9 @@ def _recording() -> AbstractContextManager[None]:
     return context
 
 
-@attend.register_fake
-def _fake_attend(query_THD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    num_tokens, num_heads, _width = query_THD.shape
-    shape = (num_heads, num_tokens) if flash.can_run(query_THD) else (0,)
-    out_THD = torch.empty_like(query_THD, memory_format=torch.contiguous_format)
-    return out_THD, query_THD.new_empty(shape, dtype=torch.float32)
+@attend_in_blocks.register_fake
+def _fake_attend(query_THD: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(query_THD, memory_format=torch.contiguous_format)
 
 
 @attend_backward.register_fake
@@ -113,20 +112,16 @@ def _fake_attend_backward(_: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.sizes, ctx.scale = inputs
-    lse_HT = output[1]
-    kept = output if lse_HT.numel() else (lse_HT, lse_HT)  # do not keep outputs that nobody reads
-    ctx.save_for_backward(*tensors[:3], *kept, *tensors[3:])
-    ctx.set_materialize_grads(False)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)  # the backward pass recomputes everything from the inputs
 
 
-def _backward(ctx: Any, grad_THD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = attend_backward(grad_THD, *ctx.saved_tensors, ctx.sizes, ctx.scale)
-    return (*gradients, None, None, None, None)
+def _backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
+    return *attend_backward(grad_THD, *ctx.saved_tensors, ctx.scale), None, None, None
 
 
-attend.register_autograd(_backward, setup_context=_setup_context)
+attend_in_blocks.register_autograd(_backward, setup_context=_setup_context)
 
 
 def attend_in_buckets(
@@ -226,7 +221,7 @@ def _forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout is not None:
         query_THD, key_TJD, value_TJD = (x[0].transpose(0, 1) for x in (query, key, value))
-        out_THD, _ = attend(query_THD, key_TJD, value_TJD, *layout, scale)
+        out_THD = attend(query_THD, key_TJD, value_TJD, *layout, scale)
         return out_THD.unsqueeze(0), None
     if query.shape[2] == 1:
         return attend_last(query, key, value, attention_mask, scale).transpose(1, 2), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,10 +33,14 @@ def deterministic() -> Iterator[None]:
         _OPTIONS.fill_uninitialized_memory = filled
 
 
-def fix_num_threads() -> None:
+def fix_num_threads(device: torch.device) -> None:
     """Lets MKL compute with PyTorch's number of threads and no longer choose a number itself.
 
     It may (MKL_DYNAMIC) until `torch.set_num_threads` is called for the first time, which would
     then happen somewhere in the middle of a run, and elsewhere in a resumed one.
+
+    A GPU's host computes in one thread, unless OMP_NUM_THREADS is set: what it has to compute is
+    little, and to wait for 15 other threads took 8 ms an operation on a busy machine (LOG.md).
     """
-    torch.set_num_threads(torch.get_num_threads())
+    has_choice = device.type == "cpu" or "OMP_NUM_THREADS" in os.environ
+    torch.set_num_threads(torch.get_num_threads() if has_choice else 1)

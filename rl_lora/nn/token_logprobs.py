@@ -31,6 +31,9 @@ CHUNK_ELEMENTS = 2**23  # logits of `chunked` in memory at once, 32 MiB in float
 CHUNK_TOKENS = 4096  # of `FrozenHead` at once; only [tokens, D] is kept
 CPU_BLOCK = 1024  # of the vocabulary: logits stay in the cache, and MKL is fastest (LOG.md)
 BLOCK_ELEMENTS = 2**25  # logits at once on a GPU, where large products are faster
+# Chunks and blocks of a compiled head on a GPU are larger by this factor: it needs a sixth of the
+# memory for each logit, and a small model waits for the host to start each block (LOG.md).
+COMPILED_FACTOR = 4
 
 
 def score_hidden(
@@ -93,9 +96,13 @@ class FrozenHead(torch.autograd.Function):
         logprobs_C = hidden_CD.new_empty(hidden_CD.shape[0], dtype=torch.float32)
         entropy_C = torch.empty_like(logprobs_C)
         unit_grad_CD = torch.empty_like(hidden_CD) if has_grad else None
-        for start in range(0, hidden_CD.shape[0], CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            sums = _RunningSums(hidden_CD[part], target_ids_C[part], temperature, has_grad)
+        factor = COMPILED_FACTOR if is_compiled and hidden_CD.device.type != "cpu" else 1
+        chunk = factor * CHUNK_TOKENS
+        for start in range(0, hidden_CD.shape[0], chunk):
+            part = slice(start, start + chunk)
+            sums = _RunningSums(
+                hidden_CD[part], target_ids_C[part], temperature, has_grad, factor * BLOCK_ELEMENTS
+            )
             add = sums.add_compiled if is_compiled else sums.add
             for first in range(0, weight_VD.shape[0], sums.block):
                 add(first, weight_VD[first : first + sums.block])
@@ -246,11 +253,22 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=True)
 
 
+def aligned(block: int) -> int:
+    """At least 1, and a multiple of 256 if it is that large: of logits whose rows begin at odd
+    places, products on an H200 take up to 30 times as long (LOG.md)."""
+    return max(1, block - block % 256 if block > 256 else block)
+
+
 class _RunningSums:
     """Sums over a chunk's logits, shifted by the largest logit so far."""
 
     def __init__(
-        self, hidden_cD: Tensor, target_ids_c: Tensor, temperature: float, has_grad: bool
+        self,
+        hidden_cD: Tensor,
+        target_ids_c: Tensor,
+        temperature: float,
+        has_grad: bool,
+        block_elements: int = BLOCK_ELEMENTS,
     ) -> None:
         self.hidden_cD, self.target_ids_c1 = hidden_cD, target_ids_c.unsqueeze(-1)
         self.temperature = temperature
@@ -259,7 +277,7 @@ class _RunningSums:
         # The sum of p W, times the total.
         self.weighted_cD = torch.zeros_like(hidden_cD, dtype=torch.float32) if has_grad else None
         is_on_cpu = hidden_cD.device.type == "cpu"
-        self.block = CPU_BLOCK if is_on_cpu else max(1, BLOCK_ELEMENTS // hidden_cD.shape[0])
+        self.block = CPU_BLOCK if is_on_cpu else aligned(block_elements // hidden_cD.shape[0])
 
     def add(self, first: int, weight_vD: Tensor) -> None:
         """The block of the vocabulary that starts with token `first`."""

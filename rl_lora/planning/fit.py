@@ -64,7 +64,8 @@ class Job:
         sizes = self.model_config, self.num_base, self.num_trainable
         if isinstance(self.config, RunConfig):
             return memory_plan(self.config, *sizes, self.num_bytes, self.num_ranks)
-        return learner_memory(self.config, *sizes, microbatch_tokens(self.config), self.num_ranks)
+        tokens = microbatch_tokens(self.config, self.model_config)
+        return learner_memory(self.config, *sizes, tokens, self.num_ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +179,7 @@ def _largest(job: Job, key: str) -> int | None:
     """The largest value of a setting with which its phase fits, below the present one."""
     config, parts = job.config, job.parts()
     if key == _MICROBATCH:
-        tokens = microbatch_tokens(config)
+        tokens = microbatch_tokens(config, job.model_config)
         fitting = largest_microbatch(parts, tokens, job.num_bytes)
         fitting -= fitting % _MICROBATCH_STEP
         return fitting if longest_sequence(config) <= fitting < tokens else None

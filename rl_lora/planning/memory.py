@@ -42,10 +42,14 @@ from rl_lora.samplers.vllm.settings import (
 
 Phase = Literal["sampling", "learning"]
 PHASES: tuple[Phase, ...] = ("sampling", "learning")
-_LOGITS_ELEMENTS = 2**24  # one chunk of logits in `policy`
-_LOGITS_COPIES = 3  # logits, log-probs, gradient
-# Tokens of a microbatch if optim.microbatch_tokens is not set; on a GPU, the most.
-MICROBATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
+# One block of `nn.token_logprobs`: logits, log-probs and gradient in float32; on a GPU logits and
+# exponentials in 16 bits.
+_LOGITS_BYTES = {"cpu": 3 * 4 * 2**24, "cuda": 2 * 2 * 2**27}
+_CPU_MICROBATCH_TOKENS = 4096
+# Of the GPU's: few tokens of a small model are computed sooner than the host starts their kernels
+# (docs/gpu.md).
+_GPU_MICROBATCH_TOKENS = (16_384, 65_536)
+_GPU_MICROBATCH_NUMBERS = 2**25  # tokens times the hidden size
 ASSUMED_GPU_BYTES = CARDS["h100"].num_bytes
 _CONTEXT_BYTES = 2**29  # CUDA's context and libraries, once a process
 _ENGINE_BYTES = 2 * 2**30  # vLLM's activations, logits and CUDA graphs
@@ -114,7 +118,7 @@ def memory_plan(
         gpu_bytes: the GPU's memory; None: this machine's, or ASSUMED_GPU_BYTES if it has no GPU.
         num_ranks: processes of the job, one GPU each.
     """
-    counts, tokens = (num_base, num_trainable), microbatch_tokens(config)
+    counts, tokens = (num_base, num_trainable), microbatch_tokens(config, model_config)
     total = gpu_bytes or gpu_memory(plan_device(config.model.device))
     parts = _memory_plan(config, model_config, counts, tokens, total, num_ranks)
     is_open = config.optim.microbatch_tokens is None and plan_device(config.model.device) == "cuda"
@@ -160,11 +164,22 @@ def sequences_at_once(config: RunConfig, num_ranks: int = 1) -> int:
     return min(at_once, in_step)
 
 
-def microbatch_tokens(config: RunConfig | SftConfig) -> int:
+def default_tokens(device_type: str, hidden: int) -> int:
+    """Tokens of a microbatch if optim.microbatch_tokens is not set; on a GPU, the most.
+
+    hidden: the model's hidden size.
+    """
+    if device_type == "cpu":
+        return _CPU_MICROBATCH_TOKENS
+    least, most = _GPU_MICROBATCH_TOKENS
+    return min(max(_GPU_MICROBATCH_NUMBERS // hidden, least), most)
+
+
+def microbatch_tokens(config: RunConfig | SftConfig, model_config: PretrainedConfig) -> int:
     """Tokens of the largest microbatch: one sequence may exceed optim.microbatch_tokens."""
-    device = plan_device(config.model.device)
-    limit = config.optim.microbatch_tokens or MICROBATCH_TOKENS[device]
-    return max(limit, longest_sequence(config))
+    hidden = model_config.get_text_config().hidden_size
+    usual = default_tokens(plan_device(config.model.device), hidden)
+    return max(config.optim.microbatch_tokens or usual, longest_sequence(config))
 
 
 def bytes_to_come(
@@ -180,7 +195,7 @@ def bytes_to_come(
     logits too.
     """
     phase: Phase = "learning" if config.sampling.max_staleness else "sampling"
-    tokens = microbatch_tokens(config)
+    tokens = microbatch_tokens(config, model_config)
     parts = learner_memory(config, model_config, num_base, num_trainable, tokens, num_ranks)
     return peak((part for part in parts if part.part not in LOADED), phase)
 
@@ -245,13 +260,13 @@ def learner_memory(
         outputs = _adapted_outputs(text, lora.layers)
         activations += num_tokens * num_layers * outputs * dtype.itemsize
     note = f"estimate, microbatch of {num_tokens} tokens{checkpointed}"
-    logits = _LOGITS_ELEMENTS * _LOGITS_COPIES * 4
+    logits = _LOGITS_BYTES[plan_device(config.model.device)]
     return [
         *parts,
         MemoryItem("gradients", num_trainable * 4, trained),
         MemoryItem("optimizer", num_trainable * 4 * 2, f"Adam, 2 x {trained}"),
         MemoryItem("activations", activations, note, ("learning",)),
-        MemoryItem("logits", logits, "one chunk, float32", ("learning",)),
+        MemoryItem("logits", logits, "of one block", ("learning",)),
     ]
 
 

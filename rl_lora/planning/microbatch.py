@@ -7,7 +7,7 @@ import torch
 from rl_lora import distributed
 from rl_lora.config import ModelSection, OptimSection
 from rl_lora.config.sft import SftConfig
-from rl_lora.planning.memory import LOADED, MICROBATCH_TOKENS, largest_microbatch, learner_memory
+from rl_lora.planning.memory import LOADED, default_tokens, largest_microbatch, learner_memory
 from rl_lora.policy import Policy
 
 _STEP = 256  # sizes are multiples of it, so that small changes of the free memory change nothing
@@ -15,8 +15,8 @@ _USABLE = 0.75  # of the free memory, since activations are only estimated
 
 
 def default_microbatch_tokens(policy: Policy, optim: OptimSection) -> int:
-    """MICROBATCH_TOKENS of the policy's device; on a GPU fewer if its free memory is too small."""
-    most = MICROBATCH_TOKENS[policy.device.type]
+    """`default_tokens`; on a GPU fewer if its free memory is too small."""
+    most = default_tokens(policy.device.type, policy.model.config.get_text_config().hidden_size)
     if policy.device.type == "cpu":
         return most
     free, _ = torch.cuda.mem_get_info(policy.device)

@@ -24,7 +24,7 @@ from rl_lora.models.shapes import kv_bytes_per_token
 from rl_lora.planning.cards import Card
 from rl_lora.planning.counts import ParameterCounts
 from rl_lora.planning.links import all_reduce_s, gather_s
-from rl_lora.planning.memory import MICROBATCH_TOKENS, shards
+from rl_lora.planning.memory import default_tokens, shards
 from rl_lora.planning.roofline import (
     GPU,
     Assumptions,
@@ -335,7 +335,7 @@ class StepWork:
         context = self.prompt_tokens + self.mean_tokens
         layers_s, head_s = learner_token_s(config, self.shape, card, context, self.assumed)
         one_gpu_s = (num_tokens * layers_s + num_completion * head_s) / self.assumed.learner
-        limit = config.optim.microbatch_tokens or MICROBATCH_TOKENS["cuda"]
+        limit = config.optim.microbatch_tokens or default_tokens("cuda", self.shape.hidden)
         least = num_ranks * config.optim.num_updates  # so that every rank has one of each update
         num_microbatches = max(least, math.ceil(num_tokens / max(limit, context)))
         largest = math.ceil(num_microbatches / num_ranks)

@@ -58,12 +58,12 @@ class Policy(ABC):
         checkpoint_activations: bool = False,
         keep_reference: bool = False,
     ) -> None:
-        fix_num_threads()
         self.model_dir = model_dir
         self.base_name = model.name
         self.base_revision = model.revision
         self.lora = lora
         self.device = pick_device(model.device)
+        fix_num_threads(self.device)
         self.dtype = pick_dtype(model.dtype, self.device)
         config = AutoConfig.from_pretrained(model_dir)
         check_architecture(config, model_dir)

@@ -58,7 +58,9 @@ def main() -> None:
         "kernels": len(compiled.kernels),
         "failed": compiled.failed,
     }
-    learned = [g for g in compiled.graphs if not g.is_inference and "attend" in "".join(g.calls)]
+    learned = [
+        g for g in compiled.graphs if not g.is_inference and "flash_parts" in "".join(g.calls)
+    ]
     for name, is_backward in (("forward", False), ("backward", True)):
         graph = [g for g in learned if g.is_backward == is_backward][1]
         found[name] = figures(graph, attention[is_backward], batches[0].num_tokens)
@@ -105,7 +107,7 @@ class _Operators(TorchDispatchMode):
 
 
 def attention_operators(config: PretrainedConfig, batch: Microbatch) -> tuple[int, int]:
-    """How many operators `rl_lora::attend` calls, forward and backward."""
+    """How many operators flash attention's two operators call, forward and backward."""
     num_tokens, scale = batch.token_ids_BT.shape[1], config.head_dim**-0.5
     query_THD, key_TJD, value_TJD = (
         torch.empty(num_tokens, heads, config.head_dim, dtype=torch.bfloat16, device=CUDA)
@@ -114,10 +116,14 @@ def attention_operators(config: PretrainedConfig, batch: Microbatch) -> tuple[in
     inputs = query_THD, key_TJD, value_TJD
     assert flash.can_run(query_THD)
     assert batch.layout is not None
+    # What the operators run on a GPU; they themselves would return fake tensors at once.
+    run, run_backward = (
+        operator._init_fn for operator in (flash.attend_in_parts, flash.attend_in_parts_backward)
+    )
     with _Operators() as forward:
-        out_THD, lse_HT = flash.attend(*inputs, batch.layout, scale)
+        out_THD, lse_HT, *_ = run(*inputs, *batch.layout, scale)
     with _Operators() as backward:
-        flash.attend_backward(out_THD, *inputs, out_THD, lse_HT, batch.layout, scale)
+        run_backward(out_THD, *inputs, out_THD, lse_HT, *batch.layout, scale)
     return forward.num_calls, backward.num_calls
 
 

@@ -60,7 +60,7 @@ def by_definition(query_THD: Tensor, key_TJD: Tensor, value_TJD: Tensor, *layout
 
 
 def by_operator(*inputs: Any) -> Tensor:
-    out_THD: Tensor = attention.attend(*inputs)[0]
+    out_THD: Tensor = attention.attend(*inputs)
     return out_THD
 
 
@@ -157,13 +157,22 @@ def test_pytorch_finds_no_fault_with_the_operators(
         x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
         for x in inputs_of(TWO_FAMILIES)
     ]
-    torch.library.opcheck(attention.attend, (*inputs, *TWO_FAMILIES, SCALE))
-    inputs = [x.detach() for x in inputs]
-    kept = attention.attend(*inputs, *TWO_FAMILIES, SCALE)
-    grad_THD = torch.ones_like(kept[0])
-    torch.library.opcheck(
-        attention.attend_backward, (grad_THD, *inputs, *kept, *TWO_FAMILIES, SCALE)
-    )
+    starts_S, families_N, _ = TWO_FAMILIES
+    if implementation == "flash":
+        layout: tuple[Any, ...] = TWO_FAMILIES
+        inputs = [x.detach() for x in inputs]
+        torch.library.opcheck(flash.attend_in_parts, (*inputs, *layout, SCALE))
+        backward, kept = (
+            flash.attend_in_parts_backward,
+            flash.attend_in_parts(*inputs, *layout, SCALE)[:2],
+        )
+    else:
+        layout = starts_S, families_N
+        torch.library.opcheck(attention.attend_in_blocks, (*inputs, *layout, SCALE))
+        inputs = [x.detach() for x in inputs]
+        backward, kept = attention.attend_backward, ()
+    grad_THD = torch.ones_like(inputs[0], memory_format=torch.contiguous_format)
+    torch.library.opcheck(backward, (grad_THD, *inputs, *kept, *layout, SCALE))
 
 
 class Layer(nn.Module):
@@ -179,7 +188,7 @@ class Layer(nn.Module):
         """[T, 16] to [T, 16]."""
         joined = self.project(nn.functional.rms_norm(hidden_TD, (16,)))
         query_THD, key_TJD, value_TJD = joined.unflatten(1, (8, 8)).split([4, 2, 2], 1)
-        out_THD, _ = attention.attend(query_THD, key_TJD, value_TJD, *layout, SCALE)
+        out_THD = attention.attend(query_THD, key_TJD, value_TJD, *layout, SCALE)
         return hidden_TD + self.out(out_THD.flatten(1))
 
 

@@ -119,3 +119,10 @@ def test_a_compiled_head_in_training_has_its_gradients(compiler: None) -> None:
         gradients.append(torch.autograd.grad(logprobs_C.sum(), [hidden_CD, *head.parameters()]))
     for found, expected in zip(*gradients, strict=True):
         assert relative(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"), [(0, 1), (5, 5), (256, 256), (300, 256), (9265, 9216)]
+)
+def test_blocks_of_the_vocabulary_keep_rows_aligned(wanted: int, found: int) -> None:
+    assert logprobs.aligned(wanted) == found

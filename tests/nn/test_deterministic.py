@@ -19,7 +19,7 @@ from rl_lora.batches import pack_samples
 from rl_lora.learner import Learner
 from rl_lora.models.load import _align
 from rl_lora.nn.cpu_workers import map_on_cores
-from rl_lora.nn.deterministic import deterministic
+from rl_lora.nn.deterministic import deterministic, fix_num_threads
 from tests.helpers.tiny_models import make_policy, random_llama
 from tests.test_learner import samples_of
 
@@ -150,3 +150,15 @@ def test_mkl_does_not_choose_its_number_of_threads(tmp_path: Path) -> None:
         check=True,
     ).stdout
     assert re.findall(r"SGEMM\(.*Dyn:(\d).*NThr:(\d)", output) == [("0", "2")]
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_host_of_a_gpu_computes_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", str(THREADS))
+    fix_num_threads(torch.device("cuda"))
+    assert torch.get_num_threads() == THREADS
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    fix_num_threads(torch.device("cpu"))
+    assert torch.get_num_threads() == THREADS
+    fix_num_threads(torch.device("cuda"))
+    assert torch.get_num_threads() == 1

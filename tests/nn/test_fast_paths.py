@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rl_lora.nn import lora_matmul
 from rl_lora.nn import token_logprobs as logprobs
 from rl_lora.nn.context import adapters_off
 from rl_lora.nn.cpu_workers import map_on_cores
@@ -76,6 +77,26 @@ def test_a_lora_layer_agrees_with_the_formula(has_bias: bool, rank: int) -> None
         gradients = torch.autograd.grad((found * found).sum(), inputs)
         for one, other in zip([found, *gradients], expected, strict=True):
             torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_sums", [1, 8])
+def test_compiled_rank_one_agrees_with_the_formula(
+    num_sums: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, as on a CPU and as on a GPU."""
+    monkeypatch.setitem(lora_matmul._NUM_SUMS, "cpu", num_sums)
+    generator = torch.Generator().manual_seed(0)
+    x_TI, y_TO, a_1I, b_O1, weights_TO = (
+        torch.randn(*shape, generator=generator, requires_grad=True)
+        for shape in ((7, 5), (7, 3), (1, 5), (3, 1), (7, 3))
+    )
+    inputs = (x_TI, y_TO, a_1I, b_O1)
+    found = lora_matmul.RankOne.apply(*inputs, 0.7)
+    expected = y_TO + 0.7 * x_TI @ a_1I.T @ b_O1.T
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad((out * weights_TO).sum(), inputs) for out in (found, expected)]
+    for gradient, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, other)
 
 
 def test_adapters_are_off_for_one_thread_only() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from rl_lora.build import make_learner
@@ -12,6 +13,7 @@ from rl_lora.models.shapes import known_config
 from rl_lora.planning.memory import (
     PHASES,
     activation_bytes,
+    default_tokens,
     memory_plan,
     microbatch_tokens,
     peak,
@@ -51,6 +53,15 @@ def test_a_gpus_are_as_large_as_its_free_memory_allows(tmp_path: Path) -> None:
     assert fitting(0) == 256
 
 
+@pytest.mark.parametrize(
+    ("hidden", "tokens"),
+    [(64, 65_536), (576, 58_254), (1024, 32_768), (2048, 16_384), (4096, 16_384)],
+)
+def test_a_small_model_gets_large_microbatches_on_a_gpu(hidden: int, tokens: int) -> None:
+    assert default_tokens("cuda", hidden) == tokens
+    assert default_tokens("cpu", hidden) == 4096
+
+
 def test_the_plan_of_a_gpu_lowers_it_as_well() -> None:
     settings = {
         "model": {"name": "meta-llama/Llama-3.1-8B", "device": "cuda", "dtype": "bfloat16"},
@@ -58,7 +69,7 @@ def test_the_plan_of_a_gpu_lowers_it_as_well() -> None:
     }
     config, size = parse_config(settings), 8_030_261_248
     model = known_config("meta-llama/Llama-3.1-8B")
-    assert microbatch_tokens(config) == 16_384
+    assert microbatch_tokens(config, model) == 16_384
     sizes = {}
     for gigabytes in (48, 400):
         parts = memory_plan(config, model, size, 2_621_440, gigabytes * 2**30)

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gpu_stages.run import run_stages, table  # noqa: E402
+from gpu_stages.run import run_stages, run_together, table  # noqa: E402
 from gpu_stages.stages import CPU_LIMIT_S, STAGES, Context, chosen  # noqa: E402
 
 
@@ -46,6 +46,12 @@ def main() -> int:
         "--total", type=float, default=math.inf, help="seconds for all stages together"
     )
     parser.add_argument("--limit", type=float, help="seconds per stage, instead of its default")
+    parser.add_argument(
+        "--together",
+        type=float,
+        metavar="S",
+        help="start all stages at once; after S seconds at most, what is timed runs by itself",
+    )
     options = parser.parse_args()
     try:
         stages = chosen(options.stages)
@@ -59,12 +65,15 @@ def main() -> int:
         parser.error("--device cuda: PyTorch finds no GPU here")
     context = Context(torch.device(options.device), options.out, options.work, tuple(options.gguf))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage ends as well
-    rows = run_stages(
-        stages,
-        context,
-        lambda stage: options.limit or (stage.limit_s if context.is_gpu else CPU_LIMIT_S),
-        total_s=options.total,
-    )
+    if options.together is not None:
+        rows = run_together(stages, context, options.together, options.total)
+    else:
+        rows = run_stages(
+            stages,
+            context,
+            lambda stage: options.limit or (stage.limit_s if context.is_gpu else CPU_LIMIT_S),
+            total_s=options.total,
+        )
     print("\n" + table(rows))
     return 0 if all(row["status"] == "passed" for row in rows) else 1
 

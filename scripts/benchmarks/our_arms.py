@@ -25,6 +25,7 @@ from rl_lora.overlap import step_params
 from rl_lora.planning.counts import matmul_counts
 from rl_lora.policy import Policy, open_policy
 from rl_lora.prompts import load_prompt_sets
+from rl_lora.samplers.restarts import RestartingSampler
 from rl_lora.types import Adapter, Completion, Microbatch, Prompt, Rollout, RolloutGroup, Score
 
 Built = Iterator[tuple[Commands, dict[str, Any]]]
@@ -240,6 +241,8 @@ def with_rewards(groups_N: list[RolloutGroup], rewards: list[float]) -> list[Rol
 
 def fix_lengths(sampler: Any, size: Size) -> None:
     """Each request samples exactly the workload's number of tokens, by its cap and no end token."""
+    if isinstance(sampler, RestartingSampler):
+        sampler = sampler._sampler
     original = sampler._sampling_params
     lengths = itertools.cycle(size.lengths())
 

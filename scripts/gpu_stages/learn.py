@@ -34,6 +34,7 @@ from rl_lora.policy import Policy
 from rl_lora.types import Microbatch, TrainSample
 
 GROUP = 8  # completions per prompt
+KINDS = ("eager", "compiled")
 
 
 def smollm2(context: Context) -> dict[str, Any]:
@@ -78,34 +79,50 @@ def _learn(
     tokens: tuple[int, ...] = ON_GPU.tokens,
 ) -> dict[str, Any]:
     """Figures eager, then with compiled layers, by the microbatch's size; an error at one size
-    keeps those of the others. Eager first, as compiling may take all of the time.
+    keeps those of the others.
 
     whole: the model's full number of layers, where fewer are measured; figures of the full model
     are extrapolated. tokens: of a microbatch on a GPU.
     """
-    started = time.monotonic()
     sizes = dataclasses.replace(ON_GPU, tokens=tokens) if context.is_gpu else ON_CPU
     folder = make_model(shape, context, num_layers)
-    device = measured_device(context.device)
-    figures: dict[str, Any] = {
-        "matmul_tflops": device.matmul_flops / 1e12,
-        "copy_gb_per_s": device.bytes_per_s / 1e9,
-    }
     dtype = torch.bfloat16 if context.is_gpu else torch.float32  # which most CPUs emulate
-    for name, compiles in (("eager", False), ("compiled", True)):
-        policy = make_policy(folder, context, dtype, compiles=compiles)
-        print(f"{name}: policy made {time.monotonic() - started:.1f} s after the start", flush=True)
-        figures["layers"] = policy.model.config.num_hidden_layers
-        figures[name] = {}
-        _measure(
-            Learner(policy), sizes, device, whole, figures[name], lambda: context.keep(figures)
-        )
-        del policy
-        _free()
-    failed = [text for name in ("eager", "compiled") for text in figures[name]["out_of_memory"]]
+    figures: dict[str, Any] = {"eager": {}, "compiled": {}}
+    learners = {}
+    for name in KINDS:
+        learner = Learner(make_policy(folder, context, dtype, compiles=name == "compiled"))
+        figures["layers"] = learner.policy.model.config.num_hidden_layers
+        figures[name]["first_s"] = first_s(learner, sizes)
+        context.keep(figures)
+        learners[name] = learner
+    with context.turn():
+        device = measured_device(context.device)
+        figures["matmul_tflops"] = device.matmul_flops / 1e12
+        figures["copy_gb_per_s"] = device.bytes_per_s / 1e9
+        for name in KINDS:
+            _measure(
+                learners.pop(name),
+                sizes,
+                device,
+                whole,
+                figures[name],
+                lambda: context.keep(figures),
+            )
+            _free()
+    figures["graphs"] = counters["stats"]["unique_graphs"]
+    failed = [text for name in KINDS for text in figures[name]["out_of_memory"]]
     if failed:
         raise CheckFailedError("; ".join(failed), figures)
     return figures
+
+
+def first_s(learner: Learner, sizes: Sizes) -> float:
+    """Seconds of the first step, with compilation."""
+    batches = microbatches(learner.policy, sizes, sizes.tokens[0], seed=0, count=2)
+    started = time.perf_counter()
+    learner.update([batches])
+    synchronize(learner.policy.device)
+    return time.perf_counter() - started
 
 
 def _measure(
@@ -116,14 +133,13 @@ def _measure(
     figures: dict[str, Any],
     keep: Callable[[], None],
 ) -> None:
-    """Fills in the figures: by the microbatch's size, what `timed` measures; graphs compiled in
-    all, launches per layer, and bytes that a token's activations take (the peak's growth from one
+    """Fills in the figures: by the microbatch's size, what `timed` measures; launches per layer,
+    and bytes that a token's activations take (the peak's growth from one
     size to the next). keep: called as they become known."""
     policy = learner.policy
     layers = policy.model.config.num_hidden_layers
     figures["out_of_memory"] = []
     peaks: list[tuple[int, int]] = []
-    counters.clear()
     for tokens in sizes.tokens:
         try:
             found = timed(learner, sizes, tokens, device)
@@ -138,7 +154,6 @@ def _measure(
         except torch.OutOfMemoryError as error:
             figures["out_of_memory"].append(f"{tokens} tokens: {str(error).splitlines()[0]}")
         _free()  # out here, where the error no longer holds its frames
-    figures["graphs"] = counters["stats"]["unique_graphs"]
     if len(peaks) > 1:
         (few_tokens, low), *_, (many_tokens, high) = peaks
         figures["activation_bytes_per_token"] = (high - low) / (many_tokens - few_tokens)
@@ -148,13 +163,12 @@ def _measure(
 
 
 def timed(learner: Learner, sizes: Sizes, tokens: int, reached: Device) -> dict[str, Any]:
-    """Steps of two microbatches, each of new lengths; the first is not counted, but reported.
+    """Steps of two microbatches, each of new lengths; the first is not counted.
 
     Returns:
         tokens_per_s over all counted steps, those of the slowest and of the fastest step; mfu, the
         needed FLOP/s (no recomputation) as a share of the matmul peak; roofline, the share of the
-        bound; first_s, seconds of the first step, with compilation; peak_bytes, of memory; largest,
-        tokens of the largest microbatch.
+        bound; peak_bytes, of memory; largest, tokens of the largest microbatch.
     """
     policy, device = learner.policy, learner.policy.device
     if device.type == "cuda":
@@ -180,7 +194,6 @@ def timed(learner: Learner, sizes: Sizes, tokens: int, reached: Device) -> dict[
         "mfu": sum(flops[1:]) / counted_s / reached.matmul_flops,
         "roofline": sum(bounds[1:]) / counted_s,
         "bound_tokens_per_s": sum(numbers[1:]) / sum(bounds[1:]),
-        "first_s": seconds[0],
         "peak_bytes": peak_bytes(device),
         "largest": largest,
     }

@@ -43,8 +43,9 @@ def grpo(context: Context) -> dict[str, Any]:
     """Two steps, sampling and learning in turn; on a GPU each has nearly all of the memory while it
     works, which it has only if the sampler releases it. Both eager, as compiling would take most of
     the stage's time."""
-    overrides = ["sampling.memory_fraction=0.9", "sampling.eager=true", "model.compile=false"]
-    return _run(context, "grpo", overrides)
+    fraction = 0.3 if context.is_shared else 0.9
+    overrides = ["sampling.eager=true", "model.compile=false"]
+    return _run(context, "grpo", [*overrides, f"sampling.memory_fraction={fraction}"])
 
 
 def grpo_overlap(context: Context) -> dict[str, Any]:

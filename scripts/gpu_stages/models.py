@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -95,15 +96,16 @@ def make_model(shape: str, context: Context, num_layers: int | None = None) -> P
     """The directory of a bfloat16 model with a tokenizer and fixed random weights."""
     config = make_config(shape, context, num_layers)
     folder = context.work / "models" / f"{shape}-{config.num_hidden_layers}-{context.device.type}"
-    if (folder / "tokenizer.json").is_file():
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    with torch.random.fork_rng(), torch.device(context.device):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    tame(model)
-    model.save_pretrained(folder)
-    write_tokenizer(folder, config.vocab_size)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # stages may run at once
+        if not (folder / "tokenizer.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            with torch.random.fork_rng(), torch.device(context.device):
+                torch.manual_seed(0)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            tame(model)
+            model.save_pretrained(folder)
+            write_tokenizer(folder, config.vocab_size)
     return folder
 
 

@@ -31,6 +31,7 @@ from rl_lora.types import Adapter, Completion, Microbatch, Prompt, SampleParams,
 # Sampler and learner each round, by other kernels, and the engine's LoRA layers have the adapter in
 # bfloat16: on a CPU their KL to each other is 3 to 4 times that of the learner to float32.
 ROUNDING_FACTOR = 8
+SHARED_CACHE_BYTES = 4 * 2**30  # KV cache where other stages use the GPU's memory, too
 STALE_FACTOR = 5  # an old version's KL is at least so many times the allowed one
 
 
@@ -56,7 +57,9 @@ def make_sampler(
         engine=EngineOptions(
             eager=eager,
             attention_backend=os.environ.get("GPU_CHECK_ATTENTION"),
-            memory_fraction=0.45,  # the policy scores samples while the engine is awake
+            # The policy scores samples while the engine is awake.
+            memory_fraction=0.15 if context.is_shared else 0.45,
+            cache_bytes=SHARED_CACHE_BYTES if context.is_shared else None,
         ),
     )
 

@@ -10,15 +10,18 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from gpu_stages.stages import Context, Stage
+from gpu_stages.turns import FOLDER_VARIABLE, wait_until_ready
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = "results.jsonl"
@@ -38,7 +41,6 @@ def run_stages(
     A row: stage, status (passed, failed, hung, killed, late), seconds, device, card, versions,
     figures (also those that a stage kept before it failed) and error.
     """
-    context.out.mkdir(parents=True, exist_ok=True)
     rows = []
     end = time.monotonic() + total_s
     for stage in stages:
@@ -52,18 +54,59 @@ def run_stages(
                 "device": str(context.device),
                 "error": f"the {total_s:g} s were used up before it",
             }
-        with (context.out / RESULTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        on_line(f"{stage.name}: {row['status']}, {row['seconds']} s {row.get('error', '')}")
+        _record(row, context, on_line)
         rows.append(row)
     return rows
 
 
-def run_stage(stage: Stage, context: Context, limit_s: float) -> dict[str, Any]:
-    """The stage's row, however its process ends."""
+def run_together(
+    stages: Sequence[Stage],
+    context: Context,
+    ready_s: float,
+    total_s: float,
+    *,
+    on_line: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """One row per stage, as `run_stages`, of stages that start side by side (`turns`).
+
+    Turns begin after ready_s seconds at the latest; until then those end that take none. All end
+    after total_s.
+    """
+    turns = context.work.resolve() / "turns"
+    shutil.rmtree(turns, ignore_errors=True)
+    turns.mkdir(parents=True)
+    variables = {FOLDER_VARIABLE: str(turns)}
+    ended: set[str] = set()
+
+    def run(stage: Stage) -> dict[str, Any]:
+        limit = total_s if stage.takes_turns else min(ready_s, total_s)
+        row = run_stage(stage, context, limit, variables)
+        _record(row, context, on_line)
+        ended.add(_result(stage, context).name)
+        return row
+
+    with ThreadPoolExecutor(len(stages)) as pool:
+        rows = pool.map(run, stages)
+        names = {_result(stage, context).name for stage in stages}
+        late = wait_until_ready(turns, names, ended, ready_s)
+        on_line(f"turns begin; not ready: {', '.join(sorted(late)) or 'none'}")
+        return list(rows)
+
+
+def _record(row: dict[str, Any], context: Context, on_line: Callable[[str], None]) -> None:
+    context.out.mkdir(parents=True, exist_ok=True)
+    with (context.out / RESULTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    on_line(f"{row['stage']}: {row['status']}, {row['seconds']} s {row.get('error', '')}")
+
+
+def run_stage(
+    stage: Stage, context: Context, limit_s: float, variables: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The stage's row, however its process ends; variables: more of its environment."""
     for folder in (context.out, context.work):
         folder.mkdir(parents=True, exist_ok=True)
-    result = context.work / f"{stage.name}.result.json"
+    result = _result(stage, context)
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "gpu_stages.child", stage.function, str(result)]
     command += [str(context.device), str(context.out.resolve()), str(context.work.resolve())]
@@ -74,14 +117,14 @@ def run_stage(stage: Stage, context: Context, limit_s: float) -> dict[str, Any]:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment(context.work),
+            env=environment(context.work) | dict(variables or {}),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            code: int | None = process.wait(limit_s)
+            code: int | None = process.wait(None if math.isinf(limit_s) else limit_s)
         except subprocess.TimeoutExpired:
             code = None
         finally:
@@ -151,6 +194,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):  # all have ended already
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _result(stage: Stage, context: Context) -> Path:
+    return context.work / f"{stage.name}.result.json"
 
 
 def _log(stage: Stage, context: Context) -> Path:

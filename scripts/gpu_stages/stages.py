@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ class Stage:
     call: int  # 1 to 3, or 4 for what other visits are for: see docs/gpu-check.md
     function: str
     limit_s: float  # on a GPU; on a CPU the limit is CPU_LIMIT_S
+    takes_turns: bool = False  # calls `Context.turn`
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,9 @@ class Context:
     gguf: tuple[Path, ...] = field(default=())  # the embedded model's file, in parts
     # Records figures so far, which are reported if the stage is ended or fails later.
     keep: Callable[[dict[str, Any]], None] = field(default=lambda figures: None)
+    # Around what no other stage may disturb, once or more often.
+    turn: Callable[[], AbstractContextManager[None]] = field(default=contextlib.nullcontext)
+    is_shared: bool = False  # other stages use the GPU's memory at the same time
 
     @property
     def is_gpu(self) -> bool:
@@ -60,20 +66,20 @@ CPU_LIMIT_S = 300.0  # with two cores
 STAGES = (
     Stage("libraries", 1, "gpu_stages.libraries:libraries", 45),
     Stage("parity-bfloat16", 1, "gpu_stages.parity:bfloat16", 90),
-    Stage("release", 1, "gpu_stages.release:release", 75),
+    Stage("release", 1, "gpu_stages.release:release", 75, takes_turns=True),
     Stage("parity-float32", 1, "gpu_stages.parity:float32", 80),
-    Stage("learn-smollm2-135m", 2, "gpu_stages.learn:smollm2", 125),
-    Stage("learn-qwen3-8b", 2, "gpu_stages.learn:qwen3_large", 125),
+    Stage("learn-smollm2-135m", 2, "gpu_stages.learn:smollm2", 125, takes_turns=True),
+    Stage("learn-qwen3-8b", 2, "gpu_stages.learn:qwen3_large", 125, takes_turns=True),
     Stage("convert", 3, "gpu_stages.loop:convert", 40),
     Stage("grpo", 3, "gpu_stages.loop:grpo", 130),
-    Stage("decode-lora", 3, "gpu_stages.decode:with_adapter", 110),
-    Stage("decode-qwen3-8b", 4, "gpu_stages.decode:qwen3_large", 130),
-    Stage("learn-qwen3-0.6b", 4, "gpu_stages.learn:qwen3_small", 125),
+    Stage("decode-lora", 3, "gpu_stages.decode:with_adapter", 110, takes_turns=True),
+    Stage("decode-qwen3-8b", 4, "gpu_stages.decode:qwen3_large", 130, takes_turns=True),
+    Stage("learn-qwen3-0.6b", 4, "gpu_stages.learn:qwen3_small", 125, takes_turns=True),
     Stage("cuda-tests", 4, "gpu_stages.cuda_tests:cuda_tests", 120),
     Stage("grpo-overlap", 4, "gpu_stages.loop:grpo_overlap", 130),
     Stage("one-rank", 4, "gpu_stages.loop:one_rank", 90),
-    Stage("decode-base", 4, "gpu_stages.decode:without_lora", 90),
-    Stage("decode-dual-stream", 4, "gpu_stages.decode:dual_stream", 110),
+    Stage("decode-base", 4, "gpu_stages.decode:without_lora", 90, takes_turns=True),
+    Stage("decode-dual-stream", 4, "gpu_stages.decode:dual_stream", 110, takes_turns=True),
     Stage("caches", 4, "gpu_stages.caches:caches", 40),
 )
 

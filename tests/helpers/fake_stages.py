@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 from gpu_stages.stages import CheckFailedError, Context
@@ -14,6 +15,16 @@ from gpu_stages.stages import CheckFailedError, Context
 
 def passes(context: Context) -> dict[str, Any]:
     return {"device": str(context.device), "speed": {"tokens_per_s": 1234.5}}
+
+
+def takes_a_turn(context: Context) -> dict[str, Any]:
+    with context.turn():
+        first = time.monotonic()
+        sum(range(10**6))
+        return {"turn": [first, time.monotonic()], "is_shared": context.is_shared}
+
+
+takes_another_turn = takes_a_turn
 
 
 def fails(context: Context) -> dict[str, Any]:

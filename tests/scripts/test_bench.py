@@ -9,11 +9,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from benchmarks import our_arms, run, trl_arm
 from benchmarks.workload import SIZES, Size
 
+from rl_lora.samplers.restarts import RestartingSampler
 from rl_lora.samplers.vllm.sampler import VllmSampler
 from rl_lora.types import SampleParams
 
@@ -136,7 +138,8 @@ def test_a_ratio_that_was_not_measured_is_a_loss(monkeypatch: pytest.MonkeyPatch
     ]
 
 
-def test_lengths_are_fixed_in_the_samplers_own_call() -> None:
+@pytest.mark.parametrize("is_replaceable", [False, True])
+def test_lengths_are_fixed_in_the_samplers_own_call(is_replaceable: bool) -> None:
     made = SimpleNamespace()
     asked = []
 
@@ -146,7 +149,12 @@ def test_lengths_are_fixed_in_the_samplers_own_call() -> None:
 
     sampler = SimpleNamespace(_sampling_params=original)
     size = Size(num_prompts=1, num_samples=2, max_tokens=9)
-    our_arms.fix_lengths(sampler, size)
+    outer: Any = sampler
+    if is_replaceable:  # as in a run
+        outer = RestartingSampler(
+            lambda: sampler, max_restarts=0, timeout_s=1, on_restart=lambda text: None
+        )
+    our_arms.fix_lengths(outer, size)
     theirs = list(inspect.signature(VllmSampler._sampling_params).parameters)[1:]
     assert list(inspect.signature(sampler._sampling_params).parameters) == theirs
     sampler._sampling_params(SampleParams(2, 9, 1.0), "stops", 7)

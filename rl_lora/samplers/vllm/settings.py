@@ -79,6 +79,9 @@ class EngineOptions:
     merge_adapter: bool | None = None
     # Of the GPU's memory; None: what is free, less learner_bytes and RESERVE.
     memory_fraction: float | None = None
+    # Of the KV cache on a GPU, whatever else is free; None: what memory_fraction leaves. vLLM finds
+    # that out by measuring, which fails where others take memory of the GPU meanwhile.
+    cache_bytes: int | None = None
     learner_bytes: int = 0  # GPU memory that the learner will still take and hold while sampling
 
 
@@ -196,6 +199,8 @@ def _gpu_settings(options: EngineOptions, num_seqs: int, device: torch.device) -
         settings["device_ids"] = [device.index]  # of those in CUDA_VISIBLE_DEVICES
     if options.memory_fraction is not None:
         settings["gpu_memory_utilization"] = options.memory_fraction
+    if options.cache_bytes is not None:
+        settings["kv_cache_memory_bytes"] = options.cache_bytes
     if num_seqs > GPU_BATCHED_TOKENS:
         settings["max_num_batched_tokens"] = num_seqs
     if options.attention_backend is not None:

@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.growth import PHASES
 from benchmarks.workload import PATH, ROOT, Size
 
+PEAKS_ALIKE = 1.2  # largest ratio of two processors' peaks that pass for one kind
 LOSS_ALLOWED = 0.15
 HIGHER_IS_WORSE = {"memory_vs_trl", "lora_vs_full_flops", "lora_vs_full_time"}
 
@@ -121,8 +122,16 @@ def measure(size: Size, rounds: int, logs: Path, only: str | None = None) -> dic
         "spread": {
             name: [round(min(values), 4), round(max(values), 4)] for name, values in ratios.items()
         },
+        "peak_gflops": peak_gflops(answers),
         "answers": answers,
     }
+
+
+def peak_gflops(answers: dict[str, Any]) -> float | None:
+    """What a large product reaches, measured beside the learner; None if that was not measured."""
+    if "learner" not in answers:
+        return None
+    return round(median(answer["peak_gflops"] for answer in answers["learner"]), 1)
 
 
 def speeds(size: Size, answers: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -239,6 +248,16 @@ def phase_row(answers: Answers) -> dict[str, float]:
         row[f"step_{phase}_s"] = median(a[phase] for a in answers)
         row[f"step_{phase}_memory_mb"] = max(a[f"memory_{phase}"] for a in answers)
     return row
+
+
+def comparable(result: dict[str, Any], baseline: dict[str, Any]) -> dict[str, float]:
+    """Of the baseline's ratios those that this processor should reach: a share of the peak only if
+    the two peaks are alike, since what is not products does not grow with it."""
+    expected = dict(baseline["ratios"])
+    here, there = result["peak_gflops"], baseline["peak_gflops"]
+    if here is not None and not 1 / PEAKS_ALIKE < here / there < PEAKS_ALIKE:
+        del expected["learner_share_of_peak"]
+    return expected
 
 
 def compare(ratios: dict[str, float], baseline: dict[str, float]) -> list[str]:

@@ -130,6 +130,17 @@ def test_a_loss_of_over_15_per_cent_is_named(name: str, now: float, is_lost: boo
     assert all(line.startswith(name) for line in lines)
 
 
+def test_a_share_of_the_peak_is_compared_on_one_kind_of_processor_only() -> None:
+    baseline = {"ratios": {"learner_share_of_peak": 0.4, "step_vs_trl": 5.0}, "peak_gflops": 300.0}
+    assert run.comparable({"peak_gflops": 330.0}, baseline) == baseline["ratios"]
+    assert run.comparable({"peak_gflops": None}, baseline) == baseline["ratios"]
+    assert run.comparable({"peak_gflops": 100.0}, baseline) == {"step_vs_trl": 5.0}
+    assert (
+        run.peak_gflops({"learner": [{"peak_gflops": n} for n in (90.0, 110.04, 130.0)]}) == 110.0
+    )
+    assert run.peak_gflops({"ours": []}) is None
+
+
 def test_a_ratio_that_was_not_measured_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "has_trl", lambda: False)
     assert run.compare({}, {"step_vs_trl": 5.0}) == []

@@ -53,7 +53,9 @@ class RankOne(torch.autograd.Function):
         hidden_1 = scaling * (x * a_1I[0]).sum(-1, keepdim=True)
         ctx.scaling = scaling
         ctx.save_for_backward(x, hidden_1, a_1I, b_O1)
-        return (y + hidden_1 * b_O1[:, 0]).to(x.dtype)
+        out = y + hidden_1 * b_O1[:, 0]
+        # To return `out.to` where it is `out` itself loses all gradients in PyTorch 2.11's Dynamo.
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

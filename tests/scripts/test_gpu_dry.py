@@ -58,11 +58,16 @@ EXPECTED = {
 }
 
 
+def need_environment() -> None:
+    """Skips the test where the environment of `make gpu-dry` is absent."""
+    if not all((STUBS / name).is_file() for name in ("libcuda.so.1", "libcudart_stub.so")):
+        pytest.skip(f"needs the environment of `make gpu-dry`: {ENVIRONMENT} is absent or old")
+
+
 def found_by(program: str, *arguments: str | Path, **variables: str) -> dict[str, Any]:
     """The JSON that a program of tests/gpu_dry prints last, run in the environment of
     `make gpu-dry` with these environment variables; skips the test where that is absent."""
-    if not all((STUBS / name).is_file() for name in ("libcuda.so.1", "libcudart_stub.so")):
-        pytest.skip(f"needs the environment of `make gpu-dry`: {ENVIRONMENT} is absent or old")
+    need_environment()
     path = ":".join(str(folder) for folder in (ROOT, ROOT / "scripts", PLUGIN))
     result = subprocess.run(
         [ENVIRONMENT / "bin" / "python", "-m", f"tests.gpu_dry.{program}", *arguments],
@@ -93,6 +98,21 @@ def test_the_cuda_path_up_to_the_kernels(tmp_path: Path) -> None:
         "qwen3_float32": "TRITON_ATTN",
         "qwen3_asked": "TRITON_ATTN",
     }
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_what_is_compiled_agrees_with_its_references_in_the_older_pytorch_too() -> None:
+    """On the CPU, in Python 3.12: PyTorch 2.11 once lost all gradients of a layer that 2.13 had."""
+    need_environment()
+    names = ("attention", "compiled", "compiled_head", "fast_paths", "lora_swiglu", "optimized")
+    command = [ENVIRONMENT / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-m", "not long", *(f"tests/nn/test_{name}.py" for name in names)]
+    variables = {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
 
 
 @pytest.mark.long

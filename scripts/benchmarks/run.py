@@ -128,7 +128,7 @@ def measure(size: Size, rounds: int, logs: Path, only: str | None = None) -> dic
 
 
 def peak_gflops(answers: dict[str, Any]) -> float | None:
-    """What a large product reaches, measured beside the learner; None if that was not measured."""
+    """What a large product reaches, measured next to the learner; None if that was not measured."""
     if "learner" not in answers:
         return None
     return round(median(answer["peak_gflops"] for answer in answers["learner"]), 1)

@@ -148,7 +148,7 @@ def test_flash_attention_over_shared_prompts(
         for x in inputs:
             x.requires_grad_()
         query_THD, key_TJD, value_TJD = inputs
-        out_THD = attention.attend(query_THD, key_TJD, value_TJD, *layout, width**-0.5)
+        out_THD = attention.attend(query_THD, key_TJD, value_TJD, layout, width**-0.5)
         gradients = torch.autograd.grad((out_THD * weights_THD).sum(), inputs)
         results.append([t.detach().float() for t in (out_THD, *gradients)])
     for found, expected in zip(*results, strict=True):

@@ -12,7 +12,7 @@ layout (decoding, plain batches) it is transformers' SDPA attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -34,23 +34,15 @@ Made = TypeVar("Made")
 _MADE = WeakTensorKeyDictionary()  # by a layout's first tensor: what was made of the layout
 
 
-# limits: as the operator
 def attend(
-    query_THD: Tensor,
-    key_TJD: Tensor,
-    value_TJD: Tensor,
-    starts_S: Tensor,
-    families_N: Tensor,
-    sizes: Sequence[int],
-    scale: float,
+    query_THD: Tensor, key_TJD: Tensor, value_TJD: Tensor, layout: AttentionLayout, scale: float
 ) -> Tensor:
-    """Outputs [T, H, D] of a row whose layout has these fields; J key heads, each serving H / J
-    query heads."""
-    inputs = query_THD, key_TJD, value_TJD, starts_S, families_N
+    """Outputs [T, H, D] of a row; J key heads, each serving H / J query heads."""
+    inputs = query_THD, key_TJD, value_TJD
     if flash.can_run(query_THD):
-        out_THD: Tensor = flash.FlashAttention.apply(*inputs, sizes, scale)
+        out_THD: Tensor = flash.FlashAttention.apply(*inputs, *layout, scale)
         return out_THD
-    return attend_in_blocks(*inputs, scale)
+    return attend_in_blocks(*inputs, layout.starts_S, layout.families_N, scale)
 
 
 # limits: an operator takes tensors and numbers only, so it gets a layout's fields one by one
@@ -221,7 +213,7 @@ def _forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout is not None:
         query_THD, key_TJD, value_TJD = (x[0].transpose(0, 1) for x in (query, key, value))
-        out_THD = attend(query_THD, key_TJD, value_TJD, *layout, scale)
+        out_THD = attend(query_THD, key_TJD, value_TJD, layout, scale)
         return out_THD.unsqueeze(0), None
     if query.shape[2] == 1:
         return attend_last(query, key, value, attention_mask, scale).transpose(1, 2), None

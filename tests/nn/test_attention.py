@@ -60,7 +60,10 @@ def by_definition(query_THD: Tensor, key_TJD: Tensor, value_TJD: Tensor, *layout
 
 
 def by_operator(*inputs: Any) -> Tensor:
-    out_THD: Tensor = attention.attend(*inputs)
+    query_THD, key_TJD, value_TJD, *layout, scale = inputs
+    out_THD: Tensor = attention.attend(
+        query_THD, key_TJD, value_TJD, AttentionLayout(*layout), scale
+    )
     return out_THD
 
 
@@ -188,7 +191,7 @@ class Layer(nn.Module):
         """[T, 16] to [T, 16]."""
         joined = self.project(nn.functional.rms_norm(hidden_TD, (16,)))
         query_THD, key_TJD, value_TJD = joined.unflatten(1, (8, 8)).split([4, 2, 2], 1)
-        out_THD = attention.attend(query_THD, key_TJD, value_TJD, *layout, SCALE)
+        out_THD = attention.attend(query_THD, key_TJD, value_TJD, layout, SCALE)
         return hidden_TD + self.out(out_THD.flatten(1))
 
 

@@ -133,8 +133,8 @@ def _measure(
     keep: Callable[[], None],
 ) -> None:
     """Fills in the figures: by the microbatch's size, what `timed` measures; launches per layer,
-    and bytes that a token's activations take (the peak's growth from one
-    size to the next). keep: called as they become known."""
+    and bytes that a token's activations take (the peak's growth from one size to the next). keep:
+    called as they become known."""
     policy = learner.policy
     layers = policy.model.config.num_hidden_layers
     figures["out_of_memory"] = []

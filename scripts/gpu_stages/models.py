@@ -97,7 +97,7 @@ def make_model(shape: str, context: Context, num_layers: int | None = None) -> P
     config = make_config(shape, context, num_layers)
     folder = context.work / "models" / f"{shape}-{config.num_hidden_layers}-{context.device.type}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # stages may run at once
+    with FileLock(folder.with_name(f"{folder.name}.lock")):  # stages may run at once
         if not (folder / "tokenizer.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             with torch.random.fork_rng(), torch.device(context.device):

@@ -77,20 +77,27 @@ def run_together(
     turns.mkdir(parents=True)
     variables = {FOLDER_VARIABLE: str(turns)}
     ended: set[str] = set()
+    started: list[subprocess.Popen[bytes]] = []
 
     def run(stage: Stage) -> dict[str, Any]:
         limit = total_s if stage.takes_turns else min(ready_s, total_s)
-        row = run_stage(stage, context, limit, variables)
+        row = run_stage(stage, context, limit, variables, started.append)
         _record(row, context, on_line)
         ended.add(_result(stage, context).name)
         return row
 
     with ThreadPoolExecutor(len(stages)) as pool:
-        rows = pool.map(run, stages)
-        names = {_result(stage, context).name for stage in stages}
-        late = wait_until_ready(turns, names, ended, ready_s)
-        on_line(f"turns begin; not ready: {', '.join(sorted(late)) or 'none'}")
-        return list(rows)
+        try:
+            rows = pool.map(run, stages)
+            names = {_result(stage, context).name for stage in stages}
+            late = wait_until_ready(turns, names, ended, ready_s)
+            on_line(f"turns begin; not ready: {', '.join(sorted(late)) or 'none'}")
+            return list(rows)
+        except BaseException:  # also a signal: the threads would wait for their stages to end
+            for process in started:
+                if process.poll() is None:
+                    _end(process)
+            raise
 
 
 def _record(row: dict[str, Any], context: Context, on_line: Callable[[str], None]) -> None:
@@ -101,9 +108,14 @@ def _record(row: dict[str, Any], context: Context, on_line: Callable[[str], None
 
 
 def run_stage(
-    stage: Stage, context: Context, limit_s: float, variables: Mapping[str, str] | None = None
+    stage: Stage,
+    context: Context,
+    limit_s: float,
+    variables: Mapping[str, str] | None = None,
+    on_start: Callable[[subprocess.Popen[bytes]], None] = lambda process: None,
 ) -> dict[str, Any]:
-    """The stage's row, however its process ends; variables: more of its environment."""
+    """The stage's row, however its process ends; variables: more of its environment; on_start: is
+    given the process."""
     for folder in (context.out, context.work):
         folder.mkdir(parents=True, exist_ok=True)
     result = _result(stage, context)
@@ -123,6 +135,7 @@ def run_stage(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        on_start(process)
         try:
             code: int | None = process.wait(None if math.isinf(limit_s) else limit_s)
         except subprocess.TimeoutExpired:

@@ -752,6 +752,8 @@ def test_engine_settings(model_dir: Path) -> None:
     assert not gpu["enforce_eager"]
     assert gpu["gpu_memory_utilization"] == 0.3
     assert "kv_cache_memory_bytes" not in gpu
+    fixed = settings_of(model_dir, "cuda", 1, cache_bytes=2**30)
+    assert fixed["kv_cache_memory_bytes"] == 2**30
     assert gpu["compilation_config"] == {
         "cudagraph_specialize_lora": True,
         "cudagraph_capture_sizes": graph_sizes(256),

@@ -120,6 +120,22 @@ def test_side_by_side_turns_come_one_after_the_other(tmp_path: Path) -> None:
     assert sorted(json.loads(line)["stage"] for line in lines) == sorted(names)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_side_by_side_stages_end_with_the_check(tmp_path: Path) -> None:
+    """On Ctrl-C or a signal; they would take an hour otherwise."""
+
+    def interrupted(text: str) -> None:
+        if text.startswith("turns begin"):
+            raise KeyboardInterrupt
+
+    stages = [replace(stage("hangs"), takes_turns=True)]
+    with pytest.raises(KeyboardInterrupt):
+        run_together(stages, context_at(tmp_path), 5, 3600, on_line=interrupted)
+    (line,) = (tmp_path / "out" / RESULTS).read_text().splitlines()
+    assert json.loads(line)["status"] == "killed"
+
+
 def test_side_by_side_a_hanging_stage_keeps_nobody_waiting(tmp_path: Path) -> None:
     (tmp_path / "ready").touch()
     late = wait_until_ready(tmp_path, {"ready", "failed", "hangs"}, {"failed"}, 0)

@@ -12,15 +12,19 @@ gradient accumulation equals one big batch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rl_lora import distributed
 from rl_lora.nn.segments import make_layout, moved
 from rl_lora.types import Microbatch, RolloutGroup, TrainSample
+
+_ROOM = (1, 1.02, 1.05)  # microbatches are made so much larger than a rank's even share of rows
 
 
 def make_samples(
@@ -57,7 +61,7 @@ def pack(
     *,
     denominator: str | int = "tokens",
     microbatch_tokens: int = 4096,
-    min_microbatches: int = 1,
+    num_ranks: int = 1,
     num_updates: int = 1,
     share_prompts: bool = False,
     keep_zero_advantage: bool = False,
@@ -69,7 +73,7 @@ def pack(
         make_samples(groups_N, advantages_N_G, skip_truncated=skip_truncated),
         denominator=denominator,
         microbatch_tokens=microbatch_tokens,
-        min_microbatches=min_microbatches,
+        num_ranks=num_ranks,
         num_updates=num_updates,
         share_prompts=share_prompts,
         keep_zero_advantage=keep_zero_advantage,
@@ -82,7 +86,7 @@ def pack_samples(
     *,
     denominator: str | int = "tokens",
     microbatch_tokens: int = 4096,
-    min_microbatches: int = 1,
+    num_ranks: int = 1,
     num_updates: int = 1,
     share_prompts: bool = False,
     keep_zero_advantage: bool = False,
@@ -96,8 +100,8 @@ def pack_samples(
             GRPO, with the cap on a completion's tokens).
         microbatch_tokens: limit on a microbatch's size with padding; a longer sequence gets one to
             itself.
-        min_microbatches: makes them so small that an update has about as many at least, for
-            processes that divide them up.
+        num_ranks: processes that divide an update's microbatches, which are made such that all have
+            about as many tokens.
         num_updates: optimizer steps that the samples are dealt out to, in turn.
         share_prompts: completions of one prompt share it, in one row without padding; only for a
             policy with `can_share_prompts`.
@@ -115,13 +119,7 @@ def pack_samples(
             some = next(_by_budget([_Row(s.prompt_ids, [s]) for s in shortest], microbatch_tokens))
             kept = [sample for row in some for sample in row.samples]
         rows = _families(kept) if share_prompts else [_Row(s.prompt_ids, [s]) for s in kept]
-        budget = microbatch_tokens
-        if min_microbatches > 1:
-            budget = min(budget, -(-sum(row.width for row in rows) // min_microbatches))
-        if share_prompts:
-            parts: Iterable[list[_Row]] = _whole_families(rows, budget)
-        else:
-            parts = _by_budget(sorted(rows, key=lambda row: row.width), budget)
+        parts = _evenly(rows, microbatch_tokens, num_ranks, is_flat=share_prompts)
         updates.append([_microbatch(part, weight_of, is_flat=share_prompts) for part in parts])
     return updates
 
@@ -192,6 +190,44 @@ def _families(samples: Sequence[TrainSample]) -> list[_Row]:
     for sample in samples:
         families.setdefault(sample.prompt_ids, _Row(sample.prompt_ids, [])).samples.append(sample)
     return list(families.values())
+
+
+def _evenly(rows: Sequence[_Row], limit: int, num_ranks: int, *, is_flat: bool) -> list[list[_Row]]:
+    """Microbatches up to the limit that let all ranks finish together.
+
+    Each rank gets as few as the limit allows, or one more. Rows rarely fill a microbatch to the
+    last token, and what is left over makes another one, so that a few sizes are tried.
+    """
+    if num_ranks == 1 or not rows:
+        return _packed(rows, limit, is_flat=is_flat)
+    mean = sum(row.width for row in rows) / num_ranks
+    fewest = math.ceil(mean / limit)
+    numbers = (fewest, fewest + 1)
+    even = [math.ceil(room * mean / number) for number in numbers for room in _ROOM]
+    budgets = sorted({limit, *(min(limit, one) for one in even)})
+
+    def largest_share(parts: list[list[_Row]]) -> tuple[float, int]:
+        """Tokens, in hundredths of the mean, and microbatches."""
+        sizes = [_size(part, is_flat=is_flat) for part in parts]
+        shares = distributed.share(sizes, num_ranks)
+        tokens = max(sum(sizes[index] for index in share) for share in shares)
+        return round(tokens / mean, 2), max(map(len, shares))
+
+    packed = (_packed(rows, budget, is_flat=is_flat) for budget in budgets)
+    return min(packed, key=largest_share)
+
+
+def _packed(rows: Sequence[_Row], budget: int, *, is_flat: bool) -> list[list[_Row]]:
+    """Microbatches within the budget."""
+    if is_flat:
+        return _whole_families(rows, budget)
+    return list(_by_budget(sorted(rows, key=lambda row: row.width), budget))
+
+
+def _size(rows: Sequence[_Row], *, is_flat: bool) -> int:
+    """Tokens of a microbatch, with padding."""
+    widths = [row.width for row in rows]
+    return sum(widths) if is_flat else len(widths) * max(widths)
 
 
 def _whole_families(families: Sequence[_Row], budget: int) -> list[list[_Row]]:

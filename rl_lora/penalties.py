@@ -223,7 +223,7 @@ def _sequence_kls(learner: Learner, samples: Sequence[TrainSample]) -> tuple[lis
     (batches,) = pack_samples(
         samples,
         microbatch_tokens=learner.microbatch_tokens,
-        min_microbatches=distributed.world_size(),
+        num_ranks=distributed.world_size(),
     )
     share = own_share(policy, batches)
     log_ratios = []

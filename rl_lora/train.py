@@ -145,7 +145,7 @@ def learn(
         advantages_N_G,
         denominator=cap if algorithm.denominator == "max_tokens" else algorithm.denominator,
         microbatch_tokens=learner.microbatch_tokens,
-        min_microbatches=distributed.world_size(),
+        num_ranks=distributed.world_size(),
         num_updates=config.optim.num_updates,
         share_prompts=config.optim.share_prompts and policy.can_share_prompts,
         keep_zero_advantage=algorithm.kl == "loss" or terms["entropy_weight"] > 0,

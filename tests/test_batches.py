@@ -1,9 +1,11 @@
 """The shift, the masks and the denominators."""
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 
+from rl_lora import distributed
 from rl_lora.batches import halves, pack_samples
 from rl_lora.nn.segments import AttentionLayout, make_buckets
 from rl_lora.types import Microbatch, TrainSample
@@ -194,6 +196,38 @@ def test_families_stay_whole_and_come_largest_first() -> None:
     batches = pack_one(samples, share_prompts=True, microbatch_tokens=10)
     assert [b.num_tokens for b in batches] == [10, 6, 5]
     assert [b.token_ids_BT[0, 0].item() for b in batches] == [2, 1, 4]
+
+
+def test_ranks_get_as_many_tokens() -> None:
+    """8 families of 10 tokens, up to three together: 30, 30 and 20 suit one rank or three, but two
+    ranks would have 50 tokens and 30."""
+    samples = [replace(sample(2, 8), prompt_ids=(n, n)) for n in range(8)]
+    options = {"microbatch_tokens": 30, "share_prompts": True}
+    sizes = [
+        [batch.num_tokens for batch in pack_one(samples, num_ranks=num, **options)]
+        for num in (1, 2, 3)
+    ]
+    assert sizes == [[30, 30, 20], [20, 20, 20, 20], [30, 30, 20]]
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("num_ranks", [2, 3, 8, 16])
+def test_ranks_finish_together(num_ranks: int, share_prompts: bool) -> None:
+    draw = Random(num_ranks)
+    samples = [
+        replace(sample(draw.randint(20, 60), draw.randint(1, 200)), prompt_ids=(n // 8,) * 30)
+        for n in range(1024)
+    ]
+    batches = pack_one(
+        samples, num_ranks=num_ranks, share_prompts=share_prompts, microbatch_tokens=7000
+    )
+    assert sorted(s for batch in batches for s in map(id, batch.samples_S)) == sorted(
+        map(id, samples)
+    )
+    sizes = [batch.token_ids_BT.numel() for batch in batches]
+    assert max(sizes) <= 7000
+    tokens = [sum(sizes[i] for i in part) for part in distributed.share(sizes, num_ranks)]
+    assert max(tokens) < 1.05 * sum(tokens) / num_ranks
 
 
 def test_buckets_waste_little() -> None:

@@ -167,7 +167,8 @@ def test_types_imports_only_the_record_of_the_rewards_and_the_layout_of_a_row() 
 def test_the_maths_knows_neither_models_nor_files(module: str) -> None:
     own = {name for name in imports_of(module) if name.startswith("rl_lora.")}
     own = {name for name in own if not name.startswith("rl_lora.losses")}
-    assert own <= {"rl_lora.types", "rl_lora.config", "rl_lora.errors", "rl_lora.nn.segments"}
+    known = {"types", "config", "errors", "nn.segments", "distributed"}  # the last for `share` only
+    assert own <= {f"rl_lora.{name}" for name in known}
     assert top(imports_of(module)) <= STANDARD | {"torch", "pydantic", "rl_lora"}
 
 

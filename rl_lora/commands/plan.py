@@ -42,9 +42,7 @@ from rl_lora.planning.fit import Change, Job, misfits, what_fits
 from rl_lora.planning.memory import (
     MemoryItem,
     gpu_memory,
-    largest_microbatch,
     machine_bytes,
-    microbatch_tokens,
     plan_device,
 )
 from rl_lora.planning.speed import step_time, step_work
@@ -122,7 +120,7 @@ def print_plan(
         return
     cache = _cache_bytes(parts)
     found = step_time(config, model_config, counts, cache, card, num_ranks)
-    largest = largest_microbatch(parts, microbatch_tokens(config, model_config), available)
+    largest = job.largest_microbatch()
     console.print(time_table(config, found, card, largest, num_ranks, gpu_price))
     if num_ranks > 1:
         splits = [best_split(work, cache, num_ranks, bound) for bound in bounds]

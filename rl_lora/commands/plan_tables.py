@@ -162,7 +162,8 @@ def _sampling_rows(found: StepTime) -> dict[str, str]:
     notes = {
         "decoding, bound by bandwidth": "weights and KV cache are read",
         "decoding, bound by compute": "",
-        "decoding, launches": "scheduler, sampler and kernels' launches",
+        "decoding, bound by the host": "the engine's Python, for each sequence",
+        "decoding, launches": "sampler and kernels' launches",
         "long tail": "while fewer than half of an engine's sequences still run",
     }
     rows = {}

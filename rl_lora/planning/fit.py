@@ -16,9 +16,11 @@ from rl_lora.models.device import pick_dtype
 from rl_lora.models.shapes import kv_bytes_per_token
 from rl_lora.planning.cards import CARDS, Card
 from rl_lora.planning.memory import (
+    LOADED,
     PHASES,
     MemoryItem,
     bytes_text,
+    fitting_microbatch,
     largest_microbatch,
     learner_memory,
     longest_sequence,
@@ -60,12 +62,44 @@ class Job:
     num_ranks: int = 1
 
     def parts(self) -> list[MemoryItem]:
-        """The memory plan of one rank."""
+        """The memory plan of one rank, with microbatches as large as a run makes them."""
+        if not self.chooses_microbatch:
+            return self._parts(self.config)
+        parts = [part for part in self._parts(self.config) if "learning" in part.phases]
+        loaded = (*LOADED, "CUDA", "vLLM, asleep")
+        free = self.num_bytes - sum(part.num_bytes for part in parts if part.part in loaded)
+        to_come = [part for part in parts if part.part not in loaded]
+        fitting = fitting_microbatch(to_come, self.microbatch_tokens, free)
+        optim = self.config.optim.model_copy(update={"microbatch_tokens": fitting})
+        return self._parts(self.config.model_copy(update={"optim": optim}))
+
+    @property
+    def chooses_microbatch(self) -> bool:
+        """Whether a run lowers the size of microbatches to what fits. An engine on the same GPU
+        that samples meanwhile has left memory for the usual size."""
+        config = self.config
+        if config.optim.microbatch_tokens or plan_device(config.model.device) == "cpu":
+            return False
+        if not isinstance(config, RunConfig) or config.resources.is_remote:
+            return True
+        return not config.sampling.max_staleness
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens of the largest microbatch if all of them fit."""
+        return microbatch_tokens(self.config, self.model_config)
+
+    def largest_microbatch(self) -> int:
+        """Tokens of the largest microbatch that fits; 0 if none does."""
+        parts = self._parts(self.config)
+        return largest_microbatch(parts, self.microbatch_tokens, self.num_bytes)
+
+    def _parts(self, config: RunConfig | SftConfig) -> list[MemoryItem]:
         sizes = self.model_config, self.num_base, self.num_trainable
-        if isinstance(self.config, RunConfig):
-            return memory_plan(self.config, *sizes, self.num_bytes, self.num_ranks)
-        tokens = microbatch_tokens(self.config, self.model_config)
-        return learner_memory(self.config, *sizes, tokens, self.num_ranks)
+        if isinstance(config, RunConfig):
+            return memory_plan(config, *sizes, self.num_bytes, self.num_ranks)
+        tokens = microbatch_tokens(config, self.model_config)
+        return learner_memory(config, *sizes, tokens, self.num_ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +183,8 @@ def _can_save(job: Job, key: str) -> bool:
     config = job.config
     if key == "optim.checkpoint_activations":
         return not config.optim.checkpoint_activations
-    if key == _MICROBATCH:  # on a GPU the plan itself lowers one that is not set
-        is_set = config.optim.microbatch_tokens is not None
-        return is_set or plan_device(config.model.device) == "cpu"
+    if key == _MICROBATCH:
+        return not job.chooses_microbatch
     if not isinstance(config, RunConfig):
         return False
     return {
@@ -177,13 +210,13 @@ def _completed(job: Job, keys: tuple[str, ...]) -> tuple[str, ...] | None:
 
 def _largest(job: Job, key: str) -> int | None:
     """The largest value of a setting with which its phase fits, below the present one."""
-    config, parts = job.config, job.parts()
+    config = job.config
     if key == _MICROBATCH:
-        tokens = microbatch_tokens(config, job.model_config)
-        fitting = largest_microbatch(parts, tokens, job.num_bytes)
+        fitting = job.largest_microbatch()
         fitting -= fitting % _MICROBATCH_STEP
-        return fitting if longest_sequence(config) <= fitting < tokens else None
+        return fitting if longest_sequence(config) <= fitting < job.microbatch_tokens else None
     assert isinstance(config, RunConfig)
+    parts = job.parts()
     number, group = sequences_at_once(config, job.num_ranks), config.sampling.num_samples
     cache = _size(parts, "KV cache")
     room = job.num_bytes - (peak(parts, "sampling") - cache)

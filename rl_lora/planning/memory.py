@@ -55,6 +55,8 @@ _CONTEXT_BYTES = 2**29  # CUDA's context and libraries, once a process
 _ENGINE_BYTES = 2 * 2**30  # vLLM's activations, logits and CUDA graphs
 _ASLEEP_BYTES = 2**30  # of those, what stays while it sleeps (graphs, workspaces; vllm#28714)
 LOADED = ("base weights", "adapter", "reference weights")  # the learner's parts from its start
+_MICROBATCH_STEP = 256  # so that small changes of the free memory change nothing
+_USABLE = 0.75  # of the free memory, since activations are only estimated
 GPUS_PER_NODE = 8
 _WHOLE_LAYERS = 2  # of a sharded model: the one in use, and the next, which is gathered meanwhile
 
@@ -108,7 +110,8 @@ def memory_plan(
     gpu_bytes: int | None = None,
     num_ranks: int = 1,
 ) -> list[MemoryItem]:
-    """The learner's and the sampler's memory in an RL job; of several processes, one rank's.
+    """The learner's and the sampler's memory in an RL job; of several processes, one rank's. A GPU
+    whose samplers are elsewhere has the learner only.
 
     Args:
         config: the job.
@@ -120,25 +123,7 @@ def memory_plan(
     """
     counts, tokens = (num_base, num_trainable), microbatch_tokens(config, model_config)
     total = gpu_bytes or gpu_memory(plan_device(config.model.device))
-    parts = _memory_plan(config, model_config, counts, tokens, total, num_ranks)
-    is_open = config.optim.microbatch_tokens is None and plan_device(config.model.device) == "cuda"
-    if is_open and (fitting := largest_microbatch(parts, tokens, total)) < tokens:
-        tokens = max(fitting, longest_sequence(config))
-        parts = _memory_plan(config, model_config, counts, tokens, total, num_ranks)
-    return parts
-
-
-def _memory_plan(
-    config: RunConfig,
-    model_config: PretrainedConfig,
-    counts: tuple[int, int],
-    num_tokens: int,
-    total: int,
-    num_ranks: int,
-) -> list[MemoryItem]:
-    """With microbatches of num_tokens; counts and total as `_sampler_memory`'s. A GPU whose
-    samplers are elsewhere has the learner only."""
-    learner = learner_memory(config, model_config, *counts, num_tokens, num_ranks)
+    learner = learner_memory(config, model_config, *counts, tokens, num_ranks)
     if plan_device(config.model.device) == "cuda":
         learner.append(MemoryItem("CUDA", _CONTEXT_BYTES, "estimate, context and libraries"))
         if config.resources.is_remote:
@@ -206,6 +191,14 @@ def largest_microbatch(parts: list[MemoryItem], num_tokens: int, available: int)
     (activations,) = (part.num_bytes for part in parts if part.part == "activations")
     room = available - (peak(parts, "learning") - activations)
     return max(0, room * num_tokens // activations)
+
+
+def fitting_microbatch(to_come: list[MemoryItem], num_tokens: int, free_bytes: int) -> int:
+    """Tokens of a GPU's microbatches where optim.microbatch_tokens is not set: num_tokens, or what
+    fits into the free memory. `to_come` are planned for num_tokens, without what is loaded."""
+    fitting = largest_microbatch(to_come, num_tokens, int(_USABLE * free_bytes))
+    tokens = min(num_tokens, fitting)
+    return max(_MICROBATCH_STEP, tokens - tokens % _MICROBATCH_STEP)
 
 
 def learner_memory(

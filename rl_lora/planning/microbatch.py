@@ -7,11 +7,8 @@ import torch
 from rl_lora import distributed
 from rl_lora.config import ModelSection, OptimSection
 from rl_lora.config.sft import SftConfig
-from rl_lora.planning.memory import LOADED, default_tokens, largest_microbatch, learner_memory
+from rl_lora.planning.memory import LOADED, default_tokens, fitting_microbatch, learner_memory
 from rl_lora.policy import Policy
-
-_STEP = 256  # sizes are multiples of it, so that small changes of the free memory change nothing
-_USABLE = 0.75  # of the free memory, since activations are only estimated
 
 
 def default_microbatch_tokens(policy: Policy, optim: OptimSection) -> int:
@@ -26,7 +23,7 @@ def default_microbatch_tokens(policy: Policy, optim: OptimSection) -> int:
 
 def fitting_tokens(policy: Policy, optim: OptimSection, most: int, free_bytes: int) -> int:
     """The largest microbatch for a policy whose weights are loaded, and whose gradients, optimizer
-    and activations have free_bytes to share; from _STEP to `most` tokens."""
+    and activations have free_bytes to share; `most` tokens at most."""
     dtype = str(policy.dtype).removeprefix("torch.")
     job = SftConfig(
         model=ModelSection(
@@ -42,6 +39,4 @@ def fitting_tokens(policy: Policy, optim: OptimSection, most: int, free_bytes: i
     num_trainable = sum(p.numel() for p in policy.trainable().values())
     num_ranks = distributed.world_size()
     parts = learner_memory(job, policy.model.config, num_base, num_trainable, most, num_ranks)
-    to_come = [part for part in parts if part.part not in LOADED]
-    tokens = min(most, largest_microbatch(to_come, most, int(_USABLE * free_bytes)))
-    return max(_STEP, tokens - tokens % _STEP)
+    return fitting_microbatch([p for p in parts if p.part not in LOADED], most, free_bytes)

@@ -2,8 +2,8 @@
 
 Work takes as long as its products at the rate that large ones reach, or as its bytes at the
 memory's bandwidth, whichever is longer, and no phase overlaps another. `roofline.Assumptions` says
-what is assumed. vLLM with an adapter has not been measured on a GPU yet, nor has a job on several
-GPUs. tests/planning/test_published.py compares the estimates with published figures.
+what is assumed. A whole step has not been measured on a GPU yet, nor has a job on several GPUs.
+tests/planning/test_published.py compares the estimates with published figures.
 
 On several GPUs each phase lasts as long as on the GPU with the largest share of it. So the longest
 completion bounds sampling from below, on any number of them. What the processes exchange besides
@@ -47,11 +47,12 @@ class DecodeTime:
     launches_s: float
     bytes_s: float  # weights and KV cache are read
     products_s: float
+    host_s: float  # the engine's work for each sequence
 
     @property
     def total_s(self) -> float:
-        """Bytes are read while products are computed."""
-        return self.launches_s + max(self.bytes_s, self.products_s)
+        """Bytes are read while products are computed, and the host prepares the next step."""
+        return self.launches_s + max(self.bytes_s, self.products_s, self.host_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class SampleTime:
     """Seconds of sampling, by what they are spent on. They add up.
 
     Example: SampleTime(prefill_s=1.0, launches_s=12.0, bandwidth_s=80.5, products_s=0.0,
-    tail_s=32.0)
+    host_s=0.0, tail_s=32.0)
     """
 
     prefill_s: float
@@ -67,12 +68,13 @@ class SampleTime:
     launches_s: float
     bandwidth_s: float
     products_s: float
+    host_s: float
     tail_s: float  # decoding while fewer run: the long tail
 
     @property
     def total_s(self) -> float:
         """Of all parts."""
-        decode_s = self.launches_s + self.bandwidth_s + self.products_s
+        decode_s = self.launches_s + self.bandwidth_s + self.products_s + self.host_s
         return self.prefill_s + decode_s + self.tail_s
 
 
@@ -111,6 +113,7 @@ class StepTime:
             "decoding, launches": parts.launches_s,
             "decoding, bound by bandwidth": parts.bandwidth_s,
             "decoding, bound by compute": parts.products_s,
+            "decoding, bound by the host": parts.host_s,
             "long tail": parts.tail_s,
             "learning": self.learn_s,
             "all-reduce": self.all_reduce_s,
@@ -268,6 +271,7 @@ class StepWork:
             assumed.engine_step_s + is_adapted * self.shape.layers * assumed.lora_layer_s,
             moved / assumed.bytes_s(self.card),
             2 * batch * self.counts.active / assumed.rate(self.card),
+            batch * assumed.engine_sequence_s,
         )
 
     def num_at_once(self, cache_bytes: int) -> int:
@@ -303,17 +307,22 @@ class StepWork:
         stretches += [
             (width, max(1.0, at_once * math.exp(-age / self.scale)), prompt + age) for age in ages
         ]
-        launches_s = bandwidth_s = products_s = tail_s = 0.0
+        launches_s = bandwidth_s = products_s = host_s = tail_s = 0.0
         for tokens, batch, context in stretches:
             time = self.decode(batch, context)
             if batch < at_once / 2:
                 tail_s += tokens * time.total_s
                 continue
             launches_s += tokens * time.launches_s
-            bandwidth_s += tokens * time.bytes_s * (time.bytes_s >= time.products_s)
-            products_s += tokens * time.products_s * (time.bytes_s < time.products_s)
+            longest_s = max(time.bytes_s, time.products_s, time.host_s)
+            if longest_s == time.bytes_s:
+                bandwidth_s += tokens * longest_s
+            elif longest_s == time.products_s:
+                products_s += tokens * longest_s
+            else:
+                host_s += tokens * longest_s
         prefill_s = self.prefill_s(self.num_prompts)
-        return SampleTime(prefill_s, launches_s, bandwidth_s, products_s, tail_s)
+        return SampleTime(prefill_s, launches_s, bandwidth_s, products_s, host_s, tail_s)
 
     def longest_s(self) -> float:
         """The step's longest completion, decoded by itself."""
@@ -322,7 +331,7 @@ class StepWork:
         return tokens * self.decode(1, self.prompt_tokens + tokens / 2).total_s
 
     def learn_s(self) -> float:
-        """Of the rank with most microbatches.
+        """All ranks have as many tokens, and as many microbatches.
 
         Of a sharded model, each microbatch gathers the layers forward and backward, while the
         layers before them are computed; full fine-tuning adds up their gradients as well.
@@ -335,14 +344,12 @@ class StepWork:
         context = self.prompt_tokens + self.mean_tokens
         layers_s, head_s = learner_token_s(config, self.shape, card, context, self.assumed)
         one_gpu_s = (num_tokens * layers_s + num_completion * head_s) / self.assumed.learner
-        limit = config.optim.microbatch_tokens or default_tokens("cuda", self.shape.hidden)
-        least = num_ranks * config.optim.num_updates  # so that every rank has one of each update
-        num_microbatches = max(least, math.ceil(num_tokens / max(limit, context)))
-        largest = math.ceil(num_microbatches / num_ranks)
-        computed_s = one_gpu_s * largest / num_microbatches
+        computed_s = one_gpu_s / num_ranks
         if shards(config, num_ranks) == 1:
             return computed_s
         moved_s = 2 * gather_s(self.assumed.number_bytes * self.counts.base, num_ranks, card)
         if config.lora.mode == "full":
             moved_s += gather_s(_GRADIENT_BYTES * self.counts.base, num_ranks, card)
-        return max(computed_s, largest * moved_s)
+        limit = config.optim.microbatch_tokens or default_tokens("cuda", self.shape.hidden)
+        in_rounds = math.ceil(num_tokens / (num_ranks * max(limit, context)))
+        return max(computed_s, max(config.optim.num_updates, in_rounds) * moved_s)

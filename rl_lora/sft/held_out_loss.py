@@ -24,7 +24,7 @@ def sequence_nll(
     A job's processes divide the microbatches; all get the whole result.
     """
     (batches,) = pack_samples(
-        samples, microbatch_tokens=microbatch_tokens, min_microbatches=distributed.world_size()
+        samples, microbatch_tokens=microbatch_tokens, num_ranks=distributed.world_size()
     )
     share = own_share(policy, batches)
     index_of = {id(batch): index for index, batch in enumerate(batches)}

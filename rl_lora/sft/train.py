@@ -232,7 +232,7 @@ def _step(job: _Job, indices: list[int]) -> dict[str, float]:
     (microbatches,) = pack_samples(
         samples,
         microbatch_tokens=job.learner.microbatch_tokens,
-        min_microbatches=distributed.world_size(),
+        num_ranks=distributed.world_size(),
     )
     num_tokens = sum(batch.num_tokens for batch in microbatches)
     num_padded = sum(batch.token_ids_BT.numel() for batch in microbatches)

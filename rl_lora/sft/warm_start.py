@@ -58,7 +58,7 @@ def warm_start(
         (microbatches,) = pack_samples(
             samples,
             microbatch_tokens=learner.microbatch_tokens,
-            min_microbatches=distributed.world_size(),
+            num_ranks=distributed.world_size(),
         )
         on_step(step, learner.fit(microbatches, lr=section.lr))
     learner.restart()

@@ -42,6 +42,7 @@ UNIT = Assumptions(  # before anything is measured
     attention_backward=1.0,
     learner=1.0,
     engine_step_s=0.0,
+    engine_sequence_s=0.0,
     lora_layer_s=0.0,
     hand_over_s=0.0,
     mean_share=1e6,

@@ -133,10 +133,7 @@ def test_a_step_is_divided_but_for_its_longest_completion() -> None:
     by_hand = (3 * mean + 400 * (math.log(4) + 0.577)) * token_s + 2 * 0.512e-3
     assert four.sample_s == pytest.approx(by_hand, rel=1e-4)
     assert one.longest_s == four.longest_s == pytest.approx(1000 * token_s, rel=1e-4)
-    # 16 x 367.2 + 8 x 256 = 7,923 tokens are 8 microbatches, so 2 of them for each GPU.
     assert four.learn_s == pytest.approx(one.learn_s / 4)
-    three = step_time(config, small_config(), counts, 2**20, card, 3)
-    assert three.learn_s == pytest.approx(one.learn_s * 3 / 8)
     # 100 MB of gradients: 2 x 3/4 of them at 1 GB/s, and 2 x 2 x 20 us.
     assert (one.all_reduce_bytes, one.all_reduce_s) == (0, 0)
     assert four.all_reduce_bytes == 100_000_000
@@ -160,8 +157,8 @@ def test_a_sharded_model_is_gathered_for_each_microbatch(mode: str, num_bytes: i
     counts = ParameterCounts(10**9, 10**9, 1, 0, 1, 1)
     slow = Card("x", 1, 1e6, 1e6, link_gb_s=1, peer_gb_s=1 / 0.78)
     found = step_time(config, small_config(), counts, 2**30, slow, 4)
-    # The products take no time. 2 microbatches of a rank gather 3/4 of 2 GB twice, and full mode
-    # adds up 4 GB of gradients.
+    # The products take no time. Of 16 x 367.2 + 8 x 256 = 7,923 tokens a rank has 2 microbatches.
+    # Each gathers 3/4 of 2 GB twice, and full mode adds up 4 GB of gradients.
     latency = 2 * (num_bytes // 2 if mode == "lora" else 3) * 40e-6
     assert found.learn_s == pytest.approx(2 * 0.75 * num_bytes + latency)
     assert (found.all_reduce_bytes > 0) == (mode == "lora")

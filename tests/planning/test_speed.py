@@ -77,7 +77,7 @@ def test_a_step_of_two_sequences_one_after_the_other() -> None:
     assert found.num_at_once == 1
     layers, head = learner_token_s(config, shape_of(SMALL), card, 256 + mean)
     tokens = 2 * mean
-    by_hand = ((tokens + 256) * layers + tokens * head) / 0.6
+    by_hand = ((tokens + 256) * layers + tokens * head) / 0.75
     assert found.learn_s == pytest.approx(by_hand)
     assert found.learner_tokens_s == pytest.approx(tokens / by_hand)
     # An adapter of one weight: its 8 bytes over the link take no time.
@@ -107,6 +107,12 @@ def test_the_phases_of_a_step() -> None:
         sum(0.032 * math.exp(-(point + 0.5) * 5 / 400) * 5 for point in range(55)), rel=1e-6
     )
     assert found.sampling.bandwidth_s == 0
+    # Where neither takes time, by the host: 25 us a sequence.
+    found = step_time(config, SMALL, counts(10**9), 2**30, Card("x", 1, AT_ONCE, AT_ONCE, 1e9))
+    assert found.sampling.host_s == pytest.approx(
+        sum(16 * 25e-6 * math.exp(-(point + 0.5) * 5 / 400) * 5 for point in range(55)), rel=1e-6
+    )
+    assert found.sampling.bandwidth_s == found.sampling.products_s == 0
 
 
 def test_the_share_of_the_peak() -> None:

@@ -252,6 +252,7 @@ def test_a_calibration_finds_the_rates_of_which_measurements_are_made() -> None:
         attention_backward=0.03,
         learner=0.8,
         engine_step_s=1e-6,
+        engine_sequence_s=0.0,
         lora_layer_s=0.0,
         hand_over_s=0.0,
         mean_share=1e6,

@@ -76,7 +76,7 @@ class Job:
     @property
     def chooses_microbatch(self) -> bool:
         """Whether a run lowers the size of microbatches to what fits. An engine on the same GPU
-        that samples meanwhile has left memory for the usual size."""
+        that samples meanwhile leaves memory for the usual size."""
         config = self.config
         if config.optim.microbatch_tokens or plan_device(config.model.device) == "cpu":
             return False

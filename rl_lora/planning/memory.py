@@ -51,7 +51,7 @@ _CPU_MICROBATCH_TOKENS = 4096
 _GPU_MICROBATCH_TOKENS = (16_384, 65_536)
 _GPU_MICROBATCH_NUMBERS = 2**25  # tokens times the hidden size
 ASSUMED_GPU_BYTES = CARDS["h100"].num_bytes
-_CONTEXT_BYTES = 2**29  # CUDA's context and libraries, once a process
+_CONTEXT, _CONTEXT_BYTES = "CUDA", 2**29  # its context and libraries, once a process
 _ENGINE_BYTES = 2 * 2**30  # vLLM's activations, logits and CUDA graphs
 _ASLEEP_BYTES = 2**30  # of those, what stays while it sleeps (graphs, workspaces; vllm#28714)
 LOADED = ("base weights", "adapter", "reference weights")  # the learner's parts from its start
@@ -125,12 +125,12 @@ def memory_plan(
     total = gpu_bytes or gpu_memory(plan_device(config.model.device))
     learner = learner_memory(config, model_config, *counts, tokens, num_ranks)
     if plan_device(config.model.device) == "cuda":
-        learner.append(MemoryItem("CUDA", _CONTEXT_BYTES, "estimate, context and libraries"))
+        learner.append(MemoryItem(_CONTEXT, _CONTEXT_BYTES, "estimate, context and libraries"))
         if config.resources.is_remote:
             return learner
-    is_turns = not config.sampling.max_staleness
-    held = peak(learner, "sampling" if is_turns else "learning")
+    held = _held_while_sampling(config, learner)
     parts = learner + _sampler_memory(config, model_config, counts, held, total, num_ranks)
+    is_turns = not config.sampling.max_staleness
     return parts if is_turns else [replace(part, phases=PHASES) for part in parts]
 
 
@@ -157,7 +157,8 @@ def default_tokens(device_type: str, hidden: int) -> int:
     if device_type == "cpu":
         return _CPU_MICROBATCH_TOKENS
     least, most = _GPU_MICROBATCH_TOKENS
-    return min(max(_GPU_MICROBATCH_NUMBERS // hidden, least), most)
+    tokens = min(max(_GPU_MICROBATCH_NUMBERS // hidden, least), most)
+    return tokens - tokens % _MICROBATCH_STEP
 
 
 def microbatch_tokens(config: RunConfig | SftConfig, model_config: PretrainedConfig) -> int:
@@ -174,15 +175,21 @@ def bytes_to_come(
     num_trainable: int,
     num_ranks: int = 1,
 ) -> int:
-    """What a learner whose weights are loaded will still take, and hold while sampling.
-
-    Gradients and optimizer; where it learns meanwhile (`sampling.max_staleness`), activations and
-    logits too.
-    """
-    phase: Phase = "learning" if config.sampling.max_staleness else "sampling"
+    """What a learner whose weights are loaded will still take, and hold while sampling: gradients
+    and optimizer; where it learns meanwhile (`sampling.max_staleness`), activations and logits."""
     tokens = microbatch_tokens(config, model_config)
     parts = learner_memory(config, model_config, num_base, num_trainable, tokens, num_ranks)
-    return peak((part for part in parts if part.part not in LOADED), phase)
+    return _held_while_sampling(config, [part for part in parts if part.part not in LOADED])
+
+
+def _held_while_sampling(config: RunConfig, parts: list[MemoryItem]) -> int:
+    """What the engine leaves to the learner, of these parts; if that learns meanwhile and chooses
+    the size of microbatches, so much that `fitting_microbatch` is the usual one."""
+    if not config.sampling.max_staleness:
+        return peak(parts, "sampling")
+    to_come = peak((part for part in parts if part.part not in (*LOADED, _CONTEXT)), "learning")
+    share = _USABLE if config.optim.microbatch_tokens is None else 1
+    return peak(parts, "learning") + math.ceil(to_come / share - to_come)
 
 
 def largest_microbatch(parts: list[MemoryItem], num_tokens: int, available: int) -> int:

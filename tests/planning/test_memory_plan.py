@@ -14,7 +14,7 @@ from transformers import LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
 from rl_lora.commands.plan import print_plan
 from rl_lora.commands.plan_tables import memory_table
-from rl_lora.config import LoraSection, ModelSection, RunConfig, parse_config
+from rl_lora.config import LoraSection, ModelSection, OptimSection, RunConfig, parse_config
 from rl_lora.errors import UserError
 from rl_lora.models.shapes import (
     KNOWN_SHAPES,
@@ -186,6 +186,14 @@ def test_memory_plan_adds_up_by_hand() -> None:
     assert peak(together, "sampling") == peak(together, "learning")
     assert peak(together, "learning") == pytest.approx(60 * 2**30, abs=1)
     assert "vLLM, asleep" not in {part.part for part in together}
+    # A run that chooses the size of microbatches, 16,384 tokens, takes 3/4 of what is free.
+    usual = both.model_copy(update={"optim": OptimSection()})
+    come = bytes_to_come(usual, LLAMA_8B, counts.base, counts.trainable)
+    assert come == pytest.approx((12 * 2_621_440 + 2**29 + 4 * activations) / 0.75, abs=1)
+    parts = memory_plan(usual, LLAMA_8B, counts.base, counts.trainable, 200 * 2**30)
+    engine = sum(part.num_bytes for part in parts[7:])  # base, slot, vLLM, cache
+    held = 2 * 8_030_261_248 + 4 * 2_621_440 + 2**29 + come
+    assert engine == pytest.approx(196 * 2**30 - held, abs=1)
 
 
 def test_memory_plan_on_a_cpu_frees_what_sampling_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -257,14 +258,14 @@ def _pieces(family: _Row, budget: int) -> Iterator[_Row]:
     num_completion = family.width - num_prompt
     count = -(-num_completion // max(1, budget - num_prompt))
     target = num_prompt + -(-num_completion // count)
-    piece = _Row(family.prompt_ids, [])
+    piece, width = _Row(family.prompt_ids, []), num_prompt
     for sample in family.samples:
-        if piece.samples and (
-            piece.width >= target or piece.width + len(sample.completion_ids) > budget
-        ):
+        length = len(sample.completion_ids)
+        if piece.samples and (width >= target or width + length > budget):
             yield piece
-            piece = _Row(family.prompt_ids, [])
+            piece, width = _Row(family.prompt_ids, []), num_prompt
         piece.samples.append(sample)
+        width += length
     yield piece
 
 
@@ -300,7 +301,7 @@ def _microbatch(rows: Sequence[_Row], weight_of: dict[int, float], *, is_flat: b
     shape = (1, num_tokens) if is_flat else (len(rows), max(row.width for row in rows))
     token_ids_BT = torch.zeros(shape, dtype=torch.int64)
     position_BT = torch.zeros(shape, dtype=torch.int64)
-    scored = _Scored()
+    places_S = []
     prompt_lengths = [len(family.prompt_ids) for family in rows]
     first, start = 0, sum(prompt_lengths)  # of a prompt and a completion in the flat row
     for index, (family, num_prompt) in enumerate(zip(rows, prompt_lengths, strict=True)):
@@ -308,58 +309,76 @@ def _microbatch(rows: Sequence[_Row], weight_of: dict[int, float], *, is_flat: b
         if not is_flat:
             first, start = 0, num_prompt
         prompt_end = first + num_prompt
-        token_ids_BT[row, first:prompt_end] = torch.tensor(family.prompt_ids)
+        token_ids_BT[row, first:prompt_end] = _numbers("q", family.prompt_ids)
         position_BT[row, first:prompt_end] = torch.arange(num_prompt)
         for sample in family.samples:
             count = len(sample.completion_ids)
             end = start + count
-            token_ids_BT[row, start:end] = torch.tensor(sample.completion_ids)
+            token_ids_BT[row, start:end] = _numbers("q", sample.completion_ids)
             position_BT[row, start:end] = torch.arange(num_prompt, num_prompt + count)
-            scored.add(sample, row, prompt_end - 1, start, weight_of[sample.num_sampled])
+            places_S.append(_Place(row, prompt_end - 1, start))
             start = end
         first = prompt_end
+    samples_S = [sample for family in rows for sample in family.samples]
     completion_lengths = [[len(s.completion_ids) for s in family.samples] for family in rows]
     return Microbatch(
         token_ids_BT=token_ids_BT,
         position_BT=position_BT if is_flat else None,
         layout=make_layout(prompt_lengths, completion_lengths) if is_flat else None,
-        row_C=torch.tensor(scored.row),
-        column_C=torch.tensor(scored.column),
-        target_ids_C=torch.tensor(scored.target),
-        sampler_logprobs_C=torch.tensor(scored.sampler, dtype=torch.float32),
-        advantages_C=torch.tensor(scored.advantage, dtype=torch.float32),
-        weights_C=torch.tensor(scored.weight, dtype=torch.float32),
-        sequence_C=torch.tensor(scored.sequence),
-        samples_S=tuple(sample for row in rows for sample in row.samples),
+        **_scored(samples_S, places_S, [weight_of[s.num_sampled] for s in samples_S], token_ids_BT),
+        samples_S=tuple(samples_S),
         num_tokens=num_tokens,
     )
 
 
-@dataclass
-class _Scored:
-    """The fields of a microbatch's completion tokens, as they are collected."""
+class _Place(NamedTuple):
+    """Where a completion is."""
 
-    row: list[int] = field(default_factory=list)
-    column: list[int] = field(default_factory=list)
-    target: list[int] = field(default_factory=list)
-    sampler: list[float] = field(default_factory=list)
-    advantage: list[float] = field(default_factory=list)
-    weight: list[float] = field(default_factory=list)
-    sequence: list[int] = field(default_factory=list)
-    _num_sequences: int = 0
+    row: int
+    before: int  # the column of its prompt's last token
+    first: int  # its own first column
 
-    def add(
-        self, sample: TrainSample, row: int, prompt_end: int, start: int, weight: float
-    ) -> None:
-        """A completion that begins at column start, after a prompt whose last column is given."""
-        count = sample.num_sampled
-        columns = [prompt_end, *range(start, start + len(sample.completion_ids) - 1)]
-        is_sampled_T = sample.is_sampled_T or (True,) * count
-        self.row += [row] * count
-        self.column += itertools.compress(columns, is_sampled_T)  # one before the token's own
-        self.target += itertools.compress(sample.completion_ids, is_sampled_T)
-        self.sampler += itertools.compress(sample.sampler_logprobs_T, is_sampled_T)
-        self.advantage += [sample.advantage] * count
-        self.weight += [weight] * count
-        self.sequence += [self._num_sequences] * count
-        self._num_sequences += 1
+
+def _scored(
+    samples_S: Sequence[TrainSample],
+    places_S: Sequence[_Place],
+    weights_S: Sequence[float],
+    token_ids_BT: Tensor,
+) -> dict[str, Tensor]:
+    """The fields of a microbatch with one entry per completion token that was sampled."""
+    column_S, target_S, logprobs = [], [], array("d")
+    for sample, place in zip(samples_S, places_S, strict=True):
+        end = place.first + len(sample.completion_ids)
+        column_T = torch.arange(place.first - 1, end - 1)  # one before the token's own
+        column_T[:1] = place.before
+        target_T = token_ids_BT[place.row, place.first : end]
+        logprobs_T: Iterable[float] = sample.sampler_logprobs_T
+        if sample.is_sampled_T:
+            is_sampled_T = torch.tensor(sample.is_sampled_T)
+            column_T, target_T = column_T[is_sampled_T], target_T[is_sampled_T]
+            logprobs_T = itertools.compress(logprobs_T, sample.is_sampled_T)
+        column_S.append(column_T)
+        target_S.append(target_T)
+        logprobs.extend(logprobs_T)
+
+    def each(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        counted = zip(values, map(len, target_S), strict=True)
+        return torch.cat([torch.full((count,), value, dtype=dtype) for value, count in counted])
+
+    return {
+        "row_C": each([place.row for place in places_S], torch.int64),
+        "column_C": torch.cat(column_S),
+        "target_ids_C": torch.cat(target_S),
+        "sampler_logprobs_C": _numbers("d", logprobs).float(),
+        "advantages_C": each([sample.advantage for sample in samples_S], torch.float32),
+        "weights_C": each(weights_S, torch.float32),
+        "sequence_C": each(range(len(samples_S)), torch.int64),
+    }
+
+
+def _numbers(code: str, values: Sequence[float]) -> Tensor:
+    """Python's numbers as int64 ("q") or float64 ("d"); `torch.tensor` takes ten times as long."""
+    dtype = {"q": torch.int64, "d": torch.float64}[code]
+    if not values:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(array(code, values), dtype=dtype)

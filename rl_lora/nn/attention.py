@@ -1,7 +1,7 @@
 """Attention over completions that share their prompt, in one row of tokens without padding.
 
 `attend` has an implementation by device and dtype: two calls of the flash kernel (`flash`); plain
-products over short blocks, on a CPU in float32 (`block_attention`); else SDPA over padded blocks
+products over short blocks, on a CPU (`block_attention`); else SDPA over padded blocks
 (`segments.make_buckets`). To autograd and the compiler each is an opaque node, whatever the
 lengths, and so are flash's two calls.
 
@@ -59,7 +59,8 @@ def attend_in_blocks(
     inputs = query_THD, key_TJD, value_TJD
     blocks = _blocks(query_THD, key_TJD, starts_S, families_N)
     if blocks is not None:
-        return block_attention.attend(*inputs, blocks, scale)
+        wide = query_THD.float(), key_TJD.float(), value_TJD.float()
+        return block_attention.attend(*wide, blocks, scale).to(query_THD.dtype)
     return attend_in_buckets(*inputs, _buckets(starts_S, families_N), scale)
 
 
@@ -75,10 +76,12 @@ def attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
-    inputs = query_THD, key_TJD, value_TJD
     blocks = _blocks(query_THD, key_TJD, starts_S, families_N)
     if blocks is not None:
-        return block_attention.attend_backward(*inputs, grad_THD, blocks, scale)
+        wide = query_THD.float(), key_TJD.float(), value_TJD.float(), grad_THD.float()
+        query, key, value = block_attention.attend_backward(*wide, blocks, scale)
+        return query.to(query_THD.dtype), key.to(key_TJD.dtype), value.to(value_TJD.dtype)
+    inputs = query_THD, key_TJD, value_TJD
     query_THD, key_TJD, value_TJD = (x.detach().requires_grad_() for x in inputs)
     inputs = query_THD, key_TJD, value_TJD
     with torch.enable_grad(), _recording():
@@ -164,7 +167,7 @@ def _blocks(
     query_THD: Tensor, key_TJD: Tensor, starts_S: Tensor, families_N: Tensor
 ) -> Blocks | None:
     """The layout's blocks; None where SDPA is faster."""
-    if query_THD.device.type != "cpu" or query_THD.dtype != torch.float32:
+    if query_THD.device.type != "cpu" or query_THD.dtype == torch.float64:
         return None
     num_key_heads = key_TJD.shape[1]
     heads = num_key_heads, query_THD.shape[1] // num_key_heads

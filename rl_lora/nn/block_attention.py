@@ -1,9 +1,9 @@
-"""Attention of short segments by batched matrix products, for a CPU in float32.
+"""Attention of short segments by batched matrix products, for a CPU and in float32.
 
 SDPA's CPU kernel is built for long rows: it repeats the keys for each query head, and for segments
-of tens of tokens it takes 1.5 times as long as plain products over blocks that stay in the cache
-(LOG.md). The backward pass recomputes the probabilities, so only queries, keys and values are
-kept.
+of tens of tokens it takes 1.5 times as long as plain products over blocks that stay in the cache;
+in bfloat16, of which these convert inputs and outputs, its backward pass takes 4 times as long
+(LOG.md). The backward pass recomputes the probabilities, so only queries, keys and values are kept.
 
 Letters: S segments, J key heads, G query heads that share a key head (J G = H query heads), Q
 queries and K keys of a segment, D width of a head.

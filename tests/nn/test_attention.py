@@ -74,7 +74,7 @@ def values_and_gradients(function: Any, inputs: list[Tensor], layout: AttentionL
 
 
 def use(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the operator take an implementation for float32 on a CPU."""
+    """Makes the operator take an implementation, on a CPU."""
     if implementation == "flash":
         monkeypatch.setattr(flash, "can_run", lambda query_THD: True)
         monkeypatch.setattr(flash, "forward_part", plain_flash.forward_part)
@@ -111,8 +111,11 @@ def test_values_and_gradients_are_those_of_the_definition(
         torch.testing.assert_close(value, other, rtol=tolerance, atol=tolerance)
 
 
-def test_half_precision_is_merged_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    use("flash", monkeypatch)
+@pytest.mark.parametrize("implementation", ["flash", "blocks"])
+def test_half_precision_is_rounded_at_the_end_only(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(implementation, monkeypatch)
     inputs = inputs_of(LAYOUTS["many"], dtype=torch.bfloat16)
     found = values_and_gradients(by_operator, inputs, LAYOUTS["many"])
     wide = [x.detach().double().requires_grad_() for x in inputs]

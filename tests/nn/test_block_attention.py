@@ -61,14 +61,15 @@ def test_a_prompt_of_two_tokens_by_hand() -> None:
         assert gradient.flatten().tolist() == pytest.approx(numbers, abs=1e-6)
 
 
-def test_long_segments_and_narrow_dtypes_go_through_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_segments_and_float64_go_through_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     def has_blocks(dtype: torch.dtype = torch.float32) -> bool:
         starts_S, families_N, _ = make_layout([3, 1], [[2, 4], [3]])
         query_THD, key_TJD = random(13, 4, 8).to(dtype), random(13, 2, 8).to(dtype)
         return attention._blocks(query_THD, key_TJD, starts_S, families_N) is not None
 
     assert has_blocks()
-    assert not has_blocks(torch.bfloat16)
+    assert has_blocks(torch.bfloat16)
+    assert not has_blocks(torch.float64)
     monkeypatch.setattr(block_attention, "SEGMENT_ELEMENTS", 4 * 4 * 7 - 1)  # the longest needs it
     assert not has_blocks()
     monkeypatch.setattr(block_attention, "SEGMENT_ELEMENTS", 4 * 4 * 7)

@@ -170,6 +170,7 @@ def test_the_maths_knows_neither_models_nor_files(module: str) -> None:
     known = {"types", "config", "errors", "nn.segments", "distributed"}  # the last for `share` only
     assert own <= {f"rl_lora.{name}" for name in known}
     assert top(imports_of(module)) <= STANDARD | {"torch", "pydantic", "rl_lora"}
+    assert set(re.findall(r"\bdistributed\.(\w+)", MODULES[module].read_text("utf-8"))) <= {"share"}
 
 
 def test_there_is_no_circle() -> None:

@@ -16,6 +16,8 @@ from rl_lora.models.device import pick_dtype
 from rl_lora.models.shapes import kv_bytes_per_token
 from rl_lora.planning.cards import CARDS, Card
 from rl_lora.planning.memory import (
+    ASLEEP,
+    CONTEXT,
     LOADED,
     PHASES,
     MemoryItem,
@@ -66,7 +68,7 @@ class Job:
         if not self.chooses_microbatch:
             return self._parts(self.config)
         parts = [part for part in self._parts(self.config) if "learning" in part.phases]
-        loaded = (*LOADED, "CUDA", "vLLM, asleep")
+        loaded = (*LOADED, CONTEXT, ASLEEP)
         free = self.num_bytes - sum(part.num_bytes for part in parts if part.part in loaded)
         to_come = [part for part in parts if part.part not in loaded]
         fitting = fitting_microbatch(to_come, self.microbatch_tokens, free)

@@ -51,9 +51,9 @@ _CPU_MICROBATCH_TOKENS = 4096
 _GPU_MICROBATCH_TOKENS = (16_384, 65_536)
 _GPU_MICROBATCH_NUMBERS = 2**25  # tokens times the hidden size
 ASSUMED_GPU_BYTES = CARDS["h100"].num_bytes
-_CONTEXT, _CONTEXT_BYTES = "CUDA", 2**29  # its context and libraries, once a process
+CONTEXT, _CONTEXT_BYTES = "CUDA", 2**29  # its context and libraries, once a process
 _ENGINE_BYTES = 2 * 2**30  # vLLM's activations, logits and CUDA graphs
-_ASLEEP_BYTES = 2**30  # of those, what stays while it sleeps (graphs, workspaces; vllm#28714)
+ASLEEP, _ASLEEP_BYTES = "vLLM, asleep", 2**30  # of those: graphs and workspaces (vllm#28714)
 LOADED = ("base weights", "adapter", "reference weights")  # the learner's parts from its start
 _MICROBATCH_STEP = 256  # so that small changes of the free memory change nothing
 _USABLE = 0.75  # of the free memory, since activations are only estimated
@@ -125,7 +125,7 @@ def memory_plan(
     total = gpu_bytes or gpu_memory(plan_device(config.model.device))
     learner = learner_memory(config, model_config, *counts, tokens, num_ranks)
     if plan_device(config.model.device) == "cuda":
-        learner.append(MemoryItem(_CONTEXT, _CONTEXT_BYTES, "estimate, context and libraries"))
+        learner.append(MemoryItem(CONTEXT, _CONTEXT_BYTES, "estimate, context and libraries"))
         if config.resources.is_remote:
             return learner
     held = _held_while_sampling(config, learner)
@@ -187,7 +187,7 @@ def _held_while_sampling(config: RunConfig, parts: list[MemoryItem]) -> int:
     the size of microbatches, so much that `fitting_microbatch` is the usual one."""
     if not config.sampling.max_staleness:
         return peak(parts, "sampling")
-    to_come = peak((part for part in parts if part.part not in (*LOADED, _CONTEXT)), "learning")
+    to_come = peak((part for part in parts if part.part not in (*LOADED, CONTEXT)), "learning")
     share = _USABLE if config.optim.microbatch_tokens is None else 1
     return peak(parts, "learning") + math.ceil(to_come / share - to_come)
 
@@ -317,7 +317,7 @@ def _sampler_memory(
         limit = taken = max(0, int(fraction * total) - peak(parts, "sampling"))
         if not sampling.max_staleness:
             asleep = "estimate, CUDA graphs of the sleeping engine"
-            parts.append(MemoryItem("vLLM, asleep", _ASLEEP_BYTES, asleep, ("learning",)))
+            parts.append(MemoryItem(ASLEEP, _ASLEEP_BYTES, asleep, ("learning",)))
         note = f"rest of vLLM's {fraction:.0%} of the GPU ({how}); {note}"
     if limit < wanted:
         fitting = limit // (per_token * length)
